@@ -22,7 +22,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.held_out import Judged
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu_bench.methods.few_shot import FLOOR, FOLDS, class_folds, pool_weights
+from vilu_bench.methods.few_shot import FOLDS, MIN_PROBABILITY, class_folds, pool_weights
 
 GRID = np.linspace(0, 1, 21)
 BATCH = 4_096
@@ -52,7 +52,7 @@ class Experts(NamedTuple):
     @property
     def floored_probe(self) -> Floats:
         """Log probabilities of the probe, none of them infinite."""
-        return np.maximum(self.probe, np.log(FLOOR))
+        return np.maximum(self.probe, np.log(MIN_PROBABILITY))
 
 
 class Weights(NamedTuple):

@@ -13,7 +13,7 @@ import typer
 import vilu
 from tests.command import run
 from vilu.cli.app import app
-from vilu.report.style import DARK
+from vilu.report.style import DARK_RULE
 from vilu_bench.studies.dry_run import describe, estimate
 from vilu_bench.studies.load import load_configs
 
@@ -104,7 +104,7 @@ def test_python_in_the_readme_parses() -> None:
     "drawing", [*ROOT.glob("docs/**/*.svg"), *ROOT.glob("examples/**/*.svg")], ids=lambda p: p.name
 )
 def test_drawings_have_a_dark_form(drawing: Path) -> None:
-    assert drawing.read_text(encoding="utf-8").count(DARK) == 1
+    assert drawing.read_text(encoding="utf-8").count(DARK_RULE) == 1
 
 
 def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from vilu.artifacts.documents import first_error, read_json
 from vilu.cli.artefacts import Artefact, check_file
 from vilu.errors import DataError
-from vilu_bench.studies.result import AGAIN, CellResult, load_result
+from vilu_bench.studies.result import RUN_AGAIN, CellResult, load_result
 from vilu_bench.studies.study import STUDIES, load_studies
 
 CELLS = "cells"
@@ -37,12 +37,12 @@ def check(path: Path) -> Artefact | None:
 def _check_cell(file: Path, run: Path) -> None:
     """Raise a DataError if a document is damaged or is not at the path of its cell."""
     try:
-        result = CellResult.model_validate(read_json(file, AGAIN))
+        result = CellResult.model_validate(read_json(file, RUN_AGAIN))
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {first_error(error)}. {AGAIN}.") from error
+        raise DataError(f"{file} is damaged: {first_error(error)}. {RUN_AGAIN}.") from error
     is_in_place = run / result.cell.path == file
     if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
         raise DataError(
             f"{file} is not the document of its cell, or its scores are missing or of another "
-            f"cell. {AGAIN}."
+            f"cell. {RUN_AGAIN}."
         )

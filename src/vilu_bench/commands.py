@@ -14,26 +14,26 @@ from typer import Option
 from vilu.cli.console import (
     STORE,
     STUDIES,
-    goes_on,
-    keeping,
     next_step,
+    prepare_output,
     print_outputs,
     print_result,
+    resumable,
     shell,
-    wants,
+    wants_inputs,
     wants_json,
 )
 from vilu.cli.help import MORE, SPEED
 from vilu.cli.options import (
-    MOST_RESAMPLES,
-    MOST_WORKERS,
+    MAX_RESAMPLES,
+    MAX_WORKERS,
     Data,
     Overwrite,
     Reading,
     RowsFile,
-    existing,
     path_argument,
     path_option,
+    require_existing,
     with_reading_flags,
 )
 from vilu.errors import UsageError
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vilu_bench.studies.study import Rendered
 
 
-@goes_on
+@resumable
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[str],
@@ -65,7 +65,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
     ] = Path("benchmark-output"),
     jobs: Annotated[
-        int, Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")
+        int, Option(min=1, max=MAX_WORKERS, help="Processes; the number changes no result.")
     ] = 1,
     models: Annotated[
         Path | None, path_option("Folder of named backbones, in place of the hub's cache.")
@@ -112,7 +112,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         rendered = run_studies(
             studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
         )
-    _print(rendered)
+    _print_studies(rendered)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.of > 1:
@@ -133,7 +133,7 @@ def _print_plans(studies: list[Config], data: Path, output: Path) -> None:
     print_result(facts, describe(plans))
 
 
-@wants(train=STORE, test=STORE)
+@wants_inputs(train=STORE, test=STORE)
 def init(
     train: Annotated[Path, path_argument("Store with labels to fit on.")],
     output: Annotated[Path, Option("--output", "-o", help="The file to write, .toml.")],
@@ -159,7 +159,7 @@ def init(
     next_step(f"change it as you like; then: {run}")
 
 
-@wants(run=STUDIES)
+@wants_inputs(run=STUDIES)
 def render(
     run: Annotated[
         Path,
@@ -198,12 +198,12 @@ def render(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
             )
-        _print(render_file(run, document, title, intro, first=first, overwrite=overwrite))
+        _print_studies(render_file(run, document, title, intro, first=first, overwrite=overwrite))
         return
     studies = render_studies(
         run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
     )
-    _print(studies)
+    _print_studies(studies)
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
@@ -213,7 +213,7 @@ def render(
     next_step(message)
 
 
-@wants(run=STUDIES)
+@wants_inputs(run=STUDIES)
 def submit(
     run: Annotated[
         Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
@@ -227,14 +227,14 @@ def submit(
     from vilu_bench.studies.study import load_studies
     from vilu_bench.studies.submit import export
 
-    written = export(load_studies(run), run, method, output)
+    paths = export(load_studies(run), run, method, output)
     print_outputs(output)
     next_step(
-        f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}"
+        f"{len(paths)} cells; whoever has the same study: vilu render RUN --submitted {output}"
     )
 
 
-def _print(studies: list[Rendered]) -> None:
+def _print_studies(studies: list[Rendered]) -> None:
     """Print the tables of studies; with --json their summaries."""
     if wants_json():
         _print_summaries(studies)
@@ -257,10 +257,10 @@ def _print_summaries(studies: list[Rendered]) -> None:
     typer.echo(json.dumps(summaries, indent=2))
 
 
-PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
+PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
 
 
-@wants(store=STORE)
+@wants_inputs(store=STORE)
 # ``reading`` stands for several flags
 @partial(with_reading_flags, without={"pool_size", "second"})
 def pools(
@@ -271,14 +271,14 @@ def pools(
             help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin)."
         ),
     ],
-    sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
+    sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED_SIZES,
     draws: Annotated[int, Option(min=1, help="Number of pool draws, which are averaged.")] = 1,
     *,
     reading: Reading,
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
-        int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
+        int, Option(min=0, max=MAX_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs by the number of captions: AUROC / FPR95.
@@ -288,10 +288,10 @@ def pools(
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    argument_of = _by_label(predictors)
+    argument_of = _arguments_by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _parse_sizes(sizes)
-    save_if_wanted = keeping(
+    save_unless_done = prepare_output(
         output,
         "results",
         [store, *folders],
@@ -304,10 +304,10 @@ def pools(
     )
 
     def open_pairs(pools: Pools) -> EmbeddingSource:
-        return reading.open_in(pools, store)
+        return reading.open_with_pools(pools, store)
 
     table = over_pool_sizes(
-        {label: _predictor(name) for label, name in argument_of.items()},
+        {label: _load_or_make_predictor(name) for label, name in argument_of.items()},
         open_pairs,
         pool_sizes,
         pools=reading.pools,
@@ -315,18 +315,22 @@ def pools(
         dataset=store.name,
         n_resamples=resamples,
     )
-    save_if_wanted(lambda path, inputs: table.save(path, inputs=inputs))
+    save_unless_done(lambda path, inputs: table.save(path, inputs=inputs))
     _print_sizes(table, draws)
 
 
-def _by_label(predictors: list[str]) -> dict[str, str]:
-    """The folders and methods, by the last part of their paths; the last parts must differ."""
-    by_label = {Path(name).name: name for name in predictors}
-    if len(by_label) < len(predictors):
+def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
+    """The arguments, folders or methods, by the last part of each path.
+
+    Raises:
+        UsageError: If two arguments have the same last part.
+    """
+    argument_of = {Path(name).name: name for name in predictors}
+    if len(argument_of) < len(predictors):
         raise UsageError(
             f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
         )
-    return by_label
+    return argument_of
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
@@ -340,13 +344,13 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
     next_step(legend)
 
 
-def _predictor(name: str) -> FailurePredictor:
+def _load_or_make_predictor(name: str) -> FailurePredictor:
     """The predictor saved in a folder, or a new predictor of a method that needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.persistence.storage import load_predictor
 
     if _is_folder(name):
-        return load_predictor(existing(Path(name)))
+        return load_predictor(require_existing(Path(name)))
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(

@@ -79,7 +79,7 @@ def test_methods_are_ranked_and_compared_across_their_answers(data: Path, finish
     probe = board.find("probe", "one", "all")
     assert own is not None
     assert probe is not None
-    gap = own.less(probe, RISK)
+    gap = own.difference_from(probe, RISK)
     assert gap is not None
     # The paired difference is that of ``vilu.compare``: the same rows are drawn for both.
     sides = []

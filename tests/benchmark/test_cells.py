@@ -13,13 +13,13 @@ from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
-from vilu_bench.studies.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
+from vilu_bench.studies.cells import Cell, group_by_fit, origin_of, plan, scored_set_of
 from vilu_bench.studies.data import (
     Workbench,
-    across_preprocessing,
     class_halves,
     draw_rows,
-    of_classes,
+    ignore_preprocessing,
+    rows_of_classes,
 )
 from vilu_bench.studies.stores import Part
 
@@ -98,7 +98,7 @@ def test_restrictions_of_a_method() -> None:
 def test_a_fit_is_shared_by_what_is_tested_with_it() -> None:
     chosen = config()
     cells = [cell for cell in plan(chosen) if cell.same_as is None]
-    groups = sharing_a_fit(chosen, cells)
+    groups = group_by_fit(chosen, cells)
     assert sorted(map(str, cells)) == sorted(str(cell) for group in groups for cell in group)
     shared = {
         tuple((c.data, c.setting, c.seed) for c in group) for group in groups if len(group) > 1
@@ -151,9 +151,9 @@ def test_class_halves_part_the_classes() -> None:
 def test_selecting_rows_and_candidates() -> None:
     whole = toy_embeddings(n=40)
     classes = np.array([1, 4])
-    rows = of_classes(whole, classes)
+    rows = rows_of_classes(whole, classes)
     assert set(whole.target[rows].tolist()) == {1, 4}
-    foreign = of_classes(whole, np.array([0]))[0]
+    foreign = rows_of_classes(whole, np.array([0]))[0]
     part = whole.take(
         np.append(rows, foreign), classes, ("features", "views", "prompts", "unheard-of")
     )
@@ -216,7 +216,7 @@ def test_only_the_preprocessing_may_differ() -> None:
     )
     source.space = here
     other = dataclasses.replace(here, backbone="a:2", preprocess="q")
-    assert across_preprocessing(source, other).space == other
+    assert ignore_preprocessing(source, other).space == other
     assert source.space == here
     for change in (
         {"weights": "v"},
@@ -224,7 +224,7 @@ def test_only_the_preprocessing_may_differ() -> None:
         {"tokenizer": "u"},
         {"precision": "bf16"},
     ):
-        assert across_preprocessing(source, dataclasses.replace(here, **change)).space == here
+        assert ignore_preprocessing(source, dataclasses.replace(here, **change)).space == here
 
 
 def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
@@ -233,10 +233,13 @@ def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
     answers = (test.image_rows(torch.arange(len(test))) @ test.text.T).argmax(dim=1)
     assert np.array_equal(truth.failure, (answers != test.target).numpy())
     assert truth.reason == (None,) * 60
-    assert truth.rows == bench.truth(Cell("lvu", "one", "few", 1)).rows
+    assert truth.rows_hash == bench.truth(Cell("lvu", "one", "few", 1)).rows_hash
     assert (
         len(
-            {truth.rows, *(bench.truth(Cell("mcm", "one", "unseen", seed)).rows for seed in (0, 1))}
+            {
+                truth.rows_hash,
+                *(bench.truth(Cell("mcm", "one", "unseen", seed)).rows_hash for seed in (0, 1)),
+            }
         )
         == 3
     )

@@ -186,7 +186,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (predictors / "__init__.py").write_text(
             f"from vilu.predictors.other import x  # {method}{helper}"
         )
-        facts._read.cache_clear()
+        facts._hash_and_imports.cache_clear()
         facts.code_digest.cache_clear()
         return facts.code_digest("vilu.predictors.mine")
 
@@ -199,7 +199,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
         assert digest_with("def f():\n    return 2\n", "A = 1\n") != first
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
-    facts._read.cache_clear()
+    facts._hash_and_imports.cache_clear()
     facts.code_digest.cache_clear()
     assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest(
         "vilu.predictors.vilu.vilu"
@@ -224,7 +224,7 @@ def test_code_outside_vilu_is_hashed_by_its_own_source(
                 patch.delitem(sys.modules, name, raising=False)
             (folder / "strangers" / "others.py").write_text("")
             importlib.import_module("strangers.mine")
-            facts._read.cache_clear()
+            facts._hash_and_imports.cache_clear()
             facts.code_digest.cache_clear()
             return facts.code_digest("strangers.mine")
 

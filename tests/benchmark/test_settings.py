@@ -24,9 +24,9 @@ from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.vilu.fine_tuning import initialise
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
-from vilu_bench.studies.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
+from vilu_bench.studies.cells import Cell, group_by_fit, needed_parts, origin_of, plan
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.data import Workbench, divided, draw_share, held_out
+from vilu_bench.studies.data import Workbench, divide_rows, draw_share, held_out_mask
 from vilu_bench.studies.facts import decided_by
 from vilu_bench.studies.run import run_all
 from vilu_bench.studies.stores import find_stores
@@ -95,10 +95,10 @@ def test_held_out_rows_are_a_matter_of_their_names() -> None:
     the same ones in any company.
     """
     names = [f"row {i}" for i in range(1000)]
-    mask = held_out(hash_names(names), 0.25)
+    mask = held_out_mask(hash_names(names), 0.25)
     assert abs(mask.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
-    assert np.array_equal(held_out(hash_names(names[::-1]), 0.25), mask[::-1])
-    assert (held_out(hash_names(names), 0.1) <= mask).all()
+    assert np.array_equal(held_out_mask(hash_names(names[::-1]), 0.25), mask[::-1])
+    assert (held_out_mask(hash_names(names), 0.1) <= mask).all()
 
 
 def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
@@ -144,7 +144,7 @@ def test_testing_on_validation_rows(data: Path, tmp_path: Path) -> None:
     assert n["one", "chosen"] == (40,)
     assert n["two", "chosen"] == (len(bench.source("two", "validation")),)
     assert n["one", "all"] == (60,)
-    groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    groups = group_by_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
     assert [{cell.setting for cell in group} for group in groups] == [{"chosen", "all"}] * 2
     with pytest.raises(
         UsageError, match=r"settings\.chosen tests on validation rows, and data\.pairs names none"
@@ -207,7 +207,7 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     )
     report = benchmark(chosen, data, tmp_path)
     bench = bench_of(chosen, data)
-    groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    groups = group_by_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
     assert [[cell.setting for cell in group] for group in groups] == [["zero", "few"]]
     first = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(
         bench.source("one", "train"), bench.source("one", "validation")
@@ -378,13 +378,13 @@ def unlabelled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_set_is_divided_by_the_seed() -> None:
-    fit, others = divided(101, 0.3, 0)
+    fit, others = divide_rows(101, 0.3, 0)
     assert np.array_equal(np.sort(np.concatenate([fit, others])), np.arange(101))
     assert (len(fit), len(others)) == (30, 71)
-    assert not np.array_equal(fit, divided(101, 0.3, 1)[0])
+    assert not np.array_equal(fit, divide_rows(101, 0.3, 1)[0])
     # each row is in a half with probability 1/2: over 400 seeds within five standard errors
     share = np.mean(
-        [np.isin(np.arange(20), divided(20, 0.5, seed)[0]) for seed in range(400)], axis=0
+        [np.isin(np.arange(20), divide_rows(20, 0.5, seed)[0]) for seed in range(400)], axis=0
     )
     assert np.abs(share - 0.5).max() < 5 * np.sqrt(0.25 / 400)
 
@@ -408,7 +408,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
             assert set(train.ids).isdisjoint(test.ids)
             assert len(train) == (60 if setting == "all" else 10)
         assert len(set(train.ids) | set(test.ids)) == 70
-        names.add(bench.truth(Cell("mcm", "one", "all", seed)).rows)
+        names.add(bench.truth(Cell("mcm", "one", "all", seed)).rows_hash)
     assert len(names) == 2
     # a method without a fit has one result for each division, whatever the labels
     assert [(cell.seed, cell.result_cell.setting) for cell in cells if cell.method == "mcm"] == [
@@ -418,7 +418,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     report = benchmark(chosen, data, tmp_path)
     assert {block.n for block in report.summary.blocks} == {(60,)}
     whole = vilu.EmbeddingStore(data / "one-train")
-    fit, others = (whole.take(rows) for rows in divided(120, 0.5, 1))
+    fit, others = (whole.take(rows) for rows in divide_rows(120, 0.5, 1))
     expected = vilu.PREDICTORS["knn_distance"]().fit(fit).predict_uncertainty(others)
     assert scores(tmp_path, "one", "all", "knn_distance", 1) == pytest.approx(expected, abs=1e-6)
     assert (
@@ -486,7 +486,7 @@ def test_a_picture_that_is_there_twice_is_not_in_fit_and_test(
         UserWarning, match="of 45 rows to fit on of twice are left out: they are tested on"
     ):
         train = bench.train_set(origin_of(chosen, cell), ())
-    rows, others = (part.tolist() for part in divided(90, 0.5, 0))
+    rows, others = (part.tolist() for part in divide_rows(90, 0.5, 0))
     tested = {row % 60 for row in others}
     assert list(bench.test_set(cell, ()).ids) == [f"{row}.png" for row in others]
     assert list(train.ids) == [f"{row}.png" for row in rows if row % 60 not in tested]
@@ -554,7 +554,7 @@ def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Pa
     report = benchmark(chosen, data, tmp_path)
     assert not any(block.refused for block in report.summary.blocks)
     fit, others = (
-        vilu.EmbeddingStore(data / "one-train").take(rows) for rows in divided(120, 0.5, 0)
+        vilu.EmbeddingStore(data / "one-train").take(rows) for rows in divide_rows(120, 0.5, 0)
     )
     found = scores(tmp_path, "one", "none", Distance.name)
     expected = torch.stack(

@@ -20,12 +20,12 @@ from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies import stores
 from vilu_bench.studies.load import shrink
 from vilu_bench.studies.parts import Data
-from vilu_bench.studies.stores import find_stores, make_stores, open_images, thinned
+from vilu_bench.studies.stores import cut_images, find_stores, make_stores, open_images
 
 
 def test_evenly_spaced_images() -> None:
     images = dataset(10)
-    some = thinned(images, 4, None)
+    some = cut_images(images, 4, None)
     assert [record.key for record in some.records(0, 4)] == [images.keys[i] for i in (0, 2, 5, 7)]
     assert [record.key for record in some.records(1, 3)] == [images.keys[i] for i in (2, 5)]
     assert list(some.records(4, 4)) == []
@@ -36,17 +36,17 @@ def test_tar_files_are_limited_by_number(tmp_path: Path) -> None:
     for number in range(3):
         write_shard(tmp_path, tar_bytes(*pair(f"a{number}"), *pair(f"b{number}")), f"{number}.tar")
     images = open_dataset(tmp_path)
-    assert thinned(images, None, None) is thinned(images, 1, 3) is images
-    some = thinned(images, 1, 2)
+    assert cut_images(images, None, None) is cut_images(images, 1, 3) is images
+    some = cut_images(images, 1, 2)
     assert isinstance(some, ShardedDataset)
     assert [record.key for record in some.records(0, len(some))] == [
         *("0.tar#a0", "0.tar#b0"),
         *("1.tar#a1", "1.tar#b1"),
     ]
     assert some.shard_fingerprint(0, 2) == images.shard_fingerprint(0, 2)
-    assert some.fingerprint not in {images.fingerprint, thinned(images, None, 1).fingerprint}
+    assert some.fingerprint not in {images.fingerprint, cut_images(images, None, 1).fingerprint}
     with pytest.raises(UsageError, match=r"limit cannot be used. Give shards = N"):
-        thinned(images, 1, None)
+        cut_images(images, 1, None)
 
 
 def test_a_newer_version_finds_the_stores_of_an_older_one(

@@ -22,7 +22,7 @@ from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import Cell, plan
 from vilu_bench.studies.claims import decide
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.exhibits import exhibit
+from vilu_bench.studies.exhibits import make_exhibit
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.pivot import table_sheet
 from vilu_bench.studies.ranking import times_table
@@ -162,14 +162,14 @@ def test_means_alone() -> None:
     }
     chosen = made(settings=settings, views=[table, curve])
     rigged = board(chosen)
-    sheet = exhibit(rigged, chosen.views[0], Path("unused")).body
+    sheet = make_exhibit(rigged, chosen.views[0], Path("unused")).body
     assert sheet.columns == tuple(
         (setting, metric) for setting in ("none", "few") for metric in ("AUROC", "FPR95")
     )
     assert sheet.cells[0, 0].value == pytest.approx(0.65)
     assert sheet.cells[2, 1].value == pytest.approx(0.3)
     assert (sheet.cells[2, 0].rank, sheet.cells[1, 0].rank) == ("best", "second")
-    shown = exhibit(rigged, chosen.views[1], Path("unused"))
+    shown = make_exhibit(rigged, chosen.views[1], Path("unused"))
     (panel, _) = shown.draw().axes
     heights = [line.get_ydata().tolist() for line in panel.get_lines()]
     assert any(
@@ -441,7 +441,7 @@ def test_claims_of_depending_on_the_accuracy() -> None:
         decide(rigged, claim(Steeper, steeper="vilu", than="mcm", settings=("all",))).ruling
         == "does not hold"
     )
-    assert "per 100 points" in verdict.what
+    assert "per 100 points" in verdict.number_in_words
     assert ": +40.0 [" in claims_table(
         chosen, [verdict]
     )  # the steeper line gains 0.4 more, from 0 to 100 %
@@ -477,7 +477,7 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
     rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), value(cell)))
     verdict = decide(rigged, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
-    assert verdict.what.endswith("over 3 cases, on the seeds that both have (0)")
+    assert verdict.number_in_words.endswith("over 3 cases, on the seeds that both have (0)")
     apart = {cell: one for cell, one in results.items() if (cell.method, cell.seed) != ("lvu", 0)}
     strange = Board(chosen, list(apart), apart, rigged.entrants["lvu", "one", "all"].bootstrap)
     verdict = decide(strange, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
@@ -503,7 +503,7 @@ def test_a_claim_says_which_seeds_decide() -> None:
     )
     verdict = decide(rigged, better("vilu", "lvu"))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.05))
-    assert verdict.what.endswith("one, on the seeds that both have (0)")
+    assert verdict.number_in_words.endswith("one, on the seeds that both have (0)")
     notes = " ".join(table_sheet(rigged, view(metrics=("auroc",))).notes)
     assert (
         "1 for vilu; 2 for the others. Methods are compared on the seeds that both have."
@@ -730,7 +730,7 @@ def test_a_view_without_anything(tmp_path: Path) -> None:
         methods={"margin": {}}, settings={"all": {"kind": "labels", "x": 1}}, views=[curve]
     )
     with pytest.raises(DataError, match="nothing to show"):
-        exhibit(board(nowhere), nowhere.views[0], tmp_path)
+        make_exhibit(board(nowhere), nowhere.views[0], tmp_path)
 
 
 def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None:
@@ -761,7 +761,7 @@ def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None
     )
     results = {cell: result(cell, values[cell]) for cell in cells}
     rigged = Board(chosen, plan(chosen), results, lambda cell: np.full((2, B), values[cell][0]))
-    shown = exhibit(rigged, chosen.views[0], tmp_path)
+    shown = make_exhibit(rigged, chosen.views[0], tmp_path)
     (row,) = [i for i, labels in enumerate(shown.body.rows) if labels[-1] == "chosen"]
     rate, batch = chosen.entries[best.method].params.values()
     assert shown.body.rows[row] == ("one", str(rate), str(batch), "chosen")

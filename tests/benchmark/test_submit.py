@@ -23,7 +23,7 @@ from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.load import load_configs
 from vilu_bench.studies.study import load_studies, run_studies
-from vilu_bench.studies.submit import KEY, take_in
+from vilu_bench.studies.submit import KEY, add_submissions
 
 OURS: dict[str, Any] = {"mcm": {}, "knn_distance": {"deterministic": True}}
 THEIRS = {
@@ -152,7 +152,7 @@ def test_views_of_the_run_alone_show_no_guests(
 
 
 def test_intervals_against_any_method_come_from_the_rows(home: Path, ours: Path) -> None:
-    submitted = take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
+    submitted = add_submissions(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
     boards = [
         *submitted,
         *load_studies(home / "whole"),
@@ -292,7 +292,7 @@ def test_what_is_not_as_it_says_is_refused(ours: Path, what: str) -> None:
     change, reason = CHANGES[what]
     resealed(ours / FILE, change)
     with pytest.raises(DataError, match=reason) as refused:
-        take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
+        add_submissions(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
     assert str(ours / FILE) in str(refused.value)
 
 
@@ -313,12 +313,12 @@ def test_a_nan_with_a_made_up_reason_is_refused(ours: Path) -> None:
         ours / FILE
     )
     with pytest.raises(DataError, match="row 7 has no uncertainty, but has one here"):
-        take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
+        add_submissions(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
 
 
 def test_a_method_of_the_study_may_be_handed_in_as_the_same_alone(home: Path, ours: Path) -> None:
     run("submit", home / "whole", "knn_distance", "-o", ours / "again")
-    (board,) = take_in(
+    (board,) = add_submissions(
         load_studies(ours / "ours"), ours / "ours", sorted((ours / "again").rglob("*.parquet"))
     )
     assert board.config.guests == ()
@@ -330,7 +330,7 @@ def test_a_method_of_the_study_may_be_handed_in_as_the_same_alone(home: Path, ou
     with pytest.raises(
         DataError, match=r"there is a 'knn_distance' with other scores. Hand in yours"
     ):
-        take_in(load_studies(ours / "ours"), ours / "ours", [path])
+        add_submissions(load_studies(ours / "ours"), ours / "ours", [path])
 
 
 def test_what_cannot_be_handed_in(ours: Path) -> None:
@@ -346,17 +346,17 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
     scores = Outcomes.load(ours / FILE)
     replace(scores, provenance={}).save(ours / FILE)
     with pytest.raises(DataError, match=r"is no cell as `vilu submit` writes it"):
-        take_in(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
+        add_submissions(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
     margin = ours / "handed/one/all/margin/seed-0.parquet"
     again = Path(shutil.copy(margin, ours / "copy.parquet"))
-    (board,) = take_in(load_studies(ours / "ours"), ours / "ours", [margin, again])
+    (board,) = add_submissions(load_studies(ours / "ours"), ours / "ours", [margin, again])
     assert board.config.guests == ("margin",)
     other = Outcomes.load(again)
     replace(other, uncertainty=other.uncertainty * 2).save(
         again
     )  # the same order, and so the same metrics
     with pytest.raises(DataError, match="there is a 'margin' with other scores"):
-        take_in(load_studies(ours / "ours"), ours / "ours", [margin, again])
+        add_submissions(load_studies(ours / "ours"), ours / "ours", [margin, again])
 
 
 def test_the_study_of_a_row_is_of_the_settings_and_seeds_of_the_whole() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vilu.cli.app import add_command_of, app
+from vilu.cli.app import add_plugin_command, app
 from vilu.errors import UsageError
 
 
@@ -24,7 +24,7 @@ def test_a_command_with_a_flag_of_vilu_stops_no_other_command(
     vars(module)["clash"] = clash
     monkeypatch.setitem(sys.modules, "another_package", module)
     monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-    add_command_of(EntryPoint("clash", "another_package:clash", "vilu.commands"))
+    add_plugin_command(EntryPoint("clash", "another_package:clash", "vilu.commands"))
     whole = typer.main.get_command(app)
     assert CliRunner().invoke(app, ["list", "metrics"]).exit_code == 0
     assert "clash" in whole.commands

@@ -68,7 +68,7 @@ def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(
 
 def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     console.complain("error", "key a\nvilu: all is well")
-    console.set_verbosity(console.Speech())
+    console.set_verbosity(console.OutputFlags())
     console.next_step("key a\n\x9b2J")
     assert (
         capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"
@@ -76,7 +76,7 @@ def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_table_clips_and_escapes_its_cells() -> None:
-    heading, line = console.columns([{"class": "x" * 3000, "n": "1\n2"}]).split("\n")
+    heading, line = console.format_columns([{"class": "x" * 3000, "n": "1\n2"}]).split("\n")
     assert heading.split() == ["class", "n"]
     assert line == "x" * 119 + "…  1\\n2"
 
@@ -103,11 +103,11 @@ def test_columns_with_lines_below_their_rows() -> None:
         {"a": "22", "text": "longer", "b": "y", "more": "z"},
     ]
     expected = "a   b\n1   x\n    long\n22  y\n    longer\n    z"
-    assert console.columns(rows, below=("text", "more")) == expected
+    assert console.format_columns(rows, below=("text", "more")) == expected
 
 
 def test_columns_are_aligned() -> None:
     assert (
-        console.columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}])
+        console.format_columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}])
         == "a   name\n1   x\n22  y"
     )

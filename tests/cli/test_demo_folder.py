@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vilu.cli.demo import SORTED_CLASSES, TO_SORT, write_folder
+from vilu.cli.demo import N_PHOTOS_TO_SORT, SORTED_CLASSES, write_folder
 from vilu.cli.demo_command import check_accepted, write_answers
 from vilu.triage.labels import SKIPPED
 
@@ -48,7 +48,7 @@ def test_another_seed_leaves_no_photo_of_the_one_before(tmp_path: Path) -> None:
         (tmp_path / "photos/mine.jpg").write_bytes(b"a photo of the user")
         write_folder(photos, tmp_path, seed=1)
     second = labels_of(tmp_path / "labels.csv")
-    assert len(second) == TO_SORT
+    assert len(second) == N_PHOTOS_TO_SORT
     assert set(second.values()) == set(SORTED_CLASSES)
     assert first != second
     names = {path.name for path in (tmp_path / "photos").iterdir()}

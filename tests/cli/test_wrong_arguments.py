@@ -15,7 +15,7 @@ from tests.builders.array_files import arrays, save
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app, with_stop_message
-from vilu.cli.console import STORE, WANTED, kind_of
+from vilu.cli.console import INPUT_KINDS, STORE, kind_of
 from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import score
 
@@ -118,7 +118,7 @@ def test_another_kind_of_thing(tmp_path: Path, line: list[str], message: str) ->
 
 
 def test_kinds_are_asked_of_parameters_that_there_are() -> None:
-    for name, wanted in WANTED.items():
+    for name, wanted in INPUT_KINDS.items():
         assert wanted.keys() <= {parameter.name for parameter in COMMANDS[name].params}
 
 

@@ -30,7 +30,7 @@ SECONDS = 60  # until a service is ready, or has stopped
 def run_demo(folder: Path, photos: Path) -> None:
     """The command of `make demo`, with a few photos in place of its 3,781."""
     few = patch.object(demo.resources, "as_file", lambda _: nullcontext(photos))
-    few_epochs = patch.dict(demo.TRAINING, epochs=3)
+    few_epochs = patch.dict(demo.TRAINING_SETTINGS, epochs=3)
     with few, few_epochs:
         run("demo", "-o", "demo", cwd=folder)
 

@@ -19,7 +19,7 @@ from tests.builders.versions import NEWER, OLDER, raise_version
 from tests.command import command_line
 from vilu.artifacts.documents import SEAL, content_digest
 from vilu.calibration.calibration import Calibration
-from vilu.cli.demo import key_of
+from vilu.cli.demo import demo_key
 from vilu.service.local_journals import LocalJournals
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec
@@ -163,7 +163,7 @@ def test_the_demo_finds_what_an_older_version_made(
     tmp_path: Path, newer: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "photos.parquet").write_bytes(b"photos")
-    before = key_of(tmp_path / "photos.parquet", 0)
+    before = demo_key(tmp_path / "photos.parquet", 0)
     raise_version(newer)
-    assert key_of(tmp_path / "photos.parquet", 0) == before
-    assert key_of(tmp_path / "photos.parquet", 1) != before
+    assert demo_key(tmp_path / "photos.parquet", 0) == before
+    assert demo_key(tmp_path / "photos.parquet", 1) != before

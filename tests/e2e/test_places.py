@@ -25,7 +25,7 @@ from tests.predictors.test_convert import checkpoint
 from vilu.artifacts.paths import KIND_OF_CSV_HEADER
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
-from vilu.cli.demo import claim as claim_demo
+from vilu.cli.demo import claim_output as claim_demo
 from vilu.errors import UsageError
 from vilu.outcomes.results import ResultTable
 from vilu.store.embed import embed

@@ -18,7 +18,7 @@ from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.predictors.bank.linear_probe import LinearProbe
-from vilu_bench.methods.trustvlm import TrustVLM, few_per_class
+from vilu_bench.methods.trustvlm import TrustVLM, draw_per_class
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
 BANK = [name for name, method in PREDICTORS.items() if ".bank." in method.__module__]
@@ -93,7 +93,7 @@ def test_linear_probe_says_when_it_has_not_settled() -> None:
 def test_trustvlm(shots: int, weight: float) -> None:
     target = np.where(TRAIN.target.numpy() == 3, 0, TRAIN.target.numpy())  # class 3 has no images
     train = with_targets(TRAIN, target)
-    kept = few_per_class(train.target, shots, seed=0).numpy()
+    kept = draw_per_class(train.target, shots, seed=0).numpy()
     features = train.column("features", torch.arange(80)).double().numpy()
     expected = []
     for p, f, t in zip(
@@ -111,12 +111,12 @@ def test_trustvlm(shots: int, weight: float) -> None:
 
 def test_shots_are_drawn_per_class() -> None:
     label = torch.tensor([2, 0, 2, 2, 0, 2, 5])
-    kept = few_per_class(label, 2, seed=0)
+    kept = draw_per_class(label, 2, seed=0)
     assert torch.equal(kept, kept.sort().values)
     assert torch.bincount(label[kept]).tolist() == [2, 0, 2, 0, 0, 1]
-    draws = {tuple(few_per_class(label, 2, seed=seed).tolist()) for seed in range(20)}
+    draws = {tuple(draw_per_class(label, 2, seed=seed).tolist()) for seed in range(20)}
     assert len(draws) > 1
-    assert few_per_class(label, 4, seed=0).tolist() == list(range(7))
+    assert draw_per_class(label, 4, seed=0).tolist() == list(range(7))
 
 
 def test_features_of_another_width_are_refused() -> None:

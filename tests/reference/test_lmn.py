@@ -14,7 +14,7 @@ from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.space import EmbeddingSpace
-from vilu_bench.methods.networks import LIMIT, LMN, logit_gaps, target_curve
+from vilu_bench.methods.networks import LMN, MAX_LOG_TEMPERATURE, logit_gaps, target_curve
 
 
 @pytest.mark.parametrize("steepness", [0.05, 0.3, 2.0])
@@ -102,9 +102,9 @@ def test_wrong_answers_get_higher_temperatures_within_the_bound() -> None:
     batch = next(test.batches(600))
     log_t = predictor.network_(batch).detach()
     assert log_t[batch.failure == 1].mean() > log_t[batch.failure == 0].mean() + 0.5
-    assert log_t.abs().max() <= LIMIT
+    assert log_t.abs().max() <= MAX_LOG_TEMPERATURE
     far = next(Embeddings(test.image, test.text, target=test.target, logit_scale=1e4).batches(600))
-    assert predictor.network_(far).abs().max() <= LIMIT
+    assert predictor.network_(far).abs().max() <= MAX_LOG_TEMPERATURE
 
 
 def test_published_size() -> None:

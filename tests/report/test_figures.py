@@ -43,7 +43,7 @@ def test_saved_figures_are_reproducible(outcomes: list[Outcomes], tmp_path: Path
 
 def test_drawings_have_a_dark_form(outcomes: list[Outcomes], tmp_path: Path) -> None:
     style.save(figures.roc_curves(outcomes[:2]), tmp_path / "a.svg")
-    assert (tmp_path / "a.svg").read_text().count(style.DARK) == 1
+    assert (tmp_path / "a.svg").read_text().count(style.DARK_RULE) == 1
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:

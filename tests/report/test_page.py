@@ -24,11 +24,11 @@ from vilu.calibration.target import Target
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
 from vilu.report.page.build import operating_points
-from vilu.report.page.charts import Rate, class_rows, round_ticks, thin
+from vilu.report.page.charts import Rate, class_rows, round_ticks, thin_points
 from vilu.report.page.choice import (
     Calibrated,
-    by_hindsight,
-    by_rule,
+    choose_by_hindsight,
+    choose_by_rule,
     choose_main,
     read_calibrated,
     read_scores,
@@ -120,13 +120,13 @@ def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:
     one = dataclasses.replace(
         outcomes_of(4), uncertainty=[0.1, 0.2, 0.3, 0.4], failure=[0, 1, 0, 0]
     )
-    assert by_hindsight(one, 0.25).threshold == 0.4
-    assert by_hindsight(one, 0.2).threshold == 0.1
-    nothing = by_hindsight(dataclasses.replace(one, failure=[1, 0, 0, 0]), 0.2)
+    assert choose_by_hindsight(one, 0.25).threshold == 0.4
+    assert choose_by_hindsight(one, 0.2).threshold == 0.1
+    nothing = choose_by_hindsight(dataclasses.replace(one, failure=[1, 0, 0, 0]), 0.2)
     assert nothing.threshold is None
     assert not nothing.accepted.any()
     with pytest.raises(UsageError, match="max_risk must be in"):
-        by_hindsight(one, 1.0)
+        choose_by_hindsight(one, 1.0)
     upside_down = outcomes_of()
     upside_down = dataclasses.replace(upside_down, uncertainty=1 - upside_down.uncertainty)
     page = report_page([upside_down])
@@ -137,7 +137,7 @@ def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:
 def test_rules_accept_as_they_say() -> None:
     one = outcomes_of()
     rule = certify(outcomes_of(seed=5), max_risk=0.2)
-    choice = by_rule(one, Calibrated(rule, "vilu_plus", facts={"source": "cafe"}))
+    choice = choose_by_rule(one, Calibrated(rule, "vilu_plus", facts={"source": "cafe"}))
     assert np.array_equal(choice.accepted, one.uncertainty <= rule.threshold)
     page = report_page([one], calibrated=Calibrated(rule, facts={"source": "cafe"}))
     assert "Calibrated on other rows" in page
@@ -151,7 +151,7 @@ def test_rules_accept_as_they_say() -> None:
             "thresholds": {"": {**rule.thresholds[""].model_dump(), "floor": 0.1}},
         }
     )
-    choice = by_rule(one, Calibrated(floored, "vilu_plus"))
+    choice = choose_by_rule(one, Calibrated(floored, "vilu_plus"))
     assert np.array_equal(
         choice.accepted, (one.uncertainty > 0.1) & (one.uncertainty <= rule.threshold)
     )
@@ -166,21 +166,21 @@ def test_rules_accept_as_they_say() -> None:
     by_hand = [
         limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)
     ]
-    choice = by_rule(one, Calibrated(grouped))
+    choice = choose_by_rule(one, Calibrated(grouped))
     assert choice.accepted.tolist() == by_hand
     assert choice.threshold is None
     assert not data_of(report_page([one], calibrated=Calibrated(grouped)))["exact"]
 
     of_batches = certify(outcomes_of(seed=5), max_risk=0.2, method="selection")
-    batch = by_rule(one, Calibrated(of_batches))
+    batch = choose_by_rule(one, Calibrated(of_batches))
     assert batch.accepted.any()
     assert np.array_equal(batch.accepted, one.uncertainty <= batch.threshold)
 
     with pytest.raises(ProvenanceError, match="'mcm'"):
-        by_rule(one, Calibrated(rule, "mcm"))
+        choose_by_rule(one, Calibrated(rule, "mcm"))
     decided = dataclasses.replace(one, provenance={"risk": "beef"})
     with pytest.raises(ProvenanceError, match="'beef'"):
-        by_rule(decided, Calibrated(rule, risk="cafe"))
+        choose_by_rule(decided, Calibrated(rule, risk="cafe"))
 
 
 def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:
@@ -193,7 +193,7 @@ def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:
 
 def test_classes_by_brute_force_and_scipy() -> None:
     one = outcomes_of()
-    choice = by_hindsight(one, 0.1)
+    choice = choose_by_hindsight(one, 0.1)
     rows, left = class_rows(one, choice)
     assert left == 0
     assert [row.failures.k for row in rows] == sorted(
@@ -231,7 +231,7 @@ def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
 
 def test_the_gallery_shows_the_rows_that_it_says() -> None:
     one = outcomes_of()
-    choice = by_hindsight(one, 0.05)
+    choice = choose_by_hindsight(one, 0.05)
     rows = pick_rows(one, choice)
     assert (
         one.uncertainty[rows["suspicious"]].tolist() == sorted(one.uncertainty, reverse=True)[:24]
@@ -403,7 +403,7 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
     assert round_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert round_ticks(-4.2, 6.1) == [-4, -2, 0, 2, 4, 6]
     x = np.linspace(0, 1, 5000)
-    xs, ys = thin(x, x**2, 100)
+    xs, ys = thin_points(x, x**2, 100)
     assert len(xs) <= 100
     assert (xs[0], ys[0], xs[-1], ys[-1]) == (0, 0, 1, 1)
     assert (

@@ -20,7 +20,7 @@ from vilu.tables.combine import (
     best_probe,
     folds_of,
     log_losses,
-    platt,
+    platt_scaling,
     ridge_logistic,
     rising_logistic,
 )
@@ -110,17 +110,17 @@ def test_platt_mends_log_odds_that_are_too_sure() -> None:
     rng = np.random.default_rng(0)
     log_odds = rng.normal(size=20_000)
     failure = (rng.random(20_000) < 1 / (1 + np.exp(-log_odds))).astype(np.int64)
-    slope, shift = platt(3 * log_odds + 1, failure)
+    slope, shift = platt_scaling(3 * log_odds + 1, failure)
     # the truth is log_odds = (x - 1) / 3; a slope of 20,000 rows has a standard error near 0.02 / 3
     assert slope == pytest.approx(1 / 3, abs=0.03)
     assert shift == pytest.approx(-1 / 3, abs=0.06)
-    assert platt(-log_odds, failure) == (1.0, 0.0)
+    assert platt_scaling(-log_odds, failure) == (1.0, 0.0)
 
 
 def test_folds_keep_clusters_together() -> None:
     cluster = np.repeat(np.arange(50), 4)
     failure = np.tile([0, 0, 0, 1], 50)
-    held_out = [fold.held_out for fold in folds_of(cluster, failure, seed=0)]
+    held_out = [fold.held_out_mask for fold in folds_of(cluster, failure, seed=0)]
     assert np.sum(held_out, axis=0).tolist() == [1] * 200
     for mask in held_out:
         assert len(set(cluster[mask]) & set(cluster[~mask])) == 0
@@ -132,7 +132,7 @@ def test_probabilities_are_calibrated_on_new_rows() -> None:
     u = AnswerProbe().fit(table(400, features=150)).predict_uncertainty(test)
     # 4,000 rows with 18 % wrong: a standard error of 0.6 points, and one of the fit of 2 points
     assert u.mean() == pytest.approx(test.failure.mean(), abs=0.07)
-    slope, _ = platt(np.log(u) - np.log1p(-u), test.failure)
+    slope, _ = platt_scaling(np.log(u) - np.log1p(-u), test.failure)
     assert 0.6 < slope < 1.6
 
 

@@ -41,12 +41,12 @@ from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, 
 from vilu.errors import StorageError, UsageError, ViLUError, nearest
 from vilu.process import keep_ray_on_this_machine, tune_process
 
-POSSIBLE: Final = re.compile(r" \(Possible options: .*\)$")
-"""What typer says of similar options."""
-CHOICE: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
-"""What typer says of a value that is none of the known ones."""
-NAMED: Final = re.compile(r"'([^']+)'")
-"""A known value in such a message."""
+POSSIBLE_OPTIONS: Final = re.compile(r" \(Possible options: .*\)$")
+"""End of typer's message about an unknown option, which lists similar options."""
+UNKNOWN_CHOICE: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
+"""typer's message about a value that is none of the known values."""
+QUOTED_VALUE: Final = re.compile(r"'([^']+)'")
+"""A known value in the message ``UNKNOWN_CHOICE``."""
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 """Class of the exceptions that typer raises for an invalid command line.
 
@@ -54,10 +54,10 @@ typer does not export this class, so it is found as the base of one of its subcl
 """
 
 MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
-"""Exceptions that a lack of memory may raise; the last two have other reasons, too."""
+"""Exceptions that a lack of memory may raise. The last two may also have other reasons."""
 
 NO_MEMORY = ("failed to map segment", "can't allocate memory", "can't start new thread")
-"""Words for a lack of memory: of the loader of libraries, of torch, and of Python."""
+"""Words for a lack of memory in messages of the loader of libraries, of torch, and of Python."""
 
 
 def entry() -> None:
@@ -122,7 +122,7 @@ def _run() -> int:
     except KeyboardInterrupt:  # the command has already printed a message, if it had begun
         return INTERRUPTED
     except MISUSE as error:
-        complain("error", _misuse(error))
+        complain("error", _misuse_message(error))
         return UsageError.exit_code
     except ViLUError as error:
         complain("error", str(error))
@@ -130,7 +130,8 @@ def _run() -> int:
     except MEMORY_ERRORS as error:
         if not _is_about_memory(error):
             raise
-        complain("error", f"there is not enough memory ({str(error) or 'no details'}).{_limit()}")
+        details = str(error) or "no details"
+        complain("error", f"there is not enough memory ({details}).{_memory_limit_sentence()}")
         return StorageError.exit_code
     except OSError as error:
         if error.filename is None:  # the error is not about a file, so it is a bug
@@ -140,10 +141,10 @@ def _run() -> int:
         return StorageError.exit_code
 
 
-def _misuse(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
-    """Message of an invalid command line, and the command whose help shows a valid one."""
+def _misuse_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
+    """Message about an invalid command line; it ends with the command that shows the help."""
     message = error.format_message().replace("Value error, ", "")
-    message = POSSIBLE.sub("", message)
+    message = POSSIBLE_OPTIONS.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
     if not sentence.endswith((".", "?")):
         sentence += "."
@@ -157,22 +158,25 @@ def _misuse(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its 
 
 def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer exports no name for it
     """The question whether a similar option or value was meant; "" if there is none."""
-    if similar := getattr(error, "possibilities", None):
-        return nearest(error.option_name, similar)
-    if choice := CHOICE.search(message):
-        return nearest(choice["given"], NAMED.findall(choice["known"]), cutoff=0.5)
+    similar_options = getattr(error, "possibilities", None)
+    if similar_options:
+        return nearest(error.option_name, similar_options)
+    choice = UNKNOWN_CHOICE.search(message)
+    if choice is not None:
+        known_values = QUOTED_VALUE.findall(choice["known"])
+        return nearest(choice["given"], known_values, cutoff=0.5)
     return ""
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Whether memory was missing, for a value, a library or a thread."""
+    """Whether the error says that memory was missing for a value, a library or a thread."""
     if isinstance(error, MemoryError):
         return True
     return any(words in str(error) for words in NO_MEMORY)
 
 
-def _limit() -> str:
-    """A sentence about the limit on the memory of this process, if it has one."""
+def _memory_limit_sentence() -> str:
+    """A sentence about the limit on the memory of this process; "" if there is no limit."""
     if sys.platform == "win32":
         return ""
     import resource

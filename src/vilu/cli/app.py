@@ -16,15 +16,15 @@ from typer import Option
 
 from vilu.cli.catalogues import check_known, list_, list_known
 from vilu.cli.console import (
+    INPUT_KINDS,
+    INPUT_KINDS_OF_PLUGINS,
+    OUTPUT_FLAGS,
     RESUMABLE,
-    SPEECH,
     TERMINATED,
-    WANTED,
-    WANTED_BY,
-    Speech,
+    OutputFlags,
     complain,
     require_kinds,
-    speaking,
+    with_output_flags,
 )
 from vilu.cli.demo_command import demo
 from vilu.cli.estimating import estimate
@@ -73,19 +73,19 @@ app = typer.Typer(
 )
 
 
-PRIVATE: Final = frozenset(
+PRIVATE_COMMANDS: Final = frozenset(
     {"audit-labels", "calibrate", "labels", "monitor", "next", "review", "serve", "triage"}
 )
-"""Commands whose files hold paths and labels of people, so that no other user may read them."""
+"""Commands whose files hold paths of photos and labels. By default no other user may read them."""
 
-OCTAL: Final = re.compile(r"[0-7]{1,4}")
-"""Form of a umask."""
+OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
+"""How a umask is written."""
 
 
 def show_version(value: bool) -> None:
     """Print the version and exit."""
     if value:
-        # This import is here, because it takes as long as all else that `vilu --help` does.
+        # This import is here, because it takes as much time as the rest of `vilu --help`.
         import importlib.metadata
 
         typer.echo(importlib.metadata.version("vilu"))
@@ -139,8 +139,8 @@ def common(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(UsageError.exit_code)
-    speech = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
-    context.with_resource(speaking(speech))
+    speech = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
+    context.with_resource(with_output_flags(speech))
     _set_umask(context, umask)
     if context.invoked_subcommand == "serve":
         use_one_heap()  # before a plug-in may import pyarrow
@@ -149,9 +149,9 @@ def common(
 
 
 def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags --verbose, --quiet and --json, which `vilu` itself has, too.
+    """Give a command the flags --verbose, --quiet and --json.
 
-    So they may stand before the command or after it.
+    `vilu` itself has these flags, too, so they may stand before the command or after it.
 
     Raises:
         UsageError: If the command has a parameter with the name of such a flag.
@@ -159,8 +159,8 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*, verbose: bool, quiet: bool, as_json: bool, **values: Any) -> None:  # noqa: ANN401
-        after = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
-        with speaking(SPEECH.get() | after):
+        flags_after = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
+        with with_output_flags(OUTPUT_FLAGS.get() | flags_after):
             command(**values)
 
     flags = {"verbose": Verbose, "quiet": Quiet, "as_json": AsJson}
@@ -179,15 +179,15 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _set_umask(context: typer.Context, stated: str | None) -> None:
+def _set_umask(context: typer.Context, umask: str | None) -> None:
     """Set which rights new files do not get, until the command ends."""
-    if stated is None and context.invoked_subcommand not in PRIVATE:
+    if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
-    mask = "077" if stated is None else stated
-    if not OCTAL.fullmatch(mask):
+    mask = "077" if umask is None else umask
+    if not OCTAL_NUMBER.fullmatch(mask):
         raise UsageError(f"--umask is an octal number such as 022. Got {mask!r:.40} instead.")
-    before = os.umask(int(mask, 8))
-    context.call_on_close(lambda: os.umask(before))
+    umask_before = os.umask(int(mask, 8))
+    context.call_on_close(lambda: os.umask(umask_before))
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
@@ -198,11 +198,11 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
-        name = name_of(command)
-        wanted: Mapping[str, str] = WANTED.get(name, {})
-        if command.__name__ in WANTED_BY:  # a command of another package
-            wanted = WANTED_BY[command.__name__]
-        require_kinds(name, values, wanted)
+        name = command_name(command)
+        wanted_kinds: Mapping[str, str] = INPUT_KINDS.get(name, {})
+        if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command of another package
+            wanted_kinds = INPUT_KINDS_OF_PLUGINS[command.__name__]
+        require_kinds(name, values, wanted_kinds)
         try:
             command(**values)
         except KeyboardInterrupt:
@@ -216,19 +216,19 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def name_of(command: Callable[..., None]) -> str:
+def command_name(command: Callable[..., None]) -> str:
     """The name of a command: without a trailing underscore, and with hyphens for underscores."""
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Message of a stopped command: the results so far, and what the same command would do next."""
-    name = name_of(command)
+    """Message of a stopped command: which results are there, and what the same command would do."""
+    name = command_name(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE
     if name == "score" and output is not None:
         is_folder = not output.suffix
-        is_resumed = is_folder  # a folder is written in parts, a file at once
+        is_resumed = is_folder  # a folder is written in parts, but a file at once
     if is_resumed:
         return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
@@ -264,7 +264,7 @@ def add_command(
 
 for panel, commands in COMMANDS.items():
     for command in commands:
-        add_command(app, name_of(command), command, panel)
+        add_command(app, command_name(command), command, panel)
 datasets = typer.Typer(
     cls=PanelledGroup,
     help="Data sets that vilu can open by name: their description, and which are on this disk.",
@@ -278,7 +278,7 @@ tabulate = typer.Typer(
     "classifiers.",
 )
 for command in (completions_, detections_, logits_, words_):
-    add_command(tabulate, name_of(command), command)
+    add_command(tabulate, command_name(command), command)
 app.add_typer(tabulate, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
@@ -286,8 +286,8 @@ COMMAND_GROUP: Final = "vilu.commands"
 """Group of the entry points that add commands."""
 
 
-def refusing(error: UsageError) -> Callable[[], None]:
-    """Make a command that raises ``error``, in place of a command that cannot be imported."""
+def command_that_raises(error: UsageError) -> Callable[[], None]:
+    """A command that raises ``error``; it stands in place of one that cannot be imported."""
 
     def command() -> None:
         raise error
@@ -300,30 +300,30 @@ ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True
 """Settings of a command that only raises an error."""
 
 
-def add_command_of(entry: EntryPoint) -> None:
+def add_plugin_command(entry: EntryPoint) -> None:
     """Add a command of another package; if its import fails, the command raises the error."""
     try:
         command = load_entry(entry, "command")
         add_command(app, entry.name, command, RESEARCH)
     except UsageError as error:
         app.command(entry.name, context_settings=ANY_ARGUMENTS, rich_help_panel=RESEARCH)(
-            refusing(error)
+            command_that_raises(error)
         )
 
 
-def add_commands_of_bench() -> None:
+def add_missing_bench_commands() -> None:
     """Add the commands of vilu-bench that are not installed, so that each says what to install."""
     installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
     for name in names_of_bench()[COMMAND_GROUP]:
         if name not in installed:
-            app.command(name, context_settings=ANY_ARGUMENTS, hidden=True)(refuse_command)
+            app.command(name, context_settings=ANY_ARGUMENTS, hidden=True)(refuse_bench_command)
 
 
-def refuse_command(context: typer.Context) -> None:
+def refuse_bench_command(context: typer.Context) -> None:
     """Raise the error that a command is part of vilu-bench."""
     refuse_name_of_bench(COMMAND_GROUP, str(context.info_name))
 
 
 for entry in entry_points(COMMAND_GROUP):
-    add_command_of(entry)
-add_commands_of_bench()
+    add_plugin_command(entry)
+add_missing_bench_commands()

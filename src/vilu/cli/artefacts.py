@@ -28,8 +28,8 @@ from vilu.text import plural
 ARTEFACT_GROUP: Final = "vilu.artefacts"
 """Group of the entry points that recognise artefacts of other packages."""
 
-FOLDERS_OF_RUNS: Final = ("cells", "studies")
-"""Folders in the output of a benchmark, which vilu-bench checks."""
+BENCHMARK_FOLDERS: Final = ("cells", "studies")
+"""Folders that the output of a benchmark has. vilu-bench checks such an output."""
 
 
 class Artefact(NamedTuple):
@@ -59,7 +59,7 @@ def check(path: Path) -> Iterator[Artefact]:
     if artefact is not None:
         yield artefact
         return
-    if any((path / name).is_dir() for name in FOLDERS_OF_RUNS):
+    if any((path / name).is_dir() for name in BENCHMARK_FOLDERS):
         refuse_name_of_bench(ARTEFACT_GROUP, "benchmark")
     files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
     if not files:
@@ -93,7 +93,7 @@ def check_file(path: Path) -> Artefact:
     if path.suffix == ".parquet":
         return _check_table(path)
     if path.suffix == ".csv":
-        return _described(path, "outcomes", len(Outcomes.load(path)))
+        return _describe(path, "outcomes", len(Outcomes.load(path)))
     raise DataError(
         f"{path} cannot be checked by itself: only .json, .parquet and .csv files can. Give its "
         "folder."
@@ -104,7 +104,7 @@ def _check_document(path: Path) -> Artefact:
     """Check a JSON file."""
     kind = read_json(path, "Make it again").get("kind", "document")
     n_rows = len(ResultTable.load(path)) if kind == "results" else 0
-    return _described(path, kind, n_rows)
+    return _describe(path, kind, n_rows)
 
 
 def _check_table(path: Path) -> Artefact:
@@ -118,7 +118,7 @@ def _check_table(path: Path) -> Artefact:
         n_rows = len(Outcomes.load(path))
     elif kind == "results":
         n_rows = len(ResultTable.load(path))
-    return _described(path, kind, n_rows)
+    return _describe(path, kind, n_rows)
 
 
 def _check_state(path: Path, metadata: dict[str, object]) -> None:
@@ -129,7 +129,7 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
         raise DataError(f"{path} is damaged: {first_error(error)}. Begin a new monitor.") from error
 
 
-def _described(path: Path, kind: str, n_rows: int) -> Artefact:
+def _describe(path: Path, kind: str, n_rows: int) -> Artefact:
     """The artefact, described by its kind and, if it has rows, by the number of its rows."""
     what = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
     return Artefact(path, what)

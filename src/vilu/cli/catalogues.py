@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vilu.cli.console import columns, next_step, print_result
+from vilu.cli.console import format_columns, next_step, print_result
 from vilu.cli.options import complete_datasets, path_argument
 from vilu.text import printable
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.predictor import FailurePredictor
 
 
-BELOW = ("folder", "archives", "trouble", "to do")
+CELLS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
 
 NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
@@ -60,7 +60,7 @@ def list_known() -> None:
     for entry in KNOWN.values():
         facts.append({name: getattr(entry, name) for name in FACTS})
         rows.append(_dataset_in_brief(entry))
-    table = columns(rows, below=("how", "url"))
+    table = format_columns(rows, below=("how", "url"))
     print_result(facts, table)
     if not rows:
         next_step(NAMED_BY_BENCH)
@@ -93,21 +93,21 @@ def check_known(
     for presence in presences:
         facts.append(presence.to_dict())
         rows.append(_presence_in_brief(presence))
-    print_result(facts, columns(rows, below=BELOW))
-    not_whole = []
+    print_result(facts, format_columns(rows, below=CELLS_BELOW_ROW))
+    incomplete = []
     for presence in presences:
         if presence.state in {"absent", "incomplete"}:
-            not_whole.append(presence.name)
-    if names and not_whole:
+            incomplete.append(presence.name)
+    if names and incomplete:
         raise DataError(
-            f"not whole: {', '.join(not_whole)} ({len(not_whole)} of {len(presences)} data sets). "
-            "See above."
+            f"not whole: {', '.join(incomplete)} ({len(incomplete)} of {len(presences)} data "
+            "sets). See above."
         )
     if not presences:
         next_step(NAMED_BY_BENCH)
         return
-    n_whole = len(presences) - len(not_whole)
-    next_step(f"{n_whole} of {len(presences)} data sets are here and whole")
+    n_complete = len(presences) - len(incomplete)
+    next_step(f"{n_complete} of {len(presences)} data sets are here and whole")
 
 
 def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
@@ -148,7 +148,7 @@ def _presence_in_brief(presence: Presence) -> dict[str, str]:
         counts.append(f"{name} {_count_text(split)}")
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
-    # Without empty texts and repetitions, in the same order.
+    # each text once, in the same order, without empty texts
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
     if presence.folder is not None:
@@ -210,37 +210,37 @@ def list_(
     embed` that it needs (in brackets: that it can use); its reference, its description and its
     cost.
     """
-    makers = {
-        "predictors": _predictors,
-        "backbones": _backbones,
-        "datasets": _datasets,
-        "metrics": _metrics,
+    rows_of_catalogue = {
+        "predictors": _predictor_rows,
+        "backbones": _backbone_rows,
+        "datasets": _dataset_rows,
+        "metrics": _metric_rows,
     }
-    rows = makers[what]()
+    rows = rows_of_catalogue[what]()
     if what == "predictors":
-        brief = [_predictor_in_brief(row) for row in rows]
-        table = columns(brief, below=("what it is", "cost"))
+        short_rows = [_predictor_in_brief(row) for row in rows]
+        table = format_columns(short_rows, below=("what it is", "cost"))
     elif what == "backbones":
-        table = columns(rows, below=("what it is",))
+        table = format_columns(rows, below=("what it is",))
     else:
-        table = columns(rows)
+        table = format_columns(rows)
     print_result(rows, table)
     if what == "datasets":
         next_step("more of the data sets that have a name: vilu datasets list")
 
 
-def _predictors() -> list[dict[str, Any]]:
+def _predictor_rows() -> list[dict[str, Any]]:
     """A row for every predictor."""
     from vilu.predictors import PREDICTORS
     from vilu.predictors.contract.catalogue import find_method
     from vilu.registry import METHODS_OF_TABLES
 
-    rows = [_predictor(name, cls) for name, cls in PREDICTORS.items()]
-    rows += [_predictor(name, find_method(name)) for name in METHODS_OF_TABLES]
+    rows = [_predictor_row(name, cls) for name, cls in PREDICTORS.items()]
+    rows += [_predictor_row(name, find_method(name)) for name in METHODS_OF_TABLES]
     return rows
 
 
-def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
+def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     """The row of a predictor."""
     if not cls.needs_fit:
         needs_labels = "no"
@@ -252,7 +252,7 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     if cls.closed_set:  # the method only works on the classes that it was fitted on
         classes = "those of training"
     needs_columns = list(cls.columns)
-    if cls.takes == "answers":  # a table has its columns; `vilu embed` makes none of them
+    if cls.takes == "answers":  # it needs columns of a table, which `vilu embed` does not make
         needs_columns = []
     return {
         "name": name,
@@ -277,21 +277,21 @@ def _yes_or_no(value: bool) -> str:
     return "no"
 
 
-def _metrics() -> list[dict[str, Any]]:
+def _metric_rows() -> list[dict[str, Any]]:
     """A row for every metric."""
     from vilu.metrics.catalog import METRICS
 
-    return [_metric(name, metric) for name, metric in METRICS.items()]
+    return [_metric_row(name, metric) for name, metric in METRICS.items()]
 
 
-def _metric(name: str, metric: Metric) -> dict[str, Any]:
+def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
     """The row of a metric; its cell "computed" says when the metric is computed."""
     better = "lower"
     if metric.higher_is_better:
         better = "higher"
-    what = "any score"
+    of_what = "any score"
     if metric.of_probability:
-        what = "probability"
+        of_what = "probability"
     computed: str = metric.wanted
     if metric.question != "failure":  # the metric needs pictures of none of the classes
         computed = "with outside rows"
@@ -299,7 +299,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
         "name": name,
         "title": metric.title,
         "better": better,
-        "of": what,
+        "of": of_what,
         "computed": computed,
         "convention": metric.convention,
     }
@@ -307,10 +307,10 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
 
 def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     """The cells of a predictor, short enough for a table of 120 characters."""
-    flags = _flags(row["needs columns"])
-    optional = _flags(row["uses columns"])
-    if optional:
-        flags.append(f"[{' '.join(optional)}]")
+    flags = _embed_flags(row["needs columns"])
+    optional_flags = _embed_flags(row["uses columns"])
+    if optional_flags:
+        flags.append(f"[{' '.join(optional_flags)}]")
     classes = "fitted"
     if row["classes"] == "any":
         classes = "any"
@@ -332,7 +332,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _flags(needed: list[str]) -> list[str]:
+def _embed_flags(needed: list[str]) -> list[str]:
     """The flags with which `vilu embed` stores these columns, without repetition."""
     from vilu.embeddings.columns import COLUMN_COMMANDS
 
@@ -340,7 +340,7 @@ def _flags(needed: list[str]) -> list[str]:
     return list(dict.fromkeys(flags))
 
 
-def _backbones() -> list[dict[str, Any]]:
+def _backbone_rows() -> list[dict[str, Any]]:
     """A row for every backbone."""
     from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
@@ -366,7 +366,7 @@ def _installed_by(kind: BackboneKind) -> str:
     return f"vilu[{kind.extra}]"
 
 
-def _datasets() -> list[dict[str, Any]]:
+def _dataset_rows() -> list[dict[str, Any]]:
     """Names and descriptions of layouts, and of data sets that have a name."""
     from vilu.datasets.catalog import DATASETS
     from vilu.datasets.known import KNOWN
@@ -376,6 +376,6 @@ def _datasets() -> list[dict[str, Any]]:
     for name, layout in LAYOUTS.items():
         descriptions[name] = layout.description
     for name, entry in KNOWN.items():
-        # A layout of the same name keeps its own description.
+        # If a layout has the same name, its description stays.
         descriptions.setdefault(name, f"{entry.title}, by --dataset {name}")
     return [{"name": name, "what it is": text} for name, text in descriptions.items()]

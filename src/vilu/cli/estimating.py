@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vilu.outcomes.outcomes import Outcomes
     from vilu.predictors.contract.predictor import FailurePredictor
 
-SHOWN = 20
-"""Largest number of classes that are printed; --json has all."""
+MAX_CLASSES_SHOWN = 20
+"""Maximum number of classes that are printed; --json has all."""
 
 PredictorOption = Annotated[
     Path | None,
@@ -62,18 +62,18 @@ def estimate(
     """
     from vilu.calibration.estimates import estimate as estimate_outcomes
 
-    source = reading.open_both(data)
-    _refuse_asked_for(source)
-    model = _model(source, data, predictor)
+    source = reading.open_with_second(data)
+    _refuse_labels_chosen_to_fit(source)
+    model = _scoring_predictor(source, data, predictor)
     if labels is not None:
-        source = _with_labels(source, labels)
-    outcomes = _scores(model, source, data, with_classes=classes)
+        source = _label_rows(source, labels)
+    outcomes = _score_unused_rows(model, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
-    console.print_result(facts, _in_words(estimates, confidence))
+    console.print_result(facts, _estimates_in_words(estimates, confidence))
 
 
-def _refuse_asked_for(source: EmbeddingSource) -> None:
+def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
     """Refuse a table with labels of rows that `vilu next` chose to fit on.
 
     These rows are not a random sample, so an estimate from them would be wrong.
@@ -85,7 +85,8 @@ def _refuse_asked_for(source: EmbeddingSource) -> None:
     is_labelled = (source.correct != UNKNOWN).tolist()
     n_chosen = 0
     for purpose, has_label in zip(source.asked_for, is_labelled, strict=True):
-        n_chosen += purpose == "fit" and has_label
+        if purpose == "fit" and has_label:
+            n_chosen += 1
     if n_chosen:
         raise UsageError(
             f"`vilu next` chose {plural(n_chosen, 'labelled row')} of this table to fit on, so "
@@ -94,23 +95,25 @@ def _refuse_asked_for(source: EmbeddingSource) -> None:
         )
 
 
-def _model(source: EmbeddingSource, data: Path, predictor: Path | None) -> FailurePredictor:
-    """The saved predictor; or the one column of scores of a table of answers."""
+def _scoring_predictor(
+    source: EmbeddingSource, data: Path, predictor: Path | None
+) -> FailurePredictor:
+    """The predictor that scores the rows: a saved one, or the only column of scores of a table."""
     from vilu.predictors.persistence.storage import load_predictor
-    from vilu.tables.methods import one_score
+    from vilu.tables.methods import method_of_only_score
     from vilu.tables.table import AnswerTable
 
     if predictor is not None:
         return load_predictor(predictor)
     if isinstance(source, AnswerTable):
-        return one_score(source)
+        return method_of_only_score(source)
     raise UsageError(
         f"{data} has no scores. Fit a predictor on other rows and name it: `vilu estimate {data} "
         "--predictor PREDICTOR`."
     )
 
 
-def _with_labels(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
+def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
     """All rows of a store, with the labels of files."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels
@@ -123,10 +126,13 @@ def _with_labels(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
     return all_rows_with_random_labels(source, files)
 
 
-def _scores(
+def _score_unused_rows(
     model: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
-    """Scores of the rows that were not used in the fit; for a table with its answers as classes."""
+    """Score the rows that were not used to fit the predictor.
+
+    With ``with_classes``, the texts of the answers of a table become its classes.
+    """
     from vilu.scoring.score import score_fresh
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
@@ -138,7 +144,7 @@ def _scores(
     return outcomes
 
 
-def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
+def _estimates_in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
     """The estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exact_percent
 
@@ -151,8 +157,8 @@ def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
         f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
     ]
     largest = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)
-    lines += [f"  {estimate}" for estimate in largest[:SHOWN]]
-    n_more = len(largest) - SHOWN
+    lines += [f"  {estimate}" for estimate in largest[:MAX_CLASSES_SHOWN]]
+    n_more = len(largest) - MAX_CLASSES_SHOWN
     if n_more > 0:
         lines.append(f"  and {plural(n_more, 'smaller class')}: --json has them all")
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from vilu.cli import console
 from vilu.cli.console import next_step
 from vilu.cli.help import DATA, MODEL, MORE, SPEED
 from vilu.cli.options import (
-    MOST_SEED,
-    MOST_WORKERS,
+    MAX_SEED,
+    MAX_WORKERS,
     Backbone,
     BatchSize,
     Device,
@@ -97,7 +97,7 @@ Workers = Annotated[
     int | None,
     Option(
         min=1,
-        max=MOST_WORKERS,
+        max=MAX_WORKERS,
         help="Decoding threads of each process. [one per core, divided among --processes]",
         rich_help_panel=SPEED,
     ),
@@ -123,7 +123,7 @@ Processes = Annotated[
     int | None,
     Option(
         min=1,
-        max=MOST_WORKERS,
+        max=MAX_WORKERS,
         help="Processes of the executor. [one per core, or what the cluster has]",
         rich_help_panel=SPEED,
     ),
@@ -169,7 +169,7 @@ Features = Annotated[
     ),
 ]
 SeedOfViews = Annotated[
-    int, Option(min=0, max=MOST_SEED, help="Seed of the augmented views.", rich_help_panel=MODEL)
+    int, Option(min=0, max=MAX_SEED, help="Seed of the augmented views.", rich_help_panel=MODEL)
 ]
 Split = Annotated[
     str | None, Option(help="Only this split, or several joined by +.", rich_help_panel=DATA)
@@ -198,7 +198,7 @@ AllowBadShards = Annotated[
 ]
 
 
-@console.goes_on
+@console.resumable
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Source,
     output: StoreFolder,
@@ -250,7 +250,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         classes=classes,
         captions=captions,
         outside=outside or (),
-        where=console.pairs_of("--where", where, "COLUMN=VALUE"),
+        where=console.parse_pairs("--where", where, "COLUMN=VALUE"),
         dataset=dataset,
         raw_names=raw_names,
         root=root,

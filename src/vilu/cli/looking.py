@@ -13,7 +13,7 @@ from vilu.cli import console
 from vilu.cli.console import next_step
 from vilu.cli.help import MORE
 from vilu.cli.options import (
-    MOST_SEED,
+    MAX_SEED,
     Data,
     ImagesRoot,
     ImagesSplit,
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from vilu.report.explain.risk import RiskMap
     from vilu.tables.table import AnswerTable
 
-ALARM = 8  # exit code of `vilu monitor`: the guarantee should no longer be relied on
+ALARM_EXIT_CODE = 8  # exit code of `vilu monitor`: the guarantee should no longer be relied on
 
-FittedOn = Annotated[
+TrainingStore = Annotated[
     Path | None,
     path_option("Labelled store that the predictor was fitted on; its nearest rows are shown."),
 ]
@@ -62,16 +62,16 @@ SeedOfExplanation = Annotated[
     int,
     Option(
         min=0,
-        max=MOST_SEED,
+        max=MAX_SEED,
         help="Seed of the background rows, or of --summary's folds.",
         rich_help_panel=MORE,
     ),
 ]
-Summary = Annotated[
+SummaryFlag = Annotated[
     bool,
     Option("--summary", help="All rows: which confusions cost the most, which texts to improve."),
 ]
-Coverage = Annotated[
+AcceptedShare = Annotated[
     float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
 ]
 
@@ -80,13 +80,13 @@ Coverage = Annotated[
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
-    train: FittedOn = None,
+    train: TrainingStore = None,
     key: Keys = None,
     row: Rows = None,
     n: MostUncertain = 10,
     seed: SeedOfExplanation = 0,
-    summary: Summary = False,
-    coverage: Coverage = None,
+    summary: SummaryFlag = False,
+    coverage: AcceptedShare = None,
     *,
     reading: Reading,
     output: JsonFile = None,
@@ -125,34 +125,39 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    read = [predictor, *files_of(store), *reading.read, *console.named_paths(train)]
-    keep = console.keeping(
-        output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
+    input_paths = [predictor, *files_of(store), *reading.read, *console.present_paths(train)]
+    save_unless_done = console.prepare_output(
+        output,
+        "explanation",
+        input_paths,
+        overwrite=overwrite,
+        reading=reading.settings,
+        **settings,
     )
-    data = reading.open_both(store)
-    fitted = load_predictor(predictor)
+    data = reading.open_with_second(store)
+    loaded_predictor = load_predictor(predictor)
     command = console.shell("vilu", "explain", predictor, store)
-    asked = [*(key or ()), *(row or ())]
-    rows = asked or None  # None: the n most uncertain rows
+    asked_rows = [*(key or ()), *(row or ())]
+    rows = asked_rows or None  # None: the n most uncertain rows
     if isinstance(data, AnswerTable):
         if summary or train is not None:
             raise UsageError(
                 "--summary is about classes and --train about images, which a table of answers "
                 "does not have. Leave them out."
             )
-        explanation = _answers_in_words(fitted, data, rows, n)
+        explanation = _answers_in_words(loaded_predictor, data, rows, n)
     elif summary:
-        risk, gains = _summary(fitted, data, coverage, seed)
+        risk, gains = _compute_summary(loaded_predictor, data, coverage, seed)
         explanation = _summary_in_words(risk, gains, command)
     else:
         fitted_on = None
         if train is not None:
             fitted_on = reading.open(train, "train")
-        explanations = explain_rows(fitted, data, fitted_on, rows, n=n, depth=depth)
+        explanations = explain_rows(loaded_predictor, data, fitted_on, rows, n=n, depth=depth)
         is_of_classes = data.pool_size is None
         has_summary = is_of_classes  # a summary is about classes, which captions do not have
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
-    keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
+    save_unless_done(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     console.print_result(explanation.facts, printable(explanation.text, "\n"))
     next_step(explanation.closing)
 
@@ -168,7 +173,7 @@ class ExplainOutput(NamedTuple):
 def _answers_in_words(
     predictor: FailurePredictor, table: AnswerTable, rows: list[int | str] | None, n: int
 ) -> ExplainOutput:
-    """The output for a table of answers."""
+    """The output of `vilu explain` for a table of answers."""
     from vilu.tables.explain import explain_answers
 
     explained = explain_answers(predictor, table, rows, n)
@@ -199,7 +204,7 @@ def _rows_in_words(explanations: Explanations, command: str, *, has_summary: boo
     return ExplainOutput(explanations.to_dict(), str(explanations), closing)
 
 
-def _summary(
+def _compute_summary(
     predictor: FailurePredictor, data: EmbeddingSource, coverage: float, seed: int
 ) -> tuple[RiskMap, PromptGains | None]:
     """The risk map and, if there are labels, the gains of better texts."""
@@ -247,14 +252,14 @@ FalseAlarm = Annotated[
     float,
     Option(min=0, max=1, help="Maximum probability of a false alarm over the whole monitoring."),
 ]
-Shuffle = Annotated[
+ShuffleFlag = Annotated[
     bool,
     Option(
         "--shuffle",
         help="Take the rows of each file in random order, because they have no order of arrival.",
     ),
 ]
-InOrder = Annotated[
+InOrderFlag = Annotated[
     bool,
     Option(
         "--in-order",
@@ -265,7 +270,7 @@ SeedOfTies = Annotated[
     int,
     Option(
         min=0,
-        max=MOST_SEED,
+        max=MAX_SEED,
         help="Seed of the random tie-breaking, and of --shuffle.",
         rich_help_panel=MORE,
     ),
@@ -278,8 +283,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     late_labels: LateLabels = None,
     state: StateFile = None,
     false_alarm: FalseAlarm = 0.05,
-    shuffle: Shuffle = False,
-    in_order: InOrder = False,
+    shuffle: ShuffleFlag = False,
+    in_order: InOrderFlag = False,
     seed: SeedOfTies = 0,
     output: JsonFile = None,
     overwrite: Overwrite = False,
@@ -298,9 +303,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.progress import track
     from vilu.tables.read import files_of
 
-    new = scores or []
-    late = late_labels or []
-    if not new and not late:
+    new_paths = scores or []
+    late_paths = late_labels or []
+    if not new_paths and not late_paths:
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
@@ -314,22 +319,24 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        watching = _open_monitor(predictor, state, false_alarm, seed)
+        open_monitor = _open_monitor(predictor, state, false_alarm, seed)
         # The state is no part of the digest, because this command changes the state.
-        inputs = inputs_digest(predictor, *files_of(*new, *late), n_new=len(new), **settings)
+        inputs = inputs_digest(
+            predictor, *files_of(*new_paths, *late_paths), n_new=len(new_paths), **settings
+        )
         has_report = False
         if output is not None:
             has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
         batches: list[dict[str, Any]] = []
-        task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
+        task = stack.enter_context(track("monitor", len(new_paths) + len(late_paths), "files"))
         shuffle_seed = None
         if shuffle:
             shuffle_seed = seed
-        for number, path in enumerate([*new, *late]):
-            is_late = number >= len(new)
+        for number, path in enumerate([*new_paths, *late_paths]):
+            is_late = number >= len(new_paths)
             outcomes = _load_scores(path, predictor)
-            batch = _take_in(
-                watching,
+            batch = _monitor_file(
+                open_monitor,
                 path,
                 outcomes,
                 shuffle_seed=shuffle_seed,
@@ -341,17 +348,17 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         facts = {
             "predictor": str(predictor),
             "batches": batches,
-            **watching.status.model_dump(mode="json"),
+            **open_monitor.status.model_dump(mode="json"),
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, has_report=has_report)
         # The state is saved last, so that the next run counts the same rows if the report fails.
         if state is not None:
-            watching.save(state)
-    console.print_result(document, str(watching.status))
-    if watching.status.alarm:
-        raise typer.Exit(ALARM)
+            open_monitor.save(state)
+    console.print_result(document, str(open_monitor.status))
+    if open_monitor.status.alarm:
+        raise typer.Exit(ALARM_EXIT_CODE)
     if state is not None:
         next_step(
             f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}"
@@ -368,10 +375,10 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_re
     from vilu.artifacts.paths import write_with_inputs
 
     if has_report:
-        written = read_json(output, "Run `vilu monitor` again")
+        present_report = read_json(output, "Run `vilu monitor` again")
         facts = dict(document)
         del facts["batches"]
-        if all(written.get(name) == value for name, value in facts.items()):
+        if all(present_report.get(name) == value for name, value in facts.items()):
             console.nothing_to_do(output)
             return
     write_with_inputs(output, document, inputs)
@@ -392,8 +399,8 @@ def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed:
     return monitor.resume(state)
 
 
-def _take_in(
-    watching: Monitor,
+def _monitor_file(
+    open_monitor: Monitor,
     path: Path,
     outcomes: Outcomes,
     *,
@@ -403,7 +410,13 @@ def _take_in(
 ) -> dict[str, Any]:
     """Give the rows of a file to a monitor, and return the entry of the report for this file.
 
-    If ``shuffle_seed`` is None, the rows are not shuffled.
+    Args:
+        open_monitor: The monitor.
+        path: The file.
+        outcomes: Its rows.
+        shuffle_seed: Seed that shuffles the rows; None: they are not shuffled.
+        in_order: Whether the rows arrived in this order, even if they look sorted.
+        is_late: Whether the rows were monitored before, and now their failures are known.
     """
     import numpy as np
 
@@ -411,22 +424,22 @@ def _take_in(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    n_repeated_before = watching.repeated
+    n_repeated_before = open_monitor.repeated
     if shuffle_seed is not None:
-        rng = np.random.default_rng([shuffle_seed, watching.rows])
+        rng = np.random.default_rng([shuffle_seed, open_monitor.rows])
         outcomes = outcomes.take(rng.permutation(len(outcomes)))
     has_known_order = in_order or shuffle_seed is not None
     try:
         if is_late:
-            status = watching.audit(outcomes)
+            status = open_monitor.audit(outcomes)
         else:
-            status = watching.update(outcomes, in_order=has_known_order)
+            status = open_monitor.update(outcomes, in_order=has_known_order)
     except (DataError, ProvenanceError) as error:
         raise type(error)(f"{path}: {error}") from error
     return {
         "scores": str(path),
         "rows": status.rows,
-        "repeated": watching.repeated - n_repeated_before,
+        "repeated": open_monitor.repeated - n_repeated_before,
         "verdict": status.verdict,
     }
 
@@ -437,9 +450,9 @@ def _load_scores(path: Path, predictor: Path) -> Outcomes:
     from vilu.scoring.score_folder import ScoreFolder
     from vilu.tables.scores import scores_in
 
-    of_table = scores_in(path, predictor)
-    if of_table:
-        (outcomes,) = of_table
+    table_scores = scores_in(path, predictor)
+    if table_scores:
+        (outcomes,) = table_scores
         return outcomes
     if path.is_dir():
         return ScoreFolder(path).outcomes()
@@ -453,14 +466,14 @@ ScoresToShow = Annotated[
         "scored by --predictor or else by its own columns."
     ),
 ]
-Page = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
+PageFile = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
     str | None,
     Option(
         help="Main method of the page. [the calibrated one, else vilu_plus, vilu, or the first]"
     ),
 ]
-Calibrated = Annotated[
+CalibratedPredictor = Annotated[
     Path | None,
     path_option("Folder of a calibrated predictor, whose rule accepts answers."),
 ]
@@ -471,7 +484,7 @@ RiskShown = Annotated[
         "without a guarantee."
     ),
 ]
-Images = Annotated[
+ShownImages = Annotated[
     str | None,
     Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails."),
 ]
@@ -484,11 +497,11 @@ Title = Annotated[str | None, Option(help="Title of the page. [data set and spli
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     run: ScoresToShow,
-    output: Page,
+    output: PageFile,
     main: MainMethod = None,
-    predictor: Calibrated = None,
+    predictor: CalibratedPredictor = None,
     max_risk: RiskShown = 0.05,
-    images: Images = None,
+    images: ShownImages = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
     store: ScoredStore = None,
@@ -519,15 +532,16 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         fingerprint = pictures.fingerprint
     score_files = files_of(run)
     if run.is_dir():
-        # A folder without such files is itself one result of `vilu score`, in parts.
+        # A folder without .parquet files is a single result of `vilu score`, written in parts.
         score_files = sorted(run.glob("*.parquet")) or [run]
     settings = {
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        "with": [predictor is None, store is None],  # which of the ``optional_paths`` are missing
+        # whether each optional path is missing; without this, one path could stand for the other
+        "with": [predictor is None, store is None],
     }
-    optional_paths = console.named_paths(predictor, store)
+    optional_paths = console.present_paths(predictor, store)
     inputs = inputs_digest(*score_files, *optional_paths, images=fingerprint, **settings)
     has_page = claim_file(output, "page", inputs, overwrite=overwrite)
     if has_page:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from vilu.embeddings.source import EmbeddingSource
 
 # Maximum values of options. A larger number is refused as a typing error.
-MOST_SEED = 2**63 - 1
-MOST_RESAMPLES = 10**6
-MOST_WORKERS = 4096
+MAX_SEED = 2**63 - 1
+MAX_RESAMPLES = 10**6
+MAX_WORKERS = 4096
 
 
-def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """Callback of typer: return the value of a path option; UsageError if a path does not exist."""
+def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
+    """Callback of typer: return the value of a path option; UsageError if a path is missing."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -39,7 +39,7 @@ def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as 
 
 def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
     """Argument for one or several input paths, which must exist."""
-    return typer.Argument(help=text, metavar=metavar, callback=existing)
+    return typer.Argument(help=text, metavar=metavar, callback=require_existing)
 
 
 def path_option(
@@ -48,31 +48,33 @@ def path_option(
     rich_help_panel: str | None = None,
 ) -> Any:  # noqa: ANN401 - typer's own
     """Option for one or several input paths, which must exist."""
-    return Option(help=text, metavar=metavar, callback=existing, rich_help_panel=rich_help_panel)
+    return Option(
+        help=text, metavar=metavar, callback=require_existing, rich_help_panel=rich_help_panel
+    )
 
 
 def complete_methods(incomplete: str) -> list[str]:
     """Names of methods that begin with a text, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
-    return _that_begin_with(incomplete, method_names())
+    return _names_that_begin_with(incomplete, method_names())
 
 
 def complete_backbones(incomplete: str) -> list[str]:
     """Names and prefixes of backbones that begin with a text, for completion in the shell."""
     from vilu.backbones.catalog import BACKBONES
 
-    return _that_begin_with(incomplete, BACKBONES.names())
+    return _names_that_begin_with(incomplete, BACKBONES.names())
 
 
 def complete_datasets(incomplete: str) -> list[str]:
     """Names of data sets that begin with a text, for completion in the shell."""
     from vilu.datasets.known import KNOWN
 
-    return _that_begin_with(incomplete, KNOWN)
+    return _names_that_begin_with(incomplete, KNOWN)
 
 
-def _that_begin_with(start: str, names: Iterable[str]) -> list[str]:
+def _names_that_begin_with(start: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(start)]
 
 
@@ -227,7 +229,8 @@ class Reading:
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
-        if self.clusters is None:  # newer than the digest: so digests without it do not change
+        # This flag is newer than the digest. Without it, the digest has to be the same as before.
+        if self.clusters is None:
             del flags["clusters"]
         return flags
 
@@ -242,7 +245,7 @@ class Reading:
     def pools(self) -> Pools | None:
         """The pools that the flags describe; None if all flags have their default values.
 
-        So data with classes, for which the flags are not used, have no pools.
+        With None, data with classes have no pools.
         """
         flags = (self.pool_size, self.direction, self.hard, self.near_duplicates)
         defaults = (None, "image_to_text", False, None)
@@ -263,11 +266,11 @@ class Reading:
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 
-        If the flags name a fold, the fold ``role`` is read in its place, unless ``role`` is None.
+        If the flags name a fold and ``role`` is not None, the fold ``role`` is read in its place.
         """
-        return self.open_in(self.pools, store, role)
+        return self.open_with_pools(self.pools, store, role)
 
-    def open_both(self, store: Path) -> EmbeddingSource:
+    def open_with_second(self, store: Path) -> EmbeddingSource:
         """Open a store together with the store of the second model, if any."""
         return self.with_second(self.open(store))
 
@@ -280,7 +283,7 @@ class Reading:
 
         return TwoModels(data, open_source(self.second))
 
-    def open_in(
+    def open_with_pools(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
         """Open a store like ``open``, but with the given pools; or open a table of answers."""
@@ -300,7 +303,7 @@ class Reading:
                 f"--clusters names a column of a table of answers, and {store} is none. Leave it "
                 "out."
             )
-        fold = self.fold
+        fold = self.fold  # without --fold, all captions are read, whatever their role
         if fold is not None and role is not None:
             fold = role
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
@@ -312,11 +315,11 @@ class Reading:
 
         if self.fold is not None:
             return self.fold
-        first = data
+        first_source = data
         if isinstance(data, TwoModels):
-            first = data.first
-        if isinstance(first, EmbeddingStore | CaptionStore):
-            return first.manifest.split
+            first_source = data.first
+        if isinstance(first_source, EmbeddingStore | CaptionStore):
+            return first_source.manifest.split
         return None
 
 
@@ -327,27 +330,27 @@ def with_reading_flags(
 
     ``without`` names flags that the command does not get.
     """
-    flags = dict(signature(Reading, eval_str=True).parameters)
+    flag_parameters = dict(signature(Reading, eval_str=True).parameters)
     for name in without:
-        del flags[name]
+        del flag_parameters[name]
 
     @wraps(command)
-    def flagged(**values: Any) -> None:  # noqa: ANN401 - values of all flags of the command
-        reading = Reading(**{name: values.pop(name) for name in flags})
+    def run_with_flags(**values: Any) -> None:  # noqa: ANN401 - values of all flags of the command
+        reading = Reading(**{name: values.pop(name) for name in flag_parameters})
         command(reading=reading, **values)
 
-    expanded: list[Parameter] = []
+    parameters: list[Parameter] = []
     for name, parameter in signature(command, eval_str=True).parameters.items():
         if name == "reading":
-            expanded += flags.values()
+            parameters += flag_parameters.values()
         else:
-            expanded.append(parameter)
-    vars(flagged)["__signature__"] = Signature(expanded)  # typer reads the options from it
-    return flagged
+            parameters.append(parameter)
+    vars(run_with_flags)["__signature__"] = Signature(parameters)  # typer reads the options from it
+    return run_with_flags
 
 
 Seed = Annotated[
-    int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.", rich_help_panel=MORE)
+    int, Option(min=0, max=MAX_SEED, help="Seed of all random numbers.", rich_help_panel=MORE)
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=SPEED)]
 Precision = Annotated[
@@ -378,7 +381,7 @@ FollowLinks = Annotated[
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.", rich_help_panel=SPEED)]
 DecodingThreads = Annotated[
     int | None,
-    Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]", rich_help_panel=SPEED),
+    Option(min=1, max=MAX_WORKERS, help="Decoding threads. [one per core]", rich_help_panel=SPEED),
 ]
 StoreFolder = Annotated[
     Path, Option("--output", "-o", help="Folder of the store to make or to resume.")

@@ -14,8 +14,8 @@ from vilu.cli import console
 from vilu.cli.console import next_step
 from vilu.cli.help import GUARANTEE, MORE
 from vilu.cli.options import (
-    MOST_RESAMPLES,
-    MOST_SEED,
+    MAX_RESAMPLES,
+    MAX_SEED,
     Answer,
     ClusterColumn,
     Data,
@@ -88,17 +88,17 @@ Unlabelled = Annotated[
         metavar="STORE",
     ),
 ]
-Init = Annotated[
+InitialPredictor = Annotated[
     Path | None,
     path_option(
         "Start from the weights of this predictor.", metavar="PREDICTOR", rich_help_panel=MORE
     ),
 ]
-Shots = Annotated[
+RowsPerClass = Annotated[
     int | None,
     Option(min=1, help="Use only this number of labelled rows per class.", rich_help_panel=MORE),
 ]
-Pseudo = Annotated[
+PseudoCaptionsFlag = Annotated[
     bool,
     Option(
         "--pseudo",
@@ -131,9 +131,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     reading: Reading,
     labels: LabelFiles = None,
     unlabelled: Unlabelled = None,
-    init: Init = None,
-    shots: Shots = None,
-    pseudo: Pseudo = False,
+    init: InitialPredictor = None,
+    shots: RowsPerClass = None,
+    pseudo: PseudoCaptionsFlag = False,
     no_sample: NoSample = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -152,17 +152,17 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from vilu.tables.read import files_of
 
     with ExitStack() as stack:
-        team = stack.enter_context(world(device))  # processes of torchrun, or only this one
+        processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
         defaults: dict[str, object] = {"seed": seed, "device": device}
-        chosen = _with_answer(settings or [], answer)
+        setting_texts = _with_answer(settings or [], answer)
         cls = find_method(method or _default_method(stores))
-        predictor = _new_predictor(cls, defaults, chosen, init)
+        predictor = _new_predictor(cls, defaults, setting_texts, init)
         predictor.check_answer()
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         if labels:
             _require_use_of_labels(predictor, pseudo=pseudo)
-        flags = _flags_of_fit(
+        digest_flags = _flags_of_fit(
             stores,
             left_out=[validation is None, init is None],
             n_shots=shots,
@@ -172,23 +172,25 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             has_labels=bool(labels),
             has_sample=not no_sample,
         )
-        read = [
+        input_paths = [
             *files_of(*stores),
             *(labels or ()),
-            *console.named_paths(validation, init, unlabelled),
+            *console.present_paths(validation, init, unlabelled),
             *reading.read,
         ]
-        inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
+        inputs = storage.inputs_of_fit(
+            predictor, input_paths, reading=reading.settings, **digest_flags
+        )
         is_fitted = storage.claim(output, inputs, overwrite=overwrite)
         if is_fitted:
-            if team.leads:
+            if processes.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
                 console.print_outputs(output)
                 console.nothing_to_do(output)
             return
-        train = _training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
-        validation_rows = _open_any(reading, validation, "validation")
-        unlabelled_rows = _open_any(reading, unlabelled)
+        train = _open_training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
+        validation_rows = _open_optional(reading, validation, "validation")
+        unlabelled_rows = _open_optional(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
             checkpoints.name_fit(inputs)
@@ -196,20 +198,19 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
             predictor.sample_ = None
-        if not team.leads:
+        if not processes.leads:
             return
         predictor.save(output)
         if checkpoints is not None:
             checkpoints.remove()
         console.print_outputs(output)
         n_rows = predictor.notes_.get("n_train", len(train))
-        next_step(
-            f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output, train.holds)}"
-        )
+        hint = _score_hint(output, train.holds)
+        next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {hint}")
 
 
 def _default_method(stores: list[Path]) -> str:
-    """The method to fit if none is named: the one for a table, or the one for a store."""
+    """The method to fit if the user names none; it depends on whether the data are a table."""
     from vilu.tables.read import is_table
 
     if is_table(stores[0]):
@@ -228,9 +229,12 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit; ``left_out``: whether --validation and --init are absent."""
-    # The key is "with", although its values say what was left out. Another key would change the
-    # digest of every fit.
+    """Flags for the digest of a fit.
+
+    ``left_out`` says for --validation and for --init whether the flag is absent.
+    """
+    # The key is called "with", although its values say what was left out. With another key, the
+    # digests of all fits would change.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
     if n_shots is not None:
         flags["shots"] = [n_shots, seed]
@@ -247,8 +251,8 @@ def _flags_of_fit(
     return flags
 
 
-def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """Text for the closing line of a command: which command scores with the predictor."""
+def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
+    """Text for the closing line of a command: the command that scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -258,13 +262,20 @@ def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
 def _new_predictor(
     cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
-    """Make the predictor to fit. It starts from the weights of the predictor ``init``, if any."""
+    """Make the predictor to fit.
+
+    Args:
+        cls: Its class.
+        defaults: Values of parameters; those that the class does not have are left out.
+        settings: The values KEY=VALUE of --set.
+        init: Folder of a predictor from whose weights it starts; None: it starts from scratch.
+    """
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
 
-    known = parameters(cls)
-    values = {key: value for key, value in defaults.items() if key in known}
+    known_parameters = parameters(cls)
+    values = {key: value for key, value in defaults.items() if key in known_parameters}
     values |= parse_settings(settings)
     if init is None:
         return build(cls, values)
@@ -284,13 +295,16 @@ def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
     return [*settings, f"answer={answer}"]
 
 
-def _require_answer(folder: Path, judged: AnswerKind, answer: AnswerKind | None) -> None:
+def _require_answer(
+    folder: Path, judged_answer: AnswerKind, asked_answer: AnswerKind | None
+) -> None:
     """Raise UsageError if --answer asks for other answers than the predictor judges."""
-    if answer is None or answer == judged:
+    if asked_answer is None or asked_answer == judged_answer:
         return
     raise UsageError(
-        f"the predictor in {folder} judges {judged} answers, and --answer asks for {answer}. Leave "
-        f"--answer out, or fit a predictor with `vilu fit --answer {answer}`."
+        f"the predictor in {folder} judges {judged_answer} answers, and --answer asks for "
+        f"{asked_answer}. Leave --answer out, or fit a predictor with `vilu fit --answer "
+        f"{asked_answer}`."
     )
 
 
@@ -310,10 +324,10 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
     if cls.name in without_labels:
         alternative = f"or give them as the STORE to fit {cls.name} on"
     else:
-        alternative = f"or fit {_names(without_labels)} with them as the STORE"
+        alternative = f"or fit {_method_names(without_labels)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_names(users)}, {alternative}."
+        f"{_method_names(users)}, {alternative}."
     )
 
 
@@ -331,11 +345,11 @@ def _require_use_of_labels(predictor: FailurePredictor, *, pseudo: bool) -> None
         )
 
 
-def _names(methods: list[str]) -> str:
+def _method_names(methods: list[str]) -> str:
     return ", ".join(methods) or "no method"
 
 
-def _open_any(
+def _open_optional(
     reading: Reading, store: Path | None, role: Fold | None = None
 ) -> EmbeddingSource | None:
     """Open an optional store; None if ``store`` is None."""
@@ -344,7 +358,7 @@ def _open_any(
     return reading.open(store, role)
 
 
-def _training_set(
+def _open_training_set(
     stores: list[Path],
     reading: Reading,
     labels: list[Path] | None,
@@ -373,11 +387,11 @@ def _training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # A store of classes has no pools. ``PseudoCaptions`` makes them below.
+    # With --pseudo, a store has classes and no pools. ``PseudoCaptions`` makes the pools below.
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
-        source = reading.with_second(reading.open_in(pools_of_store, store))
+        source = reading.with_second(reading.open_with_pools(pools_of_store, store))
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
         if isinstance(source, AnswerTable):
@@ -461,21 +475,21 @@ def score(
     file: Path | None = output
     if is_folder:
         file = None  # ``keeping`` checks nothing then, because ``score_parts`` checks the folder
-    keep = console.keeping(
+    save_unless_done = console.prepare_output(
         file,
         "scores",
         [predictor, *files_of(store), *reading.read],
         overwrite=overwrite,
         reading=reading.settings,
     )
-    fitted = load_predictor(predictor)
-    _require_answer(predictor, fitted.answer, answer)
-    data = reading.open_both(store)
+    loaded_predictor = load_predictor(predictor)
+    _require_answer(predictor, loaded_predictor.answer, answer)
+    data = reading.open_with_second(store)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
     if is_folder:
         score_parts(
-            fitted,
+            loaded_predictor,
             data,
             output,
             dataset=store.name,
@@ -487,18 +501,18 @@ def score(
 
         def write(path: Path, inputs: str) -> None:
             outcomes = score_rows(
-                fitted, data, dataset=store.name, split=split, calibration=calibration
+                loaded_predictor, data, dataset=store.name, split=split, calibration=calibration
             )
             outcomes.save(path, inputs=inputs)
 
-        keep(write)
+        save_unless_done(write)
     console.print_outputs(output)
     evaluation = console.shell("vilu", "evaluate", output)
-    decided = ""
+    without_decisions = ""
     if calibration is None or calibration.rule is None:
-        decided = " without decisions, because the predictor has no rule (vilu calibrate)"
+        without_decisions = " without decisions, because the predictor has no rule (vilu calibrate)"
     n_rows = plural(len(data), "row")
-    next_step(f"{n_rows} scored{decided}; next, where failures are known: {evaluation}")
+    next_step(f"{n_rows} scored{without_decisions}; next, where failures are known: {evaluation}")
 
 
 def evaluate(
@@ -512,9 +526,9 @@ def evaluate(
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
-        int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
+        int, Option(min=1, max=MAX_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the bootstrap.")] = 0,
     clusters: ClusterColumn = None,
 ) -> None:
     """Compute failure-prediction metrics with bootstrap intervals, one line per file."""
@@ -525,14 +539,16 @@ def evaluate(
     from vilu.tables.scores import scores_in
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
-    if clusters is not None:  # newer than the digest: so digests without it do not change
+    if clusters is not None:  # this flag is newer than the digest, which stays the same without it
         settings["clusters"] = clusters
-    keep = console.keeping(output, "results", files_of(*scores), overwrite=overwrite, **settings)
-    runs: list[Tallied] = []
+    save_unless_done = console.prepare_output(
+        output, "results", files_of(*scores), overwrite=overwrite, **settings
+    )
+    scored_sets: list[Tallied] = []
     for path in scores:
-        of_table = scores_in(path, clusters=clusters)
-        if of_table:
-            runs += of_table
+        table_scores = scores_in(path, clusters=clusters)
+        if table_scores:
+            scored_sets += table_scores
             continue
         if clusters is not None:
             raise UsageError(
@@ -540,11 +556,11 @@ def evaluate(
                 "out: scores have the clusters of their table."
             )
         if path.is_dir():
-            runs.append(ScoreFolder(path))
+            scored_sets.append(ScoreFolder(path))
         else:
-            runs.append(Outcomes.load(path))
-    table = evaluate_outcomes(runs, n_resamples=resamples, seed=seed)
-    keep(lambda path, inputs: table.save(path, inputs=inputs))
+            scored_sets.append(Outcomes.load(path))
+    table = evaluate_outcomes(scored_sets, n_resamples=resamples, seed=seed)
+    save_unless_done(lambda path, inputs: table.save(path, inputs=inputs))
     console.print_result(table.to_dicts(), str(table))
 
 
@@ -576,7 +592,7 @@ def convert(
     predictor.notes_["inputs"] = inputs
     predictor.save(output)
     console.print_outputs(output)
-    next_step(f"a {predictor.name} head; {_to_score(output)}")
+    next_step(f"a {predictor.name} head; {_score_hint(output)}")
 
 
 MaxRisk = Annotated[
@@ -616,7 +632,7 @@ Labels = Annotated[
         metavar="FILE",
     ),
 ]
-DrawnBelow = Annotated[
+DrawFile = Annotated[
     Path | None,
     path_option(
         "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
@@ -628,7 +644,7 @@ DrawnBelow = Annotated[
 DrawSeed = Annotated[
     int,
     Option(
-        min=0, max=MOST_SEED, help="For anytime: the --seed of `vilu next`.", rich_help_panel=MORE
+        min=0, max=MAX_SEED, help="For anytime: the --seed of `vilu next`.", rich_help_panel=MORE
     ),
 ]
 PerClass = Annotated[
@@ -688,7 +704,7 @@ OptionalData = Annotated[
         "Labelled store, or a table of answers, .csv or .parquet. [PREDICTOR, if it is a table]"
     ),
 ]
-AloneOutput = Annotated[
+OutputWithoutPredictor = Annotated[
     Path | None,
     Option("--output", "-o", help="Folder for the result, if a table is calibrated alone."),
 ]
@@ -719,7 +735,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     answer: Answer = None,
     method: RuleMethod = "ltt",
     labels: Labels = None,
-    drawn_below: DrawnBelow = None,
+    drawn_below: DrawFile = None,
     seed: DrawSeed = 0,
     per_class: PerClass = False,
     label_sets: LabelSets = None,
@@ -728,7 +744,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     class_shares: ClassShares = None,
     cluster_risk: ClusterRiskOption = None,
     largest_cluster: LargestCluster = None,
-    output: AloneOutput = None,
+    output: OutputWithoutPredictor = None,
     *,
     reading: Reading,
     overwrite: Overwrite = False,
@@ -756,7 +772,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "is written into its folder. Leave -o out."
         )
     _require_answer(predictor, load_predictor(predictor).answer, answer)
-    data = reading.open_both(store)
+    data = reading.open_with_second(store)
     if isinstance(data, AnswerTable):
         data = data.for_purpose("calibration")
     shares = None
@@ -788,8 +804,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
         )
     facts = calibration.model_dump(mode="json")
-    console.print_result(facts, _summary(calibration))
-    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor, data.holds)}")
+    console.print_result(facts, _calibration_in_words(calibration))
+    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_score_hint(predictor, data.holds)}")
 
 
 def _predictor_of_one_score(
@@ -797,7 +813,7 @@ def _predictor_of_one_score(
 ) -> Path:
     """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
     from vilu.predictors.persistence import storage
-    from vilu.tables.methods import one_score
+    from vilu.tables.methods import method_of_only_score
     from vilu.tables.read import is_table, open_table
 
     if not is_table(table):
@@ -807,10 +823,10 @@ def _predictor_of_one_score(
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = one_score(open_table(table, clusters=reading.clusters))
+    predictor = method_of_only_score(open_table(table, clusters=reading.clusters))
     inputs = storage.inputs_of_fit(predictor, [])
-    is_there = storage.claim(output, inputs, overwrite=overwrite)
-    if not is_there:
+    is_done = storage.claim(output, inputs, overwrite=overwrite)
+    if not is_done:
         predictor.notes_["inputs"] = inputs
         predictor.save(output)
     return output
@@ -854,7 +870,7 @@ def _calibrate_by_draw(
     *,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate by all labels of a draw up to a limit."""
+    """Calibrate by a draw of `vilu next --for-guarantee`, whose file ``table`` is filled in."""
     from vilu.triage.drawn import calibrate_by_draw
 
     if labels is not None:
@@ -905,8 +921,8 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
     return data
 
 
-def _summary(calibration: Calibration) -> str:
-    """Lines about the probability, the decisions and the label sets, as far as there are any."""
+def _calibration_in_words(calibration: Calibration) -> str:
+    """Lines about the probabilities, and about the decisions and label sets if there are any."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
@@ -1040,4 +1056,4 @@ def pull(
 
     folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
     console.print_outputs(folder)
-    next_step(_to_score(output))
+    next_step(_score_hint(output))

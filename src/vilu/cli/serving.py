@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CalibratedPredictor = Annotated[
     Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` wrote.")
 ]
-Second = Annotated[
+SecondPredictor = Annotated[
     Path | None,
     path_option(
         "Another predictor of the same model. It judges every image, too, and the service can "
@@ -39,7 +39,7 @@ Host = Annotated[
     str, Option(help="Address to listen at; any address except 127.0.0.1 needs --key-file.")
 ]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0 for a free port.")]
-State = Annotated[
+StateFolder = Annotated[
     Path | None,
     Option(
         metavar="DIR",
@@ -64,19 +64,19 @@ AllowHost = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-Keep = Annotated[
+ImagesFolder = Annotated[
     Path | None,
     Option(
         metavar="DIR", help="Store every answered image here. [store none]", rich_help_panel=MORE
     ),
 ]
-MostOfABatch = Annotated[
+MaxBatchSize = Annotated[
     int,
     Option(
         min=1, max=4096, help="Maximum number of images per forward pass.", rich_help_panel=SPEED
     ),
 ]
-Queue = Annotated[
+MaxQueue = Annotated[
     int | None,
     Option(
         min=1,
@@ -141,25 +141,25 @@ Timeout = Annotated[
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
 """Modules of other packages that the service imports."""
 
-TLS: Final = "https://"
+TLS_PREFIX: Final = "https://"
 """Before a host name: clients reach it through a proxy with TLS."""
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: CalibratedPredictor,
-    second: Second = None,
+    second: SecondPredictor = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    state: State = None,
+    state: StateFolder = None,
     key_file: KeyFile = None,
     allow_host: AllowHost = None,
-    keep: Keep = None,
+    keep: ImagesFolder = None,
     models: Models = None,
     device: Device = "auto",
     precision: PrecisionOfService = None,
-    batch_size: MostOfABatch = 32,
+    batch_size: MaxBatchSize = 32,
     workers: DecodingThreads = None,
-    queue: Queue = None,
+    queue: MaxQueue = None,
     max_body: MaxBody = 32,
     max_json: MaxJson = 1,
     max_images: MaxImages = 256,
@@ -187,7 +187,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(
-        _who_may_ask(host, allow_host or [], key_file),
+        _client_limits(host, allow_host or [], key_file),
         queue=queue,
         body=max_body * 2**20,
         json=max_json * 2**20,
@@ -244,13 +244,15 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
         )
 
 
-def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
+def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
     """The limits on who may ask: host names, those of them with TLS, and keys."""
     from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
 
-    lowered = [name.lower() for name in names]
-    tls_hosts = {name.removeprefix(TLS) for name in lowered if name.startswith(TLS)}
-    hosts = {name.removeprefix(TLS) for name in lowered}
+    lower_names = [name.lower() for name in names]
+    tls_hosts = {
+        name.removeprefix(TLS_PREFIX) for name in lower_names if name.startswith(TLS_PREFIX)
+    }
+    hosts = {name.removeprefix(TLS_PREFIX) for name in lower_names}
     keys: frozenset[ClientKey] = frozenset()
     if key_file is not None:
         keys = read_keys(key_file)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from vilu.cli.console import goes_on, next_step, pairs_of, print_outputs, print_result
+from vilu.cli.console import next_step, parse_pairs, print_outputs, print_result, resumable
 from vilu.cli.help import CLASSIFIER, MODEL, MORE, SPEED
 from vilu.cli.images import embedded
 from vilu.cli.options import (
@@ -121,7 +121,7 @@ MaxErrorRate = Annotated[
 ]
 
 
-@goes_on
+@resumable
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: StoreFolder,
     source: Arrays = None,
@@ -169,7 +169,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         files=files,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
-        keys=pairs_of("--key", key),
+        keys=parse_pairs("--key", key),
         class_names=names,
         outside=outside or (),
         model=model,
@@ -184,7 +184,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(embedded(output, store, (split, str(source or logits))))
 
 
-def _to_inspect(path: Path) -> Path:
+def _require_existing_path(path: Path) -> Path:
     """Callback of typer: return the path; UsageError if it does not exist."""
     if not path.exists():
         raise UsageError(
@@ -200,7 +200,7 @@ def inspect(
         Argument(
             help="Output of a command of vilu: a store (finished or not), a predictor, scores, "
             "results, ...; or a table of answers, of which the role of each column is shown.",
-            callback=_to_inspect,
+            callback=_require_existing_path,
         ),
     ],
     deep: Annotated[
@@ -240,7 +240,7 @@ def _inspect_store(path: Path, *, deep: bool) -> None:
 
 
 def _inspect_table(path: Path) -> None:
-    """Print what a table of answers holds: its rows, and the role of each column."""
+    """Print the numbers of rows of a table of answers, and the role of each column."""
     from vilu.tables.read import open_table
 
     table = open_table(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from vilu.cli.console import keeping, next_step, print_outputs, shell
+from vilu.cli.console import Write, next_step, prepare_output, print_outputs, shell
 from vilu.cli.options import Overwrite, path_argument, path_option
 from vilu.errors import UsageError
 
@@ -41,9 +41,11 @@ def completions_(
     from vilu.tables.sources import completion_answers
     from vilu.tables.sources.truth import read_truth
 
-    keep = keeping(output, "answers", _files(run, truth), overwrite=overwrite)
-    known = None if truth is None else read_truth(truth)
-    _finish(completion_answers(run, known), output, keep)
+    save_unless_done = prepare_output(
+        output, "answers", _require_files(run, truth), overwrite=overwrite
+    )
+    truth_of_id = None if truth is None else read_truth(truth)
+    _write_and_report(completion_answers(run, truth_of_id), output, save_unless_done)
 
 
 def detections_(
@@ -59,9 +61,13 @@ def detections_(
     """
     from vilu.tables.sources import detection_answers
 
-    read = _files(results, annotations)
-    keep = keeping(output, "answers", read, overwrite=overwrite, min_iou=min_iou)
-    _finish(detection_answers(results, annotations, min_iou=min_iou), output, keep)
+    input_paths = _require_files(results, annotations)
+    save_unless_done = prepare_output(
+        output, "answers", input_paths, overwrite=overwrite, min_iou=min_iou
+    )
+    _write_and_report(
+        detection_answers(results, annotations, min_iou=min_iou), output, save_unless_done
+    )
 
 
 def logits_(
@@ -83,17 +89,17 @@ def logits_(
     """
     from vilu.tables.sources import logit_answers
 
-    keep = keeping(
+    save_unless_done = prepare_output(
         output,
         "answers",
-        _files(logits, labels, classes),
+        _require_files(logits, labels, classes),
         overwrite=overwrite,
-        # Without this, the digest would be the same whether a single file has labels or names.
+        # Without this, the digest of a file would be the same whether it has labels or class names.
         has_labels=labels is not None,
     )
-    arrays = _arrays({"logits": logits, "target": labels, "class_names": classes})
-    numbers = arrays.pop("logits")
-    _finish(logit_answers(numbers, **arrays), output, keep)
+    arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
+    logit_array = arrays.pop("logits")
+    _write_and_report(logit_answers(logit_array, **arrays), output, save_unless_done)
 
 
 def words_(
@@ -116,21 +122,23 @@ def words_(
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
 
-    keep = keeping(
+    save_unless_done = prepare_output(
         output,
         "answers",
-        _files(*pages, truth, dictionary),
+        _require_files(*pages, truth, dictionary),
         overwrite=overwrite,
         n_pages=len(pages),
         has_truth=truth is not None,
     )
     true_words = None if truth is None else read_words(truth)
     known_words = () if dictionary is None else read_dictionary(dictionary)
-    _finish(word_answers(pages, truth=true_words, dictionary=known_words), output, keep)
+    _write_and_report(
+        word_answers(pages, truth=true_words, dictionary=known_words), output, save_unless_done
+    )
 
 
-def _files(*paths: Path | None) -> list[Path]:
-    """The paths that are given; UsageError for a folder, or another path that is no file."""
+def _require_files(*paths: Path | None) -> list[Path]:
+    """The paths that are not None; UsageError for a path that is no file."""
     files = [path for path in paths if path is not None]
     for file in files:
         if not file.is_file():
@@ -138,8 +146,8 @@ def _files(*paths: Path | None) -> list[Path]:
     return files
 
 
-def _arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """Arrays by name, read whole; names without a file are left out."""
+def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
+    """The whole arrays in files, by name; names without a file are left out."""
     from vilu.store.arrays import Arrays, texts_of
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -153,21 +161,23 @@ def _arrays(files: dict[str, Path | None]) -> dict[str, Any]:
     return contents
 
 
-def _finish(
-    converted: Converted, output: Path, keep: Callable[[Callable[[Path, str], None]], None]
+def _write_and_report(
+    converted: Converted,
+    output: Path,
+    save_unless_done: Callable[[Write], None],
 ) -> None:
     """Write the table, print its path, and log its number of answers and the next step."""
-    keep(converted.write)
+    save_unless_done(converted.write)
     print_outputs(output)
-    missed = ""
+    missed_text = ""
     if converted.missed_share is not None:
-        missed = (
+        missed_text = (
             f"; {converted.n_missed:,} of {converted.n_wanted:,} that are there have no row "
             f"({converted.missed_share:.1%}), and no guarantee covers them"
         )
     n_known = converted.n_known
     next_step(
-        f"{len(converted):,} answers, of which {n_known:,} are known as right or wrong{missed}"
+        f"{len(converted):,} answers, of which {n_known:,} are known as right or wrong{missed_text}"
     )
     if n_known:
         next_step(f"next: {shell('vilu', 'fit', output, '-o', 'predictor')}")

@@ -12,7 +12,7 @@ from vilu.cli.console import next_step
 from vilu.cli.help import DATA, GUARANTEE, SORTING
 from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
-    MOST_SEED,
+    MAX_SEED,
     Answer,
     Backbone,
     BatchSize,
@@ -50,7 +50,7 @@ Labels = Annotated[
         metavar="FILE",
     ),
 ]
-NotAClass = Annotated[
+OutsideLabels = Annotated[
     list[str] | None,
     Option(
         metavar="NAME",
@@ -68,7 +68,7 @@ Confidence = Annotated[
         rich_help_panel=GUARANTEE,
     ),
 ]
-AboutWhich = Annotated[
+GuaranteeScope = Annotated[
     Literal["new", "folder"],
     Option(
         help="Which photos the guarantee is about. new: photos that are drawn as these were. "
@@ -76,10 +76,10 @@ AboutWhich = Annotated[
         rich_help_panel=GUARANTEE,
     ),
 ]
-HowMany = Annotated[
+NumberOfLabels = Annotated[
     int, Option("-n", "--next", min=0, max=100_000, help="Number of labels to ask for.")
 ]
-Link = Annotated[
+LinkFlag = Annotated[
     bool,
     Option(
         "--link",
@@ -87,7 +87,7 @@ Link = Annotated[
         rich_help_panel=SORTING,
     ),
 ]
-Move = Annotated[
+MoveFlag = Annotated[
     bool,
     Option(
         "--move",
@@ -105,7 +105,7 @@ Sidecars = Annotated[
 ]
 
 
-@console.goes_on
+@console.resumable
 def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     photos: Annotated[Path, path_argument("Folder of photos, in sub-folders of any kind.")],
     classes: Names,
@@ -113,17 +113,17 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Path, Option("--output", "-o", help="Folder of all results, which the next run reads.")
     ],
     labels: Labels = None,
-    outside: NotAClass = None,
+    outside: OutsideLabels = None,
     max_risk: Risk = 0.05,
     confidence: Confidence = 0.95,
-    n_next: HowMany = 50,
+    n_next: NumberOfLabels = 50,
     answer: Answer = None,
-    about: AboutWhich = "new",
+    about: GuaranteeScope = "new",
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
-    link: Link = False,
-    move: Move = False,
+    link: LinkFlag = False,
+    move: MoveFlag = False,
     xmp: Sidecars = False,
     batch_size: BatchSize = 32,
     workers: DecodingThreads = None,
@@ -145,7 +145,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Without --answer, the zero-shot answers are judged until there are labels to fit on, and the
     answers of the fitted predictor afterwards.
     """
-    sort = _sort_of(link=link, move=move)
+    sort = _sorting_mode(link=link, move=move)
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
     from vilu.triage.outputs import triage_photos
@@ -175,10 +175,10 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
     console.print_outputs(output)
-    _tell(summary, output)
+    _log_summary(summary, output)
 
 
-def _tell(summary: TriageSummary, output: Path) -> None:
+def _log_summary(summary: TriageSummary, output: Path) -> None:
     """Log the texts of a summary, and the next command."""
     texts = (
         summary.verdict,
@@ -195,17 +195,17 @@ def _tell(summary: TriageSummary, output: Path) -> None:
         if text:
             next_step(text)
     if summary.n_asked:
-        to_fill_in = console.shell(output / "next_labels.csv")
-        on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
+        table_to_fill_in = console.shell(output / "next_labels.csv")
+        page_command = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {to_fill_in} ({plural(summary.n_asked, 'photo')}; "
-            f"or label them on a page: {on_a_page}), then the same command with --labels "
-            f"{to_fill_in}"
+            f"next: fill in the column label of {table_to_fill_in} "
+            f"({plural(summary.n_asked, 'photo')}; or label them on a page: {page_command}), then "
+            f"the same command with --labels {table_to_fill_in}"
         )
 
 
-def _sort_of(*, link: bool, move: bool) -> Literal["move", "link"] | None:
-    """How the flags ask to sort photos; UsageError if both are given."""
+def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
+    """How the flags ask to sort the photos; None without flags. UsageError for both flags."""
     if link and move:
         raise UsageError("--link and --move exclude each other. Give only one of them.")
     if move:
@@ -213,7 +213,7 @@ def _sort_of(*, link: bool, move: bool) -> Literal["move", "link"] | None:
     return "link" if link else None
 
 
-AskedBefore = Annotated[
+EarlierOutputs = Annotated[
     list[Path] | None,
     path_option(
         "Earlier output files of this command, filled in or not. May be repeated.", metavar="FILE"
@@ -228,19 +228,19 @@ RiskOfDraw = Annotated[
         "[0.05]",
     ),
 ]
-DRAWN_FOR: Final = 0.05
-"""``--max-risk`` of a draw unless it is given."""
+DEFAULT_DRAW_RISK: Final = 0.05
+"""Value of ``--max-risk`` for a draw if the flag is not given."""
 
 SplitSeed = Annotated[
     int,
     Option(
         min=0,
-        max=MOST_SEED,
+        max=MAX_SEED,
         help="Seed of the split into a half to fit on and a half for the guarantee, and of the "
         "random order of the draw.",
     ),
 ]
-ForEachClass = Annotated[
+PerClassFlag = Annotated[
     bool,
     Option(
         "--per-class",
@@ -248,7 +248,7 @@ ForEachClass = Annotated[
         "their own.",
     ),
 ]
-ForGuarantee = Annotated[
+ForGuaranteeFlag = Annotated[
     bool,
     Option(
         "--for-guarantee",
@@ -268,12 +268,12 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ],
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
-    n_next: HowMany = 50,
-    labels: AskedBefore = None,
+    n_next: NumberOfLabels = 50,
+    labels: EarlierOutputs = None,
     max_risk: RiskOfDraw = None,
     seed: SplitSeed = 0,
-    per_class: ForEachClass = False,
-    for_guarantee: ForGuarantee = False,
+    per_class: PerClassFlag = False,
+    for_guarantee: ForGuaranteeFlag = False,
     clusters: ClusterColumn = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -305,39 +305,56 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     if is_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
-        _next_of_table(store, output, predictor, labels or [], clusters, n=n_next, seed=seed)
+        _next_of_table(
+            store,
+            output,
+            predictor,
+            labels=labels or [],
+            clusters=clusters,
+            n=n_next,
+            seed=seed,
+        )
         return
     if clusters is not None:
         raise UsageError(f"--clusters is for a table of answers, and {store} is none.")
     if max_risk is None:
-        max_risk = DRAWN_FOR
+        max_risk = DEFAULT_DRAW_RISK
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    if per_class:  # only if it was asked for, so that the digests without it do not change
+    if per_class:  # this flag is newer than the digest, which must stay the same without it
         settings["per_class"] = True
     inputs = inputs_digest(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
     if for_guarantee:
-        _draw(store, predictor, labels or [], output, n_next, max_risk, seed, overwrite=overwrite)
+        _draw_for_guarantee(
+            store,
+            predictor,
+            labels=labels or [],
+            output=output,
+            n=n_next,
+            max_risk=max_risk,
+            seed=seed,
+            overwrite=overwrite,
+        )
         return
-    fitted = load_predictor(predictor)
-    asked, answers = next_of_store(
+    loaded_predictor = load_predictor(predictor)
+    rows_to_label, answers = next_of_store(
         EmbeddingStore(store),
-        fitted,
+        loaded_predictor,
         labels or (),
         n=n_next,
         max_risk=max_risk,
         seed=seed,
         per_class=per_class,
     )
-    write_next(output, asked, answers, fitted.answer)
+    write_next(output, rows_to_label, answers, loaded_predictor.answer)
     console.print_outputs(output)
-    if asked:
+    if rows_to_label:
         advice = "fill in the column label"
     elif n_next:
         advice = "every image that could help has a label, or was asked for before"
     else:
         advice = "-n is 0"
-    next_step(f"{plural(len(asked), 'image')} asked for; {advice}")
+    next_step(f"{plural(len(rows_to_label), 'image')} asked for; {advice}")
 
 
 def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
@@ -357,7 +374,7 @@ def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee
 
 
 def _require_new_table(output: Path) -> None:
-    """Refuse an output for answers to label that is there, or that has features beside it."""
+    """Refuse an output that exists, is no .csv file, or has a file of features beside it."""
     from vilu.tables.read import FEATURES_BESIDE
 
     if output.exists() or output.suffix.lower() != ".csv":
@@ -374,20 +391,22 @@ def _next_of_table(
     table: Path,
     output: Path,
     predictor: Path,
+    *,
     labels: list[Path],
     clusters: str | None,
-    *,
     n: int,
     seed: int,
 ) -> None:
-    """Write the answers of a table to label next; a file that is there is never replaced."""
+    """Write the answers of a table to label next. An existing file is never replaced."""
     from vilu.predictors.persistence.storage import load_predictor
-    from vilu.tables.ask import asked_in, next_answers, write_questions
+    from vilu.tables.ask import next_answers, read_asked_ids, write_questions
     from vilu.tables.read import open_table
 
     _require_new_table(output)
     answers = open_table(table, clusters=clusters)
-    rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
+    rows, purposes = next_answers(
+        answers, load_predictor(predictor), read_asked_ids(labels), n, seed
+    )
     if not len(rows):
         raise UsageError(
             f"every answer of {table} has a label, was fitted on or was asked for before, or is in "
@@ -396,33 +415,33 @@ def _next_of_table(
     questions = answers.take(rows)
     write_questions(output, questions, purposes)
     console.print_outputs(output)
-    next_step(_how_to_label(questions, output))
+    next_step(_labelling_advice(questions, output))
 
 
-def _how_to_label(questions: AnswerTable, output: Path) -> str:
+def _labelling_advice(questions: AnswerTable, output: Path) -> str:
     """Closing line: what to do with the answers to label."""
-    whole = ""
+    clusters_text = ""
     if questions.cluster is not None:
-        whole = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
+        clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
     return (
-        f"{plural(len(questions), 'answer')}{whole} to label: write 1 or 0 into the column "
+        f"{plural(len(questions), 'answer')}{clusters_text} to label: write 1 or 0 into the column "
         f"correct. `vilu fit {output}` and `vilu calibrate PREDICTOR {output}` each take the rows "
         "that are for them."
     )
 
 
-def _draw(
+def _draw_for_guarantee(
     store: Path,
     predictor: Path,
+    *,
     labels: list[Path],
     output: Path,
     n: int,
     max_risk: float,
     seed: int,
-    *,
     overwrite: bool,
 ) -> None:
-    """Draw images up to a limit for one test, and say what to do next."""
+    """Draw images from the answers that could be accepted, and say what to do next."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.drawn import draw_for_guarantee
 
@@ -437,8 +456,10 @@ def _draw(
         overwrite=overwrite,
     )
     console.print_outputs(output)
-    then = console.shell("vilu", "calibrate", predictor, store, "--drawn-below", output)
-    next_step(f"{draw.in_words()}; then: {then}")
+    calibrate_command = console.shell(
+        "vilu", "calibrate", predictor, store, "--drawn-below", output
+    )
+    next_step(f"{draw.in_words()}; then: {calibrate_command}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -497,20 +518,20 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.review import open_review
     from vilu.triage.review_files import write_review
 
-    chosen = open_review(source, which, n_most)
+    review_tasks = open_review(source, which, n_most)
     if photos is not None:
-        chosen = dataclasses.replace(chosen, photos=photos)
-    if not chosen.tasks:
+        review_tasks = dataclasses.replace(review_tasks, photos=photos)
+    if not review_tasks.tasks:
         raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
     if serve:
-        _serve_review(chosen, output, port)
+        _serve_review(review_tasks, output, port)
         return
-    console.print_outputs(*write_review(chosen, to, output, prefix=prefix))
-    afterwards = console.shell("vilu", "labels", "DONE", "-o", "reviewed.csv")
-    next_step(f"{plural(len(chosen.tasks), 'task')}; afterwards: {afterwards}")
+    console.print_outputs(*write_review(review_tasks, to, output, prefix=prefix))
+    labels_command = console.shell("vilu", "labels", "DONE", "-o", "reviewed.csv")
+    next_step(f"{plural(len(review_tasks.tasks), 'task')}; afterwards: {labels_command}")
 
 
-def _serve_review(chosen: Review, output: Path, port: int) -> None:
+def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
     """Show the photos on a page until the user stops it."""
     from vilu.artifacts.disk import locked, make_folder
     from vilu.triage.serve import ReviewSession, serve_page
@@ -520,23 +541,24 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
 
     def announce(address: str) -> None:
         next_step(
-            f"{plural(len(chosen.tasks), 'photo')}; open this address, and stop with Ctrl-C "
+            f"{plural(len(review_tasks.tasks), 'photo')}; open this address, and stop with Ctrl-C "
             f"when you are done; then: {session.next_command()}"
         )
         console.print_outputs(address)
 
-    activity = f"labelling into {output.name} in"
-    lock_name = f".{output.name}.lock"
-    folder = make_folder(output.parent)
-    with locked(folder, activity=activity, lock_name=lock_name, holder_kind="review"):
-        session = ReviewSession(chosen, output)
+    lock_reason = f"labelling into {output.name} in"
+    lock = f".{output.name}.lock"
+    with locked(
+        make_folder(output.parent), activity=lock_reason, lock_name=lock, holder_kind="review"
+    ):
+        session = ReviewSession(review_tasks, output)
         serve_page(session, port, announce)
-    n_open = sum(task.path not in session.answers for task in chosen.tasks)
-    parts = [f"{plural(len(session.answers), 'answer')} in {output}"]
+    n_open = sum(task.path not in session.answers for task in review_tasks.tasks)
+    texts = [f"{plural(len(session.answers), 'answer')} in {output}"]
     if n_open:
-        parts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
-    parts.append(f"next: {session.next_command()}")
-    next_step("; ".join(parts))
+        texts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
+    texts.append(f"next: {session.next_command()}")
+    next_step("; ".join(texts))
 
 
 def labels(
@@ -591,7 +613,7 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the folds.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the folds.")] = 0,
 ) -> None:
     """List the labels that are probably wrong, the worst first (confident learning by cleanlab).
 
@@ -614,19 +636,19 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     pictures = None
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
-    judge = None
+    judging_predictor = None
     if predictor is not None:
-        judge = load_predictor(predictor)
+        judging_predictor = load_predictor(predictor)
     rows: EmbeddingSource = EmbeddingStore(store)
     if labels:
         rows = labelled_rows(EmbeddingStore(store), labels)
-    errors = find_label_errors(rows, judge, seed=seed)
+    errors = find_label_errors(rows, judging_predictor, seed=seed)
     errors.save(output)
-    written = [output]
+    written_files = [output]
     if pictures is not None and sheet is not None:
         contact_sheet(errors, pictures, sheet)
-        written.append(sheet)
-    console.print_outputs(*written)
+        written_files.append(sheet)
+    console.print_outputs(*written_files)
     n_wrong = int(errors.is_error.sum())
     next_step(f"{n_wrong:,} of {plural(len(errors.keys), 'label')} probably wrong")
 

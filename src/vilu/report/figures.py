@@ -26,27 +26,28 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     """Draw histograms of the uncertainty of correct and of wrong answers, one panel per method.
 
     The figure is like Fig. 9 and 10 of the ViLU supplement. The bars of correct answers add up to
-    100 %, and the bars of wrong answers add up to 100 %, too. So both kinds are visible, even if
-    one of them is rare.
+    100 %, and so do the bars of wrong answers. So both kinds are visible, even if one is rare.
     """
     with house_style():
-        figure, panels = _panels(len(outcomes), columns=3, width=4.0, height=2.6)
-        for axes, (title, of_method) in zip(panels, outcomes.items(), strict=True):
-            uncertainty, failure = known(of_method)
+        figure, panels = _figure_with_panels(len(outcomes), columns=3, width=4.0, height=2.6)
+        for axes, (title, method_outcomes) in zip(panels, outcomes.items(), strict=True):
+            uncertainty, failure = evaluable_scores(method_outcomes)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            of_correct = uncertainty[failure == 0]
-            of_wrong = uncertainty[failure == 1]
-            _share_bars(axes, of_correct, edges, "answer correct", CORRECT, hatch=None)
-            _share_bars(axes, of_wrong, edges, "answer wrong", WRONG, hatch="///")
+            uncertainty_of_correct = uncertainty[failure == 0]
+            uncertainty_of_wrong = uncertainty[failure == 1]
+            _draw_share_bars(
+                axes, uncertainty_of_correct, edges, "answer correct", CORRECT, hatch=None
+            )
+            _draw_share_bars(axes, uncertainty_of_wrong, edges, "answer wrong", WRONG, hatch="///")
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
-            first, *_ = panels
-            first.legend(fontsize=8)
+            first_panel, *_ = panels
+            first_panel.legend(fontsize=8)
     return figure
 
 
-def _share_bars(
+def _draw_share_bars(
     axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
 ) -> None:
     """Draw a histogram whose bars are percentages of ``values``."""
@@ -61,7 +62,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
     A correct answer is a positive, and an accepted answer is predicted to be a positive.
     """
-    figure, axes = _line_per_method(
+    figure, axes = _draw_line_per_method(
         outcomes, curve=roc_curve_points, note="FPR95 {:.1%}", metric=fpr_at_tpr
     )
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
@@ -75,7 +76,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Draw the error rate among the accepted answers against the share of accepted answers."""
-    figure, axes = _line_per_method(
+    figure, axes = _draw_line_per_method(
         outcomes, curve=risk_coverage_curve, note="AURC {:.3f}", metric=aurc
     )
     axes.set(
@@ -87,7 +88,7 @@ def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     return figure
 
 
-def _line_per_method(
+def _draw_line_per_method(
     outcomes: Sequence[Outcomes],
     curve: Callable[[Floats, Ints], tuple[Floats, Floats]],
     note: str,
@@ -106,24 +107,24 @@ def _line_per_method(
     """
     figure = new_figure(width=5.5, height=5)
     axes = figure.add_subplot()
-    looks = looks_of(of_method.method or "" for of_method in outcomes)
-    for of_method in outcomes:
-        uncertainty, failure = known(of_method)
-        look = looks[of_method.method or ""]
+    looks = looks_of(method_outcomes.method or "" for method_outcomes in outcomes)
+    for method_outcomes in outcomes:
+        uncertainty, failure = evaluable_scores(method_outcomes)
+        look = looks[method_outcomes.method or ""]
         value = metric(uncertainty, failure)
-        label = f"{of_method.method}  ({note.format(value)})"
+        label = f"{method_outcomes.method}  ({note.format(value)})"
         x, y = curve(uncertainty, failure)
         axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
     return figure, axes
 
 
-def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
+def evaluable_scores(outcomes: Outcomes) -> tuple[Floats, Ints]:
     """Uncertainties and failures of the rows that have both."""
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
-def probability(outcomes: Outcomes) -> Floats | None:
+def failure_probability_of(outcomes: Outcomes) -> Floats | None:
     """Calibrated failure probabilities (N,), or else the uncertainties if they are probabilities.
 
     None if the outcomes are not calibrated and the uncertainties are not probabilities.
@@ -158,7 +159,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
     """Draw a picture with its caption, and with a frame whose colour marks a wrong answer."""
-    # these three stay for a picture whose right answer is not known
+    # values for a picture whose right answer is unknown, or equal to the answer of the model
     verdict = ""
     colour = CORRECT
     linewidth = 1
@@ -220,9 +221,9 @@ def curves(
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
         ticks: set[float] = set()
         for line in panel.lines:
-            _line_in_band(axis, line, looks[line.label])
+            _draw_line_in_band(axis, line, looks[line.label])
             if line.published:
-                _published(axis, line, looks[line.label])
+                _draw_published(axis, line, looks[line.label])
             ticks.update(line.x)
         if log:
             axis.set_xscale("log")
@@ -230,7 +231,7 @@ def curves(
         labels = [names.get(number, number) for number in numbers]
         axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
-        _label_lines(axis, panel.lines, looks)
+        _write_line_labels(axis, panel.lines, looks)
 
     figure = _curve_panels(panels, x_label, draw)
     if any(line.published for panel in panels for line in panel.lines):
@@ -244,7 +245,7 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
         for line in panel.lines:
             look = looks[line.label]
-            _points(axis, line, look)
+            _draw_points(axis, line, look)
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
@@ -255,8 +256,10 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
     return _curve_panels(panels, x_label, draw)
 
 
-def _panels(n: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Make a figure of ``n`` panels of ``width`` by ``height`` inches, row by row."""
+def _figure_with_panels(
+    n: int, columns: int, width: float, height: float
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure with ``n`` panels in rows; a panel is ``width`` by ``height`` inches."""
     rows = math.ceil(n / columns)
     figure = new_figure(width=width * columns, height=height * rows)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
@@ -271,7 +274,7 @@ def _curve_panels(
     looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
-        figure, axes = _panels(len(panels), columns, width=4.8, height=3.0)
+        figure, axes = _figure_with_panels(len(panels), columns, width=4.8, height=3.0)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
             axis.grid(alpha=0.25, linewidth=0.5)
@@ -279,18 +282,18 @@ def _curve_panels(
     return figure
 
 
-def _line_in_band(axis: Axes, line: Series, look: Look) -> None:
+def _draw_line_in_band(axis: Axes, line: Series, look: Look) -> None:
     """Draw a series in percent, in ascending order of x, with its intervals as a band."""
     order = np.argsort(line.x, kind="stable")
-    x = _ordered(line.x, order)
-    low = 100 * _ordered(line.low, order)
-    high = 100 * _ordered(line.high, order)
+    x = _in_order(line.x, order)
+    low = 100 * _in_order(line.low, order)
+    high = 100 * _in_order(line.high, order)
     axis.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
-    y = 100 * _ordered(line.y, order)
+    y = 100 * _in_order(line.y, order)
     axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **look.style)
 
 
-def _label_lines(axis: Axes, lines: Sequence[Series], looks: Mapping[str, Look]) -> None:
+def _write_line_labels(axis: Axes, lines: Sequence[Series], looks: Mapping[str, Look]) -> None:
     """Write the label of every line at the right of the plot, at the height of its last value.
 
     Labels that would overlap are moved apart.
@@ -317,7 +320,7 @@ LABEL_HEIGHT = 0.065
 
 
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights in ascending order that differ by at least ``gap``, near the given ones.
+    """Heights by label, moved apart so that they differ by at least ``gap``, lowest first.
 
     Heights that are too close form a group. A group is centred on the mean of its heights, and
     groups that then overlap are joined.
@@ -325,32 +328,32 @@ def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float
     groups: list[list[str]] = []
     for label in sorted(heights, key=lambda label: heights[label]):
         groups.append([label])
-        while len(groups) > 1 and _overlap(groups[-2], groups[-1], heights, gap):
+        while len(groups) > 1 and _are_too_close(groups[-2], groups[-1], heights, gap):
             upper = groups.pop()
             groups[-1] += upper
-    placed = {}
+    spaced = {}
     for group in groups:
-        start = _start(group, heights, gap)
+        start = _lowest_height(group, heights, gap)
         for number, label in enumerate(group):
-            placed[label] = start + number * gap
-    return placed
+            spaced[label] = start + number * gap
+    return spaced
 
 
-def _start(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
+def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
     """Height of the lowest label of a group that is centred on the mean of its heights."""
     centre = sum(heights[label] for label in group) / len(group)
     return centre - gap * (len(group) - 1) / 2
 
 
-def _overlap(
+def _are_too_close(
     lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
 ) -> bool:
     """Whether two groups of labels, one above the other, are closer than ``gap``."""
-    end = _start(lower, heights, gap) + gap * (len(lower) - 1)
-    return _start(upper, heights, gap) - end < gap
+    end = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
+    return _lowest_height(upper, heights, gap) - end < gap
 
 
-def _points(axis: Axes, line: Series, look: Look) -> None:
+def _draw_points(axis: Axes, line: Series, look: Look) -> None:
     """Draw the points of a series with their intervals as bars, x and y in percent."""
     y = np.asarray(line.y)
     below = np.maximum(y - np.asarray(line.low), 0)
@@ -369,14 +372,16 @@ def _points(axis: Axes, line: Series, look: Look) -> None:
     )
 
 
-def _ordered(values: Sequence[float], order: Ints) -> Floats:
+def _in_order(values: Sequence[float], order: Ints) -> Floats:
     """The values (N,) in the order of the indices ``order`` (N,)."""
     return np.asarray(values, dtype=np.float64)[order]
 
 
-def _published(axis: Axes, line: Series, look: Look) -> None:
+def _draw_published(axis: Axes, line: Series, look: Look) -> None:
     """Draw the published points of a series, with hollow markers."""
-    x, y = zip(*sorted(line.published), strict=True)  # all x and all y, in ascending order of x
+    points = sorted(line.published)  # in ascending order of x
+    x = [point_x for point_x, _ in points]
+    y = [point_y for _, point_y in points]
     axis.plot(
         x,
         100 * np.asarray(y),
@@ -406,7 +411,7 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Draw heat maps: a darker cell is a higher fraction, which is printed in percent."""
     with house_style():
         n_columns = min(2, len(panels))
-        figure, axes = _panels(len(panels), n_columns, width=4.2, height=2.6)
+        figure, axes = _figure_with_panels(len(panels), n_columns, width=4.2, height=2.6)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_grid(axis, panel)
             axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)

@@ -45,7 +45,7 @@ MAIN_METHODS = (
 
 DPI = 150
 """Pixels per inch of a figure that is saved as PNG or WebP."""
-DARK = (
+DARK_RULE = (
     "@media (prefers-color-scheme: dark) "
     "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
 )
@@ -53,9 +53,9 @@ DARK = (
 
 Light and dark colours are swapped, and hues stay.
 """
-METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
+LEFT_OUT_METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """Metadata that are left out, by the suffix of the file, so that equal figures have equal bytes."""
-SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
+MATPLOTLIB_SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
     "axes.titlesize": 9,
@@ -79,9 +79,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """A block in which matplotlib has the ``SETTINGS`` of all figures."""
+    """A block in which matplotlib has the ``MATPLOTLIB_SETTINGS`` of all figures."""
     matplotlib = import_extra("matplotlib", extra="report")
-    style: AbstractContextManager[None] = matplotlib.rc_context(SETTINGS)
+    style: AbstractContextManager[None] = matplotlib.rc_context(MATPLOTLIB_SETTINGS)
     return style
 
 
@@ -90,7 +90,7 @@ class Look:
     """How a line looks."""
 
     colour: str
-    dash: Any  # of matplotlib: a name, or (offset, lengths)
+    dash: Any  # line style of matplotlib: a name, or (offset, lengths)
     marker: str
 
     @property
@@ -105,35 +105,35 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
     A method looks the same in every figure: its name decides. The methods of ``MAIN_METHODS`` have
     colours of their own with solid lines. A label that begins with such a name, such as
     "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
-    have the same look only if all looks that a line may have are taken.
+    have the same look only if other lines have taken all its possible looks.
     """
     looks: dict[str, Look] = {}
-    taken: set[Look] = set()
+    taken_looks: set[Look] = set()
     for label in sorted(set(labels)):
-        candidates = _candidates(label)
-        free = (look for look in candidates if look not in taken)
-        look = next(free, candidates[0])
+        candidates = _possible_looks(label)
+        free_looks = (look for look in candidates if look not in taken_looks)
+        look = next(free_looks, candidates[0])
         looks[label] = look
-        taken.add(look)
+        taken_looks.add(look)
     return looks
 
 
-def _candidates(label: str) -> list[Look]:
+def _possible_looks(label: str) -> list[Look]:
     """The looks that a line may have, the preferred one first."""
     looks = []
     colours = list(COLOURS[1:])  # the first one belongs to the predictor to use
     method = _main_method(label)
     if method is not None:
-        place = MAIN_METHODS.index(method)
-        colours = [COLOURS[place]]
+        index = MAIN_METHODS.index(method)
+        colours = [COLOURS[index]]
         if label == method:
-            looks.append(Look(COLOURS[place], DASHES[0], MARKERS[place]))
-    # The hash of the label is the first number. Successive numbers count through the colours, the
-    # dashes and the markers at different rates.
-    first = zlib.crc32(label.encode("utf-8", "backslashreplace"))
-    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # then the looks begin again
+            looks.append(Look(COLOURS[index], DASHES[0], MARKERS[index]))
+    # The looks of a label are numbered, and the hash of the label is the first number. From one
+    # number to the next, colours, dashes and markers change at different rates.
+    first_number = zlib.crc32(label.encode("utf-8", "backslashreplace"))
+    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the looks repeat
     dashed = DASHES[1:]  # solid lines are left to the main methods
-    for number in range(first, first + n_numbers):
+    for number in range(first_number, first_number + n_numbers):
         colour = colours[number % len(colours)]
         dash = dashed[number // len(colours) % len(dashed)]
         marker = MARKERS[number // 3 % len(MARKERS)]
@@ -143,8 +143,8 @@ def _candidates(label: str) -> list[Look]:
 
 def _main_method(label: str) -> str | None:
     """The main method that a label names at its beginning; None if there is none."""
-    named = [method for method in MAIN_METHODS if re.match(rf"{method}(?![a-z])", label)]
-    return max(named, key=len, default=None)
+    methods_at_start = [method for method in MAIN_METHODS if re.match(rf"{method}(?![a-z])", label)]
+    return max(methods_at_start, key=len, default=None)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -155,15 +155,15 @@ def save(figure: Figure, path: Path) -> None:
     file = io.BytesIO()
     kind = path.suffix.removeprefix(".")
     with house_style():
-        figure.savefig(file, format=kind, dpi=DPI, metadata=METADATA.get(path.suffix))
+        figure.savefig(file, format=kind, dpi=DPI, metadata=LEFT_OUT_METADATA.get(path.suffix))
     content = file.getvalue()
     if path.suffix == ".svg":
-        content = adapting(content)
+        content = with_dark_colours(content)
     write_bytes(path, content)
 
 
-def adapting(svg: bytes) -> bytes:
-    """Add the dark colours of ``DARK`` to an SVG of matplotlib."""
+def with_dark_colours(svg: bytes) -> bytes:
+    """Add the dark colours of ``DARK_RULE`` to an SVG of matplotlib."""
     end = b"</style>"  # of the first style element, to which the rule is added
-    rule_and_end = DARK.encode() + end
+    rule_and_end = DARK_RULE.encode() + end
     return svg.replace(end, rule_and_end, 1)

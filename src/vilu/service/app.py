@@ -88,7 +88,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 class Service:
-    """The application. When ``start`` is called with an engine, it begins to answer about images.
+    """The application. It answers about images as soon as ``start`` has given it an engine.
 
     Args:
         limits: Limits for clients.
@@ -186,11 +186,11 @@ class Service:
 
     def _add_refusals(self) -> None:
         """Register the answer to every kind of exception."""
-        self.api.add_exception_handler(Refused, _refused)
-        self.api.add_exception_handler(HTTPException, _no_such_route)
-        self.api.add_exception_handler(ClientDisconnect, _disconnected)
-        self.api.add_exception_handler(StorageError, self._cannot_write)
-        self.api.add_exception_handler(Exception, _fault)
+        self.api.add_exception_handler(Refused, _refusal_response)
+        self.api.add_exception_handler(HTTPException, _unknown_route_response)
+        self.api.add_exception_handler(ClientDisconnect, _disconnect_response)
+        self.api.add_exception_handler(StorageError, self._write_error_response)
+        self.api.add_exception_handler(Exception, _fault_response)
 
     async def answers(self, request: Request) -> Response:
         """Answer about images, with decisions.
@@ -245,7 +245,7 @@ class Service:
         try:
             replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
         except StorageError:  # the rows are not written, so their images must not stay
-            await asyncio.to_thread(_remove, new_files)
+            await asyncio.to_thread(_remove_files, new_files)
             raise
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
@@ -253,7 +253,7 @@ class Service:
         body = AnswersOut(
             request_id=request.state.request_id,
             guarantee=guarantee,
-            answers=[_out(reply) for reply in replies],
+            answers=[_answer_body(reply) for reply in replies],
         )
         return Response(
             body.model_dump_json(), media_type="application/json", headers={"Guarantee": guarantee}
@@ -293,9 +293,9 @@ class Service:
                 "no predictor here is calibrated, so there is no guarantee to audit.",
             )
         state = await asyncio.to_thread(engine.journals.state)
-        audited = []
+        audits = []
         for name, counts_of_predictor in counts.items():
-            audited.append(
+            audits.append(
                 {
                     "predictor": engine.served[name].fingerprint,
                     "new": counts_of_predictor.n_new,
@@ -303,7 +303,7 @@ class Service:
                     "guarantee": state.guarantees[name],
                 }
             )
-        return _json({"audited": audited})
+        return _json({"audited": audits})
 
     async def corrections(self, request: Request) -> Response:
         """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
@@ -355,10 +355,10 @@ class Service:
         """Descriptions of all predictors with their guarantees, for clients."""
         engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
-        described = []
+        descriptions = []
         for name, served in engine.served.items():
             guarantee = state.guarantees[name]
-            described.append(
+            descriptions.append(
                 {
                     "name": name,
                     "predictor": served.fingerprint,
@@ -369,7 +369,7 @@ class Service:
                     "in_words": served.in_words(guarantee),
                 }
             )
-        return described
+        return descriptions
 
     async def alive(self) -> Response:
         """Show that the process listens."""
@@ -390,7 +390,7 @@ class Service:
         content, kind = await asyncio.to_thread(self.measures.exposed)
         return Response(content, media_type=kind)
 
-    async def _cannot_write(self, _: Request, error: Exception) -> Response:
+    async def _write_error_response(self, _: Request, error: Exception) -> Response:
         """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.loaded_engine.journals.state)
@@ -398,16 +398,19 @@ class Service:
         return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
 
     def _require_pixels(self, images: Sequence[bytes]) -> None:
-        """Refuse images with too many pixels together; images that are too large count nothing."""
+        """Refuse images that have too many pixels together.
+
+        An image that is too large by itself is not counted, because it is not decoded.
+        """
         n_pixels = 0
         for content in images:
-            n = stated_pixels(content)
-            if n <= self.limits.pixels:  # a larger image is not decoded
-                n_pixels += n
+            n_of_image = stated_pixels(content)
+            if n_of_image <= self.limits.pixels:
+                n_pixels += n_of_image
         require_at_most(n_pixels, self.limits.request_pixels, "pixels")
 
 
-def _out(reply: Reply) -> AnswerOut:
+def _answer_body(reply: Reply) -> AnswerOut:
     """A reply as the body of an answer to a client."""
     answer = reply.answer
     runners_up = [
@@ -437,7 +440,7 @@ def _keep_images(
     Returns:
         The files that were not there before. A repeated request finds the files of the first one.
     """
-    new: list[Path] = []
+    new_files: list[Path] = []
     try:
         for content, judgement in zip(images, judgements, strict=True):
             could_be_decoded = bool(judgement.scores)
@@ -447,14 +450,14 @@ def _keep_images(
             path = folder / f"{judgement.row}.{suffix}"
             if not path.exists():
                 write_bytes(path, content)
-                new.append(path)
+                new_files.append(path)
     except StorageError:
-        _remove(new)
+        _remove_files(new_files)
         raise
-    return new
+    return new_files
 
 
-def _remove(paths: Sequence[Path]) -> None:
+def _remove_files(paths: Sequence[Path]) -> None:
     """Remove files that were just written."""
     for path in paths:
         with convert_os_errors(f"cannot remove {path}"):
@@ -474,25 +477,25 @@ def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None 
     )
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refusal_response(_: Request, error: Exception) -> Response:
     """The answer to a refused request."""
     assert isinstance(error, Refused)  # noqa: S101 - the handler is registered for this type
     return _problem(error.status, error.detail, error.headers)
 
 
-async def _no_such_route(_: Request, error: Exception) -> Response:
+async def _unknown_route_response(_: Request, error: Exception) -> Response:
     """The answer to a request for an unknown path or with an unknown method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - the handler is registered for this type
     detail = f"{error.detail}. The paths are listed at /docs."
     return _problem(HTTPStatus(error.status_code), detail, error.headers)
 
 
-async def _disconnected(_: Request, _error: Exception) -> Response:
+async def _disconnect_response(_: Request, _error: Exception) -> Response:
     """The answer after the client has disconnected, which is logged but reaches nobody."""
     return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 
-async def _fault(_: Request, error: Exception) -> Response:
+async def _fault_response(_: Request, error: Exception) -> Response:
     """The answer after an unexpected exception; only the log shows the exception."""
     logger.error("a request failed", exc_info=error)
     return _problem(

@@ -189,18 +189,19 @@ def content_type(request: Request) -> str:
 
 
 def count_values(content: bytes) -> int:
-    """Number of values that a JSON document lists; commas within texts count, too.
+    """An upper bound of the number of values in a JSON document: its number of commas, plus one.
 
-    Each value is followed by a comma, except the last. So nothing has to be built.
+    A comma follows each value but the last. Commas within texts are counted, too, because the
+    document is not parsed.
     """
     return content.count(b",") + 1
 
 
 def count_labels(content: bytes, limit: int) -> int:
-    """As ``count_values``, but without the commas within texts, which labels may have.
+    """Number of labels in a JSON document. Unlike ``count_values``, it leaves out commas in texts.
 
-    A body with more texts than ``limit`` labels have is refused in any case. So its texts are only
-    counted, and not taken out.
+    If the document has more texts than ``limit`` labels can have, it is refused in any case. Then
+    half of the number of its texts is returned, which takes less time.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
@@ -217,13 +218,14 @@ async def read_json(request: Request, kind: type[Body], limit: int, what: str) -
     Raises:
         Refused: 415 for another content type, 413 for too many values, 422 if it is invalid.
     """
-    stated = content_type(request)
-    if stated != JSON:
+    found_type = content_type(request)
+    if found_type != JSON:
         expected = JSON
         if kind is ImagesIn:
             expected = f"{JSON} or {FORM}"
         raise Refused(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {stated!r:.60}."
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"the body must be {expected}. Found {found_type!r:.60}.",
         )
     content = await request.body()
     n_values = count_values(content)
@@ -234,8 +236,8 @@ async def read_json(request: Request, kind: type[Body], limit: int, what: str) -
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
         first, *_ = error.errors(include_input=False, include_url=False)
-        where = ".".join(map(str, first["loc"])) or "the body"
-        detail = f"{where:.100}: {first['msg']:.200}."
+        field = ".".join(map(str, first["loc"])) or "the body"
+        detail = f"{field:.100}: {first['msg']:.200}."
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
 
 
@@ -349,7 +351,7 @@ def described_answers(
     if answer is not None:
         success["model"] = answer
     problem = {"type": "object", "required": ["type", "title", "status", "detail"]}
-    described: dict[int | str, dict[str, Any]] = {200: success}
+    descriptions: dict[int | str, dict[str, Any]] = {200: success}
     for code, why in refusals.items():
-        described[code] = {"description": why, "content": {PROBLEM: {"schema": problem}}}
-    return described
+        descriptions[code] = {"description": why, "content": {PROBLEM: {"schema": problem}}}
+    return descriptions

@@ -233,7 +233,7 @@ class Engine:
         for index, content in enumerate(bytes_of_rows(rows.arrays)):
             ids.append(row_id(request, index, content, picture=rows.pictures[index]))
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
-        self._model.submit(self._settle, judgements, lambda: self._judged(rows.arrays, ids))
+        self._model.submit(self._settle, judgements, lambda: self._judge_rows(rows.arrays, ids))
         return judgements
 
     def _decode(
@@ -319,12 +319,12 @@ class Engine:
             judgements[error.position] = Judgement(row, answers, scores={})
         positions = [row.position for row in embedded.rows]
         if positions:
-            good_ids = [ids[position] for position in positions]
-            judged = self._judged(arrays_of(embedded), good_ids)
-            judgements.update(zip(positions, judged, strict=True))
+            readable_ids = [ids[position] for position in positions]
+            new_judgements = self._judge_rows(arrays_of(embedded), readable_ids)
+            judgements.update(zip(positions, new_judgements, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 
-    def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
+    def _judge_rows(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
         """Judgements about rows of embeddings by all predictors."""
         answers: dict[str, list[Answer]] = {}
         scores: dict[str, list[Score]] = {}
@@ -346,20 +346,20 @@ class Engine:
         request = Unwritten(judgements, Future())
         with self._lock:
             self._unwritten.append(request)
-        self._journal_writer.submit(self._write)
+        self._journal_writer.submit(self._write_requests)
         return request.replies
 
-    def _write(self) -> None:
+    def _write_requests(self) -> None:
         """Write the rows of all unwritten requests, and set their replies.
 
         This method is called once for every request. A call writes all requests that are ready, so
         the later calls for these requests may find nothing to write.
         """
         with self._lock:
-            waiting = list(self._unwritten)
+            unwritten = list(self._unwritten)
             self._unwritten.clear()
         requests = [
-            request for request in waiting if request.replies.set_running_or_notify_cancel()
+            request for request in unwritten if request.replies.set_running_or_notify_cancel()
         ]
         if not requests:
             return
@@ -367,7 +367,7 @@ class Engine:
         for request in requests:
             judgements += request.judgements
         try:
-            state = self._recorded(judgements)
+            state = self._write_rows(judgements)
         # As in ``_settle``, the exception is set in the future of every request, which raises it.
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
@@ -378,7 +378,7 @@ class Engine:
             replies = [self._reply(state, judgement) for judgement in request.judgements]
             request.replies.set_result(replies)
 
-    def _recorded(self, judgements: Sequence[Judgement]) -> ServiceState:
+    def _write_rows(self, judgements: Sequence[Judgement]) -> ServiceState:
         """Write the rows that have scores to the journals; returns the state of the service."""
         scored = [judgement for judgement in judgements if judgement.scores]
         ids = [judgement.row for judgement in scored]
@@ -431,9 +431,9 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
 def _unit_rows(embeddings: Tensor) -> Tensor:
     """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
     scaled, status, _ = normalise_rows(embeddings)
-    bad = np.flatnonzero(status != VALID)
-    if bad.size:
-        first_bad = int(bad[0])
+    bad_rows = np.flatnonzero(status != VALID)
+    if bad_rows.size:
+        first_bad = int(bad_rows[0])
         why = STATUS[status[first_bad]]
         raise DataError(f"embeddings.{first_bad} has no direction ({why}).")
     return scaled

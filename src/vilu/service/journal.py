@@ -70,7 +70,7 @@ class Journal:
         # the latest save; at first a call that does nothing
         self._saving: Future[None] = self._writer.submit(lambda: None)
         self._new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
-        self.monitor = self._resumed()
+        self.monitor = self._load_monitor()
         self._rows = RowFile(folder, self.monitor.fingerprint)
         self._compare_sizes()
         self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
@@ -163,11 +163,11 @@ class Journal:
         with self._lock:
             for key, code in codes.items():
                 number = self._rows.number(key)
-                present = None if number is None else self._rows.label_of(number)
-                if present is None or present == code:
+                present_code = None if number is None else self._rows.label_of(number)
+                if present_code is None or present_code == code:
                     continue
                 raise ContradictionError(
-                    f"the row {key:.60} has the label {names[present]!r:.60}, and "
+                    f"the row {key:.60} has the label {names[present_code]!r:.60}, and "
                     f"{labels[key]!r:.60} was sent. No label of this request is written. To "
                     "replace a wrong label, POST its present and its right value to "
                     "/v1/corrections."
@@ -215,11 +215,11 @@ class Journal:
         codes = self._codes
         unknown = sorted(set(labels.values()) - codes.keys())
         if unknown:
-            shown = f"{', '.join(unknown[:5])!r:.200}"
+            examples = f"{', '.join(unknown[:5])!r:.200}"
             allowed = f"no class and not {OUTSIDE_NAME}"
             if codes is CODES_OF_TABLE:
                 allowed = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown)} labels are {allowed}: {shown}.")
+            raise DataError(f"{len(unknown)} labels are {allowed}: {examples}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -254,11 +254,11 @@ class Journal:
         # The copy shares the calibration, because a calibration never changes. deepcopy does not
         # copy an object that is in ``memo``.
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
-        previous = self._saving
+        previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
         # result() raises the exception of the previous save, if there was one. This is no
         # ViLUError, which ``_save`` only logs.
-        previous.result()
+        previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
         """Write the state of the monitor; a failed save is logged, since the rows are on disk."""
@@ -273,7 +273,7 @@ class Journal:
         # A state takes many times the memory of its rows while it is written.
         return_freed_memory()
 
-    def _resumed(self) -> Monitor:
+    def _load_monitor(self) -> Monitor:
         """The monitor in its saved state; a new monitor if there is no state, or a damaged one.
 
         A damaged state is set aside.

@@ -38,8 +38,8 @@ PROBLEM: Final = "application/problem+json"
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 """Form of an id that a client may give its request."""
 
-DRAINED: Final = 2**20
-"""At most this many bytes of a refused body are read before the connection is closed."""
+MAX_DRAINED_BYTES: Final = 2**20
+"""Maximum number of bytes of a refused body that are read before the connection is closed."""
 
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
@@ -54,8 +54,7 @@ OTHERS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
 LARGEST_BODIES: Final = 4
-"""All bodies in progress have at most as many bytes as this number of bodies of the largest length.
-"""
+"""All bodies in progress together may be as long as this number of bodies of maximum length."""
 
 CONNECTIONS: Final = 512
 """Maximum number of open connections."""
@@ -67,7 +66,7 @@ KeyScope = Literal["ask", "label", "admin"]
 """What a key allows: ask about images and rows, give labels, or correct labels and switch."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
-"""All scopes, which a key has unless its line names some."""
+"""All scopes. A key has all of them, unless its line in the file of keys names some."""
 
 SCOPE_OF: Final[dict[str, KeyScope]] = {
     IMAGES: "ask",
@@ -153,18 +152,18 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
             f"{path} must hold one key on every line, each of at least 16 characters. Found "
             f"{len(lines)} keys."
         )
-    return frozenset(_key(path, key, *scopes) for key, *scopes in lines)
+    return frozenset(_client_key(path, key, *scopes) for key, *scopes in lines)
 
 
-def _key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
-    """A key with the scopes that follow it on its line; without any, it has all."""
+def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
+    """A key with the scopes that follow it on its line. If none follow, it has all scopes."""
     digest = hashlib.sha256(key).digest()
     if not scopes:
         return ClientKey(digest)
-    named = {scope.decode(errors="replace") for scope in scopes}
-    if named <= KEY_SCOPES:
-        return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in named))
-    unknown = ", ".join(sorted(named - KEY_SCOPES))
+    scope_names = {scope.decode(errors="replace") for scope in scopes}
+    if scope_names <= KEY_SCOPES:
+        return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
+    unknown = ", ".join(sorted(scope_names - KEY_SCOPES))
     raise UsageError(
         f"{path} gives a key the scopes {unknown!r:.60}. The scopes are "
         f"{', '.join(get_args(KeyScope))}; each key stands on its own line."
@@ -416,9 +415,9 @@ class _Body:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read a body and throw it away, up to ``DRAINED`` bytes."""
+    """Read a body and throw it away, up to ``MAX_DRAINED_BYTES`` bytes."""
     n_drained = 0
-    while n_drained < DRAINED:
+    while n_drained < MAX_DRAINED_BYTES:
         message = await receive()
         n_drained += len(message.get("body", b""))
         is_last = message["type"] != "http.request" or not message.get("more_body", False)
@@ -426,8 +425,8 @@ async def _drain(receive: Receive) -> None:
             return
 
 
-def full(what: str) -> Refused:
-    """The refusal of a request for which there is no room."""
+def too_many_in_progress(what: str) -> Refused:
+    """The refusal (429) of a request, because too many ``what`` are in progress."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"the service has too many {what} in progress. Repeat the request after a second.",
@@ -473,13 +472,13 @@ class InProgress:
         """A block during which a request is in progress; Refused (429) if there is no room."""
         is_work = path in WORK
         if self.n_bytes + n_bytes > self.most_bytes:
-            raise full("bytes")
+            raise too_many_in_progress("bytes")
         # Requests whose bodies have not arrived yet count as one image each, which is the least.
         least_images = max(self.n_working, self.n_images)
         if is_work and least_images >= self.limits.queue:
-            raise full("images")
+            raise too_many_in_progress("images")
         if not is_work and self.n_others >= OTHERS:
-            raise full("requests")
+            raise too_many_in_progress("requests")
         admission = Admission(self)
         self.n_bytes += n_bytes
         self.n_working += is_work
@@ -507,7 +506,7 @@ class Admission:
         """
         has_others = self.in_progress.n_images > 0
         if has_others and self.in_progress.n_images + n > self.in_progress.limits.queue:
-            raise full("images")
+            raise too_many_in_progress("images")
         self.n_images = n
         self.in_progress.n_images += n
 

@@ -63,14 +63,14 @@ class LocalJournals:
         path = self.folder / SERVING
         if not path.is_file():
             return NAMES[0]
-        wanted = read_document(path, AnsweringPredictor).answers
+        wanted_fingerprint = read_document(path, AnsweringPredictor).answers
         for name, fingerprint in self.fingerprints.items():
-            if fingerprint == wanted:
+            if fingerprint == wanted_fingerprint:
                 return name
         raise UsageError(
-            f"{path} says that the predictor {wanted} answers, but this service has "
-            f"{', '.join(self.fingerprints.values())}. Start with {wanted} too, or remove {path} "
-            "so that the first predictor answers."
+            f"{path} says that the predictor {wanted_fingerprint} answers, but this service has "
+            f"{', '.join(self.fingerprints.values())}. Start with {wanted_fingerprint} too, or "
+            f"remove {path} so that the first predictor answers."
         )
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:

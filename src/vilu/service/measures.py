@@ -20,7 +20,7 @@ SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of the buckets of the batch size, in images."""
 
 
-class Answered(Protocol):
+class CountedAnswer(Protocol):
     """The part of an answer that is counted."""
 
     @property
@@ -32,13 +32,13 @@ class Answered(Protocol):
         """Why the answer is not accepted; None if it is."""
 
 
-class Identified(Protocol):
+class ServedPredictor(Protocol):
     """A predictor that is served."""
 
     fingerprint: str
 
 
-class Measured(Protocol):
+class MeasuredEngine(Protocol):
     """The part of an engine that the gauges read."""
 
     @property
@@ -46,14 +46,16 @@ class Measured(Protocol):
         """The journals, which hold the states of the guarantees."""
 
     @property
-    def served(self) -> Mapping[str, Identified]:
+    def served(self) -> Mapping[str, ServedPredictor]:
         """The predictors by name."""
 
 
 class Measures:
     """The metrics of one service, in a separate Prometheus registry."""
 
-    def __init__(self, in_progress: InProgress, engine: Callable[[], Measured | None]) -> None:
+    def __init__(
+        self, in_progress: InProgress, engine: Callable[[], MeasuredEngine | None]
+    ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Gauges(in_progress, engine))
         self._requests = Counter(
@@ -84,7 +86,7 @@ class Measures:
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def count_answers(self, answers: Iterable[Answered]) -> None:
+    def count_answers(self, answers: Iterable[CountedAnswer]) -> None:
         """Count answers by decision and reason."""
         for answer in answers:
             self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
@@ -97,7 +99,9 @@ class Measures:
 class _Gauges(Collector):
     """Gauges whose values are read from the engine at every request for the metrics."""
 
-    def __init__(self, in_progress: InProgress, engine: Callable[[], Measured | None]) -> None:
+    def __init__(
+        self, in_progress: InProgress, engine: Callable[[], MeasuredEngine | None]
+    ) -> None:
         self.in_progress = in_progress
         self.engine = engine
 

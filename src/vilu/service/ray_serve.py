@@ -22,13 +22,13 @@ from vilu.service.limits import Gate, log_access
 from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
 
-NAME: Final = "vilu"
+APPLICATION_NAME: Final = "vilu"
 """Name of the application in Ray Serve."""
 
-DRAIN: Final = 60.0
+DRAIN_SECONDS: Final = 60.0
 """Seconds for finishing the requests in progress when a replica has to stop."""
 
-HEALTH: Final = 5.0
+HEALTH_SECONDS: Final = 5.0
 """Time between two health checks of a replica, and time limit of each check, in seconds."""
 
 
@@ -133,14 +133,14 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
     deployment = serve.deployment(serve.ingress(build)()).options(
-        name=NAME,
+        name=APPLICATION_NAME,
         max_ongoing_requests=4 * setup.limits.queue,
-        graceful_shutdown_timeout_s=DRAIN,
-        health_check_period_s=HEALTH,
-        health_check_timeout_s=HEALTH,
-        **_size(replicas),
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=HEALTH_SECONDS,
+        **_replica_options(replicas),
     )
-    serve.run(deployment.bind(), name=NAME, route_prefix="/")
+    serve.run(deployment.bind(), name=APPLICATION_NAME, route_prefix="/")
     return f"http://{host}:{port}", journals
 
 
@@ -156,7 +156,7 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     return journals
 
 
-def _size(replicas: Replicas) -> dict[str, Any]:
+def _replica_options(replicas: Replicas) -> dict[str, Any]:
     """Options of a deployment for its number of replicas."""
     if replicas.least == replicas.most:
         return {"num_replicas": replicas.least}
@@ -202,7 +202,7 @@ def serve_ray(
             announce(url)
             announce("ready")
             number = _wait_for_signal()
-            serve.delete(NAME)
+            serve.delete(APPLICATION_NAME)
             journals.close()
         finally:
             serve.shutdown()

@@ -45,7 +45,7 @@ ENDS = "rows.ends"
 WAL: Final = f"{ROWS}-wal"
 """Name of SQLite's write-ahead log: rows that are not in the main file yet."""
 
-BLOCK: Final = 50_000
+MAX_ROWS_READ: Final = 50_000
 """Maximum number of rows that are read at a time."""
 
 PATIENCE: Final = 5.0
@@ -86,8 +86,8 @@ COMMIT
 their arrival.
 """
 
-ADDED: Final = frozenset({"corrections", "pictures"})
-"""Names in the schema that files of earlier versions lack."""
+LATER_NAMES: Final = frozenset({"corrections", "pictures"})
+"""Names in the schema that came later, so that files of earlier versions lack them."""
 
 ROWS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty FROM rows
@@ -129,7 +129,7 @@ ENDS_LINE: Final = re.compile(
 ROW_NUMBERS = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
 LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of its row, label
 
-NO_DAMAGE: Final = {
+HARMLESS_ERRORS: Final = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
@@ -141,7 +141,7 @@ NO_DAMAGE: Final = {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-"""SQLite errors that do not mean that the content of the file is damaged."""
+"""SQLite errors after which the content of the file is not damaged."""
 
 
 class AnsweredRow(NamedTuple):
@@ -221,10 +221,10 @@ class RowFile:
         self.path = folder / ROWS
         self._ends_path = folder / ENDS
         start = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
-        self._nothing = Ends(n=0, row=start, came=0, label=start)  # ends of empty chains
-        self.ends = self._verified()
+        self._empty_ends = Ends(n=0, row=start, came=0, label=start)  # ends of empty chains
+        self.ends = self._checked_ends()
         # number of the last row that was ever answered; the file may have lost this row
-        self._last = self.ends.n
+        self._last_number = self.ends.n
         # The file of ends must exist before the first row, because a file of rows without it counts
         # as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
@@ -245,7 +245,7 @@ class RowFile:
 
         The file may have lost some of these rows. Their numbers are not used again.
         """
-        self._last = max(self._last, n)
+        self._last_number = max(self._last_number, n)
 
     @property
     def is_lost(self) -> bool:
@@ -260,18 +260,18 @@ class RowFile:
         """
         self._require_in_place()
         ends = self.ends
-        last = self._last
+        last_number = self._last_number
         now = time.time()
         with self._sqlite_errors(), self._transaction():
             for key, answer, value in zip(ids, answers, uncertainty, strict=True):
                 is_stored = self.number(key) is not None
                 if is_stored:
                     continue
-                last += 1
-                digest = _row_digest(ends.row, last, key.encode(), now, answer, value)
-                row = (last, key, now, answer, value, digest)
+                last_number += 1
+                digest = _row_digest(ends.row, last_number, key.encode(), now, answer, value)
+                row = (last_number, key, now, answer, value, digest)
                 self._table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                ends = replace(ends, n=last, row=digest)
+                ends = replace(ends, n=last_number, row=digest)
         self._set_ends(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
@@ -322,10 +322,13 @@ class RowFile:
         return None if row is None else int(row[0])
 
     def rows_after(self, n: int) -> list[AnsweredRow]:
-        """The first ``BLOCK`` rows with a number above n whose pictures are in no earlier row."""
+        """Rows with a number above n whose pictures are in no earlier row.
+
+        These are the first ``MAX_ROWS_READ`` such rows.
+        """
         with self._sqlite_errors():
-            found = self._table.execute(ROWS_OF_NEW_PICTURES, (n, BLOCK))
-            return [AnsweredRow(*row) for row in found]
+            records = self._table.execute(ROWS_OF_NEW_PICTURES, (n, MAX_ROWS_READ))
+            return [AnsweredRow(*row) for row in records]
 
     def labels_after(self, came: int) -> list[AuditedRow]:
         """Rows of the labels above number ``came``, in the order of the labels.
@@ -333,8 +336,8 @@ class RowFile:
         A label is as it was corrected last. Of equal pictures only the first label counts.
         """
         with self._sqlite_errors():
-            found = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
-            return [AuditedRow(*row) for row in found]
+            records = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
+            return [AuditedRow(*row) for row in records]
 
     def close(self) -> None:
         """Close both files."""
@@ -353,7 +356,7 @@ class RowFile:
         """Note the new ends of the chains; their rows and labels must be on disk already."""
         self._require_in_place()
         self.ends = ends
-        self._last = max(self._last, ends.n)
+        self._last_number = max(self._last_number, ends.n)
         self._note_ends()
 
     def _note_ends(self) -> None:
@@ -381,18 +384,18 @@ class RowFile:
                 advice = " It is damaged. Start again: all rows before the damage are kept."
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
-    def _verified(self) -> Ends:
+    def _checked_ends(self) -> Ends:
         """The ends of the chains; damaged files are set aside and repaired first."""
         noted = self._noted_ends()
         if not self.path.exists():
-            is_new = noted is None or noted == self._nothing  # no row and no label was noted
-            return self._nothing if is_new else self._repaired(noted)
+            is_new = noted is None or noted == self._empty_ends  # no row and no label was noted
+            return self._empty_ends if is_new else self._repair(noted)
         self._require_version()
         self._add_missing_tables()
-        ends, is_whole = self._survey(noted or self._nothing)
-        if noted is None and ends != self._nothing:
+        ends, is_whole = self._survey(noted or self._empty_ends)
+        if noted is None and ends != self._empty_ends:
             is_whole = False  # there are rows, but the file of ends is missing or damaged
-        return ends if is_whole else self._repaired(noted)
+        return ends if is_whole else self._repair(noted)
 
     def _noted_ends(self) -> Ends | None:
         """The ends in the file ``rows.ends``; None if it is missing or damaged."""
@@ -405,7 +408,7 @@ class RowFile:
         """Raise ProvenanceError for tables of another version of vilu; damage is found later."""
         version = 0
         has_tables = False
-        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+        with self._until_damage(), closing(_open_to_read(self.path)) as table:
             (version,) = table.execute("PRAGMA user_version").fetchone()
             has_tables = bool(_schema_of(table))
         if has_tables:
@@ -414,8 +417,8 @@ class RowFile:
     def _add_missing_tables(self) -> None:
         """Add what files of earlier versions lack; whatever else is wrong is found later."""
         is_earlier = False
-        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
-            is_earlier = _schema_of(table) == _our_schema(without=ADDED)
+        with self._until_damage(), closing(_open_to_read(self.path)) as table:
+            is_earlier = _schema_of(table) == _our_schema(without=LATER_NAMES)
         if is_earlier:
             with self._sqlite_errors(), closing(sqlite3.connect(self.path)) as table:
                 table.executescript(TABLES)
@@ -428,29 +431,29 @@ class RowFile:
             broken, and both have the ends that were ``noted``.
         """
         last_row = 0
-        row_digest = self._nothing.row
+        row_digest = self._empty_ends.row
         n_rows = 0
         last_label = 0
-        label_digest = self._nothing.label
+        label_digest = self._empty_ends.label
         n_labels = 0
         # nothing has to be searched for if the noted chain is empty
         has_noted_row = noted.n == 0
         has_noted_label = noted.came == 0
         is_sound = False
-        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+        with self._until_damage(), closing(_open_to_read(self.path)) as table:
             if not _schema_of(table):  # vilu was killed before it had created the tables
-                return self._nothing, noted == self._nothing
-            for last_row, *_, row_digest in _rows_that_follow(table, self._nothing.row):
+                return self._empty_ends, noted == self._empty_ends
+            for last_row, *_, row_digest in _rows_that_follow(table, self._empty_ends.row):
                 n_rows += 1
                 if last_row == noted.n:
                     has_noted_row = row_digest == noted.row
             for last_label, _, _, label_digest, _ in _labels_that_follow(
-                table, self._nothing.label
+                table, self._empty_ends.label
             ):
                 n_labels += 1
                 if last_label == noted.came:
                     has_noted_label = label_digest == noted.label
-            is_sound = _is_sound(table) and _sizes(table) == (n_rows, n_labels)
+            is_sound = _is_sound(table) and _chain_lengths(table) == (n_rows, n_labels)
         ends = Ends(n=last_row, row=row_digest, came=last_label, label=label_digest)
         return ends, is_sound and has_noted_row and has_noted_label
 
@@ -463,12 +466,12 @@ class RowFile:
             if not _is_damage(error):
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
-    def _repaired(self, noted: Ends | None) -> Ends:
+    def _repair(self, noted: Ends | None) -> Ends:
         """Set the old files aside, and replace them by a copy of the unbroken chains."""
         new = self.path.with_name(f"{ROWS}.new")
         with convert_os_errors(f"cannot write {new}"):
             new.unlink(missing_ok=True)
-        ends, n_rows = self._copied_to(new)
+        ends, n_rows = self._copy_chains(new)
         aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
         with convert_os_errors(f"cannot write {self.path}"):
             new.replace(self.path)
@@ -487,22 +490,22 @@ class RowFile:
         )
         return ends
 
-    def _copied_to(self, new: Path) -> tuple[Ends, int]:
+    def _copy_chains(self, new: Path) -> tuple[Ends, int]:
         """Copy the unbroken chains to a new file; returns its ends and its number of rows."""
-        ends = self._nothing
+        ends = self._empty_ends
         n_rows = 0
         with self._sqlite_errors(), closing(sqlite3.connect(new, isolation_level=None)) as target:
             target.executescript(TABLES)
             if not self.path.exists():
                 return ends, n_rows
             target.execute("BEGIN")
-            with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+            with self._until_damage(), closing(_open_to_read(self.path)) as table:
                 for n, key, *numbers, digest in _rows_that_follow(table, ends.row):
                     row = (n, key.decode(), *numbers, digest)
                     target.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
                     ends = replace(ends, n=n, row=digest)
                     n_rows += 1
-            with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+            with self._until_damage(), closing(_open_to_read(self.path)) as table:
                 for _, n, label, _, name in _labels_that_follow(table, ends.label):
                     # a label is copied only if its row was copied
                     if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
@@ -535,39 +538,39 @@ def _insert_label(table: sqlite3.Connection, name: str, n: int, label: int, ends
 
 
 def _row_digest(
-    before: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
+    previous_digest: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
 ) -> bytes:
-    content = before + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
+    content = previous_digest + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
     return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
-def _label_digest(before: bytes, came: int, n: int, label: int) -> bytes:
-    content = before + LABEL_NUMBERS.pack(came, n, label)
+def _label_digest(previous_digest: bytes, came: int, n: int, label: int) -> bytes:
+    content = previous_digest + LABEL_NUMBERS.pack(came, n, label)
     return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
-def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredRow]:
+def _rows_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
     """The rows in order, up to the first whose digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
     # A value of a wrong type, which shows that the file is damaged, raises one of these exceptions.
     with suppress(struct.error, TypeError):
         for row in table.execute(query):
             n, key, when, answer, uncertainty, digest = row
-            if digest != _row_digest(before, n, key, when, answer, uncertainty):
+            if digest != _row_digest(previous_digest, n, key, when, answer, uncertainty):
                 return
             yield row
-            before = digest
+            previous_digest = digest
 
 
-def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredLabel]:
+def _labels_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredLabel]:
     """The labels in order, up to the first whose digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
         for label in table.execute(LABEL_CHAIN):
             came, n, value, digest, _ = label
-            if digest != _label_digest(before, came, n, value):
+            if digest != _label_digest(previous_digest, came, n, value):
                 return
             yield label
-            before = digest
+            previous_digest = digest
 
 
 def _is_sound(table: sqlite3.Connection) -> bool:
@@ -591,7 +594,7 @@ def _our_schema(without: Set[str] = frozenset()) -> list[str]:
         return _schema_of(table, without)
 
 
-def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
+def _chain_lengths(table: sqlite3.Connection) -> tuple[int, int]:
     """Numbers of rows, and of labels with corrections."""
     query = (
         "SELECT (SELECT count(*) FROM rows), "
@@ -601,7 +604,7 @@ def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
     return int(n_rows), int(n_labels)
 
 
-def _opened_to_read(path: Path) -> sqlite3.Connection:
+def _open_to_read(path: Path) -> sqlite3.Connection:
     """A read-only connection, so that a damaged file is not changed."""
     address = f"file:{quote(str(path.absolute()))}?mode=ro"
     return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
@@ -611,7 +614,7 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Whether an error means that the content of the file is damaged."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     kind = code & 0xFF  # the other bits are details of the kind
-    return kind not in NO_DAMAGE
+    return kind not in HARMLESS_ERRORS
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -20,20 +20,20 @@ from vilu.service.app import Service
 from vilu.service.limits import CONNECTIONS, PROBLEM, in_brackets, problem
 from vilu.service.setup import Setup, load_engine
 
-HEAD: Final = 16 * 2**10
+MAX_HEAD_BYTES: Final = 16 * 2**10
 """Maximum length of the head of a request, in bytes."""
 
-IDLE: Final = 10
+IDLE_SECONDS: Final = 10
 """Seconds after which a connection without a complete head of a request is closed."""
 
-STOP: Final = 60
+STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
 
 
 class TimedProtocol(H11Protocol):
     """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
 
-    The head of a request (its first line and its headers) must be complete within ``IDLE`` seconds.
+    The head of a request (its first line and its headers) must be complete within ``IDLE_SECONDS``.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -42,11 +42,11 @@ class TimedProtocol(H11Protocol):
         """Begin to wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
         super().connection_made(cast("asyncio.Transport", transport))
-        most = most_connections()
-        if len(self.connections) > most:
+        max_connections = most_connections()
+        if len(self.connections) > max_connections:
             self._close_with(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                f"the service has at most {most} connections. Connect again later.",
+                f"the service has at most {max_connections} connections. Connect again later.",
             )
             return
         self._update_deadline()
@@ -74,7 +74,7 @@ class TimedProtocol(H11Protocol):
                 self._deadline = None
             return
         if self._deadline is None and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(IDLE, self.transport.close)
+            self._deadline = self.loop.call_later(IDLE_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """Wait for the head of the next request."""
@@ -147,7 +147,7 @@ class Hosted:
         self.announce = announce
         self.service = Service(setup.limits, setup.keep)
         self.fault: BaseException | None = None  # raised while the engine was loaded
-        self.socket = _bound(host, port)
+        self.socket = _bind_socket(host, port)
         config = uvicorn.Config(
             self.service.gate,
             http=TimedProtocol,
@@ -157,8 +157,8 @@ class Hosted:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=STOP,
-            h11_max_incomplete_event_size=HEAD,
+            timeout_graceful_shutdown=STOP_SECONDS,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         self.server = Server(config, lambda: announce(_url(self.socket)))
         self.service.gate.is_closing = lambda: self.server.should_exit
@@ -204,27 +204,27 @@ class Hosted:
         self.announce("ready")
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind_socket(host: str, port: int) -> socket.socket:
     """A socket that is bound to an address and a port; UsageError if they cannot be used."""
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
     # asyncio turns off Nagle's algorithm only where the socket states TCP. With it, the end of an
     # answer waits 40 ms for the client to acknowledge the head.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((host, port))
+        bound_socket.bind((host, port))
     except OSError as error:
-        bound.close()
+        bound_socket.close()
         raise UsageError(
             f"cannot listen at {host}, port {port}: {error.strerror}. Give another --host or "
             "--port."
         ) from error
-    bound.set_inheritable(True)
-    return bound
+    bound_socket.set_inheritable(True)
+    return bound_socket
 
 
-def _url(bound: socket.socket) -> str:
-    host, port, *_ = bound.getsockname()  # an IPv6 address has two more values
+def _url(bound_socket: socket.socket) -> str:
+    host, port, *_ = bound_socket.getsockname()  # an IPv6 address has two more values
     return f"http://{in_brackets(host)}:{port}"

@@ -69,7 +69,7 @@ class TableGuard(Guard):
         table = AnswerTable(
             tuple(keys),
             np.full(len(keys), UNKNOWN, dtype=np.int64),
-            {name: numbers[:, place] for place, name in enumerate(names)},
+            {name: numbers[:, column] for column, name in enumerate(names)},
             features=features,
         )
         facts = {

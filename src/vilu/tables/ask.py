@@ -23,64 +23,69 @@ from vilu.tables.table import AnswerTable, Purpose
 def next_answers(
     table: AnswerTable,
     predictor: FailurePredictor,
-    asked: Collection[str],
+    asked_ids: Collection[str],
     n: int,
     seed: int,
 ) -> tuple[Ints, list[Purpose]]:
     """Choose ``n`` answers without a label: half to fit on, half to calibrate on.
 
-    A hash of the identifier says for each row which of the two it may be for. The rows to calibrate
-    on are the next ones in the random order of their hashes, so all of them together are a random
-    sample, whenever one stops. The rows to fit on are spread over the order of the uncertainties,
-    so that right and wrong answers are among them. Rows that the predictor was fitted on, and
-    copies of other rows, are not chosen.
+    A hash of a row's identifier decides for which of the two the row may be chosen. The rows to
+    calibrate on are the next ones in the random order of their hashes. So all rows that were chosen
+    so far are a random sample, at any time. The rows to fit on are spread evenly over the ascending
+    uncertainties, so that right and wrong answers are among them. Rows that the predictor was
+    fitted on, and copies of other rows, are not chosen.
 
     In a table with clusters, whole clusters are chosen in the same way, by a hash of their names
     and by their mean uncertainty. Their number is ``n`` divided by the mean size of all clusters,
-    so they have about ``n`` rows. Clusters of which a row cannot be chosen are left out.
+    so they have about ``n`` rows. A cluster is left out if one of its rows cannot be chosen.
 
     Args:
         table: The answers.
         predictor: Scores the answers.
-        asked: Identifiers of answers that were asked for before.
+        asked_ids: Identifiers of answers that were asked for before.
         n: Number of answers.
         seed: Seed of the hash.
 
     Returns:
         Indices (M,) of the chosen rows, and what each is for.
     """
-    names, unit = cluster_indices(table.cluster or table.ids, len(table))
-    size = np.bincount(unit)
-    n_units = 0
+    # a unit is a cluster, or a row of a table without clusters
+    unit_names, unit_of_row = cluster_indices(table.cluster or table.ids, len(table))
+    unit_size = np.bincount(unit_of_row)
+    n_units = 0  # number of units to choose
     if n:
-        n_units = max(round(n * len(names) / len(table)), 1)
-    position = np.array([_position(name, seed) for name in names], dtype=np.uint64)
-    is_for_calibration = position % 2 == 1
-    is_free = (
-        np.bincount(unit[_may_be_asked(table, predictor, asked)], minlength=len(names)) == size
-    )
-    free = np.flatnonzero(is_free & is_for_calibration)
-    to_calibrate = free[np.argsort(position[free])][: n_units // 2]
-    free = np.flatnonzero(is_free & ~is_for_calibration)
-    uncertainty = np.bincount(unit, predictor.predict_uncertainty(table)) / size
-    in_order = free[np.argsort(uncertainty[free], kind="stable")]
-    n_to_fit = min(n_units - len(to_calibrate), len(in_order))
-    steps = np.linspace(0, len(in_order) - 1, n_to_fit).round().astype(np.int64)
-    rows_to_fit = _rows_of_units(in_order[steps], unit)
-    rows_to_calibrate = _rows_of_units(to_calibrate, unit)
+        n_units = max(round(n * len(unit_names) / len(table)), 1)
+    random_numbers = np.array([_random_number(name, seed) for name in unit_names], dtype=np.uint64)
+    is_for_calibration = random_numbers % 2 == 1
+    is_askable = _askable_rows(table, predictor, asked_ids)
+    n_askable_rows = np.bincount(unit_of_row[is_askable], minlength=len(unit_names))
+    may_be_chosen = n_askable_rows == unit_size  # only whole units are chosen
+
+    for_calibration = np.flatnonzero(may_be_chosen & is_for_calibration)
+    in_random_order = for_calibration[np.argsort(random_numbers[for_calibration])]
+    units_to_calibrate = in_random_order[: n_units // 2]
+
+    for_fit = np.flatnonzero(may_be_chosen & ~is_for_calibration)
+    mean_uncertainty = np.bincount(unit_of_row, predictor.predict_uncertainty(table)) / unit_size
+    ascending = for_fit[np.argsort(mean_uncertainty[for_fit], kind="stable")]
+    n_to_fit = min(n_units - len(units_to_calibrate), len(ascending))
+    evenly_spaced = np.linspace(0, len(ascending) - 1, n_to_fit).round().astype(np.int64)
+    rows_to_fit = _rows_of_units(ascending[evenly_spaced], unit_of_row)
+    rows_to_calibrate = _rows_of_units(units_to_calibrate, unit_of_row)
     purposes: list[Purpose] = ["fit"] * len(rows_to_fit)
     purposes += ["calibration"] * len(rows_to_calibrate)
     return np.concatenate([rows_to_fit, rows_to_calibrate]), purposes
 
 
-def _may_be_asked(
-    table: AnswerTable, predictor: FailurePredictor, asked: Collection[str]
+def _askable_rows(
+    table: AnswerTable, predictor: FailurePredictor, asked_ids: Collection[str]
 ) -> NDArray[np.bool_]:
     """Mask (N,) of the rows without a label that were neither asked for nor fitted on.
 
-    Of exact copies only the first may be asked, unless the table has clusters, which stay whole.
+    Of exact copies only the first is in the mask. In a table with clusters all copies are, because
+    clusters are asked for as a whole.
     """
-    was_asked = np.array([key in asked for key in table.ids], dtype=np.bool_)
+    was_asked = np.array([key in asked_ids for key in table.ids], dtype=np.bool_)
     may_be_asked: NDArray[np.bool_] = (table.correct == UNKNOWN) & ~was_asked
     may_be_asked &= ~predictor.seen(table).shared
     if table.cluster is None:
@@ -91,30 +96,31 @@ def _may_be_asked(
     return may_be_asked
 
 
-def _rows_of_units(chosen: Ints, unit: Ints) -> Ints:
+def _rows_of_units(chosen: Ints, unit_of_row: Ints) -> Ints:
     """Indices of the rows of the ``chosen`` units, in the order of the units.
 
-    A unit is a cluster, or a row of a table without clusters. ``unit`` (N,) is that of every row.
+    ``unit_of_row`` (N,) is the unit of every row of the table.
     """
-    place = np.full(int(unit.max()) + 1, len(chosen))
-    place[chosen] = np.arange(len(chosen))
-    place_of_row = place[unit]
-    rows = np.flatnonzero(place_of_row < len(chosen))
-    return rows[np.argsort(place_of_row[rows], kind="stable")]
+    # units that are not chosen have the rank len(chosen), which no chosen unit has
+    rank_of_unit = np.full(int(unit_of_row.max()) + 1, len(chosen))
+    rank_of_unit[chosen] = np.arange(len(chosen))
+    rank_of_row = rank_of_unit[unit_of_row]
+    rows = np.flatnonzero(rank_of_row < len(chosen))
+    return rows[np.argsort(rank_of_row[rows], kind="stable")]
 
 
-def _position(key: str, seed: int) -> int:
+def _random_number(key: str, seed: int) -> int:
     """A random number from 0 to 2^64 - 1, which depends on the key and the seed only."""
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def asked_in(files: Sequence[Path]) -> set[str]:
+def read_asked_ids(files: Sequence[Path]) -> set[str]:
     """Identifiers of all rows of earlier tables of ``vilu next``."""
-    asked: set[str] = set()
+    asked_ids: set[str] = set()
     for file in files:
-        asked.update(open_table(file).ids)
-    return asked
+        asked_ids.update(open_table(file).ids)
+    return asked_ids
 
 
 def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose]) -> None:

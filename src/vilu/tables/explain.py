@@ -15,8 +15,8 @@ from vilu.tables.methods import AnswerMethod
 from vilu.tables.table import AnswerTable
 from vilu.text import printable
 
-TRUTHS = {1: "right", 0: "WRONG"}
-"""Words for the column ``correct``."""
+WORD_OF_CORRECT = {1: "right", 0: "WRONG"}
+"""Words for the values of the column ``correct``."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,16 @@ class ExplainedAnswer:
     answer: str | None  # text of the answer; None if the table has none
     uncertainty: float
     correct: int  # 1 right, 0 wrong, -1 unknown
-    terms: dict[str, float]  # what each column adds to the score, less its mean, largest first
+    # by column, its term in the score minus the mean of this term; the largest term is first
+    terms: dict[str, float]
 
     def __str__(self) -> str:
         answer = ""
         if self.answer is not None:
             answer = f"   answer {printable(self.answer)!r:.60}"
         head = f"row {self.row}  {printable(self.key)}{answer}   uncertainty {self.uncertainty:.4g}"
-        if self.correct in TRUTHS:
-            head += f"   {TRUTHS[self.correct]}"
+        if self.correct in WORD_OF_CORRECT:
+            head += f"   {WORD_OF_CORRECT[self.correct]}"
         parts = [f"{value:+.3g} {name}" for name, value in self.terms.items()]
         return f"{head}\n  {'   '.join(parts)}"
 
@@ -98,28 +99,31 @@ def explain_answers(
     contributions = predictor.contributions(table)
     if rows is None:
         rows = np.argsort(-uncertainty, kind="stable")[:n].tolist()
-    explained = []
+    explanations = []
     for row in rows:
-        explained.append(_explained(table, _position(table, row), uncertainty, contributions))
-    return ExplainedAnswers(predictor.label, predictor.notes_.get("shares", {}), tuple(explained))
+        explanations.append(_explain_row(table, _position(table, row), uncertainty, contributions))
+    return ExplainedAnswers(
+        predictor.label, predictor.notes_.get("shares", {}), tuple(explanations)
+    )
 
 
-def _explained(
+def _explain_row(
     table: AnswerTable, row: int, uncertainty: Floats, contributions: Mapping[str, Floats]
 ) -> ExplainedAnswer:
     """The explanation of one row."""
     terms = {name: float(values[row]) for name, values in contributions.items()}
+    largest_first = sorted(terms.items(), key=_absolute_value, reverse=True)
     return ExplainedAnswer(
-        row,
-        table.ids[row],
-        None if table.answer is None else table.answer[row],
-        float(uncertainty[row]),
-        int(table.correct[row]),
-        dict(sorted(terms.items(), key=_strength, reverse=True)),
+        row=row,
+        key=table.ids[row],
+        answer=None if table.answer is None else table.answer[row],
+        uncertainty=float(uncertainty[row]),
+        correct=int(table.correct[row]),
+        terms=dict(largest_first),
     )
 
 
-def _strength(term: tuple[str, float]) -> float:
+def _absolute_value(term: tuple[str, float]) -> float:
     """The absolute value of a term."""
     _, value = term
     return abs(value)

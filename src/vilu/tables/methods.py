@@ -25,8 +25,8 @@ from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
     CrossValidated,
     Linear,
-    Maps,
     Recipe,
+    RisingMaps,
     best_combination,
     best_probe,
     folds_of,
@@ -34,14 +34,14 @@ from vilu.tables.combine import (
 from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
-COLUMNS = "columns"
+COLUMNS_KEY = "columns"
 """Key of the notes of a fit: the columns of numbers that it uses, in their order."""
 
-WIDTH = "n_features"
+WIDTH_KEY = "n_features"
 """Key of the notes of a fit: the number of features that it uses."""
 
-SHARES = "shares"
-"""Key of the notes of a fit: which share of the score each column has."""
+SHARES_KEY = "shares"
+"""Key of the notes of a fit: the share of each column in the score."""
 
 
 @dataclass
@@ -92,15 +92,14 @@ class AnswerMethod(FailurePredictor):
     @property
     def used_columns(self) -> tuple[str, ...]:
         """Names of the columns of numbers that the score uses, in their order."""
-        return tuple(self.notes_.get(COLUMNS, ()))
+        return tuple(self.notes_.get(COLUMNS_KEY, ()))
 
     def contributions(self, data: object) -> dict[str, Floats]:
-        """How much each column moves the log-odds of each of N rows, as (N,) by column.
+        """How much each column moves the log-odds of failure of each of N rows: (N,) by column.
 
-        The contribution of a column is its term in the log-odds, less the mean of this term.
-
-        All features together are one column. The contributions of a row add up to its log-odds of
-        failure less the mean log-odds.
+        The contribution of a column is its term in the log-odds, minus the mean of this term. All
+        features together are one column. The contributions of a row add up to its log-odds of
+        failure minus the mean log-odds.
 
         Examples:
             >>> import numpy as np
@@ -113,14 +112,14 @@ class AnswerMethod(FailurePredictor):
         """
         table = _as_table(data)
         self._check_ready(table)
-        parts = []
-        arranged = table.arranged(self.used_columns)
+        batch_terms = []
+        fit_table = table.arranged(self.used_columns)
         with torch.no_grad():
-            for batch in arranged.batches(len(arranged), columns=self.columns_to_score):
-                parts.append(self.terms(batch).numpy())
-        terms = np.concatenate(parts)
+            for batch in fit_table.batches(len(fit_table), columns=self.columns_to_score):
+                batch_terms.append(self.terms(batch).numpy())
+        terms = np.concatenate(batch_terms)
         centred = terms - terms.mean(axis=0)
-        return {name: centred[:, place] for place, name in enumerate(self.players)}
+        return {name: centred[:, column] for column, name in enumerate(self.players)}
 
     def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
         """The columns of a table that the score reads, by name, after a check of all of them.
@@ -129,9 +128,9 @@ class AnswerMethod(FailurePredictor):
             DataError: If the table lacks a column, or has features of another width.
         """
         self._check_ready(table)
-        arranged = table.arranged(self.used_columns)
-        every_row = torch.arange(len(arranged))
-        return {name: arranged.column(name, every_row) for name in self.columns_to_score}
+        fit_table = table.arranged(self.used_columns)
+        every_row = torch.arange(len(fit_table))
+        return {name: fit_table.column(name, every_row) for name in self.columns_to_score}
 
     @property
     def players(self) -> tuple[str, ...]:
@@ -157,10 +156,10 @@ class AnswerMethod(FailurePredictor):
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
-        width = self.notes_.get(WIDTH, 0)
+        width = self.notes_.get(WIDTH_KEY, 0)
         if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
             raise self._wrong_width(width, data.n_features)
-        # Other methods do not read the features, but near copies are known by them.
+        # Methods that do not read the features still recognise near copies by them.
         width = 0 if self.space_ is None else self.space_.embed_dim
         if width and data.has_vectors and data.space.embed_dim != width:
             raise self._wrong_width(width, data.space.embed_dim)
@@ -199,7 +198,7 @@ class AnswerMethod(FailurePredictor):
 
 
 def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
-    """A table of ``data``; another source is left as it is, and refused with its own message."""
+    """A table of ``data``. A source of embeddings is returned as it is, and refused later."""
     if isinstance(data, EmbeddingSource):
         return data
     return open_table(data)
@@ -248,7 +247,7 @@ class AnswerScore(AnswerMethod):
         return self.terms(batch).squeeze(1)
 
 
-def one_score(table: AnswerTable) -> AnswerScore:
+def method_of_only_score(table: AnswerTable) -> AnswerScore:
     """The method of the only column of a table whose name says its sign.
 
     Raises:
@@ -256,20 +255,22 @@ def one_score(table: AnswerTable) -> AnswerScore:
 
     Examples:
         >>> import vilu
-        >>> from vilu.tables.methods import one_score
-        >>> one_score(vilu.open_table({"id": ["a"], "uncertainty_h": [0.1], "width": [3]}))
+        >>> from vilu.tables.methods import method_of_only_score
+        >>> method_of_only_score(
+        ...     vilu.open_table({"id": ["a"], "uncertainty_h": [0.1], "width": [3]})
+        ... )
         AnswerScore(column='uncertainty_h')
     """
-    signed = [name for name in table.numbers if sign_of(name) != 0]
-    if len(signed) == 1:
-        return AnswerScore(column=signed[0])
-    what = "no column that begins with score or uncertainty"
-    if signed:
-        what = f"the columns {', '.join(signed)}"
+    signed_columns = [name for name in table.numbers if sign_of(name) != 0]
+    if len(signed_columns) == 1:
+        return AnswerScore(column=signed_columns[0])
+    what_table_has = "no column that begins with score or uncertainty"
+    if signed_columns:
+        what_table_has = f"the columns {', '.join(signed_columns)}"
     raise UsageError(
-        f"without a fit, one column decides: score_... or uncertainty_.... This table has {what}. "
-        "Leave one of them, or fit a method: `vilu fit TABLE -o predictor`, and then `vilu "
-        "calibrate predictor ANOTHER_TABLE`."
+        "without a fit, one column decides: score_... or uncertainty_.... This table has "
+        f"{what_table_has}. Leave one of them, or fit a method: `vilu fit TABLE -o predictor`, and "
+        "then `vilu calibrate predictor ANOTHER_TABLE`."
     )
 
 
@@ -314,7 +315,7 @@ class AnswerScores(AnswerMethod):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        table = _table_of(train)
+        table = _training_table(train)
         names = tuple(table.numbers)
         if not names:
             raise DataError(
@@ -324,16 +325,20 @@ class AnswerScores(AnswerMethod):
         numbers = table.matrix(names)
         failures = failure.numpy()
         folds = folds_of(table.inseparable(), failures, self.seed)
-        fit, compared = best_combination(names, numbers, failures, folds)
+        fit, comparison = best_combination(names, numbers, failures, folds)
         spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
         signs = (-fit.direction).astype(int).tolist()
         notes = {
-            COLUMNS: list(names),
+            COLUMNS_KEY: list(names),
             "signs": dict(zip(names, signs, strict=True)),
-            SHARES: _shares(names, spread),
-            "chosen": _recipe_in_words(names, compared),
+            SHARES_KEY: _shares(names, spread),
+            "chosen": _recipe_in_words(names, comparison),
         }
-        arrays = {"direction": fit.direction, **_arrays_of_maps(fit.maps), **_arrays_of(fit.linear)}
+        arrays = {
+            "direction": fit.direction,
+            **_arrays_of_maps(fit.maps),
+            **_arrays_of_linear(fit.linear),
+        }
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -351,11 +356,11 @@ class AnswerScores(AnswerMethod):
 class AnswerProbe(AnswerMethod):
     """Ridge logistic regression on the standardised columns of numbers and features.
 
-    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row, each less
-    its mean and divided by its standard deviation. The strength of the penalty is the one with the
-    least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds
-    (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of one
-    cluster are in one fold.
+    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row. Each has
+    mean 0 and standard deviation 1 over the rows of the fit. The strength of the penalty is the one
+    with the least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out
+    folds (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of
+    one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -383,14 +388,14 @@ class AnswerProbe(AnswerMethod):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The numbers, and the features if the fit had any."""
-        if self.notes_.get(WIDTH):
+        if self.notes_.get(WIDTH_KEY):
             return (NUMBERS, FEATURES)
         return (NUMBERS,)
 
     @property
     def players(self) -> tuple[str, ...]:
         """The columns of numbers, and "features" if they are used."""
-        if self.notes_.get(WIDTH):
+        if self.notes_.get(WIDTH_KEY):
             return (*self.used_columns, FEATURES)
         return self.used_columns
 
@@ -400,25 +405,26 @@ class AnswerProbe(AnswerMethod):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        table = _table_of(train)
+        table = _training_table(train)
         names = tuple(table.numbers)
-        inputs = _inputs_of(table, names)
+        inputs = _probe_inputs(table, names)
         failures = failure.numpy()
         folds = folds_of(table.inseparable(), failures, self.seed)
-        fit, compared = best_probe(inputs, failures, folds)
+        fit, comparison = best_probe(inputs, failures, folds)
         terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
         spread = terms[:, : len(names)].std(axis=0)
-        players = names
+        term_names = names
         if table.features is not None:
             spread = np.append(spread, terms[:, len(names) :].sum(axis=1).std())
-            players = (*names, FEATURES)
+            term_names = (*names, FEATURES)
+        ridge = comparison.best
         notes = {
-            COLUMNS: list(names),
-            WIDTH: table.n_features,
-            SHARES: _shares(players, spread),
-            "chosen": f"ridge {compared.best:g}, log-loss {compared.losses[compared.best]:.4f}",
+            COLUMNS_KEY: list(names),
+            WIDTH_KEY: table.n_features,
+            SHARES_KEY: _shares(term_names, spread),
+            "chosen": f"ridge {ridge:g}, log-loss {comparison.losses[ridge]:.4f}",
         }
-        arrays = {"mean": fit.mean, "scale": fit.scale, **_arrays_of(fit.linear)}
+        arrays = {"mean": fit.mean, "scale": fit.scale, **_arrays_of_linear(fit.linear)}
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -430,14 +436,14 @@ class AnswerProbe(AnswerMethod):
         terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
         if terms.shape[1] == n_columns:
             return terms
-        of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
-        return torch.cat([terms[:, :n_columns], of_features], dim=1)
+        term_of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
+        return torch.cat([terms[:, :n_columns], term_of_features], dim=1)
 
     def _score(self, batch: Batch) -> Tensor:
         return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
 
 
-def _table_of(train: Rows) -> AnswerTable:
+def _training_table(train: Rows) -> AnswerTable:
     """The table of the rows to learn from."""
     table = train.source
     if not isinstance(table, AnswerTable):
@@ -445,20 +451,20 @@ def _table_of(train: Rows) -> AnswerTable:
     return table.take(train.index)
 
 
-def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
-    """The columns of numbers with these names, and the features if there are any (N, C + F)."""
+def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
+    """The inputs (N, C + F) of a probe: the columns with these names, then the features if any."""
     numbers = table.matrix(names)
     if table.features is None:
         return numbers
     return np.hstack([numbers, table.features.astype(np.float64)])
 
 
-def _arrays_of_maps(maps: Maps) -> dict[str, Floats]:
+def _arrays_of_maps(maps: RisingMaps) -> dict[str, Floats]:
     """The pieces of the functions of all columns, by the names of their tensors."""
     return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
-def _arrays_of(linear: Linear) -> dict[str, Floats]:
+def _arrays_of_linear(linear: Linear) -> dict[str, Floats]:
     """Weights and intercept, by the names of their tensors."""
     return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
 
@@ -468,19 +474,20 @@ def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
     return {name: torch.tensor(array, dtype=torch.float64) for name, array in arrays.items()}
 
 
-def _shares(players: tuple[str, ...], spread: Floats) -> dict[str, float]:
-    """Share of every player in the score: its standard deviation over the sum of all."""
+def _shares(term_names: tuple[str, ...], spread: Floats) -> dict[str, float]:
+    """Share of every term in the score: its standard deviation divided by the sum of all."""
     total = np.abs(spread).sum()
     if total == 0:
-        return dict.fromkeys(players, 0.0)
+        return dict.fromkeys(term_names, 0.0)
     share = (np.abs(spread) / total).round(4)
-    return dict(zip(players, share.tolist(), strict=True))
+    return dict(zip(term_names, share.tolist(), strict=True))
 
 
-def _recipe_in_words(names: tuple[str, ...], compared: CrossValidated[Recipe]) -> str:
-    """What the cross-validation chose, with its log-loss."""
-    recipe = compared.best
-    what = "all columns"
+def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidated[Recipe]) -> str:
+    """Text with the recipe that the cross-validation chose, and its log-loss."""
+    recipe = comparison.best
+    columns_in_words = "all columns"
     if len(recipe.columns) == 1:
-        what = names[recipe.columns[0]]
-    return f"{what}, {recipe.maps}, ridge {recipe.ridge:g}, log-loss {compared.losses[recipe]:.4f}"
+        columns_in_words = names[recipe.columns[0]]
+    log_loss = comparison.losses[recipe]
+    return f"{columns_in_words}, {recipe.maps}, ridge {recipe.ridge:g}, log-loss {log_loss:.4f}"

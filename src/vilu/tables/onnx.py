@@ -20,10 +20,10 @@ from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel, folder_of
 from vilu.predictors.persistence.onnx import TOLERANCE, Trial, facts_of, runner, write_graph
 from vilu.predictors.persistence.storage import load_predictor
-from vilu.tables.methods import WIDTH, AnswerMethod
+from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
-TRIED: Final = 257
+N_TRIAL_ROWS: Final = 257
 """Number of random rows on which the file is compared with the predictor."""
 
 
@@ -103,8 +103,8 @@ def random_rows(predictor: AnswerMethod) -> Trial:
     """Random inputs of the graph by name, near the rows of the fit."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
-    width = n_columns + predictor.notes_.get(WIDTH, 0)
-    noise = torch.randn(TRIED, width, generator=generator, dtype=torch.float64)
+    width = n_columns + predictor.notes_.get(WIDTH_KEY, 0)
+    noise = torch.randn(N_TRIAL_ROWS, width, generator=generator, dtype=torch.float64)
     centre, spread = _centre_and_spread(predictor)
     inputs = centre + spread * noise
     rows: Trial = {NUMBERS: inputs[:, :n_columns].contiguous()}
@@ -114,16 +114,17 @@ def random_rows(predictor: AnswerMethod) -> Trial:
 
 
 def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
-    """Where the inputs (I,) of the fit are, and how far apart; 0 and 1 if nothing was learned.
+    """Centre (I,) and spread (I,) of the inputs of the fit; 0 and 1 if nothing was learned.
 
-    Far from there, all rows have one score, and a comparison would show nothing.
+    Far from the inputs of the fit, all rows have the same score, so that a comparison of such rows
+    would show nothing.
     """
     learned = predictor.learned_
     if "mean" in learned:  # a probe
         return learned["mean"], learned["scale"]
     if "lower" not in learned:
-        one = torch.ones(len(predictor.used_columns), dtype=torch.float64)
-        return 0 * one, one
+        ones = torch.ones(len(predictor.used_columns), dtype=torch.float64)
+        return torch.zeros_like(ones), ones
     # a combination: pieces of rising functions of turned columns
     is_piece = learned["rise"] > 0
     upper = learned["lower"] + learned["width"]

@@ -22,16 +22,25 @@ from vilu.validation import checked, describe_value
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIXED: Final = ("id", "answer", "correct", "truth", "group", "cluster", "features", "asked_for")
+ROLE_COLUMNS: Final = (
+    "id",
+    "answer",
+    "correct",
+    "truth",
+    "group",
+    "cluster",
+    "features",
+    "asked_for",
+)
 """Names of the columns with a role of their own."""
 
 MAY_BE_EMPTY: Final = ("answer", "truth")
-"""Columns of texts in which a cell may be empty."""
+"""Those of the columns of texts whose cells may be empty."""
 
 FEATURES_BESIDE: Final = ".features.npy"
-"""What stands in place of the suffix of a table in the name of the file with its features."""
+"""Suffix of the file with the features of a table, in place of the suffix of the table."""
 
-CORRECT: Final = {
+CORRECT_VALUES: Final = {
     "": UNKNOWN,
     "1": 1,
     "0": 0,
@@ -40,7 +49,7 @@ CORRECT: Final = {
     "true": 1,
     "false": 0,
 }
-"""Whether an answer is right, by the cell in small letters."""
+"""Values of the column ``correct``, by the text of the cell in small letters."""
 
 
 @checked
@@ -80,15 +89,15 @@ def open_table(
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        return _of_file(path, path.stem if name is None else name, clusters)
+        return _read_file(path, path.stem if name is None else name, clusters)
     if isinstance(source, Mapping):
         arrays = {str(key): values for key, values in source.items()}
         vectors = arrays.pop("features", None)
-        columns = _of_arrays(arrays)
+        columns = _columns_of_arrays(arrays)
     else:
-        columns = _of_frame(source)
+        columns = _columns_of_frame(source)
         vectors = columns.pop("features", None)
-    return _checked_table(_with_clusters(columns, clusters), vectors, "the table", name)
+    return _checked_table(_with_cluster_column(columns, clusters), vectors, "the table", name)
 
 
 def is_table(path: Path) -> bool:
@@ -113,12 +122,12 @@ def has_answers(path: Path) -> bool:
         else:
             names = pyarrow.parquet.read_schema(path).names
     except (pa.ArrowException, ValueError, OSError):
-        return False  # whoever reads the file says what is wrong with it
-    columns_of_scores = {"uncertainty", "failure"} & set(names)
-    has_both = len(columns_of_scores) == 2  # as in files of `vilu score`
+        return False  # the code that reads the file next says what is wrong with it
+    score_columns = {"uncertainty", "failure"} & set(names)
+    is_score_file = len(score_columns) == 2  # as in files of `vilu score`
     if "id" in names:
-        return not has_both
-    return table_suffix(path) == ".csv" and not columns_of_scores
+        return not is_score_file
+    return table_suffix(path) == ".csv" and not score_columns
 
 
 def files_of(*paths: Path) -> list[Path]:
@@ -134,16 +143,16 @@ def files_of(*paths: Path) -> list[Path]:
     return files
 
 
-def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
+def _read_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
     if table_suffix(path) == ".csv":
-        columns = _of_csv_file(path)
+        columns = _read_csv_file(path)
     else:
         table, _ = read_table(path, ())
-        columns = _by_name(table)
-    columns = _with_clusters(columns, clusters)
+        columns = _columns_by_name(table)
+    columns = _with_cluster_column(columns, clusters)
     vectors = columns.pop("features", None)
     features_file = path.with_suffix(FEATURES_BESIDE)
     if not features_file.is_file():
@@ -160,10 +169,10 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     return _checked_table(columns, vectors, str(path), name)
 
 
-def _of_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a CSV file; DataError if it is none, or not in UTF-8."""
+def _read_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a CSV file; DataError if the file is not CSV, or not in UTF-8."""
     try:
-        return _of_csv(path)
+        return _csv_columns(path)
     except DataError:
         _require_utf8(path)
         raise
@@ -184,52 +193,54 @@ def _require_utf8(path: Path) -> None:
         ) from None
 
 
-def _of_csv(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a CSV file; all are texts, so that a wrong cell can be named by its row.
+def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a CSV file. All are texts, so that an error can name the row of a wrong cell.
 
-    Spreadsheets of many countries write semicolons between columns, and commas in numbers.
+    In many countries spreadsheets write semicolons between columns, and commas in numbers.
     """
     names = csv_names(path)
     for separator in (";", "\t"):
         has_one_name = len(names) == 1
         if has_one_name and separator in names[0]:
             table, _ = read_table(path, csv_names(path, separator), separator)
-            columns = _by_name(table)
-            for name in columns.keys() - set(FIXED):
+            columns = _columns_by_name(table)
+            for name in columns.keys() - set(ROLE_COLUMNS):
                 columns[name] = _with_decimal_points(columns[name])
             return columns
     table, _ = read_table(path, names)
-    return _by_name(table)
+    return _columns_by_name(table)
 
 
-THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
-"""A number whose commas may stand between thousands, such as 1,234."""
+MAYBE_THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
+"""A number such as 1,234, in which the comma may stand between thousands."""
 
 
 def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of texts, with points in its numbers if they all have commas or neither.
+    """A column of texts with decimal points in place of decimal commas.
 
-    A column is left as it is if its commas may stand for thousands. Then ``numbers`` refuses it.
-    This is so if some cell has a point, or if every comma stands as in 12,345.
+    The column is returned unchanged if its commas may stand between thousands: if a cell has a
+    point, or if all commas stand as in 12,345. ``_Cells.numbers`` refuses such a column.
     """
     import pyarrow as pa
 
-    with_commas = [cell for cell in column.to_pylist() if cell and "," in cell]
-    if with_commas and all(THOUSANDS.fullmatch(cell.strip()) for cell in with_commas):
+    cells_with_commas = [cell for cell in column.to_pylist() if cell and "," in cell]
+    if cells_with_commas and all(
+        MAYBE_THOUSANDS.fullmatch(cell.strip()) for cell in cells_with_commas
+    ):
         return column
-    with_points = []
+    converted_cells = []
     for cell in column.to_pylist():
         if not cell or not cell.strip():
-            with_points.append(cell)
+            converted_cells.append(cell)
             continue
         number = cell.replace(",", ".")
-        if "." in cell or _number(number) is None:
+        if "." in cell or _parse_number(number) is None:
             return column
-        with_points.append(number)
-    return pa.chunked_array([pa.array(with_points, pa.string())])
+        converted_cells.append(number)
+    return pa.chunked_array([pa.array(converted_cells, pa.string())])
 
 
-def _of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
+def _columns_of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
     """The columns of a dictionary of arrays and lists."""
     import pyarrow as pa
 
@@ -248,7 +259,7 @@ def _of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
-def _of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - frames of any library
+def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - frames of any library
     """The columns of a data frame of pandas or polars, or of a table of pyarrow."""
     import pyarrow as pa
 
@@ -261,24 +272,24 @@ def _of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - fram
     names = getattr(source, "column_names", source.columns)
     require_distinct_columns("the table", [str(name) for name in names])
     try:
-        return _by_name(pa.table(source))
+        return _columns_by_name(pa.table(source))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"the table must have columns of one type each: {error}") from error
 
 
-def _by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     """The columns by name; columns without a name, as spreadsheets add them, are left out."""
     columns = {}
-    for place, name in enumerate(table.column_names):
+    for index, name in enumerate(table.column_names):
         if name.strip():
-            columns[name] = table.column(place)
+            columns[name] = table.column(index)
     return columns
 
 
-def _with_clusters(
+def _with_cluster_column(
     columns: dict[str, pa.ChunkedArray], clusters: str | None
 ) -> dict[str, pa.ChunkedArray]:
-    """The columns, of which the one named ``clusters`` has the role of ``cluster``."""
+    """The columns; the one named ``clusters`` is called ``cluster``, which gives it its role."""
     if clusters is None:
         return columns
     if clusters not in columns:
@@ -286,10 +297,10 @@ def _with_clusters(
             f"the table has no column {clusters!r} with the clusters of its rows. It has "
             f"{', '.join(columns)}."
         )
-    named = {**columns, "cluster": columns[clusters]}
-    if clusters not in FIXED:
-        del named[clusters]
-    return named
+    renamed = {**columns, "cluster": columns[clusters]}
+    if clusters not in ROLE_COLUMNS:
+        del renamed[clusters]
+    return renamed
 
 
 def _checked_table(
@@ -298,13 +309,20 @@ def _checked_table(
     where: str,
     name: str | None,
 ) -> AnswerTable:
-    """The table of these columns, whose cells are all checked; ``where`` begins the messages."""
+    """The table of these columns, after a check of all cells.
+
+    Args:
+        columns: All columns but the features.
+        vectors: The features; None without features.
+        where: Start of the messages: the file or "the table".
+        name: Name of the data set.
+    """
     _require_known_names(where, columns)
-    ids = _texts(where, columns, "id") or ()
+    ids = _text_column(where, columns, "id") or ()
     _require_distinct_ids(where, ids)
     cells = _Cells(where, ids)
-    numeric = [column for column in columns if _is_used_number(column, columns[column])]
-    numbers = {column: cells.numbers(column, columns[column]) for column in numeric}
+    number_columns = [column for column in columns if _is_number_column(column, columns[column])]
+    numbers = {column: cells.numbers(column, columns[column]) for column in number_columns}
     features = None
     if vectors is not None:
         features = cells.features(vectors)
@@ -313,44 +331,46 @@ def _checked_table(
             f"{where} has no number that says how sure an answer is. Add a column such as "
             "score_confidence (a higher number: more likely right)."
         )
-    with_role = {*FIXED, *numeric}
+    used_columns = {*ROLE_COLUMNS, *number_columns}
     return AnswerTable(
         ids,
         cells.correct(columns.get("correct")),
         numbers,
-        answer=_texts(where, columns, "answer", ids),
-        truth=_texts(where, columns, "truth", ids),
-        group=_texts(where, columns, "group", ids),
-        cluster=_texts(where, columns, "cluster", ids),
-        asked_for=_purposes(where, columns, ids),
+        answer=_text_column(where, columns, "answer", ids),
+        truth=_text_column(where, columns, "truth", ids),
+        group=_text_column(where, columns, "group", ids),
+        cluster=_text_column(where, columns, "cluster", ids),
+        asked_for=_purpose_column(where, columns, ids),
         features=features,
-        unused=tuple(column for column in columns if column not in with_role),
+        unused=tuple(column for column in columns if column not in used_columns),
         name=name,
     )
 
 
-def _is_used_number(name: str, column: pa.ChunkedArray) -> bool:
-    """Whether a column has numbers that say how sure an answer is, by its name or its cells."""
-    if name in FIXED:
+def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
+    """Whether a column has numbers that say how sure an answer is: its name or its cells say so."""
+    if name in ROLE_COLUMNS:
         return False
-    return sign_of(name) != 0 or _is_numeric(column)
+    return sign_of(name) != 0 or _has_numbers(column)
 
 
 def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
-    """Refuse a table without identifiers, and names that differ from known ones by their letters.
+    """Refuse a table without identifiers, and column names that are nearly those with a role.
 
-    A column ``Correct`` would otherwise be left out without a word.
+    Without this check, a column ``Correct`` would have no role, and the user would not notice.
     """
     for name in columns:
         plain = name.strip().lower().replace(" ", "_").replace("-", "_")
         stem, _, _ = plain.partition("_")
-        has_role = plain in FIXED or stem in {SCORE, UNCERTAINTY}
+        has_role = plain in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
         if has_role and plain != name:
             raise DataError(
                 f"{where} has a column {name!r}. Write {plain!r} if it is meant, or another name."
             )
-        similar = nearest(name, [known for known in FIXED if known not in columns], cutoff=0.8)
-        if similar and name not in FIXED:
+        similar = nearest(
+            name, [known for known in ROLE_COLUMNS if known not in columns], cutoff=0.8
+        )
+        if similar and name not in ROLE_COLUMNS:
             raise DataError(f"{where} has a column {name!r}.{similar} Rename it.")
     if "id" not in columns:
         raise DataError(
@@ -361,10 +381,13 @@ def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> 
         raise DataError(f"{where} has no row.")
 
 
-def _texts(
+def _text_column(
     where: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
 ) -> tuple[str, ...] | None:
-    """A column as texts; None if there is no such column. Most may have no empty text."""
+    """A column as texts; None if there is no such column.
+
+    An empty cell is refused, unless the column is one of ``MAY_BE_EMPTY``.
+    """
     import pyarrow as pa
 
     if name not in columns:
@@ -382,31 +405,31 @@ def _texts(
         text = "" if cell is None else cell
         if name not in MAY_BE_EMPTY and not text.strip():
             raise DataError(
-                f"{where}, {_row(row, ids)}: {name} is empty. Fill it, or remove the row."
+                f"{where}, {_row_in_words(row, ids)}: {name} is empty. Fill it, or remove the row."
             )
         texts.append(text)
     return tuple(texts)
 
 
-def _purposes(
+def _purpose_column(
     where: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
 ) -> tuple[Purpose, ...] | None:
-    """The column ``asked_for``: "fit" or "calibration" in every row; None without the column."""
-    texts = _texts(where, columns, "asked_for", ids)
+    """The column ``asked_for``, which must be "fit" or "calibration"; None without the column."""
+    texts = _text_column(where, columns, "asked_for", ids)
     if texts is None:
         return None
     purposes = []
     for row, text in enumerate(texts):
         if text not in get_args(Purpose):
             raise DataError(
-                f"{where}, {_row(row, ids)}: asked_for must be fit or calibration, as `vilu next` "
-                f"writes it. Got {text!r:.60} instead."
+                f"{where}, {_row_in_words(row, ids)}: asked_for must be fit or calibration, as "
+                f"`vilu next` writes it. Got {text!r:.60} instead."
             )
         purposes.append(cast("Purpose", text))
     return tuple(purposes)
 
 
-def _row(row: int, ids: Sequence[str]) -> str:
+def _row_in_words(row: int, ids: Sequence[str]) -> str:
     """A row in words: its number, counted from 1, and its identifier if it is known."""
     if not ids:
         return f"row {row + 1}"
@@ -414,42 +437,48 @@ def _row(row: int, ids: Sequence[str]) -> str:
 
 
 def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
-    """Refuse identifiers that stand in two rows."""
+    """Refuse identifiers that several rows have."""
     if len(set(ids)) == len(ids):
         return
     counts = Counter(ids)
     repeated = next(text for text in ids if counts[text] > 1)
-    first = ids.index(repeated)
-    second = ids.index(repeated, first + 1)
+    first_row = ids.index(repeated)
+    second_row = ids.index(repeated, first_row + 1)
     n_repeated = sum(count > 1 for count in counts.values())
     raise DataError(
         f"{where}: every row needs an id of its own. {repeated!r:.60} is the id of the rows "
-        f"{first + 1} and {second + 1}. Number of ids that repeat: {n_repeated}. Number the rows, "
-        "or remove the copies."
+        f"{first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated}. Number "
+        "the rows, or remove the copies."
     )
 
 
-def _is_numeric(column: pa.ChunkedArray) -> bool:
-    """Whether a column without a role holds numbers: by its type, or by all its texts."""
+def _has_numbers(column: pa.ChunkedArray) -> bool:
+    """Whether a column has numbers: its type is numeric, or all its texts are numbers."""
     import pyarrow as pa
 
-    kind = column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+    data_type = column.type
+    if (
+        pa.types.is_integer(data_type)
+        or pa.types.is_floating(data_type)
+        or pa.types.is_boolean(data_type)
+    ):
         return True
-    if not _is_text(kind) or column.null_count == len(column):
+    if not _is_text(data_type) or column.null_count == len(column):
         return False
-    return all(_number(cell) is not None for cell in column.to_pylist() if cell)
+    return all(_parse_number(cell) is not None for cell in column.to_pylist() if cell)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(data_type: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        pa.types.is_string(data_type)
+        or pa.types.is_large_string(data_type)
+        or pa.types.is_string_view(data_type)
     )
 
 
-def _number(cell: str) -> float | None:
+def _parse_number(cell: str) -> float | None:
     """The number in a cell; None if there is none."""
     try:
         return float(cell)
@@ -458,7 +487,7 @@ def _number(cell: str) -> float | None:
 
 
 class _Cells:
-    """Reader of columns whose cells must have a number; its errors name column and row."""
+    """Reads columns of numbers. Its errors name the column and the row."""
 
     def __init__(self, where: str, ids: Sequence[str]) -> None:
         self.where = where
@@ -466,38 +495,38 @@ class _Cells:
 
     def fault(self, row: int, problem: str) -> DataError:
         """The error about a cell of a row."""
-        return DataError(f"{self.where}, {_row(row, self.ids)}: {problem}")
+        return DataError(f"{self.where}, {_row_in_words(row, self.ids)}: {problem}")
 
     def numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
         """A column as finite numbers (N,)."""
         import pyarrow as pa
 
         if _is_text(column.type):
-            numbers = self._parsed(name, column)
+            numbers = self._numbers_of_texts(name, column)
         else:
             try:
                 numbers = column.cast(pa.float64(), safe=False).to_numpy()
             except pa.ArrowException as error:
                 raise DataError(f"{self.where}: column {name} must hold numbers: {error}") from None
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        if len(bad):
-            row = int(bad[0])
+        bad_rows = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad_rows):
+            row = int(bad_rows[0])
             is_missing = math.isnan(numbers[row])
             problem = "is missing" if is_missing else f"is {numbers[row]}"
             raise self.fault(
                 row,
-                f"the number in {name} {problem} (so in {plural(len(bad), 'row')}). Every row "
+                f"the number in {name} {problem} (so in {plural(len(bad_rows), 'row')}). Every row "
                 "needs a finite number: fill it, or leave the row out.",
             )
         return np.ascontiguousarray(numbers, dtype=np.float64)
 
-    def _parsed(self, name: str, column: pa.ChunkedArray) -> Floats:
+    def _numbers_of_texts(self, name: str, column: pa.ChunkedArray) -> Floats:
         """Numbers (N,) from a column of texts, NaN where a cell is empty."""
         numbers = np.full(len(column), np.nan)
         for row, cell in enumerate(column.to_pylist()):
             if cell is None or not cell.strip():
                 continue
-            number = _number(cell)
+            number = _parse_number(cell)
             if number is None:
                 raise self.fault(
                     row, f"{name} must hold numbers, such as 0.95. Got {cell!r:.60} instead."
@@ -513,13 +542,13 @@ class _Cells:
         for row, cell in enumerate(column.to_pylist()):
             is_missing = cell is None or cell != cell  # noqa: PLR0124 - NaN differs from itself
             text = "" if is_missing else str(cell).strip().lower()
-            if text not in CORRECT:
+            if text not in CORRECT_VALUES:
                 raise self.fault(
                     row,
                     "correct must be 1 (right), 0 (wrong), or empty if it is not known. Got "
                     f"{cell!r:.60} instead.",
                 )
-            correct[row] = CORRECT[text]
+            correct[row] = CORRECT_VALUES[text]
         return correct
 
     def features(self, vectors: Any) -> Features:  # noqa: ANN401 - an array, or a column of lists
@@ -538,11 +567,11 @@ class _Cells:
                 f"{self.where}: features must have the shape ({n_rows}, F). Got {features.shape} "
                 "instead."
             )
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        if len(bad):
+        bad_rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad_rows):
             raise self.fault(
-                int(bad[0]),
-                f"a number in features is missing or infinite (so in {plural(len(bad), 'row')}). "
-                "Fill it, or leave the row out.",
+                int(bad_rows[0]),
+                "a number in features is missing or infinite (so in "
+                f"{plural(len(bad_rows), 'row')}). Fill it, or leave the row out.",
             )
         return features

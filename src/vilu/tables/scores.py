@@ -19,11 +19,13 @@ from vilu.tables.table import AnswerTable, sign_of
 def scores_in(
     path: Path, predictor: Path | None = None, *, clusters: str | None = None
 ) -> list[Outcomes]:
-    """The scores of a table of answers; empty if the path is something else.
+    """The scores of a table of answers; an empty list if the path is no such table.
 
-    With the folder of a ``predictor`` they are its scores, decided on by its calibration if it has
-    one. Without a predictor, each column whose name says its sign is a method of its own.
-    ``clusters`` is the name of the column with the clusters, if it is not ``cluster``.
+    Args:
+        path: The table.
+        predictor: Folder of the predictor that scores the answers. If it is calibrated, the scores
+            have decisions, too. None: each column whose name says its sign is a method of its own.
+        clusters: Name of the column with the clusters, if it is not ``cluster``.
 
     Raises:
         UsageError: If no column says its sign and there is no predictor.
@@ -111,12 +113,12 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
         right_class[table.ids[row]] = _right_class(table, row)
     class_of = dict(zip(table.ids, table.answer, strict=True))
     names = sorted({*table.answer, *right_class.values()})
-    number = {name: index for index, name in enumerate(names)}
+    number_of_class = {name: index for index, name in enumerate(names)}
     prediction = []
     target = []
     for key in outcomes.ids or ():
-        prediction.append(number[class_of[key]])
-        target.append(number[right_class[key]] if key in right_class else UNKNOWN)
+        prediction.append(number_of_class[class_of[key]])
+        target.append(number_of_class[right_class[key]] if key in right_class else UNKNOWN)
     return replace(
         outcomes,
         prediction=np.array(prediction, dtype=np.int64),
@@ -126,7 +128,7 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
 
 
 def _right_class(table: AnswerTable, row: int) -> str:
-    """The text of the right answer of a labelled row of a table with answers."""
+    """The text of the right answer of a row; the row must be labelled, the table have answers."""
     answers = table.answer or ()
     if table.correct[row] == 1:
         return answers[row]

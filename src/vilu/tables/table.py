@@ -25,18 +25,18 @@ from vilu.validation import checked
 
 SCORE: Final = "score"
 UNCERTAINTY: Final = "uncertainty"
-"""A column of one of these names, or of such a name with an underscore and more, has a sign."""
+"""A column has a sign if its name is one of these, or begins with one and an underscore."""
 
 Text = TypeVar("Text", bound=str)
 
 FEATURES: Final = "features"
 CANDIDATES: Final = ("the answer", "another answer")
-"""What may be right of a row: its own answer, or any other one."""
+"""The two candidates of a row: its own answer, and any other answer."""
 
-NARROW: Final = 32
-"""Near copies are looked for among vectors of at least this many numbers.
+MIN_COPY_WIDTH: Final = 32
+"""Near copies are only searched for if the features have at least this width.
 
-Vectors of few numbers often have nearly the same direction although their rows differ.
+Vectors of few numbers often have nearly the same direction, although their rows differ.
 """
 
 Sign = Literal[-1, 0, 1]
@@ -141,7 +141,10 @@ class AnswerTable(EmbeddingSource):
         name: str | None = None,
         image: Tensor | None = None,
     ) -> None:
-        """A table of checked columns; ``image`` are the ``_directions`` of the rows, if known."""
+        """A table of columns that are checked already.
+
+        ``image`` has the ``_feature_directions`` of the rows; None: they are computed.
+        """
         self.ids = ids
         self.correct = correct
         self.numbers = dict(numbers)
@@ -150,21 +153,21 @@ class AnswerTable(EmbeddingSource):
         self.group = group
         self.cluster = cluster
         if answer is not None and cluster is not None:
-            # by these numbers the majority answer of a cluster is found
+            # a number for each different answer, by which the majority answer of a cluster is found
             self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.asked_for = asked_for
         self.unused = unused
         self.name = name
-        self.image = _directions(features, len(ids), image)
+        self.image = _feature_directions(features, len(ids), image)
         self.space = logit_space(self.image.shape[1])
         self.text = zero_texts(len(CANDIDATES), self.space)
         self.class_names = None
         self.target = torch.from_numpy(self.failure)  # 0 is the answer itself, 1 another one
-        self._columns = self._tensors()
+        self._columns = self._batch_columns()
         self.columns = frozenset(self._columns)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _batch_columns(self) -> dict[str, Tensor]:
         """The columns that batches have, by name."""
         n_rows = len(self.ids)
         tensors = {
@@ -240,9 +243,10 @@ class AnswerTable(EmbeddingSource):
         if self.features is not None:
             content.update(self.features.tobytes())
         texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
-        for newer in (self.asked_for, self.truth):  # without them the fingerprint stays
-            if newer is not None:
-                texts.append(newer)
+        # These columns are newer than the fingerprint, which stays the same without them.
+        for newer_texts in (self.asked_for, self.truth):
+            if newer_texts is not None:
+                texts.append(newer_texts)
         return digest([list(self.numbers), texts, self.n_features, content.hexdigest()])
 
     def matrix(self, names: Sequence[str]) -> Floats:
@@ -258,8 +262,8 @@ class AnswerTable(EmbeddingSource):
                 f"{', '.join(missing)}; it has {', '.join(self.numbers) or 'none'}."
             )
         matrix = np.empty((len(self.ids), len(names)), dtype=np.float64)
-        for place, name in enumerate(names):
-            matrix[:, place] = self.numbers[name]
+        for column, name in enumerate(names):
+            matrix[:, column] = self.numbers[name]
         return matrix
 
     def for_purpose(self, purpose: Purpose) -> AnswerTable:
@@ -272,9 +276,9 @@ class AnswerTable(EmbeddingSource):
         """
         if self.asked_for is None:
             return self
-        is_meant = np.array(self.asked_for) == purpose
-        table = self[is_meant]
-        if not is_meant.any():
+        has_purpose = np.array(self.asked_for) == purpose
+        table = self[has_purpose]
+        if not has_purpose.any():
             raise DataError(f"no row of this table was asked for: {purpose}.")
         missing = np.flatnonzero(table.correct == UNKNOWN)
         if purpose == "calibration" and len(missing):
@@ -292,14 +296,14 @@ class AnswerTable(EmbeddingSource):
             DataError: If the table lacks one of the columns.
         """
         table = copy.copy(self)
-        table.__dict__.pop("fingerprint", None)  # it would be that of the columns as they were
+        table.__dict__.pop("fingerprint", None)  # the cached fingerprint is of the old columns
         matrix = self.matrix(names)
-        table.numbers = {name: matrix[:, place] for place, name in enumerate(names)}
+        table.numbers = {name: matrix[:, column] for column, name in enumerate(names)}
         table._columns = {**self._columns, NUMBERS: torch.from_numpy(matrix)}
         return table
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Directions (B, F) of the features, by which near copies are known; (B, 0) without."""
+        """Directions (B, F) of the features, by which near copies are recognised; else (B, 0)."""
         return select_rows(self.image, index)
 
     @property
@@ -344,9 +348,9 @@ class AnswerTable(EmbeddingSource):
         if classes is not None or columns is not None:
             raise UsageError("a table of answers has rows only. Leave classes and columns out.")
         index = check_indices(rows, len(self), "rows")
-        return self._rows(index.numpy())
+        return self._take_rows(index.numpy())
 
-    def _rows(self, index: Ints) -> AnswerTable:
+    def _take_rows(self, index: Ints) -> AnswerTable:
         """The table of the rows with these indices (M,)."""
         return AnswerTable(
             _texts_of_rows(self.ids, index) or (),
@@ -379,15 +383,18 @@ def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...]
     return tuple(texts[row] for row in rows.tolist())
 
 
-def _directions(features: Features | None, n_rows: int, known: Tensor | None) -> Tensor:
+def _feature_directions(
+    features: Features | None, n_rows: int, known_directions: Tensor | None
+) -> Tensor:
     """Unit vectors (N, F) of standardised features; (N, 0) without features, or with few.
 
-    Hidden states of networks share a large mean, so that all of them have nearly one direction. So
-    near copies are looked for after each number was standardised over the rows.
+    Hidden states of networks have a large mean in common, so all of them have nearly the same
+    direction. Therefore each number is standardised over the rows before near copies are searched.
+    ``known_directions`` are returned if they are not None.
     """
-    if known is not None:
-        return known
-    if features is None or features.shape[1] < NARROW:
+    if known_directions is not None:
+        return known_directions
+    if features is None or features.shape[1] < MIN_COPY_WIDTH:
         return torch.zeros(n_rows, 0, dtype=torch.float32)
     centred = features - features.mean(axis=0, dtype=np.float64)
     deviation = centred.std(axis=0)

@@ -34,18 +34,19 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
     Raises:
         UsageError: If a key is missing, unknown or of a wrong type, or a name is taken.
     """
-    entries = [_entry(name, dict(facts)) for name, facts in tables.items()]
+    entries = [_known_dataset(name, dict(facts)) for name, facts in tables.items()]
     for entry in entries:
         require_free(entry)
     return [add_dataset(entry) for entry in entries]
 
 
-def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
-    """The data set that one table describes."""
+def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
+    """The data set with this name that a table of ``facts`` describes."""
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
     entry = fill_dataclass(KnownDataset, {"name": name, **facts, "reader": reader}, where)
-    if entry.captioned != isinstance(reader, ShardReader):
+    has_captions = isinstance(reader, ShardReader)
+    if entry.captioned != has_captions:
         raise UsageError(
             f"{where} must have n_classes where it has classes; "
             "tars have captions, and no n_classes."
@@ -56,7 +57,7 @@ def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
 def paper_datasets() -> list[KnownDataset]:
     """The data sets of the paper, in the paper's order, from ``assets/datasets.toml``."""
     tables = toml_tables(asset("datasets.toml"))
-    return [_entry(name, facts) for name, facts in tables.items()]
+    return [_known_dataset(name, facts) for name, facts in tables.items()]
 
 
 for _dataset in paper_datasets():

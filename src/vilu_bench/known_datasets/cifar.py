@@ -34,10 +34,10 @@ An array and its labels need only a few tuples. Deeply nested tuples would overf
 when they are hashed.
 """
 
-TUPLES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
+TUPLE_OPCODES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
 """Opcodes of a pickle that make a tuple or a frozen set."""
-MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
-"""Opcodes of a pickle that put an object into the unpickler's memo."""
+MEMO_OPCODES: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
+"""Opcodes of a pickle that put an object into the unpickler's memo, to use it again later."""
 
 
 class PickledArray:
@@ -54,9 +54,9 @@ class PickledArray:
         Raises:
             ValueError: If the state is not that of such an array.
         """
-        problem = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
+        error = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
         if not isinstance(self.state, tuple):
-            raise problem
+            raise error
         # numpy's state is (version, shape, dtype, whether in Fortran order, raw bytes); very old
         # pickles leave out the version
         match self.state[-4:]:
@@ -69,10 +69,10 @@ class PickledArray:
                 # a pickle of Python 2 has its bytes as text
                 content = raw.encode("latin-1") if isinstance(raw, str) else raw
             case _:
-                raise problem
+                raise error
         has_whole_rows = columns == width and len(content) == n * width
         if n < 1 or not has_whole_rows:
-            raise problem
+            raise error
         order: Literal["C", "F"] = "F" if fortran else "C"
         return np.frombuffer(content, dtype=np.uint8).reshape((n, width), order=order)
 
@@ -99,7 +99,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# the only objects that a pickle can get, by the module and the name that it asks for
+# The only objects that a pickle can use. The keys are the module and the name that it asks for.
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -116,14 +116,14 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def _steps(content: bytes) -> Iterator[str]:
+def _opcode_names(content: bytes) -> Iterator[str]:
     """Yield the names of a pickle's opcodes, without those that put an object into the memo.
 
     Raises a ValueError if the number of a memo slot exceeds the number of opcodes before it. A huge
     number would make the unpickler allocate gigabytes.
     """
     for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
-        if opcode.name not in MEMO:
+        if opcode.name not in MEMO_OPCODES:
             yield opcode.name
         elif isinstance(slot, int) and slot > n_before:
             raise ValueError(f"it keeps an object in slot {slot}, and at most {n_before} were made")
@@ -135,7 +135,7 @@ def read_pickle(file: Path) -> dict[str, object]:
     Keys that are bytes are decoded to text.
     """
     try:
-        content = _unpickled(file)
+        content = _unpickle(file)
     # UnpicklingError: a refused name or a misplaced opcode; the others: a damaged file
     except (pickle.UnpicklingError, *DECODING_ERRORS) as error:
         raise DataError(
@@ -146,10 +146,10 @@ def read_pickle(file: Path) -> dict[str, object]:
             f"{file} must hold a dictionary. Found {type(content).__name__}. "
             "Unpack the archive again."
         )
-    return {_text(key): value for key, value in content.items()}
+    return {_as_text(key): value for key, value in content.items()}
 
 
-def _unpickled(file: Path) -> object:
+def _unpickle(file: Path) -> object:
     """The content of a pickle, after its size, its memo and its tuples are checked."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
@@ -158,9 +158,9 @@ def _unpickled(file: Path) -> object:
         # A warning means an invalid escape sequence. No pickled array has one, so it is an error.
         warnings.simplefilter("error")
         n_tuples = 0
-        for name, following in itertools.pairwise(_steps(raw)):
-            is_argument = following == "REDUCE"  # REDUCE calls a function with the tuple before it
-            if name in TUPLES and not is_argument:
+        for name, next_name in itertools.pairwise(_opcode_names(raw)):
+            is_argument = next_name == "REDUCE"  # REDUCE calls a function with the tuple before it
+            if name in TUPLE_OPCODES and not is_argument:
                 n_tuples += 1
         if n_tuples > MAX_TUPLES:
             raise ValueError(
@@ -169,8 +169,8 @@ def _unpickled(file: Path) -> object:
         return _Unpickler(io.BytesIO(raw), encoding="latin1").load()
 
 
-def _text(name: object) -> str:
-    """A key or a class name as text; those that Python 2 wrote are bytes."""
+def _as_text(name: object) -> str:
+    """A key or a class name as text. Python 2 wrote them as bytes."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
@@ -186,9 +186,9 @@ class Layout:
 
     folder: str  # name of the folder in the archive
     splits: dict[str, tuple[str, ...]]  # files by split
-    labels: str  # key of the labels
-    meta: str  # file with the class names
-    names: str  # key of the class names
+    labels: str  # key of the labels in these files
+    meta: str  # name of the file with the class names
+    names: str  # key of the class names in the file ``meta``
 
     def is_in(self, folder: Path) -> bool:
         """Whether the folder has all files of the layout."""
@@ -269,7 +269,7 @@ class CifarDataset:
             pixels = batch.pixels[row]
             # a picture is identified by its pixels, because a PNG's bytes depend on the library
             yield ImageRecord(
-                batch.key(row), batch.labels[row], partial(_png, pixels), content=pixels.tobytes
+                batch.key(row), batch.labels[row], partial(_as_png, pixels), content=pixels.tobytes
             )
 
 
@@ -316,10 +316,10 @@ def _class_names(file: Path, key: str) -> list[str]:
     names = read_pickle(file).get(key)
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} must hold a list {key!r}. Unpack the archive again.")
-    return [_text(name) for name in names]
+    return [_as_text(name) for name in names]
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
+def _as_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     channels_last = pixels.reshape(3, 32, 32).transpose(1, 2, 0)
     picture = np.ascontiguousarray(channels_last)
@@ -328,14 +328,14 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def find_folder(source: Path, layout: Layout) -> Path | None:
-    """``source`` or its subfolder of the usual name, whichever has the files; None if neither."""
+    """The folder with the files: ``source``, or its subfolder of the usual name; else None."""
     for folder in (source, source / layout.folder):
         if layout.is_in(folder):
             return folder
     return None
 
 
-def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
+def opener_of_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
     """A function that opens CIFAR in ``source``; None if ``source`` does not have its files."""
     folder = find_folder(source, layout)
     if folder is None:
@@ -353,13 +353,13 @@ def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDatas
     return open_folder
 
 
-def _layout(name: str, layout: Layout) -> FolderLayout:
+def _folder_layout(name: str, layout: Layout) -> FolderLayout:
     """The folder layout that recognises and opens CIFAR."""
     description = (
         f"{layout.folder}, or the folder it is in, as torchvision unpacks it; --split train or test"
     )
-    return FolderLayout(name, description, partial(find_cifar, layout=layout))
+    return FolderLayout(name, description, partial(opener_of_cifar, layout=layout))
 
 
-CIFAR10_LAYOUT = _layout("cifar10", CIFAR10)
-CIFAR100_LAYOUT = _layout("cifar100", CIFAR100)
+CIFAR10_LAYOUT = _folder_layout("cifar10", CIFAR10)
+CIFAR100_LAYOUT = _folder_layout("cifar100", CIFAR100)

@@ -37,7 +37,7 @@ from vilu_bench.known_datasets.read import (
 Files = Sequence[tuple[str, stat_result | OSError]]
 """Images of one class: the path below the class folder, and the file's status or its error."""
 
-RENAMED: Final = {744: "projectile", 836: "sunglass"}
+RENAMED_CLASSES: Final = {744: "projectile", 836: "sunglass"}
 """Our names of two ImageNet classes, by label.
 
 CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
@@ -45,8 +45,8 @@ CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the 
 words of WordNet's synsets n04008634 and n04355933.
 """
 
-UNPACK: Final = "Unpack the archive of each class into a folder of its name."
-SORT: Final = (
+UNPACK_ADVICE: Final = "Unpack the archive of each class into a folder of its name."
+SORT_ADVICE: Final = (
     "ImageNet's archive of validation images is flat, and only its devkit says what they show: "
     "torchvision.datasets.ImageNet(FOLDER, 'val') sorts them, given ILSVRC2012_img_val.tar and "
     "ILSVRC2012_devkit_t12.tar.gz in FOLDER."
@@ -63,11 +63,11 @@ class ClassFolders:
     """Images in a folder per class; an iteration lists them, class by class."""
 
     root: Path  # the data set's folder
-    part: str  # path below ``root`` of the folder that holds the class folders; "" for ``root``
+    part: str  # folder of the class folders, as a path below ``root``; "" for ``root`` itself
     labels: Mapping[str, int]  # labels by name of class folder
-    # function that chooses images of a class, from the name of the class folder and its images
+    # function that gets the name of a class folder and its images, and returns those to use
     choose: Callable[[str, Files], Files] = every_image
-    advice: str = UNPACK  # last sentence of the error if there are no class folders
+    advice: str = UNPACK_ADVICE  # last sentence of the error if there are no class folders
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
@@ -115,8 +115,8 @@ class SplitFolders:
 
     def __call__(self, place: Place) -> Listing:
         """The images of all splits."""
-        parts = self.splits or {split: split for split in place.entry.sizes}
-        folders = [place.folder / part for part in parts.values()]
+        folder_of_split = self.splits or {split: split for split in place.entry.sizes}
+        folders = [place.folder / subfolder for subfolder in folder_of_split.values()]
         classes: set[str] = set()
         for folder in folders:
             if folder.is_dir():
@@ -124,9 +124,14 @@ class SplitFolders:
         names = tuple(sorted(classes, key=os.fsencode))
         if not names:
             searched = " or ".join(map(str, folders))
-            raise DataError(f"{place.folder} has no folder of a class in {searched}. {UNPACK}")
+            raise DataError(
+                f"{place.folder} has no folder of a class in {searched}. {UNPACK_ADVICE}"
+            )
         labels = {name: label for label, name in enumerate(names)}
-        splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
+        splits = {
+            split: ClassFolders(place.folder, subfolder, labels)
+            for split, subfolder in folder_of_split.items()
+        }
         return Listing(names, splits, "a folder per class")
 
 
@@ -138,7 +143,7 @@ def imagenet(place: Place) -> Listing:
     labels = {wnid: label for label, wnid in enumerate(wnids())}
     splits = {
         "train": ClassFolders(place.folder, "train", labels),
-        "test": ClassFolders(place.folder, "val", labels, advice=SORT),
+        "test": ClassFolders(place.folder, "val", labels, advice=SORT_ADVICE),
     }
     return _listing(wnids(), splits, "official split, its validation images as test")
 
@@ -154,13 +159,13 @@ def imagenet_sketch(place: Place) -> Listing:
     return _halves(place, wnids())
 
 
-def half(name: str, files: Files, *, first: bool) -> Files:
-    """The images of a class whose paths have the lower hashes (``first``) or the higher hashes.
+def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
+    """Half of the images of a class: those with the lower hashes (``first``), or the higher ones.
 
     If the number of images is odd, the half with the higher hashes has one more. It is not known
-    which images the paper took as few shots, so a hash chooses: BLAKE2b (8 bytes) of
-    ``class/path``. Because of the hash, the halves depend neither on the order of files, nor on
-    the machine, nor on other classes.
+    which images the paper took as few shots, so a hash decides: BLAKE2b (8 bytes) of
+    ``class/path``. With a hash, the halves depend neither on the order of files, nor on the
+    machine, nor on other classes.
     """
     hashes = []
     for path, _ in files:
@@ -180,18 +185,18 @@ def wnids() -> tuple[str, ...]:
 
 @cache
 def clip_names() -> tuple[str, ...]:
-    """CLIP's names of the 1,000 classes in label order, with the two changes of ``RENAMED``."""
+    """CLIP's names of the 1,000 classes in label order, but for those in ``RENAMED_CLASSES``."""
     file = resources.files("vilu").joinpath("assets", "imagenet_class_names.json")
     names: list[str] = json.loads(file.read_text(encoding="utf-8"))
-    return tuple(RENAMED.get(label, name) for label, name in enumerate(names))
+    return tuple(RENAMED_CLASSES.get(label, name) for label, name in enumerate(names))
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
     """Listing of images without splits: one half of each class is "shots", the other is "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
-        "shots": ClassFolders(place.folder, "", labels, partial(half, first=True)),
-        "test": ClassFolders(place.folder, "", labels, partial(half, first=False)),
+        "shots": ClassFolders(place.folder, "", labels, partial(half_by_hash, first=True)),
+        "test": ClassFolders(place.folder, "", labels, partial(half_by_hash, first=False)),
     }
     return _listing(folders, splits, "halves of each class by the hash of the path")
 
@@ -227,8 +232,8 @@ class CifarReader:
 
     def _count(self, place: Place, split: str) -> Count:
         """Count the pictures of one split."""
-        # CIFAR has no list of pictures: where its files cannot be read, the published number counts
-        # as the number of listed pictures
+        # CIFAR has no list of pictures. If its files cannot be read, the published number counts as
+        # the number of listed pictures.
         published = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
@@ -252,8 +257,8 @@ class ShardReader:
         unfit_options = request.unfit_options()
         if unfit_options:
             raise UsageError(
-                f"{place.entry.title} has captions, no classes and no splits. "
-                f"Leave {unfit_options[0]} out."
+                f"{place.entry.title} has captions, no classes and no splits. Leave "
+                f"{unfit_options[0]} out."
             )
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
@@ -277,7 +282,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
     If there are none, the tar files in its subfolders, such as train and validation.
     """
-    shards = find_shards(folder) or []  # a folder without tar files has None
+    shards = find_shards(folder) or []  # it returns None if the folder has no tar files
     if not shards:
         for name in subfolders(folder):
             shards += find_shards(folder / name) or []
@@ -299,8 +304,8 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
             prefix, digits = match.groups()
             numbers[shard.parent, prefix, len(digits)].add(int(digits))
     missing = []
-    for (parent, prefix, width), present in numbers.items():
-        for number in islice(_gaps(present), MAX_MISSING_NAMES):
+    for (parent, prefix, width), present_numbers in numbers.items():
+        for number in islice(_gaps(present_numbers), MAX_MISSING_NAMES):
             path = parent / f"{prefix}{number:0{width}}.tar"
             missing.append(path.relative_to(folder).as_posix())
     return tuple(missing[:MAX_MISSING_NAMES])
@@ -319,11 +324,11 @@ def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
     problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
         for shard in shards:
-            samples, trouble = list_samples(shard, CAPTION_EXTENSION)
+            samples, damage = list_samples(shard, CAPTION_EXTENSION)
             n_pairs += sum(sample.is_complete(CAPTION_EXTENSION) for sample in samples)
-            if trouble is not None and problem is None:
+            if damage is not None and problem is None:
                 name = shard.relative_to(place.folder)
-                problem = f"{name}: {trouble}. Download this shard again."
+                problem = f"{name}: {damage}. Download this shard again."
             task.advance(1)
     return n_pairs, problem
 
@@ -337,10 +342,10 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }
-"""Readers by ``kind`` in ``layout = { kind = ... }`` of a data set's table.
+"""Readers, by the ``kind`` in ``layout = { kind = ... }`` of a data set's table.
 
-A class stands for a reader that is still to be made: it gets the further keys of ``layout`` as
-attributes, and its instance lists the images for a ``ListReader``.
+In place of a reader, a class may stand here. It is called with the other keys of ``layout``, and
+the result is the function ``read`` of a ``ListReader``.
 """
 
 

@@ -28,7 +28,7 @@ Entry = tuple[str, int, stat_result | OSError | None]
 The status is None if the file is missing, and the error if the file cannot be accessed.
 """
 
-STEP: Final = 1000  # number of images between two updates of the progress display
+PROGRESS_STEP: Final = 1000  # number of images between two updates of the progress display
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Listing:
     # images of each split; an iteration may list folders, and raises a DataError if that fails
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # text that says where the splits come from
-    # cleaned names for prompts; None: ``classes`` with spaces for underscores
+    # cleaned class names for prompts; None: ``classes``, with spaces in place of underscores
     names: tuple[str, ...] | None = None
-    raw: tuple[str, ...] | None = None  # uncleaned names for prompts; None: ``classes``
+    raw: tuple[str, ...] | None = None  # uncleaned class names for prompts; None: ``classes``
     binding: bool = True  # whether the splits must have the published sizes
 
 
@@ -104,25 +104,27 @@ class ListedDataset(ListedFiles):
         splits = tuple(listing.splits)
         if request.split is not None:
             splits = parse_split(request.split, splits, self.source)
-        hashed = ListingHash(*listing.classes, *splits)
+        listing_hash = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", total=None, unit="images") as task:
-            counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
-        empty = [split for split, count in counts.items() if count == 0]
+            counts = {
+                split: self._add_all(listing.splits[split], listing_hash, task) for split in splits
+            }
+        empty_splits = [split for split, count in counts.items() if count == 0]
         # if no split is requested, all splits are taken, and an empty one is no error
-        is_request_empty = request.split is not None and len(empty) > 0
+        is_request_empty = request.split is not None and len(empty_splits) > 0
         if not self._paths or is_request_empty:
             raise DataError(
-                f"split {empty[0]!r} of {self.source} has no image. "
+                f"split {empty_splits[0]!r} of {self.source} has no image. "
                 "Choose another, or mend its list."
             )
-        self.fingerprint = hashed.hexdigest()
+        self.fingerprint = listing_hash.hexdigest()
 
-    def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+    def _add_all(self, entries: Iterable[Entry], listing_hash: ListingHash, task: Task) -> int:
         """Add the images of a split and return their number."""
-        before = len(self)
+        n_before = len(self)
         for path, label, status in _with_progress(entries, task):
-            self._add(path, label, status, hashed)
-        return len(self) - before
+            self._add(path, label, status, listing_hash)
+        return len(self) - n_before
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
@@ -144,19 +146,22 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
 
 
 def _with_progress(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
-    """Yield the entries unchanged, and advance the task after every ``STEP`` entries."""
+    """Yield the entries unchanged, and advance the task after every ``PROGRESS_STEP`` entries."""
     number = 0
     for number, entry in enumerate(entries, start=1):
         yield entry
-        if number % STEP == 0:
-            task.advance(STEP)
-    task.advance(number % STEP)  # the entries after the last full step
+        if number % PROGRESS_STEP == 0:
+            task.advance(PROGRESS_STEP)
+    task.advance(number % PROGRESS_STEP)  # the entries after the last full step
 
 
 MAX_PATH: Final = 1024  # maximum number of characters in a listed path
 T = TypeVar("T")
-Parse = Callable[[T], tuple[str, int]]
-"""Function from an entry of a list to its path and label; a wrong entry raises a ValueError."""
+ParseEntry = Callable[[T], tuple[str, int]]
+"""Function that returns the path and the label in an entry of a list.
+
+It raises a ValueError for a wrong entry.
+"""
 
 
 @dataclass
@@ -183,7 +188,7 @@ class SplitLists:
         self._seen.add(path)
         self.splits[split].append((path, label))
 
-    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
+    def fill(self, split: str, file: Path, entries: Iterable[T], parse: ParseEntry[T]) -> None:
         """Add all entries of a file; an invalid entry is a DataError that names its number."""
         for number, entry in enumerate(entries, start=1):
             try:
@@ -194,7 +199,10 @@ class SplitLists:
 
     @classmethod
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-        """Make lists with these splits and class names, and no image; errors name ``file``."""
+        """Make lists with these splits and class names, but without images.
+
+        ``file`` is the file of the class names, which errors name.
+        """
         lists = cls({split: [] for split in splits})
         try:
             for label, name in enumerate(names):
@@ -242,7 +250,7 @@ class SplitLists:
         return tuple(names)
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
-        """The listing of these lists; their paths are relative to the subfolder ``images``."""
+        """The listing of these lists, whose paths are relative to the subfolder ``images``."""
         names = self.names()
         prefix = f"{images}/" if images else ""
         splits = {}
@@ -253,7 +261,7 @@ class SplitLists:
 
 
 def is_usable(path: str) -> bool:
-    """Whether a path is relative, printable, in normal form, and stays below its folder."""
+    """Whether a path is short, printable, relative, in normal form, and stays below its folder."""
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
@@ -281,18 +289,18 @@ def read_lines(file: Path) -> Iterator[str]:
     return (line for line in lines if line)
 
 
-def refuse(where: object, why: object) -> NoReturn:
+def refuse(where: object, reason: object) -> NoReturn:
     """Raise a DataError that says what is wrong with a list."""
-    raise DataError(f"{where}: {why}. Mend it or get it again.")
+    raise DataError(f"{where}: {reason}. Mend it or get it again.")
 
 
-ASSET: Final = "coop_splits.txt.xz"
+COOP_ASSET: Final = "coop_splits.txt.xz"
 SPLITS: Final = ("train", "validation", "test")
-KEYS: Final = {"train": "train", "val": "validation", "test": "test"}
+SPLIT_OF_KEY: Final = {"train": "train", "val": "validation", "test": "test"}
 """Our names of splits, by key of a ``split_zhou_*.json``."""
 
-LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
-"""Our names of splits, by letter in the shipped lists (``ASSET``)."""
+SPLIT_OF_LETTER: Final = {"t": "train", "v": "validation", "e": "test"}
+"""Our names of splits, by letter in the shipped lists (``COOP_ASSET``)."""
 
 
 def user_list(place: Place, file: str, images: str) -> Listing | None:
@@ -323,10 +331,10 @@ def read_split_file(file: Path) -> SplitLists:
         raise ValueError(f"expected [relative path, class index, class name]; found {entry!r:.80}")
 
     for key, entries in read_json_object(file).items():
-        if key not in KEYS or not isinstance(entries, list):
+        if key not in SPLIT_OF_KEY or not isinstance(entries, list):
             kind = type(entries).__name__
             refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {kind}")
-        lists.fill(KEYS[key], file, entries, parse)
+        lists.fill(SPLIT_OF_KEY[key], file, entries, parse)
     return lists
 
 
@@ -341,7 +349,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
     - a line with a letter for every image of the class (t, v, e: train, validation, test),
     - a line with the path of every image.
     """
-    data = resources.files("vilu_bench").joinpath("assets", ASSET).read_bytes()
+    data = resources.files("vilu_bench").joinpath("assets", COOP_ASSET).read_bytes()
     lines = iter(lzma.decompress(data).decode().splitlines())
     for head in lines:
         name, n_classes = head.split("\t")
@@ -355,7 +363,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
             if name == dataset:
                 lists.name(label, class_name)
                 for letter, path in images:
-                    lists.add(LETTERS[letter], path, label)
+                    lists.add(SPLIT_OF_LETTER[letter], path, label)
         if name == dataset:
             return lists
     return None
@@ -371,9 +379,9 @@ class CoopListing:
 
     def __call__(self, place: Place) -> Listing:
         """The listing from the user's list or the shipped list."""
-        own = user_list(place, self.file, self.images)
-        if own is not None:
-            return own
+        user_listing = user_list(place, self.file, self.images)
+        if user_listing is not None:
+            return user_listing
         lists = shipped_list(place.entry.name)
         if lists is None:
             raise place.missing_error(self.file)
@@ -392,7 +400,7 @@ def fgvc_aircraft(place: Place) -> Listing:
         return f"{number}.jpg", lists.label_of(variant)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    return _official(place, lists, images="images", entries=entries, parse=parse)
+    return _official_listing(place, lists, images="images", entries=entries, parse=parse)
 
 
 def food101(place: Place) -> Listing:
@@ -400,9 +408,9 @@ def food101(place: Place) -> Listing:
 
     The official split has no validation images.
     """
-    own = user_list(place, "split_zhou_Food101.json", images="images")
-    if own is not None:
-        return own
+    user_listing = user_list(place, "split_zhou_Food101.json", images="images")
+    if user_listing is not None:
+        return user_listing
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
     dishes = sorted(set().union(*content.values()))  # both files have the dishes as keys
@@ -415,8 +423,10 @@ def food101(place: Place) -> Listing:
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004
         return f"{path}.jpg", lists.label_of(name)
 
-    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
-    return _official(place, lists, images="images", entries=entries, parse=parse)
+    entries = {
+        file: (split, _class_and_path_pairs(content[split], file)) for split, file in files.items()
+    }
+    return _official_listing(place, lists, images="images", entries=entries, parse=parse)
 
 
 def sun397(place: Place) -> Listing:
@@ -424,11 +434,11 @@ def sun397(place: Place) -> Listing:
 
     The official partition has no validation images.
     """
-    own = user_list(place, "split_zhou_SUN397.json", images="")
-    if own is not None:
-        return own
-    wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-    files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
+    user_listing = user_list(place, "split_zhou_SUN397.json", images="")
+    if user_listing is not None:
+        return user_listing
+    file_names = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+    files = {split: place.require(name, f"Partitions/{name}") for split, name in file_names.items()}
     scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
     lists = SplitLists.of(files, read_lines(scenes), scenes)
 
@@ -437,7 +447,7 @@ def sun397(place: Place) -> Listing:
         return line.removeprefix("/"), lists.label_of(class_name)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    listing = _official(place, lists, images="", entries=entries, parse=parse)
+    listing = _official_listing(place, lists, images="", entries=entries, parse=parse)
     classes = []
     names = []
     for path in listing.classes:  # such as /a/apartment_building/outdoor
@@ -447,20 +457,28 @@ def sun397(place: Place) -> Listing:
     return replace(listing, classes=tuple(classes), names=tuple(names))
 
 
-def _official(
+def _official_listing(
     place: Place,
     lists: SplitLists,
     images: str,
     entries: Mapping[Path, tuple[str, Iterable[T]]],
-    parse: Parse[T],
+    parse: ParseEntry[T],
 ) -> Listing:
-    """The listing of the authors' files; ``entries`` has, by file, its split and its entries."""
+    """The listing that the files of the authors of a data set give.
+
+    Args:
+        place: The data set on this disk.
+        lists: The lists to fill, which have all splits and class names already.
+        images: Subfolder that the paths are relative to; "" for the data set's folder.
+        entries: By file, the split that it lists, and its entries.
+        parse: Function that returns the path and the label in an entry.
+    """
     for file, (split, lines) in entries.items():
         lists.fill(split, file, lines, parse)
     return lists.listing(place.folder, images, "official split", binding=True)
 
 
-def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
+def _class_and_path_pairs(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
     """Yield pairs of class and path from ``content``, which has the paths by class."""
     for name, paths in content.items():
         if not isinstance(paths, list):

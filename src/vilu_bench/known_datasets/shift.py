@@ -1,4 +1,4 @@
-"""Damages pictures without changing what they show, by noise, blur, compression and the like.
+"""Damages pictures by noise, blur, compression and the like, without changing what they show.
 
 The kinds of damage are those of Hendrycks and Dietterich (ICLR 2019). The code and the strengths
 are ours. A strength in pixels is relative to the size of the picture.
@@ -25,18 +25,18 @@ SEVERITIES: Final = 5  # severities are 1 to 5
 REFERENCE_SIDE: Final = 32  # strengths in pixels hold for a picture with this short side
 
 Rng = np.random.Generator
-Change = Callable[[Image.Image, float, Rng], Image.Image]
+DamageFunction = Callable[[Image.Image, float, Rng], Image.Image]
 
 
 def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Add normal noise of standard deviation ``strength`` to every value in [0, 1]."""
-    pixels = _pixels(image)
-    return _image(pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32))
+    pixels = _to_pixels(image)
+    return _to_image(pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
 def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Add Poisson noise, as if the value 1 were an expected count of ``strength`` photons."""
-    return _image(rng.poisson(_pixels(image) * strength).astype(np.float32) / strength)
+    return _to_image(rng.poisson(_to_pixels(image) * strength).astype(np.float32) / strength)
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
@@ -46,14 +46,14 @@ def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 def low_contrast(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Multiply every pixel's difference from the mean colour by ``strength``."""
-    pixels = _pixels(image)
+    pixels = _to_pixels(image)
     mean = pixels.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-    return _image(mean + strength * (pixels - mean))
+    return _to_image(mean + strength * (pixels - mean))
 
 
 def brightness(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Add ``strength`` to every value in [0, 1]."""
-    return _image(_pixels(image) + np.float32(strength))
+    return _to_image(_to_pixels(image) + np.float32(strength))
 
 
 def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
@@ -65,7 +65,7 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Shrink by the factor ``strength``, averaging pixels; restore the size by repeating pixels."""
-    small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
+    small = image.resize(_scaled_size(image, strength), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
@@ -74,11 +74,11 @@ def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image
 
     At severity 3 a side of 32 pixels is resized to 16 and back to 32.
     """
-    small = image.resize(_scaled(image, strength), Image.Resampling.BICUBIC)
+    small = image.resize(_scaled_size(image, strength), Image.Resampling.BICUBIC)
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
-KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
+KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
     "gaussian_noise": (gaussian_noise, (0.02, 0.04, 0.07, 0.10, 0.14)),
     "shot_noise": (shot_noise, (500, 250, 120, 60, 30)),
     "blur": (blur, (0.5, 0.7, 0.9, 1.2, 1.6)),
@@ -94,7 +94,7 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 class ShiftedImages(ChosenImages):
     """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
-    Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its
+    Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
     damaged form count as one picture.
     """
 
@@ -115,12 +115,13 @@ class ShiftedImages(ChosenImages):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield records of the images start ... stop - 1; an image is damaged when it is read."""
         for record in super().records(start, stop):
-            read = partial(_damaged, record, self._strengths)
-            undamaged = record.content or record.read  # no ``content``: the file identifies the row
+            read = partial(_damaged_png, record, self._strengths)
+            # without ``content``, the bytes of the undamaged file identify the row
+            undamaged = record.content or record.read
             yield replace(record, read=read, content=undamaged)
 
 
-def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
+def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     """The damaged picture as a PNG; a hash of the key seeds the choice of damage and the noise."""
     key_hash = blake2b(record.key.encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
@@ -133,14 +134,14 @@ def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     return buffer.getvalue()
 
 
-def _pixels(image: Image.Image) -> NDArray[np.float32]:
+def _to_pixels(image: Image.Image) -> NDArray[np.float32]:
     return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
-def _image(pixels: NDArray[np.float32]) -> Image.Image:
+def _to_image(pixels: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-def _scaled(image: Image.Image, share: float) -> tuple[int, int]:
+def _scaled_size(image: Image.Image, share: float) -> tuple[int, int]:
     width, height = (max(round(side * share), 1) for side in image.size)
     return width, height

@@ -21,7 +21,7 @@ from vilu.predictors.nn.train import steps_per_epoch
 from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
-ROWS = 1_024  # rows whose logits with all candidates are in memory at a time
+BLOCK_ROWS = 1_024  # number of rows whose logits with all candidates are in memory at a time
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class Layer:
 
     inputs: Tensor  # (M, F) phi
     outputs: Tensor  # (M, D) g = P phi, not normalised
-    count: Tensor  # (M,) number of pairs that contain the row
+    count: Tensor  # (M,) number of image-text pairs that contain the row
 
     @property
     def directions(self) -> Tensor:
@@ -85,7 +85,7 @@ def factors(
     scale: float,
     bias: float,
     loss: str,
-    block_rows: int = ROWS,
+    block_rows: int = BLOCK_ROWS,
 ) -> Factors:
     """Factors of the rows of ``layer``, each row matched with all ``candidates`` (K, D).
 
@@ -142,7 +142,10 @@ def curvature_sum(
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian posterior of a last layer; the variance of P phi is (phi^T inputs phi) * outputs."""
+    """Gaussian posterior of the weights P of a last layer.
+
+    The variance of the layer's output P phi is (phi^T inputs phi) * outputs.
+    """
 
     inputs: Tensor  # (F, F) inverse of the first factor of the precision
     outputs: Tensor  # (D,) diagonal of the inverse of the second factor
@@ -205,10 +208,10 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 
     highest = math.log(len(a) * len(b) / squared_norm)
     bounds = (highest - 60, highest)
-    best = minimize_scalar(
+    optimum = minimize_scalar(
         negative_evidence, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
-    return math.exp(best.x)
+    return math.exp(optimum.x)
 
 
 def cosine_moments(
@@ -232,7 +235,7 @@ def cosine_moments(
     return mean, variance
 
 
-FARTHEST = 1e-2
+MAX_DISTANCE = 1e-2
 """Largest allowed distance between normalise(P phi) and the embedding.
 
 The rounding of float16 alone gives about 1e-3.
@@ -373,22 +376,22 @@ class BayesVLM(FailurePredictor):
         on_features = bool(train.columns)
         tensors = {"on_features": torch.tensor(on_features)}
         priors = {}
-        for side, layer in (("image", image), ("text", text)):
-            squared_norm = self._squared_norm(side, train)
+        for encoder, layer in (("image", image), ("text", text)):
+            squared_norm = self._squared_norm(encoder, train)
             learned, prior = posterior(layer, squared_norm, self.pseudo_count)
-            tensors[f"{side}_inputs"] = learned.inputs.cpu()
-            tensors[f"{side}_outputs"] = learned.outputs.cpu()
-            tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
-            priors[side] = prior
+            tensors[f"{encoder}_inputs"] = learned.inputs.cpu()
+            tensors[f"{encoder}_outputs"] = learned.outputs.cpu()
+            tensors[f"{encoder}_prior"] = torch.tensor(prior, dtype=torch.float64)
+            priors[encoder] = prior
         label = self._label(on_features=on_features)
         return Learnt(tensors, {"label": label, "prior_precision": priors})
 
-    def _squared_norm(self, side: str, train: Rows) -> float:
+    def _squared_norm(self, encoder: str, train: Rows) -> float:
         """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
         if not train.columns:
             return train.source.space.embed_dim
         # every row has the same projection, so the first row is enough
-        projection = train.source.column(f"{side}_projection", train.index[:1])
+        projection = train.source.column(f"{encoder}_projection", train.index[:1])
         return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
@@ -417,10 +420,10 @@ class BayesVLM(FailurePredictor):
             factors(text, image.directions, scale, bias, self.loss),
         )
 
-    def _posterior(self, side: str, like: Tensor) -> Posterior:
-        """The posterior of a last layer, on the device and in the dtype of ``like``."""
-        inputs = self.learned_[f"{side}_inputs"].to(like)
-        outputs = self.learned_[f"{side}_outputs"].to(like)
+    def _posterior(self, encoder: str, like: Tensor) -> Posterior:
+        """The posterior of a last layer, with the device and the dtype of ``like``."""
+        inputs = self.learned_[f"{encoder}_inputs"].to(like)
+        outputs = self.learned_[f"{encoder}_outputs"].to(like)
         return Posterior(inputs, outputs)
 
     def _score(self, batch: Batch) -> Tensor:
@@ -466,10 +469,10 @@ def last_layer(
         )
     g = phi @ layer.T
     distance = float((functional.normalize(g, dim=-1) - embedding).norm(dim=-1).max())
-    if distance > FARTHEST:
+    if distance > MAX_DISTANCE:
         raise DataError(
             f"{features!r} times {projection!r} must be the embeddings, "
-            f"up to {FARTHEST} after normalisation. "
+            f"up to {MAX_DISTANCE} after normalisation. "
             f"An entry is {distance:.2g} away: are these the features of another encoder, "
             "or texts averaged over prompts? "
             "Make the columns with `vilu embed --features`, "

@@ -1,4 +1,4 @@
-"""Delta methods: distance to rightly answered images less distance to wrongly answered ones."""
+"""Delta methods: distance to rightly answered images minus distance to wrongly answered ones."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ NO_CAPTIONS = (
 def cosine_margin(batch: Batch) -> Tensor:
     """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
     two_largest_logits = float64(batch.logits.topk(2, dim=1).values)
-    first, second = two_largest_logits.unbind(dim=1)
-    return (first - second) / batch.logit_scale
+    largest, second_largest = two_largest_logits.unbind(dim=1)
+    return (largest - second_largest) / batch.logit_scale
 
 
-SMALLEST = 1e-6  # added to squared distances before the logarithm, as in the released code
+LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in the released code
 
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distance to rightly answered images, less that to wrongly answered images.
+    """Delta-KNN: log-distance to rightly answered images minus that to wrongly answered images.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))
@@ -94,11 +94,12 @@ class DeltaKNN(ClosedSet):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn, positions = draw_rows(train, self.max_bank, self.seed)
-        drawn_failure = failure[positions]
-        right_first = drawn_failure.argsort(stable=True)  # the bank of right answers, then wrong
-        bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
-        n_right = (drawn_failure == 0).sum()
+        bank_rows, positions = draw_rows(train, self.max_bank, self.seed)
+        bank_failure = failure[positions]
+        # the bank of rightly answered images comes first, then that of wrongly answered ones
+        right_first_order = bank_failure.argsort(stable=True)
+        bank = gather(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
+        n_right = (bank_failure == 0).sum()
         return Learnt(
             {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
@@ -108,9 +109,9 @@ class DeltaKNN(ClosedSet):
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
-        right = self._log_distance(batch.image, bank[:n_right])
-        wrong = self._log_distance(batch.image, bank[n_right:])
-        return right - wrong - self.margin_weight * cosine_margin(batch)
+        distance_to_right = self._log_distance(batch.image, bank[:n_right])
+        distance_to_wrong = self._log_distance(batch.image, bank[n_right:])
+        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
         """Mean (B,) of the log squared distances to the nearest images of the bank, float64.
@@ -121,7 +122,7 @@ class DeltaKNN(ClosedSet):
             return float64(image.new_zeros(len(image)))
         similarity, _ = nearest(image, bank, self.k)
         squares = squared_distance(float64(similarity))
-        return torch.log(squares + SMALLEST).mean(dim=1)
+        return torch.log(squares + LOG_OFFSET).mean(dim=1)
 
 
 @dataclasses.dataclass
@@ -136,7 +137,7 @@ class DeltaKNNMargin(DeltaKNN):
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # the scores of delta_knn, less 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_knn minus 10 times the margin 0.96 - 0.28
         >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-7.27, -8.41])
     """
@@ -151,7 +152,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: distance to rightly answered images, less that to wrongly answered images.
+    """Delta-MDS: distance to rightly answered images minus that to wrongly answered images.
 
     The distances are squared Mahalanobis distances.
 
@@ -211,9 +212,9 @@ class DeltaMDS(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         label = labels(train)
-        right = self._fit_bank("right", train, label, failure == 0)
-        wrong = self._fit_bank("wrong", train, label, failure == 1)
-        return Learnt(right | wrong | {CLASSES: class_texts(train)})
+        right_tensors = self._fit_bank("right", train, label, failure == 0)
+        wrong_tensors = self._fit_bank("wrong", train, label, failure == 1)
+        return Learnt(right_tensors | wrong_tensors | {CLASSES: class_texts(train)})
 
     def _fit_bank(
         self, bank: str, train: Rows, label: Tensor, is_member: Tensor
@@ -239,9 +240,9 @@ class DeltaMDS(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
-        right = self._distance(image, classes, "right")
-        wrong = self._distance(image, classes, "wrong")
-        return right - wrong - self.margin_weight * cosine_margin(batch)
+        distance_to_right = self._distance(image, classes, "right")
+        distance_to_wrong = self._distance(image, classes, "wrong")
+        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
         """Squared distance (B,) to the nearest class mean of a bank; zero if the bank is empty."""
@@ -267,7 +268,7 @@ class DeltaMDSMargin(DeltaMDS):
         >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
-        >>> # the scores of delta_mds, less 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_mds minus 10 times the margin 0.96 - 0.28
         >>> method.fit(train).predict_uncertainty(new).round(2)
         array([-6.15, -9.39])
     """

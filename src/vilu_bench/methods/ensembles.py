@@ -76,22 +76,24 @@ class DeepEnsemble(ViLU):
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
+        fit_and_selection_rows = fit_and_selection(
+            train, failure, validation, self.validation_fraction, self.seed
+        )
         failure_rate = float(failure.double().mean())
         tensors: dict[str, Tensor] = {}
         notes = {}
-        for m, member in enumerate(self._new_members()):
+        for number, member in enumerate(self._new_members()):
             if isinstance(self.start_, DeepEnsemble):  # each member starts from its counterpart
-                member.start_ = self.start_._new_members()[m]
-                member.start_.network_ = self.start_.heads[m]
-            learnt = member.train_head(*parts, failure_rate)
+                member.start_ = self.start_._new_members()[number]
+                member.start_.network_ = self.start_.heads[number]
+            learnt = member.train_head(*fit_and_selection_rows, failure_rate)
             for name, tensor in learnt.tensors.items():
-                tensors[f"{m}.{name}"] = tensor
-            notes[f"member_{m}"] = learnt.notes
+                tensors[f"{number}.{name}"] = tensor
+            notes[f"member_{number}"] = learnt.notes
         return Learnt(tensors, notes)
 
     def _new_members(self) -> list[ViLU]:
-        """New members, not fitted."""
+        """The unfitted heads of the ensemble, each with its own seed."""
         values = {name: getattr(self, name) for name in parameters(ViLU)}
         first_seed = self.seed * self.members
         return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
@@ -155,11 +157,11 @@ class MCDropout(ViLU):
 
     def _score(self, batch: Batch) -> Tensor:
         (head,) = self.heads
-        first = head.first_layer(batch)
+        first_layer_output = head.first_layer(batch)
         generator = torch.Generator().manual_seed(self.seed)
-        total = torch.zeros(len(first), dtype=torch.float64)
+        total = torch.zeros(len(first_layer_output), dtype=torch.float64)
         for _ in range(self.passes):
-            hidden = first
+            hidden = first_layer_output
             for layer in head.rest:
                 if isinstance(layer, Dropout):
                     hidden = hidden * layer.mask(hidden.shape[1:], generator).to(hidden.device)

@@ -3,9 +3,9 @@
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
 Some of these methods have a number to choose. The original work chooses it on a validation set.
-Here there are no further labels, so it is chosen by cross-fitting (``cross_fitted``): labelled rows
-are held out in folds. The chosen value makes the labels of held-out rows most likely. Where the
-original work chooses by accuracy, it is the value with most right answers to held-out rows.
+Here there are no further labels, so the number is chosen by cross-fitting (``cross_fitted``):
+labelled rows are held out in folds, and the value is taken that makes their labels most likely. If
+the original work chooses by accuracy, the value with most right answers to held-out rows is taken.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 FOLDS = 5
 """Number of folds of the labelled rows."""
-FLOOR = 1e-6
-"""Smallest probability that a probe gives a class. A class without labels would have 0."""
+MIN_PROBABILITY = 1e-6
+"""Smallest probability that a probe gives a class; without it, a class without labels has 0."""
 
 Floats = NDArray[np.float64]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
-class Labelled(NamedTuple):
+class LabelledRows(NamedTuple):
     """Labelled rows."""
 
     image: Tensor  # (M, D) float32, unit norm
@@ -49,44 +49,45 @@ class Labelled(NamedTuple):
     n_classes: int
 
     @classmethod
-    def of(cls, train: Rows, max_bank: int, seed: int) -> Labelled:
+    def of(cls, train: Rows, max_bank: int, seed: int) -> LabelledRows:
         """The training rows; at most ``max_bank`` of them, drawn with ``seed``."""
-        drawn, _ = draw_rows(train, max_bank, seed)
-        image = gather(drawn)
-        blocks = [float64(batch.logits) for batch in drawn.batches(SCORING_BATCH)]
-        return cls(image, labels(drawn), torch.cat(blocks), train.source.n_candidates)
+        bank_rows, _ = draw_rows(train, max_bank, seed)
+        image = gather(bank_rows)
+        blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
+        return cls(image, labels(bank_rows), torch.cat(blocks), train.source.n_candidates)
 
-    def take(self, rows: Tensor) -> Labelled:
-        """Some of the rows."""
-        return Labelled(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
+    def take(self, rows: Tensor) -> LabelledRows:
+        """The rows at these indices."""
+        return LabelledRows(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
 
 
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Fold (M,) of every row; the rows of a class are dealt out in turn."""
+    """Number (M,) of the fold of every row. The rows of a class go to the folds in turn."""
     shuffled = np.random.default_rng(seed).permutation(len(label))
-    by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
+    rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
     fold = np.empty(len(label), dtype=np.int64)
-    fold[by_class] = np.arange(len(label)) % FOLDS
+    fold[rows_by_class] = np.arange(len(label)) % FOLDS
     return fold
 
 
 def cross_fitted(
-    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """Log posteriors (V, N, K) of held-out rows for V values to choose from, and labels (N,).
+    """Log posteriors (V, N, K) of held-out rows under V values to choose from, and labels (N,).
 
-    A row that is the only label of its class is never held out, because nothing could be known of
-    its class. None if there are no other rows.
+    A row that is the only labelled row of its class is never held out, because nothing would be
+    known of the class. If all rows are such rows, the result is None.
 
     Args:
         rows: The labelled rows.
         seed: Seed of the folds.
-        log_posteriors: Function of rows to fit on and held-out rows: log posteriors (V, n, K).
+        log_posteriors: Function that gets the rows to fit on and n held-out rows. It returns the
+            log posteriors (V, n, K) of the held-out rows.
     """
     count = torch.bincount(rows.label, minlength=rows.n_classes)
     is_only_label = count[rows.label] == 1
     fold = torch.from_numpy(class_folds(rows.label.numpy(), seed))
-    parts = []
+    posteriors_of_folds = []
     held_out_labels = []
     for number in range(FOLDS):
         is_held_out = (fold == number) & ~is_only_label
@@ -94,36 +95,36 @@ def cross_fitted(
             continue
         held_out = rows.take(is_held_out.nonzero().squeeze(1))
         fitted_on = rows.take((~is_held_out).nonzero().squeeze(1))
-        parts.append(log_posteriors(fitted_on, held_out))
+        posteriors_of_folds.append(log_posteriors(fitted_on, held_out))
         held_out_labels.append(held_out.label)
-    if not parts:
+    if not posteriors_of_folds:
         return None
-    return torch.cat(parts, dim=1), torch.cat(held_out_labels)
+    return torch.cat(posteriors_of_folds, dim=1), torch.cat(held_out_labels)
 
 
-def likeliest(
-    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+def likeliest_value(
+    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
 ) -> int | None:
-    """Index of the value under which held-out labels are most likely; None if none is held out."""
-    crossed = cross_fitted(rows, seed, log_posteriors)
-    if crossed is None:
+    """Index of the value that makes held-out labels most likely; None if no row is held out."""
+    posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
+    if posteriors_and_labels is None:
         return None
-    log_p, label = crossed
-    of_label = log_p[:, torch.arange(len(label)), label]
-    return int(of_label.sum(dim=1).argmax())
+    log_p, label = posteriors_and_labels
+    log_p_of_label = log_p[:, torch.arange(len(label)), label]
+    return int(log_p_of_label.sum(dim=1).argmax())
 
 
-def most_accurate(
-    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+def most_accurate_value(
+    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
 ) -> int | None:
-    """Index of the value, the first of equals, with most right answers to held-out rows.
+    """Index of the value with most right answers to held-out rows, the first of equal values.
 
-    None if none is held out.
+    None if no row is held out.
     """
-    crossed = cross_fitted(rows, seed, log_posteriors)
-    if crossed is None:
+    posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
+    if posteriors_and_labels is None:
         return None
-    log_p, label = crossed
+    log_p, label = posteriors_and_labels
     is_right = log_p.argmax(dim=2) == label
     n_right = is_right.sum(dim=1)
     return int((n_right == n_right.max()).nonzero()[0])
@@ -176,9 +177,9 @@ class LinearProbeCV(Regression):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = Labelled.of(train, self.max_bank, self.seed)
+        rows = LabelledRows.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
             return torch.stack(
                 [
                     floored_probe(fitted_on, held_out, penalty, self.max_iter)
@@ -187,9 +188,9 @@ class LinearProbeCV(Regression):
             )
 
         penalty = PROBE_PENALTY
-        chosen = likeliest(rows, self.seed, log_posteriors)
-        if chosen is not None:
-            penalty = self.grid[chosen]
+        best_index = likeliest_value(rows, self.seed, log_posteriors)
+        if best_index is not None:
+            penalty = self.grid[best_index]
         weight, bias = fit_regression(
             rows.image, rows.label, rows.n_classes, penalty, self.max_iter
         )
@@ -202,36 +203,39 @@ PROBE_PENALTY = 100.0
 
 
 def floored_probe(
-    fitted_on: Labelled, rows: Labelled, penalty: float, max_iter: int = 500
+    fitted_on: LabelledRows, rows: LabelledRows, penalty: float, max_iter: int = 500
 ) -> Tensor:
-    """Log posteriors (N, K) of ``rows`` by a linear probe of ``fitted_on``; at least log FLOOR."""
+    """Log posteriors (N, K) of ``rows`` by a linear probe that is fitted on ``fitted_on``.
+
+    They are at least the logarithm of ``MIN_PROBABILITY``.
+    """
     weight, bias = fit_regression(
         fitted_on.image, fitted_on.label, fitted_on.n_classes, penalty, max_iter
     )
     log_p = (rows.image.double() @ weight.T + bias).log_softmax(dim=1)
-    return log_p.clamp(min=float(np.log(FLOOR)))
+    return log_p.clamp(min=float(np.log(MIN_PROBABILITY)))
 
 
 def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
-    """Weights (2,) at least 0 of a log-linear pool under which labels (N,) are most likely.
+    """Weights (2,) of a log-linear pool, at least 0, that make the labels (N,) most likely.
 
     q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K).
     """
     from scipy.optimize import minimize
 
     rows = np.arange(len(label))
-    of_label = log_p[rows, :, label]
+    log_p_of_label = log_p[rows, :, label]
 
     def loss(weights: Floats) -> tuple[float, Floats]:
         mixed = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
         log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
         expected = np.einsum("nk,nmk->nm", np.exp(log_q), log_p)
-        slope = (expected - of_label).mean(axis=0)
+        slope = (expected - log_p_of_label).mean(axis=0)
         return float(-log_q[rows, label].mean()), slope
 
     start = np.array([0.5, 0.5])
-    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
-    return np.asarray(best.x)
+    optimum = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
+    return np.asarray(optimum.x)
 
 
 @dataclasses.dataclass
@@ -283,16 +287,16 @@ class ProbeAndZeroShot(Regression):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = Labelled.of(train, self.max_bank, self.seed)
+        rows = LabelledRows.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
             probe = floored_probe(fitted_on, held_out, self.C, self.max_iter)
             return torch.stack([held_out.logits.log_softmax(dim=1), probe])
 
         weights = np.array([0.5, 0.5])
-        crossed = cross_fitted(rows, self.seed, log_posteriors)
-        if crossed is not None:
-            log_p, label = crossed
+        posteriors_and_labels = cross_fitted(rows, self.seed, log_posteriors)
+        if posteriors_and_labels is not None:
+            log_p, label = posteriors_and_labels
             weights = pool_weights(log_p.transpose(0, 1).numpy(), label.numpy())
         weight, bias = fit_regression(rows.image, rows.label, rows.n_classes, self.C, self.max_iter)
         tensors = {
@@ -306,14 +310,14 @@ class ProbeAndZeroShot(Regression):
     def _logits(self, batch: Batch) -> Tensor:
         """Logits (B, K) float64 of the mix."""
         zero_shot = float64(batch.logits).log_softmax(dim=1)
-        probe = super()._logits(batch).log_softmax(dim=1).clamp(min=float(np.log(FLOOR)))
+        probe = super()._logits(batch).log_softmax(dim=1).clamp(min=float(np.log(MIN_PROBABILITY)))
         weights = self.tensor("mix", zero_shot.device)
         mixed: Tensor = weights[0] * zero_shot + weights[1] * probe
         return mixed
 
 
 @dataclasses.dataclass
-class BesideZeroShot(ClosedSet):
+class AddedToZeroShot(ClosedSet):
     """A method that adds logits, learned from labelled images, to the zero-shot logits.
 
     u = 1 - q_t̂ with q = softmax(l + added)
@@ -324,27 +328,27 @@ class BesideZeroShot(ClosedSet):
     max_bank: Count = 100_000
 
     @abstractmethod
-    def _added(self, batch: Batch) -> Tensor:
+    def _added_logits(self, batch: Batch) -> Tensor:
         """Logits (B, K) float64 that are added to the zero-shot logits."""
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of the sum of the logits."""
-        added = self._added(batch)
-        return (float64(batch.logits).to(added.device) + added).log_softmax(dim=1)
+        added_logits = self._added_logits(batch)
+        return (float64(batch.logits).to(added_logits.device) + added_logits).log_softmax(dim=1)
 
     def _score(self, batch: Batch) -> Tensor:
         return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
 
 
 @dataclasses.dataclass
-class GDAAndZeroShot(BesideZeroShot):
+class GDAAndZeroShot(AddedToZeroShot):
     """Gaussian discriminant analysis of image embeddings, added to the zero-shot logits.
 
         u = 1 - q_t̂, with q = softmax(l + alpha (W z + b))
         W = M S, b_c = -1/2 m_c S m_c
 
     M (K, D) has the class means m_c. The precision S of all classes together is D ((N - 1) C +
-    tr(C) I)^-1, with the covariance C (divisor N - 1) of N images less their class means (Kubokawa
+    tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around their class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
     alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one
@@ -388,24 +392,27 @@ class GDAAndZeroShot(BesideZeroShot):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = Labelled.of(train, self.max_bank, self.seed)
+        rows = LabelledRows.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
             weight, bias = gaussian_discriminants(fitted_on)
-            g = held_out.image.double() @ weight.T + bias
+            discriminants = held_out.image.double() @ weight.T + bias
             return torch.stack(
-                [(held_out.logits + alpha * g).log_softmax(dim=1) for alpha in self.grid]
+                [
+                    (held_out.logits + alpha * discriminants).log_softmax(dim=1)
+                    for alpha in self.grid
+                ]
             )
 
         weight, bias = gaussian_discriminants(rows)
         alpha = 0.0  # with one label per class there is no covariance, and nothing is added
-        chosen = most_accurate(rows, self.seed, log_posteriors)
-        if chosen is not None:
-            alpha = self.grid[chosen]
+        best_index = most_accurate_value(rows, self.seed, log_posteriors)
+        if best_index is not None:
+            alpha = self.grid[best_index]
         tensors = {"weight": alpha * weight, "bias": alpha * bias, CLASSES: class_texts(train)}
         return Learnt(tensors, {"alpha": alpha})
 
-    def _added(self, batch: Batch) -> Tensor:
+    def _added_logits(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
         weight = self.tensor("weight", image.device)[classes]
@@ -413,7 +420,7 @@ class GDAAndZeroShot(BesideZeroShot):
         return image @ weight.T + bias
 
 
-def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
+def gaussian_discriminants(rows: LabelledRows) -> tuple[Tensor, Tensor]:
     """W (K, D) and b (K,) of ``GDAAndZeroShot``."""
     image = rows.image.double()
     dim = image.shape[1]
@@ -426,7 +433,7 @@ def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
     n = len(image)
     scatter = centred.T @ centred  # (n - 1) times the covariance within classes
     trace = float(scatter.trace()) / max(n - 1, 1)
-    if trace <= NO_SPREAD:
+    if trace <= MIN_VARIANCE:
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
     # inverse of the covariance, with its trace as ridge
     precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
@@ -434,12 +441,12 @@ def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
     return weight, -(weight * mean).sum(dim=1) / 2
 
 
-NO_SPREAD = 1e-12
-"""Variance up to which unit vectors count as equal."""
+MIN_VARIANCE = 1e-12
+"""Unit vectors count as equal if their variance is at most this number."""
 
 
 @dataclasses.dataclass
-class TipAdapter(BesideZeroShot):
+class TipAdapter(AddedToZeroShot):
     """Tip-Adapter without training: a cache of labelled images, added to the zero-shot logits.
 
         u = 1 - q_t̂, with q = softmax(l + alpha A)
@@ -487,11 +494,11 @@ class TipAdapter(BesideZeroShot):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = Labelled.of(train, self.max_bank, self.seed)
+        rows = LabelledRows.of(train, self.max_bank, self.seed)
         shapes = [(alpha, beta) for alpha in self.alphas for beta in self.betas]
 
-        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
-            by_beta = {
+        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
+            cache_of_beta = {
                 beta: cache_logits(
                     held_out.image, fitted_on.image, fitted_on.label, beta, rows.n_classes
                 )
@@ -499,15 +506,15 @@ class TipAdapter(BesideZeroShot):
             }
             return torch.stack(
                 [
-                    (held_out.logits + alpha * by_beta[beta]).log_softmax(dim=1)
+                    (held_out.logits + alpha * cache_of_beta[beta]).log_softmax(dim=1)
                     for alpha, beta in shapes
                 ]
             )
 
         shape = (1.0, 5.5)  # alpha and beta of the paper, if no pair can be selected
-        chosen = most_accurate(rows, self.seed, log_posteriors)
-        if chosen is not None:
-            shape = shapes[chosen]
+        best_index = most_accurate_value(rows, self.seed, log_posteriors)
+        if best_index is not None:
+            shape = shapes[best_index]
         tensors = {
             "bank": rows.image,
             CLASSES: class_texts(train),
@@ -516,7 +523,7 @@ class TipAdapter(BesideZeroShot):
         }
         return Learnt(tensors, {"alpha": shape[0], "beta": shape[1]})
 
-    def _added(self, batch: Batch) -> Tensor:
+    def _added_logits(self, batch: Batch) -> Tensor:
         device = batch.image.device
         classes = self.classes_of(batch.text).to(device)
         bank = self.tensor("bank", device)
@@ -528,9 +535,9 @@ class TipAdapter(BesideZeroShot):
         return added
 
 
-def cache_logits(image: Tensor, bank: Tensor, label: Tensor, beta: float, k: int) -> Tensor:
+def cache_logits(image: Tensor, bank: Tensor, label: Tensor, beta: float, n_classes: int) -> Tensor:
     """A (B, K) of ``TipAdapter``, float64, for images (B, D) and a bank (M, D) with labels (M,)."""
     affinity = torch.exp(-beta * (1 - float64(image) @ float64(bank).T))
-    logits = affinity.new_zeros(len(image), k)
+    logits = affinity.new_zeros(len(image), n_classes)
     logits.index_add_(1, label, affinity)
     return logits

@@ -152,15 +152,15 @@ class Mahalanobis(ClosedSet):
         global_mean = self.tensor("global_mean", image.device)
         return distance - self._distance(image, global_mean, "global_whitener")
 
-    def _distance(self, image: Tensor, mean: Tensor, whitener: str) -> Tensor:
+    def _distance(self, image: Tensor, mean: Tensor, whitener_name: str) -> Tensor:
         """Squared distances (B,) of images (B, D) from means, after whitening."""
-        whitened = (image - mean) @ self.tensor(whitener, image.device)
+        whitened = (image - mean) @ self.tensor(whitener_name, image.device)
         return whitened.square().sum(dim=1)
 
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` distance less the distance to all images, as ``relative`` sets it.
+    """``Mahalanobis`` with ``relative``: the distance to all images is subtracted.
 
     The score is large if the distribution of all training images fits an image better than the
     distribution of the predicted class.

@@ -18,9 +18,9 @@ from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gat
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
-FARTHEST = 2.0  # largest distance between two unit vectors
+MAX_DISTANCE = 2.0  # largest distance between two unit vectors
 TINY = 1e-6
-"""Number that is added to distances, and smallest value of 1 + cos; prevents ratios of 0 / 0."""
+"""Number that is added to distances, and smallest value of 1 + cos, so that no ratio is 0 / 0."""
 
 
 @dataclasses.dataclass
@@ -39,8 +39,8 @@ class LabelledBank(ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = self._choose(gather(drawn), labels(drawn))
+        bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
+        bank, label = self._choose(gather(bank_rows), labels(bank_rows))
         return Learnt(
             {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
@@ -142,8 +142,8 @@ class KNNDistance(FailurePredictor):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        bank = gather(drawn)
+        bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
+        bank = gather(bank_rows)
         return Learnt({"bank": bank}, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -211,10 +211,10 @@ class TRINE(LabelledBank):
             neighbour = slice(rank_index, rank_index + 1)
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
-        of_answer = support.gather(1, answer[:, None]).squeeze(1)
+        support_of_answer = support.gather(1, answer[:, None]).squeeze(1)
         # the largest support of another class: with -1 the answer itself is never the largest
-        of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
-        return 1 - (of_answer - of_rival)
+        support_of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
+        return 1 - (support_of_answer - support_of_rival)
 
 
 @dataclasses.dataclass
@@ -270,23 +270,23 @@ class TrustScore(LabelledBank):
             radius = distance(similarity[:, -1]).double()  # distance to the k-th nearest member
             is_dense = radius <= radius.quantile(1 - self.alpha)
             dense_members.append(members[is_dense])
-        dense = torch.cat(dense_members).sort().values
-        return bank[dense], label[dense]
+        dense_rows = torch.cat(dense_members).sort().values
+        return bank[dense_rows], label[dense_rows]
 
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        # which images of the bank may be the nearest: (queries, bank images)
+        # masks (queries, bank images) of the images of the bank among which the nearest is searched
         def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] == label[bank_images]
 
         def is_of_rival(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] != label[bank_images]
 
-        to_answer = self._distance(batch.image, is_of_answer)
-        to_rival = self._distance(batch.image, is_of_rival)
-        return (to_answer + TINY) / (to_rival + TINY)
+        distance_to_answer = self._distance(batch.image, is_of_answer)
+        distance_to_rival = self._distance(batch.image, is_of_rival)
+        return (distance_to_answer + TINY) / (distance_to_rival + TINY)
 
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
         """Distance (B,) of each image to the nearest allowed image of the bank."""
@@ -299,4 +299,4 @@ class TrustScore(LabelledBank):
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
         is_none_allowed = similarity[:, 0] == -math.inf
-        return torch.where(is_none_allowed, FARTHEST, distance_to_nearest)
+        return torch.where(is_none_allowed, MAX_DISTANCE, distance_to_nearest)

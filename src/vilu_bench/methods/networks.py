@@ -79,8 +79,8 @@ def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     return nn.Sequential(*without_last_activation)
 
 
-MARGIN = 0.1  # margin of the ranking loss of ``PVU``
-FLOOR = 1e-6  # smallest uncertainty of ``PVU``
+RANKING_MARGIN = 0.1  # margin of the ranking loss of ``PVU``
+MIN_UNCERTAINTY = 1e-6  # smallest uncertainty of ``PVU``
 
 
 @dataclasses.dataclass
@@ -148,15 +148,15 @@ class PVU(NetworkPredictor):
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
         output = float64(self.network(batch))
-        return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
+        return torch.logaddexp(output, torch.zeros_like(output)) + MIN_UNCERTAINTY
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         vlm_loss = -batch.log_likelihood(log_posterior(batch))
-        uncertainty = functional.softplus(output) + FLOOR
+        uncertainty = functional.softplus(output) + MIN_UNCERTAINTY
         return LOSSES[self.loss](uncertainty, vlm_loss.to(output.device))
 
     def _score(self, batch: Batch) -> Tensor:
-        return functional.softplus(float64(self.network(batch))) + FLOOR
+        return functional.softplus(float64(self.network(batch))) + MIN_UNCERTAINTY
 
 
 class ImageNetwork(nn.Module):
@@ -182,7 +182,7 @@ def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     u_1, u_2 = uncertainty[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
     loss_1, loss_2 = vlm_loss[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
     sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
-    hinge = functional.relu(MARGIN - sign * (u_1 - u_2))
+    hinge = functional.relu(RANKING_MARGIN - sign * (u_1 - u_2))
     return hinge.sum() / max(n_pairs, 1)
 
 
@@ -198,10 +198,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Training losses of ``PVU`` by name; they take the uncertainties and the VLM's losses."""
 
 
-LIMIT = math.log(10.0)
-"""Largest |log T|; the temperatures of two rows therefore differ at most by a factor of 100."""
+MAX_LOG_TEMPERATURE = math.log(10.0)
+"""Largest |log T|. Therefore the temperatures of two rows differ at most by a factor of 100."""
 
-FAR = 20.0
+MAX_GAP = 20.0
 """Largest gap to the largest logit, in nats; a missing candidate has this gap, too."""
 
 
@@ -267,9 +267,10 @@ class LMN(NetworkPredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
-            what = "successes" if failure.any() else "failures"  # the kind that is missing
+            missing_kind = "successes" if failure.any() else "failures"
             warn_caller(
-                f"only 0 {what} among {len(failure)} training rows: one term of the loss is unused."
+                f"only 0 {missing_kind} among {len(failure)} training rows: one term of the loss "
+                "is unused."
             )
         return super()._learn(train, failure, validation)
 
@@ -288,9 +289,9 @@ class LMN(NetworkPredictor):
         psi = target_curve(log_s.exp(), self.steepness)
         n_candidates = log_p.shape[-1]
         divergence = -log_p.mean(dim=-1) - math.log(n_candidates)  # KL(uniform || p)
-        right = self.balance * (1 - psi - log_s)
-        wrong = (1 - self.balance) * (psi + divergence)
-        return torch.where(batch.failure == 1, wrong, right).mean()
+        loss_if_right = self.balance * (1 - psi - log_s)
+        loss_if_wrong = (1 - self.balance) * (psi + divergence)
+        return torch.where(batch.failure == 1, loss_if_wrong, loss_if_right).mean()
 
     graph = own_graph  # the score can be exported to ONNX
 
@@ -321,18 +322,18 @@ class MetaNetwork(nn.Module):
             answer * self.scale,
         ]
         output: Tensor = self.layers(torch.cat(inputs, dim=1)).squeeze(-1)
-        return LIMIT * torch.tanh(output / LIMIT)
+        return MAX_LOG_TEMPERATURE * torch.tanh(output / MAX_LOG_TEMPERATURE)
 
 
-def logit_gaps(logits: Tensor, n: int) -> Tensor:
+def logit_gaps(logits: Tensor, n_logits: int) -> Tensor:
     """Sorted gaps (B, n - 1) between the largest of the logits (B, K) and the next n - 1.
 
     The unit is 20 nats, and a gap is at most one unit. If K < n, the missing gaps are one unit.
     """
-    n_present = min(n, logits.shape[1])
+    n_present = min(n_logits, logits.shape[1])
     descending = logits.topk(n_present, dim=-1).values
-    gaps = ((descending[:, :1] - descending[:, 1:]) / FAR).clamp(max=1)
-    n_missing = n - n_present
+    gaps = ((descending[:, :1] - descending[:, 1:]) / MAX_GAP).clamp(max=1)
+    n_missing = n_logits - n_present
     return functional.pad(gaps, (0, n_missing), value=1.0)
 
 

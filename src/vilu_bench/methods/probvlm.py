@@ -20,7 +20,7 @@ from vilu.predictors.nn.train import few_epochs
 from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
-SMALLEST = 1e-6
+MIN_DEVIATION = 1e-6
 """Smallest |x - mean| / alpha in a loss; at x = mean the gradient is unbounded if beta < 1."""
 
 
@@ -48,7 +48,7 @@ class GeneralisedGaussian(NamedTuple):
         The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). So that
         the gradient is finite, |x - mean| is taken as at least 1e-6 alpha.
         """
-        deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
+        deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(MIN_DEVIATION)
         normaliser = (
             torch.lgamma(1 / self.shape) - torch.log(self.shape * self.inverse_scale) + math.log(2)
         )
@@ -62,18 +62,18 @@ class GeneralisedGaussian(NamedTuple):
             - 2 * torch.log(self.inverse_scale)
         )
 
-    def at(self, where: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
+    def at(self, index: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
         """Apply an index to all three tensors; a None in the index adds an axis."""
-        return GeneralisedGaussian(self.mean[where], self.inverse_scale[where], self.shape[where])
+        return GeneralisedGaussian(self.mean[index], self.inverse_scale[index], self.shape[index])
 
 
-FLATTEST = 1e-3
-"""Smallest 1 / alpha, for coordinates in the units of ``in_units`` (of order one)."""
-SHARPEST = 1e3
-"""Largest 1 / alpha, in the same units."""
+MIN_INVERSE_SCALE = 1e-3
+"""Smallest 1 / alpha. Coordinates are of order one after ``times_root_of_width``."""
+MAX_INVERSE_SCALE = 1e3
+"""Largest 1 / alpha, for the same coordinates."""
 
-LOWEST_SHAPE = 0.1  # smallest beta
-HIGHEST_SHAPE = 5.0  # largest beta
+MIN_SHAPE = 0.1  # smallest beta
+MAX_SHAPE = 5.0  # largest beta
 
 
 class ProbabilisticAdapter(nn.Module):
@@ -104,16 +104,18 @@ class ProbabilisticAdapter(nn.Module):
             embedding: (..., D) unit-norm rows.
             masks: Dropout masks (..., width) of the two hidden layers; empty: no dropout.
         """
-        x = in_units(embedding)
+        x = times_root_of_width(embedding)
         y = x
         for number, layer in enumerate(self.hidden):
             y = torch.relu(layer(y))
             if masks:
                 y = y * masks[number].to(y.device)
         y = x + self.out(y)
-        inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(FLATTEST, SHARPEST)
+        inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(
+            MIN_INVERSE_SCALE, MAX_INVERSE_SCALE
+        )
         position = torch.sigmoid(self.shape(y))  # between the lowest and the highest beta
-        shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * position
+        shape = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * position
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
 
 
@@ -124,8 +126,8 @@ def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second)
 
 
-def in_units(embedding: Tensor) -> Tensor:
-    """Embeddings (..., D) times sqrt(D), the units of the distributions."""
+def times_root_of_width(embedding: Tensor) -> Tensor:
+    """Embeddings (..., D) times sqrt(D), as the distributions describe them."""
     return embedding * math.sqrt(embedding.shape[-1])
 
 
@@ -142,7 +144,7 @@ def dropout_masks(
     return first, second
 
 
-BLOCK = 1 << 24
+MAX_BLOCK_ENTRIES = 1 << 24
 """Maximum number of entries of an array (rows, candidates, dimensions) of the cross-modal loss."""
 
 
@@ -288,7 +290,7 @@ class PairAdapters(nn.Module):
         """
         masks = self._masks(len(embedding), self.dropout_draws)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
-        image_loss, text_loss = distribution.nll(in_units(pair)).mean(dim=-1)
+        image_loss, text_loss = distribution.nll(times_root_of_width(pair)).mean(dim=-1)
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
@@ -311,14 +313,14 @@ class PairAdapters(nn.Module):
         """
         image: GeneralisedGaussian = self.image(batch.image)
         text: GeneralisedGaussian = self.text(batch.text)
-        rows, dim = batch.image.shape
-        size = max(BLOCK // (rows * dim), 1)
+        n_rows, dim = batch.image.shape
+        block_size = max(MAX_BLOCK_ENTRIES // (n_rows * dim), 1)
         losses = []
         image_by_candidate = image.at((slice(None), None))  # (B, 1, D)
-        for start in range(0, len(batch.text), size):
-            block = slice(start, start + size)
-            texts_under_image = image_by_candidate.nll(in_units(batch.text[block]))
-            images_under_text = text.at(block).nll(in_units(batch.image)[:, None])
+        for start in range(0, len(batch.text), block_size):
+            block = slice(start, start + block_size)
+            texts_under_image = image_by_candidate.nll(times_root_of_width(batch.text[block]))
+            images_under_text = text.at(block).nll(times_root_of_width(batch.image)[:, None])
             losses.append((texts_under_image + images_under_text).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 

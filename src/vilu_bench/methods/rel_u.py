@@ -97,10 +97,12 @@ class RelU(ClosedSet):
         weight_of_success = (1 - self.trade_off) / max(n_successes, 1)
         moment = torch.zeros((), dtype=torch.float32)  # M of the class docstring
         for batch in train.batches(SCORING_BATCH):
-            moved = batch.to(self.device_)
-            p = log_posterior(moved, self.temperature).exp()
-            signed = torch.where(moved.failure == 1, weight_of_failure, -weight_of_success)
-            weight = signed.float().to(p)
+            batch_on_device = batch.to(self.device_)
+            p = log_posterior(batch_on_device, self.temperature).exp()
+            signed_weight = torch.where(
+                batch_on_device.failure == 1, weight_of_failure, -weight_of_success
+            )
+            weight = signed_weight.float().to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
         return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
 

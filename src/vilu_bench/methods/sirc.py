@@ -93,12 +93,12 @@ class SIRC(FailurePredictor):
         learned["slope"] = 1 / deviation
         return Learnt(learned)
 
-    def _complement(self, train: Rows, n: int) -> Tensor:
+    def _complement(self, train: Rows, n_rows: int) -> Tensor:
         """Orthonormal directions (D, D - components) in which the images have least moment."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
-            components = max(min(dim, n) // 2, 1)
+            components = max(min(dim, n_rows) // 2, 1)
         if components >= dim:
             raise UsageError(
                 f"components must be less than the embedding width {dim}. Got {components} instead."
@@ -119,8 +119,8 @@ class SIRC(FailurePredictor):
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
-        outside = image @ learned["complement"].to(image.device)
-        norm: Tensor = torch.linalg.vector_norm(outside, dim=-1)
+        outside_subspace = image @ learned["complement"].to(image.device)
+        norm: Tensor = torch.linalg.vector_norm(outside_subspace, dim=-1)
         return -norm
 
     graph = own_graph  # the score can be exported to ONNX

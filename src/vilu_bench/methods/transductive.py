@@ -27,8 +27,8 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 @dataclasses.dataclass
-class Adapted(ClosedSet):
-    """A method that learns from images without labels, and scores q_t̂ of its own posterior q."""
+class AdaptedToImages(ClosedSet):
+    """A method that learns from images without labels; u = 1 - q_t̂ with its own posterior q."""
 
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
@@ -41,10 +41,10 @@ class Adapted(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
 
-    def _drawn(self, train: Rows) -> Rows:
+    def _rows_to_learn_from(self, train: Rows) -> Rows:
         """The rows to learn from."""
-        drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        return drawn
+        rows, _ = draw_rows(train, self.max_bank, self.seed)
+        return rows
 
 
 def zero_shot_logits(rows: Rows) -> Tensor:
@@ -53,7 +53,7 @@ def zero_shot_logits(rows: Rows) -> Tensor:
 
 
 @dataclasses.dataclass
-class OTTER(Adapted):
+class OTTER(AdaptedToImages):
     """OTTER: the posterior is changed such that all classes are equally frequent.
 
     u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that the mean of q over
@@ -102,15 +102,15 @@ class OTTER(Adapted):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        logits = zero_shot_logits(self._drawn(train))
+        logits = zero_shot_logits(self._rows_to_learn_from(train))
         offset = torch.zeros(logits.shape[1], dtype=torch.float64)
         for _ in range(self.passes):
             mean = (logits + offset).softmax(dim=1).mean(dim=0)
             # Sinkhorn's step: it raises the logits of classes whose share is below 1/K, and lowers
             # the logits of classes whose share is above 1/K
-            step = -(mean * len(mean)).clamp(min=SMALLEST_SHARE).log()
+            step = -(mean * len(mean)).clamp(min=MIN_SHARE).log()
             offset = offset + step
-            if float(step.abs().max()) < SETTLED:
+            if float(step.abs().max()) < CONVERGED_STEP:
                 break
         offset = offset - offset.mean()
         return Learnt({"offset": offset, CLASSES: class_texts(train)})
@@ -122,10 +122,10 @@ class OTTER(Adapted):
         return (logits + self.tensor("offset", logits.device)[classes]).log_softmax(dim=1)
 
 
-SMALLEST_SHARE = 1e-12
-"""Lower bound of a class's share times K in a step; the logarithm of 0 would not be finite."""
-SETTLED = 1e-6
-"""Sinkhorn's algorithm ends after a step without an entry larger than this number."""
+MIN_SHARE = 1e-12
+"""Smallest value of a class's share times K, because the logarithm of 0 is not finite."""
+CONVERGED_STEP = 1e-6
+"""Sinkhorn's algorithm ends after a step whose entries are all smaller than this number."""
 
 
 class Gaussians(NamedTuple):
@@ -137,7 +137,7 @@ class Gaussians(NamedTuple):
 
 
 @dataclasses.dataclass
-class StatA(Adapted):
+class StatA(AdaptedToImages):
     """StatA: one Gaussian per class, whose mean and variance are kept near the class text.
 
         u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
@@ -153,8 +153,8 @@ class StatA(Adapted):
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
     Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
-    and its code (MaxZanella/StatA) with its defaults. Its initial covariance is divided again by N
-    for each block of 2,500 images; here it is divided once.
+    and its code (MaxZanella/StatA) with its defaults. One difference: the code divides the initial
+    covariance by N anew for each block of 2,500 images, and here it is divided once.
 
     Examples:
         >>> import numpy as np, vilu
@@ -184,15 +184,15 @@ class StatA(Adapted):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn = self._drawn(train)
+        rows = self._rows_to_learn_from(train)
         text = class_texts(train)
         learned = fit_gaussians(
-            gather(drawn).double(),
-            zero_shot_logits(drawn),
-            text.double(),
-            self.anchor,
-            self.neighbours,
-            self.passes,
+            image=gather(rows).double(),
+            logits=zero_shot_logits(rows),
+            text=text.double(),
+            anchor=self.anchor,
+            n_neighbours=self.neighbours,
+            passes=self.passes,
         )
         return Learnt({"mean": learned.mean, "variance": learned.variance, CLASSES: text})
 
@@ -231,9 +231,10 @@ def fit_gaussians(
     zero_shot = logits.log_softmax(dim=1)
     posterior = zero_shot.exp()
     mean = text
-    # the mean over classes, weighted by the sums of their posteriors
-    first_variance = variance_about(image, posterior, text).mul(posterior.sum(dim=0)[:, None])
-    first_variance = first_variance.sum(dim=0) / len(image)  # (D,)
+    # s_0 is the mean of the variances of the classes, weighted by the sums of their posteriors
+    class_weight = posterior.sum(dim=0)[:, None]  # (K, 1)
+    weighted_variance = variance_about(image, posterior, text) * class_weight
+    first_variance = weighted_variance.sum(dim=0) / len(image)  # (D,)
     variance = first_variance.clamp(min=MIN_VARIANCE).expand_as(text)
     affinity = nearest_affinity(image, n_neighbours)
     for number in range(passes + 1):
@@ -266,7 +267,11 @@ def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
 
 
 def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Exponents (B, K), -1/2 sum_d (z_d - m_cd)^2 / s_cd, of images (B, D) for classes (K, D)."""
+    """Exponents (B, K) of the Gaussians of classes at images (B, D).
+
+    An exponent is -1/2 sum_d (z_d - m_cd)^2 / s_cd. The square is expanded, so that no array
+    (B, K, D) is needed.
+    """
     precision = 1 / variance
     squares = image.square() @ precision.T - 2 * image @ (mean * precision).T
     return -(squares + (mean.square() * precision).sum(dim=1)) / 2
@@ -283,8 +288,8 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
         cosine = image[start : start + SCORING_BATCH] @ image.T
         in_batch = torch.arange(len(cosine))
         cosine[in_batch, start + in_batch] = -torch.inf  # an image is not its own neighbour
-        value, index = cosine.topk(n_neighbours, dim=1)
-        cosines.append(value.flatten())
-        columns.append(index.flatten())
-    where = torch.stack([rows, torch.cat(columns)])
-    return torch.sparse_coo_tensor(where, torch.cat(cosines), (n, n), check_invariants=True)
+        top_cosine, top_column = cosine.topk(n_neighbours, dim=1)
+        cosines.append(top_cosine.flatten())
+        columns.append(top_column.flatten())
+    positions = torch.stack([rows, torch.cat(columns)])
+    return torch.sparse_coo_tensor(positions, torch.cat(cosines), (n, n), check_invariants=True)

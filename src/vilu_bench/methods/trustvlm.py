@@ -73,10 +73,10 @@ class TrustVLM(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         label = labels(train)
-        shots = few_per_class(label, self.shots, self.seed)
-        features = train.source.column("features", train.index[shots])
+        shot_rows = draw_per_class(label, self.shots, self.seed)
+        features = train.source.column("features", train.index[shot_rows])
         sum_of_class = features.new_zeros(train.source.n_candidates, features.shape[1])
-        sum_of_class.index_add_(0, label[shots], features)
+        sum_of_class.index_add_(0, label[shot_rows], features)
         prototypes = normalize(sum_of_class, dim=1)
         return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
 
@@ -94,8 +94,8 @@ class TrustVLM(ClosedSet):
         return batch.judged_rivals.doubt + self.weight * (1 - float64(similarity))
 
 
-def few_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
-    """Sorted indices of at most ``limit`` rows of each class, drawn at random."""
+def draw_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
+    """Sorted indices of at most ``limit`` rows of each class, which are drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[label[shuffled].argsort(stable=True)]  # the rows of a class are consecutive
     count = torch.bincount(label)

@@ -37,7 +37,7 @@ class Disagreement(FailurePredictor):
     """
 
     is_probability: ClassVar[bool] = True
-    varied: ClassVar[str]  # field of a batch that a variant replaces: "image" or "text"
+    varied_field: ClassVar[str]  # field of a batch that a variant replaces: "image" or "text"
 
     statistic: Statistic = "mean"
 
@@ -48,7 +48,7 @@ class Disagreement(FailurePredictor):
         variants = batch.columns[column].unbind(dim=1)
         total = disagreement(batch.logits, answer)
         for variant in variants:
-            changes: dict[str, Any] = {self.varied: variant}
+            changes: dict[str, Any] = {self.varied_field: variant}
             varied_batch = replace(batch, **changes)
             total = total + disagreement(varied_batch.logits, answer)
         return total / (1 + len(variants))
@@ -66,14 +66,14 @@ def improbability(logits: Tensor, answer: Tensor) -> Tensor:
     return torch.sigmoid(torch.logsumexp(rivals, dim=1))
 
 
-def dissent(logits: Tensor, answer: Tensor) -> Tensor:
+def has_other_answer(logits: Tensor, answer: Tensor) -> Tensor:
     """Array (B,) float64: 1 where the largest logit is not that of ``answer`` (B, 1), else 0."""
     return float64(logits.argmax(dim=1) != answer.squeeze(1))
 
 
 DISAGREEMENT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
-    "vote": dissent,
+    "vote": has_other_answer,
 }
 """Functions that compute d_r (B,) from the logits of a variant and the original answers (B, 1)."""
 
@@ -105,7 +105,7 @@ class TTA(Disagreement):
     reference: ClassVar[str] = "Ayhan and Berens, MIDL 2018"
     cost: ClassVar[str] = "embed: V passes per image; score: V products with the classes"
     columns: ClassVar[tuple[str, ...]] = ("views",)
-    varied: ClassVar[str] = "image"
+    varied_field: ClassVar[str] = "image"
 
 
 @dataclass
@@ -134,4 +134,4 @@ class PromptDisagreement(Disagreement):
     reference: ClassVar[str] = "Wightman et al., TrustNLP 2023"
     cost: ClassVar[str] = "score: P products with the classes"
     columns: ClassVar[tuple[str, ...]] = ("prompts",)
-    varied: ClassVar[str] = "text"
+    varied_field: ClassVar[str] = "text"

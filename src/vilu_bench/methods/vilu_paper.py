@@ -30,10 +30,11 @@ class ViLUPaper(ViLU):
     selects learning rate and batch size for every data set from a grid, which is the study
     ``paper/grid``; the values here are those of the script and are in that grid.
 
-    What embeddings do not allow, and what was a defect, is as in ``vilu``: images are not cropped
-    anew in every epoch, labels and logits are in float32, weight decay leaves a frozen attention
-    as it is, the last batch of an epoch is not dropped, and the learning rate changes with every
-    step instead of every epoch. If ``fit`` gets a validation set, it selects the epoch.
+    Some settings of the paper are not possible with embeddings, and others were defects. There this
+    method does as ``vilu``: images are not cropped anew in every epoch, labels and logits are in
+    float32, weight decay leaves a frozen attention as it is, the last batch of an epoch is not
+    dropped, and the learning rate changes with every step instead of every epoch. If ``fit`` gets a
+    validation set, it selects the epoch.
 
     Source: ViLU, ICCV 2025, supplement A.2. Repository ykrmm/ViLU: scripts/train_vilu_cifar10.sh
     and train_vilu_imagenet.sh (commit d4c6e18), vilu/models (9584263), and the configuration of a
@@ -79,12 +80,12 @@ class ViLUPaper(ViLU):
     ) -> nn.Module:
         """A new head, whose initial weights are drawn with the seed, by torch's default."""
         head = cast("FailureHead", super().module(tensors, space))
-        start_as_torch_does(head, torch.Generator().manual_seed(self.seed))
+        draw_weights_like_torch(head, torch.Generator().manual_seed(self.seed))
         return head
 
 
-def start_as_torch_does(head: FailureHead, generator: torch.Generator) -> None:
-    """Draw the weights of the MLP anew, as those of ``torch.nn.Linear`` in the released model.
+def draw_weights_like_torch(head: FailureHead, generator: torch.Generator) -> None:
+    """Draw the weights of the MLP anew, as ``torch.nn.Linear`` draws them in the released model.
 
     Weights and biases are uniform within 1 / sqrt(number of inputs). The inputs of the first layer
     are all parts of the joint embedding together.
@@ -96,6 +97,6 @@ def start_as_torch_does(head: FailureHead, generator: torch.Generator) -> None:
             nn.init.uniform_(tensor, -bound, bound, generator=generator)
     for layer in head.rest:
         if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
-            drawn = linear(layer.in_features, layer.out_features, generator)
-            layer.weight = drawn.weight
-            layer.bias = drawn.bias
+            new_layer = linear(layer.in_features, layer.out_features, generator)
+            layer.weight = new_layer.weight
+            layer.bias = new_layer.bias

@@ -28,11 +28,10 @@ class Entrant:
     """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    results: Mapping[int, CellResult]  # results by seed, if they have the ranking metric
-    runs: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
+    results: Mapping[int, CellResult]  # by seed; only results that have the ranking metric
+    run_cells: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
     refused_seeds: tuple[int, ...]  # the seeds that are not in ``results``
-    # why the first of ``refused_seeds`` is not in ``results``; None if every seed is in ``results``
-    reason: str | None
+    reason: str | None  # why the first refused seed has no result; None if none is refused
     bootstrap: Bootstrap
     ranked_by: Names  # metrics with bootstrap values; methods are ranked by the first
 
@@ -48,13 +47,13 @@ class Entrant:
 
     @property
     def merit(self) -> float:
-        """Mean of the metric by which methods are ranked."""
+        """Mean of the metric by which methods are ranked; 0 if it is undefined."""
         return self.mean(self.ranked_by[0]) or 0.0
 
     @property
     def n_runs(self) -> int:
         """Number of different cells that were run; 1 if the seed changes nothing."""
-        return len(set(self.runs.values()))
+        return len(set(self.run_cells.values()))
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over seeds; None if the metric is undefined for one of them."""
@@ -69,11 +68,14 @@ class Entrant:
         draws = []
         for seed in seeds:
             values.append(self.results[seed].value(metric))
-            draws.append(self.bootstrap(self.runs[seed])[row_of_metric])
+            draws.append(self.bootstrap(self.run_cells[seed])[row_of_metric])
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
 
-    def less(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean less the rival's mean, over their common seeds; None without common seeds."""
+    def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
+        """This mean minus the rival's mean, over their common seeds.
+
+        None if the two have no common seed.
+        """
         seeds = sorted(self.results.keys() & rival.results.keys())
         if not seeds:
             return None
@@ -95,13 +97,13 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
     return fmean(known)
 
 
-def occurring(
+def distinct_row_counts(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """The different numbers of rows in the results of entrants, ascending.
+    """All different values of a count of rows that the results of entrants have, ascending.
 
-    ``field`` says which rows are counted: "n" (test rows), "n_failures" (wrong answers) or
-    "n_outside" (pictures of none of the classes).
+    ``field`` is the count: "n" (test rows), "n_failures" (wrong answers) or "n_outside" (pictures
+    of none of the classes).
     """
     numbers: set[int] = set()
     for entrant in entrants:
@@ -110,7 +112,9 @@ def occurring(
     return tuple(sorted(numbers))
 
 
-def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]) -> str:
+def row_counts_in_words(
+    n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]
+) -> str:
     """Text with the numbers of answers, wrong answers and pictures of none of the classes."""
     text = f"{span(n)} answers, {span(n_failures)} wrong"
     if any(n_outside):
@@ -132,14 +136,14 @@ class Mean:
         """Mean of a metric of ``ranked_by`` over data sets."""
         return Quantity.mean([part.quantity(metric) for part in self.parts])
 
-    def less(self, rival: Mean, metric: str) -> Quantity | None:
-        """This mean less the rival's mean on the same data sets.
+    def difference_from(self, rival: Mean, metric: str) -> Quantity | None:
+        """This mean minus the rival's mean on the same data sets.
 
         None if the two have no common seed on one of the data sets.
         """
         differences = []
         for part, rival_part in zip(self.parts, rival.parts, strict=True):
-            difference = part.less(rival_part, metric)
+            difference = part.difference_from(rival_part, metric)
             if difference is None:
                 return None
             differences.append(difference)
@@ -161,9 +165,11 @@ class Board:
         self.results = results
         self.seeds: dict[Place, frozenset[int]] = {}
         self.entrants: dict[Place, Entrant] = {}
-        for place, at_place in _by_place(cells).items():
-            self.seeds[place] = frozenset(cell.seed for cell in at_place)
-            self.entrants[place] = _entrant(place, at_place, results, bootstrap, config.ranked_by)
+        for place, cells_of_place in _cells_by_place(cells).items():
+            self.seeds[place] = frozenset(cell.seed for cell in cells_of_place)
+            self.entrants[place] = _entrant(
+                place, cells_of_place, results, bootstrap, config.ranked_by
+            )
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
         """A method's results on a data set in a setting; None if the method has no result there."""
@@ -182,7 +188,7 @@ class Board:
         return groups
 
 
-def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
+def _cells_by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
     """Cells by method, data set and setting; the cells of a group differ only in the seed."""
     groups: dict[Place, list[Cell]] = {}
     for cell in cells:
@@ -198,27 +204,35 @@ def _entrant(
     ranked_by: Names,
 ) -> Entrant:
     """The results of a method on one data set in one setting, from its cells."""
-    by_seed = {}
-    runs = {}
+    result_of_seed = {}
+    run_cells = {}
     refused_seeds = []
     reason = None
     for cell in cells:
         result = results[cell.result_cell]
         if result.value(ranked_by[0]) is not None:
-            by_seed[cell.seed] = result
-            runs[cell.seed] = cell.result_cell
+            result_of_seed[cell.seed] = result
+            run_cells[cell.seed] = cell.result_cell
             continue
         refused_seeds.append(cell.seed)
         if reason is None:
-            reason = _reason(result, ranked_by[0])
-    return Entrant(place, by_seed, runs, tuple(refused_seeds), reason, bootstrap, ranked_by)
+            reason = _why_no_value(result, ranked_by[0])
+    return Entrant(
+        place=place,
+        results=result_of_seed,
+        run_cells=run_cells,
+        refused_seeds=tuple(refused_seeds),
+        reason=reason,
+        bootstrap=bootstrap,
+        ranked_by=ranked_by,
+    )
 
 
-def _reason(result: CellResult, best: str) -> str:
-    """Why a result has no value of ``best``, the ranking metric."""
+def _why_no_value(result: CellResult, metric: str) -> str:
+    """Why a result has no value of ``metric``."""
     if result.refused is not None:
         return result.refused.reason
     for row in result.results:
-        if row.metric == best:
+        if row.metric == metric:
             return str(row.why)
-    return f"its document has no {best}"
+    return f"its document has no {metric}"

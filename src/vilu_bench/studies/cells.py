@@ -60,7 +60,7 @@ class Origin:
     start: Origin | None = None
 
     @property
-    def first(self) -> Origin:
+    def first_fit(self) -> Origin:
         """The earlier fit that this fit starts from, else this fit itself."""
         return self.start or self
 
@@ -154,41 +154,45 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 def plan(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
-    first: dict[object, Cell] = {}  # the first cell with a result, by all that decides the result
+    # by everything that decides a result: the first cell that has this result
+    first_cell: dict[object, Cell] = {}
     cells = []
     for cell in _grid(config):
-        decided_by = (*fit_of(config, cell), scored_set_of(config, cell))
-        if decided_by in first:
-            cells.append(replace(cell, same_as=first[decided_by]))
+        decided_by = (*fit_key(config, cell), scored_set_of(config, cell))
+        if decided_by in first_cell:
+            cells.append(replace(cell, same_as=first_cell[decided_by]))
         else:
-            first[decided_by] = cell
+            first_cell[decided_by] = cell
             cells.append(cell)
     return tuple(cells)
 
 
-def own_results(cells: Iterable[Cell]) -> list[Cell]:
+def cells_to_run(cells: Iterable[Cell]) -> list[Cell]:
     """The cells that are run, because no earlier cell has the same result."""
     return [cell for cell in cells if cell.same_as is None]
 
 
-def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
-    """Key of the fit of a cell: method, training rows, and the seed if scores depend on it."""
+def fit_key(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
+    """Key of the fit of a cell: method, training rows, and seed.
+
+    The seed is None if the scores of the method do not depend on it.
+    """
     seed = cell.seed if config.depends_on_seed(cell.method) else None
     return cell.method, origin_of(config, cell), seed
 
 
-def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
+def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells grouped by the first fit that they need; groups are in the order of their first cells.
 
-    Cells share a fit if its predictor is tested on several data sets, or if further fits start from
-    it.
+    Cells share a fit if its predictor is tested on several data sets, or if other fits start from
+    its weights.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
-        method, origin, seed = fit_of(config, cell)
+        method, origin, seed = fit_key(config, cell)
         group: object = cell  # a cell without a fit is a group of its own
         if origin.train:
-            group = (method, origin.first, seed)
+            group = (method, origin.first_fit, seed)
         groups.setdefault(group, []).append(cell)
     return list(groups.values())
 
@@ -198,21 +202,22 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
-        for step in (origin.first, origin):  # the same twice if there is no earlier fit
-            for data in step.train:
+        # without an earlier fit, both are the same fit, and adding its parts twice changes nothing
+        for fit in (origin.first_fit, origin):
+            for data in fit.train:
                 needed[data, "train"] = None
-            if selects(step) and isinstance(config.data[step.train[0]].validation, str):
-                needed[step.train[0], "validation"] = None
-        scored = scored_set_of(config, cell)
-        validation = config.data[scored.data].validation
-        if scored.role == "validation" and isinstance(validation, float):
-            needed[scored.data, "train"] = None  # the validation rows are a share of these rows
+            if may_select(fit) and isinstance(config.data[fit.train[0]].validation, str):
+                needed[fit.train[0], "validation"] = None
+        scored_set = scored_set_of(config, cell)
+        validation = config.data[scored_set.data].validation
+        if scored_set.role == "validation" and isinstance(validation, float):
+            needed[scored_set.data, "train"] = None  # the validation rows are a share of these rows
         else:
-            needed[scored.data, scored.role] = None
+            needed[scored_set.data, scored_set.role] = None
     return needed
 
 
-def selects(origin: Origin) -> bool:
+def may_select(origin: Origin) -> bool:
     """Whether a fit may select on validation rows: only if it takes one whole data set."""
     return (
         len(origin.train) == 1

@@ -32,7 +32,7 @@ class Verdict:
     # is per unit of the axis: per doubling, or per accuracy of 1.
     number: float | None
     interval: Interval | None  # interval of ``number``
-    what: str  # description of ``number``
+    number_in_words: str  # description of ``number``
     reason: str | None = None  # why the claim was not tested
 
 
@@ -40,22 +40,22 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
     """Decide a claim by the results of a board."""
     match claim:
         case Better():
-            return _better(board, claim)
+            return _decide_better(board, claim)
         case Trend():
-            return _trend(board, claim)
+            return _decide_trend(board, claim)
         case Steeper():
-            return _steeper(board, claim)
+            return _decide_steeper(board, claim)
 
 
-def _better(board: Board, claim: Better) -> Verdict:
+def _decide_better(board: Board, claim: Better) -> Verdict:
     """Decide the claim that a method is better than another."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
-    # With "less", the text names the difference of two numbers; with "below", their comparison.
+    # "A less B" names a difference of two numbers, and "A below B" compares them.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _subject_in_words(board, claim.better)
     than_name = _subject_in_words(board, claim.than)
-    what = (
+    number_in_words = (
         f"{metric.title} of {better_name} {comparative} that of {than_name}, {_data_in_words(data)}"
     )
     better_cases = [(name, claim.better.setting) for name in data]
@@ -63,17 +63,22 @@ def _better(board: Board, claim: Better) -> Verdict:
     better = _entrants(board, claim.better.method, better_cases)
     than = _entrants(board, claim.than.method, than_cases)
     if better is None or than is None:
-        return _not_tested(claim, what)
-    difference = Mean(better).less(Mean(than), claim.metric)
+        return _not_tested(claim, number_in_words)
+    difference = Mean(better).difference_from(Mean(than), claim.metric)
     if difference is None:
-        return _not_tested(claim, what, NO_SEED)
-    return _rule(board, claim, _sign(claim) * difference, what + _on_seeds(better, than))
+        return _not_tested(claim, number_in_words, NO_SEED)
+    return _verdict(
+        board,
+        claim,
+        _sign(claim) * difference,
+        number_in_words + _common_seeds_in_words(better, than),
+    )
 
 
-def _trend(board: Board, claim: Trend) -> Verdict:
+def _decide_trend(board: Board, claim: Trend) -> Verdict:
     """Decide the claim that a metric rises or falls along the settings."""
     data = claim.data or tuple(board.config.data)
-    what = (
+    number_in_words = (
         f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, "
         f"going {claim.metric_goes}"
     )
@@ -84,35 +89,37 @@ def _trend(board: Board, claim: Trend) -> Verdict:
         cases = [(name, setting) for setting in claim.settings]
         points = _entrants(board, claim.method, cases)
         if points is None:
-            return _not_tested(claim, what)
+            return _not_tested(claim, number_in_words)
         heights = [point.quantity(claim.metric) for point in points]
         slopes.append(Quantity.slope(doublings, heights))
     slope = Quantity.mean(slopes)
     sign = 1 if claim.metric_goes == "up" else -1
-    return _rule(board, claim, sign * slope, f"{what}, {_data_in_words(data)}")
+    return _verdict(board, claim, sign * slope, f"{number_in_words}, {_data_in_words(data)}")
 
 
-def _steeper(board: Board, claim: Steeper) -> Verdict:
+def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
     """Decide the claim that a metric rises more with accuracy for one method."""
     data = claim.data or tuple(board.config.data)
     cases = list(itertools.product(data, claim.settings))
-    what = (
+    number_in_words = (
         f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, "
         f"{claim.steeper} less {claim.than}, over {len(cases)} cases"
     )
     steeper = _entrants(board, claim.steeper, cases)
     than = _entrants(board, claim.than, cases)
     if steeper is None or than is None:
-        return _not_tested(claim, what)
+        return _not_tested(claim, number_in_words)
     if len(cases) < LEAST_POINTS:
-        return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} cases")
+        return _not_tested(claim, number_in_words, f"a trend line needs {LEAST_POINTS} cases")
     shared = _shared_seeds(steeper, than)
     if not all(shared):
-        return _not_tested(claim, what, NO_SEED)
+        return _not_tested(claim, number_in_words, NO_SEED)
     slope = _slope_over_accuracy(steeper, shared, claim.metric)
     than_slope = _slope_over_accuracy(than, shared, claim.metric)
     difference = _sign(claim) * (slope - than_slope)
-    return _rule(board, claim, difference, what + _on_seeds(steeper, than))
+    return _verdict(
+        board, claim, difference, number_in_words + _common_seeds_in_words(steeper, than)
+    )
 
 
 def _sign(claim: Better | Steeper) -> int:
@@ -122,49 +129,62 @@ def _sign(claim: Better | Steeper) -> int:
 
 def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
     """For each pair of entrants of two methods, the seeds for which both have a result."""
-    return [point.results.keys() & rival.results.keys() for point, rival in zip(a, b, strict=True)]
+    shared = []
+    for point, rival in zip(a, b, strict=True):
+        shared.append(point.results.keys() & rival.results.keys())
+    return shared
 
 
 def _slope_over_accuracy(
     points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
 ) -> Quantity:
-    """Slope of a method's trend line over the zero-shot accuracy; every point has its ``seeds``."""
+    """Slope of a method's trend line over the zero-shot accuracy.
+
+    ``seeds`` has the seeds of each point, over which its accuracy and its metric are averaged.
+    """
     accuracies = []
     heights = []
     for point, point_seeds in zip(points, seeds, strict=True):
         results = {seed: point.results[seed] for seed in sorted(point_seeds)}
-        on_seeds = replace(point, results=results)
-        accuracies.append(on_seeds.accuracy)
-        heights.append(on_seeds.quantity(metric))
+        entrant_on_seeds = replace(point, results=results)
+        accuracies.append(entrant_on_seeds.accuracy)
+        heights.append(entrant_on_seeds.quantity(metric))
     return Quantity.slope(np.array(accuracies), heights)
 
 
-def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
+def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: str) -> Verdict:
     """The verdict on a claim by the number that decides it."""
-    ends = number.interval(board.config.confidence)
-    if not np.isfinite([ends.ci_low, ends.ci_high]).all():
-        return _not_tested(claim, what, "the number is undefined")
-    return Verdict(claim, _ruling(ends), number.value, ends, what)
+    interval = number.interval(board.config.confidence)
+    if not np.isfinite([interval.ci_low, interval.ci_high]).all():
+        return _not_tested(claim, number_in_words, "the number is undefined")
+    return Verdict(claim, _ruling(interval), number.value, interval, number_in_words)
 
 
-def _ruling(ends: Interval) -> Ruling:
+def _ruling(interval: Interval) -> Ruling:
     """The ruling on the claim that a number is above zero, from the interval of the number."""
-    if ends.ci_low > 0:
+    if interval.ci_low > 0:
         return "holds"
-    if ends.ci_high < 0:
+    if interval.ci_high < 0:
         return "does not hold"
     return "open"
 
 
 def _not_tested(
-    claim: AnyClaim, what: str, reason: str = "a method has no result there"
+    claim: AnyClaim, number_in_words: str, reason: str = "a method has no result there"
 ) -> Verdict:
     """The verdict on a claim that cannot be decided."""
-    return Verdict(claim, "not tested", number=None, interval=None, what=what, reason=reason)
+    return Verdict(
+        claim,
+        "not tested",
+        number=None,
+        interval=None,
+        number_in_words=number_in_words,
+        reason=reason,
+    )
 
 
-def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Text that names the common seeds of two methods; "" if neither has any other seed.
+def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
+    """Text that names the common seeds of two methods; "" if both have the same seeds.
 
     The text explains why the number differs from the tables, whose means include the other seeds.
     """
@@ -172,8 +192,8 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
     have_equal_seeds = all(point.results.keys() == rival.results.keys() for point, rival in points)
     if have_equal_seeds:
         return ""
-    common = set().union(*_shared_seeds(a, b))
-    return f", on the seeds that both have ({', '.join(map(str, sorted(common)))})"
+    common_seeds = set().union(*_shared_seeds(a, b))
+    return f", on the seeds that both have ({', '.join(map(str, sorted(common_seeds)))})"
 
 
 def _entrants(

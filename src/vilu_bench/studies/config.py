@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -76,13 +76,13 @@ class Setting(Section):
             return f"{self.budget} labels per class"
         return f"{self.budget:.3g} of all labels"
 
-    def describe(self, fitted: str = "") -> str:
+    def describe(self, fitted_on: str = "") -> str:
         """Text that says what methods are fitted on, then what differs from the defaults.
 
         Args:
-            fitted: What methods are fitted on; "": the budget.
+            fitted_on: What methods are fitted on; "": the budget.
         """
-        text = fitted or self.amount
+        text = fitted_on or self.amount
         if self.test_on == "validation":
             text += ", tested on the validation rows"
         if self.pool_size:
@@ -128,7 +128,7 @@ class Adapt(FromOther):
     kind: Literal["adapt"]
 
     @model_validator(mode="after")
-    def _check_few(self) -> Self:
+    def _require_budget(self) -> Self:
         if self.budget in ("all", "none"):
             raise ValueError("to adapt, give a budget: labels per class, or a share of them")
         return self
@@ -202,7 +202,7 @@ class Method(Section):
 
 
 class Trained(Section):
-    """Defaults of all methods that train a network; the table of a method overrides them."""
+    """Defaults of all methods that train a network. The table of a method overrides them."""
 
     seeds: Count | None = None  # number of seeds to run, from seed 0
     steps: Count | None = None  # total number of training steps, instead of ``epochs``
@@ -267,11 +267,12 @@ class Config(Section):
     @property
     def strata(self) -> str:
         """Text on the strata of the bootstrap."""
-        # Different answers are wrong in different rows, so no resample keeps all of their numbers.
+        # With strata, every resample has as many wrong rows as the test set. That is impossible if
+        # methods judge different answers, because each method then has other wrong rows.
         return "without strata" if self.judges_adapted_answers else "stratified by failure"
 
     def _check_across_answers(self) -> None:
-        """Refuse metrics that compare nothing where methods judge different answers."""
+        """Refuse metrics that cannot compare methods which judge different answers."""
         across = [name for name, metric in METRICS.items() if metric.across_answers]
         for name in self.metrics:
             if name not in across:
@@ -300,24 +301,27 @@ class Config(Section):
             raise ValueError(f"methods.{label}: {name} learns nothing from rows without labels")
 
     def _check_setting(self, name: str) -> None:
-        """Refuse a setting with unknown data sets, or that is impossible on a data set."""
+        """Refuse a setting that names unknown data sets, or that is impossible on a data set."""
         setting = self.settings[name]
-        named = [*setting.sources, *(setting.data or ())]
-        require_known(f"data set (settings.{name})", named, self.data)
-        tested = [data for data in self.data if self.is_tested_on(name, data)]
+        named_data = [*setting.sources, *(setting.data or ())]
+        require_known(f"data set (settings.{name})", named_data, self.data)
+        tested_data = [data for data in self.data if self.is_tested_on(name, data)]
         if setting.test_on == "validation":
-            self._check_validation(name, tested)
+            self._check_validation(name, tested_data)
         if isinstance(setting, Union):
             self._check_union(name)
         draws_by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         if draws_by_class:
-            # rows or classes are drawn from the data sets that are fitted on
-            draws_from_sources = setting.sources and not isinstance(setting, Adapt)
-            self._refuse_captions(name, setting.sources if draws_from_sources else tested)
+            # Draws are from the tested data sets. But in a transfer or a union they are from the
+            # sources, because no fit is on the tested data set alone.
+            drawn_data: Sequence[str] = tested_data
+            if setting.sources and not isinstance(setting, Adapt):
+                drawn_data = setting.sources
+            self._refuse_captions(name, drawn_data)
 
-    def _check_validation(self, setting: str, tested: Iterable[str]) -> None:
-        """Refuse data sets without validation rows, for a setting that tests on them."""
-        for data in tested:
+    def _check_validation(self, setting: str, tested_data: Iterable[str]) -> None:
+        """Refuse tested data sets that have no validation rows."""
+        for data in tested_data:
             if self.data[data].validation is None:
                 raise ValueError(
                     f"settings.{setting} tests on validation rows, and data.{data} names none"
@@ -332,9 +336,9 @@ class Config(Section):
                     f"List the settings of the method without {setting}"
                 )
 
-    def _refuse_captions(self, setting: str, fitted: Iterable[str]) -> None:
-        """Refuse data sets with captions, for a setting that draws rows or classes."""
-        for data in fitted:
+    def _refuse_captions(self, setting: str, drawn_data: Iterable[str]) -> None:
+        """Refuse data sets with captions, from which no rows or classes can be drawn."""
+        for data in drawn_data:
             if self.data[data].captions:
                 raise ValueError(
                     f"settings.{setting} draws rows or classes, and data.{data} has captions"
@@ -358,9 +362,9 @@ class Config(Section):
         methods = self.methods
         if self.all_methods or not methods:
             methods = {name: Method() for name in PREDICTORS} | methods
-        return {label: self._complete(label, method) for label, method in methods.items()}
+        return {label: self._with_defaults(label, method) for label, method in methods.items()}
 
-    def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
+    def entries_of(self, axis: str) -> Mapping[str, Data | Setting | Method]:
         """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
         if axis == "method":
             return self.entries | self._guests
@@ -368,14 +372,14 @@ class Config(Section):
             return self.data
         return self.settings
 
-    def with_guests(self, made_by: Mapping[str, str]) -> Config:
+    def with_guests(self, maker_of_label: Mapping[str, str]) -> Config:
         """A copy that also has methods whose results were submitted.
 
         Args:
-            made_by: The distribution with the code of each submitted method, or "", by label.
+            maker_of_label: By label, the distribution with the code of a submitted method, or "".
         """
         guests = {}
-        for label, maker in made_by.items():
+        for label, maker in maker_of_label.items():
             guests[label] = Method(title=f"{label} ({maker or 'submitted'})")
         config = self.model_copy()
         config._guests = guests
@@ -386,19 +390,19 @@ class Config(Section):
         """Labels of the submitted methods."""
         return tuple(self._guests)
 
-    def _complete(self, label: str, method: Method) -> Method:
-        """A method with defaults filled in from ``deterministic`` and ``trained``."""
+    def _with_defaults(self, label: str, method: Method) -> Method:
+        """A method whose missing values are taken from ``deterministic`` and ``trained``."""
         name = method.method or label
-        complete: dict[str, Any] = {"method": name}
+        defaults: dict[str, Any] = {"method": name}
         if label in self.deterministic:
-            complete["deterministic"] = True
+            defaults["deterministic"] = True
         if is_trained(name):
-            complete["seeds"] = method.seeds or self.trained.seeds
+            defaults["seeds"] = method.seeds or self.trained.seeds
             if method.settings is None:
-                complete["settings"] = self.trained.settings
+                defaults["settings"] = self.trained.settings
             if method.steps is None and "epochs" not in method.params:
-                complete["steps"] = self.trained.steps
-        return method.model_copy(update=complete)
+                defaults["steps"] = self.trained.steps
+        return method.model_copy(update=defaults)
 
     def complete(self) -> Config:
         """A copy that names every method, so that it does not depend on the installed methods."""
@@ -410,10 +414,10 @@ class Config(Section):
         The data set must be among those that the setting chooses. Except in a union, the data set
         must not be a source of the setting.
         """
-        chosen = self.settings[setting]
-        if data in chosen.sources and not isinstance(chosen, Union):
+        chosen_setting = self.settings[setting]
+        if data in chosen_setting.sources and not isinstance(chosen_setting, Union):
             return False
-        return chosen.data is None or data in chosen.data
+        return chosen_setting.data is None or data in chosen_setting.data
 
     def class_of(self, label: str) -> type[FailurePredictor]:
         """The predictor class of a method's label."""
@@ -429,8 +433,8 @@ class Config(Section):
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
             return False
-        wanted = self.entries[label].settings
-        return wanted is None or setting in wanted
+        chosen_settings = self.entries[label].settings
+        return chosen_settings is None or setting in chosen_settings
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""

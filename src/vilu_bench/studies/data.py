@@ -31,29 +31,30 @@ from vilu_bench.studies.cells import (
     Cell,
     Origin,
     ScoredSet,
+    may_select,
     needed_parts,
     origin_of,
     plan,
     scored_set_of,
-    selects,
 )
 from vilu_bench.studies.config import Config, Unseen
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-# Purposes of random draws: training rows, halves of the classes, and rows to fit on or to test on.
-# A generator's seed begins with the purpose, so draws for different purposes are independent.
-DRAW = 1
-HALVES = 2
-DIVISION = 3
+# Purposes of random draws: training rows, halves of the classes, and a division into rows to fit on
+# and rows to test on. The seed of a generator begins with the purpose of the draw, so draws for
+# different purposes are independent.
+DRAW_ROWS = 1
+DRAW_HALVES = 2
+DRAW_DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``per_class`` labelled rows of every class, or of all if it has fewer.
+    """Sorted indices of ``per_class`` labelled rows of every class; of fewer rows, all are drawn.
 
     With the same seed, the rows for a smaller ``per_class`` are a subset of those for a larger one.
     """
-    rng = np.random.default_rng([DRAW, seed])
+    rng = np.random.default_rng([DRAW_ROWS, seed])
     order = rng.permutation(len(target))
     rows = [np.empty(0, np.int64)]
     for label in np.unique(target[target != UNKNOWN]):
@@ -67,13 +68,13 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
     With the same seed, the rows for a smaller share are a subset of those for a larger one.
     """
-    rng = np.random.default_rng([DRAW, seed])
+    rng = np.random.default_rng([DRAW_ROWS, seed])
     rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
     n_drawn = max(round(share * len(rows)), 1)
     return np.sort(rows[:n_drawn])
 
 
-def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+def held_out_mask(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Mask (N,) of the rows that are held out, by ``identities``, which are hashes of rows.
 
     A row is held out if its hash with reversed bytes is below share * 2^64.
@@ -81,26 +82,29 @@ def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     return identities.byteswap() < share * 2.0**64
 
 
-def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divide n rows at random: sorted indices of a share to fit on, and of the rest to test on."""
-    order = np.random.default_rng([DIVISION, seed]).permutation(n)
+    order = np.random.default_rng([DRAW_DIVISION, seed]).permutation(n)
     n_fit = round(share * n)
     return np.sort(order[:n_fit]), np.sort(order[n_fit:])
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted classes to fit on, and to test on; of an odd number, the second half has one more."""
+    """Sorted classes to fit on, and sorted classes to test on.
+
+    If the number of classes is odd, there is one more class to test on.
+    """
     if n_classes < 4:
         raise DataError(
             "unseen classes need at least 4 classes, 2 to fit on and 2 to test on. "
             f"Got {n_classes}."
         )
-    order = np.random.default_rng([HALVES, seed]).permutation(n_classes)
+    order = np.random.default_rng([DRAW_HALVES, seed]).permutation(n_classes)
     half = n_classes // 2
     return np.sort(order[:half]), np.sort(order[half:])
 
 
-def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
+def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices of the rows whose label is one of ``classes``."""
     return np.flatnonzero(np.isin(source.target.numpy(), classes))
 
@@ -109,11 +113,13 @@ def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[n
 class Truth:
     """Facts about the rows of a test set that do not depend on the method."""
 
-    rows: str  # hash of these rows and candidates; equal hashes can be compared row by row
+    # hash of the rows and candidates; results with equal hashes can be compared row by row
+    rows_hash: str
     # (N,) int64: 1 if the zero-shot answer is wrong, 0 if it is right, -1 if that is unknown
     failure: NDArray[np.int64]
     outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
-    reason: tuple[str | None, ...]  # for every row, why it has no uncertainty; None if it has one
+    # for every row, the reason why it has no uncertainty; None for a row that has one
+    reason: tuple[str | None, ...]
 
 
 class Workbench:
@@ -122,20 +128,20 @@ class Workbench:
     Args:
         config: The benchmark.
         folders: Folder of the store of each part of a data set.
-        seconds: Folder of the second model's store of each part that has one.
+        second_folders: Folder of the second model's store, for each part that has one.
     """
 
     def __init__(
         self,
         config: Config,
         folders: Mapping[Part, Path],
-        seconds: Mapping[Part, Path] = MappingProxyType({}),
+        second_folders: Mapping[Part, Path] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.folders = folders
-        self.seconds = seconds
+        self.second_folders = second_folders
         self._open = cache(self._open_part)
-        self._truth = cache(self._truth_of)
+        self._truth = cache(self._compute_truth)
 
     def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
         """The rows of a role, within the data set's ``limit``."""
@@ -154,12 +160,12 @@ class Workbench:
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
-        whole, whole_hash = self._open_store(data, "train", pool_size=None)
+        training_rows, training_hash = self._open_store(data, "train", pool_size=None)
         # Copies of a picture have the same identity, so they are all held out, or none of them.
-        best_kind, *_ = whole.identified_by
-        is_validation = held_out(whole.identities(best_kind), share)
-        chosen = is_validation if role == "validation" else ~is_validation
-        return whole.take(np.flatnonzero(chosen)), digest([whole_hash, role, share])
+        best_kind, *_ = training_rows.identified_by  # the kind that recognises copies best is first
+        is_validation = held_out_mask(training_rows.identities(best_kind), share)
+        is_chosen = is_validation if role == "validation" else ~is_validation
+        return training_rows.take(np.flatnonzero(is_chosen)), digest([training_hash, role, share])
 
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
@@ -169,12 +175,12 @@ class Workbench:
         folder = self.folders[data, role]
         if entry.captions:
             pools = Pools(pool_size or entry.pool_size)
-            pairs, content = _open_ours(folder, pools, role)
+            pairs, content = _open_vilu_store(folder, pools, role)
             return pairs, digest([*content, role, asdict(pools)])
-        source, content = _open_ours(folder)
-        second = self.seconds.get((data, role))
-        if second is not None:
-            second_source = open_source(second)
+        source, content = _open_vilu_store(folder)
+        second_folder = self.second_folders.get((data, role))
+        if second_folder is not None:
+            second_source = open_source(second_folder)
             source = TwoModels(source, second_source)
             content.append(source_fingerprint(second_source))
         limit = entry.limit_of(role)
@@ -182,28 +188,28 @@ class Workbench:
             return source, digest([*content, None])
         return source.take(evenly_spaced(len(source), limit)), digest([*content, limit])
 
-    def _divided(
+    def _fit_or_test_rows(
         self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """The rows of ``source`` to fit on (``to_fit``) or to test on.
+        """The rows of ``source`` to fit on (if ``to_fit``), or else those to test on.
 
-        These are all rows, unless ``fit_share`` divides them.
+        If the data set has no ``fit_share``, the rows are not divided, and all are returned.
         """
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
-        fit_rows, test_rows = divided(len(source), share, seed)
+        fit_rows, test_rows = divide_rows(len(source), share, seed)
         test = source.take(test_rows)
         if not to_fit:
             return test
         fit = source.take(fit_rows)
-        common = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
-        if not common:
+        shared_rows = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        if not shared_rows:
             return fit
         warn_caller(
-            f"{common.in_words('rows to fit on')} of {data} are left out: they are tested on.",
+            f"{shared_rows.in_words('rows to fit on')} of {data} are left out: they are tested on.",
         )
-        return fit.take(np.flatnonzero(~common.shared))
+        return fit.take(np.flatnonzero(~shared_rows.shared))
 
     def check(self) -> None:
         """Raise an error for data sets whose parts do not belong together."""
@@ -245,60 +251,66 @@ class Workbench:
             )
         if self.config.data[data].captions:
             return  # folds of one store have no common row: a hash puts every row into one fold
-        common = overlap(a, b, (name_a, name_b))
-        if common is None:
+        shared_rows = overlap(a, b, (name_a, name_b))
+        if shared_rows is None:
             return
         consequence = "they are scored all the same"
         if role_b == "validation":
             consequence = "a fit leaves them out"
-        where = f"are in its {role_a} part, too"
-        remedy = "Take them out of one of the two."
-        common.unshared(b, f"{role_b} rows of {data}", where, remedy, consequence)
+        shared_rows.unshared(
+            b,
+            what=f"{role_b} rows of {data}",
+            where=f"are in its {role_a} part, too",
+            remedy="Take them out of one of the two.",
+            then=consequence,
+        )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """The rows to fit on; ``origin`` must name a data set."""
         if origin.pool_size is not None:
-            sources = [self._whole(data, origin) for data in origin.train]
+            sources = [self._all_training_rows(data, origin) for data in origin.train]
             if origin.across_preprocessing:
-                sources = [across_preprocessing(source, sources[0].space) for source in sources]
+                sources = [ignore_preprocessing(source, sources[0].space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
-        source = self._whole(origin.train[0], origin)
+        source = self._all_training_rows(origin.train[0], origin)
         has_all_classes = origin.halves_seed is None
         has_all_rows = isinstance(origin.budget, str)  # "all", or "none": all without labels
         if not (has_all_classes and has_all_rows):
-            source = self._some_rows(source, origin, columns)
+            source = self._chosen_training_rows(source, origin, columns)
         if origin.budget == "none":
             return without_labels(source)
         return source
 
-    def _whole(self, data: str, origin: Origin) -> EmbeddingSource:
+    def _all_training_rows(self, data: str, origin: Origin) -> EmbeddingSource:
         """All training rows of a data set, labels included."""
-        return self._divided(data, origin.division_seed, self.source(data, "train"), to_fit=True)
+        return self._fit_or_test_rows(
+            data, origin.division_seed, self.source(data, "train"), to_fit=True
+        )
 
     def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
         """All training rows without labels, if the fit also gets them; else None."""
         if not origin.unlabelled:
             return None
-        return without_labels(self._whole(origin.train[0], origin))
+        return without_labels(self._all_training_rows(origin.train[0], origin))
 
-    def _some_rows(
+    def _chosen_training_rows(
         self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]
     ) -> EmbeddingSource:
-        """The training rows within the budget and of the classes to fit on."""
+        """The training rows of the classes to fit on, as many as the budget allows."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
         # Pictures of none of the classes are all taken, because a budget limits labels per class.
-        of_none = np.flatnonzero(source.outside.numpy() & is_valid)
+        outside_rows = np.flatnonzero(source.outside.numpy() & is_valid)
         if origin.halves_seed is None:
-            return source.take(np.union1d(drawn(target, origin), of_none))
+            return source.take(np.union1d(rows_in_budget(target, origin), outside_rows))
         classes, _ = class_halves(source.n_candidates, origin.halves_seed)
-        rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
-        return source.take(np.union1d(rows, of_none), classes, columns)
+        rows = rows_in_budget(np.where(np.isin(target, classes), target, UNKNOWN), origin)
+        return source.take(np.union1d(rows, outside_rows), classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
         """The rows that a method selects on; None if it must hold out training rows itself."""
         data = origin.train[0]
-        if not selects(origin):
+        if not may_select(origin):
             return None
         if self.config.data[data].validation is None:
             return None
@@ -309,57 +321,59 @@ class Workbench:
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """The rows that the method of a cell is tested on."""
-        scored = scored_set_of(self.config, cell)
-        source = self._scored(scored, columns)
-        if not scored.across_preprocessing:
+        scored_set = scored_set_of(self.config, cell)
+        source = self._test_rows(scored_set, columns)
+        if not scored_set.across_preprocessing:
             return source
         origin = origin_of(self.config, cell)
         fitted_on = self.source(origin.train[0], "train")
-        return across_preprocessing(source, fitted_on.space)
+        return ignore_preprocessing(source, fitted_on.space)
 
-    def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+    def _test_rows(self, scored_set: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
         """The rows of a test set, in the embedding space of their store."""
-        source = self.source(scored.data, scored.role, scored.pool_size)
-        source = self._divided(scored.data, scored.division_seed, source, to_fit=False)
-        if scored.halves_seed is None:
+        source = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
+        source = self._fit_or_test_rows(
+            scored_set.data, scored_set.division_seed, source, to_fit=False
+        )
+        if scored_set.halves_seed is None:
             return source
-        _, classes = class_halves(source.n_candidates, scored.halves_seed)
-        return source.take(of_classes(source, classes), classes, columns)
+        _, classes = class_halves(source.n_candidates, scored_set.halves_seed)
+        return source.take(rows_of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the candidates in training and in testing; None for captions."""
         origin = origin_of(self.config, cell)
-        scored = scored_set_of(self.config, cell)
+        scored_set = scored_set_of(self.config, cell)
         if origin.pool_size is not None:
             return None
         train = self.source(origin.train[0], "train")
-        test = self.source(scored.data, scored.role, scored.pool_size)
+        test = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
         has_captions = train.pool_size is not None or test.pool_size is not None
         if has_captions:
             return None
         no_rows = torch.arange(0)  # all rows have the same candidates, so none is needed
         train_texts = train.candidates(no_rows).text
         test_texts = test.candidates(no_rows).text
-        if scored.halves_seed is None:
+        if scored_set.halves_seed is None:
             return train_texts, test_texts
-        seen, unseen = class_halves(len(test_texts), scored.halves_seed)
-        return train_texts[seen], test_texts[unseen]
+        seen_classes, unseen_classes = class_halves(len(test_texts), scored_set.halves_seed)
+        return train_texts[seen_classes], test_texts[unseen_classes]
 
     def truth(self, cell: Cell) -> Truth:
         """The truth of a cell's test set; it is computed once per test set."""
         return self._truth(scored_set_of(self.config, cell))
 
-    def _truth_of(self, scored: ScoredSet) -> Truth:
+    def _compute_truth(self, scored_set: ScoredSet) -> Truth:
         """The truth of a test set."""
-        content = self.fingerprint(scored.data, scored.role, scored.pool_size)
-        decided_by: list[object] = [content, scored.halves_seed]
-        share = self.config.data[scored.data].fit_share
+        content = self.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size)
+        facts: list[object] = [content, scored_set.halves_seed]  # they decide which rows are tested
+        share = self.config.data[scored_set.data].fit_share
         if share is not None:
-            decided_by += [share, scored.division_seed]
-        return truth_of(self._scored(scored), digest(decided_by))
+            facts += [share, scored_set.division_seed]
+        return truth_of(self._test_rows(scored_set), digest(facts))
 
 
-def _open_ours(
+def _open_vilu_store(
     folder: Path, pools: Pools | None = None, fold: Role | None = None
 ) -> tuple[EmbeddingSource, list[object]]:
     """A store made by vilu, and the hashes that identify its content."""
@@ -391,10 +405,10 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
     return rows
 
 
-def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
-    """Indices of the labelled rows that the budget and the seed draw.
+def rows_in_budget(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
+    """Indices of the labelled rows to fit on, as many as the budget allows.
 
-    All labelled rows if ``origin`` has no seed that draws rows.
+    They are all labelled rows if ``origin`` has no seed that draws rows.
     """
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
@@ -403,13 +417,13 @@ def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
     return draw_share(target, float(origin.budget), origin.rows_seed)
 
 
-def truth_of(source: EmbeddingSource, name: str) -> Truth:
-    """The truth of a source; ``name`` is the hash of its rows and candidates."""
+def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
+    """The truth of a source, whose rows and candidates have the hash ``rows_hash``."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
     reason = tuple(None if code == VALID else STATUS[code] for code in source.status)
-    return Truth(name, failure.numpy(), source.outside.numpy(), reason)
+    return Truth(rows_hash, failure.numpy(), source.outside.numpy(), reason)
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
@@ -421,13 +435,14 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
     return replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
 
 
-def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """The source with its space replaced by ``space``, if only the preprocessing differs.
+def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
+    """The source with its space replaced by ``space``, if the two differ only in preprocessing.
 
-    A source of another model is returned unchanged, and refused later, when spaces are compared.
+    Any other source is returned unchanged. One of another model is refused later, when spaces are
+    compared.
     """
     if not differs_in_preprocessing(source.space, space):
         return source
-    moved = copy.copy(source)
-    moved.space = space
-    return moved
+    changed_source = copy.copy(source)
+    changed_source.space = space
+    return changed_source

@@ -19,13 +19,13 @@ from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.manifest import Manifest
 from vilu.text import aligned
-from vilu_bench.studies.cells import Cell, needed_parts, origin_of, own_results, plan, sharing_a_fit
+from vilu_bench.studies.cells import Cell, cells_to_run, group_by_fit, needed_parts, origin_of, plan
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role
 from vilu_bench.studies.stores import PACKAGE, Part, is_complete, open_images, store_of
 
 COMPACT_WIDTHS = (768, 1280)  # widths of the compact model's embeddings and features
-HALF = 2  # bytes of a stored number (float16)
+FLOAT16_BYTES = 2  # size of a stored number, which is a float16
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PartPlan:
     part: str  # a role, or "pairs" for the pairs of all roles
     backbone: str
     images: int | None  # number of images; None if unknown
-    counted: str  # source of the number of images: "store", "listing" or "catalogue"
+    counted: str  # where this number comes from: "store", "listing" or "catalogue"
     state: str  # "embedded", "to embed", "no images here", or "unreadable"
     n_bytes: int | None  # size of the embeddings and columns; None if unknown
     problem: str | None = None  # why the images are "unreadable"
@@ -63,13 +63,13 @@ class StudyPlan:
 def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
     """Plan what a benchmark would do with the present data and output; nothing is run."""
     cells = plan(config)
-    runs = own_results(cells)
+    cells_run = cells_to_run(cells)
     parts = []
     for part in needed_parts(config, cells):
-        name, _ = part
-        parts.append(_part(part, config.data[name], data, output))
+        name, _role = part
+        parts.append(_plan_of_part(part, config.data[name], data, output))
     n_fits = 0
-    for group in sharing_a_fit(config, runs):
+    for group in group_by_fit(config, cells_run):
         if origin_of(config, group[0]).train:
             n_fits += 1
     return StudyPlan(
@@ -77,13 +77,13 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
         title=config.study.title if config.study else "",
         parts=tuple(dict.fromkeys(parts)),
         cells=len(cells),
-        runs=len(runs),
+        runs=len(cells_run),
         fits=n_fits,
-        listed=tuple(_listed(cell) for cell in cells),
+        listed=tuple(_cell_to_dict(cell) for cell in cells),
     )
 
 
-def _listed(cell: Cell) -> dict[str, object]:
+def _cell_to_dict(cell: Cell) -> dict[str, object]:
     """A cell as plain JSON."""
     content = asdict(cell)
     if cell.same_as is not None:
@@ -91,27 +91,27 @@ def _listed(cell: Cell) -> dict[str, object]:
     return content
 
 
-def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
-    """The plan of a part: from its store, its images, or else the catalogue."""
-    by_catalogue = _by_catalogue(part, entry)
-    if not _is_here(entry, data):
-        return replace(by_catalogue, state="no images here")
+def _plan_of_part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
+    """The plan of a part: by its store if it has one, else by its images, else by the catalogue."""
+    _name, role = part
+    catalogue_plan = _plan_by_catalogue(part, entry)
+    if not _has_data_here(entry, data):
+        return replace(catalogue_plan, state="no images here")
     try:
         folder = store_of(part, entry, data, output)
         if is_complete(folder):
-            return _embedded(part, entry, read_document(folder / MANIFEST, Manifest))
-        _, role = part
+            return _plan_of_store(part, entry, read_document(folder / MANIFEST, Manifest))
         with open_images(entry, role, data) as images:
             if not isinstance(images, ShardedDataset):
-                return _expected(part, entry, len(images), "listing")
+                return _plan_to_embed(part, entry, len(images), counted="listing")
     except (UsageError, DataError, StorageError) as error:
         # not raised, because the plan reports the problems of all parts
-        return replace(by_catalogue, state="unreadable", problem=str(error))
-    return by_catalogue
+        return replace(catalogue_plan, state="unreadable", problem=str(error))
+    return catalogue_plan
 
 
-def _is_here(entry: Data, data: Path) -> bool:
-    """Whether there seem to be images or stores at the place that the entry names."""
+def _has_data_here(entry: Data, data: Path) -> bool:
+    """Whether the images or stores of an entry seem to be on this disk."""
     source = entry.source or "."
     if entry.stores is not None or source.startswith(PACKAGE):
         return True
@@ -124,13 +124,14 @@ def _is_here(entry: Data, data: Path) -> bool:
     return find_place(find_known(entry.dataset), folder, named=True) is not None
 
 
-def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
+def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
     """The plan of a part that has a complete store."""
+    name, _role = part
     numbers_per_image = sum(math.prod(shape) for shape in manifest.arrays.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
     return PartPlan(
-        data=part[0],
-        part=_title(part, entry),
+        data=name,
+        part=_part_title(part, entry),
         backbone=str(manifest.space.backbone),
         images=manifest.n_ok,
         counted="store",
@@ -139,42 +140,48 @@ def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
     )
 
 
-def _by_catalogue(part: Part, entry: Data) -> PartPlan:
+def _plan_by_catalogue(part: Part, entry: Data) -> PartPlan:
     """The plan of a part by the number of images in the catalogue."""
-    return _expected(part, entry, _catalogued_images(entry, part[1]), "catalogue")
+    _name, role = part
+    return _plan_to_embed(part, entry, _catalogued_images(entry, role), counted="catalogue")
 
 
-def _expected(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
-    """Plan for a part that is still to be embedded."""
-    numbers = _numbers_per_image(part, entry)
+def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
+    """Plan for a part that is still to be embedded; ``counted`` says who counted its images."""
+    name, _role = part
+    numbers_per_image = _numbers_per_image(part, entry)
+    n_bytes = None
+    if images is not None and numbers_per_image is not None:
+        n_bytes = images * numbers_per_image * FLOAT16_BYTES
     return PartPlan(
-        data=part[0],
-        part=_title(part, entry),
+        data=name,
+        part=_part_title(part, entry),
         backbone=entry.backbone,
         images=images,
         counted=counted,
         state="to embed",
-        n_bytes=None if images is None or numbers is None else images * numbers * HALF,
+        n_bytes=n_bytes,
     )
 
 
 def _numbers_per_image(part: Part, entry: Data) -> int | None:
-    """Number of stored numbers per image; None if the model's widths are unknown."""
-    widths = _widths(entry.backbone)
+    """How many numbers are stored per image; None if the model's widths are unknown."""
+    _name, role = part
+    widths = _widths_of_model(entry.backbone)
     if widths is None:
         return None
     embed_width, feature_width = widths
     n_embeddings = 1
     if entry.captions:
         n_embeddings += 1
-    elif part[1] == "test":
+    elif role == "test":
         n_embeddings += entry.views
     if not entry.features:
         feature_width = 0
     return embed_width * n_embeddings + feature_width
 
 
-def _widths(backbone: str) -> tuple[int, int] | None:
+def _widths_of_model(backbone: str) -> tuple[int, int] | None:
     """Widths of a model's embeddings and features; None if unknown."""
     named = BACKBONES.get(backbone)
     if isinstance(named, NamedBackbone):
@@ -185,11 +192,12 @@ def _widths(backbone: str) -> tuple[int, int] | None:
     return None
 
 
-def _title(part: Part, entry: Data) -> str:
+def _part_title(part: Part, entry: Data) -> str:
     """Name of the part: its role, or "pairs" for captions, whose one store holds all roles."""
     if entry.captions:
         return "pairs"
-    return part[1]
+    _name, role = part
+    return role
 
 
 def _catalogued_images(entry: Data, role: Role) -> int | None:
@@ -214,17 +222,17 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
 
 
 def describe(plans: Sequence[StudyPlan]) -> str:
-    """The plans as text: the embeddings, cells and runs of each, then the totals."""
-    # by data set, part and backbone, so that a part that several studies need counts once
+    """The plans as text: the embeddings, cells and runs of each study, then the totals."""
+    # The keys are data set, part and backbone. So a part that several studies need counts once.
     bytes_of: dict[tuple[str, str, str], int] = {}
-    runs = 0
+    n_runs = 0
     for study in plans:
-        runs += study.runs
+        n_runs += study.runs
         for part in study.parts:
             bytes_of[part.data, part.part, part.backbone] = part.n_bytes or 0
     gib = sum(bytes_of.values()) / 2**30
     total = (
-        f"together: {len(bytes_of)} sets of embeddings, {gib:,.2f} GiB; {runs:,} runs "
+        f"together: {len(bytes_of)} sets of embeddings, {gib:,.2f} GiB; {n_runs:,} runs "
         "(studies in one output share those that they have in common)\n"
         "Numbers of images marked * are the catalogue's."
     )
@@ -237,7 +245,7 @@ def _describe_study(study: StudyPlan) -> str:
     problems = []
     for part in study.parts:
         size = "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}"
-        rows.append([part.data, part.part, part.backbone, _count(part), part.state, size])
+        rows.append([part.data, part.part, part.backbone, _images_in_words(part), part.state, size])
         if part.problem:
             problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
     n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
@@ -253,7 +261,7 @@ def _describe_study(study: StudyPlan) -> str:
     )
 
 
-def _count(part: PartPlan) -> str:
+def _images_in_words(part: PartPlan) -> str:
     """The number of images as text; a star marks a number from the catalogue."""
     if part.images is None:
         return "?"

@@ -15,11 +15,11 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.pivot import (
     Key,
-    chosen,
-    measured_of,
+    entrants_by_key,
+    means_by_key,
     notes_of,
-    published_of,
-    show,
+    published_number,
+    shown_number,
     table_sheet,
     title_of,
 )
@@ -53,7 +53,7 @@ class Exhibit:
     draw: Draw | None = None  # draws the figure; None if the view has no figure
 
 
-def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
+def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
     """The exhibit of a view; ``root`` is the run folder that holds the files of the cells."""
     match view:
         case TableView():
@@ -61,27 +61,28 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
         case RankingView():
             return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
         case GridView():
-            shown = _grid(board, view)
+            body, draw = _grid(board, view)
         case HistogramView():
-            shown = _histograms(board, view, root)
+            body, draw = _histograms(board, view, root)
         case CurveView():
-            shown = _curves(board, view)
+            body, draw = _curves(board, view)
         case ScatterView():
-            shown = _scatter(board, view)
-    return Exhibit(view.name, view.title, *shown)
+            body, draw = _scatter(board, view)
+    return Exhibit(view.name, view.title, body, draw)
 
 
 def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     """Table and figure of a curve view."""
     from vilu.report.figures import curves
 
-    points = view.along(board.config, view.x)
+    points = view.entries_of(board.config, view.x)
 
     def x_of(key: Key) -> float | None:
         return points[getattr(key, view.x)].x
 
-    panels = _panels(board, view, x_of, view.panel, view.line)
-    sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
+    panels = _panels(board, view, x_of, panel=view.panel, line=view.line)
+    table_view = view.as_table(rows=(view.panel, view.line), columns=(view.x, "metric"))
+    sheet = table_sheet(board, table_view)
     return sheet, partial(curves, panels, view.x_label, log=view.log, names=view.ticks)
 
 
@@ -95,8 +96,9 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
             return None
         return entrant.accuracy
 
-    panels = _panels(board, view, accuracy, "metric", "method")
-    sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
+    panels = _panels(board, view, accuracy, panel="metric", line="method")
+    table_view = view.as_table(rows=("data", "setting"), columns=("method", "metric"))
+    sheet = table_sheet(board, table_view)
     return sheet, partial(scatter, panels, "zero-shot accuracy (%)")
 
 
@@ -116,16 +118,20 @@ def _panels(
     panel: str,
     line: str,
 ) -> list[Panel]:
-    """The panels of a figure, one for each metric and each value of the field ``panel``.
+    """The panels of a figure, with their lines.
 
-    A panel has a line for each value of the field ``line``. ``x_of`` returns the x coordinate of a
-    number, or None if the figure leaves the number out.
+    Args:
+        board: The results.
+        view: The view.
+        x_of: Function that returns the x coordinate of a number, or None to leave the number out.
+        panel: Field of a key; there is a panel for each of its values and each metric.
+        line: Field of a key; a panel has a line for each of its values.
     """
     from vilu.report.figures import Panel
 
     # points by panel (value of ``panel``, metric), then by line (value of ``line``)
     groups: dict[tuple[str, str], dict[str, list[_Point]]] = {}
-    for key, mean in measured_of(board, view).items():
+    for key, mean in means_by_key(board, view).items():
         x = x_of(key)
         if x is None or not all(part.results for part in mean.parts):
             continue
@@ -140,13 +146,13 @@ def _panels(
         series = []
         for line_label, points in lines.items():
             line_title = title_of(board.config, line, line_label)
-            series.append(_line(board, line_title, points))
+            series.append(_series(board, line_title, points))
         panel_title = title_of(board.config, panel, label)
         panels.append(Panel(panel_title, METRICS[metric].title, series))
     return panels
 
 
-def _line(board: Board, label: str, points: list[_Point]) -> Series:
+def _series(board: Board, label: str, points: list[_Point]) -> Series:
     """A line of a figure, with intervals and published numbers."""
     from vilu.report.figures import Series
 
@@ -155,15 +161,15 @@ def _line(board: Board, label: str, points: list[_Point]) -> Series:
     for point in points:
         number = point.mean.quantity(point.key.metric)
         intervals.append(number.interval(board.config.confidence))
-        published_number = published_of(board.config, point.key, point.mean.parts)
-        if published_number is not None:
-            published.append((point.x, published_number.value))
+        from_publication = published_number(board.config, point.key, point.mean.parts)
+        if from_publication is not None:
+            published.append((point.x, from_publication.value))
     return Series(
         label=label,
         x=[point.x for point in points],
-        y=[ends.value for ends in intervals],
-        low=[ends.ci_low for ends in intervals],
-        high=[ends.ci_high for ends in intervals],
+        y=[interval.value for interval in intervals],
+        low=[interval.ci_low for interval in intervals],
+        high=[interval.ci_high for interval in intervals],
         published=published,
     )
 
@@ -175,7 +181,8 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
     panels = _score_files(board, view, root)
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
-    sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
+    table_view = view.as_table(rows=("data", "method"), columns=("setting", "metric"))
+    sheet = table_sheet(board, table_view)
 
     def draw() -> Figure:
         return score_histograms({title: Outcomes.load(path) for title, path in panels.items()})
@@ -184,9 +191,9 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """The file with the scores of the first seed, which a panel shows, by title of the panel."""
+    """By title of a panel, the file with the scores that it shows: those of the first seed."""
     entrants = {}
-    for key, entrant in chosen(board, view).items():
+    for key, entrant in entrants_by_key(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
             entrants[key] = entrant
     fields = ["data", "method"]
@@ -195,21 +202,21 @@ def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Pat
     files = {}
     for key, entrant in entrants.items():
         title = ", ".join(title_of(board.config, field, getattr(key, field)) for field in fields)
-        first_run = entrant.runs[min(entrant.runs)]
-        files[title] = (root / first_run.path).with_suffix(".parquet")
+        first_cell = entrant.run_cells[min(entrant.run_cells)]
+        files[title] = (root / first_cell.path).with_suffix(".parquet")
     return files
 
 
-Pair = tuple[str, str]  # values of the two parameters of a grid
+ValuePair = tuple[str, str]  # values of the two hyper-parameters of a grid
 
 
 @dataclass(frozen=True)
 class _DataGrid:
-    """The methods of a data set, by the values of two parameters."""
+    """The methods of a data set, by their values of two hyper-parameters."""
 
     data: str
-    methods: dict[Pair, str]
-    chosen: Pair  # the best pair of values
+    methods: dict[ValuePair, str]
+    best_pair: ValuePair  # the values of the best method
 
 
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
@@ -217,7 +224,7 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
     Data sets without a result are left out, and a note says why.
     """
-    entrants = chosen(board, view)
+    entrants = entrants_by_key(board, view)
     data_grids = []
     for data in dict.fromkeys(key.data for key in entrants):
         data_grid = _data_grid(board, view, data)
@@ -231,26 +238,28 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
-    """The methods with results on a data set that set both parameters; None if there is none."""
-    best = view.metrics[0]
-    sign = 1 if METRICS[best].higher_is_better else -1
-    methods: dict[Pair, str] = {}
-    merits: dict[Pair, float] = {}  # mean of the metric, negated if lower is better
-    for label in view.along(board.config, "method"):
+    """The methods that set both parameters and have a result on a data set; None without any."""
+    first_metric = view.metrics[0]
+    sign = 1 if METRICS[first_metric].higher_is_better else -1
+    methods: dict[ValuePair, str] = {}
+    merits: dict[ValuePair, float] = {}  # mean of the metric, negated if lower is better
+    for label in view.entries_of(board.config, "method"):
         entrant = board.find(label, data, view.select_on)
         pair = _pair_of(board, view, label)
         if entrant is not None and pair is not None:
             methods[pair] = label
-            merits[pair] = sign * entrant.quantity(best).value
+            merits[pair] = sign * entrant.quantity(first_metric).value
     if not merits:
         return None
     return _DataGrid(data, methods, max(merits, key=merits.__getitem__))
 
 
-def _pair_of(board: Board, view: GridView, label: str) -> Pair | None:
+def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
     """A method's values of the two parameters; None if it does not set both."""
     params = board.config.entries[label].params
-    row_value, column_value = (params.get(name) for name in view.parameters)
+    row_parameter, column_parameter = view.parameters
+    row_value = params.get(row_parameter)
+    column_value = params.get(column_parameter)
     if row_value is None or column_value is None:
         return None
     return str(row_value), str(column_value)
@@ -259,9 +268,9 @@ def _pair_of(board: Board, view: GridView, label: str) -> Pair | None:
 def _grid_sheet(
     board: Board, view: GridView, data_grids: list[_DataGrid], entrants: Iterable[Entrant]
 ) -> Sheet:
-    """A sheet with a row for every pair of values and columns for both settings.
+    """A sheet with a row for every pair of values, and with columns for both settings.
 
-    The chosen pair of every data set is marked.
+    The best pair of every data set is marked.
     """
     config = board.config
     columns = list(itertools.product((view.select_on, view.report_on), view.metrics))
@@ -273,14 +282,16 @@ def _grid_sheet(
                 shown = _grid_cell(board, Key(method, data_grid.data, setting, metric))
                 if shown is not None:
                     cells[len(rows), column] = shown
-            choice = "chosen" if pair == data_grid.chosen else ""
+            choice = "chosen" if pair == data_grid.best_pair else ""
             rows.append((title_of(config, "data", data_grid.data), *pair, choice))
     column_titles = []
     for setting, metric in columns:
         column_titles.append((title_of(config, "setting", setting), METRICS[metric].title))
-    best = METRICS[view.metrics[0]].title
-    selected = title_of(config, "setting", view.select_on)
-    rule = f"Chosen: the best {best} in {selected!r}; the other columns had no say."
+    best_title = METRICS[view.metrics[0]].title
+    selection_title = title_of(config, "setting", view.select_on)
+    note_on_choice = (
+        f"Chosen: the best {best_title} in {selection_title!r}; the other columns had no say."
+    )
     return Sheet(
         name=view.name,
         title=view.title,
@@ -289,7 +300,7 @@ def _grid_sheet(
         rows=tuple(rows),
         columns=tuple(column_titles),
         cells=cells,
-        notes=(rule, *notes_of(board, view, cells.values(), entrants)),
+        notes=(note_on_choice, *notes_of(board, view, cells.values(), entrants)),
     )
 
 
@@ -298,7 +309,7 @@ def _grid_cell(board: Board, key: Key) -> Shown | None:
     entrant = board.find(key.method, key.data, key.setting)
     if entrant is None:
         return None
-    return show(board.config, key, Mean((entrant,)))
+    return shown_number(board.config, key, Mean((entrant,)))
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
@@ -316,7 +327,7 @@ def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str
     """The panel of a data set in one setting: means by the values of the two parameters."""
     from vilu.report.figures import Grid
 
-    best = view.metrics[0]
+    first_metric = view.metrics[0]
     rows = list(dict.fromkeys(row_value for row_value, _ in data_grid.methods))
     columns = list(dict.fromkeys(column_value for _, column_value in data_grid.methods))
     means = {}
@@ -324,10 +335,10 @@ def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str
         entrant = board.find(method, data_grid.data, setting)
         if entrant is not None:
             row_and_column = rows.index(row_value), columns.index(column_value)
-            means[row_and_column] = entrant.quantity(best).value
-    chosen_row, chosen_column = data_grid.chosen
+            means[row_and_column] = entrant.quantity(first_metric).value
+    chosen_row, chosen_column = data_grid.best_pair
     chosen_cell = rows.index(chosen_row), columns.index(chosen_column)
     data_title = title_of(board.config, "data", data_grid.data)
     setting_title = title_of(board.config, "setting", setting)
-    title = f"{data_title}, {setting_title}: {METRICS[best].title}"
+    title = f"{data_title}, {setting_title}: {METRICS[first_metric].title}"
     return Grid(title, rows, columns, means, chosen_cell)

@@ -13,19 +13,19 @@ from vilu.artifacts.hashing import digest
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.contract.parameters import parameters
-from vilu_bench.studies.cells import Cell, Origin, origin_of, scored_set_of, selects
+from vilu_bench.studies.cells import Cell, Origin, may_select, origin_of, scored_set_of
 from vilu_bench.studies.config import MAX_EPOCHS, Config
 from vilu_bench.studies.data import Workbench
 from vilu_bench.studies.fit import predictor_of
 
 SOURCES = Path(__file__).parents[2]  # folder of the packages vilu and vilu_bench
-LISTS = frozenset({"vilu.predictors", "vilu.registry"})
+REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
 """Modules that are left out of the hash, because they import every method.
 
-The code that a method uses through them is in modules that are hashed for the method.
+If a method uses code through them, that code is in a module that is hashed for the method.
 """
 
-SHARED = (
+SHARED_MODULES = (
     "vilu.outcomes.evaluate",
     "vilu_bench.studies.data",
     "vilu_bench.studies.result",
@@ -36,42 +36,45 @@ SHARED = (
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Hash of modules, of ``SHARED``, and of all modules of vilu that they import at module level.
+    """Hash of modules, of ``SHARED_MODULES``, and of all modules of vilu that they import.
 
-    For a module outside vilu, the modules that it imports from its own package are hashed as well.
+    Imports within functions do not count. For a module outside vilu, the modules that it imports
+    from its own package are hashed as well.
     Comments and docstrings do not change the hash.
     """
     for name in modules:
-        if _file(name) is None:
+        if _source_file(name) is None:
             raise UsageError(
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
     hashes: dict[str, str] = {}  # hashes of modules, by name of the module
-    waiting = [*modules, *SHARED]
+    waiting = [*modules, *SHARED_MODULES]
     while waiting:
         name = waiting.pop()
-        if name in hashes or name in LISTS:
+        if name in hashes or name in REGISTRY_MODULES:
             continue
-        file = _file(name)
-        if file is not None:  # otherwise ``name`` is that of an object in a module
-            hashes[name], imported = _read(name, file)
+        file = _source_file(name)
+        if file is not None:  # without a file, ``name`` is not a module but an object in a module
+            hashes[name], imported = _hash_and_imports(name, file)
             waiting += imported
     return digest(sorted(hashes.items()))
 
 
 @cache
-def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module's code, and the names that it imports from vilu or from its own package."""
+def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
+    """Hash of a module's code, and the names that it imports from vilu and from its own package."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     own_package = module.partition(".")[0]
-    ours = ("vilu.", f"{own_package}.")
-    imported = [name for name in _imported(tree, module, file) if name.startswith(ours)]
+    followed_prefixes = ("vilu.", f"{own_package}.")
+    imported = [
+        name for name in _imported_names(tree, module, file) if name.startswith(followed_prefixes)
+    ]
     _remove_docstrings(tree)
     return digest(ast.unparse(tree)), tuple(imported)  # unparsed code has no comments
 
 
-def _imported(tree: ast.Module, module: str, file: Path) -> list[str]:
+def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
     """Names that a module imports at its top level: of modules, and of objects in modules."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     names = []
@@ -102,15 +105,15 @@ def _is_docstring(statement: ast.stmt) -> bool:
     return isinstance(statement.value.value, str)
 
 
-def _file(module: str) -> Path | None:
+def _source_file(module: str) -> Path | None:
     """The source file of a module of vilu or of a loaded module outside vilu; None if not found."""
-    top, *steps = module.split(".")
-    if top not in {"vilu", "vilu_bench"}:
-        source = getattr(sys.modules.get(module), "__file__", None)
-        if source is None:
+    top_package, *submodules = module.split(".")
+    if top_package not in {"vilu", "vilu_bench"}:
+        loaded_from = getattr(sys.modules.get(module), "__file__", None)
+        if loaded_from is None:
             return None
-        return Path(source)
-    stem = SOURCES.joinpath(top, *steps)
+        return Path(loaded_from)
+    stem = SOURCES.joinpath(top_package, *submodules)
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
             return path
@@ -122,7 +125,7 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
     config = bench.config
     origin = origin_of(config, cell)
     predictor = predictor_of(config, cell)
-    scored = scored_set_of(config, cell)
+    scored_set = scored_set_of(config, cell)
     return {
         "code": code_of(config, cell),
         "method": predictor.name,
@@ -130,10 +133,10 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "steps": config.entries[cell.method].steps,
         "max_epochs": MAX_EPOCHS,
         "train": _facts_of_rows(bench, origin) if origin.train else None,
-        "test": bench.fingerprint(scored.data, scored.role, scored.pool_size),
-        "halves_seed": scored.halves_seed,
-        **_division(bench, scored.division_seed, (scored.data,)),
-        "across_preprocessing": scored.across_preprocessing,
+        "test": bench.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size),
+        "halves_seed": scored_set.halves_seed,
+        **_division_facts(bench, scored_set.division_seed, (scored_set.data,)),
+        "across_preprocessing": scored_set.across_preprocessing,
         "metrics": list(config.metrics),
         "resamples": config.resamples,
     }
@@ -151,13 +154,13 @@ def code_of(config: Config, cell: Cell) -> str:
     if origin.pool_size is not None:
         modules.append("vilu.embeddings.pairs")
     for name in config.metrics:
-        module = _home_of_metric(name)
-        if not module.startswith("vilu."):  # the code of our metrics is in ``SHARED``
+        module = _module_of_metric(name)
+        if not module.startswith("vilu."):  # the code of our metrics is in ``SHARED_MODULES``
             modules.append(module)
     return code_digest(*modules)
 
 
-def _home_of_metric(name: str) -> str:
+def _module_of_metric(name: str) -> str:
     """The module that computes a metric."""
     kernel = METRICS[name].kernel
     if isinstance(kernel, partial):
@@ -165,7 +168,7 @@ def _home_of_metric(name: str) -> str:
     return kernel.__module__
 
 
-def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
+def _division_facts(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
     """The facts that divide rows into training and test rows; empty if ``seed`` is None."""
     if seed is None:
         return {}
@@ -176,7 +179,7 @@ def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[s
 def _facts_of_rows(bench: Workbench, origin: Origin) -> dict[str, object]:
     """The facts that decide the rows of a fit, and of the earlier fit that it starts from."""
     validation = None
-    if selects(origin) and bench.config.data[origin.train[0]].validation is not None:
+    if may_select(origin) and bench.config.data[origin.train[0]].validation is not None:
         validation = bench.fingerprint(origin.train[0], "validation")
     facts = {
         "rows": [bench.fingerprint(data, "train") for data in origin.train],
@@ -184,7 +187,7 @@ def _facts_of_rows(bench: Workbench, origin: Origin) -> dict[str, object]:
         "budget": origin.budget,
         "rows_seed": origin.rows_seed,
         "halves_seed": origin.halves_seed,
-        **_division(bench, origin.division_seed, origin.train),
+        **_division_facts(bench, origin.division_seed, origin.train),
         "across_preprocessing": origin.across_preprocessing,
         "pool_size": origin.pool_size,
     }

@@ -29,9 +29,9 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 class Fitted:
     """The result of a fit: a predictor or a refusal, with the warnings."""
 
-    predictor: FailurePredictor  # ready to score, unless ``refused`` is set
-    refused: Refusal | None = None  # why the fit was refused; None if it was not
-    n_train: int | None = None  # rows in the training set; None if nothing is fitted
+    predictor: FailurePredictor  # fitted, unless ``refused`` is set
+    refused: Refusal | None = None  # why the fit was refused; None if it was not refused
+    n_train: int | None = None  # number of training rows; None if nothing was fitted
     seconds: float | None = None  # time of this fit, without the earlier fit that it starts from
     warnings: tuple[str, ...] = ()  # warnings of the fit
 
@@ -52,56 +52,65 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
-        start = None
+        earlier_fit = None
         if origin.start is not None:
-            start = fit(bench, cell, origin.start, fits)
-        if start is not None and start.refused is not None:
-            fits[origin] = start  # this fit is refused for the same reason
+            earlier_fit = fit(bench, cell, origin.start, fits)
+        if earlier_fit is not None and earlier_fit.refused is not None:
+            fits[origin] = earlier_fit  # this fit is refused for the same reason
         else:
-            fits[origin] = _fit(bench, cell, origin, start)
+            fits[origin] = _fit(bench, cell, origin, earlier_fit)
     return fits[origin]
 
 
-def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
-    """Fit a predictor on the rows of ``origin``, from the weights of ``start`` if there are any."""
+def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | None) -> Fitted:
+    """Fit a predictor on the rows of ``origin``.
+
+    It starts from the weights of ``earlier_fit``, or from scratch if that is None.
+    """
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused = None
     n_train = None
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with collected_warnings() as fit_warnings:
         try:
             train = bench.train_set(origin, columns)
             validation = bench.validation_set(origin)
             n_train = len(train)
-            begun = time.perf_counter()  # the time to read the rows does not count
-            if start is None:
-                predictor = _trained_for(bench.config, cell.method, predictor, train)
+            start_time = time.perf_counter()  # the time to read the rows does not count
+            if earlier_fit is None:
+                predictor = _with_epochs_for_steps(bench.config, cell.method, predictor, train)
             else:
-                predictor = _continued(start.predictor, origin, train)
+                predictor = _initialised_from(earlier_fit.predictor, origin, train)
             predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
-            refused = refusal(error)
-    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(fit_warnings))
+            refused = refusal_from(error)
+    return Fitted(
+        predictor,
+        refused=refused,
+        n_train=n_train,
+        seconds=time.perf_counter() - start_time,
+        warnings=tuple(fit_warnings),
+    )
 
 
-def _continued(
-    fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
+def _initialised_from(
+    fitted_predictor: FailurePredictor, origin: Origin, train: EmbeddingSource
 ) -> FailurePredictor:
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
-    is_allowed = origin.across_preprocessing
-    if is_allowed and differs_in_preprocessing(fitted.space_, train.space):
-        # The earlier fit used another picture size. The copy gets the space of the new training
-        # rows, because rows of another space would be refused.
-        fitted = copy.copy(fitted)
-        fitted.space_ = train.space
-    return initialise(type(fitted), fitted)
+    may_differ = origin.across_preprocessing
+    if may_differ and differs_in_preprocessing(fitted_predictor.space_, train.space):
+        # The earlier fit used, for example, another picture size. A copy of it gets the space of
+        # the new training rows, because it would refuse rows of another space.
+        fitted_predictor = copy.copy(fitted_predictor)
+        fitted_predictor.space_ = train.space
+    return initialise(type(fitted_predictor), fitted_predictor)
 
 
-def _trained_for(
+def _with_epochs_for_steps(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor; if its entry sets ``steps``, a copy with the number of epochs for them."""
+    """The predictor; if its entry sets ``steps``, a copy with the epochs that give these steps."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
@@ -111,14 +120,14 @@ def _trained_for(
     return type(predictor)(**values)
 
 
-def refusal(error: Exception) -> Refusal:
-    """The refusal that records an exception."""
+def refusal_from(error: Exception) -> Refusal:
+    """The refusal with the name and the message of an exception."""
     return Refusal(error=type(error).__name__, reason=str(error))
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the distinct warnings of a block in a list, instead of showing them.
+    """Collect the warnings of a block in a list instead of showing them, each text once.
 
     The list is filled when the block ends.
     """

@@ -1,8 +1,8 @@
-"""One small file with all that tables, figures and claims of finished studies need of a run.
+"""One small file with all that the tables, figures and claims of finished studies need.
 
-The file is a Parquet table with a row per cell that was run: the document of the cell, and its
-bootstrap values as whole numbers of ``STEP``. The scores of single rows are left out, and so are
-resamples after the first ``RESAMPLES``. The documents of the studies are in the metadata.
+The file is a Parquet table. It has a row for every cell that was run, with the document of the cell
+and its bootstrap values, which are whole multiples of ``STEP``. It has no scores of single rows,
+and only the first ``RESAMPLES`` resamples. The documents of the studies are in its metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
 from vilu_bench.studies.parts import Name
-from vilu_bench.studies.result import AGAIN, BOOTSTRAP, CellResult, load_bootstrap
+from vilu_bench.studies.result import BOOTSTRAP, RUN_AGAIN, CellResult, load_bootstrap
 from vilu_bench.studies.study import (
     DOCUMENT,
     STUDIES,
@@ -40,18 +40,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RESAMPLES: Final = 200
-"""Number of resamples of a cell that are kept. 95 % intervals are of the fifth from each end."""
+"""Number of resamples of a cell that are kept.
+
+Of 200 sorted values, a 95 % interval goes from the fifth smallest to the fifth largest.
+"""
 
 STEP: Final = 1e-4
-"""Step to which bootstrap values are rounded: a hundredth of a point, of which a tenth is shown."""
+"""Bootstrap values are rounded to multiples of this step.
+
+It is a hundredth of a percentage point. Tables show tenths of a point.
+"""
 
 UNDEFINED: Final = 65_535
 """The whole number that stands for an undefined bootstrap value."""
 
 Steps = NDArray[np.uint16]
+"""Bootstrap values as multiples of ``STEP``, or ``UNDEFINED``."""
 
-NAME: Final = TypeAdapter[str](Name)
-"""Check of the name of a study."""
+STUDY_NAME: Final = TypeAdapter[str](Name)
+"""Checks the name of a study."""
 
 
 def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
@@ -75,30 +82,30 @@ def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
         archives[name] = archive_of(config, board.results).model_dump(mode="json")
         for cell, result in board.results.items():
             results[cell.path] = result
-    in_order = [results[path] for path in sorted(results)]
-    columns = _columns(run, in_order)
+    sorted_results = [results[path] for path in sorted(results)]
+    columns = _columns(run, sorted_results)
     metadata = {"kind": "kept studies", "studies": archives}
     write_bytes(file, parquet_bytes(columns, metadata, compression="zstd"))
-    return len(in_order)
+    return len(sorted_results)
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
-    """The documents of cells, and a column of whole numbers per metric and resample."""
+    """The columns of the file: documents of cells, and one column per metric and resample."""
     import pyarrow as pa
 
-    of_cells = [_first_resamples(run, result) for result in results]
-    shape = np.max([values.shape for values in of_cells], axis=0)
+    values_of_cells = [_first_resamples(run, result) for result in results]
+    shape = np.max([values.shape for values in values_of_cells], axis=0)
     steps = np.full((len(results), *shape), UNDEFINED, dtype=np.uint16)
-    for row, values in enumerate(of_cells):
+    for row, values in enumerate(values_of_cells):
         n_metrics, n_resamples = values.shape
         steps[row, :n_metrics, :n_resamples] = _to_steps(values)
     # Resamples of a cell differ little, so their differences from its first one take less space.
     # Whole numbers of 16 bits wrap around, so that no difference is too large.
     steps[:, :, 1:] -= steps[:, :, :1]
     columns = {
-        "document": pa.array([_short(result) for result in results]),
-        "n_metrics": pa.array([len(values) for values in of_cells]),
-        "n_resamples": pa.array([values.shape[1] for values in of_cells]),
+        "document": pa.array([_short_document(result) for result in results]),
+        "n_metrics": pa.array([len(values) for values in values_of_cells]),
+        "n_resamples": pa.array([values.shape[1] for values in values_of_cells]),
     }
     for metric, resample in np.ndindex(*shape):
         columns[f"draw_{metric}_{resample}"] = pa.array(steps[:, metric, resample])
@@ -112,8 +119,11 @@ def _first_resamples(run: Path, result: CellResult) -> Floats:
     return load_bootstrap(run, result.cell)[:, :RESAMPLES]
 
 
-def _short(result: CellResult) -> str:
-    """The document of a cell, of whose inputs only the code is kept: rendering compares it."""
+def _short_document(result: CellResult) -> str:
+    """The document of a cell as JSON text, with fewer facts in ``decided_by``.
+
+    Only the hash of the code is kept, because rendering compares it with the present code.
+    """
     code = {"code": result.decided_by.get("code")}
     short = result.model_copy(update={"decided_by": code, "files": {}})
     return json.dumps(short.model_dump(mode="json"), separators=(",", ":"))
@@ -151,7 +161,7 @@ def render_file(
 
 
 def restore(file: Path, run: Path) -> None:
-    """Write the studies and cells of a file that ``keep`` wrote as a run folder without scores.
+    """Write a run folder from a file that ``keep`` wrote. Its cells have no scores of single rows.
 
     Raises:
         DataError: If the file is damaged or is no such file.
@@ -166,42 +176,42 @@ def restore(file: Path, run: Path) -> None:
     try:
         for name, content in studies.items():
             archive = Archive.model_validate(content)
-            NAME.validate_python(name)  # it becomes the name of a folder
+            STUDY_NAME.validate_python(name)  # it becomes the name of a folder
             folder = make_folder(run / STUDIES / name)
             write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
-        draws = _draws(table)
+        steps = _stored_steps(table)
         n_metrics = table["n_metrics"].to_pylist()
         n_resamples = table["n_resamples"].to_pylist()
         for row, text in enumerate(table["document"].to_pylist()):
-            _restore_cell(text, draws[row, : n_metrics[row], : n_resamples[row]], run)
+            _restore_cell(text, steps[row, : n_metrics[row], : n_resamples[row]], run)
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {first_error(error)}. {AGAIN}.") from error
-    except KeyError as error:  # of a column
-        raise DataError(f"{file} is damaged: it has no column {error}. {AGAIN}.") from error
+        raise DataError(f"{file} is damaged: {first_error(error)}. {RUN_AGAIN}.") from error
+    except KeyError as error:  # a column is missing
+        raise DataError(f"{file} is damaged: it has no column {error}. {RUN_AGAIN}.") from error
 
 
-def _draws(table: pa.Table) -> Steps:
+def _stored_steps(table: pa.Table) -> Steps:
     """Bootstrap values (cells, M, B) of a table, in steps."""
-    places = [name.split("_")[1:] for name in table.column_names if name.startswith("draw_")]
-    metrics = {int(metric) for metric, _ in places}
-    resamples = {int(resample) for _, resample in places}
-    draws = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
+    indices = [name.split("_")[1:] for name in table.column_names if name.startswith("draw_")]
+    metrics = {int(metric) for metric, _ in indices}
+    resamples = {int(resample) for _, resample in indices}
+    steps = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
     for metric, resample in np.ndindex(len(metrics), len(resamples)):
-        draws[:, metric, resample] = table[f"draw_{metric}_{resample}"].to_numpy()
-    draws[:, :, 1:] += draws[:, :, :1]
-    return draws
+        steps[:, metric, resample] = table[f"draw_{metric}_{resample}"].to_numpy()
+    steps[:, :, 1:] += steps[:, :, :1]
+    return steps
 
 
 def _restore_cell(document: str, steps: Steps, run: Path) -> None:
-    """Write a cell from its document and its bootstrap values (M, B), in steps."""
+    """Write the files of a cell: its document, and its bootstrap values from ``steps`` (M, B)."""
     result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)
     files = {}
     if result.refused is None:
-        beside = path.with_suffix(BOOTSTRAP)
-        with atomic_write(beside) as handle:
+        bootstrap_file = path.with_suffix(BOOTSTRAP)
+        with atomic_write(bootstrap_file) as handle:
             np.save(handle, _to_values(steps), allow_pickle=False)
-        files[BOOTSTRAP] = file_hash(beside)
-    whole = result.model_copy(update={"files": files})
-    write_json(path, whole.model_dump(mode="json"))
+        files[BOOTSTRAP] = file_hash(bootstrap_file)
+    complete_result = result.model_copy(update={"files": files})
+    write_json(path, complete_result.model_dump(mode="json"))

@@ -28,7 +28,7 @@ TABLES = ("data", "settings", "methods")  # tables whose entries ``[use]`` can s
 
 def load_config(path: Path) -> Config:
     """Read and check a benchmark file; the default name of the benchmark is the file's name."""
-    return parse_config({"name": path.stem, **_with_included(_read(path), path)}, path.name)
+    return parse_config({"name": path.stem, **_with_included(_read_tables(path), path)}, path.name)
 
 
 def load_configs(names: Sequence[Path | str]) -> list[Config]:
@@ -71,17 +71,17 @@ def find_studies(name: Path | str) -> list[Path]:
     if path.exists() and not path.is_dir():
         return [path]
     studies = study_names()
-    chosen = [study for study in studies if study == str(name) or study.startswith(f"{name}/")]
-    if not chosen:
+    matching = [study for study in studies if study == str(name) or study.startswith(f"{name}/")]
+    if not matching:
         raise UsageError(
             f"{name} does not exist: there is no file and no study of this name. "
             f"Studies that come with vilu_bench: {', '.join(studies)}.{nearest(str(name), studies)}"
         )
-    return [CONFIGS / f"{study}.toml" for study in chosen]
+    return [CONFIGS / f"{study}.toml" for study in matching]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a benchmark file, and check that its tables are tables."""
+def _read_tables(path: Path) -> dict[str, Any]:
+    """Read a benchmark file, and check that ``TABLES`` are tables in it."""
     try:
         content = tomllib.loads(read_toml_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -114,12 +114,12 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
     _check_include(name, use, path)
-    included = _read(path.parent / name)
+    included = _read_tables(path.parent / name)
     merged = included | content
     for table in TABLES:
         entries = included.get(table, {})
         if table in use:
-            entries = _used(entries, use[table], f"{path.name}: {name}", table)
+            entries = _select_entries(entries, use[table], f"{path.name}: {name}", table)
         merged[table] = entries | content.get(table, {})
         if not merged[table]:
             del merged[table]
@@ -147,17 +147,20 @@ def _holds_lists(use: object) -> bool:
     return all(isinstance(names, list) for names in use.values())
 
 
-def _used(
+def _select_entries(
     entries: Mapping[str, Any], names: Sequence[object], where: str, table: str
 ) -> dict[str, Any]:
-    """The entries of an included table that are listed in ``names``."""
-    used = {}
+    """The entries of an included table that are listed in ``names``.
+
+    ``where`` and ``table`` name the files and the table in errors.
+    """
+    selected = {}
     for name in names:
         if not isinstance(name, str) or name not in entries:
             hint = nearest(str(name), entries) or f" It has: {', '.join(entries)}"
             raise UsageError(f"{where} has no {name!r} in its {table}.{hint}")
-        used[name] = entries[name]
-    return used
+        selected[name] = entries[name]
+    return selected
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
@@ -165,7 +168,7 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{name}{_explain(error)}") from error
+        raise UsageError(_explain(name, error)) from error
     for label in config.entries:
         try:
             config.predictor(label)
@@ -174,54 +177,56 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
     return config
 
 
-def _explain(error: ValidationError) -> str:
-    """Text of the first error of pydantic, after the keys that lead to its place in the file."""
-    first, *_ = error.errors(include_url=False, include_context=False)
+def _explain(name: str, error: ValidationError) -> str:
+    """Message about the first error of pydantic: the file, the keys that lead to it, the reason."""
+    first_error, *_ = error.errors(include_url=False, include_context=False)
     # pydantic marks an invalid key by a step "[key]" after it
-    steps = [str(step) for step in first["loc"] if step != "[key]"]
+    steps = [str(step) for step in first_error["loc"] if step != "[key]"]
     if steps and steps[0] in {"settings", "views", "claims"}:
         # The third step, if there is one, is the kind of the setting, view or claim. The kind is
         # not a key in the file.
         del steps[2:3]
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = first_error["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
         reason += "."
     if not steps:
-        return f": {reason}"
-    return f", {'.'.join(steps)}: {reason}"
+        return f"{name}: {reason}"
+    return f"{name}, {'.'.join(steps)}: {reason}"
 
 
-# upper limits in a shrunk benchmark
-SEEDS = 1
-RESAMPLES = 50
-IMAGES = 120
-VIEWS = 2
-PROMPTS = 2
-EPOCHS = 2
-POOL = 4
+# maximum numbers in a benchmark that ``shrink`` has made small
+SMOKE_SEEDS = 1
+SMOKE_RESAMPLES = 50
+SMOKE_IMAGES = 120
+SMOKE_VIEWS = 2
+SMOKE_PROMPTS = 2
+SMOKE_EPOCHS = 2
+SMOKE_POOL = 4
 
 
 def shrink(config: Config) -> Config:
-    """A copy with few images, prompts, seeds and epochs; data sets, settings and methods stay."""
+    """A copy with few images, prompts, seeds and epochs; all data sets, settings, methods stay."""
     content: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
-    content["seeds"] = min(config.seeds, SEEDS)
-    content["resamples"] = min(config.resamples, RESAMPLES)
-    content["data"] = {name: _small(entry) for name, entry in config.data.items()}
-    content["settings"] = {name: _shallow(setting) for name, setting in config.settings.items()}
+    content["seeds"] = min(config.seeds, SMOKE_SEEDS)
+    content["resamples"] = min(config.resamples, SMOKE_RESAMPLES)
+    content["data"] = {name: _shrink_data(entry) for name, entry in config.data.items()}
+    content["settings"] = {
+        name: _shrink_pools(setting) for name, setting in config.settings.items()
+    }
     methods = {}
     for label, entry in config.entries.items():
-        methods[label] = _quick(config, label, entry)
+        methods[label] = _shrink_epochs(config, label, entry)
     content["methods"] = methods
     content["all_methods"] = False
     return Config(**content)
 
 
-def _small(entry: Data) -> Data:
+def _shrink_data(entry: Data) -> Data:
     """A data set cut to few images (or one tar file), views and prompts.
 
     The compact model gets pictures of 64 x 64 pixels.
     """
-    limits = [IMAGES]
+    limits = [SMOKE_IMAGES]
     for role in ROLES:
         limit = entry.limit_of(role)
         if limit is not None:
@@ -229,9 +234,9 @@ def _small(entry: Data) -> Data:
     changes: dict[str, Any] = {
         "limit": min(limits),
         "shards": 1,
-        "views": min(entry.views, VIEWS),
-        "pool_size": min(entry.pool_size, POOL),
-        "prompts": named_templates(entry.prompts)[:PROMPTS],
+        "views": min(entry.views, SMOKE_VIEWS),
+        "pool_size": min(entry.pool_size, SMOKE_POOL),
+        "prompts": named_templates(entry.prompts)[:SMOKE_PROMPTS],
     }
     family, _, _ = entry.backbone.partition(":")
     if family == "compact":
@@ -239,17 +244,20 @@ def _small(entry: Data) -> Data:
     return entry.model_copy(update=changes)
 
 
-def _shallow(setting: AnySetting) -> AnySetting:
+def _shrink_pools(setting: AnySetting) -> AnySetting:
     """A setting with small pools."""
     changes = {}
     if setting.pool_size is not None:
-        changes["pool_size"] = min(setting.pool_size, POOL)
+        changes["pool_size"] = min(setting.pool_size, SMOKE_POOL)
     if isinstance(setting, Union):
-        changes["train_pool_size"] = min(setting.train_pool_size, POOL)
+        changes["train_pool_size"] = min(setting.train_pool_size, SMOKE_POOL)
     return setting.model_copy(update=changes)
 
 
-def _quick(config: Config, label: str, entry: Method) -> Method:
+def _shrink_epochs(config: Config, label: str, entry: Method) -> Method:
+    """The entry of a method, with few epochs if the method has epochs."""
     if "epochs" not in parameters(config.class_of(label)):
         return entry
-    return entry.model_copy(update={"params": {**entry.params, "epochs": EPOCHS}, "steps": None})
+    return entry.model_copy(
+        update={"params": {**entry.params, "epochs": SMOKE_EPOCHS}, "steps": None}
+    )

@@ -13,11 +13,11 @@ from vilu.errors import UNKNOWN, UsageError
 from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies.load import parse_config
 
-SHARE: Final = 0.5
+FIT_SHARE: Final = 0.5
 """Share of the rows to fit on, if train and test are one store."""
 
-FEW: Final = 5
-"""Labels a class of the second setting."""
+FEW_LABELS: Final = 5
+"""Number of labels per class in the setting ``few`` of a new study."""
 
 TEMPLATE: Final = """\
 # A study that `vilu benchmark` runs. Keys and tables: docs/benchmark.md.
@@ -59,7 +59,7 @@ class NewStudy(NamedTuple):
 
 
 def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
-    """Write the text of a study of the main methods on a store, or on two.
+    """Write the text of a study that compares the main methods on one store or on two.
 
     Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the others are
     tested on. The text is checked as `vilu benchmark` checks it.
@@ -73,14 +73,15 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
         UsageError: If a store has no labels or only one class, or if the two have different
             classes.
     """
-    rows = _labelled_store(train)
-    name = _table_name(train)
+    train_store = _labelled_store(train)
+    name = _toml_key(train)
     share = ""
     if test is None:
         test = train
-        name += "-halves"  # not the results of a study with a store to test on
-        share = f"fit_share = {SHARE}    # of the rows; the others are tested on\n"
-    elif _labelled_store(test).class_names != rows.class_names:
+        # with another name, its results are not mixed up with those of a study with a test store
+        name += "-halves"
+        share = f"fit_share = {FIT_SHARE}    # of the rows; the others are tested on\n"
+    elif _labelled_store(test).class_names != train_store.class_names:
         raise UsageError(
             f"{train} and {test} have different classes. Give two stores that were embedded with "
             "the same --classes."
@@ -90,17 +91,17 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
         file=file,
         folder=folder,
         name=name,
-        train=_quoted(train, folder),
-        test=_quoted(test, folder),
+        train=_toml_path(train, folder),
+        test=_toml_path(test, folder),
         share=share,
-        few=_few(rows, is_divided=bool(share)),
+        few=_few_labels_setting(train_store, is_divided=bool(share)),
     )
     parse_config({"name": file.stem, **tomllib.loads(text)}, str(file))
     return NewStudy(text, folder)
 
 
 def _labelled_store(path: Path) -> EmbeddingStore:
-    """Open a store; UsageError if a study of failures can learn nothing from it."""
+    """Open a store; UsageError if it has no labels, or only one class."""
     store = EmbeddingStore(path)
     n_labelled = int((store.target != UNKNOWN).sum())
     if n_labelled == 0:
@@ -110,25 +111,26 @@ def _labelled_store(path: Path) -> EmbeddingStore:
     return store
 
 
-def _few(store: EmbeddingStore, *, is_divided: bool) -> str:
-    """A setting with few labels a class, if the most frequent class has more of them."""
+def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
+    """TOML text of a setting with few labels per class; "" if no class has more labels."""
     counts = store.target[store.target != UNKNOWN].bincount()
     available = int(counts.max())
     if is_divided:
-        available = int(available * SHARE)
-    if available <= FEW:
+        available = int(available * FIT_SHARE)
+    if available <= FEW_LABELS:
         return ""
     return (
-        f'\n[settings.few]\nkind = "labels"\nbudget = {FEW}    # labels a class, drawn by the '
-        f'seed\ntitle = "{FEW} labels a class"\n'
+        '\n[settings.few]\nkind = "labels"\n'
+        f"budget = {FEW_LABELS}    # labels a class, drawn by the seed\n"
+        f'title = "{FEW_LABELS} labels a class"\n'
     )
 
 
-def _table_name(path: Path) -> str:
+def _toml_key(path: Path) -> str:
     """The name of a folder as a key of TOML, which is also part of paths."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_") or "data"
 
 
-def _quoted(path: Path, folder: Path) -> str:
+def _toml_path(path: Path, folder: Path) -> str:
     """The path of a store below the folder, as a string of TOML."""
     return json.dumps(path.resolve().relative_to(folder).as_posix(), ensure_ascii=False)

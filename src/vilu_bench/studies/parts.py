@@ -19,8 +19,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
 RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked by the first
-# the same metrics of a study whose methods judge different answers: a metric of the ranking of
-# right and wrong answers compares nothing there
+# The metrics in place of ``RANKED_BY`` in a study whose methods judge different answers. AUROC and
+# FPR95 ask how well right and wrong answers are told apart, so they cannot compare such methods.
 RANKED_ACROSS = ("coverage_at_risk_0.05", "aurc")
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.text import short, span
-from vilu_bench.studies.board import Board, Entrant, Mean, counted_rows, occurring
+from vilu_bench.studies.board import Board, Entrant, Mean, distinct_row_counts, row_counts_in_words
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.sheet import Sheet, Shown
 from vilu_bench.studies.views import FIELDS, Published, TableView, View, find_published
@@ -21,9 +21,12 @@ REASON_LENGTH = 160  # maximum number of characters of a reason in a note
 def notes_of(
     board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]
 ) -> tuple[str, ...]:
-    """All notes of a table."""
-    by_place = {entrant.place: entrant for entrant in measured}
-    entrants = list(by_place.values())  # each once, although it is measured for every metric
+    """All notes of a table.
+
+    ``measured`` may have an entrant several times, once for every metric.
+    """
+    entrant_of_place = {entrant.place: entrant for entrant in measured}
+    entrants = list(entrant_of_place.values())
     notes = [_interval_note(board.config, view)]
     if any(entrant.results for entrant in entrants):
         notes += [_rows_note(board, entrants), _seeds_note(entrants)]
@@ -32,7 +35,7 @@ def notes_of(
         titles = [METRICS[name].title for name in board.config.ranked_by]
         notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
     notes += _published_notes(board, entrants, shown)
-    notes += _refusals(entrants)
+    notes += _refusal_notes(entrants)
     return tuple(notes)
 
 
@@ -57,65 +60,70 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # For every data set and every text of numbers: the settings whose numbers have this text. They
-    # are the keys of a dict, which are distinct and keep their order.
+    # By data set and text of the numbers: the settings with these numbers. They are keys of a dict
+    # instead of a list, so that a setting stands there once.
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
             _, data, setting = entrant.place
             settings_of.setdefault((data, _row_numbers_in_words(entrant)), {})[setting] = None
-    n_different = Counter(data for data, _ in settings_of)
+    n_texts = Counter(data for data, _ in settings_of)
     parts = []
     for (data, numbers), settings in settings_of.items():
-        where = board.config.data[data].title or data
-        if n_different[data] > 1:
-            where += f" ({', '.join(settings)})"
-        parts.append(f"{where} {numbers}")
+        title = board.config.data[data].title or data
+        if n_texts[data] > 1:
+            title += f" ({', '.join(settings)})"
+        parts.append(f"{title} {numbers}")
     return f"Test rows: {'; '.join(parts)}."
 
 
 def _row_numbers_in_words(entrant: Entrant) -> str:
     """Text with the numbers of test rows and wrong answers of an entrant."""
-    return counted_rows(
-        occurring("n", [entrant]),
-        occurring("n_failures", [entrant]),
-        occurring("n_outside", [entrant]),
+    return row_counts_in_words(
+        distinct_row_counts("n", [entrant]),
+        distinct_row_counts("n_failures", [entrant]),
+        distinct_row_counts("n_outside", [entrant]),
     )
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """Note on the number of different results behind a mean; some entrant must have a result."""
-    by_n_runs: dict[int, list[Entrant]] = {}
-    with_result = [entrant for entrant in entrants if entrant.results]
-    for entrant in with_result:
-        by_n_runs.setdefault(entrant.n_runs, []).append(entrant)
+    """Note on the number of different results behind a mean.
+
+    At least one entrant must have a result.
+    """
+    entrants_of_count: dict[int, list[Entrant]] = {}
+    entrants_with_result = [entrant for entrant in entrants if entrant.results]
+    for entrant in entrants_with_result:
+        entrants_of_count.setdefault(entrant.n_runs, []).append(entrant)
     # the most frequent number of results; of equally frequent numbers, the first
-    usual_n_runs = max(by_n_runs, key=lambda n_runs: len(by_n_runs[n_runs]))
+    usual_n_runs = max(entrants_of_count, key=lambda n_runs: len(entrants_of_count[n_runs]))
     intro = "Seeds (different results behind a mean):"
-    if len(by_n_runs) == 1:
+    if len(entrants_of_count) == 1:
         return f"{intro} {usual_n_runs} for all."
     exceptions = []
-    for n_runs in sorted(by_n_runs):
+    for n_runs in sorted(entrants_of_count):
         if n_runs != usual_n_runs:
-            exceptions.append(f"{n_runs} for {_methods_in_words(by_n_runs[n_runs], with_result)}")
+            exceptions.append(
+                f"{n_runs} for {_methods_in_words(entrants_of_count[n_runs], entrants_with_result)}"
+            )
     parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
 
 
-def _methods_in_words(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
-    """Names of the methods of some entrants, as text.
+def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
+    """Names of the methods of ``entrants``, as text.
 
-    If ``everywhere`` has further entrants of a method, the data sets and settings of ``entrants``
-    follow its name in parentheses.
+    If a method has further entrants in ``all_entrants``, its data sets and settings follow its name
+    in parentheses.
     """
     cases_of: dict[str, list[str]] = {}
     for entrant in entrants:
         _, data, setting = entrant.place
         cases_of.setdefault(entrant.method, []).append(f"{data} {setting}")
-    n_everywhere = Counter(entrant.method for entrant in everywhere)
+    n_entrants = Counter(entrant.method for entrant in all_entrants)
     names = []
     for method, cases in cases_of.items():
-        if len(cases) == n_everywhere[method]:
+        if len(cases) == n_entrants[method]:
             names.append(method)
         else:
             names.append(f"{method} ({', '.join(cases)})")
@@ -134,7 +142,7 @@ def _published_notes(
         "In parentheses: the published number, then ours less it, whose interval is ours shifted "
         f"by it. Sources: {'; '.join(sources)}."
     ]
-    differences = _differences_of(board.config, entrants, numbers)
+    differences = _differences_in_words(board.config, entrants, numbers)
     if differences:
         notes.append(
             f"Ours are of {' and '.join(differences)}, so the differences from the published "
@@ -143,10 +151,10 @@ def _published_notes(
     return notes
 
 
-def _differences_of(
+def _differences_in_words(
     config: Config, entrants: Iterable[Entrant], numbers: Iterable[Published]
 ) -> list[str]:
-    """Texts on differences between ours and the published numbers: in the model, in the data."""
+    """What differs between our numbers and the published ones, as texts: the model, the data."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
     published_models = dict.fromkeys(number.backbone for number in numbers)
     our_models: dict[str, None] = {}
@@ -166,7 +174,7 @@ def _differences_of(
     return differences
 
 
-def _refusals(entrants: Sequence[Entrant]) -> list[str]:
+def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
     """A note for each reason for which methods have no result."""
     refused_for: dict[str, list[Entrant]] = {}
     for entrant in entrants:
@@ -203,14 +211,14 @@ class Key:
 def table_sheet(board: Board, view: TableView) -> Sheet:
     """The sheet of a table view."""
     config = board.config
-    entrants = chosen(board, view)
-    measured = measured_of(board, view)
-    numbers = {key: show(config, key, mean) for key, mean in measured.items()}
-    ranked = _ranked(numbers, measured, view.compete)
+    entrants = entrants_by_key(board, view)
+    measured = means_by_key(board, view)
+    numbers = {key: shown_number(config, key, mean) for key, mean in measured.items()}
+    ranked_numbers = _with_ranks(numbers, measured, view.compete)
     rows: dict[tuple[str, ...], int] = {}  # indices of rows, by their labels
     columns: dict[tuple[str, ...], int] = {}  # indices of columns, by their labels
     cells = {}
-    for key, number in ranked.items():
+    for key, number in ranked_numbers.items():
         # new labels get the next index, and labels that occurred before keep their index
         row = rows.setdefault(key.of(view.rows), len(rows))
         column = columns.setdefault(key.of(view.columns), len(columns))
@@ -220,16 +228,16 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         title=view.title,
         row_fields=view.rows,
         column_fields=view.columns,
-        rows=tuple(_titles(config, view.rows, labels) for labels in rows),
-        columns=tuple(_titles(config, view.columns, labels) for labels in columns),
+        rows=tuple(_titles_of_labels(config, view.rows, labels) for labels in rows),
+        columns=tuple(_titles_of_labels(config, view.columns, labels) for labels in columns),
         cells=cells,
-        notes=notes_of(board, view, ranked.values(), entrants.values()),
+        notes=notes_of(board, view, ranked_numbers.values(), entrants.values()),
     )
 
 
-def measured_of(board: Board, view: View) -> dict[Key, Mean]:
-    """The results that a view shows, by key: every entrant, then its means over data sets."""
-    entrants = chosen(board, view)
+def means_by_key(board: Board, view: View) -> dict[Key, Mean]:
+    """The results that a view shows, by key: single data sets, then means over data sets."""
+    entrants = entrants_by_key(board, view)
     measured = {}
     if not view.means_only:
         for key, entrant in entrants.items():
@@ -238,21 +246,21 @@ def measured_of(board: Board, view: View) -> dict[Key, Mean]:
         return measured
     mean_keys = dict.fromkeys(replace(key, data=MEAN) for key in entrants)  # each once
     for key in mean_keys:
-        averaged = [(key.method, data, key.setting) for data in view.mean]
-        has_all_parts = board.entrants.keys() >= set(averaged)
+        places = [(key.method, data, key.setting) for data in view.mean]
+        has_all_parts = board.entrants.keys() >= set(places)
         if has_all_parts:
-            measured[key] = Mean(tuple(board.entrants[place] for place in averaged))
+            measured[key] = Mean(tuple(board.entrants[place] for place in places))
     return measured
 
 
-def chosen(board: Board, view: View) -> dict[Key, Entrant]:
+def entrants_by_key(board: Board, view: View) -> dict[Key, Entrant]:
     """The entrants of a view by key, in the order of the view; also entrants without a result."""
     config = board.config
     entrants = {}
     for data, setting, method, metric in itertools.product(
-        view.along(config, "data"),
-        view.along(config, "setting"),
-        view.along(config, "method"),
+        view.entries_of(config, "data"),
+        view.entries_of(config, "setting"),
+        view.entries_of(config, "method"),
         view.metrics,
     ):
         entrant = board.entrants.get((method, data, setting))
@@ -261,10 +269,10 @@ def chosen(board: Board, view: View) -> dict[Key, Entrant]:
     return entrants
 
 
-def show(config: Config, key: Key, mean: Mean) -> Shown:
+def shown_number(config: Config, key: Key, mean: Mean) -> Shown:
     """The number of a key, with its interval and the published number."""
     parts = mean.parts
-    published = published_of(config, key, parts)
+    published = published_number(config, key, parts)
     for part in parts:
         if not part.results:
             return Shown(key.metric, None, published=published, why=part.reason)
@@ -276,15 +284,15 @@ def show(config: Config, key: Key, mean: Mean) -> Shown:
         metric=key.metric,
         value=value,
         interval=interval,
-        n=occurring("n", parts),
-        n_failures=occurring("n_failures", parts),
+        n=distinct_row_counts("n", parts),
+        n_failures=distinct_row_counts("n_failures", parts),
         n_runs=max(part.n_runs for part in parts),
         published=published,
         why="undefined" if value is None else None,
     )
 
 
-def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
+def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
     """The published number for a key; for a mean, the published mean over as many data sets."""
     if config.study is None:
         return None
@@ -299,7 +307,7 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
     if name is None:
         return None
     setting = config.settings[key.setting].published or ""
-    method = config.along("method")[key.method].published or key.method
+    method = config.entries_of("method")[key.method].published or key.method
     published_key = (name, setting, method, key.metric)
     return find_published(config.study.published, published_key, entry.backbone)
 
@@ -317,38 +325,41 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
     return f"mean of {len(parts)}"
 
 
-def _ranked(
-    shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
+def _with_ranks(
+    numbers: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
 ) -> dict[Key, Shown]:
-    """The numbers with ranks; numbers compete if they differ only in the fields ``compete``."""
-    ranked = dict(shown)
-    for keys in _contests(shown, compete):
+    """The numbers with their ranks.
+
+    Numbers compete with each other if they differ only in the fields ``compete``.
+    """
+    ranked_numbers = dict(numbers)
+    for keys in _contests(numbers, compete):
         metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
-        losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the smallest is best
+        losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
         distinct_losses = sorted(set(losses.values()))
-        best = min(keys, key=losses.__getitem__)
+        best_key = min(keys, key=losses.__getitem__)
         for key in keys:
             n_better = distinct_losses.index(losses[key])
-            tied = n_better > 0 and _is_tied(measured[key], measured[best], metric)
-            ranked[key] = replace(shown[key], rank=_rank(n_better), tied=tied)
-    return ranked
+            tied = n_better > 0 and _is_tied(measured[key], measured[best_key], metric)
+            ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), tied=tied)
+    return ranked_numbers
 
 
-def _contests(shown: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
+def _contests(numbers: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
     """Yield groups of at least two keys that differ only in the fields ``compete``."""
-    fixed = [field for field in FIELDS if field not in compete]
+    fixed_fields = [field for field in FIELDS if field not in compete]
     groups: dict[tuple[str, ...], list[Key]] = {}
-    for key, number in shown.items():
+    for key, number in numbers.items():
         if number.value is not None:
-            groups.setdefault(key.of(fixed), []).append(key)
+            groups.setdefault(key.of(fixed_fields), []).append(key)
     for keys in groups.values():
         if len(keys) > 1:
             yield keys
 
 
 def _rank(n_better: int) -> Literal["best", "second"] | None:
-    """The rank of a number that ``n_better`` different numbers surpass."""
+    """The rank of a number if ``n_better`` different numbers are better."""
     if n_better == 0:
         return "best"
     if n_better == 1:
@@ -356,17 +367,19 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
     return None
 
 
-def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
+def _is_tied(mean: Mean, best_mean: Mean, metric: str) -> bool:
     """Whether the paired bootstrap finds no significant difference between two results."""
     if any(metric not in part.ranked_by for part in mean.parts):  # no bootstrap values
         return False
-    gap = mean.less(best, metric)
+    gap = mean.difference_from(best_mean, metric)
     if gap is None:
         return False
     return gap.p_value() >= ALPHA
 
 
-def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+def _titles_of_labels(
+    config: Config, fields: Sequence[str], labels: Sequence[str]
+) -> tuple[str, ...]:
     titles = []
     for field, label in zip(fields, labels, strict=True):
         titles.append(title_of(config, field, label))
@@ -379,4 +392,4 @@ def title_of(config: Config, field: str, label: str) -> str:
         return METRICS[label].title
     if field == "data" and label == MEAN:
         return MEAN
-    return config.along(field)[label].title or label
+    return config.entries_of(field)[label].title or label

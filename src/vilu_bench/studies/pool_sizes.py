@@ -19,14 +19,23 @@ from vilu.validation import require_at_least
 
 logger = logging.getLogger("vilu.bench")
 
-PUBLISHED = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # pool sizes of the published table
+PUBLISHED_SIZES = (
+    128,
+    512,
+    1024,
+    2048,
+    4096,
+    8192,
+    16384,
+    32768,
+)  # pool sizes of the published table
 METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
 
 
 def over_pool_sizes(
     predictors: Mapping[str, FailurePredictor],
     open_pairs: Callable[[Pools], EmbeddingSource],
-    sizes: Sequence[int] = PUBLISHED,
+    sizes: Sequence[int] = PUBLISHED_SIZES,
     *,
     pools: Pools | None = None,
     draws: int = 1,
@@ -53,7 +62,7 @@ def over_pool_sizes(
         pools = Pools()
     smallest_pools = replace(pools, size=min(sizes))
     n_pairs = len(open_pairs(smallest_pools))
-    possible_sizes = _possible(sizes, n_pairs, dataset)
+    possible_sizes = _possible_sizes(sizes, n_pairs, dataset)
     table = ResultTable()
     with track("score", len(possible_sizes) * draws * len(predictors), "scorings") as task:
         for size in possible_sizes:
@@ -68,8 +77,8 @@ def over_pool_sizes(
     return table
 
 
-def _possible(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
-    """The pool sizes that are at most ``n_pairs``."""
+def _possible_sizes(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
+    """The pool sizes that are at most ``n_pairs``; DataError if there are none."""
     possible = [size for size in sizes if size <= n_pairs]
     if not possible:
         raise DataError(
@@ -84,8 +93,8 @@ def _possible(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
 def size_table(table: ResultTable) -> str:
     """Table with a line per method and a column per pool size: "AUROC / FPR95" in percent.
 
-    The first lines are the pool sizes and the VLM's accuracies. Several draws are averaged, and "±"
-    is the standard deviation of the AUROC over draws.
+    The first two lines have the pool sizes and the accuracies of the VLM. Several draws are
+    averaged, and "±" is the standard deviation of the AUROC over draws.
     """
     rows = table.mean_over_seeds().rows
     datasets = dict.fromkeys(row.dataset for row in rows)
@@ -104,12 +113,12 @@ def size_table(table: ResultTable) -> str:
         for dataset in datasets:
             auroc = row_of[method, dataset, "auroc"]
             fpr95 = row_of[method, dataset, "fpr95"]
-            line.append(_cell(auroc, fpr95))
+            line.append(_cell_text(auroc, fpr95))
         lines.append(line)
     return "\n".join(aligned(lines))
 
 
-def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
+def _cell_text(auroc: ResultRow, fpr95: ResultRow) -> str:
     """Text of AUROC and FPR95, in percent."""
     if auroc.value is None or fpr95.value is None:
         return "undefined"

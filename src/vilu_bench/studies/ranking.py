@@ -10,7 +10,7 @@ from vilu.metrics.bootstrap import Difference, Interval, Quantity
 from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.text import NOTHING, aligned, short, span
-from vilu_bench.studies.board import Board, Entrant, counted_rows, occurring
+from vilu_bench.studies.board import Board, Entrant, distinct_row_counts, row_counts_in_words
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.result import Timing
@@ -29,9 +29,9 @@ class Ranked:
     values: dict[str, float | None]  # mean over seeds by metric; None if undefined
     # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
     intervals: dict[str, Interval]
-    against: str | None  # the best other method
-    # paired difference of the ranking metric from that of ``against`` over common seeds; None
-    # if there is no other method or no common seed
+    against: str | None  # the best other method; None without another method
+    # ranking metric minus that of ``against``, paired over common seeds; None if there is no other
+    # method or no common seed
     gap: Difference | None
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
@@ -39,8 +39,8 @@ class Ranked:
         """The fields as plain JSON."""
         content = asdict(self)
         content["intervals"] = {
-            name: {"low": ends.ci_low, "high": ends.ci_high}
-            for name, ends in self.intervals.items()
+            name: {"low": interval.ci_low, "high": interval.ci_high}
+            for name, interval in self.intervals.items()
         }
         if self.gap is not None:
             content["gap"] = {
@@ -116,21 +116,23 @@ def summarise(board: Board) -> Summary:
     blocks = []
     contests: list[Mapping[str, float]] = []
     for (data, setting), entrants in board.blocks().items():
-        block = _ranking(board, data, setting, entrants)
+        block = _rank_methods(board, data, setting, entrants)
         blocks.append(block)
         contests += block.contests.values()
-    table = ResultTable(tuple(_rows(board)))
+    table = ResultTable(tuple(_result_rows(board)))
     return Summary(tuple(blocks), standings(contests), len(contests), table)
 
 
-def _rows(board: Board) -> list[ResultRow]:
+def _result_rows(board: Board) -> list[ResultRow]:
     """The result rows of every data set and setting.
 
     If several seeds share a result, its rows are listed once.
     """
     rows = []
-    shared = dict.fromkeys((cell.result_cell, cell.data, cell.setting) for cell in board.cells)
-    for result_cell, _, setting in shared:
+    distinct_results = dict.fromkeys(
+        (cell.result_cell, cell.data, cell.setting) for cell in board.cells
+    )
+    for result_cell, _, setting in distinct_results:
         for row in board.results[result_cell].results:
             rows.append(replace(row, split=setting))
     return rows
@@ -150,15 +152,15 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
             n_equal = values.count(value)  # including the method itself
             mean_rank = 1 + n_better + (n_equal - 1) / 2
             ranks.setdefault(method, []).append(mean_rank)
-            wins.setdefault(method, 0.0)  # at the method's first contest; later, nothing happens
+            wins.setdefault(method, 0.0)  # at its first contest, a method has no wins
             if n_better == 0:
                 wins[method] += 1 / n_equal
-    ordered = [
+    all_standings = [
         Standing(method, wins[method], fmean(method_ranks), len(method_ranks))
         for method, method_ranks in ranks.items()
     ]
-    ordered.sort(key=_most_wins_first)
-    return tuple(ordered)
+    all_standings.sort(key=_most_wins_first)
+    return tuple(all_standings)
 
 
 def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
@@ -166,58 +168,67 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
     return -standing.wins, standing.mean_rank, standing.method
 
 
-def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
+def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
     """Rank the methods on one data set in one setting."""
-    with_result = []
+    entrants_with_result = []
     refused = {}
     for entrant in entrants:
         if entrant.results:
-            with_result.append(entrant)
+            entrants_with_result.append(entrant)
         else:
             refused[entrant.method] = str(entrant.reason)
-    with_result.sort(key=_best_first)
+    entrants_with_result.sort(key=_best_first)
     return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=occurring("n", with_result),
-        n_failures=occurring("n_failures", with_result),
-        lines=tuple(_ranked(board.config, entrant, with_result) for entrant in with_result),
+        n=distinct_row_counts("n", entrants_with_result),
+        n_failures=distinct_row_counts("n_failures", entrants_with_result),
+        lines=tuple(
+            _ranked_method(board.config, entrant, entrants_with_result)
+            for entrant in entrants_with_result
+        ),
         refused=refused,
-        contests=_contests(board, with_result),
-        n_outside=occurring("n_outside", with_result),
+        contests=_contests(board, entrants_with_result),
+        n_outside=distinct_row_counts("n_outside", entrants_with_result),
     )
 
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
     """Sort key: the first metric descending, then the second ascending, then the name."""
-    _, second = entrant.ranked_by
-    return -entrant.merit, entrant.mean(second) or 0.0, entrant.method
+    _, second_metric = entrant.ranked_by
+    return -entrant.merit, entrant.mean(second_metric) or 0.0, entrant.method
 
 
-def _contests(board: Board, with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """The ranking metric by seed and method, for the seeds planned for all of ``with_result``."""
-    if not with_result:
+def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
+    """The ranking metric by seed and method, for the seeds that were planned for all entrants."""
+    if not entrants_with_result:
         return {}
-    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in with_result))
+    seeds = frozenset.intersection(
+        *(board.seeds[entrant.place] for entrant in entrants_with_result)
+    )
     contests: dict[int, dict[str, float]] = {}
     for seed in sorted(seeds):
         contests[seed] = {}
-        for entrant in with_result:
+        for entrant in entrants_with_result:
             if seed in entrant.results:
                 merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
                 contests[seed][entrant.method] = float(merit)
     return contests
 
 
-def _ranked(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) -> Ranked:
-    """Rank a method among the methods ``with_result``, which are sorted best first."""
-    rivals = [rival for rival in with_result if rival is not entrant]
+def _ranked_method(
+    config: Config, entrant: Entrant, entrants_with_result: Sequence[Entrant]
+) -> Ranked:
+    """The rank and the numbers of a method; ``entrants_with_result`` are sorted best first."""
+    rivals = [rival for rival in entrants_with_result if rival is not entrant]
     against = None
     gap = None
     if rivals:
         against = rivals[0].method
-        gap = _difference(entrant.less(rivals[0], entrant.ranked_by[0]), config.confidence)
+        gap = _difference_or_none(
+            entrant.difference_from(rivals[0], entrant.ranked_by[0]), config.confidence
+        )
     first_result = next(iter(entrant.results.values()))
     return Ranked(
         method=entrant.method,
@@ -234,8 +245,8 @@ def _ranked(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) ->
     )
 
 
-def _difference(quantity: Quantity | None, confidence: float) -> Difference | None:
-    """Difference with its interval; None without a quantity."""
+def _difference_or_none(quantity: Quantity | None, confidence: float) -> Difference | None:
+    """The quantity as a difference with its interval; None if the quantity is None."""
     if quantity is None:
         return None
     return quantity.difference(confidence)
@@ -267,14 +278,14 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
     for (data, setting), entrants in board.blocks().items():
         for entrant in entrants:
             fit_seconds, rows_per_second = _mean_times(
-                times[cell] for cell in entrant.runs.values() if cell in times
+                times[cell] for cell in entrant.run_cells.values() if cell in times
             )
-            times_shown = _times_shown(fit_seconds, rows_per_second)
+            times_shown = _time_texts(fit_seconds, rows_per_second)
             lines.append([data, setting, entrant.method, *times_shown])
     return "\n".join(["wall time with one thread:", *aligned(lines)])
 
 
-def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
+def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
     """Texts of a time and a speed."""
     return [
         NOTHING if fit_seconds is None else f"{fit_seconds:.2f}",
@@ -285,7 +296,7 @@ def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> li
 def layout(config: Config, summary: Summary) -> str:
     """A summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
-    parts.append(_standings(summary, config.ranked_by[0]))
+    parts.append(_standings_table(summary, config.ranked_by[0]))
     parts.append("\n".join(_notes(config)))
     return "\n\n".join(parts)
 
@@ -295,7 +306,7 @@ def _block_text(config: Config, block: Ranking) -> str:
     title = f"{block.data}, {block.setting} ({block.description})"
     lines = [title]
     if block.lines:
-        numbers = counted_rows(block.n, block.n_failures, block.n_outside)
+        numbers = row_counts_in_words(block.n, block.n_failures, block.n_outside)
         lines = [f"{title}: {numbers}", *_block_table(config, block)]
     methods_of: dict[str, list[str]] = {}  # methods without a result, by reason
     for method, reason in block.refused.items():
@@ -313,24 +324,24 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
         title = METRICS[name].title
         heading.append(f"{title} {percent}" if name in config.ranked_by else title)
     heading += ["best other", f"difference {percent}", "p"]
-    rows = [_line(config, line) for line in block.lines]
+    rows = [_table_row(config, line) for line in block.lines]
     return aligned([heading, *rows])
 
 
-def _line(config: Config, line: Ranked) -> list[str]:
+def _table_row(config: Config, line: Ranked) -> list[str]:
     """The cells of a method in the table of a ranking."""
     runs = str(line.n_runs)
     if line.refused_seeds:
         runs += f" (not {span(line.refused_seeds)})"
     cells = [str(line.rank), line.method + line.variant, runs]
     for name in config.metrics:
-        cells.append(_value(name, line.values[name], line.intervals.get(name)))
+        cells.append(_value_text(name, line.values[name], line.intervals.get(name)))
     cells.append(line.against or NOTHING)
-    cells += _gap_shown(line.gap)
+    cells += _gap_texts(line.gap)
     return cells
 
 
-def _gap_shown(gap: Difference | None) -> list[str]:
+def _gap_texts(gap: Difference | None) -> list[str]:
     """Texts of the difference from the best other method, in percent, and of its p-value."""
     if gap is None:
         return [NOTHING, NOTHING]
@@ -338,24 +349,24 @@ def _gap_shown(gap: Difference | None) -> list[str]:
     return [f"{100 * gap.difference:+.2f} {interval}", f"{gap.p_value:.3g}"]
 
 
-def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
+def _value_text(name: str, value: float | None, interval: Interval | None = None) -> str:
     """Text of a value, with its interval if there is one."""
     if value is None:
         return NOTHING
     metric = METRICS[name]
     number = metric.show(value)
-    if ends is None:
+    if interval is None:
         return number
-    return f"{number} {metric.brackets(ends.ci_low, ends.ci_high)}"
+    return f"{number} {metric.brackets(interval.ci_low, interval.ci_high)}"
 
 
-def _standings(summary: Summary, best: str) -> str:
-    """Table of wins and mean ranks, with the mean of ``best`` on every data set and setting."""
+def _standings_table(summary: Summary, metric: str) -> str:
+    """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
     merits = []  # for every block, the ranking metric by method
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
-        merits.append({line.method: line.values[best] for line in block.lines})
+        merits.append({line.method: line.values[metric] for line in block.lines})
     rows = [heading]
     for standing in summary.standings:
         row = [
@@ -365,9 +376,9 @@ def _standings(summary: Summary, best: str) -> str:
             f"{standing.contests} of {summary.n_contests}",
         ]
         for merit in merits:
-            row.append(_value(best, merit.get(standing.method)))
+            row.append(_value_text(metric, merit.get(standing.method)))
         rows.append(row)
-    title = f"all contests (data set × setting × seed), and mean {METRICS[best].title}:"
+    title = f"all contests (data set × setting × seed), and mean {METRICS[metric].title}:"
     return "\n".join([title, *aligned(rows)])
 
 

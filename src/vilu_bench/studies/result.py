@@ -25,7 +25,7 @@ from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section
 
 logger = logging.getLogger("vilu.bench")
 
-AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
+RUN_AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
 # the files beside the document of a cell: its scores, and its bootstrap values
 Suffix = Literal[".parquet", ".npy"]
 SCORES: Suffix = ".parquet"
@@ -33,7 +33,7 @@ BOOTSTRAP: Suffix = ".npy"
 
 
 class Refusal(Section):
-    """Why a method does not run in a cell."""
+    """Why a method gives no result in a cell."""
 
     error: str  # name of the exception
     reason: str
@@ -68,7 +68,7 @@ class CellResult(Section):
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
-    def _plain(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
+    def _results_to_dicts(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
         return ResultTable(results).to_dicts()
 
     def value(self, metric: str) -> float | None:
@@ -111,7 +111,7 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if not path.is_file():
         return None
     try:
-        result = CellResult.model_validate(read_json(path, AGAIN))
+        result = CellResult.model_validate(read_json(path, RUN_AGAIN))
     except ValidationError as error:
         logger.warning("%s is damaged: %s. %s is run again.", path, first_error(error), cell)
         return None
@@ -132,11 +132,11 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 
 
 def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
-    """Wall times of cells, from the last line that the log of the run folder has for each."""
+    """Wall times of cells, from the last line of each cell in the log of the run folder."""
     times: dict[Cell, Timing] = {}
-    cell_at = {cell.path.as_posix(): cell for cell in cells}
+    cell_of_path = {cell.path.as_posix(): cell for cell in cells}
     for line in read_log(root):
-        cell = cell_at.get(str(line.pop("cell", None)))
+        cell = cell_of_path.get(str(line.pop("cell", None)))
         if cell is not None:
             # a line with other content is skipped: a log does not follow a fixed schema
             with suppress(ValidationError):
@@ -152,28 +152,30 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
     return values
 
 
-def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
+def resampled_metrics(
+    uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str
+) -> Floats:
     """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
 
-    ``rows`` is the hexadecimal hash of the test rows. This hash seeds the resampling, so all cells
-    with the same test rows have the same resamples, whatever their method and training seed. That
-    makes differences between methods paired. It also means that an average over training seeds
-    keeps the variance that comes from the test rows.
+    ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
+    cells with the same test rows have the same resamples, whatever their method and training seed,
+    and differences between methods are paired. An average over training seeds keeps the variance
+    that comes from the test rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}
-    values = resampled(kernels, scores, n_resamples, int(rows, 16))
+    values = resampled(kernels, scores, n_resamples, int(rows_hash, 16))
     return np.stack([values[name] for name in RANKED_BY])
 
 
 def resampled_across_answers(
-    uncertainty: Floats, failure: Ints, n_resamples: int, rows: str, metrics: Names
+    uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str, metrics: Names
 ) -> Floats:
     """Values (M, B) of metrics on B resamples, where methods judge different answers.
 
-    As ``resampled_metrics``, but without strata. Each kind of answers is wrong in different rows,
-    so no split into right and wrong rows fits them all.
+    The resamples are as in ``resampled_metrics``, but without strata of right and wrong rows.
+    Answers of another kind are wrong in other rows, so no such strata fit all methods.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
-    values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows, 16))
+    values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))
     return np.stack([values[name] for name in metrics])

@@ -39,16 +39,23 @@ from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import (
     Cell,
     Origin,
+    cells_to_run,
+    group_by_fit,
     needed_parts,
     origin_of,
-    own_results,
     plan,
-    sharing_a_fit,
 )
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.data import Truth, Workbench
 from vilu_bench.studies.facts import decided_by
-from vilu_bench.studies.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
+from vilu_bench.studies.fit import (
+    REFUSALS,
+    Fitted,
+    collected_warnings,
+    fit,
+    predictor_of,
+    refusal_from,
+)
 from vilu_bench.studies.result import (
     CellResult,
     Refusal,
@@ -58,7 +65,7 @@ from vilu_bench.studies.result import (
     resampled_across_answers,
     resampled_metrics,
 )
-from vilu_bench.studies.stores import Part, find_seconds, make_stores, require_stores
+from vilu_bench.studies.stores import Part, find_second_stores, make_stores, require_stores
 
 logger = logging.getLogger("vilu.bench")
 
@@ -66,17 +73,18 @@ logger = logging.getLogger("vilu.bench")
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
     """Fit, score and evaluate cells that share a fit, and write their results.
 
-    A refusal is a result, too. Yields every cell after its result is written.
+    If a method refuses a cell, the refusal is written as its result. Every cell is yielded after
+    its result is written.
     """
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
-        with naming(cell), one_thread(), reporting(Silence()):
+        with named_in_errors(cell), one_thread(), reporting(Silence()):
             refused = refuse_other_classes(bench, cell)
             if refused is not None:
                 fitted = Fitted(predictor_of(bench.config, cell), refused)
             else:
                 fitted = fit(bench, cell, origin_of(bench.config, cell), fits)
-            write(bench, cell, fitted, root)
+            write_result(bench, cell, fitted, root)
         yield cell
 
 
@@ -94,7 +102,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     train_width = train_texts.shape[1]
     test_width = test_texts.shape[1]
     if train_width != test_width:
-        return refusal(
+        return refusal_from(
             ProvenanceError(
                 f"it is fitted on embeddings of width {train_width}, and these have {test_width}."
             )
@@ -103,7 +111,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     n_unknown = int((similarity < SAME_TEXT_COSINE).sum())
     if n_unknown == 0:
         return None
-    return refusal(
+    return refusal_from(
         ProvenanceError(
             f"it scores the {len(train_texts)} classes that it is fitted on, and {n_unknown} of "
             f"the {len(test_texts)} candidates here are others."
@@ -111,7 +119,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     )
 
 
-def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
+def write_result(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
     """Score and evaluate the test rows of a cell, and write its result."""
     result = _without_metrics(bench, cell, fitted)
     if result.refused is not None:
@@ -120,19 +128,19 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
     truth = bench.truth(cell)
     with collected_warnings() as score_warnings:
         try:
-            outcomes, timing = measure(bench, cell, fitted, truth)
+            outcomes, timing = score_test_rows(bench, cell, fitted, truth)
             rows = evaluate(outcomes, metrics=bench.config.metrics, n_resamples=0).rows
         except REFUSALS as error:
-            result.model_copy(update={"refused": refusal(error)}).save(root)
+            result.model_copy(update={"refused": refusal_from(error)}).save(root)
             return
-    bootstrap = _bootstrap(bench, outcomes, truth)
-    measured = {
+    bootstrap = _bootstrap_values(bench, outcomes, truth)
+    measured_fields = {
         "results": rows,
         "variant": fitted.predictor.label.removeprefix(fitted.predictor.name),
         "warnings": (*fitted.warnings, *score_warnings),
     }
     append_to_log(root, cell=cell.path.as_posix(), **timing.model_dump())
-    result.model_copy(update=measured).save(root, outcomes, bootstrap)
+    result.model_copy(update=measured_fields).save(root, outcomes, bootstrap)
 
 
 def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
@@ -145,27 +153,29 @@ def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult
         data=cell.data,
         setting=cell.setting,
         seed=cell.seed,
-        test_rows=bench.truth(cell).rows,
+        test_rows=bench.truth(cell).rows_hash,
         n_train=fitted.n_train,
         refused=fitted.refused,
         warnings=fitted.warnings,
     )
 
 
-def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
+def _bootstrap_values(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
     """Bootstrap values (M, B) over the rows that have both a known truth and a score."""
     config = bench.config
-    scored = outcomes.evaluable
-    uncertainty = outcomes.uncertainty[scored]
-    failure = outcomes.failure[scored]
+    rows = outcomes.evaluable
+    uncertainty = outcomes.uncertainty[rows]
+    failure = outcomes.failure[rows]
     if config.judges_adapted_answers:
         return resampled_across_answers(
-            uncertainty, failure, config.resamples, truth.rows, config.ranked_by
+            uncertainty, failure, config.resamples, truth.rows_hash, config.ranked_by
         )
-    return resampled_metrics(uncertainty, failure, config.resamples, truth.rows)
+    return resampled_metrics(uncertainty, failure, config.resamples, truth.rows_hash)
 
 
-def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
+def score_test_rows(
+    bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth
+) -> tuple[Outcomes, Timing]:
     """Score a cell's test rows, and return the outcomes and the wall times."""
     predictor = fitted.predictor
     test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
@@ -195,8 +205,8 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
 
 
 @contextmanager
-def naming(cell: Cell) -> Iterator[None]:
-    """Name the cell in the notes of an exception that leaves the block, and in the log."""
+def named_in_errors(cell: Cell) -> Iterator[None]:
+    """A block in which errors name the cell, in a note of the exception and in the log."""
     try:
         yield
     except Exception as error:  # every exception is raised again
@@ -241,9 +251,10 @@ class Crew:
         if jobs > 1:
             # a fork would copy the locks of torch's threads
             context = multiprocessing.get_context("spawn")
-            openings: list[Opening] = [
-                (bench.config, dict(bench.folders), dict(bench.seconds)) for bench in benches
-            ]
+            openings: list[Opening] = []
+            for bench in benches:
+                folders = dict(bench.folders)
+                openings.append((bench.config, folders, dict(bench.second_folders)))
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 jobs, context, _start_worker, (plugins(), openings)
             )
@@ -251,46 +262,50 @@ class Crew:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if self._pool is None:
             return
-        is_early = kind is not None
-        self._pool.shutdown(wait=not is_early, cancel_futures=True)
-        if is_early:
+        has_failed = error_type is not None
+        self._pool.shutdown(wait=not has_failed, cancel_futures=True)
+        if has_failed:
             for worker in set(multiprocessing.active_children()) - self._children_before:
                 worker.terminate()
                 worker.join()
 
-    def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
+    def run(self, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
         """Run groups of cells that share a fit, and yield every cell after its file is written.
 
-        ``number`` is the index of the benchmark.
+        ``bench_index`` is the index of the benchmark.
         """
         if self._pool is None:
             for cells in groups:
-                yield from run_group(self._benches[number], cells, root)
+                yield from run_group(self._benches[bench_index], cells, root)
             return
-        running = [self._pool.submit(_run_in_worker, number, cells, root) for cells in groups]
-        for future in concurrent.futures.as_completed(running):
+        futures = [self._pool.submit(_run_in_worker, bench_index, cells, root) for cells in groups]
+        for future in concurrent.futures.as_completed(futures):
             yield from future.result()
 
 
 def run_cells(
-    crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
+    crew: Crew, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
     """Run cells, write their files and show progress; an interruption loses no finished cell.
 
-    ``number`` is the index of the benchmark in the crew, ``n_done`` the number of cells that were
-    finished before.
+    Args:
+        crew: Runs the cells.
+        bench_index: Index of the benchmark in the crew.
+        groups: Groups of cells that share a fit.
+        root: The run folder.
+        n_done: Number of cells that were finished before.
     """
     started = time.monotonic()
     n_cells = sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
         task.advance(n_done)
-        for n_run, cell in enumerate(crew.run(number, groups, root), start=1):
-            seconds_per_cell = (time.monotonic() - started) / n_run
-            left = timedelta(seconds=round(seconds_per_cell * (n_cells - n_run)))
-            task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {left} left; {cell}")
+        for n_run_cells, cell in enumerate(crew.run(bench_index, groups, root), start=1):
+            seconds_per_cell = (time.monotonic() - started) / n_run_cells
+            time_left = timedelta(seconds=round(seconds_per_cell * (n_cells - n_run_cells)))
+            task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {time_left} left; {cell}")
 
 
 # globals of a worker process
@@ -309,11 +324,11 @@ def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
     _benchmarks[:] = benchmarks
 
 
-def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
-    if number not in _open:
+def _run_in_worker(bench_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
+    if bench_index not in _open:
         _open.clear()  # benchmarks run one after the other, so one open workbench is enough
-        _open[number] = Workbench(*_benchmarks[number])
-    return list(run_group(_open[number], cells, root))
+        _open[bench_index] = Workbench(*_benchmarks[bench_index])
+    return list(run_group(_open[bench_index], cells, root))
 
 
 @dataclass(frozen=True)
@@ -368,24 +383,25 @@ def run_all(
     folder = make_folder(output)
     with locked(folder, activity="at work in", lock_name=share.lock, holder_kind="benchmark"):
         remove_leftovers(output)
-        works = [
-            _Work.begin(config, data, output, models, make_missing=is_whole) for config in configs
+        benchmarks = [
+            _OpenBenchmark.begin(config, data, output, models, make_missing=is_whole)
+            for config in configs
         ]
         if embed_only:
             return []
-        for work in works:
-            work.bench.check()
-        refuse_contradictions(works)
-        with Crew([work.bench for work in works], jobs) as crew:
-            for number, work in enumerate(works):
-                work.run(crew, number, output, share)
+        for benchmark in benchmarks:
+            benchmark.bench.check()
+        refuse_contradictions(benchmarks)
+        with Crew([benchmark.bench for benchmark in benchmarks], jobs) as crew:
+            for bench_index, benchmark in enumerate(benchmarks):
+                benchmark.run(crew, bench_index, output, share)
         if not is_whole:
             return []
-        return [work.board(output) for work in works]
+        return [benchmark.board(output) for benchmark in benchmarks]
 
 
 @dataclass(frozen=True)
-class _Work:
+class _OpenBenchmark:
     """A benchmark with its cells planned and its stores open."""
 
     cells: tuple[Cell, ...]
@@ -394,7 +410,7 @@ class _Work:
     @classmethod
     def begin(
         cls, config: Config, data: Path, output: Path, models: Path | None, *, make_missing: bool
-    ) -> _Work:
+    ) -> _OpenBenchmark:
         """Plan the cells and open their stores.
 
         With ``make_missing``, missing stores are made. Without it, a missing store is an error.
@@ -405,32 +421,37 @@ class _Work:
             folders = make_stores(config, parts, data, output, models=models)
         else:
             folders = require_stores(config, parts, data, output)
-        return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
+        return cls(cells, Workbench(config, folders, find_second_stores(config, folders, data)))
 
-    def run(self, crew: Crew, number: int, output: Path, share: Share) -> None:
-        """Run the missing cells of a share; ``number`` is the benchmark's index in the crew."""
+    def run(self, crew: Crew, bench_index: int, output: Path, share: Share) -> None:
+        """Run the missing cells of a share.
+
+        ``bench_index`` is the index of this benchmark in the crew.
+        """
         config = self.bench.config
-        groups = sharing_a_fit(config, own_results(self.cells))
-        # of N shares, share i has every N-th group, beginning with group i
-        cells = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
-        done = finished(self.bench, cells, output)
-        missing = [cell for cell in cells if cell not in done]
-        if not missing:
+        groups = group_by_fit(config, cells_to_run(self.cells))
+        # of N shares, share i has the groups i, i + N, i + 2 N, ...
+        cells_of_share = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
+        finished_cells = finished_results(self.bench, cells_of_share, output)
+        missing_cells = [cell for cell in cells_of_share if cell not in finished_cells]
+        if not missing_cells:
             logger.info("%s: all cells are there: there is nothing to do", config.name)
-        n_stale = sum((output / cell.path).is_file() for cell in missing)
+        n_stale = sum((output / cell.path).is_file() for cell in missing_cells)
         if n_stale:
             logger.info(
                 "%s: %d cells are of older code, other data or other parameters and are run again",
                 config.name,
                 n_stale,
             )
-        run_cells(crew, number, sharing_a_fit(config, missing), output, len(done))
+        run_cells(
+            crew, bench_index, group_by_fit(config, missing_cells), output, len(finished_cells)
+        )
 
     def board(self, output: Path) -> Board:
         """The board with the results of all cells."""
-        runs = own_results(self.cells)
-        results = finished(self.bench, runs, output)
-        n_missing = len(runs) - len(results)
+        cells = cells_to_run(self.cells)
+        results = finished_results(self.bench, cells, output)
+        n_missing = len(cells) - len(results)
         if n_missing:
             raise ProvenanceError(
                 f"{n_missing} cells were made from other code or data than this process has read, "
@@ -440,16 +461,16 @@ class _Work:
         return Board(self.bench.config, self.cells, results, bootstrap)
 
 
-def refuse_contradictions(works: Sequence[_Work]) -> None:
+def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
     """Refuse benchmarks that share an output folder and would give a cell different results."""
     # name of the first benchmark with a cell, and the facts that decide the result there
-    first: dict[Cell, tuple[str, dict[str, object]]] = {}
-    for work in works:
-        name = work.bench.config.name
-        for cell in own_results(work.cells):
-            facts = decided_by(work.bench, cell)
+    first_use: dict[Cell, tuple[str, dict[str, object]]] = {}
+    for benchmark in benchmarks:
+        name = benchmark.bench.config.name
+        for cell in cells_to_run(benchmark.cells):
+            facts = decided_by(benchmark.bench, cell)
             # if no earlier benchmark has the cell, this benchmark is compared with itself
-            first_name, first_facts = first.setdefault(cell, (name, facts))
+            first_name, first_facts = first_use.setdefault(cell, (name, facts))
             differing = [
                 key for key in first_facts | facts if first_facts.get(key) != facts.get(key)
             ]
@@ -462,17 +483,17 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove half-written files of killed processes, but no file that a process still writes."""
+    """Remove half-written files of killed processes; files that a process still writes stay."""
     with convert_os_errors(f"cannot clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
                 path.unlink(missing_ok=True)
 
 
-def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
-    """Results by cell, for those cells of ``runs`` whose result is present and valid."""
+def finished_results(bench: Workbench, cells: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
+    """Results by cell, for those of ``cells`` whose result is present and valid."""
     results = {}
-    for cell in runs:
+    for cell in cells:
         try:
             result = load_result(root, cell, digest(decided_by(bench, cell)))
         except ProvenanceError as error:

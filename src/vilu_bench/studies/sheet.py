@@ -70,7 +70,7 @@ class Sheet:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """The different doubts about published numbers; the first has the mark ?1, and so on."""
+        """The different doubts about published numbers, in the order of their marks ?1, ?2, ..."""
         doubts: dict[str, None] = {}
         for _, shown in sorted(self.cells.items()):
             if shown.published is not None and shown.published.doubt:
@@ -98,18 +98,18 @@ CSV_FIELDS = (
 )
 
 
-TIED = (
+TIED_LEGEND = (
     "≈: the paired bootstrap does not tell it from the best "
     "(p ≥ 0.05, not corrected for picking the best of many)."
 )
-IN_TYPE = "Bold: best; underlined: second best"  # legend where text can be bold
+TYPE_LEGEND = "Bold: best; underlined: second best"  # legend where text can be bold
 
 
 def to_text(sheet: Sheet) -> str:
     """The table as aligned plain text, with its notes last."""
     n_labels = len(sheet.row_fields)
     lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
-    for line in _lines(sheet, str, _plain):
+    for line in _body_lines(sheet, str, _plain_cell):
         # the labels of a row share one column, and every cell has its own
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
     return "\n".join([sheet.title, *aligned(lines), *_all_notes(sheet, "*: best; +: second best")])
@@ -120,15 +120,15 @@ def to_markdown(sheet: Sheet) -> str:
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
         heading.append("<br>".join(map(in_markdown, labels)))
-    lines = markdown_rows(heading, _lines(sheet, in_markdown, _markdown))
-    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, IN_TYPE)]
+    lines = markdown_rows(heading, _body_lines(sheet, in_markdown, _markdown_cell))
+    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, TYPE_LEGEND)]
     return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
 
 
 def to_latex(sheet: Sheet) -> str:
     """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
-    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, IN_TYPE)]
+    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, TYPE_LEGEND)]
     return "\n".join(
         [
             r"\begin{table}",
@@ -137,7 +137,7 @@ def to_latex(sheet: Sheet) -> str:
             r"\toprule",
             *latex_rows(_latex_heading(sheet)),
             r"\midrule",
-            *latex_rows(_lines(sheet, in_latex, _latex)),
+            *latex_rows(_body_lines(sheet, in_latex, _latex_cell)),
             r"\bottomrule",
             r"\end{tabular}",
             r"\par\footnotesize",
@@ -157,7 +157,7 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
         if level == depth:
             fields = [in_latex(field) for field in sheet.row_fields]
         # the labels of the lines above are included, so that no column is merged across them
-        lines.append(fields + _spans([labels[:level] for labels in sheet.columns]))
+        lines.append(fields + _merged_headings([labels[:level] for labels in sheet.columns]))
     return lines
 
 
@@ -177,32 +177,32 @@ def to_csv(sheet: Sheet) -> str:
     return buffer.getvalue()
 
 
-def _lines(
-    sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, str, str], str]
+def _body_lines(
+    sheet: Sheet, write_label: Callable[[str], str], write_cell: Callable[[Shown, str, str], str]
 ) -> list[list[str]]:
     """Labels and cells of every row, as texts.
 
     Args:
         sheet: The table.
-        label: Function that writes a label.
-        written: Function that writes a cell from the number, the number as text, and the text that
-            stands beside it.
+        write_label: Function that writes a label.
+        write_cell: Function that writes a cell. Its arguments are the number, the number as text,
+            and the text beside it.
     """
     doubts = sheet.doubts
     lines = []
     for row, labels in enumerate(sheet.rows):
-        line = [label(text) for text in labels]
+        line = [write_label(text) for text in labels]
         for column in range(len(sheet.columns)):
             shown = sheet.cells.get((row, column))
             if shown is None:
                 line.append("")
             else:
-                line.append(written(shown, _number(shown), _text_beside(shown, doubts)))
+                line.append(write_cell(shown, _number_text(shown), _text_beside(shown, doubts)))
         lines.append(line)
     return lines
 
 
-def _number(shown: Shown) -> str:
+def _number_text(shown: Shown) -> str:
     if shown.value is None:
         return NOTHING
     return METRICS[shown.metric].show(shown.value)
@@ -215,11 +215,11 @@ def _text_beside(shown: Shown, doubts: Sequence[str]) -> str:
         _, low, high = shown.interval
         parts.append(METRICS[shown.metric].brackets(low, high))
     if shown.published is not None:
-        parts.append(_published(shown, shown.published, doubts))
+        parts.append(_published_text(shown, shown.published, doubts))
     return " ".join(parts)
 
 
-def _published(shown: Shown, published: Published, doubts: Sequence[str]) -> str:
+def _published_text(shown: Shown, published: Published, doubts: Sequence[str]) -> str:
     """The published number with the mark of its doubt, and our difference from it."""
     show = METRICS[shown.metric].show
     text = show(published.value)
@@ -230,39 +230,38 @@ def _published(shown: Shown, published: Published, doubts: Sequence[str]) -> str
     return f"({text})"
 
 
-def _plain(shown: Shown, number: str, beside: str) -> str:
+def _plain_cell(shown: Shown, number: str, side_text: str) -> str:
     """A number in plain text, with the mark of its rank."""
     text = number + {"best": "*", "second": "+", None: ""}[shown.rank]
     if shown.tied:
         text += "≈"
-    return f"{text} {beside}".rstrip()
+    return f"{text} {side_text}".rstrip()
 
 
-def _markdown(shown: Shown, number: str, beside: str) -> str:
+def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
     """A number in Markdown, in the type of its rank."""
     text = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(number)
     if shown.tied:
         text += "≈"
-    if beside:
-        text += f" <sub>{beside}</sub>"
+    if side_text:
+        text += f" <sub>{side_text}</sub>"
     return text
 
 
-def _latex(shown: Shown, number: str, beside: str) -> str:
+def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
     """A number in LaTeX, in the type of its rank."""
     text = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
     if shown.tied:
         text += r"$\approx$"
-    if beside:
-        text += rf" {{\scriptsize {beside}}}"
+    if side_text:
+        text += rf" {{\scriptsize {side_text}}}"
     return text
 
 
-def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cells of one heading line.
+def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
+    """The cells of one heading line; columns with equal labels side by side share a cell.
 
-    ``labels`` has the labels of every column, down to this line. Neighbours with equal labels are
-    merged.
+    ``labels`` has for every column its labels from the first heading line down to this one.
     """
     heads = []
     for label, neighbours in groupby(labels):
@@ -299,7 +298,7 @@ def _all_notes(sheet: Sheet, marks: str) -> list[str]:
     """All notes: those of the sheet, the legend of ranks (``marks``), and doubts about numbers."""
     notes = [*sheet.notes]
     if any(shown.rank for shown in sheet.cells.values()):
-        notes.append(f"{marks}; {TIED}")
+        notes.append(f"{marks}; {TIED_LEGEND}")
     for number, doubt in enumerate(sheet.doubts, start=1):
         notes.append(f"?{number}: {doubt}.")
     return notes

@@ -27,7 +27,7 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role, StorePaths
 
 
-def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
+def cut_images(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
     """A data set cut to ``limit`` evenly spaced images, or to the first ``shards`` tar files."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
@@ -47,9 +47,9 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
     )
 
 
-def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``number`` evenly spaced indices of 0 ... n - 1, ascending."""
-    return np.arange(number, dtype=np.int64) * n // number
+def evenly_spaced(n_rows: int, n_chosen: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """``n_chosen`` evenly spaced indices from 0 to n_rows - 1, ascending."""
+    return np.arange(n_chosen, dtype=np.int64) * n_rows // n_chosen
 
 
 PACKAGE = "package:"  # prefix of sources that ship with vilu
@@ -60,7 +60,11 @@ def find_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path
 ) -> dict[Part, Path]:
     """The folder of each part's store, which may not exist yet; nothing is embedded."""
-    return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
+    folders = {}
+    for part in parts:
+        name, _role = part
+        folders[part] = store_of(part, config.data[name], data, output)
+    return folders
 
 
 def make_stores(
@@ -119,46 +123,59 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     """
     name, role = part
     if entry.stores is not None:
-        return _named(name, "stores", entry.stores, role, data)
+        return _ready_made_folder(name, "stores", paths=entry.stores, role=role, data=data)
     columns = _columns(entry, role)
     with open_images(entry, role, data) as images:
         recipe = [
             images.fingerprint,
             entry.backbone,
-            _names(entry, images),
+            _class_names(entry, images),
             (columns.features, columns.views, columns.prompts),
-            *_words(entry),
+            *_word_lists(entry),
         ]
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
-    rows = "pairs" if entry.captions else role
-    return output / "stores" / f"{stem}-{rows}-{digest(recipe)[:8]}"
+    rows_in_name = "pairs" if entry.captions else role
+    return output / "stores" / f"{stem}-{rows_in_name}-{digest(recipe)[:8]}"
 
 
-def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
+def find_second_stores(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
     """Folders of the second model's stores, by part; parts without a second model are left out."""
     folders = {}
     for name, role in parts:
-        second = config.data[name].second
-        if second is not None:
-            folders[name, role] = _named(name, "second", second, role, data)
+        second_paths = config.data[name].second
+        if second_paths is not None:
+            folders[name, role] = _ready_made_folder(
+                name, "second", paths=second_paths, role=role, data=data
+            )
     return folders
 
 
-def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
-    """The folder of a ready-made store that a data set names for a role."""
-    folder = getattr(paths, role)
-    if folder is None:
+def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
+    """The folder of a ready-made store that a data set names for a role.
+
+    Args:
+        name: Name of the data set.
+        key: Key of ``paths`` in the table of the data set: "stores" or "second".
+        paths: The paths of the stores by role.
+        role: The role.
+        data: Folder that relative paths are relative to.
+
+    Raises:
+        UsageError: If the data set names no store for the role, or if the folder does not exist.
+    """
+    named_folder = getattr(paths, role)
+    if named_folder is None:
         raise UsageError(
             f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
         )
-    place = data / str(folder)
-    is_relative = not Path(folder).is_absolute()
-    if is_relative and not place.is_dir():
+    path = data / str(named_folder)
+    is_relative = not Path(named_folder).is_absolute()
+    if is_relative and not path.is_dir():
         raise UsageError(
-            f"{place} is no folder, so no store is in it. Give the folder that the paths of the "
+            f"{path} is no folder, so no store is in it. Give the folder that the paths of the "
             "study are relative to: --data FOLDER."
         )
-    return place
+    return path
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
@@ -168,7 +185,7 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
             images,
             backbone,
             folder,
-            names=_names(entry, images),
+            names=_class_names(entry, images),
             columns=_columns(entry, role),
             split=_split(entry, role),
         )
@@ -176,7 +193,7 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
 
 def _columns(entry: Data, role: Role) -> ExtraColumns:
     """The columns to store beside the embeddings."""
-    words = list(itertools.chain.from_iterable(_words(entry)))
+    words = list(itertools.chain.from_iterable(_word_lists(entry)))
     if entry.captions:
         return ExtraColumns(features=entry.features, negatives=words)
     views = 0
@@ -187,22 +204,22 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
     return ExtraColumns(features=entry.features, views=views, prompts=prompts, negatives=words)
 
 
-def _words(entry: Data) -> list[tuple[str, ...]]:
-    """The lists of words to store: one list of everyday words, or none."""
+def _word_lists(entry: Data) -> list[tuple[str, ...]]:
+    """The lists of words to store: either one list, of everyday words, or no list."""
     if not entry.negatives:
         return []
     return [everyday_words()]
 
 
 def _split(entry: Data, role: Role) -> str | None:
-    """The split of a role; None for captions, whose roles share all pairs."""
+    """The split of a role; None for captions, where all roles are in one store."""
     if entry.captions:
         return None
     split: str | None = getattr(entry, role)
     return split
 
 
-def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
+def _class_names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
     """Names of the classes for prompts; none for captions."""
     if entry.captions:
         return ()
@@ -231,7 +248,7 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
             dataset=entry.dataset,
             raw_names=entry.raw_names,
         )
-        images = thinned(images, entry.limit_of(role), entry.shards)
+        images = cut_images(images, entry.limit_of(role), entry.shards)
         if entry.shift is not None:
             if isinstance(images, ShardedDataset):
                 raise UsageError(

@@ -20,16 +20,16 @@ from vilu.errors import DataError
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 from vilu_bench.studies.board import Board
-from vilu_bench.studies.cells import Cell, own_results, plan
+from vilu_bench.studies.cells import Cell, cells_to_run, plan
 from vilu_bench.studies.claims import Verdict, decide
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.exhibits import Exhibit, exhibit
+from vilu_bench.studies.exhibits import Exhibit, make_exhibit
 from vilu_bench.studies.facts import code_of
 from vilu_bench.studies.load import parse_config
 from vilu_bench.studies.parts import Section
 from vilu_bench.studies.ranking import summarise, times_table
 from vilu_bench.studies.result import (
-    AGAIN,
+    RUN_AGAIN,
     SCORES,
     CellResult,
     load_bootstrap,
@@ -38,7 +38,7 @@ from vilu_bench.studies.result import (
 )
 from vilu_bench.studies.run import Share, run_all
 from vilu_bench.studies.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
-from vilu_bench.studies.submit import take_in
+from vilu_bench.studies.submit import add_submissions
 from vilu_bench.studies.views import (
     CurveView,
     GridView,
@@ -90,26 +90,26 @@ def load_studies(output: Path) -> list[Board]:
         if (smoke / STUDIES).is_dir():
             hint = f"That of --smoke is in {smoke}."
         raise DataError(f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). {hint}")
-    return [_load(path, output) for path in documents]
+    return [_load_study(path, output) for path in documents]
 
 
-def _load(path: Path, output: Path) -> Board:
+def _load_study(path: Path, output: Path) -> Board:
     """Read a study from its document and its cells."""
     try:
-        archive = Archive.model_validate(read_json(path, AGAIN))
+        archive = Archive.model_validate(read_json(path, RUN_AGAIN))
     except ValidationError as error:
         raise DataError(
-            f"{path} is not the document of a study: {first_error(error)}. {AGAIN}."
+            f"{path} is not the document of a study: {first_error(error)}. {RUN_AGAIN}."
         ) from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
-    for cell in own_results(cells):
+    for cell in cells_to_run(cells):
         result = _archived_result(archive, cell, output)
         if result is None:
             raise DataError(
                 f"{output / cell.path} is missing, damaged, "
-                f"or newer than the study {path.parent.name}. {AGAIN}."
+                f"or newer than the study {path.parent.name}. {RUN_AGAIN}."
             )
         results[cell] = result
     n_older = 0
@@ -136,83 +136,91 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""Markdown of each ruling: in a table, and in a heading."""
+"""Two Markdown texts for each ruling: the first for a table, the second for a heading."""
 
 
-def page(
+def study_page(
     config: Config,
     exhibits: Sequence[Exhibit],
     verdicts: Sequence[Verdict],
-    figure: Callable[[str], str],
+    figure_path: Callable[[str], str],
 ) -> str:
     """Markdown of a study, with headings from level two.
 
-    ``figure`` returns the path of a figure from the name of its view.
+    ``figure_path`` returns the path of a figure from the name of its view.
     """
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
     if study is not None:
-        parts += _about(study)
-    for speaker, its_claims in (
-        ("the paper", of_papers(verdicts)),
-        ("this project", ours(verdicts)),
-    ):
-        if its_claims:
+        parts += _about_paragraph(study)
+    verdicts_of_speaker = {
+        "the paper": paper_verdicts(verdicts),
+        "this project": our_verdicts(verdicts),
+    }
+    for speaker, verdicts_on_claims in verdicts_of_speaker.items():
+        if verdicts_on_claims:
             parts.append(f"What {speaker} says, and what is found here:")
-            parts.append(claims_table(config, its_claims))
-    for shown in exhibits:
-        if shown.draw is not None:
-            parts.append(f"![{in_markdown(shown.title)}]({figure(shown.name)})")
-        parts.append(_body_in_markdown(shown))
+            parts.append(claims_table(config, verdicts_on_claims))
+    for exhibit in exhibits:
+        if exhibit.draw is not None:
+            parts.append(f"![{in_markdown(exhibit.title)}]({figure_path(exhibit.name)})")
+        parts.append(_body_in_markdown(exhibit))
     return "\n\n".join(parts) + "\n"
 
 
-def _about(study: Study) -> list[str]:
-    """The paragraph on what a study reproduces and on its protocol; an empty list without both."""
+def _about_paragraph(study: Study) -> list[str]:
+    """A paragraph on what a study reproduces and on its protocol; no paragraph without both."""
     sentences = []
     if study.reproduces:
         sentences.append(f"Reproduces: {study.reproduces}.")
     if study.protocol:
         sentences.append(study.protocol)
-    paragraph = " ".join(sentences).strip()
-    return [paragraph] if sentences else []
+    if not sentences:
+        return []
+    return [" ".join(sentences).strip()]
 
 
-def _body_in_markdown(shown: Exhibit) -> str:
-    if isinstance(shown.body, str):
-        return f"```\n{shown.body}\n```"
-    return to_markdown(shown.body).rstrip()
+def _body_in_markdown(exhibit: Exhibit) -> str:
+    if isinstance(exhibit.body, str):
+        return f"```\n{exhibit.body}\n```"
+    return to_markdown(exhibit.body).rstrip()
 
 
-def of_papers(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def paper_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """The verdicts on claims of publications."""
     return [verdict for verdict in verdicts if not verdict.claim.is_ours]
 
 
-def ours(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def our_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """The verdicts on claims of this project."""
     return [verdict for verdict in verdicts if verdict.claim.is_ours]
 
 
-def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
+def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
     """Markdown lists of the claims of several studies: those of the paper, then ours."""
-    every = list(itertools.chain.from_iterable(verdicts))
-    sections = (("## The paper's claims here", of_papers(every)), ("## Ours", ours(every)))
-    return "\n".join(_claims_under(heading, claims) for heading, claims in sections if claims)
+    all_verdicts = list(itertools.chain.from_iterable(verdicts))
+    sections = []
+    for heading, section_verdicts in (
+        ("## The paper's claims here", paper_verdicts(all_verdicts)),
+        ("## Ours", our_verdicts(all_verdicts)),
+    ):
+        if section_verdicts:
+            sections.append(_claims_section(heading, section_verdicts))
+    return "\n".join(sections)
 
 
-def _claims_under(heading: str, verdicts: Iterable[Verdict]) -> str:
-    """Markdown list of claims, grouped by ruling."""
+def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
+    """A heading, and below it a Markdown list of claims, grouped by ruling."""
     by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
     for verdict in verdicts:
         says = in_markdown(verdict.claim.says)
         source = "" if verdict.claim.is_ours else f" ({in_markdown(verdict.claim.source)})"
         by_ruling[verdict.ruling].append(f"- {says}{source}")
     parts = [heading]
-    for ruling, (_, name) in RULINGS.items():
+    for ruling, (_, text_in_heading) in RULINGS.items():
         lines = by_ruling[ruling]
         if lines:
-            parts.append("\n".join([f"{name} ({len(lines)}):", "", *lines]))
+            parts.append("\n".join([f"{text_in_heading} ({len(lines)}):", "", *lines]))
     return "\n\n".join([*parts, ""])
 
 
@@ -223,7 +231,7 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
         says = in_markdown(verdict.claim.says)
         ruling, _ = RULINGS[verdict.ruling]
         source = in_markdown(verdict.claim.source)
-        lines.append([says, ruling, _number_of(verdict), source])
+        lines.append([says, ruling, _deciding_number(verdict), source])
     table = markdown_rows(["claim", "here", "by", "source"], lines)
     note = (
         f"Brackets: {100 * config.confidence:g} % bootstrap interval; "
@@ -232,14 +240,14 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
     return "\n".join([*table, "", f"<sub>{note}</sub>"])
 
 
-def _number_of(verdict: Verdict) -> str:
+def _deciding_number(verdict: Verdict) -> str:
     """The number that decides a claim, with its interval; or why there is no number."""
-    ends = verdict.interval
-    if verdict.number is None or ends is None:
+    interval = verdict.interval
+    if verdict.number is None or interval is None:
         return str(verdict.reason)
     return (
-        f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} "
-        f"[{100 * ends.ci_low:+.1f}, {100 * ends.ci_high:+.1f}] points"
+        f"{in_markdown(verdict.number_in_words)}: {100 * verdict.number:+.1f} "
+        f"[{100 * interval.ci_low:+.1f}, {100 * interval.ci_high:+.1f}] points"
     )
 
 
@@ -274,29 +282,33 @@ def render(board: Board, output: Path) -> Rendered:
     """
     config = board.config
     folder = output / STUDIES / config.name
-    exhibits = tuple(exhibit(board, view, output) for view in config.views or [DEFAULT])
+    exhibits = tuple(make_exhibit(board, view, output) for view in config.views or [DEFAULT_VIEW])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
-    text = _text_of(exhibits, verdicts)
+    text = _terminal_text(exhibits, verdicts)
     times = times_table(board, load_times(output, board.results))
     _write_results(board, folder)
-    for shown in exhibits:
-        _write_exhibit(shown, folder)
+    for exhibit in exhibits:
+        _write_exhibit(exhibit, folder)
     write_text(folder / "table.txt", text + "\n")
     if times:
         write_text(folder / "times.txt", times + "\n")
-    write_text(folder / "README.md", page(config, exhibits, verdicts, "figures/{}.svg".format))
+    write_text(
+        folder / "README.md", study_page(config, exhibits, verdicts, "figures/{}.svg".format)
+    )
     return Rendered(board, exhibits, verdicts, text, times)
 
 
-def _text_of(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
+def _terminal_text(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
     """Exhibits and claims as text for a terminal."""
     parts = []
-    for shown in exhibits:
-        parts.append(shown.body if isinstance(shown.body, str) else to_text(shown.body))
+    for exhibit in exhibits:
+        parts.append(exhibit.body if isinstance(exhibit.body, str) else to_text(exhibit.body))
     if verdicts:
         lines = ["claims:"]
         for verdict in verdicts:
-            lines.append(f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})")
+            lines.append(
+                f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.number_in_words})"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -314,16 +326,16 @@ def write_document(
     parts = [f"# {title}", ""]
     if intro:
         parts += [intro, ""]
-    parts.append(all_claims([study.verdicts for study in studies]))
+    parts.append(claims_in_markdown([study.verdicts for study in studies]))
     for study in studies:
         name = study.board.config.name
-        for shown in study.exhibits:
-            if shown.draw is not None:
-                drawn = output / STUDIES / name / "figures" / f"{shown.name}.svg"
-                write_bytes(figures / f"{name}-{drawn.name}", drawn.read_bytes())
-        # a function from the name of a view to the path of its figure
-        figure = f"{figures.name}/{name}-{{}}.svg".format
-        parts.append(page(study.board.config, study.exhibits, study.verdicts, figure))
+        for exhibit in study.exhibits:
+            if exhibit.draw is not None:
+                figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
+                write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
+        # the method ``format`` of this text makes the path of a figure from the name of its view
+        figure_path = f"{figures.name}/{name}-{{}}.svg".format
+        parts.append(study_page(study.board.config, study.exhibits, study.verdicts, figure_path))
     write_text(document, "\n".join(parts) + "\n" + text_mark("study", inputs))
 
 
@@ -335,20 +347,20 @@ def _write_results(board: Board, folder: Path) -> None:
     summary.results.write(folder / "results.parquet")
 
 
-def _write_exhibit(shown: Exhibit, folder: Path) -> None:
+def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
     """Write the tables and the figures of a view."""
-    if isinstance(shown.body, Sheet):
+    if isinstance(exhibit.body, Sheet):
         tables = make_folder(folder / "tables")
-        for suffix, written in FORMATS.items():
-            write_text(tables / f"{shown.name}{suffix}", written(shown.body))
-    if shown.draw is not None:
+        for suffix, write_table in FORMATS.items():
+            write_text(tables / f"{exhibit.name}{suffix}", write_table(exhibit.body))
+    if exhibit.draw is not None:
         figures = make_folder(folder / "figures")
-        drawn = shown.draw()
+        drawing = exhibit.draw()
         for suffix in FIGURE_SUFFIXES:
-            save(drawn, figures / f"{shown.name}{suffix}")
+            save(drawing, figures / f"{exhibit.name}{suffix}")
 
 
-DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
+DEFAULT_VIEW = RankingView(kind="ranking", name="ranking", title="Every method, best first")
 """View of a study whose configuration names no view."""
 
 VIEWS_WITH_FIGURE = (CurveView, ScatterView, HistogramView, GridView)
@@ -381,7 +393,7 @@ def run_studies(
 
 
 def _claim_folders(configs: Iterable[Config], output: Path) -> None:
-    """Refuse an output folder, or the folder of a study, with files that vilu did not write."""
+    """Refuse an output folder or a study's folder that has files which vilu did not write."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(
@@ -422,18 +434,20 @@ def render_studies(
     files: list[Path] = []
     if submitted is not None:
         files = sorted(submitted.rglob(f"*{SCORES}"))
-        boards = take_in(boards, output, files)
+        boards = add_submissions(boards, output, files)
     if document is None:
         return [render(board, output) for board in boards]
     if first is not None:
-        intro = f"{_written_part(first)}\n\n{intro}".strip()
+        intro = f"{_read_markdown(first)}\n\n{intro}".strip()
     sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
     inputs = inputs_digest(*sources, *files, title=title, intro=intro)
-    is_ours = kind_and_inputs(document) is not None
+    is_document_of_vilu = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
     figures = document.with_suffix("")
     # if vilu did not write the document, every file in the folder of figures counts as foreign
-    claim_folder(figures, "document's figures", is_ours=lambda _: False, has_same_inputs=is_ours)
+    claim_folder(
+        figures, "document's figures", lambda _: False, has_same_inputs=is_document_of_vilu
+    )
     studies = [render(board, output) for board in boards]
     if is_done:
         logger.info("%s holds these studies already: there is nothing to do", document)
@@ -442,7 +456,7 @@ def render_studies(
     return studies
 
 
-def _written_part(path: Path) -> str:
+def _read_markdown(path: Path) -> str:
     """Markdown of a file that somebody wrote.
 
     Raises:

@@ -44,7 +44,7 @@ class Submission(Section):
     # distribution and version that a method from outside vilu comes from; "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
     result: CellResult  # the result document of the run folder
-    # the (setting, seed) pairs that share this result, because nothing that decides it differs
+    # the (setting, seed) pairs that have this result, because all that decides it is the same
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -62,16 +62,15 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     Raises:
         UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
-    # Two facts about every cell that was run with a result: the first study that has it ...
-    first_board: dict[Cell, Board] = {}
-    # ... and the settings and seeds that share its result.
-    stands_for: dict[Cell, list[tuple[str, int]]] = {}
+    # both by every cell of the method that was run and has a result
+    first_board: dict[Cell, Board] = {}  # the first study that has the cell
+    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share its result
     for board in boards:
         _refuse_adapted(board)
         for cell in board.cells:
             has_result = board.results[cell.result_cell].refused is None
             if cell.method == label and has_result:
-                first_board.setdefault(cell.result_cell, board)  # an earlier study stays
+                first_board.setdefault(cell.result_cell, board)  # an earlier study is not replaced
                 stands_for.setdefault(cell.result_cell, []).append((cell.setting, cell.seed))
     if not first_board:
         raise UsageError(f"no study in {run} has a result of a method {label!r}.")
@@ -119,7 +118,7 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
     return Outcomes.load((run / cell.path).with_suffix(SCORES))
 
 
-def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
+def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
     """Check submitted files, and add each file to the studies of a run folder that it belongs to.
 
     Raises:
@@ -137,7 +136,7 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
         _refuse_adapted(board)
         pairs = []
         for guest in guests:
-            for cell in _cells_of(board, guest):
+            for cell in _matching_cells(board, guest):
                 pairs.append((guest, cell))
                 placed_files.add(guest.path)
         pairs_by_board.append(pairs)
@@ -146,10 +145,10 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
             raise DataError(
                 f"{guest.path}: no study in {run} has a result in its place, to compare it with."
             )
-    widened = []
+    boards_with_guests = []
     for board, pairs in zip(boards, pairs_by_board, strict=True):
-        widened.append(_with_guests(board, run, pairs))
-    return widened
+        boards_with_guests.append(_with_guests(board, run, pairs))
+    return boards_with_guests
 
 
 def _read(path: Path) -> Guest:
@@ -178,20 +177,20 @@ def _read(path: Path) -> Guest:
     return Guest(path, submission, outcomes)
 
 
-def _cells_of(board: Board, guest: Guest) -> list[Cell]:
+def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
     """The study's cells to compare a guest with: one for each setting and seed of the guest.
 
-    A setting and seed without a result in the study has no cell.
+    If the study has no result with a setting and seed, no cell is returned for them.
     """
     data = guest.submission.result.data
-    wanted = set(guest.submission.stands_for)
+    wanted_places = set(guest.submission.stands_for)
     cell_of_place: dict[tuple[str, int], Cell] = {}
     for cell in board.cells:
         if cell.data != data:
             continue
         place = (cell.setting, cell.seed)
         has_result = board.results[cell.result_cell].refused is None
-        if has_result and place in wanted:
+        if has_result and place in wanted_places:
             cell_of_place[place] = cell
     return list(cell_of_place.values())
 
@@ -205,13 +204,13 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
     result_cells = {cell: cell.result_cell for cell in board.cells}
     results = dict(board.results)
     for guest, study_cell in pairs:
-        result = _checked(board, run, guest, study_cell)
+        result = _check_guest(board, run, guest, study_cell)
         cell = replace(study_cell, method=result.method, same_as=None)
-        present = _present_scores(run, result_cells, guests, cell)
-        if present is not None:
-            _require_same_scores(guest, present)
+        present_scores = _present_scores(run, result_cells, guests, cell)
+        if present_scores is not None:
+            _require_same_scores(guest, present_scores)
         elif result.method in board.config.entries:
-            raise _other_scores(guest)
+            raise _conflict_error(guest)
         else:
             if cell != result.cell:  # another setting or seed that shares the guest's result
                 cell = replace(cell, same_as=result.cell)
@@ -239,13 +238,13 @@ def _present_scores(
     return None
 
 
-def _require_same_scores(guest: Guest, present: Outcomes) -> None:
-    scores = guest.outcomes.uncertainty
-    if not np.array_equal(present.uncertainty, scores, equal_nan=True):
-        raise _other_scores(guest)
+def _require_same_scores(guest: Guest, present_scores: Outcomes) -> None:
+    guest_scores = guest.outcomes.uncertainty
+    if not np.array_equal(present_scores.uncertainty, guest_scores, equal_nan=True):
+        raise _conflict_error(guest)
 
 
-def _other_scores(guest: Guest) -> DataError:
+def _conflict_error(guest: Guest) -> DataError:
     method = guest.submission.result.method
     return DataError(
         f"{guest.path}: there is a {method!r} with other scores. "
@@ -256,7 +255,10 @@ def _other_scores(guest: Guest) -> DataError:
 def _bootstrap_with_guests(
     board: Board, run: Path, guests: Mapping[Cell, Guest], results: Mapping[Cell, CellResult]
 ) -> Bootstrap:
-    """A function that reads the bootstrap values of the study's cells and computes the guests'."""
+    """A function that returns the bootstrap values of a cell of the study or of a guest.
+
+    Those of the study are read, and those of a guest are computed from its scores.
+    """
     outcomes = {cell.result_cell: guest.outcomes for cell, guest in guests.items()}
 
     def bootstrap(cell: Cell) -> Floats:
@@ -270,7 +272,7 @@ def _bootstrap_with_guests(
     return cache(bootstrap)
 
 
-def _checked(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellResult:
+def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellResult:
     """The result of a guest, with metrics computed from its scores.
 
     Args:
@@ -283,23 +285,23 @@ def _checked(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellRes
         DataError: If the guest's facts, rows or metrics differ from what they must be.
     """
     result = guest.submission.result
-    why = _fault_of_facts(board, result, study_cell)
-    if why is None:
-        why = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
+    fault = _fault_of_facts(board, result, study_cell)
+    if fault is None:
+        fault = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
-    if why is None:
+    if fault is None:
         with collected_warnings():  # they are not shown, because the submitted result lists them
             rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
-        why = _fault_of_metrics(result, rows)
-    if why is not None:
+        fault = _fault_of_metrics(result, rows)
+    if fault is not None:
         raise DataError(
-            f"{guest.path} is no result of {board.config.name} on {study_cell.data}: {why}."
+            f"{guest.path} is no result of {board.config.name} on {study_cell.data}: {fault}."
         )
     return result.model_copy(update={"results": rows})
 
 
 def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
-    """The fault of a submitted result: facts that differ from those of our cell; else None."""
+    """How the facts of a submitted result differ from those of our cell; None if they do not."""
     our_result = board.results[cell.result_cell]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
@@ -310,20 +312,20 @@ def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
     differing = [key for key in SAME_DATA if facts.get(key) != our_facts.get(key)]
     if differing:
         return f"it differs in {', '.join(differing)}"
-    submitted = facts.get("train")
-    if not submitted:  # the method is not fitted, so nothing more is to compare
+    submitted_fit = facts.get("train")
+    if not submitted_fit:  # the method is not fitted, so there is nothing more to compare
         return None
-    if not any(_is_same_fit(submitted, ours) for ours in _fits_of_study(board, cell)):
+    if not any(_is_same_fit(submitted_fit, our_fit) for our_fit in _fits_of_study(board, cell)):
         return "it was fitted on rows that no method of the study was fitted on"
     budget = board.config.settings[cell.setting].budget
-    submitted_budget = submitted.get("budget")
+    submitted_budget = submitted_fit.get("budget")
     if submitted_budget not in {budget, "none"}:
         return f"it was fitted with the budget {submitted_budget}, here the budget is {budget}"
     return None
 
 
-def _is_same_fit(submitted: Mapping[str, object], ours: Mapping[str, object]) -> bool:
-    return all(submitted.get(key) == ours.get(key) for key in SAME_FIT)
+def _is_same_fit(submitted_fit: Mapping[str, object], our_fit: Mapping[str, object]) -> bool:
+    return all(submitted_fit.get(key) == our_fit.get(key) for key in SAME_FIT)
 
 
 def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
@@ -331,29 +333,31 @@ def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
     place = (cell.data, cell.setting, cell.seed)
     for our_cell in board.cells:
         if (our_cell.data, our_cell.setting, our_cell.seed) == place:
-            ours = board.results[our_cell.result_cell].decided_by.get("train")
-            if ours:
-                yield ours
+            our_fit = board.results[our_cell.result_cell].decided_by.get("train")
+            if our_fit:
+                yield our_fit
 
 
-def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
-    """The fault of a guest: a difference of its rows from those of the study; else None."""
-    if len(guest) != len(ours):
-        return f"it has {len(guest)} rows, and there are {len(ours)}"
-    differs = (guest.failure != ours.failure) | (guest.outside != ours.outside)
+def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | None:
+    """How the rows of a guest differ from those of the study; None if they do not."""
+    if len(guest_outcomes) != len(our_outcomes):
+        return f"it has {len(guest_outcomes)} rows, and there are {len(our_outcomes)}"
+    differs = (guest_outcomes.failure != our_outcomes.failure) | (
+        guest_outcomes.outside != our_outcomes.outside
+    )
     if differs.any():
         return (
             f"row {np.flatnonzero(differs)[0]} has another truth than here "
             "(right, wrong, or of none of the classes)"
         )
-    lacks = np.isnan(guest.uncertainty) & ~np.isnan(ours.uncertainty)
-    if lacks.any():
-        return f"row {np.flatnonzero(lacks)[0]} has no uncertainty, but has one here"
+    lacks_score = np.isnan(guest_outcomes.uncertainty) & ~np.isnan(our_outcomes.uncertainty)
+    if lacks_score.any():
+        return f"row {np.flatnonzero(lacks_score)[0]} has no uncertainty, but has one here"
     return None
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """The fault of a submitted result: metrics that its rows do not give; else None."""
+    """Which metrics of a submitted result differ from those of its rows; None if none does."""
     stated = {row.metric: row.value for row in result.results}
     differing = []
     for row in rows:

@@ -37,16 +37,16 @@ class Study(Section):
         return names
 
 
-class Placed(Protocol):
-    """A method, data set or setting that may have a position on the axis of a curve."""
+class OnAxis(Protocol):
+    """A method, data set or setting, which may have a position on the axis of a curve."""
 
     @property
     def x(self) -> float | None:
         """Position on the axis; None for an entry without a position."""
 
 
-class Known(Protocol):
-    """The names that views and claims may use; ``Config`` provides them."""
+class StudyNames(Protocol):
+    """The names in a study that views and claims may use; ``Config`` provides them."""
 
     metrics: Names
 
@@ -54,7 +54,7 @@ class Known(Protocol):
     def ranked_by(self) -> Names:
         """Metrics with intervals; methods are ranked by the first."""
 
-    def along(self, axis: str) -> Mapping[str, Placed]:
+    def entries_of(self, axis: str) -> Mapping[str, OnAxis]:
         """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
 
     @property
@@ -62,11 +62,16 @@ class Known(Protocol):
         """Labels of the methods whose results others submitted."""
 
 
-def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
-    """Raise a ValueError for an unknown name; ``chosen`` has the names to check, by axis."""
-    for axis, names in chosen.items():
+def require_all(
+    where: str, study_names: StudyNames, names_of_axis: Mapping[str, Names | None]
+) -> None:
+    """Raise a ValueError for an unknown name.
+
+    ``names_of_axis`` has the names to check by axis; None instead of names stands for all names.
+    """
+    for axis, names in names_of_axis.items():
         if names is not None:
-            require_known(f"{AXES[axis]} {where}", names, known.along(axis))
+            require_known(f"{AXES[axis]} {where}", names, study_names.entries_of(axis))
 
 
 class View(Section):
@@ -85,7 +90,7 @@ class View(Section):
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
-    def averages(self) -> bool:
+    def can_average(self) -> bool:
         """Whether the view can show means over data sets."""
         return False
 
@@ -95,52 +100,56 @@ class View(Section):
         return f"(view {self.name})"
 
     @property
-    def chosen(self) -> dict[str, Names | None]:
-        """Names to show on each axis; None: all."""
+    def chosen_names(self) -> dict[str, Names | None]:
+        """The names to show on each axis; None: all names."""
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
         # where ``self.data`` is None, all data sets are shown, and there is no name to check
         data = (*(self.data or ()), *self.mean)
         require_all(
             self.where,
-            known,
+            study_names,
             {"method": self.methods, "data": data, "setting": self.settings},
         )
-        require_known(f"metric {self.where}", self.metrics, known.metrics)
+        require_known(f"metric {self.where}", self.metrics, study_names.metrics)
         if self.means_only and not self.mean:
             raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
-        if self.mean and not self.averages:
+        if self.mean and not self.can_average:
             raise ValueError(
                 "means are for tables, and for curves over something else than data sets "
                 f"{self.where}"
             )
         if self.with_intervals:
-            require_known(f"metric with an interval {self.where}", self.metrics, known.ranked_by)
+            require_known(
+                f"metric with an interval {self.where}", self.metrics, study_names.ranked_by
+            )
 
-    def along(self, known: Known, axis: str) -> dict[str, Placed]:
+    def entries_of(self, study_names: StudyNames, axis: str) -> dict[str, OnAxis]:
         """The methods, data sets or settings that the view shows, by name."""
-        all_entries = known.along(axis)
+        all_entries = study_names.entries_of(axis)
         if axis == "method":
-            names = self._shown_methods(known)
+            names = self._methods_to_show(study_names)
         else:
-            names = self.chosen[axis] or tuple(all_entries)
+            names = self.chosen_names[axis] or tuple(all_entries)
         return {name: all_entries[name] for name in names}
 
-    def _shown_methods(self, known: Known) -> Names:
+    def _methods_to_show(self, study_names: StudyNames) -> Names:
         """The chosen methods (by default all of the study), then the guests.
 
         Guests are left out if the view is one without guests, or if a single method is chosen.
         """
-        own = [name for name in known.along("method") if name not in known.guests]
-        names = self.methods or tuple(own)
+        study_methods = [
+            name for name in study_names.entries_of("method") if name not in study_names.guests
+        ]
+        names = self.methods or tuple(study_methods)
         if not self.with_guests:
             return names
         has_single_method = self.methods is not None and len(self.methods) == 1
         if has_single_method:
             return names
-        return (*names, *known.guests)
+        return (*names, *study_names.guests)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """A table view of the numbers in a figure."""
@@ -158,7 +167,7 @@ class TableView(View):
     compete: Names = ("method",)  # values compete if they differ only in these fields
 
     @property
-    def averages(self) -> bool:
+    def can_average(self) -> bool:
         """True: a table can show means over data sets."""
         return True
 
@@ -172,14 +181,14 @@ class TableView(View):
                 raise ValueError(f"{name} is both in the rows and in the columns")
         return self
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for a table in which two numbers would share a cell."""
-        super().check(known)
-        shown = {axis: tuple(self.along(known, axis)) for axis in AXES}
-        shown["metric"] = self.metrics
+        super().check(study_names)
+        names_of_field = {axis: tuple(self.entries_of(study_names, axis)) for axis in AXES}
+        names_of_field["metric"] = self.metrics
         if self.means_only:
-            shown["data"] = ("mean",)
-        for field, names in shown.items():
+            names_of_field["data"] = ("mean",)
+        for field, names in names_of_field.items():
             if field not in (*self.rows, *self.columns) and len(names) > 1:
                 raise ValueError(
                     f"the view {self.name} has several values of {field} ({', '.join(names)}), "
@@ -201,7 +210,7 @@ class CurveView(View):
     ticks: dict[str, str] = Field(default_factory=dict)
 
     @property
-    def averages(self) -> bool:
+    def can_average(self) -> bool:
         """Whether the view can show means over data sets: not if data sets are its axis."""
         return self.x != "data"
 
@@ -211,10 +220,10 @@ class CurveView(View):
             raise ValueError("x, line and panel must be three different things")
         return self
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError if nothing has a position on the axis."""
-        super().check(known)
-        if all(entry.x is None for entry in self.along(known, self.x).values()):
+        super().check(study_names)
+        if all(entry.x is None for entry in self.entries_of(study_names, self.x).values()):
             raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
 
 
@@ -247,11 +256,13 @@ class GridView(View):
     select_on: str  # setting in which the best pair of values is chosen
     report_on: str  # setting in which the results of all pairs are reported
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
-        super().check(known)
-        require_known(f"metric with an interval {self.where}", self.metrics[:1], known.ranked_by)
-        require_all(self.where, known, {"setting": (self.select_on, self.report_on)})
+        super().check(study_names)
+        require_known(
+            f"metric with an interval {self.where}", self.metrics[:1], study_names.ranked_by
+        )
+        require_all(self.where, study_names, {"setting": (self.select_on, self.report_on)})
 
 
 class RankingView(View):
@@ -259,10 +270,10 @@ class RankingView(View):
 
     kind: Literal["ranking"]
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for chosen names: a ranking shows everything."""
-        super().check(known)
-        if any(self.chosen.values()) or self.metrics != RANKED_BY:
+        super().check(study_names)
+        if any(self.chosen_names.values()) or self.metrics != RANKED_BY:
             raise ValueError(
                 f"a ranking is of everything, so there is nothing to choose {self.where}"
             )
@@ -302,12 +313,12 @@ class Claim(Section):
     def subjects(self) -> tuple[Names, Names]:
         """Methods and settings that the claim is about."""
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
-        require_all("(claim)", known, {"data": self.data})
-        require_known("metric (claim)", [self.metric], known.ranked_by)
+        require_all("(claim)", study_names, {"data": self.data})
+        require_known("metric (claim)", [self.metric], study_names.ranked_by)
         methods, settings = self.subjects
-        require_all("(claim)", known, {"method": methods, "setting": settings})
+        require_all("(claim)", study_names, {"method": methods, "setting": settings})
 
 
 class Better(Claim):
@@ -336,12 +347,12 @@ class Trend(Claim):
         """The method and the settings of the line."""
         return (self.method,), self.settings
 
-    def check(self, known: Known) -> None:
+    def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for settings without a position on a logarithmic axis."""
-        super().check(known)
-        x = [known.along("setting")[name].x for name in self.settings]
-        on_axis = [value for value in x if value is not None and value > 0]
-        if len(on_axis) < len(x) or len(set(on_axis)) < 2:
+        super().check(study_names)
+        x = [study_names.entries_of("setting")[name].x for name in self.settings]
+        positive = [value for value in x if value is not None and value > 0]
+        if len(positive) < len(x) or len(set(positive)) < 2:
             raise ValueError(
                 f"the trend of {self.method} needs settings with different x above zero"
             )
@@ -389,12 +400,12 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
         cells = tables.setdefault(row["table"], {})
         value = round(float(row["percent"]) / 100, 6)
         number = Published(value, row["backbone"], row["source"], row["doubt"])
-        before = cells.get(key, ())
-        if number.backbone in {earlier.backbone for earlier in before}:
+        earlier_numbers = cells.get(key, ())
+        if number.backbone in {earlier.backbone for earlier in earlier_numbers}:
             raise DataError(
                 f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}."
             )
-        cells[key] = (*before, number)
+        cells[key] = (*earlier_numbers, number)
     return tables
 
 

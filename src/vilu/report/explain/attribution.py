@@ -1,4 +1,4 @@
-"""Shares of the inputs in a score: Shapley values of groups of inputs."""
+"""Shares of groups of inputs in a score, as Shapley values."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def shapley(values: Tensor) -> Tensor:
 
         phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)]
 
-    The sum is over the coalitions S without player g. The phi_g add up to v(all) - v(nobody). A
-    player that never changes v gets zero. Two interchangeable players get equal values.
+    The sum is over the coalitions S without player g. The values phi_g of all players add up to
+    v(all) - v(nobody). A player that never changes v gets zero. Two interchangeable players get
+    equal values.
 
     Args:
         values: (2^G, B) float64 value v(S) of every coalition S. The index of S in the first
@@ -36,19 +37,19 @@ def shapley(values: Tensor) -> Tensor:
         >>> shapley(values).squeeze(1).tolist()  # (1 - 0 + 6 - 3) / 2 and (3 - 0 + 6 - 1) / 2
         [2.0, 4.0]
     """
-    n = len(values).bit_length() - 1
-    if len(values) != 1 << n:
+    n_players = len(values).bit_length() - 1
+    if len(values) != 1 << n_players:
         raise ValueError(f"the number of coalitions must be a power of two, not {len(values)}")
-    parts = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
-    for player in range(n):
+    shapley_values = torch.zeros(n_players, *values.shape[1:], dtype=values.dtype)
+    for player in range(n_players):
         bit = 1 << player
-        for coalition in range(1 << n):
+        for coalition in range(1 << n_players):
             if coalition & bit:
                 continue
             # |S|! (G - |S| - 1)! / G!
-            weight = 1 / (n * math.comb(n - 1, coalition.bit_count()))
-            parts[player] += weight * (values[coalition | bit] - values[coalition])
-    return parts
+            weight = 1 / (n_players * math.comb(n_players - 1, coalition.bit_count()))
+            shapley_values[player] += weight * (values[coalition | bit] - values[coalition])
+    return shapley_values
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,14 @@ def coalitions_of(predictor: FailurePredictor) -> Coalitions:
 
 
 class Attributor:
-    """Attributions of one predictor's scores against ``n`` drawn background rows.
+    """Attributions of one predictor's scores, in comparison with drawn background rows.
+
+    Args:
+        predictor: The predictor.
+        background: Source of the background rows.
+        n_rows: Number of background rows to draw.
+        seed: Seed of the draw.
+        rows_to_leave_out: Positions of rows that are not drawn.
 
     Raises:
         NoAttribution: If the predictor allows no attribution.
@@ -88,16 +96,18 @@ class Attributor:
         self,
         predictor: FailurePredictor,
         background: EmbeddingSource,
-        n: int,
+        n_rows: int,
         seed: int,
-        leave_out: Tensor,
+        rows_to_leave_out: Tensor,
     ) -> None:
         self.coalitions = coalitions_of(predictor)
-        rows = draw_rows(background, n, seed, leave_out)
-        self.n_background = len(rows)
-        self.coalitions.see(list(scored_rows(predictor, background, rows, self.coalitions.step)))
+        background_rows = draw_rows(background, n_rows, seed, rows_to_leave_out)
+        self.n_background = len(background_rows)
+        self.coalitions.see(
+            list(scored_rows(predictor, background, background_rows, self.coalitions.step))
+        )
 
-    def of(self, scored: Scored) -> list[Attribution]:
+    def attribute(self, scored: Scored) -> list[Attribution]:
         """One attribution per row of a batch."""
         values = self.coalitions.values(*scored)
         # the first coalition has no player, and the last one has all players

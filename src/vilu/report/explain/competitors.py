@@ -23,18 +23,18 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import CrossAttention
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.predictors.vilu.head import HeadPredictor
-from vilu.report.explain.rows import Names, plain_rows, truths
+from vilu.report.explain.rows import Names, truths, unscored_rows
 
 
 class Weights(NamedTuple):
     """A way to weight the candidates of rows. The weights of a row sum up to one."""
 
     meaning: str  # short description of the weights
-    of: Callable[[Batch], Tensor]  # function from a batch to the (B, K) weights of its candidates
+    compute: Callable[[Batch], Tensor]  # returns the weights (B, K) of the candidates of a batch
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose the weights of candidates that fit a method.
+    """Choose, for a method, the weights by which its candidates are compared.
 
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
@@ -47,12 +47,12 @@ def weights_of(predictor: FailurePredictor) -> Weights:
         meaning = "weights of the trained attention"
         if len(attentions) > 1:
             meaning += f", mean of {len(attentions)} members"
-        return Weights(meaning, partial(_attention, attentions))
+        return Weights(meaning, partial(_attention_weights, attentions))
     if isinstance(predictor, ViLUPlus):
-        return Weights("posterior of the pooled experts", partial(_pooled, predictor))
+        return Weights("posterior of the pooled experts", partial(_pooled_posterior, predictor))
     if predictor.answer == "adapted":
-        return Weights(f"posterior of {predictor.name}", partial(_own, predictor))
-    return Weights("zero-shot posterior", _zero_shot)
+        return Weights(f"posterior of {predictor.name}", partial(_own_posterior, predictor))
+    return Weights("zero-shot posterior", _zero_shot_posterior)
 
 
 def _attentions(predictor: FailurePredictor) -> list[CrossAttention]:
@@ -62,24 +62,24 @@ def _attentions(predictor: FailurePredictor) -> list[CrossAttention]:
     return [head.attention for head in predictor.heads if head.attention is not None]
 
 
-def _zero_shot(batch: Batch) -> Tensor:
+def _zero_shot_posterior(batch: Batch) -> Tensor:
     """(B, K) posterior of the zero-shot model."""
     return log_posterior(batch).exp()
 
 
-def _own(predictor: FailurePredictor, batch: Batch) -> Tensor:
-    """(B, K) posterior of a method that has one."""
+def _own_posterior(predictor: FailurePredictor, batch: Batch) -> Tensor:
+    """(B, K) posterior of a method that has a posterior of its own."""
     return predictor.log_posterior(batch).exp()
 
 
-def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
+def _pooled_posterior(predictor: ViLUPlus, batch: Batch) -> Tensor:
     """(B, K) posterior of the pooled experts."""
     experts = predictor.experts.to(batch.image.device)
     pooled = experts.pooled_parts(batch)
     return pooled.logits.softmax(dim=1)
 
 
-def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
+def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor:
     """(B, K) weights of the attentions, averaged over the attentions."""
     total = torch.zeros(
         len(batch.image), len(batch.text), device=batch.image.device, dtype=torch.float32
@@ -107,7 +107,7 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
     with torch.no_grad():
         # ``scored`` gives the same answers as ``vilu.score``; its uncertainties are not needed
         for batch, _ in predictor.scored(data):
-            weight = weights.of(batch)
+            weight = weights.compute(batch)
             # A candidate whose text equals the text of the answer is no competitor of the answer.
             # Candidates of equal texts have the same value of ``first_equal``.
             group = batch.first_equal
@@ -137,7 +137,7 @@ class RowsToSkip(NamedTuple):
     hashes: NDArray[np.uint64]  # (B,)
 
 
-class Near(NamedTuple):
+class NearRow(NamedTuple):
     """A training row near an explained row."""
 
     row: int  # position of the training row
@@ -170,48 +170,48 @@ class TrainingRows:
         failures = self._search(image, to_skip, self.failures, n)
         successes = self._search(image, to_skip, self.successes, n)
         all_near = chain.from_iterable(failures + successes)
-        answers = self._answers({near.row for near in all_near})
+        answers = self._answers_and_truths({near.row for near in all_near})
         neighbours = []
         for near_failures, near_successes in zip(failures, successes, strict=True):
-            wrong = self._neighbours(near_failures, answers)
-            right = self._neighbours(near_successes, answers)
-            neighbours.append((wrong, right))
+            wrong_neighbours = self._neighbours(near_failures, answers)
+            right_neighbours = self._neighbours(near_successes, answers)
+            neighbours.append((wrong_neighbours, right_neighbours))
         return neighbours
 
     def _neighbours(
-        self, near_rows: list[Near], answers: dict[int, AnswerAndTruth]
+        self, near_rows: list[NearRow], answers: dict[int, AnswerAndTruth]
     ) -> list[Neighbour]:
         """Add the keys and the names to training rows."""
         neighbours = []
         for near in near_rows:
-            named = answers[near.row]
+            names = answers[near.row]
             neighbour = Neighbour(
                 key=self.train.ids[near.row],
                 cosine=near.cosine,
-                answer=named.answer,
-                truth=named.truth,
+                answer=names.answer,
+                truth=names.truth,
             )
             neighbours.append(neighbour)
         return neighbours
 
     def _search(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, n: int
-    ) -> list[list[Near]]:
+    ) -> list[list[NearRow]]:
         """The ``n`` nearest training rows of each image."""
-        # More than n rows are searched for, because some may be the image itself. The number is
-        # increased until every image has n neighbours or all training rows are searched.
+        # Some of the nearest rows may be the image itself, so more than n rows are searched for.
+        # Their number is increased until every image has n neighbours, or all rows are searched.
         n_more = 1
         while True:
-            near = self._near_but_own(image, to_skip, rows, n + n_more)
-            n_fewest = min(map(len, near), default=n)
+            near = self._near_other_rows(image, to_skip, rows, n + n_more)
+            fewest_neighbours = min(map(len, near), default=n)
             has_searched_all = n + n_more >= len(rows)
-            if n_fewest >= n or has_searched_all:
+            if fewest_neighbours >= n or has_searched_all:
                 return [rows_of_image[:n] for rows_of_image in near]
             n_more *= 8
 
-    def _near_but_own(
+    def _near_other_rows(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
-    ) -> list[list[Near]]:
+    ) -> list[list[NearRow]]:
         """The ``k`` nearest training rows of each image, without rows that are the image itself."""
         cosine, index = nearest_rows(image, Rows(self.train, rows), k)
         row = rows[index]  # (B, k), as are ``cosine`` and ``is_own``
@@ -220,22 +220,22 @@ class TrainingRows:
             hashes = self.train.identities(to_skip.kind, row.flatten().numpy()).reshape(row.shape)
             is_own = torch.from_numpy(hashes == to_skip.hashes.reshape(-1, 1))
         near = []
-        for rows_of_image, cosines_of_image, are_own in zip(row, cosine, is_own, strict=True):
-            is_kept = ~are_own
+        for rows_of_image, cosines_of_image, is_own_row in zip(row, cosine, is_own, strict=True):
+            is_other = ~is_own_row
             near_image = map(
-                Near, rows_of_image[is_kept].tolist(), cosines_of_image[is_kept].tolist()
+                NearRow, rows_of_image[is_other].tolist(), cosines_of_image[is_other].tolist()
             )
             near.append(list(near_image))
         return near
 
-    def _answers(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
+    def _answers_and_truths(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
         """Names of the answer and of the truth, by training row."""
         names = Names(self.train)
         answers = {}
-        for batch in plain_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
+        for batch in unscored_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
             columns = (batch.index.tolist(), batch.prediction.tolist(), truths(batch).tolist())
             for row, answer, truth in zip(*columns, strict=True):
-                answers[row] = AnswerAndTruth(names.of(row, answer), names.of(row, truth))
+                answers[row] = AnswerAndTruth(names.name_of(row, answer), names.name_of(row, truth))
         return answers
 
 
@@ -248,14 +248,16 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.
     """
-    best = torch.empty(len(image), 0, dtype=torch.float32)
+    best_cosine = torch.empty(len(image), 0, dtype=torch.float32)
     position = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
-    for part, block in image_blocks(rows):
+    for row_slice, block in image_blocks(rows):
         cosine, index = nearest(query, block, k)
         # a stable sort keeps tied rows of earlier blocks before tied rows of this block
-        ranked, order = torch.cat([best, cosine], dim=1).sort(dim=1, descending=True, stable=True)
-        positions = torch.cat([position, index + part.start], dim=1).gather(1, order)
-        best = ranked[:, :k]
+        sorted_cosine, order = torch.cat([best_cosine, cosine], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        positions = torch.cat([position, index + row_slice.start], dim=1).gather(1, order)
+        best_cosine = sorted_cosine[:, :k]
         position = positions[:, :k]
-    return best, position
+    return best_cosine, position

@@ -29,7 +29,7 @@ from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, more_line, shown
 from vilu.validation import checked
 
-SHOWN = 15  # rows of a printed table; further rows are only counted
+MAX_ROWS_SHOWN = 15  # maximum number of rows of a printed table; other rows are only counted
 
 
 def require_json(path: str | Path) -> None:
@@ -65,9 +65,12 @@ class Findings:
         write_json(path, self.to_dict())
 
 
-def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Format the first ``SHOWN`` rows as a table, and a last line that counts the other rows."""
-    return [*aligned([heading, *rows[:SHOWN]]), *more_line(len(rows), SHOWN, what)]
+def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
+    """Format the first rows as a table. A last line counts the other rows, which ``noun`` names."""
+    return [
+        *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
+        *more_line(len(rows), MAX_ROWS_SHOWN, noun),
+    ]
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,12 @@ class Explanations(Findings):
         kind = "a score, higher = more likely wrong"
         if self.is_probability:
             kind = "probability of failure"
-        judged = ""
+        answers_line = ""
         if self.answer != "zero_shot":
-            judged = f"answers       {self.answer}; in brackets their zero-shot probability\n"
+            answers_line = f"answers       {self.answer}; in brackets their zero-shot probability\n"
         head = (
             f"method        {self.method}; uncertainty: {kind}\n"
-            f"{judged}"
+            f"{answers_line}"
             f"competitors   {self.weights}\n"
             f"attribution   {self.attribution}\n"
             f"neighbours    {self.neighbours}"
@@ -197,7 +200,7 @@ class Depth(NamedTuple):
     seed: int = 0  # seed of the draw of background rows
 
 
-DEFAULT = Depth()
+DEFAULT_DEPTH = Depth()
 
 
 @checked
@@ -209,7 +212,7 @@ def explain(
     rows: Sequence[int | str] | None = None,
     *,
     n: int = 10,
-    depth: Depth = DEFAULT,
+    depth: Depth = DEFAULT_DEPTH,
 ) -> Explanations:
     """Explain why some answers are suspicious.
 
@@ -257,9 +260,9 @@ def explain(
             "with one candidate no other answer was possible, so there is nothing to explain."
         )
     if rows is None:
-        chosen = most_uncertain(predictor, data, n)
+        chosen_rows = most_uncertain(predictor, data, n)
     else:
-        chosen = find_rows(data, rows)
+        chosen_rows = find_rows(data, rows)
     neighbours = "left out: no training rows given"
     if train is not None:
         data.space.require_match(
@@ -268,17 +271,17 @@ def explain(
         neighbours = f"of {len(train)} training rows"
         if predictor.answer != "zero_shot":
             neighbours += ", right or wrong by their zero-shot answers"
-    attributor, attribution = _attributor(predictor, data, train, chosen, depth)
-    explained = _explained(predictor, data, chosen, depth, attributor)
+    attributor, attribution = _attributor(predictor, data, train, chosen_rows, depth)
+    explained_rows = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
     return Explanations(
-        rows=tuple(_with_neighbours(explained, data, train, depth)),
+        rows=tuple(_with_neighbours(explained_rows, data, train, depth)),
         method=predictor.label,
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
         unit=None if attributor is None else attributor.coalitions.unit,
         attribution=attribution,
         neighbours=neighbours,
-        n_seen=_count_fitted_rows(predictor, data, chosen),
+        n_seen=_count_fitted_rows(predictor, data, chosen_rows),
         answer=predictor.answer,
     )
 
@@ -287,20 +290,20 @@ def _attributor(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     train: EmbeddingSource | None,
-    chosen: Tensor,
+    chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """The attributor with a sentence that defines it, or None with the reason why there is none."""
+    """The attributor with a sentence about it; or None, with the reason why there is none."""
     source = data
-    leave_out = chosen
+    rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
-    n_unexplained = len(data.usable_rows) - len(chosen)
+    n_unexplained = len(data.usable_rows) - len(chosen_rows)
     if train is not None and n_unexplained < depth.background:
         source = train
-        leave_out = torch.empty(0, dtype=torch.int64)
+        rows_to_leave_out = torch.empty(0, dtype=torch.int64)
         kind_of_rows = "training"
     try:
-        attributor = Attributor(predictor, source, depth.background, depth.seed, leave_out)
+        attributor = Attributor(predictor, source, depth.background, depth.seed, rows_to_leave_out)
     except NoAttribution as reason:
         return None, f"left out: {reason}"
     background = f"{attributor.n_background} {kind_of_rows} rows"
@@ -328,7 +331,7 @@ class _Explained(NamedTuple):
     image: Tensor  # (D,) embedding
 
 
-def _explained(
+def _explain_without_neighbours(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     rows: Tensor,
@@ -336,33 +339,37 @@ def _explained(
     attributor: Attributor | None,
 ) -> list[_Explained]:
     """Explain rows without neighbours, in the order of ``rows``."""
-    by_row: dict[int, _Explained] = {}
+    explained_of_row: dict[int, _Explained] = {}
     names = Names(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
-        for scored in scored_rows(predictor, data, rows):
-            batch, _ = scored
-            explanations = _of_batch(scored, names, weights, depth, attributor)
+        for scored_batch in scored_rows(predictor, data, rows):
+            batch, _ = scored_batch
+            explanations = _explain_batch(scored_batch, names, weights, depth, attributor)
             for explanation, image in zip(explanations, batch.image, strict=True):
-                by_row[explanation.row] = _Explained(explanation, image.cpu())
+                explained_of_row[explanation.row] = _Explained(explanation, image.cpu())
                 task.advance(1)
-    return [by_row[row] for row in rows.tolist()]
+    return [explained_of_row[row] for row in rows.tolist()]
 
 
-def _of_batch(
-    scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
+def _explain_batch(
+    scored_batch: Scored,
+    names: Names,
+    weights: Weights,
+    depth: Depth,
+    attributor: Attributor | None,
 ) -> Iterator[Explanation]:
     """Yield the explanations of a batch's rows, in order."""
-    batch, scores = scored
+    batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
     n_leaders = min(depth.candidates, len(batch.text))
-    weight, leader = leaders(weights.of(batch).cpu(), n_leaders)
+    weight, leader = leaders(weights.compute(batch).cpu(), n_leaders)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
     attributions: list[Attribution] | None = None
     if attributor is not None:
-        attributions = attributor.of(scored)
+        attributions = attributor.attribute(scored_batch)
     for i, row in enumerate(batch.index.tolist()):
         answer = int(batch.prediction[i])
         is_labelled = truth[i] != UNKNOWN
@@ -370,23 +377,23 @@ def _of_batch(
         yield Explanation(
             row=row,
             key=names.data.ids[row],
-            answer=names.of(row, answer),
+            answer=names.name_of(row, answer),
             posterior=float(posterior[i, answer]),
             uncertainty=float(scores[i]),
-            truth=names.of(row, truth[i]) if is_labelled else None,
+            truth=names.name_of(row, truth[i]) if is_labelled else None,
             wrong=bool(failure[i]) if is_judged else None,
             competitors=_competitors(row, names, leader[i], weight[i], posterior[i]),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[i],
-            zero_shot=None if zero_shot[i] == answer else names.of(row, zero_shot[i]),
+            zero_shot=None if zero_shot[i] == answer else names.name_of(row, zero_shot[i]),
         )
 
 
 def _competitors(
     row: int, names: Names, leader: Tensor, weight: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
-    """Name the candidates of largest weight of one row.
+    """The candidates of largest weight of one row, with their names.
 
     Args:
         row: Position of the row.
@@ -397,13 +404,13 @@ def _competitors(
     """
     competitors = []
     for candidate, candidate_weight in zip(leader.tolist(), weight.tolist(), strict=True):
-        name = names.of(row, candidate)
+        name = names.name_of(row, candidate)
         competitors.append(Competitor(name, candidate_weight, float(posterior[candidate])))
     return tuple(competitors)
 
 
 def _with_neighbours(
-    explained: list[_Explained],
+    explained_rows: list[_Explained],
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     depth: Depth,
@@ -412,10 +419,10 @@ def _with_neighbours(
 
     One pass over the training rows finds the neighbours of all explained rows.
     """
-    explanations = [explanation for explanation, _ in explained]
-    if train is None or not explained:
+    explanations = [explanation for explanation, _ in explained_rows]
+    if train is None or not explained_rows:
         return explanations
-    images = torch.stack([image for _, image in explained])
+    images = torch.stack([image for _, image in explained_rows])
     rows = np.array([explanation.row for explanation in explanations])
     kind_of_identity = common_identity(
         train.identified_by, data.identified_by, ("the training set", "the explained rows")
@@ -434,10 +441,10 @@ def _with_neighbours(
 
 def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """Count the rows that were used to fit the predictor, and warn if there are any."""
-    seen = predictor.seen(data, rows.numpy())
-    if len(seen):
+    overlap = predictor.seen(data, rows.numpy())
+    if len(overlap):
         warn_caller(
-            f"{seen.in_words('explained rows')} were used to fit this {predictor.name}: "
+            f"{overlap.in_words('explained rows')} were used to fit this {predictor.name}: "
             "their scores say little about new images.",
         )
-    return len(seen)
+    return len(overlap)

@@ -19,18 +19,18 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
-from vilu.report.explain.rows import ROWS, class_name
+from vilu.report.explain.rows import BATCH_ROWS, class_name
 from vilu.validation import checked, require_at_least
 
-STEPS = (0.5, 1.0, 2.0, 4.0, 8.0)
+STEP_SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Step sizes m that are tried: how far a text is moved towards the images of its class."""
-SHARED = (0.0, 0.1)
+SHARES_OF_MEAN = (0.0, 0.1)
 """Shares kappa that are tried: how much of the mean of all images is added to a text."""
-MIXES = tuple(itertools.product(STEPS, SHARED))
+MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
 """All pairs (m, kappa) that are tried."""
 
 FOLDS = 5
-MIN_FOLDS = 3  # one fold to measure on, one to choose the mix on, one or more to fit the means on
+MIN_FOLDS = 3  # one to measure on, one to choose the mix on, and at least one to fit the means on
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
@@ -131,7 +131,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         >>> best.name, best.failures, best.saved  # a better text saves all failures
         ('cup', 14, 14)
     """
-    rows, n, failures = _labelled(data, folds)
+    rows, n, failures = _labelled_rows(data, folds)
     no_rows = rows[:0]
     text = data.candidates(no_rows).text  # all rows have the same candidates
     first_row_of_picture, picture = Rows(data, rows).pictures()
@@ -144,19 +144,20 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     means = _Means(data, rows, fold, folds)
     changes = []
     with track("better texts", len(rows), "rows") as task:
-        for measured in range(folds):
-            # For every fold ``left_out``: texts that are learned without that fold and without the
-            # fold ``measured``.
-            better = [means.better_texts(text, {measured, left_out}) for left_out in range(folds)]
-            measured_rows = rows[fold[rows] == measured]
-            changes.append(_changes(data, measured_rows, better, task))
+        for measured_fold in range(folds):
+            # for every fold, the texts that are learned without it and without ``measured_fold``
+            texts_without_fold = [
+                means.better_texts(text, {measured_fold, left_out}) for left_out in range(folds)
+            ]
+            measured_rows = rows[fold[rows] == measured_fold]
+            changes.append(_changes(data, measured_rows, texts_without_fold, task))
     saved, lost = _at_best_mix(torch.stack(changes))
-    ranked = tuple(_ranked(data, n, failures, saved, lost))
+    gains = tuple(_gains_in_order(data, n, failures, saved, lost))
     accuracy = 1 - float(failures.sum() / n.sum())
-    return PromptGains(rows=ranked, n=len(rows), accuracy=accuracy, folds=folds)
+    return PromptGains(rows=gains, n=len(rows), accuracy=accuracy, folds=folds)
 
 
-def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
+def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
     """Usable labelled rows (N,), their number per class (K,), and the failures per class (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
@@ -172,7 +173,7 @@ def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor
         )
     n = torch.zeros(data.n_candidates, dtype=torch.int64)
     failures = torch.zeros_like(n)
-    for batch in data.batches(ROWS, rows=rows):
+    for batch in data.batches(BATCH_ROWS, rows=rows):
         n += batch.target.bincount(minlength=data.n_candidates)
         failures += batch.target[batch.failure == 1].bincount(minlength=data.n_candidates)
     return rows, n, failures
@@ -190,28 +191,28 @@ class _Means:
         k = data.n_candidates
         total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
         n = torch.zeros(folds * k, dtype=torch.float64)
-        for batch in data.batches(ROWS, rows=rows):
+        for batch in data.batches(BATCH_ROWS, rows=rows):
             cell = fold[batch.index] * k + batch.target  # number of the pair of fold and class
             total.index_add_(0, cell, batch.image.double())
             n += cell.bincount(minlength=folds * k)
         self.total = total.view(folds, k, -1)
         self.n = n.view(folds, k)
 
-    def better_texts(self, text: Tensor, without: set[int]) -> Tensor:
-        """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``without``.
+    def better_texts(self, text: Tensor, left_out: set[int]) -> Tensor:
+        """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``left_out``.
 
         A class without images in these folds keeps its current text.
         """
-        folds = [fold for fold in range(len(self.n)) if fold not in without]
+        folds = [fold for fold in range(len(self.n)) if fold not in left_out]
         n = self.n[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
         has_images = n > 0
         mean = self.total[folds].sum(dim=0) / n.clamp(min=1)  # mu_c of every class
-        shared = mean[has_images.squeeze(1)].mean(dim=0)  # mu
-        moved = []
+        mean_of_classes = mean[has_images.squeeze(1)].mean(dim=0)  # mu
+        moved_texts = []
         for m, kappa in MIXES:
-            delta = mean - shared
-            moved.append(text.double() + m * (delta + kappa * shared))
-        better = torch.where(has_images, torch.stack(moved), text.double())
+            delta = mean - mean_of_classes
+            moved_texts.append(text.double() + m * (delta + kappa * mean_of_classes))
+        better = torch.where(has_images, torch.stack(moved_texts), text.double())
         return normalize(better, dim=-1).float()
 
 
@@ -264,22 +265,27 @@ class Rivals(NamedTuple):
         return torch.stack([saved, lost])
 
 
-def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task: Task) -> Tensor:
+def _changes(
+    data: EmbeddingSource, rows: Tensor, texts_without_fold: Sequence[Tensor], task: Task
+) -> Tensor:
     """Count the rows that become right or wrong with each of the new texts.
 
     Args:
         data: The source of the rows.
         rows: Positions of the rows to count, all in one fold.
-        better: (mixes, K, D) new texts for each fold g, made without the images of fold g.
+        texts_without_fold: For each fold g, new texts (mixes, K, D) that are made without the
+            images of fold g.
         task: Progress of the whole run.
 
     Returns:
         (folds, mixes, 2, K) number of rows that become right, and that become wrong.
     """
-    changes = torch.zeros(len(better), len(MIXES), 2, data.n_candidates, dtype=torch.int64)
-    for batch in data.batches(ROWS, rows=rows):
+    changes = torch.zeros(
+        len(texts_without_fold), len(MIXES), 2, data.n_candidates, dtype=torch.int64
+    )
+    for batch in data.batches(BATCH_ROWS, rows=rows):
         rivals = Rivals.of(batch)
-        for left_out, texts in enumerate(better):
+        for left_out, texts in enumerate(texts_without_fold):
             for mix, mixed_texts in enumerate(texts):
                 changes[left_out, mix] += rivals.changes(batch, mixed_texts)
         task.advance(len(batch.index))
@@ -297,18 +303,20 @@ def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
         changes: (folds, folds, mixes, 2, K) numbers of rows that become right, and wrong. Entry
             [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
-    measured = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
-    on_other_folds = changes.sum(dim=0) - measured  # entry g is the sum over all folds f but g
-    saved_on_others, lost_on_others = on_other_folds.unbind(dim=2)  # (folds, mixes, K) each
+    own_changes = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
+    changes_of_others = (
+        changes.sum(dim=0) - own_changes
+    )  # entry g is the sum over all folds f but g
+    saved_on_others, lost_on_others = changes_of_others.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
-    at_best_mix = measured.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
+    at_best_mix = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
     gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
     saved, lost = (at_best_mix * gains_anything).sum(dim=(0, 1))
     return saved, lost
 
 
-def _ranked(
+def _gains_in_order(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
     """Yield the gains of all classes, the largest gain first."""

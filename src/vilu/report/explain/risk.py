@@ -14,7 +14,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import class_name
-from vilu.report.figures import probability
+from vilu.report.figures import failure_probability_of
 from vilu.validation import checked, require_between
 
 
@@ -30,7 +30,8 @@ class Confusion:
     instead: str  # name of the true class, or "none of the classes"
     failures: float  # number of failures; without labels the sum of their probabilities
     share: float  # ``failures`` divided by the failures of all confusions
-    uncertainty: float  # mean uncertainty of the failures; without labels weighted by probability
+    # mean uncertainty of the failures; without labels, all rows are weighted by their probability
+    uncertainty: float
     # number of failures among the accepted answers; expected number for ties at the threshold
     accepted: float
     # share of the selective risk: ``accepted`` divided by the number of all accepted answers
@@ -71,21 +72,21 @@ class RiskMap(Findings):
         if self.labelled:
             title_of_right_class = "true"
             failures = "failures"
-            are = "are"
+            verb = "are"
         else:
             title_of_right_class = "competitor"
             failures = "expected failures"
-            are = "are expected to be"
+            verb = "are expected to be"
         left_out = ""
         if self.n_left_out:
             left_out = f"; {self.n_left_out:,} rows without score or label left out"
-        judged = "answers"
+        answers = "answers"
         if self.answer != "zero_shot":
-            judged = f"{self.answer} answers"
+            answers = f"{self.answer} answers"
         head = (
-            f"{self.failures:,.1f} {failures} in {self.n:,} {judged}{left_out}. "
+            f"{self.failures:,.1f} {failures} in {self.n:,} {answers}{left_out}. "
             f"Of the {self.coverage:.0%} most trusted "
-            f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
+            f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {verb} wrong."
         )
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
         heading = ("answered", title_of_right_class, failures, *measures)
@@ -141,7 +142,7 @@ def risk_map(
             "captions have no classes to confuse, so there is no risk map of them. Give class data."
         )
     require_between("coverage", coverage, "(0, 1]")
-    prediction = _answers(outcomes)
+    prediction = _judged_answers(outcomes)
     is_counted = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
     is_judged = is_counted & (outcomes.failure != UNKNOWN)
     labelled = bool(is_judged.any())
@@ -152,7 +153,7 @@ def risk_map(
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
     uncertainty = outcomes.uncertainty[rows]
-    failure = outcomes.failure if labelled else _probability(outcomes)
+    failure = outcomes.failure if labelled else _require_probability(outcomes)
     weight = failure[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
     confusions = _confusions(
@@ -171,7 +172,7 @@ def risk_map(
     )
 
 
-def _answers(outcomes: Outcomes) -> Ints:
+def _judged_answers(outcomes: Outcomes) -> Ints:
     """(N,) the judged answers."""
     if outcomes.prediction is None:
         raise DataError(
@@ -186,9 +187,9 @@ def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
     return -confusion.risk, -confusion.failures, confusion.answer, confusion.instead
 
 
-def _probability(outcomes: Outcomes) -> Floats:
+def _require_probability(outcomes: Outcomes) -> Floats:
     """(N,) calibrated probability of failure, or the uncertainty if it is a probability."""
-    probabilities = probability(outcomes)
+    probabilities = failure_probability_of(outcomes)
     if probabilities is None:
         raise UsageError(
             "without labels failures are expected from probabilities, "
@@ -209,7 +210,7 @@ def _true_or_competing_class(
                 "and these outcomes have failures but no targets."
             )
         return np.where(outcomes.outside, OUTSIDE, outcomes.target)
-    _probability(outcomes)  # raises UsageError if there is no probability
+    _require_probability(outcomes)  # raises UsageError if there is no probability
     if competitor is None:
         raise UsageError(
             "without labels a risk map needs the strongest competitor of every answer."
@@ -254,14 +255,14 @@ def _confusions(
     ``weight`` is how much of a failure a row is, and ``accepted`` is its ``acceptance``.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
-    distinct, inverse = np.unique(pairs, axis=0, return_inverse=True)
+    distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)
     group = inverse.ravel()
-    n_groups = len(distinct)
+    n_groups = len(distinct_pairs)
     failures = np.bincount(group, weights=weight, minlength=n_groups).tolist()
     uncertainty_sums = np.bincount(group, weights=weight * uncertainty, minlength=n_groups).tolist()
     accepted_failures = np.bincount(group, weights=weight * accepted, minlength=n_groups).tolist()
     confusions = []
-    for number, (answer, right_class) in enumerate(distinct.tolist()):
+    for number, (answer, right_class) in enumerate(distinct_pairs.tolist()):
         n_failures = failures[number]
         if n_failures > 0:
             confusion = Confusion(

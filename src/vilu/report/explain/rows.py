@@ -19,7 +19,7 @@ from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.predictors.contract.coalitions import NONE
 from vilu.predictors.contract.predictor import FailurePredictor
 
-ROWS = 1_024  # maximum number of rows in a batch
+BATCH_ROWS = 1_024  # maximum number of rows in a batch
 MAX_POOLS = 8  # maximum number of pools that rows are drawn from, for image-caption pairs
 
 
@@ -30,29 +30,29 @@ def scored_rows(
 
     The rows come in the order of the source, or in the order of its pools.
 
-    The rounding of a matrix product depends on the number of rows in it. Therefore every block of
-    ``vilu.score`` that contains a wanted row is scored as a whole. Then answers and uncertainties
-    are equal to those of ``vilu.score`` in every digit. ``step`` is the number of rows of a block.
-    With step 1 only the wanted rows are scored, for callers that do not use the uncertainties.
+    The rounding of a matrix product depends on the number of its rows. So that answers and
+    uncertainties are those of ``vilu.score`` in every digit, the blocks of ``vilu.score`` that
+    contain a wanted row are scored as a whole. ``step`` is the number of rows of a block. With step
+    1 only the wanted rows are scored, which is enough if the uncertainties are not used.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
-        for part, pool in batch.by_pool():
-            wanted = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
-            for indices in wanted.split(ROWS):
-                if len(indices):
-                    chosen = select(pool, indices.to(pool.index.device))
-                    yield chosen, scores[part][indices.numpy()]
+        for slice_of_pool, pool in batch.by_pool():
+            wanted_indices = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
+            for block in wanted_indices.split(BATCH_ROWS):
+                if len(block):
+                    wanted_batch = select_rows(pool, block.to(pool.index.device))
+                    yield wanted_batch, scores[slice_of_pool][block.numpy()]
 
 
-def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
+def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Yield batches of the wanted rows like ``scored_rows``, but without uncertainties."""
-    for batch in data.batches(ROWS, rows=whole_steps(data, rows, 1)):
+    for batch in data.batches(BATCH_ROWS, rows=whole_steps(data, rows, 1)):
         indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
         if len(indices):
-            yield select(batch, indices)
+            yield select_rows(batch, indices)
 
 
-def select(batch: Batch, indices: Tensor) -> Batch:
+def select_rows(batch: Batch, indices: Tensor) -> Batch:
     """Select the rows of a batch at these indices, with all candidates of the batch.
 
     The rows keep the zero-shot answers that were computed for the whole batch.
@@ -71,14 +71,14 @@ def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
     return data.usable_rows[torch.isin(step, wanted_steps)]
 
 
-def _pool(data: EmbeddingSource, number: int) -> Tensor:
+def _rows_of_pool(data: EmbeddingSource, number: int) -> Tensor:
     """Positions of the rows of pool ``number``."""
     size = data.pool_size or 0
     return data.usable_rows[number * size : (number + 1) * size]
 
 
-def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Tensor:
-    """Draw at most ``n`` usable rows without repetition, in the order of the source.
+def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: Tensor) -> Tensor:
+    """Draw at most ``n_rows`` usable rows without repetition, in the order of the source.
 
     Image-caption pairs are drawn from at most ``MAX_POOLS`` pools.
     """
@@ -86,17 +86,17 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
     rows = data.usable_rows
     if data.pool_size is not None:
         numbers = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
-        pools = [_pool(data, int(number)) for number in np.sort(numbers)]
+        pools = [_rows_of_pool(data, int(number)) for number in np.sort(numbers)]
         no_rows = rows[:0]  # so that there is something to join even if there is no pool
         rows = torch.cat([no_rows, *pools])
-    rows = rows[~torch.isin(rows, leave_out)]
+    rows = rows[~torch.isin(rows, rows_to_leave_out)]
     if not len(rows):
         raise DataError(
             f"an attribution compares with other rows, and all {len(data)} are explained "
             "or cannot be used. Give training rows (--train), or explain fewer."
         )
-    drawn = rng.choice(len(rows), min(n, len(rows)), replace=False)
-    return rows[torch.from_numpy(np.sort(drawn))]
+    drawn_positions = rng.choice(len(rows), min(n_rows, len(rows)), replace=False)
+    return rows[torch.from_numpy(np.sort(drawn_positions))]
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
@@ -168,7 +168,7 @@ class Names:
         self._pool: frozenset[int] = frozenset()  # rows of the pool that was read last
         self._members = torch.empty(0, dtype=torch.int64)  # rows of the candidates of this pool
 
-    def of(self, row: int, candidate: int) -> str:
+    def name_of(self, row: int, candidate: int) -> str:
         """Name of candidate number ``candidate`` of a row; also accepts any value of ``truths``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
@@ -177,8 +177,8 @@ class Names:
     def _pool_members(self, row: int) -> Tensor:
         """The rows that the candidates of ``row`` belong to; the last pool is cached."""
         if row not in self._pool:
-            rank = int((self.data.usable_rows == row).nonzero())  # of the row among usable rows
-            pool = _pool(self.data, rank // (self.data.pool_size or 1))
+            index = int((self.data.usable_rows == row).nonzero())  # of the row, in the usable rows
+            pool = _rows_of_pool(self.data, index // (self.data.pool_size or 1))
             members = self.data.candidates(pool).row_of_candidate
             if members is None:
                 raise DataError(

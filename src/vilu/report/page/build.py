@@ -27,10 +27,16 @@ from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
-from vilu.report.figures import known
+from vilu.report.figures import evaluable_scores
 from vilu.report.page import charts
 from vilu.report.page.charts import Chart, Rate, class_rows, goal
-from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
+from vilu.report.page.choice import (
+    Calibrated,
+    Choice,
+    choose_by_hindsight,
+    choose_by_rule,
+    choose_main,
+)
 from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
 from vilu.text import csp_hash
 from vilu.validation import checked
@@ -47,10 +53,10 @@ Joiners are not in this set, because some scripts and emoji need them.
 HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that a page escapes: controls, surrogates and line breaks."""
 
-SHOWN = 60  # maximum number of characters of a name in the page
-TOLD = 300  # maximum number of characters of a name in a tooltip
+MAX_NAME_CHARACTERS = 60  # maximum number of characters of a name in the page
+MAX_TOOLTIP_CHARACTERS = 300  # maximum number of characters of a name in a tooltip
 NOTHING = "–"  # shown for a missing value
-ADDED = "What a threshold would do, and probabilities"
+THRESHOLD_TABLE = "What a threshold would do, and probabilities"
 TABLES = {
     "How well right and wrong answers are told apart": (
         "auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc",
@@ -58,15 +64,15 @@ TABLES = {
     "Wrong within the classes, and pictures of none of the classes": (
         "auroc_within", "fpr95_within", "auroc_outside", "fpr95_outside",
     ),
-    ADDED: (
+    THRESHOLD_TABLE: (
         "risk_at_coverage_0.8",
         "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Caption of a table -> its metrics. Every table fits on a sheet of paper.
+"""Metrics of each table, by its caption. Every table fits on a sheet of paper.
 
-Metrics without a value are left out. The table ``ADDED`` also shows metrics of other packages.
+Metrics without a value are left out. Metrics of other packages are shown in ``THRESHOLD_TABLE``.
 """
 
 MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
@@ -129,22 +135,29 @@ def report_page(
     if main is None and calibrated is not None:
         main = calibrated.method
     about = choose_main(outcomes, main)
-    methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
+    methods = [
+        about,
+        *(method_outcomes for method_outcomes in outcomes if method_outcomes is not about),
+    ]
     if table is None:
         table = evaluate(methods)  # before the charts: it raises DataError for unusable rows
-    choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
-    uncertainty, failure = known(about)
+    choice = (
+        choose_by_hindsight(about, max_risk)
+        if calibrated is None
+        else choose_by_rule(about, calibrated)
+    )
+    uncertainty, failure = evaluable_scores(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
     points = operating_points(uncertainty, failure, choice.threshold, n_accepted)
     return render(
         template,
         script=asset("page.js"),
-        title=title or _title(about),
+        title=title or _default_title(about),
         main=about,
         methods=methods,
-        looks=charts.line_looks([of_method.method or "" for of_method in methods]),
+        looks=charts.line_looks([method_outcomes.method or "" for method_outcomes in methods]),
         choice=choice,
-        numbers=_numbers(about, choice, max_risk),
+        numbers=_page_numbers(about, choice, max_risk),
         curves=_curves(methods, choice),
         histograms=_histograms(methods, points),
         reliability=charts.reliability(methods),
@@ -154,8 +167,8 @@ def report_page(
         gallery=_gallery(about, choice, images, embeddings),
         with_pictures=images is not None,
         data=_script_data(about, choice, points),
-        provenance=[_provenance(of_method) for of_method in methods],
-        facts=list(flat(choice.facts)),
+        provenance=[_provenance(method_outcomes) for method_outcomes in methods],
+        facts=list(flat_items(choice.facts)),
     )
 
 
@@ -169,12 +182,12 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
-    """One histogram per method; that of the main method, which is the first, has the threshold."""
+    """One histogram per method. The first is that of the main method, and shows the threshold."""
     histograms = []
-    for number, of_method in enumerate(methods):
+    for number, method_outcomes in enumerate(methods):
         is_main = number == 0
         threshold = points.threshold[points.start] if is_main else None
-        histograms.append(charts.histogram(of_method, threshold, number))
+        histograms.append(charts.histogram(method_outcomes, threshold, number))
     return histograms
 
 
@@ -202,7 +215,7 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    tip = partial(shortened, most=TOLD)
+    tip = partial(shortened, most=MAX_TOOLTIP_CHARACTERS)
     environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound)
     environment.filters.update(count="{:,}".format, score=score, goal=goal)
     template: Template = environment.get_template(name)
@@ -215,7 +228,7 @@ def asset(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _title(outcomes: Outcomes) -> str:
+def _default_title(outcomes: Outcomes) -> str:
     """Default title of a page."""
     names = [name for name in (outcomes.dataset, outcomes.split) if name]
     if not names:
@@ -223,26 +236,26 @@ def _title(outcomes: Outcomes) -> str:
     return " · ".join(names)
 
 
-def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
+def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
     """The numbers in the text of the page."""
     rows = outcomes.evaluable
     failure = outcomes.failure[rows]
     accepted = choice.accepted[rows]
     target = max_risk if choice.max_risk is None else choice.max_risk
-    with_hindsight = by_hindsight(outcomes, target)
+    hindsight_choice = choose_by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
-    per_independent = scores.rows_per_independent
+    rows_per_independent = scores.rows_per_independent
     has_score = np.isfinite(outcomes.uncertainty)
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure), per_independent),
-        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), per_independent),
-        "accepted": Rate(int(accepted.sum()), len(failure), per_independent),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), per_independent),
+        "failures": Rate(int(failure.sum()), len(failure), rows_per_independent),
+        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), rows_per_independent),
+        "accepted": Rate(int(accepted.sum()), len(failure), rows_per_independent),
+        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), rows_per_independent),
         "target": target,
-        "reachable": float(with_hindsight.accepted[rows].mean()),
+        "reachable": float(hindsight_choice.accepted[rows].mean()),
         "n_unlabelled": int(np.count_nonzero(has_score & ~rows)),
         "n_unusable": int(np.count_nonzero(~has_score)),
     }
@@ -251,18 +264,18 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
     """Tables of metrics, each with one row of cells per method."""
     cells = {(row.method, row.metric): row for row in table}
-    present = dict.fromkeys(row.metric for row in table)
-    listed = set(chain.from_iterable(TABLES.values()))
-    added = tuple(name for name in present if name not in listed)
-    groups = TABLES | {ADDED: TABLES[ADDED] + added}
+    present_names = dict.fromkeys(row.metric for row in table)
+    listed_names = set(chain.from_iterable(TABLES.values()))
+    names_not_listed = tuple(name for name in present_names if name not in listed_names)
+    groups = TABLES | {THRESHOLD_TABLE: TABLES[THRESHOLD_TABLE] + names_not_listed}
     tables = []
     for caption, names in groups.items():
-        metrics = [name for name in names if name in present]
+        metrics = [name for name in names if name in present_names]
         if not metrics:
             continue
         rows = []
-        for of_method in methods:
-            rows.append([cells.get((of_method.method, name)) for name in metrics])
+        for method_outcomes in methods:
+            rows.append([cells.get((method_outcomes.method, name)) for name in metrics])
         tables.append(
             {
                 "caption": caption,
@@ -317,35 +330,35 @@ def competitors(
         raise ProvenanceError(
             "the store has other classes than the scores. Give the store that was scored."
         )
-    row_at = _rows_by_position(ids, rows, source)
+    row_of_position = _rows_by_position(ids, rows, source)
     likeliest: dict[int, list[tuple[str, float]]] = {}
-    for batch in source.batches(256, rows=torch.tensor(sorted(row_at), dtype=torch.int64)):
+    for batch in source.batches(256, rows=torch.tensor(sorted(row_of_position), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
         columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
         for position, answer, probabilities in zip(*columns, strict=True):
-            row = row_at[position]
+            row = row_of_position[position]
             if scored_answer[row] not in {UNKNOWN, answer}:
                 raise ProvenanceError(
                     f"the store answers {names[answer]!r} where the scores say "
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
-            best = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
-            likeliest[row] = [(names[k], float(probabilities[k])) for k in best]
+            likeliest_classes = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
+            likeliest[row] = [(names[k], float(probabilities[k])) for k in likeliest_classes]
     return likeliest
 
 
 def _rows_by_position(
     ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Row by its position in the source; rows that are not in the source are left out."""
+    """Rows by their positions in the source; rows that are not in the source are left out."""
     position_of_key = {key: position for position, key in enumerate(source.ids)}
-    row_at = {}
+    row_of_position = {}
     for row in map(int, rows):
         position = position_of_key.get(ids[row])
         if position is not None:
-            row_at[position] = row
-    return row_at
+            row_of_position[position] = row
+    return row_of_position
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,7 +376,7 @@ class Points:
 def operating_points(
     uncertainty: ArrayLike,
     failure: ArrayLike,
-    chosen: float | None,
+    chosen_threshold: float | None,
     n_accepted: int,
     limit: int = MAX_POINTS,
 ) -> Points:
@@ -372,27 +385,28 @@ def operating_points(
     Args:
         uncertainty: (N,) uncertainties.
         failure: (N,) 1 for a wrong answer, 0 for a right answer.
-        chosen: The chosen threshold, which is always included. None if no single threshold decides
+        chosen_threshold: Threshold that is always included. None if no single threshold decides
             which rows are accepted.
-        n_accepted: Number of accepted rows, for the start of the slider if ``chosen`` is None.
+        n_accepted: Number of accepted rows. If ``chosen_threshold`` is None, the slider starts at
+            the threshold that accepts about as many rows.
         limit: Maximum number of thresholds.
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
     ascending = scores[order]
     wrong_below = np.concatenate([[0], np.cumsum(wrong[order])])
-    distinct = np.unique(ascending)
-    if len(distinct) > limit - 2:
+    thresholds = np.unique(ascending)
+    if len(thresholds) > limit - 2:
         rows = np.round(np.linspace(0, len(ascending) - 1, limit - 2)).astype(np.int64)
-        distinct = np.unique(ascending[rows])
-    if chosen is not None:
-        distinct = np.union1d(distinct, [chosen])
-    threshold = np.concatenate([[-np.inf], distinct])
+        thresholds = np.unique(ascending[rows])
+    if chosen_threshold is not None:
+        thresholds = np.union1d(thresholds, [chosen_threshold])
+    threshold = np.concatenate([[-np.inf], thresholds])
     accepted = np.searchsorted(ascending, threshold, side="right")
-    if chosen is None:
+    if chosen_threshold is None:
         start = int(np.argmin(np.abs(accepted - n_accepted)))
     else:
-        start = int(np.searchsorted(threshold, chosen))
+        start = int(np.searchsorted(threshold, chosen_threshold))
     return Points(threshold, accepted, wrong_below[accepted], start)
 
 
@@ -424,7 +438,7 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     }
     if outcomes.answer != "zero_shot":
         origin["answer"] = outcomes.answer
-    facts = list(flat({**origin, **outcomes.provenance}))
+    facts = list(flat_items({**origin, **outcomes.provenance}))
     facts.append(("sha256 of scores and failures", fingerprint[:32]))
     return {"method": outcomes.method, "facts": facts}
 
@@ -432,13 +446,13 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 def harmless(text: str) -> str:
     r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
-    for character in text[: TOLD + 1]:  # no more characters are ever shown
+    for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:  # no more characters are ever shown
         is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
         safe += f"\\u{ord(character):04x}" if is_harmful else character
     return safe
 
 
-def shortened(text: str, most: int = SHOWN) -> str:
+def shortened(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
     """Escape a text by ``harmless``, and shorten it to at most ``most`` characters."""
     safe = harmless(text)
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
@@ -457,10 +471,10 @@ def score(value: float) -> str:
     return f"{value:.4g}" if value == 0 or is_readable else f"{value:.2e}"
 
 
-def flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat_items(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the names and values of a JSON object; names of nested objects are joined by dots."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flat_items(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", NOTHING if value is None else str(value)

@@ -14,7 +14,7 @@ from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.figures import known, probability
+from vilu.report.figures import evaluable_scores, failure_probability_of
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks_of
 
@@ -103,12 +103,12 @@ def _coordinate(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About ``wanted`` multiples of a round step in [low, high].
+def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
+    """About ``n_wanted`` multiples of a round step in [low, high].
 
     A round step is 1, 2 or 5 times a power of ten.
     """
-    exact_step = (high - low) / wanted
+    exact_step = (high - low) / n_wanted
     power = 10.0 ** math.floor(math.log10(exact_step))
     round_steps = [factor * power for factor in (1, 2, 5, 10)]
     step = next(step for step in round_steps if step >= 0.75 * exact_step)
@@ -118,7 +118,7 @@ def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
+def thin_points(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
     """Keep at most ``limit`` points of a line: its two ends, and points evenly along its length."""
     xs = np.asarray(x, dtype=np.float64)
     ys = np.asarray(y, dtype=np.float64)
@@ -134,7 +134,7 @@ def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
 
 
 MAX_CLASSES = 100  # maximum number of rows in the table of classes
-DELTA = 0.025  # error probability on each side of a 95 % interval
+ERROR_PER_SIDE = 0.025  # error probability on each side of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Rate:
 
     k: int
     n: int
-    # how many rows have as much information as one independent row; 1 if all are independent
+    # number of rows that carry as much information as one independent row; 1 if all are independent
     per_independent: float = 1.0
 
     @property
@@ -154,12 +154,16 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end of the interval: P[Bin(n, low) >= k] = 0.025."""
-        return lower_bound(self.k / self.per_independent, self.n / self.per_independent, DELTA)
+        return lower_bound(
+            self.k / self.per_independent, self.n / self.per_independent, ERROR_PER_SIDE
+        )
 
     @property
     def high(self) -> float:
         """Upper end of the interval: P[Bin(n, high) <= k] = 0.025."""
-        return upper_bound(self.k / self.per_independent, self.n / self.per_independent, DELTA)
+        return upper_bound(
+            self.k / self.per_independent, self.n / self.per_independent, ERROR_PER_SIDE
+        )
 
 
 @dataclass(frozen=True)
@@ -194,29 +198,29 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     n_wrong = per_class(wrong)
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
-    per_independent = outcomes.tally().scores.rows_per_independent
+    rows_per_independent = outcomes.tally().scores.rows_per_independent
 
     def wrong_then_all(c: int) -> tuple[int, int]:
         """The number of wrong answers of a class, then its number of answers."""
         return n_wrong[c], n[c]
 
-    answered = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
-    listed = answered[:MAX_CLASSES]
+    answered_classes = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
+    listed_classes = answered_classes[:MAX_CLASSES]
     table = []
-    for c in listed:
+    for c in listed_classes:
         row = ClassRow(
             names[c],
-            failures=Rate(n_wrong[c], n[c], per_independent),
-            accepted=Rate(n_accepted[c], n[c], per_independent),
-            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], per_independent),
+            failures=Rate(n_wrong[c], n[c], rows_per_independent),
+            accepted=Rate(n_accepted[c], n[c], rows_per_independent),
+            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], rows_per_independent),
         )
         table.append(row)
-    return table, len(answered) - len(listed)
+    return table, len(answered_classes) - len(listed_classes)
 
 
-BINS = 30
+HISTOGRAM_BINS = 30
 RELIABILITY_BINS = 15
-TOTAL_POINTS = 2000  # maximum number of points of all lines in a chart
+MAX_POINTS_PER_CHART = 2000  # maximum number of points of all lines in a chart
 # values of ``Line.look`` for kinds of answers; methods have the values 0, 1, 2, ...
 RIGHT_LOOK = -1
 WRONG_LOOK = -2
@@ -228,11 +232,12 @@ def line_looks(methods: Sequence[str]) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of each method, in the given order."""
     looks = looks_of(methods)
     return [
-        {"colour": looks[method].colour, "dash": _dash(looks[method].dash)} for method in methods
+        {"colour": looks[method].colour, "dash": _svg_dash(looks[method].dash)}
+        for method in methods
     ]
 
 
-def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
+def _svg_dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
     """Convert a line style of matplotlib to the dash pattern of an SVG."""
     if isinstance(style, str):
         return DASHES[style]
@@ -243,9 +248,11 @@ def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset,
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     """Chart of the selective risk against the coverage; the first method is the main method."""
     main, *_ = methods
-    curves = [risk_coverage_curve(*known(of_method)) for of_method in methods]
+    curves = [
+        risk_coverage_curve(*evaluable_scores(method_outcomes)) for method_outcomes in methods
+    ]
     top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
-    _, failure = known(main)
+    _, failure = evaluable_scores(main)
     accepted = choice.accepted[main.evaluable]
     n_accepted = int(accepted.sum())
     risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
@@ -261,7 +268,7 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
             "lower is better."
         ),
         x=Axis("accepted, % of all answers", "coverage", low=0.0, high=1.0),
-        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_ceiling(top)),
+        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_axis_end(top)),
         lines=_thin_lines(methods, curves),
         marker=(n_accepted / len(failure), risk_of_choice),
         guide=guide,
@@ -280,11 +287,11 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     None if all answers are right, or all are wrong.
     """
     main, *_ = methods
-    _, failure = known(main)
+    _, failure = evaluable_scores(main)
     n_wrong = failure.sum()
     if n_wrong in {0, len(failure)}:
         return None
-    curves = [roc_curve_points(*known(of_method)) for of_method in methods]
+    curves = [roc_curve_points(*evaluable_scores(method_outcomes)) for method_outcomes in methods]
     accepted = choice.accepted[main.evaluable]
     wrong_accepted = float(accepted[failure == 1].mean())
     right_accepted = float(accepted[failure == 0].mean())
@@ -314,9 +321,9 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         threshold: Where to draw a vertical line; None for no line.
         number: Number of the method; 0 is the main method.
     """
-    uncertainty, _ = known(outcomes)
-    low, high = _ends(outcomes)
-    edges = np.linspace(low, high, BINS + 1)
+    uncertainty, _ = evaluable_scores(outcomes)
+    low, high = _axis_ends(outcomes)
+    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     look_of_row = _looks_of_answers(outcomes)
     labels = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
     if OUTSIDE_LOOK in look_of_row:
@@ -342,17 +349,17 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         title=title,
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
         x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
-        y=Axis("% of its kind", "share", low=0.0, high=_ceiling(top)),
+        y=Axis("% of its kind", "share", low=0.0, high=_axis_end(top)),
         lines=tuple(lines),
         marker=marker,
     )
 
 
-def _ends(outcomes: Outcomes) -> tuple[float, float]:
-    """The two ends of the axis of uncertainties, which are different values."""
+def _axis_ends(outcomes: Outcomes) -> tuple[float, float]:
+    """The two ends of the axis of uncertainties; they are never equal."""
     if outcomes.is_probability:
         return 0.0, 1.0
-    uncertainty, _ = known(outcomes)
+    uncertainty, _ = evaluable_scores(outcomes)
     low = float(uncertainty.min())
     high = float(uncertainty.max())
     if low == high:
@@ -362,7 +369,7 @@ def _ends(outcomes: Outcomes) -> tuple[float, float]:
 
 def _looks_of_answers(outcomes: Outcomes) -> Ints:
     """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
-    _, failure = known(outcomes)
+    _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
     within = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
     return np.where(is_outside, OUTSIDE_LOOK, within)
@@ -375,13 +382,13 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     gives no probabilities.
     """
     main, *_ = methods
-    if probability(main) is None:
+    if failure_probability_of(main) is None:
         return None
     lines = []
-    for look, of_method in enumerate(methods):
-        stated = probability(of_method)
-        if stated is not None:
-            lines.append(_reliability_line(of_method, stated, look))
+    for look, method_outcomes in enumerate(methods):
+        stated_probability = failure_probability_of(method_outcomes)
+        if stated_probability is not None:
+            lines.append(_reliability_line(method_outcomes, stated_probability, look))
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
@@ -396,10 +403,10 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     )
 
 
-def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
+def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int) -> Line:
     """Line through the bins of the ECE, without empty bins. A bin includes its upper end."""
     rows = outcomes.evaluable
-    counts = tie_counts(stated[rows], outcomes.failure[rows])
+    counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
     edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
     bin_of_score = np.searchsorted(edges, counts.value, side="left")
     n = np.bincount(bin_of_score, counts.size, RELIABILITY_BINS)
@@ -426,18 +433,18 @@ def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
     """One line per method, with few points. The main method is last, so it is drawn on top."""
-    limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))  # points per line
+    limit = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
     lines = []
-    for look, (of_method, curve) in enumerate(zip(methods, curves, strict=True)):
-        x, y = thin(*curve, limit)
-        lines.append(Line(of_method.method or "", x, y, look))
+    for look, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):
+        x, y = thin_points(*curve, limit)
+        lines.append(Line(method_outcomes.method or "", x, y, look))
     return tuple(reversed(lines))
 
 
 CEILINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
-def _ceiling(value: float) -> float:
+def _axis_end(value: float) -> float:
     """The end of an axis: the smallest of ``CEILINGS`` that is at least ``value``, or 1."""
     for top in CEILINGS:
         if value <= top:

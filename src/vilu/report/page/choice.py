@@ -21,7 +21,7 @@ from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_answers, require_same_rows
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.report.figures import known
+from vilu.report.figures import evaluable_scores
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.validation import require_between
 
@@ -55,7 +55,7 @@ class Choice:
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
 
-def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
+def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     """Choose a threshold on the same rows on which it is used, so it guarantees nothing.
 
     It is the largest uncertainty t of a row with
@@ -63,17 +63,17 @@ def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
         (number of wrong rows with u <= t) / (number of rows with u <= t) <= max_risk.
     """
     require_between("max_risk", max_risk)
-    uncertainty, failure = known(outcomes)
+    uncertainty, failure = evaluable_scores(outcomes)
     counts = tie_counts(uncertainty, failure)
     is_low_enough = counts.accepted_wrong <= max_risk * counts.accepted
     if not is_low_enough.any():
-        nothing = np.zeros(len(outcomes), dtype=np.bool_)
-        return Choice(nothing, threshold=None, max_risk=max_risk)
+        none_accepted = np.zeros(len(outcomes), dtype=np.bool_)
+        return Choice(none_accepted, threshold=None, max_risk=max_risk)
     threshold = float(counts.value[is_low_enough].max())
     return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
 
 
-def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
+def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     """Choose the rows that a calibrated rule accepts.
 
     The outcomes must be of the method that the rule was calibrated for.
@@ -105,19 +105,20 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     )
 
 
-def _require_match(link: str, of_rule: object, of_scores: object) -> None:
+def _require_match(link: str, rule_value: object, scores_value: object) -> None:
     """Raise ProvenanceError if scores are known to be of another method or calibration.
 
     Args:
-        link: Words of the message before ``of_rule``, such as "calibrated for".
-        of_rule: Method or calibration of the rule; None if unknown.
-        of_scores: Method or calibration of the scores; None if unknown.
+        link: Words of the message before ``rule_value``, such as "calibrated for".
+        rule_value: Name of the method, or fingerprint of the calibration, that the rule is of; None
+            if unknown.
+        scores_value: The same for the scores.
     """
-    if of_rule is None or of_scores is None:
+    if rule_value is None or scores_value is None:
         return
-    if of_rule != of_scores:
+    if rule_value != scores_value:
         raise ProvenanceError(
-            f"the rule was {link} {of_rule!r}, the scores are of {of_scores!r}. "
+            f"the rule was {link} {rule_value!r}, the scores are of {scores_value!r}. "
             "Give the predictor that made them, or choose its scores with --main."
         )
 
@@ -134,7 +135,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
     return Calibrated(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
 
 
-PREFERRED = ("vilu_plus", "vilu")
+PREFERRED_METHODS = ("vilu_plus", "vilu")
 """Prefixes of the names of methods that are preferred as the main method of a page."""
 
 
@@ -153,42 +154,42 @@ def read_scores(path: str | Path) -> list[Outcomes]:
             f"Give scores of other rows, and add --predictor {root}."
         )
     if (root / RUN).is_file():
-        return _with_names([(root, ScoreFolder(root).outcomes())])
+        return _with_distinct_names([(root, ScoreFolder(root).outcomes())])
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files:
         raise DataError(
             f"{root} holds no .parquet files. "
             "Give a folder of files that `vilu score` wrote, one file per method."
         )
-    return _with_names([(file, Outcomes.load(file)) for file in files])
+    return _with_distinct_names([(file, Outcomes.load(file)) for file in files])
 
 
-def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
+def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
     """Give the methods of files distinct names.
 
     A method without a name gets the name of its file. A name that several files have gets the name
     of the file behind it.
     """
     counts = Counter(outcomes.method for _, outcomes in files)
-    named = []
+    named_outcomes = []
     for path, outcomes in files:
         method = outcomes.method
         if not method:
-            named.append(dataclasses.replace(outcomes, method=path.stem))
+            named_outcomes.append(dataclasses.replace(outcomes, method=path.stem))
         elif counts[method] > 1:
-            named.append(dataclasses.replace(outcomes, method=f"{method} ({path.stem})"))
+            named_outcomes.append(dataclasses.replace(outcomes, method=f"{method} ({path.stem})"))
         else:
-            named.append(outcomes)
-    return named
+            named_outcomes.append(outcomes)
+    return named_outcomes
 
 
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     """Choose the main method of a page.
 
-    It is ``main``, or if that is None the first method whose name begins with one of ``PREFERRED``,
-    or else the first method.
+    It is ``main``. If that is None, it is the first method whose name begins with one of
+    ``PREFERRED_METHODS``, or else the first method.
     """
-    names = [of_method.method or "" for of_method in outcomes]
+    names = [method_outcomes.method or "" for method_outcomes in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")
     for name, count in Counter(names).items():
@@ -198,9 +199,9 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
                 f"Found {count} with the name {name!r}."
             )
     first = outcomes[0]
-    for of_method in outcomes[1:]:
-        require_same_rows(first, of_method)
-        require_same_answers(first, of_method)
+    for method_outcomes in outcomes[1:]:
+        require_same_rows(first, method_outcomes)
+        require_same_answers(first, method_outcomes)
     if main is not None:
         if main not in names:
             hint = nearest(main, names)
@@ -208,7 +209,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
                 f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
             )
         return outcomes[names.index(main)]
-    for beginning in PREFERRED:
+    for beginning in PREFERRED_METHODS:
         for number, name in enumerate(names):
             if name.startswith(beginning):
                 return outcomes[number]

@@ -18,9 +18,9 @@ from vilu.predictors.contract.coalitions import NONE
 from vilu.progress import track
 from vilu.report.page.choice import Choice
 
-PER_SECTION = 24  # maximum number of cards in a section
-SIDE = 128  # longest side of a thumbnail in pixels
-QUALITY = 70  # WebP quality of a thumbnail, from 0 to 100
+MAX_CARDS_PER_SECTION = 24  # maximum number of cards in a section
+THUMBNAIL_SIDE = 128  # longest side of a thumbnail in pixels
+THUMBNAIL_QUALITY = 70  # WebP quality of a thumbnail, from 0 to 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Card:
 
 
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
-    """Pick at most ``PER_SECTION`` rows for each section, from the rows with an uncertainty.
+    """Pick rows for each section, at most ``MAX_CARDS_PER_SECTION``. All have an uncertainty.
 
     - "suspicious": the answers of largest uncertainty.
     - "confident": the wrong answers of smallest uncertainty.
@@ -62,9 +62,9 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     wrong = rising[outcomes.failure[rising] == 1]
     not_accepted = rising[~choice.accepted[rising]]
     return {
-        "suspicious": falling[:PER_SECTION],
-        "confident": wrong[:PER_SECTION],
-        "nearest": not_accepted[:PER_SECTION],
+        "suspicious": falling[:MAX_CARDS_PER_SECTION],
+        "confident": wrong[:MAX_CARDS_PER_SECTION],
+        "nearest": not_accepted[:MAX_CARDS_PER_SECTION],
     }
 
 
@@ -119,9 +119,9 @@ def thumbnails(
     return pictures
 
 
-def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[ImageRecord]:
+def find_pictures(images: ImageDataset, wanted_keys: Mapping[str, int]) -> Iterator[ImageRecord]:
     """Yield the images of a data set with these keys, each once; DataError if all are missing."""
-    missing = {*wanted}
+    missing = {*wanted_keys}
     with track("looking for pictures", len(missing), "images") as task:
         for record in images.records(0, len(images)):
             if record.key in missing:
@@ -130,7 +130,7 @@ def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[I
                 task.advance(1)
             if not missing:
                 return
-    if missing and len(missing) == len(wanted):
+    if missing and len(missing) == len(wanted_keys):
         raise DataError(
             f"{images.source} has none of the images that are shown, such as {min(missing)!r}. "
             "Give the data set and the split that were embedded."
@@ -143,8 +143,8 @@ def thumbnail(record: ImageRecord) -> Thumbnail:
         image = read_image(record).image
     except BadImage as error:
         return Thumbnail(why=str(error))
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, method=4)
+    image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=4)
     text = base64.b64encode(buffer.getvalue()).decode()
     return Thumbnail(f"data:image/webp;base64,{text}", *image.size)

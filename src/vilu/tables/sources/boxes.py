@@ -45,11 +45,13 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
         first[:, None, :2] + first[:, None, 2:], second[None, :, :2] + second[None, :, 2:]
     )
     sides = np.clip(end - start, 0, None)
-    common: Floats = sides[:, :, 0] * sides[:, :, 1]
-    whole = areas(first)[:, None] + areas(second)[None, :] - common
+    intersection: Floats = sides[:, :, 0] * sides[:, :, 1]
+    union = areas(first)[:, None] + areas(second)[None, :] - intersection
     if is_crowd is not None:
-        whole = np.where(is_crowd[None, :], areas(first)[:, None], whole)
-    share: Floats = np.divide(common, whole, out=np.zeros_like(common), where=common > 0)
+        union = np.where(is_crowd[None, :], areas(first)[:, None], union)
+    share: Floats = np.divide(
+        intersection, union, out=np.zeros_like(intersection), where=intersection > 0
+    )
     return share
 
 

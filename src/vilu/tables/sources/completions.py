@@ -18,20 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.documents import first_error, parse_json
 from vilu.errors import DataError
-from vilu.tables.sources.converted import Columns, Converted, judged, plain
+from vilu.tables.sources.converted import Columns, Converted, comparable_text, correct_cells
 
 MAX_LINE = 64 * 2**20
-"""Most bytes of a line; 30,000 tokens with 20 alternatives each stay below."""
+"""Maximum number of bytes of a line. 30,000 tokens with 20 alternatives each need fewer."""
 
 N_SAMPLES: Final = "n_samples"
-NUMBERS = (
+NUMBER_COLUMNS = (
     *("score_mean_logprob", "score_least_logprob", "score_first_logprob", "score_agreement"),
     *("n_tokens", N_SAMPLES, "cut_off"),
 )
-"""Numbers of a row."""
+"""Columns of numbers, by name."""
 
 Row = dict[str, float | str]
-"""The answer of a row and its ``NUMBERS``."""
+"""The cells of a row: "answer", and the numbers of ``NUMBER_COLUMNS``."""
 
 LogProbability = Annotated[float, Field(le=0)]
 
@@ -91,7 +91,7 @@ class CompletionSample:
 
     answer: str
     logprobs: list[float]
-    is_cut_off: bool  # the answer reached the largest number of tokens
+    is_cut_off: bool  # whether the answer ended at the maximum number of tokens
 
     def mean(self) -> float:
         """Mean log-probability of the tokens."""
@@ -135,15 +135,15 @@ def completion_answers(
         >>> columns["answer"], columns["correct"], columns["score_mean_logprob"]
         (['cat'], [1], [-0.3])
     """
-    return Converted(_columns(_rows(Path(path)), truth))
+    return Converted(_table_columns(_read_rows(Path(path)), truth))
 
 
-def _columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
+def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
     """The columns of the table."""
     ids = list(rows)
     answers = [str(row["answer"]) for row in rows.values()]
-    columns: Columns = {"id": ids, "answer": answers, "correct": judged(ids, answers, truth)}
-    for name in NUMBERS:
+    columns: Columns = {"id": ids, "answer": answers, "correct": correct_cells(ids, answers, truth)}
+    for name in NUMBER_COLUMNS:
         columns[name] = [row[name] for row in rows.values()]
     if set(columns[N_SAMPLES]) == {1}:
         del columns["score_agreement"]  # a single sample agrees with itself
@@ -151,20 +151,20 @@ def _columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Column
     return columns
 
 
-def _rows(path: Path) -> dict[str, Row]:
+def _read_rows(path: Path) -> dict[str, Row]:
     """The cells of each row, by the id of the row."""
     rows: dict[str, Row] = {}
     line_of: dict[str, int] = {}
     for number, content in _lines(path):
         where = f"{path} line {number}"
-        row_id, completion = _completion(content, number, where)
+        row_id, completion = _parse_line(content, number, where)
         if row_id in line_of:
             raise DataError(
                 f"{where}: every id must occur once. {row_id!r} is on line {line_of[row_id]}, too. "
                 "Put all samples of a request into the choices of one line (n=...)."
             )
         line_of[row_id] = number
-        rows[row_id] = _row([_sample(choice, where) for choice in completion.choices])
+        rows[row_id] = _row_of_samples([_sample(choice, where) for choice in completion.choices])
     if not rows:
         raise DataError(f"{path} must have one completion per line. It has none.")
     return rows
@@ -193,7 +193,7 @@ def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         line = file.readline(MAX_LINE + 1)
 
 
-def _completion(content: bytes, number: int, where: str) -> tuple[str, Completion]:
+def _parse_line(content: bytes, number: int, where: str) -> tuple[str, Completion]:
     """The id and the completion on a line."""
     try:
         record = parse_json(content)
@@ -207,7 +207,7 @@ def _completion(content: bytes, number: int, where: str) -> tuple[str, Completio
         if "custom_id" in record:
             request = BatchLine.model_validate(record)
             batch_id = request.custom_id
-            record = _body(request, where)
+            record = _completion_of_batch(request, where)
         completion = Completion.model_validate(record)
     except ValidationError as error:
         raise DataError(
@@ -217,7 +217,7 @@ def _completion(content: bytes, number: int, where: str) -> tuple[str, Completio
     return batch_id or completion.id or str(number), completion
 
 
-def _body(request: BatchLine, where: str) -> dict[str, Any]:
+def _completion_of_batch(request: BatchLine, where: str) -> dict[str, Any]:
     """The completion in a line of a batch; DataError if the request failed."""
     body = (request.response or {}).get("body")
     if request.error is None and isinstance(body, dict):
@@ -240,22 +240,22 @@ def _sample(choice: CompletionChoice, where: str) -> CompletionSample:
             "tools, refusals and parts of a stream have none; remove the line."
         )
     return CompletionSample(
-        answer.strip(), _logprobs(choice, where), choice.finish_reason == "length"
+        answer.strip(), _token_logprobs(choice, where), choice.finish_reason == "length"
     )
 
 
-def _logprobs(choice: CompletionChoice, where: str) -> list[float]:
+def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
     """Log-probabilities of all tokens of a choice."""
-    stated = choice.logprobs or LogProbabilities()
-    if stated.content is not None:
-        logprobs = [token.logprob for token in stated.content]
-    elif stated.token_logprobs is not None:
-        if None in stated.token_logprobs:
+    given_logprobs = choice.logprobs or LogProbabilities()
+    if given_logprobs.content is not None:
+        logprobs = [token.logprob for token in given_logprobs.content]
+    elif given_logprobs.token_logprobs is not None:
+        if None in given_logprobs.token_logprobs:
             raise DataError(
                 f"{where} has a token without a log-probability, as the first token of a prompt. "
                 "Ask without echo, so that only the answer has log-probabilities."
             )
-        logprobs = [logprob for logprob in stated.token_logprobs if logprob is not None]
+        logprobs = [logprob for logprob in given_logprobs.token_logprobs if logprob is not None]
     else:
         raise DataError(
             f"{where} must have log-probabilities. Ask with logprobs: true for a chat, and with "
@@ -266,19 +266,22 @@ def _logprobs(choice: CompletionChoice, where: str) -> list[float]:
     return logprobs
 
 
-def _row(samples: list[CompletionSample]) -> Row:
-    """The cells of a row: the answer of most samples, and the numbers of the best of them."""
-    votes = Counter(plain(sample.answer) for sample in samples)
+def _row_of_samples(samples: list[CompletionSample]) -> Row:
+    """The row of the samples of a request.
+
+    It has the answer that most samples give, and the numbers of the best sample with this answer.
+    """
+    votes = Counter(comparable_text(sample.answer) for sample in samples)
     most_votes = max(votes.values())
-    leaders = [sample for sample in samples if votes[plain(sample.answer)] == most_votes]
-    best = max(leaders, key=CompletionSample.mean)
+    leaders = [sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes]
+    best_sample = max(leaders, key=CompletionSample.mean)
     return {
-        "answer": best.answer,
-        "score_mean_logprob": best.mean(),
-        "score_least_logprob": min(best.logprobs),
-        "score_first_logprob": best.logprobs[0],
+        "answer": best_sample.answer,
+        "score_mean_logprob": best_sample.mean(),
+        "score_least_logprob": min(best_sample.logprobs),
+        "score_first_logprob": best_sample.logprobs[0],
         "score_agreement": most_votes / len(samples),
         N_SAMPLES: len(samples),
-        "n_tokens": len(best.logprobs),
-        "cut_off": int(best.is_cut_off),
+        "n_tokens": len(best_sample.logprobs),
+        "cut_off": int(best_sample.is_cut_off),
     }

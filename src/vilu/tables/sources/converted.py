@@ -1,4 +1,4 @@
-"""What a converter returns: the columns of a table of answers, and what no row stands for."""
+"""What a converter returns: the columns of a table of answers, and how much has no row in it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vilu.text import plural
 Columns = dict[str, list[Any]]
 """Columns of one length, by name; None is an empty cell."""
 
-KIND: Final = "answers"
-"""What the metadata of a Parquet file call a table of answers."""
+TABLE_KIND: Final = "answers"
+"""Kind of a table of answers in the metadata of a Parquet file."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Converted:
     Attributes:
         columns: Columns of one length by name, as ``vilu.open_table`` takes them.
         n_wanted: Number of words or objects that are known to be there; 0 if that is not known.
-        n_missed: How many of them no row stands for. A guarantee speaks of rows, so it does not
-            speak of them.
+        n_missed: Number of those that have no row. A guarantee is about rows, so it does not cover
+            them.
 
     Examples:
         >>> from vilu.tables.sources import Converted
@@ -45,7 +45,7 @@ class Converted:
 
     @property
     def missed_share(self) -> float | None:
-        """Share of what is there that no row stands for; None if nothing is known to be there."""
+        """Share ``n_missed`` / ``n_wanted``; None if nothing is known to be there."""
         if self.n_wanted == 0:
             return None
         return self.n_missed / self.n_wanted
@@ -63,20 +63,20 @@ class Converted:
         import pyarrow as pa
 
         arrays = {name: pa.array(values) for name, values in self.columns.items()}
-        # where no answer is known, Arrow would not know the type
+        # if no answer is known to be right or wrong, Arrow cannot infer the type of the column
         arrays["correct"] = pa.array(self.columns["correct"], pa.int64())
-        write_table(path, arrays, {"kind": KIND, **inputs_entry(inputs)})
+        write_table(path, arrays, {"kind": TABLE_KIND, **inputs_entry(inputs)})
 
 
-def plain(text: str) -> str:
-    """A text as answers are compared: case and the width of white space do not count."""
+def comparable_text(text: str) -> str:
+    """A text in the form in which answers are compared, without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
-def judged(
+def correct_cells(
     ids: Sequence[str], answers: Sequence[str], truth: Mapping[str, str] | None
 ) -> list[int | None]:
-    """Whether each answer is right: 1, 0, or None for a row without a known truth.
+    """Cells of the column ``correct``: 1 (right), 0 (wrong), or None for a row without a truth.
 
     Raises:
         DataError: If there are truths, and none has the identifier of a row.
@@ -94,5 +94,5 @@ def judged(
         if true_text is None:
             correct.append(None)
         else:
-            correct.append(int(plain(answer) == plain(true_text)))
+            correct.append(int(comparable_text(answer) == comparable_text(true_text)))
     return correct

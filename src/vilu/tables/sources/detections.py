@@ -24,7 +24,7 @@ MAX_BYTES = 2**30
 """Largest file that is read."""
 
 MAX_IN_CELL = 2_000
-"""Most boxes of a category in an image; every pair of them is compared."""
+"""Maximum number of boxes of a category in an image, because all pairs of them are compared."""
 
 Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
@@ -33,7 +33,7 @@ Cell = tuple[ImageId, int]
 
 
 class CocoEntry(BaseModel):
-    """An entry of a file. Types are strict, and fields that are not needed are not looked at."""
+    """An entry of a file. Types are strict, and fields that are not needed are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -47,14 +47,14 @@ class CocoBox(CocoEntry):
 
     @field_validator("bbox")
     @classmethod
-    def _has_sides(cls, bbox: list[float]) -> list[float]:
+    def _require_sides(cls, bbox: list[float]) -> list[float]:
         if min(bbox[2:]) < 0:
             raise ValueError("bbox is left, top, width and height, and no side is negative")
         return bbox
 
     @property
     def cell(self) -> Cell:
-        """Within what the box is matched."""
+        """The image and the category within which the box is matched."""
         return self.image_id, self.category_id
 
 
@@ -164,46 +164,48 @@ def detection_answers(
         ([0, 1], 0)
     """
     require_between("min_iou", min_iou, "(0, 1]")
-    truth = _parsed(Path(annotations), TypeAdapter(Annotations))
-    detections = _parsed(Path(results), TypeAdapter(list[Detection]))
+    truth = _read_coco(Path(annotations), TypeAdapter(Annotations))
+    detections = _read_coco(Path(results), TypeAdapter(list[Detection]))
     names = {category.id: category.name for category in truth.categories}
     _require_known(detections, names, {image.id for image in truth.images}, results)
     objects = {}
     n_wanted = 0
-    for cell, known in _by_cell(truth.annotations, annotations).items():
-        objects[cell] = _objects([truth.annotations[index] for index in known])
+    for cell, object_indices in _indices_by_cell(truth.annotations, annotations).items():
+        objects[cell] = _make_objects([truth.annotations[index] for index in object_indices])
         n_wanted += int((~objects[cell].is_ignored).sum())
     columns = _columns(detections, names)
-    for cell, indices in _by_cell(detections, results).items():
+    for cell, indices in _indices_by_cell(detections, results).items():
         boxes = as_boxes([detections[index].bbox for index in indices])
         scores = np.array([detections[index].score for index in indices])
-        verdicts = match(boxes, scores, objects.get(cell, NO_OBJECTS), min_iou)
-        nearby = _overlap_with_others(boxes).tolist()
-        for place, index in enumerate(indices):
-            columns["correct"][index] = verdicts[place]
-            columns["largest_overlap"][index] = nearby[place]
+        verdicts = match_detections(boxes, scores, objects.get(cell, NO_OBJECTS), min_iou)
+        overlap_with_others = _overlap_with_others(boxes).tolist()
+        for position, index in enumerate(indices):
+            columns["correct"][index] = verdicts[position]
+            columns["largest_overlap"][index] = overlap_with_others[position]
     n_taken = columns["correct"].count(1)
     return Converted(columns, n_wanted=n_wanted, n_missed=n_wanted - n_taken)
 
 
-def match(boxes: Floats, scores: Floats, objects: Objects, min_iou: float) -> list[int | None]:
+def match_detections(
+    boxes: Floats, scores: Floats, objects: Objects, min_iou: float
+) -> list[int | None]:
     """Whether each of N detections is right: 1, 0, or None on an object that is ignored.
 
     Detections and objects are of one category in one image. Detections take objects greedily, in
     the order of falling scores.
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
-    # as pycocotools, so that an overlap of 1 that was rounded down is enough for a least one of 1
+    # As in pycocotools: with min_iou = 1, an overlap of 1 that was rounded down has to be enough.
     is_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
     verdicts: list[int | None] = [0] * len(boxes)
     for detection in np.argsort(-scores, kind="stable").tolist():
-        # an object that counts goes before any that is ignored
+        # a detection takes an ignored object only if it can take no object that counts
         for is_ignored, verdict in ((False, 1), (True, None)):
             can_be_taken = is_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
-                taken = _last_largest(overlap[detection], can_be_taken)
-                is_free[taken] = objects.is_crowd[taken]
+                object_index = _last_largest(overlap[detection], can_be_taken)
+                is_free[object_index] = objects.is_crowd[object_index]  # a crowd stays free
                 verdicts[detection] = verdict
                 break
     return verdicts
@@ -223,7 +225,7 @@ def _overlap_with_others(boxes: Floats) -> Floats:
     return largest
 
 
-def _parsed(path: Path, adapter: TypeAdapter[T]) -> T:
+def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
     """The content of a JSON file, checked."""
     content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_BYTES)
     try:
@@ -255,21 +257,23 @@ def _require_known(
             )
 
 
-def _by_cell(entries: Sequence[CocoBox], path: str | os.PathLike[str]) -> dict[Cell, list[int]]:
+def _indices_by_cell(
+    entries: Sequence[CocoBox], path: str | os.PathLike[str]
+) -> dict[Cell, list[int]]:
     """Indices of the boxes of each category in each image."""
     indices: dict[Cell, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
         indices[entry.cell].append(index)
-    for (image, category), members in indices.items():
-        if len(members) > MAX_IN_CELL:
+    for (image, category), cell_indices in indices.items():
+        if len(cell_indices) > MAX_IN_CELL:
             raise DataError(
                 f"{path} must have at most {MAX_IN_CELL:,} boxes of a category in an image. Got "
-                f"{len(members):,} of category {category} in image {image!r}. Keep the best."
+                f"{len(cell_indices):,} of category {category} in image {image!r}. Keep the best."
             )
     return indices
 
 
-def _objects(annotations: Sequence[Annotation]) -> Objects:
+def _make_objects(annotations: Sequence[Annotation]) -> Objects:
     """The objects of one category in one image."""
     is_crowd = np.array([bool(annotation.iscrowd) for annotation in annotations], dtype=bool)
     is_ignored = np.array([bool(annotation.ignore) for annotation in annotations], dtype=bool)
@@ -277,7 +281,7 @@ def _objects(annotations: Sequence[Annotation]) -> Objects:
     return Objects(boxes, is_crowd, is_ignored | is_crowd)
 
 
-NO_OBJECTS = _objects([])
+NO_OBJECTS = _make_objects([])
 
 
 def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Columns:

@@ -16,7 +16,7 @@ from vilu.tables.sources.converted import Columns, Converted
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 BLOCK = 4_096
-"""Rows whose probabilities are in memory at a time."""
+"""Number of rows whose probabilities are in memory at a time."""
 
 
 def logit_answers(
@@ -30,7 +30,7 @@ def logit_answers(
 
     The answer is the class with the largest logit, of equal logits the first. With p = softmax of
     the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
-    ``score_margin`` (largest p less the second largest), ``uncertainty_entropy`` (entropy of p in
+    ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy`` (entropy of p in
     nats) and ``score_logit`` (the largest logit).
 
     Args:
@@ -61,24 +61,24 @@ def logit_answers(
     n, n_classes = rows.shape
     if not n:
         raise DataError("logits must have at least one row. They have none.")
-    names = _texts(class_names, n_classes, "class_names")
+    names = _texts_or_numbers(class_names, n_classes, "class_names")
     answer = rows.argmax(axis=1)
     columns: Columns = {
-        "id": _texts(ids, n, "ids"),
+        "id": _texts_or_numbers(ids, n, "ids"),
         "answer": [names[index] for index in answer.tolist()],
         "correct": [None] * n,
     }
     if target is not None:
-        columns["correct"] = _correct(answer, _class_numbers(target, names), n_classes)
+        columns["correct"] = _correct_cells(answer, _class_numbers(target, names), n_classes)
     for start in range(0, n, BLOCK):
         block = np.asarray(rows[start : start + BLOCK], dtype=np.float64)
         _require_finite(block, start)
-        for name, numbers in _numbers(block).items():
+        for name, numbers in _score_columns(block).items():
             columns.setdefault(name, []).extend(numbers.tolist())
     return Converted(columns)
 
 
-def _numbers(logits: Floats) -> dict[str, Floats]:
+def _score_columns(logits: Floats) -> dict[str, Floats]:
     """The numeric columns of some rows."""
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
@@ -91,8 +91,8 @@ def _numbers(logits: Floats) -> dict[str, Floats]:
     }
 
 
-def _texts(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
-    """``texts``, or the numbers from 0 in place of None; DataError if there are not ``n``."""
+def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
+    """``texts``, or in place of None the numbers 0 ... n - 1; DataError if there are not ``n``."""
     if texts is None:
         return [str(number) for number in range(n)]
     if len(texts) != n:
@@ -101,24 +101,24 @@ def _texts(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
 
 
 def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
-    """Numbers of true classes; texts are names of classes if all of them are, else numbers."""
+    """Numbers of true classes. Texts are numbers, unless all of them are names of classes."""
     labels = np.asarray(target)
     if labels.dtype.kind != "U":
         return labels
     texts = labels.tolist()
     number_of = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
-    unknown = [text for text in texts if text not in number_of]
-    if unknown and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
+    unknown_texts = [text for text in texts if text not in number_of]
+    if unknown_texts and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
         return labels.astype(np.int64)
-    if unknown:
+    if unknown_texts:
         raise DataError(
-            f'target must have names of classes, or "" if unknown. Got {unknown[0]!r:.80}.'
-            f"{nearest(unknown[0], names)}"
+            f'target must have names of classes, or "" if unknown. Got {unknown_texts[0]!r:.80}.'
+            f"{nearest(unknown_texts[0], names)}"
         )
     return np.array([number_of[text] for text in texts], dtype=np.int64)
 
 
-def _correct(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
+def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
     """Whether each answer is right; None where the true class is not known."""
     if labels.shape != answer.shape or labels.dtype.kind not in "iu":
         raise DataError(

@@ -1,4 +1,4 @@
-"""Files of people that say what the right answers are."""
+"""Reads files in which people wrote the right answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.errors import DataError
 from vilu.tables.sources.boxes import require_box
-from vilu.tables.sources.words import BOX, Word, number_in
+from vilu.tables.sources.words import BOX_COLUMNS, Word, number_in
 
 
 def read_truth(path: Path) -> dict[str, str]:
@@ -18,7 +18,7 @@ def read_truth(path: Path) -> dict[str, str]:
     A row with an empty ``truth`` is left out, because nobody knows its answer.
     """
     truth: dict[str, str] = {}
-    for row in _rows(path, ("id", "truth")):
+    for row in _read_rows(path, ("id", "truth")):
         if row["id"] in truth:
             raise DataError(
                 f"{path} line {row.line}: every id must occur once. Got {row['id']!r} again."
@@ -31,9 +31,9 @@ def read_truth(path: Path) -> dict[str, str]:
 def read_words(path: Path) -> dict[str, list[Word]]:
     """Read a CSV file with the columns page, text, left, top, width, height: a word per row."""
     pages: dict[str, list[Word]] = {}
-    for row in _rows(path, ("page", "text", *BOX)):
+    for row in _read_rows(path, ("page", "text", *BOX_COLUMNS)):
         where = f"{path} line {row.line}"
-        left, top, width, height = (number_in(row[edge], edge, where) for edge in BOX)
+        left, top, width, height = (number_in(row[edge], edge, where) for edge in BOX_COLUMNS)
         require_box([left, top, width, height], where)
         word = Word(row["text"], (left, top, width, height))
         pages.setdefault(row["page"], []).append(word)
@@ -52,7 +52,7 @@ def read_dictionary(path: Path) -> frozenset[str]:
     return frozenset(line.strip().casefold() for line in lines if line.strip())
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
+def _read_rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
     """The rows of a CSV file; DataError if it lacks a column or has no rows."""
     names, rows = csv_rows(path)
     missing = [column for column in columns if column not in names]

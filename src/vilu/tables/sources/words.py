@@ -19,28 +19,28 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
 WORD_LEVEL: Final = 5
-"""``level`` of the rows of a TSV file that are words; lower levels are pages to text lines."""
+"""``level`` of a row that is a word. Rows of lower levels are pages, blocks, text lines, ..."""
 
-LEAST_OVERLAP = 0.1
-"""Least intersection over union of the boxes of a word that was read and of its true word.
+MIN_OVERLAP = 0.1
+"""Smallest intersection over union of the box of a word that was read and that of its true word.
 
-It is small, because a box that was read is as high as the ink, and a true box may be as high as the
-whole line.
+It is small, because the box of a word that was read is only as high as the ink, but a true box may
+be as high as the whole line.
 """
 
 PUNCTUATION = ".,;:!?\"'()[]"
 """Characters that are removed from both ends of a word before it is looked up."""
 
-SUREST = 0.999
-"""Largest confidence, as a share, that a doubt tells apart: the logarithm stays finite."""
+MAX_CONFIDENCE = 0.999
+"""Larger confidences, as shares, count as this one. So the logarithm in a doubt is finite."""
 
-PLACES = ("page_num", "block_num", "par_num", "line_num")
-"""Columns that say in which line a word stands."""
+LINE_COLUMNS = ("page_num", "block_num", "par_num", "line_num")
+"""Columns that together say in which line a word stands."""
 
-BOX = ("left", "top", "width", "height")
+BOX_COLUMNS = ("left", "top", "width", "height")
 """Columns of the box of a word, in pixels."""
 
-COLUMNS = ("level", *PLACES, *BOX, "conf", "text")
+READ_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
 """Columns of a TSV file that are read."""
 
 
@@ -93,7 +93,7 @@ def word_answers(
     ``share_of_digits``, ``capital`` (1 if the first letter is one), ``n_marks`` (characters that
     are neither letters nor digits), ``height`` and ``character_width`` of the box in pixels,
     ``n_words`` of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A
-    doubt is ln(1 - confidence / 100), because confidences crowd near 100, and differ there.
+    doubt is ln(1 - confidence / 100). It spreads out the many confidences that are close to 100.
 
     Args:
         files: One TSV file per picture. A page is called as its file without the suffix; the
@@ -133,7 +133,7 @@ def word_answers(
     for name, words in pages.items():
         correct: list[int | None] = [None] * len(words)
         if name in true_words:
-            correct, n_unread = judged_words(words, true_words[name])
+            correct, n_unread = match_words(words, true_words[name])
             n_wanted += len(true_words[name])
             n_missed += n_unread
         if not words:
@@ -158,7 +158,7 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
     """The words of each page of all files; DataError if there are none."""
     pages: Pages = {}
     for file in files:
-        for name, words in _pages(Path(file)).items():
+        for name, words in _read_pages(Path(file)).items():
             if name in pages:
                 raise DataError(f"{file}: every page must have a name of its own. Rename the file.")
             pages[name] = words
@@ -167,49 +167,51 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
     return pages
 
 
-def judged_words(read: Sequence[Word], true_words: Sequence[Word]) -> tuple[list[int | None], int]:
+def match_words(
+    words_read: Sequence[Word], true_words: Sequence[Word]
+) -> tuple[list[int | None], int]:
     """Whether each word that was read is right (1 or 0), and the number of words never read."""
     overlap = overlaps(
-        as_boxes([word.box for word in read]), as_boxes([word.box for word in true_words])
+        as_boxes([word.box for word in words_read]), as_boxes([word.box for word in true_words])
     )
-    correct: list[int | None] = [0] * len(read)
+    correct: list[int | None] = [0] * len(words_read)
     n_unread = len(true_words)
-    while overlap.size and overlap.max() >= LEAST_OVERLAP:
-        place = int(overlap.argmax())
-        row, column = divmod(place, overlap.shape[1])
-        correct[row] = int(read[row].text == true_words[column].text)
+    while overlap.size and overlap.max() >= MIN_OVERLAP:
+        flat_index = int(overlap.argmax())
+        read_index, true_index = divmod(flat_index, overlap.shape[1])
+        correct[read_index] = int(words_read[read_index].text == true_words[true_index].text)
         n_unread -= 1
-        # both are taken
-        overlap[row] = 0
-        overlap[:, column] = 0
+        # neither word can be matched again
+        overlap[read_index] = 0
+        overlap[:, true_index] = 0
     return correct, n_unread
 
 
-def _pages(file: Path) -> Pages:
+def _read_pages(file: Path) -> Pages:
     """The words of each page of a TSV file."""
     pages: Pages = {}
-    for number, cells in _rows(file):
+    for number, cells in _read_rows(file):
         where = f"{file} line {number}"
-        numbers = _numbers(cells, where)
+        numbers = _row_numbers(cells, where)
         name = file.stem
         if numbers["page_num"] != 1:
             name = f"{file.stem}#{numbers['page_num']:.0f}"
         words = pages.setdefault(name, [])
         text = cells["text"].strip()
         if numbers["level"] == WORD_LEVEL and text:
-            left, top, width, height = (numbers[edge] for edge in BOX)
-            line = tuple(int(numbers[column]) for column in PLACES)
+            left, top, width, height = (numbers[edge] for edge in BOX_COLUMNS)
+            line = tuple(int(numbers[column]) for column in LINE_COLUMNS)
             words.append(ReadWord(text, (left, top, width, height), numbers["conf"], line))
     return pages
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows of a TSV file by column, with the numbers of their lines."""
     with convert_os_errors(f"cannot read {file}"), file.open(encoding="utf-8", newline="") as lines:
-        # a quote is a character that was read, and opens nothing
+        # a quote is a character that Tesseract read, and does not begin a quoted cell
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            missing = [name for name in READ_COLUMNS if name not in (table.fieldnames or ())]
             if missing:
                 raise DataError(
                     f"{file} must be a TSV file of Tesseract. It lacks the columns "
@@ -226,10 +228,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise DataError(f"{file} is no TSV file in UTF-8: {error}. Read it again.") from error
 
 
-def _numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
+def _row_numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
     """The numbers of a row by column; ``where`` names the row in errors."""
-    numbers = {name: number_in(cells[name], name, where) for name in COLUMNS if name != "text"}
-    require_box([numbers[edge] for edge in BOX], where)
+    numbers = {name: number_in(cells[name], name, where) for name in READ_COLUMNS if name != "text"}
+    require_box([numbers[edge] for edge in BOX_COLUMNS], where)
     return numbers
 
 
@@ -253,9 +255,9 @@ def _page_columns(
     words in small letters.
     """
     texts = [word.text for word in words]
-    n = len(words)
+    n_words = len(words)
     columns: Columns = {
-        "id": [f"{page}/{number}" for number in range(1, n + 1)],
+        "id": [f"{page}/{number}" for number in range(1, n_words + 1)],
         "answer": texts,
         "correct": correct,
         "score_confidence": [word.confidence for word in words],
@@ -266,8 +268,8 @@ def _page_columns(
         "n_marks": [len(text) - sum(map(str.isalnum, text)) for text in texts],
         "height": [word.box[3] for word in words],
         "character_width": [word.box[2] / len(word.text) for word in words],
-        "n_words": [n] * n,
-        "cluster": [page] * n,
+        "n_words": [n_words] * n_words,
+        "cluster": [page] * n_words,
     }
     if dictionary:
         plain_texts = [text.strip(PUNCTUATION).casefold() for text in texts]
@@ -293,6 +295,6 @@ def _doubts(words: Sequence[ReadWord]) -> Columns:
 
 
 def _doubt(confidence: float) -> float:
-    """ln(1 - confidence / 100), of a confidence that is at least 0 and at most 99.9."""
-    share = min(max(confidence / 100, 0.0), SUREST)
+    """ln(1 - confidence / 100), where the confidence is limited to the range from 0 to 99.9."""
+    share = min(max(confidence / 100, 0.0), MAX_CONFIDENCE)
     return math.log1p(-share)
