@@ -595,6 +595,8 @@ class Monitor:
             # every labelled row counts for the share of out-of-distribution images
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
         known = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
+        if known.size == 0:  # the usual case in a service, whose labels arrive later
+            return
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
             warn_caller(
