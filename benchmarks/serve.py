@@ -9,7 +9,7 @@ after every step:
   send an image as soon as the last one is answered, for ``seconds / turns``: images/s of both. On a
   machine with other work, many short turns are fairer than one long turn;
 - ``steady``: all turns together: the ratio of both rates with a lower bound, latencies beside the
-  time of a full batch, resident memory after each turn, lost and wrong answers;
+  time of a full batch, resident memory every 10 s, lost and wrong answers;
 - ``overload``: ten times as many images a second as it can answer, whoever waits: how many got 429,
   latencies of those that were answered, and the seconds until a single request is as quick again as
   before;
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from vilu.guard.guard import Answer, Guard
 
 CLIENTS: Final = 32
+WATCHED_EVERY: Final = 10
+"""Seconds between two readings of the memory of the service."""
 OVER: Final = 10
 """In the step ``overload``, so many times as many images are sent as can be answered."""
 
@@ -171,6 +173,28 @@ async def ask_steadily(
     await asyncio.gather(*(ask_again_and_again() for _ in range(CLIENTS)))
 
 
+async def ask_and_watch(
+    port: int,
+    requests: Sequence[bytes],
+    places: Iterator[int],
+    load: Load,
+    seconds: float,
+    process: psutil.Process,
+) -> list[float]:
+    """As ``ask_steadily``; returns resident MB of the process every ``WATCHED_EVERY`` seconds."""
+    sizes: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(WATCHED_EVERY)
+            sizes.append(round(process.memory_info().rss / 2**20, 1))
+
+    watching = asyncio.create_task(watch())
+    await ask_steadily(port, requests, places, load, seconds)
+    watching.cancel()
+    return sizes
+
+
 async def overload(
     port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
 ) -> dict[str, Any]:
@@ -257,18 +281,18 @@ def steady(
     load = Load(guard(images))
     seconds = options.seconds / options.turns
     process = psutil.Process(server)
-    sizes: list[int] = []
+    sizes: list[list[float]] = []
     rates: list[float] = []
     ratios: list[float] = []
     for _ in range(options.turns):
         rates.append(guard_rate(guard, images))
         n_before = len(load.seconds)
         began = time.perf_counter()
-        asyncio.run(ask_steadily(port, requests, places, load, seconds))
+        sizes.append(asyncio.run(ask_and_watch(port, requests, places, load, seconds, process)))
         rate = (len(load.seconds) - n_before) / (time.perf_counter() - began)
-        sizes.append(process.memory_info().rss)
         ratios.append(rate / rates[-1])
-        show("turn", {"guard/s": round(rates[-1], 2), "service/s": round(rate, 2)})
+        facts = {"guard/s": round(rates[-1], 2), "service/s": round(rate, 2), "MB": sizes[-1]}
+        show("turn", facts)
     full_batch = guard.batch_size / float(np.median(rates))
     summary = load.summary()
     facts = {
@@ -277,7 +301,7 @@ def steady(
         "lower bound": lower_bound(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "p99 in full batches": round(summary["p99"] / full_batch, 2),
-        "MB after each turn": [round(size / 2**20, 1) for size in sizes],
+        f"MB every {WATCHED_EVERY} s of each turn": sizes,
     }
     show("steady", facts)
     return load, float(np.median(rates))

@@ -3,10 +3,15 @@
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
 Requests with random vectors come one after the other over ``--clients`` connections. After
-``--warm`` requests the memory is noted, and again after each of ``PARTS`` equal parts. Before that,
-the clients rest for ``REST`` seconds, so that a state that is being saved is written. Then the
-service is told to return freed memory (``benchmarks.returning``), which it does by itself after
-every saved state. Two numbers are noted:
+``--warm`` requests the memory is read, and again after each of ``PARTS`` equal parts, each time
+twice:
+
+- "any moment": as soon as the part has ended. Nothing is done to the service before. It returns
+  freed memory by itself once a minute, so this reading may hold what a minute has freed.
+- "at rest": after ``REST`` seconds without a request, and after the service was told to return
+  freed memory (``benchmarks.returning``).
+
+Every reading has two numbers:
 
 - "resident": all pages of the process in memory. The system may take pages of files (libraries)
   away and bring them back, so this number moves without any request.
@@ -105,23 +110,43 @@ def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
     return {"bytes a row": round(mean, 1), "upper bound": round(upper, 1)}
 
 
+class Readings:
+    """The memory of a process after each part, read in both ways."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.sizes: dict[str, list[dict[str, int]]] = {"any moment": [], "at rest": []}
+
+    def read(self) -> None:
+        """Read the memory now, and once more at rest."""
+        self.sizes["any moment"].append(memory_of(self.process))
+        self.sizes["at rest"].append(settled_memory_of(self.process))
+
+    def facts(self, n_rows: int) -> dict[str, Any]:
+        """First and last size and the slope, of every reading; a part has ``n_rows`` rows."""
+        facts: dict[str, Any] = {}
+        for reading, sizes in self.sizes.items():
+            for kind in sizes[0]:
+                of_kind = [size[kind] for size in sizes]
+                megabytes = [round(of_kind[index] / 2**20, 1) for index in (0, -1)]
+                facts[f"{kind}, {reading}"] = {"MB": megabytes, **slope_of(of_kind, n_rows)}
+        return facts
+
+
 def measure(port: int, process: int, options: argparse.Namespace) -> None:
     """Warm up, then print the memory after every part, and the slopes so far."""
     asyncio.run(send_all(port, options, options.warm, seed=0))
-    sizes = [settled_memory_of(process)]
+    readings = Readings(process)
+    readings.read()
     began = time.perf_counter()
     share = options.requests // (PARTS * options.clients)
     n_of_part = share * options.clients
     for part in range(1, PARTS + 1):
         asyncio.run(send_all(port, options, n_of_part, seed=part))
-        sizes.append(settled_memory_of(process))
+        readings.read()
         facts: dict[str, Any] = {"requests": part * n_of_part, "rows": options.rows}
         facts["requests/s"] = round(part * n_of_part / (time.perf_counter() - began), 1)
-        for kind in sizes[0]:
-            of_kind = [size[kind] for size in sizes]
-            megabytes = [round(of_kind[index] / 2**20, 1) for index in (0, -1)]
-            facts[kind] = {"MB": megabytes, **slope_of(of_kind, n_of_part * options.rows)}
-        print(json.dumps(facts), flush=True)
+        print(json.dumps(facts | readings.facts(n_of_part * options.rows)), flush=True)
 
 
 def main() -> None:

@@ -77,6 +77,7 @@ HELD: Final = (
     "docs/report.md",
     "docs/scale.md",
     "docs/serving.md",
+    "docs/serving-measured.md",
     "docs/sharing.md",
     "docs/stability.md",
     "docs/start.md",

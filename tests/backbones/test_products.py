@@ -1,15 +1,18 @@
-"""Linear layers of image towers by oneDNN."""
+"""Products of image towers by oneDNN."""
 
 from __future__ import annotations
 
+import copy
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from vilu.backbones.products import LinearByOneDNN, fast_products, is_onednn_faster
+from vilu.backbones.products import ProductsByOneDNN, fast_products, is_onednn_faster
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -24,6 +27,14 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_products_are_those_of_torch(
@@ -33,7 +44,7 @@ def test_products_are_those_of_torch(
     weight = torch.randn(4, 7, generator=generator)
     bias = torch.randn(4, generator=generator) if with_bias else None
     expected = functional.linear(rows.double(), weight.double(), _double(bias))
-    with torch.inference_mode(), LinearByOneDNN():
+    with torch.inference_mode(), ProductsByOneDNN():
         product = functional.linear(rows, weight, bias)
     torch.testing.assert_close(product.double(), expected, atol=ROUNDING, rtol=0)
 
@@ -42,13 +53,48 @@ def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.double()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": False}, {"stride": 2}, {"groups": 7}, {"padding": 1}, {"kernel_size": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("n_images", [1, 5, 17])
+def test_convolutions_are_those_of_torch(
+    generator: torch.Generator, settings: dict[str, Any], n_images: int
+) -> None:
+    layer = nn.Conv2d(7, 14, **{"kernel_size": 1} | settings)
+    channels = torch.randn(n_images, 7, 6, 6, generator=generator)
+    with torch.inference_mode():
+        expected = copy.deepcopy(layer).double()(channels.double())
+        for images in (channels, channels.to(memory_format=torch.channels_last)):
+            with ProductsByOneDNN():
+                outcome = layer(images)
+            torch.testing.assert_close(outcome.double(), expected, atol=ROUNDING, rtol=0)
+
+
+def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
+    generator: torch.Generator, one_thread: None
+) -> None:
+    layer = nn.Conv2d(7, 14, 1)
+    channels = torch.randn(3, 7, 6, 6, generator=generator)
+
+    def names() -> set[str]:
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            layer(channels)
+        return {event.key for event in profile.key_averages()}
+
+    assert "aten::mkldnn_convolution" not in names()
+    with ProductsByOneDNN():
+        assert "aten::mkldnn_convolution" in names()
+
+
 def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
     """``nn.MultiheadAttention`` has a fast path of its own, which the mode must not break."""
     attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
     rows = torch.randn(2, 9, 64, generator=generator)
     with torch.inference_mode():
         expected, _ = attention(rows, rows, rows, need_weights=False)
-        with LinearByOneDNN():
+        with ProductsByOneDNN():
             outcome, _ = attention(rows, rows, rows, need_weights=False)
     torch.testing.assert_close(outcome, expected, atol=ROUNDING, rtol=0)
 
@@ -63,14 +109,14 @@ def test_layers_run_by_onednn_in_the_mode_alone(generator: torch.Generator) -> N
         return {event.key for event in profile.key_averages()}
 
     assert "mkldnn::_linear_pointwise" not in names()
-    with LinearByOneDNN():
+    with ProductsByOneDNN():
         assert "mkldnn::_linear_pointwise" in names()
 
 
 def test_other_number_formats_are_left_to_torch(generator: torch.Generator) -> None:
     rows = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, 7, generator=generator, dtype=torch.float64)
-    with torch.inference_mode(), LinearByOneDNN():
+    with torch.inference_mode(), ProductsByOneDNN():
         product = functional.linear(rows, weight)
     assert torch.equal(product, functional.linear(rows, weight))
 
@@ -83,7 +129,7 @@ def test_other_threads_are_left_alone(generator: torch.Generator) -> None:
     def multiply() -> None:
         products.append(functional.linear(rows, weight))
 
-    with LinearByOneDNN():
+    with ProductsByOneDNN():
         thread = threading.Thread(target=multiply)
         thread.start()
         thread.join()
@@ -92,6 +138,6 @@ def test_other_threads_are_left_alone(generator: torch.Generator) -> None:
 
 
 def test_only_a_processor_that_gains_uses_it() -> None:
-    is_used = isinstance(fast_products(torch.device("cpu")), LinearByOneDNN)
+    is_used = isinstance(fast_products(torch.device("cpu")), ProductsByOneDNN)
     assert is_used == is_onednn_faster()
-    assert not isinstance(fast_products(torch.device("meta")), LinearByOneDNN)
+    assert not isinstance(fast_products(torch.device("meta")), ProductsByOneDNN)

@@ -114,9 +114,10 @@ def hosted(
 
 
 @contextmanager
-def served(*args: object, ready: bool = True) -> Iterator[Running]:
+def served(*args: object, ready: bool = True, plugin: str | None = None) -> Iterator[Running]:
     """``vilu serve`` with these arguments, until the block ends."""
-    words = command(*FRAME, "serve", "--port", 0, *args)
+    frame = FRAME if plugin is None else (*FRAME, "--plugin", plugin)
+    words = command(*frame, "serve", "--port", 0, *args)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env

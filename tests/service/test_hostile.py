@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ import pytest
 from tests.builders.photo_folders import photo
 from tests.service.conftest import Running, hosted, served
 
+CLIENTS = 16
 REQUESTS = int(os.environ.get("REQUESTS", "10000"))
 GROWTH = 60 * 2**20
 """Bytes that a process may grow by while it meets all this:
@@ -236,25 +238,35 @@ def random_request(order: random.Random) -> tuple[bytes, bool]:
     return bytes(content), is_damaged or is_cut or length != len(body)
 
 
+def ask_all(url: str, requests: list[tuple[bytes, bool]]) -> Counter[str]:
+    """Statuses of requests that ``CLIENTS`` clients send at once; "none" without an answer."""
+
+    def ask(request: tuple[bytes, bool]) -> str:
+        content, is_broken = request
+        answer = send(url, content, hang_up=is_broken)
+        status = answer.split(b" ", 2)[1].decode() if answer else "none"
+        assert status[:1] in {"2", "4", "n"}, (content[:300], answer)
+        return status
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        return Counter(clients.map(ask, requests))
+
+
 @pytest.mark.parametrize("n", [300, pytest.param(REQUESTS, marks=pytest.mark.hostile)])
 def test_requests_at_random(predictors: tuple[Path, Path], tmp_path: Path, n: int) -> None:
     order = random.Random(0)
     statuses: Counter[str] = Counter()
+    sizes = []
     with served(predictors[0], "--state", tmp_path / "s", "--max-body", 4) as running:
         assert running.process is not None
         process = psutil.Process(running.process.pid)
         before = running.post("/v1/answers", files={"a": photo(1, 1)}).json()["answers"]
-        for number in range(n):
-            if number == n // 10:  # warm
-                first_size = process.memory_info().rss
-            content, is_broken = random_request(order)
-            answer = send(running.url, content, hang_up=is_broken)
-            status = answer.split(b" ", 2)[1].decode() if answer else "none"
-            assert status[:1] in {"2", "4", "n"}, (content[:300], answer)
-            statuses[status] += 1
-        growth = process.memory_info().rss - first_size
-        print(f"{n} requests, {dict(statuses)}; {growth / 2**20:.1f} MiB")  # noqa: T201
-        assert growth < GROWTH
+        for _ in range(10):
+            statuses += ask_all(running.url, [random_request(order) for _ in range(n // 10)])
+            sizes.append(process.memory_info().rss)
+            megabytes = [round(size / 2**20, 1) for size in sizes]
+            print(f"{statuses.total()} requests, {dict(statuses)}; {megabytes} MiB")  # noqa: T201
+        assert sizes[-1] - sizes[0] < GROWTH  # the first tenth is to warm up
         assert running.get("/readyz").status_code == 200
         after = running.post("/v1/answers", files={"a": photo(1, 1)}).json()["answers"]
     for answer_before, answer_after in zip(before, after, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import signal
 import sqlite3
@@ -22,7 +23,7 @@ import torch
 
 from tests.builders.photo_folders import KINDS, photo
 from tests.builders.store_fakes import NAMES, FakeBackbone, picture
-from tests.command import command, command_line
+from tests.command import PYTHONPATH, command, command_line
 from tests.faults.bed import FRAME
 from tests.service.conftest import Running, hosted, served
 from tests.service.test_bad_company import MB, connected, monitored
@@ -72,6 +73,43 @@ def test_a_service_that_is_stopped_for_a_while_goes_on(
             thread.join(30)
         assert statuses == [200] * 8
         assert monitored(running)["rows"] == 8
+
+
+PEAK_AT_THE_START = """
+from vilu.service import server
+
+server.RETURN_EVERY = {seconds}
+blocks = [b"x" * 100_000 for _ in range(3_000)]
+last = b"x" * 100_000  # the heap ends here, so it cannot become shorter
+del blocks
+"""
+
+
+def memory(process: int, name: str) -> int:
+    """A number of bytes in /proc: VmRSS is resident now, VmHWM was the most ever."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    pytest.fail(f"no {name}")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns what is freed")
+@pytest.mark.parametrize(("seconds", "returned"), [(0.5, True), (600, False)])
+def test_a_service_returns_the_memory_of_its_largest_moment(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    returned: bool,
+) -> None:
+    (tmp_path / "peak_of_a_test.py").write_text(PEAK_AT_THE_START.format(seconds=seconds))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), PYTHONPATH]))
+    with served(predictors[0], "--state", tmp_path / "s", plugin="peak_of_a_test") as running:
+        assert running.process is not None
+        time.sleep(3)
+        peak, now = (memory(running.process.pid, name) for name in ("VmHWM", "VmRSS"))
+        assert (peak - now > 150 * MB) == returned
+        assert running.post("/v1/answers", files={"a": photo(0, 0)}).status_code == 200
 
 
 def test_two_services_on_one_state(predictors: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import UsageError
+from vilu.process import return_freed_memory
 from vilu.service.app import Service
 from vilu.service.limits import CONNECTIONS, PROBLEM, in_brackets, problem
 from vilu.service.setup import Setup, load_engine
@@ -28,6 +29,9 @@ IDLE_SECONDS: Final = 10
 
 STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
+
+RETURN_EVERY: Final = 60
+"""Seconds after which freed memory is returned to the operating system, again and again."""
 
 
 class TimedProtocol(H11Protocol):
@@ -175,6 +179,7 @@ class Hosted:
             stack.enter_context(self.socket)
             make_folder(self.setup.state)
             stack.enter_context(locked(self.setup.state, activity="serving with the state in"))
+            stack.enter_context(_freed_memory_returned())
             loader = threading.Thread(target=self._load, name="vilu-load")
             loader.start()
             try:
@@ -202,6 +207,30 @@ class Hosted:
             return
         self.service.start(engine)
         self.announce("ready")
+
+
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """A block during which freed memory is returned every ``RETURN_EVERY`` seconds.
+
+    The memory of a batch is kept for the next batch (``vilu.process.keep_freed_memory``). Batches
+    differ in size, and images that wait lie between their blocks. So from time to time a large
+    block finds no place, and the heap grows. Without this, the process would keep as much memory
+    as it ever had at one moment.
+    """
+    is_over = threading.Event()
+
+    def return_again_and_again() -> None:
+        while not is_over.wait(RETURN_EVERY):
+            return_freed_memory()
+
+    thread = threading.Thread(target=return_again_and_again, name="vilu-memory")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:

@@ -597,6 +597,8 @@ class Monitor:
             # every labelled row counts for the share of out-of-distribution images
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
         labelled = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
+        if labelled.size == 0:  # the usual case in a service, whose labels arrive later
+            return
         hashes, is_new = self.seen_labels.find_new(outcomes.take(labelled), labels=True)
         if not is_new.all():
             warn_caller(
