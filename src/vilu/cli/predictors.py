@@ -1002,7 +1002,6 @@ def push(
             "--private/--public", help="Visibility of a new repository. [the default of its owner]"
         ),
     ] = None,
-    revision: Revision = None,
     with_sample: Annotated[
         bool,
         Option(
@@ -1021,7 +1020,6 @@ def push(
         predictor,
         repository,
         private=private,
-        revision=revision,
         overwrite=overwrite,
         with_sample=with_sample,
     )
