@@ -27,7 +27,6 @@ from vilu.cli.help import MORE, SPEED
 from vilu.cli.options import (
     MAX_RESAMPLES,
     MAX_WORKERS,
-    Data,
     Overwrite,
     Reading,
     RowsFile,
@@ -262,9 +261,9 @@ PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViL
 
 @wants_inputs(store=STORE)
 # ``reading`` stands for several flags
-@partial(with_reading_flags, without={"pool_size", "second"})
+@partial(with_reading_flags, without={"pool_size", "second", "clusters"})
 def pools(
-    store: Data,
+    store: Annotated[Path, path_argument("Store of images with captions, or shards like LAION's.")],
     predictors: Annotated[
         list[str],
         typer.Argument(

@@ -61,6 +61,8 @@ def test_values_are_named_by_what_they_are(name: str) -> None:
     assert "<path>" not in text
     assert "range>" not in text
     assert "list[" not in text
+    assert "x>=" not in text
+    assert "<=x" not in text
 
 
 @pytest.mark.parametrize("words", [["--json", "list", "metrics"], ["list", "metrics", "--json"]])

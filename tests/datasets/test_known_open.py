@@ -139,11 +139,12 @@ def test_captions_are_tars(root: Path, name: str, n_shards: int) -> None:
     assert found[0][1] == "red stripes, picture 1"
     prefix = "train/" if name == "cc3m" else ""
     assert found[0][0] == f"{prefix}00000.tar#000000000"
-    for options in ({"split": "train"}, {"raw_names": True}, {"classes": root / "names.txt"}):
-        with pytest.raises(
-            UsageError,
-            match=f"no classes and no splits. Leave --{next(iter(options)).replace('_', '-')}",
-        ):
+    for options, word in (
+        ({"split": "train"}, "--split"),
+        ({"raw_names": True}, "raw_names"),
+        ({"classes": root / "names.txt"}, "--classes"),
+    ):
+        with pytest.raises(UsageError, match=f"no classes and no splits. Leave {word}"):
             open_known(name, root, **options)
 
 
@@ -156,7 +157,7 @@ def test_open_dataset_by_name(root: Path) -> None:
     assert by_name.source == f"{root / 'dtd/dtd'} (split_zhou_DescribableTextures.json of the user)"
     assert open_dataset(root, dataset="ucf101", raw_names=True).class_names[0] == "Apply_Eye_Makeup"
     for options, message in (
-        ({"raw_names": True}, "--raw-names is for data sets of the catalogue"),
+        ({"raw_names": True}, "raw_names is for data sets of the catalogue"),
         ({"dataset": "dtd", "where": {"a": "b"}}, "--captions, --where and --root are for tables"),
         ({"dataset": "dtd", "captions": True}, "--captions, --where and --root are for tables"),
         ({"dataset": "oxford-pet"}, "no data set 'oxford-pet'. Did you mean 'oxford_pets'"),
@@ -178,7 +179,7 @@ def test_names_of_the_user(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("".join(f"texture {label}\n" for label in range(12)))
     assert open_known("dtd", root, classes=file).class_names[11] == "texture 11"
-    with pytest.raises(UsageError, match="Give --raw-names or --classes"):
+    with pytest.raises(UsageError, match="Give raw_names or classes"):
         open_known("dtd", root, classes=file, raw_names=True)
     raw = open_known("ucf101", root).classes.folders
     file.write_text("".join(f"{name}\tperson {label}\n" for label, name in enumerate(raw)))

@@ -79,8 +79,8 @@ def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(store.target), [label for _, label in listed(images)])
     assert store.manifest.split == "test"
     assert store.manifest.dataset == "dtd (split_zhou_DescribableTextures.json of the user)"
-    run(*embed, "ucf101", "--raw-names", "--limit", 3, "-o", tmp_path / "raw")
-    assert vilu.EmbeddingStore(tmp_path / "raw").class_names[0] == "Apply_Eye_Makeup"
+    run(*embed, "ucf101", "--limit", 3, "-o", tmp_path / "ucf101")
+    assert vilu.EmbeddingStore(tmp_path / "ucf101").class_names[0] == "Apply Eye Makeup"
     for options, message in (
         (["dtdd", "-o", tmp_path / "x"], "Did you mean 'dtd'"),
         (["dtd", "--split", "tset", "-o", tmp_path / "x"], "Did you mean 'test'"),
@@ -88,7 +88,3 @@ def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
     ):
         assert message in run(*embed, *options, code=2).stderr
     assert "Download SUN397.tar.gz" in run(*embed, "sun397", "-o", tmp_path / "x", code=3).stderr
-    assert (
-        "--raw-names is for"
-        in run("embed", root, "--raw-names", "-o", tmp_path / "x", code=2).stderr
-    )

@@ -78,6 +78,11 @@ def test_labels_beyond_all_budgets_are_named_on_top() -> None:
     assert [one.n_labels for one in further] == [600, 700, 900]
 
 
+def test_a_forecast_is_at_least_one_round_ahead() -> None:
+    further = forecast(np.full(1_000, 1e-4), n_labels=193).expected
+    assert [one.n_labels for one in further] == [400]
+
+
 def test_another_risk_is_named_if_it_can_be_shown() -> None:
     text = str(forecast(np.full(1_000, 0.06)))
     assert "give --max-risk 0." in text

@@ -199,7 +199,7 @@ def _count_text(split: Count) -> str:
 def list_(
     what: Annotated[
         Literal["predictors", "backbones", "datasets", "metrics"],
-        typer.Argument(help="Which catalogue."),
+        typer.Argument(help="predictors, backbones, metrics, or datasets for layouts of data."),
     ],
 ) -> None:
     """List predictors, backbones, metrics or data set layouts.

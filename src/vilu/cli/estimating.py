@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.options import Data, LabelFiles, Reading, path_option, with_reading_flags
+from vilu.cli.options import (
+    POOL_FLAGS,
+    STUDY_FLAGS,
+    Data,
+    LabelFiles,
+    Reading,
+    path_option,
+    with_reading_flags,
+)
 from vilu.errors import UNKNOWN, UsageError
 from vilu.text import plural
 
@@ -43,7 +52,7 @@ Confidence = Annotated[
 ]
 
 
-@with_reading_flags
+@partial(with_reading_flags, without=STUDY_FLAGS | POOL_FLAGS)
 def estimate(
     data: Data,
     predictor: PredictorOption = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -74,9 +75,12 @@ VALUES: Final[Mapping[str, str]] = {
     "device": "DEVICE",
     "false_alarm": SHARE,
     "host": "HOST",
+    "images": "PATH",
     "key": "KEY",
     "main": "METHOD",
+    "max_body": "MIB",
     "max_error_rate": SHARE,
+    "max_json": "MIB",
     "max_miss": SHARE,
     "max_risk": SHARE,
     "method": "METHOD",
@@ -85,6 +89,7 @@ VALUES: Final[Mapping[str, str]] = {
     "outside_share": SHARE,
     "port": "PORT",
     "prompts": "PROMPT",
+    "replicas": "N|MIN:MAX",
     "revision": "REVISION",
     "sizes": "N,N,...",
     "split": "SPLIT",
@@ -117,8 +122,15 @@ class PanelledCommand(TyperCommand):
             else:
                 group = ARGUMENTS
                 name = str(parameter.metavar)
-            groups.setdefault(group, []).append((name, text))
+            groups.setdefault(group, []).append((name, _with_range_in_words(text)))
         _write_groups(formatter, groups.items())
+
+
+def _with_range_in_words(text: str) -> str:
+    """The help of an option, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
+    text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)  # a bound that nobody meets
+    text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
+    return re.sub(r"x>=([\d.]+)", r"at least \1", text)
 
 
 def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer

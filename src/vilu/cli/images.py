@@ -13,13 +13,11 @@ from vilu.cli import console
 from vilu.cli.console import next_step
 from vilu.cli.help import DATA, MODEL, MORE, SPEED
 from vilu.cli.options import (
-    MAX_SEED,
     MAX_WORKERS,
     Backbone,
     BatchSize,
     Device,
     FollowLinks,
-    FullDecode,
     Models,
     Outside,
     Overwrite,
@@ -85,14 +83,6 @@ Prompts = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Words = Annotated[
-    Path | None,
-    path_option(
-        "Words for --negatives, one per line, in place of vilu's own; implies --negatives.",
-        metavar="FILE",
-        rich_help_panel=MODEL,
-    ),
-]
 Workers = Annotated[
     int | None,
     Option(
@@ -130,14 +120,6 @@ Processes = Annotated[
 ]
 
 
-RawNames = Annotated[
-    bool,
-    Option(
-        "--raw-names",
-        help="With --dataset: keep the class names of the data, not cleaned.",
-        rich_help_panel=DATA,
-    ),
-]
 TableCaptions = Annotated[
     bool,
     Option(
@@ -164,23 +146,13 @@ Features = Annotated[
     bool,
     Option(
         "--features",
-        help="Also keep the input of the model's last linear map.",
-        rich_help_panel=MODEL,
+        help="Also keep the input of the model's last linear map, which some methods need.",
     ),
 ]
-SeedOfViews = Annotated[
-    int, Option(min=0, max=MAX_SEED, help="Seed of the augmented views.", rich_help_panel=MODEL)
-]
-Split = Annotated[
-    str | None, Option(help="Only this split, or several joined by +.", rich_help_panel=DATA)
-]
+Split = Annotated[str | None, Option(help="Only this split, or several joined by +.")]
 Limit = Annotated[
     int | None,
-    Option(
-        min=1,
-        help="Only this number of images, the first in the fixed order.",
-        rich_help_panel=DATA,
-    ),
+    Option(min=1, help="Only this number of images, the first in the fixed order."),
 ]
 Dtype = Annotated[
     StoredNumbers, Option(help="Type of the numbers in the store.", rich_help_panel=MORE)
@@ -196,6 +168,15 @@ AllowBadShards = Annotated[
         rich_help_panel=MORE,
     ),
 ]
+FullDecode = Annotated[
+    bool,
+    Option(
+        "--full-decode",
+        help="Decode JPEGs in full. By default large ones are decoded at 1/2, 1/4 or 1/8, but no "
+        "smaller than twice the size that the model reads.",
+        rich_help_panel=SPEED,
+    ),
+]
 
 
 @console.resumable
@@ -205,8 +186,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     backbone: Backbone = "compact",
     models: Models = None,
     dataset: Named = None,
-    raw_names: RawNames = False,
     classes: Classes = None,
+    split: Split = None,
+    limit: Limit = None,
+    features: Features = False,
     captions: TableCaptions = False,
     outside: Outside = None,
     where: Where = None,
@@ -215,12 +198,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     template: Template = None,
     prompts: Prompts = None,
     negatives: Negatives = False,
-    words: Words = None,
     views: Views = 0,
-    features: Features = False,
-    seed: SeedOfViews = 0,
-    split: Split = None,
-    limit: Limit = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     part_size: PartSize = None,
@@ -252,19 +230,21 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         outside=outside or (),
         where=console.parse_pairs("--where", where, "COLUMN=VALUE"),
         dataset=dataset,
-        raw_names=raw_names,
         root=root,
         follow_links=follow_links,
     )
+    from vilu.backbones.zeroshot import everyday_words
     from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
 
+    words: Sequence[str] = ()
+    if negatives:
+        words = everyday_words()
     columns = ExtraColumns(
         features=features,
         views=views,
-        seed=seed,
         prompts=templates_of(prompts) or (),
-        negatives=_negatives(words, wanted=negatives),
+        negatives=words,
     )
     store = embed_images(
         images,
@@ -294,7 +274,7 @@ def backbone_spec(
     precision: Literal["fp32", "bf16", "auto"],
     models: Path | None,
     *,
-    full_decode: bool,
+    full_decode: bool = False,
 ) -> BackboneSpec:
     """The backbone that the flags describe; logs advice if it is the compact model.
 
@@ -351,19 +331,6 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
     if not texts:
         return None
     return named_templates(texts)
-
-
-def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
-    """The words for --negatives: of a file if there is one, or everyday words if ``wanted``."""
-    from vilu.backbones.zeroshot import everyday_words
-    from vilu.datasets.classes import read_classes
-
-    if words is not None:
-        _, names = read_classes(words)
-        return names
-    if wanted:
-        return everyday_words()
-    return ()
 
 
 def embedded(

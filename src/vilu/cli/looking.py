@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from vilu.cli.console import next_step
 from vilu.cli.help import MORE
 from vilu.cli.options import (
     MAX_SEED,
+    STUDY_FLAGS,
     Data,
     ImagesRoot,
     ImagesSplit,
@@ -76,7 +78,7 @@ AcceptedShare = Annotated[
 ]
 
 
-@with_reading_flags
+@partial(with_reading_flags, without=STUDY_FLAGS | {"direction"})
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,

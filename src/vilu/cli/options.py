@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from typer import Option
@@ -294,8 +294,7 @@ class Reading:
             if replace(self, clusters=None) != Reading():
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
-                    "read: --pool-size, --direction, --hard-negatives, --near-duplicates, --fold, "
-                    "--logit-scale and --second."
+                    "read: --pool-size, --direction, --fold, --logit-scale and --second."
                 )
             return open_table(store, clusters=self.clusters)
         if self.clusters is not None:
@@ -323,8 +322,15 @@ class Reading:
         return None
 
 
+STUDY_FLAGS: Final = frozenset({"hard", "near_duplicates"})
+"""Flags of pools that only studies need. `vilu pools` has them, and Python's ``Pools``."""
+
+POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
+"""Flags for image-caption pairs that a command about labels of classes does not need."""
+
+
 def with_reading_flags(
-    command: Callable[..., None], *, without: Collection[str] = ()
+    command: Callable[..., None], *, without: Collection[str] = STUDY_FLAGS
 ) -> Callable[..., None]:
     """Replace the parameter ``reading`` of a command by the flags of ``Reading``.
 
@@ -361,15 +367,6 @@ Precision = Annotated[
         rich_help_panel=SPEED,
     ),
 ]
-FullDecode = Annotated[
-    bool,
-    Option(
-        "--full-decode",
-        help="Decode JPEGs in full. By default large ones are decoded at 1/2, 1/4 or 1/8, but no "
-        "smaller than twice the size that the model reads.",
-        rich_help_panel=SPEED,
-    ),
-]
 FollowLinks = Annotated[
     bool,
     Option(
@@ -379,10 +376,6 @@ FollowLinks = Annotated[
     ),
 ]
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.", rich_help_panel=SPEED)]
-DecodingThreads = Annotated[
-    int | None,
-    Option(min=1, max=MAX_WORKERS, help="Decoding threads. [one per core]", rich_help_panel=SPEED),
-]
 StoreFolder = Annotated[
     Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
 ]

@@ -1018,7 +1018,6 @@ def push(
             "--private/--public", help="Visibility of a new repository. [the default of its owner]"
         ),
     ] = None,
-    revision: Revision = None,
     with_sample: Annotated[
         bool,
         Option(
@@ -1037,7 +1036,6 @@ def push(
         predictor,
         repository,
         private=private,
-        revision=revision,
         overwrite=overwrite,
         with_sample=with_sample,
     )

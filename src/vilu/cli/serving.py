@@ -10,7 +10,7 @@ from typer import Option
 
 from vilu.cli.console import next_step, print_outputs
 from vilu.cli.help import LIMITS, MORE, SPEED
-from vilu.cli.options import DecodingThreads, Device, Models, path_argument, path_option
+from vilu.cli.options import Device, Models, path_argument, path_option
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -158,7 +158,6 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     device: Device = "auto",
     precision: PrecisionOfService = None,
     batch_size: MaxBatchSize = 32,
-    workers: DecodingThreads = None,
     queue: MaxQueue = None,
     max_body: MaxBody = 32,
     max_json: MaxJson = 1,
@@ -205,7 +204,6 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         models=models,
         device=device,
         batch_size=batch_size,
-        workers=workers,
         precision=precision,
     )
     log_access()

@@ -27,7 +27,7 @@ Arrays = Annotated[
         "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), "
         "target (N), ids, logit_scale, logit_bias, negatives (M, D), views, features, prompts, "
         "...; the first three are required. logits (N, K) take the place of text.",
-        metavar="[SOURCE]",
+        metavar="SOURCE",
     ),
 ]
 Logits = Annotated[

@@ -17,10 +17,8 @@ from vilu.cli.options import (
     Backbone,
     BatchSize,
     ClusterColumn,
-    DecodingThreads,
     Device,
     FollowLinks,
-    FullDecode,
     ImagesRoot,
     ImagesSplit,
     LabelFiles,
@@ -126,10 +124,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     move: MoveFlag = False,
     xmp: Sidecars = False,
     batch_size: BatchSize = 32,
-    workers: DecodingThreads = None,
     device: Device = "auto",
     precision: Precision = "fp32",
-    full_decode: FullDecode = False,
     follow_links: FollowLinks = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -154,12 +150,11 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _, names = read_classes(classes)
     embedding = EmbeddingSettings(
-        backbone=backbone_spec(backbone, device, precision, models, full_decode=full_decode),
+        backbone=backbone_spec(backbone, device, precision, models),
         names=names,
         templates=templates_of(template),
         negatives=everyday_words(),
         batch_size=batch_size,
-        workers=workers,
     )
     settings = TriageSettings(
         photos=photos,

@@ -109,8 +109,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     if dataset is None:
         if raw_names:
             raise UsageError(
-                "--raw-names is for data sets of the catalogue. "
-                "Name one with --dataset, or leave --raw-names out."
+                "raw_names is for data sets of the catalogue. Name one with dataset, or leave "
+                "raw_names out."
             )
         _require_root(root)
         selection = Selection(

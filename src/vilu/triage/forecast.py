@@ -191,8 +191,8 @@ class Forecast(Model):
 
 
 def _budgets(n_labels: int) -> list[int]:
-    """Numbers of labels in all, beyond the number that was given."""
-    larger_budgets = [n for n in BUDGETS if n > n_labels]
+    """Numbers of labels in all, at least one round beyond the number that was given."""
+    larger_budgets = [n for n in BUDGETS if n >= n_labels + ROUND]
     return larger_budgets or [n_labels + n for n in BUDGETS]
 
 

@@ -67,7 +67,7 @@ def open_known(
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError(
-            "raw names and a classes file both name the classes. Give --raw-names or --classes."
+            "Raw names and a classes file both name the classes. Give raw_names or classes."
         )
     place = require_place(entry, Path(root))
     request = Request(split=split, raw_names=raw_names, classes=classes, outside=outside)

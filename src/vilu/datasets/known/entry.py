@@ -89,7 +89,7 @@ class Request:
         """Return the options that are used but do not fit a data set without classes and splits."""
         is_used = {
             "--split": self.split is not None,
-            "--raw-names": self.raw_names,
+            "raw_names": self.raw_names,
             "--classes": self.classes is not None,
             "--outside": len(self.outside) > 0,
         }
