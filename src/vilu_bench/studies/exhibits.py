@@ -14,6 +14,7 @@ from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.pivot import (
+    MEAN,
     Key,
     chosen,
     measured_of,
@@ -82,7 +83,8 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
 
     panels = _panels(board, view, x_of, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
-    return sheet, partial(curves, panels, view.x_label, log=view.log, names=view.ticks)
+    draw = partial(curves, panels, view.x_label, title=view.title, log=view.log, names=view.ticks)
+    return sheet, draw
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
@@ -97,7 +99,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
     panels = _panels(board, view, accuracy, "metric", "method")
     sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
-    return sheet, partial(scatter, panels, "zero-shot accuracy (%)")
+    return sheet, partial(scatter, panels, "zero-shot accuracy (%)", title=view.title)
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,22 @@ def _panels(
         for line_label, points in lines.items():
             line_title = title_of(board.config, line, line_label)
             series.append(_line(board, line_title, points))
-        panel_title = title_of(board.config, panel, label)
-        panels.append(Panel(panel_title, METRICS[metric].title, series))
+        panels.append(Panel(_panel_title(board, view, panel, label), _axis_label(metric), series))
     return panels
+
+
+def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
+    """Title of a panel; that of a mean says over how many data sets it is."""
+    if field == "data" and label == MEAN:
+        return f"mean of {len(view.mean)} sets"
+    return title_of(board.config, field, label)
+
+
+def _axis_label(metric: str) -> str:
+    """Label of the vertical axis: the metric, its unit and the direction that is better."""
+    shown = METRICS[metric]
+    better = "higher" if shown.higher_is_better else "lower"
+    return f"{shown.title} (%), {better} is better"
 
 
 def _line(board: Board, label: str, points: list[_Point]) -> Series:
