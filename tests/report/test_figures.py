@@ -10,7 +10,7 @@ import pytest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.report import figures, style
-from vilu.report.figures import LABEL_HEIGHT, Panel, Series, curves
+from vilu.report.figures import LABEL_HEIGHT, Panel, Series, curves, scatter
 from vilu.report.style import looks_of
 
 
@@ -86,3 +86,27 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     gaps = np.diff(sorted(heights.values()))
     assert (gaps > LABEL_HEIGHT - 1e-9).all()
     assert len(axes.collections) == 3  # a band for every line
+
+
+def test_labels_of_lines_stay_beside_their_plot() -> None:
+    x = [1.0, 5.0]
+    lines = [Series(f"method {i}", x, [0.5, 0.98], [0.5, 0.98], [0.5, 0.98]) for i in range(8)]
+    (axes,) = curves([Panel("set", "AUROC", lines)], "labels", title="Many", log=False).axes
+    heights = [text.xy[1] for text in axes.texts]
+    assert max(heights) <= 1 + 1e-9
+    assert np.diff(sorted(heights)) == pytest.approx(LABEL_HEIGHT)
+
+
+def test_a_scatter_has_labels_where_its_lines_end_and_a_title() -> None:
+    x = [0.6, 0.8, 0.9]
+    rising = Series("vilu", x, [0.7, 0.8, 0.9], [0.6, 0.7, 0.8], [0.8, 0.9, 1.0])
+    single = Series("mcm", [0.6], [0.75], [0.7], [0.8])  # a point without a line
+    figure = scatter([Panel("AUROC", "AUROC", [rising, single])], "accuracy", title="Points")
+    assert figure.get_suptitle() == "Points"
+    (axes,) = figure.axes
+    assert axes.get_legend() is None
+    bottom, top = axes.get_ylim()
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    # the least-squares line through (60, 70), (80, 80) and (90, 90) ends at 88.57
+    assert bottom + heights["vilu"] * (top - bottom) == pytest.approx(88.57, abs=0.01)
+    assert bottom + heights["mcm"] * (top - bottom) == pytest.approx(75)

@@ -70,7 +70,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
         xlabel="wrong answers accepted (false positive rate)",
         ylabel="correct answers accepted (true positive rate)",
     )
-    axes.legend(fontsize=8, loc="lower right")
+    _legend_beside(axes)
     return figure
 
 
@@ -84,7 +84,7 @@ def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
         ylabel="selective risk: error rate among them",
     )
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper left")
+    _legend_beside(axes)
     return figure
 
 
@@ -105,17 +105,23 @@ def _draw_line_per_method(
     Returns:
         The figure and its axes.
     """
-    figure = new_figure(width=5.5, height=5)
-    axes = figure.add_subplot()
     looks = looks_of(method_outcomes.method or "" for method_outcomes in outcomes)
-    for method_outcomes in outcomes:
-        uncertainty, failure = evaluable_scores(method_outcomes)
-        look = looks[method_outcomes.method or ""]
-        value = metric(uncertainty, failure)
-        label = f"{method_outcomes.method}  ({note.format(value)})"
-        x, y = curve(uncertainty, failure)
-        axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
+    with house_style():
+        figure = new_figure(width=6.5, height=4)
+        axes = figure.add_subplot()
+        for method_outcomes in outcomes:
+            uncertainty, failure = evaluable_scores(method_outcomes)
+            look = looks[method_outcomes.method or ""]
+            value = metric(uncertainty, failure)
+            label = f"{method_outcomes.method}  ({note.format(value)})"
+            x, y = curve(uncertainty, failure)
+            axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
     return figure, axes
+
+
+def _legend_beside(axes: Axes) -> None:
+    """Write the legend at the right of the plot, where it covers no line."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def evaluable_scores(outcomes: Outcomes) -> tuple[Floats, Ints]:
@@ -206,6 +212,7 @@ def curves(
     panels: Sequence[Panel],
     x_label: str,
     *,
+    title: str = "",
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
@@ -214,6 +221,7 @@ def curves(
     Args:
         panels: The plots.
         x_label: Label of the horizontal axes.
+        title: Title of the figure.
         log: Whether the horizontal axes are logarithmic.
         names: Names of ticks of the horizontal axes, by the tick's number as text (``"{:g}"``).
     """
@@ -231,29 +239,36 @@ def curves(
         labels = [names.get(number, number) for number in numbers]
         axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
-        _write_line_labels(axis, panel.lines, looks)
+        ends = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
+        _write_line_labels(axis, ends, looks)
 
-    figure = _curve_panels(panels, x_label, draw)
+    figure = _curve_panels(panels, x_label, title, draw)
     if any(line.published for panel in panels for line in panel.lines):
         figure.supxlabel("hollow markers: published", fontsize=8)
     return figure
 
 
-def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
-    """Draw the points of every series with intervals, and a least-squares line per series."""
+def scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
+    """Draw the points of every series with intervals, and a least-squares line per series.
+
+    A series has its label at the end of its line, or beside its last point if it has no line.
+    """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+        ends = {}
         for line in panel.lines:
             look = looks[line.label]
             _draw_points(axis, line, look)
+            ends[line.label] = line.y[int(np.argmax(line.x))]
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
                 axis.plot(100 * x, 100 * y, color=look.colour, linestyle=look.dash)
-        axis.legend(fontsize=8, loc="lower left")
+                ends[line.label] = float(y[-1])
+        _write_line_labels(axis, ends, looks)
 
-    return _curve_panels(panels, x_label, draw)
+    return _curve_panels(panels, x_label, title, draw)
 
 
 def _figure_with_panels(
@@ -268,6 +283,7 @@ def _figure_with_panels(
 def _curve_panels(
     panels: Sequence[Panel],
     x_label: str,
+    title: str,
     draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
     """Make one plot per panel, and let ``draw`` fill it. Lines of one label look the same."""
@@ -276,9 +292,11 @@ def _curve_panels(
         columns = min(2, len(panels))
         figure, axes = _figure_with_panels(len(panels), columns, width=4.8, height=3.0)
         for axis, panel in zip(axes, panels, strict=True):
-            axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
+            axis.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
             axis.grid(alpha=0.25, linewidth=0.5)
             draw(axis, panel, looks)
+        if title:
+            figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -293,16 +311,15 @@ def _draw_line_in_band(axis: Axes, line: Series, look: Look) -> None:
     axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **look.style)
 
 
-def _write_line_labels(axis: Axes, lines: Sequence[Series], looks: Mapping[str, Look]) -> None:
-    """Write the label of every line at the right of the plot, at the height of its last value.
+def _write_line_labels(axis: Axes, ends: Mapping[str, float], looks: Mapping[str, Look]) -> None:
+    """Write the label of every line at the right of the plot, at the height where the line ends.
 
-    Labels that would overlap are moved apart.
+    ``ends`` has the last value of every line, as a fraction. Labels that would overlap are moved
+    apart.
     """
     bottom, top = axis.get_ylim()
-    heights = {}
-    for line in lines:
-        last = int(np.argmax(line.x))
-        heights[line.label] = (100 * line.y[last] - bottom) / (top - bottom)
+    axis.set_ylim(bottom, top)
+    heights = {label: (100 * end - bottom) / (top - bottom) for label, end in ends.items()}
     for label, height in _spaced_heights(heights, LABEL_HEIGHT).items():
         axis.annotate(
             label,
@@ -339,10 +356,16 @@ def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float
     return spaced
 
 
-def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
-    """Height of the lowest label of a group that is centred on the mean of its heights."""
+def _start(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
+    """Height of the lowest label of a group that is centred on the mean of its heights.
+
+    A group that would reach above the plot (1.0) or below it (0.0) is moved into it. A group that
+    is higher than the plot ends at its top.
+    """
     centre = sum(heights[label] for label in group) / len(group)
-    return centre - gap * (len(group) - 1) / 2
+    extent = gap * (len(group) - 1)
+    lowest = max(centre - extent / 2, 0.0)
+    return min(lowest, 1.0 - extent)
 
 
 def _are_too_close(

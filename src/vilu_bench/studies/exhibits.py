@@ -14,6 +14,7 @@ from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.pivot import (
+    MEAN,
     Key,
     entrants_by_key,
     means_by_key,
@@ -83,7 +84,8 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     panels = _panels(board, view, x_of, panel=view.panel, line=view.line)
     table_view = view.as_table(rows=(view.panel, view.line), columns=(view.x, "metric"))
     sheet = table_sheet(board, table_view)
-    return sheet, partial(curves, panels, view.x_label, log=view.log, names=view.ticks)
+    draw = partial(curves, panels, view.x_label, title=view.title, log=view.log, names=view.ticks)
+    return sheet, draw
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
@@ -99,7 +101,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
     panels = _panels(board, view, accuracy, panel="metric", line="method")
     table_view = view.as_table(rows=("data", "setting"), columns=("method", "metric"))
     sheet = table_sheet(board, table_view)
-    return sheet, partial(scatter, panels, "zero-shot accuracy (%)")
+    return sheet, partial(scatter, panels, "zero-shot accuracy (%)", title=view.title)
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,22 @@ def _panels(
         for line_label, points in lines.items():
             line_title = title_of(board.config, line, line_label)
             series.append(_series(board, line_title, points))
-        panel_title = title_of(board.config, panel, label)
-        panels.append(Panel(panel_title, METRICS[metric].title, series))
+        panels.append(Panel(_panel_title(board, view, panel, label), _axis_label(metric), series))
     return panels
+
+
+def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
+    """Title of a panel; that of a mean says over how many data sets it is."""
+    if field == "data" and label == MEAN:
+        return f"mean of {len(view.mean)} sets"
+    return title_of(board.config, field, label)
+
+
+def _axis_label(metric: str) -> str:
+    """Label of the vertical axis: the metric, its unit and the direction that is better."""
+    shown = METRICS[metric]
+    better = "higher" if shown.higher_is_better else "lower"
+    return f"{shown.title} (%), {better} is better"
 
 
 def _series(board: Board, label: str, points: list[_Point]) -> Series:
