@@ -71,6 +71,34 @@ def test_rows_that_cannot_be_judged_are_left_out() -> None:
     assert (likely.n, likely.n_wrong) == (2, 1)
 
 
+def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
+    """Answers are wrong twice as often as the predictor says; only drawn labels show it."""
+    rng = np.random.default_rng(0)
+    u = rng.uniform(0.001, 0.2, size=6_000)
+    chosen = (rng.random(3_000) < u[:3_000]).astype(np.int64)
+    drawn = (rng.random(3_000) < 2 * u[3_000:]).astype(np.int64)
+    alone = LikelyRight.estimate(Judged(u[:3_000], chosen), u, max_risk=0.05)
+    both = alone.with_drawn(Judged(u[3_000:], drawn), u)
+    assert (both.n, both.n_wrong) == (alone.n, alone.n_wrong) == (3_000, chosen.sum())
+    assert (both.n_drawn, both.n_drawn_wrong) == (3_000, drawn.sum())
+    assert both.rows(u).count(True) < 0.8 * alone.rows(u).count(True)
+    # the labels of the last draw take the place of those of the draw before
+    nothing_drawn = Judged(u[:0], drawn[:0])
+    assert both.with_drawn(nothing_drawn, u) == alone
+
+
+def test_wrong_answers_of_a_draw_are_enough_and_skipped_ones_are_left_out() -> None:
+    u = np.linspace(0.01, 0.95, 100) ** 6
+    alone = LikelyRight.estimate(Judged(u, np.zeros(100, np.int64)), u, max_risk=0.05)
+    assert alone.probability is None
+    failure = np.zeros(100, np.int64)
+    failure[-LEAST_WRONG:] = 1
+    failure[0] = -1
+    both = alone.with_drawn(Judged(u, failure), u)
+    assert (both.n_drawn, both.n_drawn_wrong) == (99, LEAST_WRONG)
+    assert both.probability is not None
+
+
 def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     """Failures are drawn from the scores themselves; 5,000 labels make the calibrator exact.
 

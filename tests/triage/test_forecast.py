@@ -17,13 +17,22 @@ from vilu.triage.trial import Trial
 
 
 def forecast(
-    uncertainty: np.ndarray, *, split: type[PhotoSplit] = PhotoSplit, **changes: int
+    uncertainty: np.ndarray,
+    *,
+    split: type[PhotoSplit] = PhotoSplit,
+    share_accepted: float = 0.0,
+    **changes: int,
 ) -> Forecast:
     facts = {"n_photos": 2 * len(uncertainty), "n_classes": 10, "n_fit_labels": 50, "n_labels": 50}
     facts["most_fit_labels"] = len(uncertainty)
     facts |= changes
     return Forecast.of(
-        uncertainty, max_risk=0.05, level=0.025, looks_of=split.looks_before_labels, **facts
+        uncertainty,
+        max_risk=0.05,
+        level=0.025,
+        looks_of=split.looks_before_labels,
+        share_accepted=share_accepted,
+        **facts,
     )
 
 
@@ -36,6 +45,14 @@ def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:
     assert not doubtful.can_be_shown
     assert doubtful.least_risk is None
     assert "probably nothing can be accepted" in str(doubtful)
+
+
+def test_what_is_accepted_already_can_be_accepted() -> None:
+    doubtful = forecast(np.full(1_000, 0.4), share_accepted=0.25)
+    ranges = [(one.lowest, one.highest) for one in doubtful.expected]
+    assert ranges == [(0.25, 0.25)] * len(BUDGETS)
+    assert "about 25 / 25 / 25 % of the photos could be accepted" in str(doubtful)
+    assert "--max-risk" not in str(doubtful)
 
 
 def test_as_many_labels_as_fit_first_show_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import FakeBackbone
-from tests.triage.conftest import fill_in, job_on, rows
+from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.calibration.likely import LikelyRight
 from vilu.guard.guard import Guard
 from vilu.triage.outputs import TriageSummary, likely_in_words, triage_photos
@@ -88,3 +88,16 @@ def test_with_few_wrong_answers_it_says_why() -> None:
         "Which answers are likely right cannot be estimated yet: 3 of 60 cross-fitted labels show "
         "a wrong answer, and 5 wrong ones are needed."
     )
+
+
+def test_labels_of_the_draw_count_for_the_estimate(begun: Folder) -> None:
+    home, _ = begun
+    before_the_draw = LikelyRight.find(home / "half" / "predictor")
+    after_it = LikelyRight.find(home / "out" / "predictor")
+    assert before_the_draw is not None
+    assert after_it is not None
+    assert before_the_draw.n_drawn == 0
+    assert after_it.n_drawn > 0
+    assert after_it.failure == before_the_draw.failure  # no label of the draw was fitted on
+    page = (home / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"and {after_it.n_drawn_wrong} of {after_it.n_drawn} drawn ones" in page

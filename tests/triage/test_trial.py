@@ -25,6 +25,23 @@ def test_a_limit_that_moves_up_includes_a_larger_share() -> None:
     assert further.model_copy(update={"limit": trial.limit, "share": trial.share}) == trial
 
 
+@pytest.mark.parametrize(("max_risk", "least"), [(0.05, 95), (0.1, 46), (0.2, 22)])
+def test_a_small_folder_may_leave_its_doubtful_photos_out(max_risk: float, least: int) -> None:
+    # ``least`` right answers certify the risk at the level of a limit, 0.7 x 0.025.
+    doubtful = np.linspace(0.6, 0.9, 40)
+
+    def planned_for(n_sure: int) -> tuple[bool, int]:
+        scores = np.concatenate([np.full(n_sure, 1e-4), doubtful])
+        trial = Trial.plan(n_fit=50, scores=scores, n_answered=0, max_risk=max_risk, delta=0.025)
+        return trial.likely, int((scores <= trial.limit).sum())
+
+    is_likely, n_included = planned_for(least + 4)
+    assert is_likely
+    assert least + 4 <= n_included <= least + 6  # one or two may be wrong
+    # Fewer photos could certify nothing, so doubtful ones are included.
+    assert planned_for(least - 10) == (False, least)
+
+
 def test_no_limit_lies_beyond_the_last_threshold() -> None:
     trial = planned().further(10_000, SCORES)
     assert trial.limit == trial.grid[-1]

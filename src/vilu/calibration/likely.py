@@ -1,9 +1,9 @@
-"""Answers that are likely right: an estimate from the labels of the fit, never a guarantee."""
+"""Answers that are likely right: an estimate from labels, never a guarantee."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +19,7 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
 
 LEAST_WRONG: Final = 5
-"""Smallest number of wrong answers among the cross-fitted labels for an estimate."""
+"""Smallest number of wrong answers among the labels of an estimate."""
 
 WIDENING: Final = 1.1
 """Factor by which the expected error rate is raised before it is compared with the largest one.
@@ -30,13 +30,17 @@ It was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 Flags = list[bool | None]
 """Whether rows are likely right; all None if there is no estimate."""
 
+NOTHING_DRAWN: Final = Judged(np.zeros(0), np.zeros(0, np.int64))
+"""No labels of a draw."""
+
 
 class LikelyRight(Model):
     """An estimate of which answers are likely right, for a predictor that estimates P(failure).
 
     1. Every label of the fit is judged by a predictor that was fitted without it (cross-fitted).
-    2. A calibrator from uncertainty to P(failure) is fitted on these labels.
-    3. Rows are likely right up to the largest threshold at which ``widening`` times the mean of
+    2. Labels of rows that were drawn at random are added (``with_drawn``).
+    3. A calibrator from uncertainty to P(failure) is fitted on all these labels.
+    4. Rows are likely right up to the largest threshold at which ``widening`` times the mean of
        their probabilities is at most ``max_risk``.
 
     Attributes:
@@ -46,6 +50,10 @@ class LikelyRight(Model):
         n_wrong: Number of wrong answers among these labels.
         n_wrong_zero_shot: Number of wrong zero-shot answers to the same labels; None if it was not
             counted.
+        uncertainty: (n,) uncertainties of the cross-fitted answers.
+        failure: (n,) 1 if a cross-fitted answer is wrong, otherwise 0.
+        n_drawn: Number of drawn labels.
+        n_drawn_wrong: Number of wrong answers among the drawn labels.
         probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
         threshold: New rows up to this uncertainty are likely right, if they are drawn as the rows
             of the fit were. None if no answer is likely right, or if there is no calibrator.
@@ -66,6 +74,10 @@ class LikelyRight(Model):
     n: int = Field(ge=0)
     n_wrong: int = Field(ge=0)
     n_wrong_zero_shot: int | None = Field(default=None, ge=0)
+    uncertainty: tuple[float, ...] = ()
+    failure: tuple[int, ...] = ()
+    n_drawn: int = Field(default=0, ge=0)
+    n_drawn_wrong: int = Field(default=0, ge=0)
     probability: Annotated[Calibrator, Field(discriminator="form")] | None = None
     threshold: float | None = None
 
@@ -84,15 +96,38 @@ class LikelyRight(Model):
                 that cannot be scored.
             max_risk: Largest expected error rate.
         """
-        is_known = held_out.is_known
-        failure = held_out.failure[is_known]
-        n_wrong = int(failure.sum())
-        counted = cls(max_risk=max_risk, widening=WIDENING, n=len(failure), n_wrong=n_wrong)
-        if n_wrong < LEAST_WRONG:
-            return counted
-        scores = log_odds(held_out.uncertainty[is_known])
-        probability = fit_calibrator(scores, failure, is_log_odds=True)
-        estimated = counted.model_copy(update={"probability": probability})
+        cross_fitted = _known(held_out)
+        counted = cls(
+            max_risk=max_risk,
+            widening=WIDENING,
+            n=len(cross_fitted.failure),
+            n_wrong=int(cross_fitted.failure.sum()),
+            uncertainty=tuple(cross_fitted.uncertainty.tolist()),
+            failure=tuple(cross_fitted.failure.tolist()),
+        )
+        return counted.with_drawn(NOTHING_DRAWN, uncertainty)
+
+    def with_drawn(self, drawn: Judged, uncertainty: Floats) -> Self:
+        """The estimate from the cross-fitted labels and from labels of rows drawn at random.
+
+        Labels to fit on are chosen, so the answers to them need not be wrong as often as other
+        answers of the same uncertainty are. Drawn labels are chosen by chance alone.
+
+        Args:
+            drawn: The predictor's answers to rows up to some uncertainty. No other property of
+                a row may decide whether it was drawn.
+            uncertainty: As for ``estimate``.
+        """
+        new = _known(drawn)
+        n_drawn_wrong = int(new.failure.sum())
+        update: dict[str, Any] = {"n_drawn": len(new.failure), "n_drawn_wrong": n_drawn_wrong}
+        update |= {"probability": None, "threshold": None}
+        failure = np.concatenate([np.array(self.failure, np.int64), new.failure])
+        if failure.sum() >= LEAST_WRONG:
+            all_uncertainties = np.concatenate([np.array(self.uncertainty), new.uncertainty])
+            scores = log_odds(all_uncertainties)
+            update["probability"] = fit_calibrator(scores, failure, is_log_odds=True)
+        estimated = self.model_copy(update=update)
         threshold = estimated.threshold_among(uncertainty)
         return estimated.model_copy(update={"threshold": threshold})
 
@@ -152,6 +187,12 @@ class LikelyRight(Model):
                 f"about its answers. Remove the file, or: {saved.remedy}."
             )
         return saved.estimate
+
+
+def _known(judged: Judged) -> Judged:
+    """The answers that have an uncertainty, and are known to be right or wrong."""
+    is_known = judged.is_known
+    return Judged(judged.uncertainty[is_known], judged.failure[is_known])
 
 
 class _LikelyFile(Document):

@@ -356,7 +356,7 @@ def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float
     return spaced
 
 
-def _start(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
+def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
     """Height of the lowest label of a group that is centred on the mean of its heights.
 
     A group that would reach above the plot (1.0) or below it (0.0) is moved into it. A group that

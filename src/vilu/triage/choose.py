@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import log_evidence
+from vilu.calibration.anytime import flawless_labels, log_evidence
 from vilu.calibration.thresholds import binomial_tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
@@ -50,7 +50,7 @@ fifth of the labels.
 """
 
 LEAST_PHOTOS: Final = 100
-"""Smallest number of photos that a limit includes, or all photos if there are fewer."""
+"""Smallest number of photos that the limit of a single draw includes, or all if there are fewer."""
 
 
 def choose_to_fit(
@@ -100,7 +100,8 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     """Choose the limit of a draw from the probabilities of failure alone.
 
     The limit is the largest up to which ``n`` labels are expected to show that the error rate is at
-    most ``max_risk``. It always includes at least an eighth of the photos and at least 100 photos.
+    most ``max_risk``. It always includes at least an eighth of the photos, and as many photos as
+    certify it if every answer is right: up to a lower limit nothing can be certified.
 
     Args:
         uncertainty: (N,) probabilities of failure; rows with NaN are left out.
@@ -116,7 +117,7 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
         evidence = log_evidence(wrong=wrong, accepted=np.full(len(wrong), n), max_risk=max_risk)
         return evidence >= -math.log(delta)
 
-    return _largest_limit(uncertainty, n, is_shown)
+    return _largest_limit(uncertainty, n, flawless_labels(max_risk, delta), is_shown)
 
 
 def choose_limit_of_draw(
@@ -131,7 +132,7 @@ def choose_limit_of_draw(
     def is_shown(wrong: Floats) -> Mask:
         return binomial_tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
 
-    limit, is_expected = _largest_limit(uncertainty, n, is_shown)
+    limit, is_expected = _largest_limit(uncertainty, n, LEAST_PHOTOS, is_shown)
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     n_included = math.ceil(WIDENING * np.searchsorted(ordered, limit, side="right"))
     if n_included >= len(ordered):
@@ -140,11 +141,15 @@ def choose_limit_of_draw(
 
 
 def _largest_limit(
-    uncertainty: Floats, n: int, is_shown: Callable[[Floats], Mask]
+    uncertainty: Floats, n: int, least_photos: int, is_shown: Callable[[Floats], Mask]
 ) -> tuple[float, bool]:
     """The largest limit up to which the expected number of wrong answers among n is low enough.
 
-    ``is_shown`` returns for every expected number (M,) of wrong answers whether the risk is shown.
+    Args:
+        uncertainty: (N,) probabilities of failure.
+        n: Number of labels.
+        least_photos: Smallest number of photos that the limit includes, besides ``LEAST_SHARE``.
+        is_shown: Tells for every expected number (M,) whether it would show the risk.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
@@ -153,7 +158,7 @@ def _largest_limit(
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     expected_wrong = np.round(risk * n)
     possible = np.flatnonzero(is_shown(expected_wrong))  # indices of photos
-    n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
+    n_least = max(math.ceil(LEAST_SHARE * len(ordered)), least_photos)
     least_index = min(n_least, len(ordered)) - 1
     last_index = int(possible[-1]) if len(possible) else -1
     limit = float(ordered[max(last_index, least_index)])

@@ -95,6 +95,12 @@ class Expected(Model):
         high = round(100 * self.highest)
         return str(high) if low == high else f"{low} to {high}"
 
+    def at_least(self, share: float) -> Self:
+        """The range with neither end below a share that is accepted already."""
+        lowest = max(self.lowest, share)
+        highest = max(self.highest, share)
+        return self.model_copy(update={"lowest": lowest, "highest": highest})
+
 
 class Forecast(Model):
     """What the photos of a folder can show at the risk that is asked for.
@@ -125,8 +131,9 @@ class Forecast(Model):
         max_risk: float,
         level: float,
         looks_of: LooksOf,
+        share_accepted: float = 0.0,
     ) -> Self:
-        """Make the forecast from scores alone.
+        """Make the forecast from scores, and from what is guaranteed already.
 
         Args:
             uncertainty: (M,) probabilities of failure of the calibration photos.
@@ -138,14 +145,16 @@ class Forecast(Model):
             max_risk: Largest error rate that is allowed among the accepted answers.
             level: Level of the next test.
             looks_of: The tests of a trial (``PhotoSplit.looks_before_labels``).
+            share_accepted: Share of the photos that the guarantee in force accepts.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
         budgets = [n for n in _budgets(n_labels) if n < n_photos]
-        expected = []
+        expected: list[Expected] = []
         least = None
         if len(scores):
             world = _World(scores, n_classes, n_fit_labels, most_fit_labels, looks_of)
-            expected = [world.expected(n, max_risk, level) for n in budgets]
+            for n in budgets:
+                expected.append(world.expected(n, max_risk, level).at_least(share_accepted))
             if budgets:
                 least = world.least_risk(budgets[-1], level)
         return cls(n_photos=n_photos, max_risk=max_risk, expected=tuple(expected), least_risk=least)

@@ -274,6 +274,8 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
     if likely.n == 0:
         return f"{none} yet: the predictor was not fitted on labels."
     labels = f"{likely.n_wrong:,} of {likely.n:,} cross-fitted labels show a wrong answer"
+    if likely.n_drawn:
+        labels += f", and {likely.n_drawn_wrong:,} of {likely.n_drawn:,} drawn ones"
     if likely.probability is None:
         return f"{none} yet: {labels}, and {LEAST_WRONG} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]

@@ -29,6 +29,7 @@ from vilu.datasets.files import text_of_version_0_1
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.held_out import Judged
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.spread import states_probability
 from vilu.predictors.persistence.description import read_description
@@ -321,6 +322,7 @@ def _result(
 ) -> TriageResult:
     predictor = load_predictor(run.present)
     calibration = Calibration.find(run.present)
+    outcomes = run.score(predictor, calibration)
     is_first_of_scene = None
     if progress is not None:
         is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
@@ -334,7 +336,7 @@ def _result(
         outcomes=outcomes,
         predictor=predictor,
         answer=state.answer,
-        likely=LikelyRight.find(run.present),
+        likely=likely_with_drawn(run, state, predictor, outcomes),
         rule=rule_in_force(run.present),
         progress=progress,
         tested_outcomes=tested,
@@ -346,6 +348,28 @@ def _result(
         n_fit=n_fit,
         forecast=forecast_of(run, state, tested),
     )
+
+
+def likely_with_drawn(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, outcomes: Outcomes
+) -> LikelyRight | None:
+    """The estimate of the present predictor with all labels of its draw; it is kept beside it.
+
+    Args:
+        run: The run.
+        state: The state after the test.
+        predictor: The present predictor.
+        outcomes: Outcomes of all photos by the present predictor.
+    """
+    likely = LikelyRight.find(run.present)
+    if likely is None or state.trial is None:
+        return likely
+    split = run.split.for_predictor(predictor, run.photos)
+    rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
+    drawn = Judged(outcomes.uncertainty[rows], outcomes.failure[rows])
+    with_drawn = likely.with_drawn(drawn, outcomes.uncertainty)
+    with_drawn.save(run.present)
+    return with_drawn
 
 
 def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecast:
@@ -362,6 +386,7 @@ def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecas
         max_risk=settings.max_risk,
         level=level_of(state.n_tested + 1, settings.delta),
         looks_of=run.split.looks_before_labels,
+        share_accepted=share_accepted(run),
     )
 
 
@@ -517,11 +542,12 @@ def plan_trial(
 
 def share_accepted(run: TriageRun) -> float:
     """Share of the calibration photos that the guarantee in force accepts."""
+    for_calibration = run.split.for_calibration
     rule = rule_in_force(run.present)
-    if rule is None or rule.threshold is None:
+    if rule is None or rule.threshold is None or not for_calibration.any():
         return 0.0
     uncertainty = load_predictor(run.present).predict_uncertainty(run.photos)
-    is_accepted = uncertainty[run.split.for_calibration] <= rule.threshold
+    is_accepted = uncertainty[for_calibration] <= rule.threshold
     return float(is_accepted.mean())
 
 
