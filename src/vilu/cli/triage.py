@@ -301,13 +301,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if is_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
         _next_of_table(
-            store,
-            output,
-            predictor,
-            labels=labels or [],
-            clusters=clusters,
-            n=n_next,
-            seed=seed,
+            store, output, predictor, labels=labels or [], clusters=clusters, n=n_next, seed=seed
         )
         return
     if clusters is not None:
@@ -343,13 +337,17 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     write_next(output, rows_to_label, answers, loaded_predictor.answer)
     console.print_outputs(output)
-    if rows_to_label:
-        advice = "fill in the column label"
-    elif n_next:
-        advice = "every image that could help has a label, or was asked for before"
-    else:
-        advice = "-n is 0"
+    advice = _advice_after_asking(len(rows_to_label), n_next)
     next_step(f"{plural(len(rows_to_label), 'image')} asked for; {advice}")
+
+
+def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
+    """What to do with the labels that were asked for, or why none was."""
+    if n_asked:
+        return "fill in the column label"
+    if n_wanted:
+        return "every image that could help has a label, or was asked for before"
+    return "-n is 0"
 
 
 def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
