@@ -14,7 +14,7 @@ from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
-from vilu.process import keep_freed_memory
+from vilu.process import RAY_CLUSTERS, keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
 from vilu.service.journals import LabelCounts, Scores, ServiceState
@@ -120,9 +120,12 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
     journals = _journals_in_actor(setup)
 
     modules = plugins()
+    is_on_this_machine_alone = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build() -> Gate:
         """Build the application with a model; every replica is a process that calls this."""
+        if is_on_this_machine_alone:
+            listen_to_this_machine_alone()
         for module in modules:
             load_plugin(module)
         keep_freed_memory()
@@ -142,6 +145,23 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
     )
     serve.run(deployment.bind(), name=APPLICATION_NAME, route_prefix="/")
     return f"http://{host}:{port}", journals
+
+
+def listen_to_this_machine_alone() -> None:
+    """Let gRPC servers of this process listen at 127.0.0.1, whatever addresses they name.
+
+    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, also
+    if Ray itself listens to this machine alone. It asks for no key, and it reads pickles. Call this
+    before the port is opened, in a process that is nothing but a replica.
+    """
+    server: Any = import_extra("grpc.aio._server", "serve-ray").Server
+    listen = server.add_insecure_port
+
+    def add_insecure_port(self: Any, address: str) -> int:  # noqa: ANN401 - a server of gRPC
+        _, _, port = address.rpartition(":")
+        return int(listen(self, f"127.0.0.1:{port}"))
+
+    server.add_insecure_port = add_insecure_port
 
 
 def _journals_in_actor(setup: Setup) -> RemoteJournals:
