@@ -336,9 +336,16 @@ def largest_risk(curves: Curves) -> float:
     return max(risks)
 
 
-def replay(folder: Path, names: Sequence[str]) -> None:
-    """Replay the procedures on all chains of a folder, and print the tables."""
-    chains = [Chain.load(path) for path in sorted(folder.glob("*.npz"))]
+def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
+    """Replay the procedures on all chains of a folder, and print the tables.
+
+    Every chain is replayed in ``n_orders`` random orders of its photos. Orders of one chain share
+    its fits, so with several of them there are no intervals over seeds.
+    """
+    chains = []
+    for path in sorted(folder.glob("*.npz")):
+        chain = Chain.load(path)
+        chains += [chain.in_another_order(number) for number in range(n_orders)]
     all_curves = {}
     for name in ("before", *names):
         all_curves[name] = curves_of(chains, replayed_by(PROCEDURES[name]))
@@ -346,14 +353,15 @@ def replay(folder: Path, names: Sequence[str]) -> None:
     all_curves[ONE_LOOK_NAME] = curves_of(chains, looked_at_once)
     sets = list(all_curves["before"])
     sets_with_half = [key for key in sets if key in HALF_OF_RANDOM]
-    print(f"\n{len(sets)} sets, {len(chains)} chains, level {DELTA}\n")
+    print(f"\n{len(sets)} sets, {len(chains)} replays, level {DELTA}\n")
     print("\n".join(rows_of_shares(all_curves, sets)) + "\n")
     if sets_with_half:
         print(f"{len(sets_with_half)} sets with a known half of the coverage of random labels\n")
         print("\n".join(rows_of_shares(all_curves, sets_with_half)) + "\n")
         print("\n".join(rows_of_halves(all_curves, sets_with_half)) + "\n")
-    print(f"At {SIZE_OF_SETS} labels, by set (number of seeds)\n")
-    print("\n".join(rows_of_sets(all_curves, sets)))
+    if n_orders == 1:
+        print(f"At {SIZE_OF_SETS} labels, by set (number of seeds)\n")
+        print("\n".join(rows_of_sets(all_curves, sets)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -368,11 +376,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     replays.add_argument("folder", type=Path)
     names = [name for name in PROCEDURES if name != "before"]
     replays.add_argument("--names", nargs="+", choices=names, default=names)
+    replays.add_argument("--orders", type=int, default=1, help="Random orders of every chain.")
     options = parser.parse_args(arguments)
     if options.command == "chains":
         write_chains(options.stores, options.out, options.seeds)
     else:
-        replay(options.folder, options.names)
+        replay(options.folder, options.names, options.orders)
 
 
 if __name__ == "__main__":

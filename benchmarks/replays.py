@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -78,6 +78,15 @@ class Chain:
                 n_fit=arrays["n_fit"],
                 luck=np.random.default_rng(int(seed)).random(len(order)),
             )
+
+    def in_another_order(self, number: int) -> Chain:
+        """The chain with its photos in another random order; number 0 is the order as it is."""
+        if number == 0:
+            return self
+        rng = np.random.default_rng([self.seed, number])
+        order = rng.permutation(len(self.luck))
+        uncertainty = self.uncertainty[:, order]
+        return replace(self, uncertainty=uncertainty, failure=self.failure[:, order])
 
     def fit_of(self, n_labels: int) -> int:
         """Index of the predictor that was fitted on the most labels up to ``n_labels``."""

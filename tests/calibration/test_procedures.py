@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import procedures
+from benchmarks import forecasts, procedures
 from benchmarks.replays import Chain, Replay
 from benchmarks.risk_tests import Bets, PlannedLooks, WeightedBets, boundaries
 
@@ -125,5 +125,14 @@ def test_chains_are_taken_up_again_and_replayed(
     assert not capsys.readouterr().out
     procedures.main(["replay", str(out), "--names", "default"])
     shown = capsys.readouterr().out
-    assert "1 sets, 1 chains" in shown
+    assert "1 sets, 1 replays" in shown
     assert "| default |" in shown
+    assert "At 400 labels, by set" in shown
+    procedures.main(["replay", str(out), "--names", "default", "--orders", "3"])
+    shown = capsys.readouterr().out
+    assert "1 sets, 3 replays" in shown
+    assert "by set" not in shown  # orders of one chain are no seeds
+    forecasts.main([str(out), "--orders", "2"])
+    shown = capsys.readouterr().out
+    assert "without a label" in shown
+    assert "after 50 labels" in shown

@@ -82,6 +82,12 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     assert "<script" not in page
 
 
+def test_before_the_draw_it_says_how_many_right_answers_are_needed(begun: Folder) -> None:
+    page = (begun[0] / "half" / "report.html").read_text(encoding="utf-8")
+    needed = "no label counts for it yet. About 46 labels are needed if every answer is right."
+    assert needed in page
+
+
 def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     """Half of the first eighth are wrong, the others right: the laxest threshold is certified."""
     u = (np.arange(640) + 0.5) / 640

@@ -481,10 +481,14 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
     last = progress.looks.last  # index of the laxest threshold that is tested
-    counts = f"{int(wrong[last])} of {int(accepted[last])} labelled answers that count are wrong."
+    n_counted = int(accepted[last])
+    counts = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
     if progress.more is None:
         return f"{counts} {_out_of_reach_in_words(progress)}"
     needed = f"About {progress.more:,} more labels are needed at the present error rate"
+    if not n_counted:
+        counts = "no label counts for it yet."
+        needed = f"About {progress.more:,} labels are needed if every answer is right"
     if progress.more > progress.n_left:
         return (
             f"{counts} {needed}, but only {plural(progress.n_left, 'photo')} of this folder can "

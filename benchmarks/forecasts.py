@@ -1,0 +1,140 @@
+"""Forecasts of a triage beside what labels showed then: ``python -m benchmarks.forecasts CHAINS``.
+
+CHAINS is a folder of ``python -m benchmarks.procedures chains``. The default procedure is replayed
+on every chain, in many random orders of its photos. So for a set and a number of labels there is
+not one outcome, but a distribution over fits and orders. The tables show
+
+1. how wide the middle 80 % of the outcomes of a set are: no forecast of a set can be narrower and
+   hold in 80 % of the cases;
+2. how often the forecast held before any label and after the first 50, and how wide it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from benchmarks.procedures import DEFAULT, coverage_at
+from benchmarks.replays import DELTA, MAX_RISK, Chain, Replay
+from vilu.calibration.anytime import level_of
+from vilu.metrics.counts import Floats
+from vilu.triage.forecast import BUDGETS, Forecast
+from vilu.triage.guarantee import PhotoSplit
+
+MIDDLE: Final = (0.1, 0.9)
+"""Quantiles of outcomes between which the middle 80 % lie."""
+
+ROUNDED: Final = 0.02
+"""A forecast holds if the outcome is at most so far outside, since people read whole percents."""
+
+STAGES: Final = {"without a label": 0, "after 50 labels": 1}
+"""Index of the fit in a chain that a forecast is made from."""
+
+
+class Made(NamedTuple):
+    """A forecast for a chain and a number of labels.
+
+    Attributes:
+        width: Upper end less lower end.
+        held: Share of the outcomes within it.
+    """
+
+    width: float
+    held: float
+
+
+def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
+    """Coverages (n_orders,) that every number of labels reaches, by number of labels."""
+    reached = defaultdict(list)
+    for number in range(n_orders):
+        curve = list(Replay(chain.in_another_order(number), DEFAULT).rounds())
+        for n_labels in BUDGETS:
+            reached[n_labels].append(coverage_at(curve, n_labels))
+    return {n_labels: np.array(coverages) for n_labels, coverages in reached.items()}
+
+
+def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
+    """The forecast that a triage makes from one fit of a chain."""
+    with np.load(path) as arrays:
+        n_photos = len(arrays["cal"])
+    n_fit = int(chain.n_fit[stage])
+    return Forecast.of(
+        chain.uncertainty[stage],
+        n_photos=n_photos,
+        n_classes=chain.n_classes,
+        n_fit_labels=n_fit,
+        most_fit_labels=n_photos - len(chain.luck),
+        n_labels=n_fit,
+        max_risk=MAX_RISK,
+        level=level_of(1, DELTA),
+        looks_of=PhotoSplit.looks_before_labels,
+    )
+
+
+def judged(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, Made]:
+    """How wide the ranges of a forecast are, and how often they held, by number of labels."""
+    made = {}
+    for expected in forecast.expected:
+        if expected.n_labels not in outcomes:
+            continue
+        outcome = outcomes[expected.n_labels]
+        is_above = outcome >= expected.lowest - ROUNDED
+        is_below = outcome <= expected.highest + ROUNDED
+        width = expected.highest - expected.lowest
+        made[expected.n_labels] = Made(width, float((is_above & is_below).mean()))
+    return made
+
+
+def show(paths: Sequence[Path], n_orders: int) -> None:
+    """Replay all chains, and print both tables."""
+    of_set: dict[tuple[str, int], list[Floats]] = defaultdict(list)
+    made: dict[tuple[str, int], list[Made]] = defaultdict(list)
+    for path in paths:
+        chain = Chain.load(path)
+        outcomes = outcomes_of(chain, n_orders)
+        for n_labels, coverages in outcomes.items():
+            of_set[chain.name, n_labels].append(coverages)
+        for stage, index in STAGES.items():
+            for n_labels, one in judged(forecast_of(path, chain, index), outcomes).items():
+                made[stage, n_labels].append(one)
+    print("| set | labels | mean | width of the middle 80 % |\n|---|---|---|---|")
+    widths = defaultdict(list)
+    for (name, n_labels), parts in sorted(of_set.items()):
+        coverages = np.concatenate(parts)
+        low, high = np.quantile(coverages, MIDDLE)
+        widths[n_labels].append(high - low)
+        print(f"| {name} | {n_labels} | {coverages.mean():.2f} | {high - low:.2f} |")
+    for n_labels, of_sets in widths.items():
+        print(f"{n_labels} labels: median width of the middle 80 % {np.median(of_sets):.2f}")
+    print("\n| forecast | labels | ranges | held | median width |\n|---|---|---|---|---|")
+    for (stage, n_labels), ranges in made.items():
+        held = np.mean([one.held for one in ranges])
+        width = np.median([one.width for one in ranges])
+        print(f"| {stage} | {n_labels} | {len(ranges)} | {held:.2f} | {width:.2f} |")
+    for stage in STAGES:
+        ranges = [one for (name, _), some in made.items() if name == stage for one in some]
+        held = np.mean([one.held for one in ranges])
+        width = np.median([one.width for one in ranges])
+        print(f"| {stage} | all | {len(ranges)} | {held:.2f} | {width:.2f} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare forecasts with outcomes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--orders", type=int, default=40)
+    parser.add_argument("--sets", nargs="+", help="Names of sets; by default all.")
+    options = parser.parse_args(arguments)
+    paths = sorted(options.folder.glob("*.npz"))
+    if options.sets:
+        paths = [path for path in paths if path.stem.rpartition("_")[0] in options.sets]
+    show(paths, options.orders)
+
+
+if __name__ == "__main__":
+    main()
