@@ -306,13 +306,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if is_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
         _next_of_table(
-            store,
-            output,
-            predictor,
-            labels=labels or [],
-            clusters=clusters,
-            n=n_next,
-            seed=seed,
+            store, output, predictor, labels=labels or [], clusters=clusters, n=n_next, seed=seed
         )
         return
     if clusters is not None:

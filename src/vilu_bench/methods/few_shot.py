@@ -40,8 +40,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
-class LabelledRows(NamedTuple):
-    """Labelled rows."""
+class LabelledImages(NamedTuple):
+    """Labelled images, with the zero-shot logits of their rows."""
 
     image: Tensor  # (M, D) float32, unit norm
     label: Tensor  # (M,)
@@ -49,16 +49,16 @@ class LabelledRows(NamedTuple):
     n_classes: int
 
     @classmethod
-    def of(cls, train: Rows, max_bank: int, seed: int) -> LabelledRows:
+    def of(cls, train: Rows, max_bank: int, seed: int) -> LabelledImages:
         """The training rows; at most ``max_bank`` of them, drawn with ``seed``."""
         bank_rows, _ = draw_rows(train, max_bank, seed)
         image = gather(bank_rows)
         blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
         return cls(image, labels(bank_rows), torch.cat(blocks), train.source.n_candidates)
 
-    def take(self, rows: Tensor) -> LabelledRows:
+    def take(self, rows: Tensor) -> LabelledImages:
         """The rows at these indices."""
-        return LabelledRows(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
+        return LabelledImages(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
 
 
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -71,7 +71,9 @@ def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 
 
 def cross_fitted(
-    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
+    rows: LabelledImages,
+    seed: int,
+    log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> tuple[Tensor, Tensor] | None:
     """Log posteriors (V, N, K) of held-out rows under V values to choose from, and labels (N,).
 
@@ -103,7 +105,9 @@ def cross_fitted(
 
 
 def likeliest_value(
-    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
+    rows: LabelledImages,
+    seed: int,
+    log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
     """Index of the value that makes held-out labels most likely; None if no row is held out."""
     posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
@@ -115,7 +119,9 @@ def likeliest_value(
 
 
 def most_accurate_value(
-    rows: LabelledRows, seed: int, log_posteriors: Callable[[LabelledRows, LabelledRows], Tensor]
+    rows: LabelledImages,
+    seed: int,
+    log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
     """Index of the value with most right answers to held-out rows, the first of equal values.
 
@@ -177,9 +183,9 @@ class LinearProbeCV(Regression):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = LabelledRows.of(train, self.max_bank, self.seed)
+        rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
+        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
             return torch.stack(
                 [
                     floored_probe(fitted_on, held_out, penalty, self.max_iter)
@@ -203,7 +209,7 @@ PROBE_PENALTY = 100.0
 
 
 def floored_probe(
-    fitted_on: LabelledRows, rows: LabelledRows, penalty: float, max_iter: int = 500
+    fitted_on: LabelledImages, rows: LabelledImages, penalty: float, max_iter: int = 500
 ) -> Tensor:
     """Log posteriors (N, K) of ``rows`` by a linear probe that is fitted on ``fitted_on``.
 
@@ -287,9 +293,9 @@ class ProbeAndZeroShot(Regression):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = LabelledRows.of(train, self.max_bank, self.seed)
+        rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
+        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
             probe = floored_probe(fitted_on, held_out, self.C, self.max_iter)
             return torch.stack([held_out.logits.log_softmax(dim=1), probe])
 
@@ -392,9 +398,9 @@ class GDAAndZeroShot(AddedToZeroShot):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = LabelledRows.of(train, self.max_bank, self.seed)
+        rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
+        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
             weight, bias = gaussian_discriminants(fitted_on)
             discriminants = held_out.image.double() @ weight.T + bias
             return torch.stack(
@@ -420,7 +426,7 @@ class GDAAndZeroShot(AddedToZeroShot):
         return image @ weight.T + bias
 
 
-def gaussian_discriminants(rows: LabelledRows) -> tuple[Tensor, Tensor]:
+def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
     """W (K, D) and b (K,) of ``GDAAndZeroShot``."""
     image = rows.image.double()
     dim = image.shape[1]
@@ -494,10 +500,10 @@ class TipAdapter(AddedToZeroShot):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        rows = LabelledRows.of(train, self.max_bank, self.seed)
+        rows = LabelledImages.of(train, self.max_bank, self.seed)
         shapes = [(alpha, beta) for alpha in self.alphas for beta in self.betas]
 
-        def log_posteriors(fitted_on: LabelledRows, held_out: LabelledRows) -> Tensor:
+        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
             cache_of_beta = {
                 beta: cache_logits(
                     held_out.image, fitted_on.image, fitted_on.label, beta, rows.n_classes
