@@ -177,7 +177,9 @@ def test_cross_modal_against_a_loop_over_candidates(
 ) -> None:
     data = make(seed=1)
     batch = first_batch(data)
-    monkeypatch.setattr(probvlm, "BLOCK", 3 * batch.image.numel())  # three candidates at a time
+    monkeypatch.setattr(
+        probvlm, "MAX_BLOCK_ENTRIES", 3 * batch.image.numel()
+    )  # three candidates at a time
     predictor = with_uncertainty(fitted, "cross_modal", tmp_path)
     expected = []
     for batch in data.batches(1000):

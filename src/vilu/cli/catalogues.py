@@ -217,16 +217,19 @@ def list_(
         "metrics": _metric_rows,
     }
     rows = rows_of_catalogue[what]()
-    if what == "predictors":
-        short_rows = [_predictor_in_brief(row) for row in rows]
-        table = format_columns(short_rows, below=("what it is", "cost"))
-    elif what == "backbones":
-        table = format_columns(rows, below=("what it is",))
-    else:
-        table = format_columns(rows)
-    print_result(rows, table)
+    print_result(rows, _catalogue_table(what, rows))
     if what == "datasets":
         next_step("more of the data sets that have a name: vilu datasets list")
+
+
+def _catalogue_table(what: str, rows: list[dict[str, Any]]) -> str:
+    """The rows of a catalogue as a table for people."""
+    if what == "predictors":
+        short_rows = [_predictor_in_brief(row) for row in rows]
+        return format_columns(short_rows, below=("what it is", "cost"))
+    if what == "backbones":
+        return format_columns(rows, below=("what it is",))
+    return format_columns(rows)
 
 
 def _predictor_rows() -> list[dict[str, Any]]:

@@ -259,7 +259,7 @@ def _columns_of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
-def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - any library
+def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - of any library
     """The columns of a data frame of pandas or polars, or of a table of pyarrow."""
     import pyarrow as pa
 

@@ -41,7 +41,7 @@ Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class LabelledImages(NamedTuple):
-    """Labelled rows."""
+    """Labelled images, with the zero-shot logits of their rows."""
 
     image: Tensor  # (M, D) float32, unit norm
     label: Tensor  # (M,)

@@ -134,11 +134,8 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
     placed_files = set()
     for board in boards:
         _refuse_adapted(board)
-        pairs = []
-        for guest in guests:
-            for cell in _matching_cells(board, guest):
-                pairs.append((guest, cell))
-                placed_files.add(guest.path)
+        pairs = [(guest, cell) for guest in guests for cell in _matching_cells(board, guest)]
+        placed_files.update(guest.path for guest, _ in pairs)
         pairs_by_board.append(pairs)
     for guest in guests:
         if guest.path not in placed_files:

@@ -192,12 +192,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     names = [method_outcomes.method or "" for method_outcomes in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")
-    for name, count in Counter(names).items():
-        if count > 1 or name == "":
-            raise UsageError(
-                "every method of a page needs a name of its own. "
-                f"Found {count} with the name {name!r}."
-            )
+    _require_distinct(names)
     first = outcomes[0]
     for method_outcomes in outcomes[1:]:
         require_same_rows(first, method_outcomes)
@@ -214,3 +209,13 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
             if name.startswith(beginning):
                 return outcomes[number]
     return first
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    """Refuse methods without a name, and methods of the same name."""
+    for name, count in Counter(names).items():
+        if count > 1 or name == "":
+            raise UsageError(
+                "every method of a page needs a name of its own. "
+                f"Found {count} with the name {name!r}."
+            )
