@@ -119,7 +119,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     usable = np.intersect1d(rows, data.usable_rows.numpy())
     if not len(usable) or not data.has_vectors:
         return
-    nearest = sample.nearest(data, torch.from_numpy(usable))
+    nearest = sample.nearest_cosines(data, torch.from_numpy(usable))
     near_copies = _copies(nearest, NEAR_COPY, sample)
     if not near_copies.n_seen:
         return
@@ -152,7 +152,7 @@ def _too_many(copies: Copies, sample: FitSample) -> bool:
         return False
     # In some data (frames of films, photos of products) many rows are copies of each other. Then
     # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
-    within = _copies(sample.nearest_within(), SAME, sample)
+    within = _copies(sample.nearest_cosines_within(), SAME, sample)
     if not within.n_seen:
         return True
     return lower_bound(copies.least, copies.n, CHANCE) > within.estimate

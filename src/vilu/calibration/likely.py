@@ -13,7 +13,7 @@ from vilu.embeddings.columns import AnswerKind
 from vilu.errors import DataError, ProvenanceError
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.calibrating import log_odds
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.probability import Calibrator, fit_calibrator
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
@@ -53,10 +53,10 @@ class LikelyRight(Model):
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.likely import LikelyRight
-        >>> from vilu.predictors.contract.held_out import Judged
+        >>> from vilu.predictors.contract.held_out import JudgedAnswers
         >>> u = np.linspace(0.01, 0.5, 100)  # the 80 most trusted answers are right
         >>> wrong = (np.arange(100) >= 80).astype(int)
-        >>> likely = LikelyRight.estimate(Judged(u, wrong), u, max_risk=0.05)
+        >>> likely = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
         >>> likely.n_wrong, likely.rows(u).count(True) > 70
         (20, True)
     """
@@ -75,7 +75,7 @@ class LikelyRight(Model):
         return cls(max_risk=max_risk, widening=WIDENING, n=0, n_wrong=0)
 
     @classmethod
-    def estimate(cls, held_out: Judged, uncertainty: Floats, max_risk: float) -> Self:
+    def estimate(cls, held_out: JudgedAnswers, uncertainty: Floats, max_risk: float) -> Self:
         """Estimate from cross-fitted labels which of new rows are likely right.
 
         Args:

@@ -127,12 +127,12 @@ def _scores(
     model: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
     """Scores of the rows that were not used in the fit; for a table with its answers as classes."""
-    from vilu.scoring.score import score_fresh
+    from vilu.scoring.score import score_unseen
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
 
     is_fresh = model.unseen(source, "estimated")
-    outcomes = score_fresh(model, source, is_fresh, dataset=data.name)
+    outcomes = score_unseen(model, source, is_fresh, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
         return scores.with_classes(outcomes, source)
     return outcomes

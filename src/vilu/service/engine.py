@@ -23,10 +23,10 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
     Answer,
     Guard,
-    arrays_of,
+    answer_without_score,
+    join_arrays,
     record_of,
     require_same_model,
-    unanswered,
 )
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
@@ -313,14 +313,14 @@ class Engine:
         for error in embedded.errors:
             row = ids[error.position]
             answers = {
-                name: unanswered(served.guard, row, error.kind)
+                name: answer_without_score(served.guard, row, error.kind)
                 for name, served in self.served.items()
             }
             judgements[error.position] = Judgement(row, answers, scores={})
         positions = [row.position for row in embedded.rows]
         if positions:
             good_ids = [ids[position] for position in positions]
-            judged = self._judged(arrays_of(embedded), good_ids)
+            judged = self._judged(join_arrays(embedded), good_ids)
             judgements.update(zip(positions, judged, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 

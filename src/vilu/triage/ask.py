@@ -197,8 +197,7 @@ def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
         DataError: If only a sample was recorded and more than 1 % of the rows are in it.
     """
     overlap = predictor.seen(photos)
-    has_recorded_all = overlap.whole
-    if has_recorded_all:
+    if overlap.is_complete:
         unseen: Mask = ~overlap.shared
         return unseen
     return predictor.unseen(photos, "calibration")

@@ -15,7 +15,14 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.class_gaussians import class_means, squared_distances, whitener
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
+from vilu.predictors.bank.search import (
+    Count,
+    class_labels,
+    draw_rows,
+    nearest_in_bank,
+    read_images,
+    squared_distance,
+)
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
@@ -97,7 +104,7 @@ class DeltaKNN(ClosedSet):
         drawn, positions = draw_rows(train, self.max_bank, self.seed)
         drawn_failure = failure[positions]
         right_first = drawn_failure.argsort(stable=True)  # the bank of right answers, then wrong
-        bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
+        bank = read_images(dataclasses.replace(drawn, index=drawn.index[right_first]))
         n_right = (drawn_failure == 0).sum()
         return Learnt(
             {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
@@ -119,7 +126,7 @@ class DeltaKNN(ClosedSet):
         """
         if not len(bank):
             return float64(image.new_zeros(len(image)))
-        similarity, _ = nearest(image, bank, self.k)
+        similarity, _ = nearest_in_bank(image, bank, self.k)
         squares = squared_distance(float64(similarity))
         return torch.log(squares + SMALLEST).mean(dim=1)
 
@@ -210,7 +217,7 @@ class DeltaMDS(ClosedSet):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        label = labels(train)
+        label = class_labels(train)
         right = self._fit_bank("right", train, label, failure == 0)
         wrong = self._fit_bank("wrong", train, label, failure == 1)
         return Learnt(right | wrong | {CLASSES: class_texts(train)})

@@ -21,7 +21,7 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows, gather
+from vilu.predictors.bank.search import Count, draw_rows, read_images
 from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -187,7 +187,7 @@ class StatA(Adapted):
         drawn = self._drawn(train)
         text = class_texts(train)
         learned = fit_gaussians(
-            gather(drawn).double(),
+            read_images(drawn).double(),
             zero_shot_logits(drawn),
             text.double(),
             self.anchor,

@@ -251,9 +251,13 @@ class Workbench:
         consequence = "they are scored all the same"
         if role_b == "validation":
             consequence = "a fit leaves them out"
-        where = f"are in its {role_a} part, too"
-        remedy = "Take them out of one of the two."
-        common.unshared(b, f"{role_b} rows of {data}", where, remedy, consequence)
+        common.unshared(
+            b,
+            rows_name=f"{role_b} rows of {data}",
+            predicate=f"are in its {role_a} part, too",
+            remedy="Take them out of one of the two.",
+            consequence=consequence,
+        )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """The rows to fit on; ``origin`` must name a data set."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Pooled(NamedTuple):
+class PooledLogits(NamedTuple):
     """Three float64 parts of the pooled logits sum_m w_m l_m of experts m with weights w_m.
 
     The sum of the parts may differ from the pooled logits by a constant per row.

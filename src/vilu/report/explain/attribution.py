@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.source import EmbeddingSource
-from vilu.predictors.contract.coalitions import Coalitions, NoAttribution, Scored
+from vilu.predictors.contract.coalitions import Coalitions, NoAttribution, ScoredBatch
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.report.explain.rows import draw_rows, scored_rows
 
@@ -95,9 +95,10 @@ class Attributor:
         self.coalitions = coalitions_of(predictor)
         rows = draw_rows(background, n, seed, leave_out)
         self.n_background = len(rows)
-        self.coalitions.see(list(scored_rows(predictor, background, rows, self.coalitions.step)))
+        scored = scored_rows(predictor, background, rows, self.coalitions.background_batch)
+        self.coalitions.set_background(list(scored))
 
-    def of(self, scored: Scored) -> list[Attribution]:
+    def of(self, scored: ScoredBatch) -> list[Attribution]:
         """One attribution per row of a batch."""
         values = self.coalitions.values(*scored)
         # the first coalition has no player, and the last one has all players

@@ -18,8 +18,8 @@ from vilu.callers import warn_caller
 from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.predictors.bank.search import leaders
-from vilu.predictors.contract.coalitions import NoAttribution, Scored
+from vilu.predictors.bank.search import k_largest
+from vilu.predictors.contract.coalitions import NoAttribution, ScoredBatch
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
@@ -350,13 +350,13 @@ def _explained(
 
 
 def _of_batch(
-    scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
+    scored: ScoredBatch, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
 ) -> Iterator[Explanation]:
     """Yield the explanations of a batch's rows, in order."""
     batch, scores = scored
     posterior = log_posterior(batch).exp().cpu()
     n_leaders = min(depth.candidates, len(batch.text))
-    weight, leader = leaders(weights.of(batch).cpu(), n_leaders)
+    weight, leader = k_largest(weights.of(batch).cpu(), n_leaders)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
