@@ -80,8 +80,8 @@ class Answer:
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). It never changes the decision. None if there is no
             estimate, or no answer.
-        quantile: Share of the photos that are at most as doubtful, from 0 to 1. Of a guard these
-            are the photos of the fit. None if the predictor has learned from labels, since it then
+        quantile: Share of the photos that are at most as doubtful, from 0 to 1. A guard compares
+            with the photos of the fit. None if the predictor has learned from labels, since it then
             gives a probability.
 
     Examples:

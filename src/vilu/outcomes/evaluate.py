@@ -26,9 +26,7 @@ from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # a warning follows if a larger share of rows show the picture of another row
-MIN_OF_EACH_KIND = (
-    30  # a warning follows if fewer answers are wrong, or fewer are right: intervals are wide
-)
+MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or fewer are right
 MAX_LISTED = 3  # largest number of sentences that a warning lists
 
 

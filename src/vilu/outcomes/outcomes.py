@@ -163,7 +163,13 @@ DECISION_COLUMNS = ("decision", "decision_reason", "label_set")
 """Columns of texts that a calibrated rule fills."""
 
 TEXT_COLUMNS = (
-    *("key", "pred_name", "label_name", "reason", "score_name", "answer", "zero_shot_name"),
+    "key",
+    "pred_name",
+    "label_name",
+    "reason",
+    "score_name",
+    "answer",
+    "zero_shot_name",
     "cluster",
     *DECISION_COLUMNS,
 )
@@ -761,9 +767,9 @@ class Outcomes:
         import pyarrow.compute as pc
 
         n = len(self)
-        numbers = np.arange(n)
+        row_numbers = np.arange(n)
         if row_id is not None:
-            numbers = np.asarray(row_id, dtype=np.int64)
+            row_numbers = np.asarray(row_id, dtype=np.int64)
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
         label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
@@ -777,7 +783,7 @@ class Outcomes:
                 pred_name = names.take(pred)
                 label_name = names.take(target)
             columns = {
-                "row_id": pa.array(numbers),
+                "row_id": pa.array(row_numbers),
                 "key": _text_column(self.ids, n),
                 "pred": pred,
                 "pred_name": pred_name,

@@ -80,12 +80,19 @@ class ResultRow:
 ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
 """Arrow type of a column, by the Python type of the field."""
 
-COLUMN_TYPES = {
-    column.name: ARROW_TYPE[str(column.type).removesuffix(" | None")]
-    for column in fields(ResultRow)
-    if column.compare  # the field ``sample`` has ``compare=False``
-}
-"""Arrow type of every column of a file. The sample of rows is not written to files."""
+
+def _column_types() -> dict[str, str]:
+    """Arrow type of every field of ``ResultRow`` except ``sample``, which has no column."""
+    types = {}
+    for column in fields(ResultRow):
+        if column.name != "sample":
+            python_type = str(column.type).removesuffix(" | None")
+            types[column.name] = ARROW_TYPE[python_type]
+    return types
+
+
+COLUMN_TYPES = _column_types()
+"""Arrow type of every column of a file."""
 
 # names of fields of ``ResultRow`` that are columns of a file
 COLUMNS = tuple(COLUMN_TYPES)
@@ -304,7 +311,7 @@ class ResultTable:
         shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
         for title, lines in _tables_by_data_set(self.rows, shown_metrics):
-            heading, *body = [[in_markdown(cell) for cell in line] for line in lines]
+            heading, *body = [list(map(in_markdown, line)) for line in lines]
             rows = markdown_rows(heading, body)
             blocks.append("\n".join([f"**{in_markdown(title)}**", "", *rows]))
         notes = [f"- {in_markdown(note)}" for note in _notes(self.rows, shown_metrics)]
@@ -493,21 +500,25 @@ def _shown_metrics(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> 
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
-    present = list(dict.fromkeys(row.metric for row in rows))
-    if not _are_default(set(present)):
-        return present
-    return [name for name in METRICS if METRICS[name].wanted == "always" and name in present]
+    metrics_of_rows = list(dict.fromkeys(row.metric for row in rows))
+    if not _are_default_metrics(set(metrics_of_rows)):
+        return metrics_of_rows
+    shown = []
+    for name in METRICS:
+        if METRICS[name].wanted == "always" and name in metrics_of_rows:
+            shown.append(name)
+    return shown
 
 
-def _are_default(present: set[str]) -> bool:
+def _are_default_metrics(names: set[str]) -> bool:
     """Whether these metrics were computed by default, and not chosen by the user."""
     always_computed = set()
     for name in DEFAULT_METRICS:
         metric = METRICS[name]
         if not metric.of_probability and metric.question == "failure":
             always_computed.add(metric.name)
-    lacks_none = always_computed.issubset(present)
-    has_no_other = present.issubset(evaluated_metrics())
+    lacks_none = always_computed.issubset(names)
+    has_no_other = names.issubset(evaluated_metrics())
     return lacks_none and has_no_other
 
 
@@ -642,12 +653,16 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
 
 def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
     """Note on the metrics that do not compare rows about different answers."""
-    titles = [_metric(row.metric).title for row in rows if not _metric(row.metric).across_answers]
+    titles: list[str] = []
+    for row in rows:
+        metric = _metric(row.metric)
+        if not metric.across_answers and metric.title not in titles:
+            titles.append(metric.title)
     if not titles:
         return []
     return [
-        f"{', '.join(dict.fromkeys(titles))}: not to be compared between kinds of answers, which "
-        "are wrong in other rows"
+        f"{', '.join(titles)}: not to be compared between kinds of answers, which are wrong in "
+        "other rows"
     ]
 
 

@@ -447,7 +447,8 @@ class ScoreFolder(Reopened):
         """Histograms of all evaluable rows, and of those that belong to none of the classes."""
         total_ood = Histogram.empty()
 
-        # a generator, so that not all histograms are in memory at once
+        # A generator, so that not all histograms are in memory at once. It also adds up those of
+        # the rows that belong to none of the classes.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:

@@ -945,7 +945,8 @@ class FailurePredictor(ABC):
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
-        if self.needs_fit and (self.closed_set or self.looks_at != {"logits"}):
+        is_open_to_classes = self.looks_at == {"logits"} and not self.closed_set
+        if self.needs_fit and not is_open_to_classes:
             from vilu.predictors.contract.given_logits import require_same_logits
 
             require_same_logits(self.name, self.notes_, data)

@@ -63,19 +63,19 @@ class Moments:
     """Number ``n`` of rows, their ``total`` (D,) and the sum of their squared norms, in float64."""
 
     def __init__(self) -> None:
-        self.n = 0
+        self.n_rows = 0
         self.total = torch.zeros((), dtype=torch.float64)
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add a block (N, D) of rows."""
         double = rows.cpu().double()
-        self.n += len(rows)
+        self.n_rows += len(rows)
         self.total = self.total + double.sum(dim=0)
         self.squares = self.squares + double.square().sum()
 
 
-class Standard(nn.Module):
+class Standardisation(nn.Module):
     """Standardisation of rows: they are centred and divided by their root mean square norm.
 
     Because of the division, training does not depend on the scale of the embeddings.
@@ -88,9 +88,9 @@ class Standard(nn.Module):
 
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
-        mean = moments.total / moments.n
+        mean = moments.total / moments.n_rows
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
-        mean_square = moments.squares / moments.n
+        mean_square = moments.squares / moments.n_rows
         variance = (mean_square - mean.square().sum()).clamp_min(0)
         norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
         if variance > MIN_VARIANCE:
@@ -112,9 +112,9 @@ class ImageInputs(nn.Module):
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
         self.width = dim + feature_dim
-        self.on_features = feature_dim > 0
-        self.image = Standard(dim)
-        self.features = Standard(feature_dim)
+        self.has_features = feature_dim > 0
+        self.image = Standardisation(dim)
+        self.features = Standardisation(feature_dim)
 
     def fit(self, rows: Rows) -> None:
         """Fit the standardisation in one pass over the rows."""
@@ -122,7 +122,7 @@ class ImageInputs(nn.Module):
         feature_moments = Moments()
         for batch in rows.batches(SCORING_BATCH):
             image_moments.add(batch.image)
-            if self.on_features:
+            if self.has_features:
                 feature_moments.add(batch.columns[FEATURES])
             else:
                 no_features = batch.image[:, :0]
@@ -132,7 +132,7 @@ class ImageInputs(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Inputs (B, D + F) of a batch. Over the training rows, their mean square norm is 1."""
-        if not self.on_features:
+        if not self.has_features:
             return cast("Tensor", self.image(batch.image))
         parts = [self.image(batch.image), self.features(batch.columns[FEATURES])]
         return torch.cat(parts, dim=1) / math.sqrt(2)
@@ -140,7 +140,7 @@ class ImageInputs(nn.Module):
     @property
     def image_gain(self) -> float:
         """Factor by which the first D inputs are multiplied to give the standardised embedding."""
-        if self.on_features:
+        if self.has_features:
             return math.sqrt(2)
         return 1
 
@@ -207,7 +207,7 @@ class SupervisedAttention(nn.Module):
         self.sharing = sharing
         self.temperature = nn.Buffer(torch.ones((), dtype=torch.float32))
         self.inputs = inputs
-        self.text = Standard(dim)
+        self.text = Standardisation(dim)
         self.classes = nn.Buffer(torch.zeros(n_classes, dim, dtype=torch.float32))
         self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim, dtype=torch.float32))
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
@@ -218,10 +218,10 @@ class SupervisedAttention(nn.Module):
         # So (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
-        own = torch.zeros(self.own.shape, dtype=torch.float64)
-        own[:, :dim] = start.weight * float(image.norm) * self.inputs.image_gain
-        own[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
-        self.own.data.copy_(own / math.sqrt(1 - self.sharing))
+        class_weights = torch.zeros(self.own.shape, dtype=torch.float64)
+        class_weights[:, :dim] = start.weight * float(image.norm) * self.inputs.image_gain
+        class_weights[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
+        self.own.data.copy_(class_weights / math.sqrt(1 - self.sharing))
 
     def initial_logits(self, batch: Batch) -> Tensor:
         """(B, K) logits with which training begins, before anything is learned from labels."""
@@ -265,9 +265,9 @@ class SupervisedAttention(nn.Module):
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
 
-        The less similar the candidates are to the training classes, the nearer to one is the
-        temperature. ``match`` is the result of the method ``match`` for the candidates. None: the
-        candidates are the training classes.
+        The temperature is nearer to one if the candidates are less similar to the training classes.
+        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
+        the training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
@@ -477,7 +477,7 @@ class Problem:
         self.attention = attention
         self.rows = rows
         self.device = attention.shared.device
-        self.n = len(rows.index)
+        self.n_rows = len(rows.index)
         # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
         # multiplied by it, so that the prior of A and V is N(0, 1). The last input is always 1, so
         # its weight is the bias, which has a smaller variance.
@@ -496,7 +496,7 @@ class Problem:
             self.has_labels[labelled_classes] = 1.0
         self.whole_block: Block | None = None
         n_classes = len(attention.classes)
-        if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
+        if n_classes and self.n_rows <= min(SCORING_BATCH, MAX_CELLS // n_classes):
             self._load_whole_block()
 
     def _load_whole_block(self) -> None:
@@ -514,7 +514,7 @@ class Problem:
         """Yield all rows, block by block."""
         attention = self.attention
         # ``_load_whole_block`` reads all rows as one block, if they are few enough
-        is_one_block = self.whole_block is None and self.n <= SCORING_BATCH
+        is_one_block = self.whole_block is None and self.n_rows <= SCORING_BATCH
         block_rows = STREAMED_ROWS
         if is_one_block:
             block_rows = SCORING_BATCH
@@ -598,8 +598,8 @@ class Problem:
         block in memory.
         """
         penalty = torch.stack([shared_weights.square().sum(), class_weights.square().sum()]).sum()
-        total = penalty / (2 * self.n)
-        gradient = Solution(shared_weights / self.n, class_weights / self.n)
+        total = penalty / (2 * self.n_rows)
+        gradient = Solution(shared_weights / self.n_rows, class_weights / self.n_rows)
         current: Keys | None = None
         for block in self._blocks():
             if current is None or block.text is not current.text:
@@ -626,8 +626,8 @@ class Problem:
     def _row_weight(self, block: Block, weight: Tensor | None) -> Tensor:
         """(B,) weight of each row in the mean loss."""
         if weight is None:
-            return torch.full_like(block.image[:, 0], 1 / self.n)
-        return weight / self.n
+            return torch.full_like(block.image[:, 0], 1 / self.n_rows)
+        return weight / self.n_rows
 
     def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
@@ -686,13 +686,13 @@ def held_out_share(problem: Problem) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    if problem.n == 1:  # no row would be left to learn from
+    if problem.n_rows == 1:  # no row would be left to learn from
         return 1.0
     block = cast("Block", problem.whole_block)
     initial_logits = add_offset(block.image @ block.initial_keys.T, block.offset)
     fold_of_row = _folds(problem, block)
-    rows_per_fold = problem.n / N_FOLDS
-    n_folds = min(math.ceil(ENOUGH_HELD_OUT / rows_per_fold), N_FOLDS, problem.n)
+    rows_per_fold = problem.n_rows / N_FOLDS
+    n_folds = min(math.ceil(ENOUGH_HELD_OUT / rows_per_fold), N_FOLDS, problem.n_rows)
     learned = torch.zeros_like(initial_logits)  # for each row, what is learned without it
     for fold in range(n_folds):
         is_fitted = fold_of_row != fold

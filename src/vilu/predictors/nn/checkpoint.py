@@ -323,9 +323,9 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
         StorageError: If the file system refuses an operation.
     """
     session = FolderSession(Path(folder), current_world())
-    with ExitStack() as lock:
+    with ExitStack() as lock_stack:
         # Only the leading process uses the folder. If it is refused, all processes raise the error.
-        session.world.call_on_leader(lambda: _claim_folder(session, lock, resume=resume))
+        session.world.call_on_leader(lambda: _claim_folder(session, lock_stack, resume=resume))
         token = _session.set(session)
         try:
             yield session
@@ -335,14 +335,14 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
         _remove_empty(session.folder)
 
 
-def _claim_folder(session: FolderSession, lock: ExitStack, *, resume: bool) -> None:
-    """Make the folder of a session, and lock it until ``lock`` is closed.
+def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool) -> None:
+    """Make the folder of a session, and lock it until ``lock_stack`` is closed.
 
     Raises:
         UsageError, BusyError, StorageError: As in ``checkpointing``.
     """
     folder = make_folder(session.folder)
-    lock.enter_context(locked(folder, "training with the checkpoints in"))
+    lock_stack.enter_context(locked(folder, "training with the checkpoints in"))
     if session.runs() and not resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."

@@ -320,7 +320,7 @@ class Experts(nn.Module):
         """A batch of one row, the mean training image, with the candidates of ``batch``."""
         inputs = self.attention.inputs
         columns = dict(batch.columns)
-        if inputs.on_features:
+        if inputs.has_features:
             columns[FEATURES] = inputs.features.mean.unsqueeze(0)
         first_row = batch.rows(slice(0, 1))  # a batch of one row, with the candidates
         mean_image = inputs.image.mean.unsqueeze(0)

@@ -70,7 +70,7 @@ class CrossAttention(nn.Module, ABC):
         """
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
-            if has_few(text, image):
+            if has_few_texts(text, image):
                 # Both branches compute the same. Here the texts are projected instead of the
                 # images: a step with 10 texts and 128 images takes three quarters of the time.
                 # The (B, K) weights are small. So a fused kernel, which takes longer, would save
@@ -88,7 +88,7 @@ class CrossAttention(nn.Module, ABC):
         """Query, key and value matrices (D, D), and the scale of products of queries and keys."""
 
 
-def has_few(text: Tensor, image: Tensor) -> bool:
+def has_few_texts(text: Tensor, image: Tensor) -> bool:
     """Whether there are at most half as many texts as images; always false in an export.
 
     An exported graph is for any sizes, so it cannot depend on them.
@@ -262,7 +262,7 @@ class FailureHead(nn.Module):
     def _caption_term(self, batch: Batch) -> Tensor:
         """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
-        if has_few(batch.text, batch.image):
+        if has_few_texts(batch.text, batch.image):
             # Every text is projected once, which is faster than one projection per image. The
             # projections are not indexed with [], because several threads would sum the gradient
             # of an index in an order that varies.

@@ -75,8 +75,8 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # The mean is over all processes. Its call returns only when every process has made it. So
-        # all modes call it alike, although mode "dataset" does not use the result.
+        # The mean is over all processes, and waits until every process has called it. So it is
+        # called in mode "dataset", too, which does not use the result.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
@@ -90,8 +90,8 @@ class FailureWeight:
         if self.mode == "static":
             return torch.tensor(float(static), dtype=torch.float32)
         if self.mode == "balanced":
-            e = self.rate.clamp(MIN_ERROR_RATE, 1 - MIN_ERROR_RATE)
-            return (1 - e) / e
+            error_rate = self.rate.clamp(MIN_ERROR_RATE, 1 - MIN_ERROR_RATE)
+            return (1 - error_rate) / error_rate
         return None
 
     def state(self) -> dict[str, Tensor]:

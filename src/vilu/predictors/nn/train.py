@@ -135,7 +135,7 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
     answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
         own_rows = batch.rows(world.own_slice(len(batch.index)))
-        zero_shot = own_rows.to(device).zero_shot
+        zero_shot = own_rows.to(device).zero_shot  # a tuple of tensors
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
@@ -224,9 +224,10 @@ class HeadTrainer:
         self.stateful = stateful
         self.world = current_world()
         warn_of_slow_bfloat16(config)
-        # parameters of the attention, which are frozen first
-        self.attention = [] if head.attention is None else list(head.attention.parameters())
-        for parameter in self.attention:
+        self.attention_parameters: list[nn.Parameter] = []
+        if head.attention is not None:
+            self.attention_parameters = list(head.attention.parameters())
+        for parameter in self.attention_parameters:  # frozen until ``thaw``
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
@@ -234,7 +235,7 @@ class HeadTrainer:
         # weight decay. The attention has a group of its own, because the fused kernel of SGD starts
         # the momenta of all parameters of a group in the same step.
         self.optimizer = torch.optim.SGD(
-            [{"params": perceptron_parameters}, {"params": self.attention}],
+            [{"params": perceptron_parameters}, {"params": self.attention_parameters}],
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -271,7 +272,7 @@ class HeadTrainer:
 
     def thaw(self) -> None:
         """Train the attention from now on."""
-        for parameter in self.attention:
+        for parameter in self.attention_parameters:
             parameter.requires_grad_(True)
 
     def _is_over(self, plan: Plan, position: Position) -> bool:
@@ -326,14 +327,14 @@ class HeadTrainer:
     def step(self, batch: Batch, rate: float) -> Tensor:
         """Do one step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
+        own_batch = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.network(own_rows)
+            logit = self.network(own_batch)
         # The loss is called even if this process has no rows, because the loss may wait for a call
         # from every process.
-        mean = self.loss(own_rows, logit)
-        share_of_batch = len(own_rows.index) / len(batch.index)
+        mean = self.loss(own_batch, logit)
+        share_of_batch = len(own_batch.index) / len(batch.index)
         if share_of_batch:
             loss = mean * share_of_batch  # the sum over the processes is the mean over the batch
         else:
@@ -379,9 +380,10 @@ class HeadTrainer:
         logits = []
         failures = []
         for batch in validation.batches(SCORING_BATCH):
-            own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(self.config.device)
-            logits.append(self.head(own_rows))
-            failures.append(own_rows.failure)
+            rows_of_process = self.world.own_slice(len(batch.index))
+            own_batch = batch.rows(rows_of_process).to(self.config.device)
+            logits.append(self.head(own_batch))
+            failures.append(own_batch.failure)
         logit = self.world.gather(torch.cat(logits))
         failure = self.world.gather(torch.cat(failures))
         return logit.cpu().numpy(), failure.cpu().numpy()

@@ -440,6 +440,7 @@ def _upload(
         raise UsageError(
             f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`."
         )
+    absent_names = [name for name in MAX_FILE_SIZES if not (staged_folder / name).exists()]
     with quiet(), _translated_errors(repository, revision):
         api = hub.HfApi(library_name="vilu")
         api.create_repo(repository, private=private, exist_ok=True)
@@ -450,9 +451,7 @@ def _upload(
             folder_path=staged_folder,
             revision=revision,
             allow_patterns=list(MAX_FILE_SIZES),
-            delete_patterns=[
-                name for name in MAX_FILE_SIZES if not (staged_folder / name).exists()
-            ],
+            delete_patterns=absent_names,
             commit_message="A predictor of vilu",
         )
     return str(commit.commit_url)

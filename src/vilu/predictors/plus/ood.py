@@ -462,7 +462,7 @@ class Mixture(NamedTuple):
     The mean of an image inside depends on its zero-shot answer. All images outside have one mean.
     """
 
-    inside_means: Tensor  # (K + 1,) for the answer c of the image; the last: any other candidate
+    inside_means: Tensor  # (K + 1,) by the answer of the image; the last: any other candidate
     outside_mean: float
     variance: float  # of both Gaussians
     outside_share: float  # share of images outside
@@ -607,8 +607,8 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
         else:
             mixture = None
     if mixture is None:
-        # A few rows do not show the share of images outside. It is then assumed, as if all rows
-        # were inside.
+        # A few rows do not show the share of images outside. The mixture is then fitted as if all
+        # rows were inside.
         assume_inside = known_inside or has_few_rows
         mixture = fit_mixture(
             margins.margin, margins.answer, n_classes, mean_sum, known_inside=assume_inside
@@ -666,7 +666,7 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
     inside = Regressors.of(train)
     outside = Regressors.of(replace(train, index=outside_rows))
     dim = train.source.space.embed_dim
-    n, centre, scale = _standardisation([inside, outside], dim)
+    n_rows, centre, scale = _standardisation([inside, outside], dim)
     weights = torch.zeros(len(centre) + 1, dtype=torch.float64, requires_grad=True)
     prior_precision = torch.full_like(weights, 1 / LABEL_VARIANCE, requires_grad=False)
     prior_precision[dim:] = 1 / MARGIN_VARIANCE
@@ -681,7 +681,7 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        penalty = (prior_precision * weights.square()).sum() / (2 * n)
+        penalty = (prior_precision * weights.square()).sum() / (2 * n_rows)
         penalty.backward()
         total = penalty.detach()
         for is_outside, regressors in ((0, inside), (1, outside)):
@@ -689,9 +689,10 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
                 standardised = (inputs - centre) / scale
                 logits = standardised @ weights[:-1] + weights[-1]  # the last is the intercept
                 target = torch.full_like(logits, is_outside)
-                loss = (
-                    functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
+                loss_sum = functional.binary_cross_entropy_with_logits(
+                    logits, target, reduction="sum"
                 )
+                loss = loss_sum / n_rows
                 loss.backward()
                 total = total + loss.detach()
         return total
@@ -715,17 +716,17 @@ def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Ten
     The scale of all D image regressors is the root mean square norm of the centred images. The
     scale of the margin is its standard deviation.
     """
-    n = 0
+    n_rows = 0
     total = torch.zeros((), dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
     for regressors in sets:
         for inputs in regressors.blocks():
-            n = n + len(inputs)
+            n_rows = n_rows + len(inputs)
             total = total + inputs.sum(dim=0)
             squares = squares + inputs.square().sum(dim=0)
-    mean = total / n
-    variance = (squares / n - mean.square()).clamp_min(0)
+    mean = total / n_rows
+    variance = (squares / n_rows - mean.square()).clamp_min(0)
     # scales of at least 1e-6, so that constant regressors are not divided by 0
     image_scale = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
     margin_scale = variance[dim:].sqrt().clamp_min(1e-6)
-    return n, mean, torch.cat([image_scale, margin_scale])
+    return n_rows, mean, torch.cat([image_scale, margin_scale])

@@ -233,7 +233,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The columns of features and of words, as far as the fit used them."""
-        if self.network_ is not None and self.experts.attention.inputs.on_features:
+        if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
 

@@ -258,10 +258,14 @@ class LearnedClasses(NamedTuple):
 
         The residual contains the term -share l_c, which is linear in the image.
         """
-        # the product of this tensor with an image z is share l_c
-        shared_text = self.share * logit_scale * float64(text).cpu()
-        bias = self.bias - shared_text @ self.centre
-        return StartLogits(self.centre, self.weight - shared_text, bias, self.occurrence)
+        # z . scaled_text_c = share l_c for every image z
+        scaled_text = self.share * logit_scale * float64(text).cpu()
+        return StartLogits(
+            centre=self.centre,
+            weight=self.weight - scaled_text,
+            bias=self.bias - scaled_text @ self.centre,
+            occurrence=self.occurrence,
+        )
 
 
 def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> LearnedClasses:
@@ -388,26 +392,27 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     count = moments.counts.clamp(min=1e-9)  # a divisor, so never 0
     n = float(moments.counts.sum())
     mean = moments.image_sums.sum(0) / n
-    centred = moments.image_sums / count[:, None] - mean
-    around_mean = moments.image_products - n * torch.outer(mean, mean)
-    within = around_mean - (centred.T * moments.counts) @ centred
+    centred_means = moments.image_sums / count[:, None] - mean
+    scatter = moments.image_products - n * torch.outer(mean, mean)
+    scatter_within = scatter - (centred_means.T * moments.counts) @ centred_means
     # division by N would treat the means as known, and underestimate the variance of small classes
-    used_degrees = float((moments.squares / count).sum())
-    within = within / max(n - used_degrees, 1.0)
-    dim = len(within)
-    variance = float(within.trace()) / dim
+    degrees_of_means = float((moments.squares / count).sum())
+    covariance = scatter_within / max(n - degrees_of_means, 1.0)
+    dim = len(covariance)
+    variance = float(covariance.trace()) / dim
     if variance <= NO_SPREAD:
         return Classifier.zero(text)
     # Few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues. The
     # covariance is therefore mixed with a spherical one.
     identity = torch.eye(dim, dtype=torch.float64)
-    precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
-    centred_text = text - (moments.counts @ text) / n
-    weighted = moments.counts[:, None] * (centred_text @ precision)
-    means_on_texts = (weighted * centred).sum()
-    texts_on_texts = (weighted * centred_text).sum().clamp(min=1e-12)
+    precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
+    centred_texts = text - (moments.counts @ text) / n
+    weighted_texts = moments.counts[:, None] * (centred_texts @ precision)
+    means_on_texts = (weighted_texts * centred_means).sum()
+    texts_on_texts = (weighted_texts * centred_texts).sum().clamp(min=1e-12)
     slope = float((means_on_texts / texts_on_texts).clamp(min=0))
-    within_square = float((precision * within).sum())  # mean square of an image in the metric of W
+    # mean square of an image within its class, in the metric of W
+    mean_square_within = float((precision * covariance).sum())
 
     def variance_of(vectors: Tensor) -> float:
         """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
@@ -415,16 +420,16 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
         The variance is the mean square, weighted by the counts, less the noise K / N of K means.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
-        mean_square = float((moments.counts * squares).sum()) / (within_square * n)
+        mean_square = float((moments.counts * squares).sum()) / (mean_square_within * n)
         return mean_square - len(count) / n
 
-    residual_variance = variance_of(centred - slope * centred_text)
+    residual_variance = variance_of(centred_means - slope * centred_texts)
     anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR)
-    weighted_sums = moments.counts[:, None] * centred + anchor * slope * centred_text
+    weighted_sums = moments.counts[:, None] * centred_means + anchor * slope * centred_texts
     means = weighted_sums / (moments.counts + anchor)[:, None]
     weight = means @ precision
     bias = -(weight * means).sum(1) / 2
-    return Classifier(mean, weight, bias, slope, anchor, separation=variance_of(centred))
+    return Classifier(mean, weight, bias, slope, anchor, separation=variance_of(centred_means))
 
 
 class UnlabelledHalves:
@@ -501,6 +506,7 @@ class UnlabelledHalves:
 
             log [sum_c exp(l_c + s o_c) / sum_c exp(s o_c)]
         """
+        # s o_c minus the logarithm of the denominator
         offsets = []
         for strength in STRENGTHS:
             offset = strength * log_presence
