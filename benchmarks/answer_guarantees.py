@@ -41,7 +41,7 @@ from benchmarks.mixes import BATCH, linear_probe
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
 
 MAX_RISK = 0.05
@@ -153,7 +153,7 @@ def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
     return torch.cat(parts).numpy()
 
 
-def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, Judged]]:
+def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswers]]:
     """Every kind of answers about the population and the images of none of the classes."""
     everything = problem.data(problem.everything)
     own = {
@@ -171,9 +171,9 @@ def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, Judged]]:
     yield "given", _judged(plus, given_all)
 
 
-def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> Judged:
+def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> JudgedAnswers:
     outcomes = vilu.score(predictor, data)
-    return Judged(outcomes.uncertainty, outcomes.failure)
+    return JudgedAnswers(outcomes.uncertainty, outcomes.failure)
 
 
 class Broken(NamedTuple):
@@ -189,7 +189,7 @@ class Broken(NamedTuple):
         return f"{100 * self.coverage:.1f} | {100 * share:.2f} (≤ {100 * bound:.2f}) | {self.n:,}"
 
 
-def calibrate_often(population: Judged, n_rules: int, seed: int) -> Broken:
+def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broken:
     """Rules of so many calibrations, read on the population that their rows are drawn from."""
     rng = np.random.default_rng(seed)
     order = population.uncertainty.argsort(kind="stable")
@@ -216,10 +216,10 @@ def calibrate_often(population: Judged, n_rules: int, seed: int) -> Broken:
     return Broken(n_rules, n_broken, float(np.mean(coverages)))
 
 
-def both_populations(problem: Problem, judged: Judged) -> dict[str, Judged]:
+def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
     """The population as it is, and with the images of none of the classes."""
     n = len(problem.population[1])
-    within = Judged(judged.uncertainty[:n], judged.failure[:n])
+    within = JudgedAnswers(judged.uncertainty[:n], judged.failure[:n])
     return {"0 %": within, "20 %": judged}
 
 

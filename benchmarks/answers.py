@@ -44,7 +44,7 @@ from vilu.calibration.answer_choice import choose_answer
 from vilu.embeddings.source import SAME_TEXT_COSINE
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
 
 RISKS = (0.05, 0.1, 0.2)
@@ -111,7 +111,7 @@ def halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, In
 class Measured(NamedTuple):
     """The answers of every method about some rows, and how they came about."""
 
-    judged: dict[str, Judged]
+    judged: dict[str, JudgedAnswers]
     seconds: dict[str, float]  # of the fits; of chosen answers with the choice
     notes: dict[str, Any]
 
@@ -150,13 +150,13 @@ def measure(arrays: Arrays, fitted_on: Ints, beside: Ints, new_rows: Ints, seed:
     return Measured(judged, seconds, notes)
 
 
-def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> Judged:
+def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnswers:
     """Uncertainties and failures of all rows."""
     outcomes = vilu.score(predictor, new)
-    return Judged(outcomes.uncertainty, outcomes.failure)
+    return JudgedAnswers(outcomes.uncertainty, outcomes.failure)
 
 
-def certified(calibration: Judged, new: Judged) -> list[dict[str, float | None]]:
+def certified(calibration: JudgedAnswers, new: JudgedAnswers) -> list[dict[str, float | None]]:
     """Coverage and risk on new rows of a rule for each risk; risk None if it accepts nothing."""
     rules = []
     for max_risk in RISKS:
@@ -203,8 +203,8 @@ def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
     methods = {}
     for name, judged in whole.judged.items():
         u, failure = half.judged[name]
-        calibration = Judged(u[:n], failure[:n])
-        new = Judged(u[n:], failure[n:])
+        calibration = JudgedAnswers(u[:n], failure[:n])
+        new = JudgedAnswers(u[n:], failure[n:])
         _, rank = np.unique(judged.uncertainty, return_inverse=True)
         methods[name] = {
             "rank": rank.tolist(),

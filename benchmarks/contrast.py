@@ -25,7 +25,7 @@ from benchmarks.memory import peak_mb
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS
-from vilu.predictors.nn.head import HIDDEN, FailureHead, attend
+from vilu.predictors.nn.head import HIDDEN, FailureHead, fused_attention
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
@@ -209,7 +209,7 @@ def agreement() -> dict[str, float]:
     image, text = data.image[:TIMED], data.text[:TIMED]
     towards = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     results = {}
-    for dtype, attention in ((torch.float32, attend), (torch.float64, plain)):
+    for dtype, attention in ((torch.float32, fused_attention), (torch.float64, plain)):
         query = image.to(dtype, copy=True).requires_grad_()
         keys = text.to(dtype)
         attended = attention(query, keys, keys, SCALE)

@@ -23,7 +23,7 @@ from vilu.embeddings.rows import Rows
 from vilu.predictors.nn.head import HIDDEN, FailureHead
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.processes import World
-from vilu.predictors.nn.train import HeadTrainer, TrainConfig, with_answers
+from vilu.predictors.nn.train import HeadTrainer, TrainConfig, with_zero_shot_answers
 
 D, N, REPEATS = 512, 8_192, 5
 
@@ -74,7 +74,7 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()
-    rows = with_answers(Rows(data, torch.arange(N)), config.device, World())
+    rows = with_zero_shot_answers(Rows(data, torch.arange(N)), config.device, World())
     generator = torch.Generator().manual_seed(0)
 
     def run() -> None:

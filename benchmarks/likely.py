@@ -31,7 +31,7 @@ from benchmarks.answers import Arrays
 from vilu.calibration.answer_choice import choose_answer
 from vilu.metrics.counts import Ints
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.scoring.score import score
 from vilu.triage.choose import choose_to_fit
 
@@ -57,8 +57,8 @@ class Cell(NamedTuple):
 class Measured(NamedTuple):
     """Answers of the chosen kind: cross-fitted labels, and rows without a label."""
 
-    held_out: Judged
-    unlabelled: Judged
+    held_out: JudgedAnswers
+    unlabelled: JudgedAnswers
 
     def save(self, path: Path) -> None:
         """Write a file, complete or not at all."""
@@ -77,8 +77,8 @@ class Measured(NamedTuple):
         """Read the file of a cell."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(
-                Judged(arrays["held_out_uncertainty"], arrays["held_out_failure"]),
-                Judged(arrays["uncertainty"], arrays["failure"]),
+                JudgedAnswers(arrays["held_out_uncertainty"], arrays["held_out_failure"]),
+                JudgedAnswers(arrays["uncertainty"], arrays["failure"]),
             )
 
 
@@ -119,7 +119,7 @@ def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
     choice = choose_answer(predictor, labelled, MAX_RISK)
     outcomes = score(predictor.judging(choice.answer), unlabelled)
     held_out = predictor.held_out_.judged(choice.answer)
-    return Measured(held_out, Judged(outcomes.uncertainty, outcomes.failure))
+    return Measured(held_out, JudgedAnswers(outcomes.uncertainty, outcomes.failure))
 
 
 def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:

@@ -20,7 +20,7 @@ import numpy as np
 import vilu
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu_bench.methods.few_shot import FOLDS, MIN_PROBABILITY, class_folds, pool_weights
 
@@ -106,7 +106,7 @@ def linear_probe() -> FailurePredictor:
     return vilu.PREDICTORS["linear_probe"](answer="adapted")
 
 
-def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, Judged]:
+def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, JudgedAnswers]:
     """The answers of both mixes."""
     return {
         "mix": _judged(both.mixed(weights.mix), target),
@@ -114,13 +114,13 @@ def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, 
     }
 
 
-def _judged(q: Floats, target: Ints) -> Judged:
+def _judged(q: Floats, target: Ints) -> JudgedAnswers:
     answer = q.argmax(axis=1)
     rows = np.arange(len(q))
     # The sum of all other probabilities, since 1 - q_a would be 0 for many confident rows.
     rest = q.copy()
     rest[rows, answer] = 0.0
-    return Judged(rest.sum(axis=1), (answer != target).astype(np.int64))
+    return JudgedAnswers(rest.sum(axis=1), (answer != target).astype(np.int64))
 
 
 def _mix_weight(held_out: Experts, target: Ints) -> float:

@@ -122,7 +122,7 @@ def errors(out: Path) -> dict[str, float]:
     from vilu.scoring.score_folder import ScoreFolder
 
     folder = ScoreFolder(out / "all")
-    tables = [read_table(out / "all" / part.scores, ())[0] for part in folder.run.parts]
+    tables = [read_table(out / "all" / part.scores_file, ())[0] for part in folder.run.parts]
     columns = [
         np.concatenate([t[name].drop_null().to_numpy(zero_copy_only=False) for t in tables])
         for name in ("uncertainty", "failure")

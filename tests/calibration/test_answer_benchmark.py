@@ -10,7 +10,7 @@ from benchmarks import answer_guarantees, answer_tables, answers
 from benchmarks.mixes import experts, fit_weights, judged_by_mixes, linear_probe
 
 import vilu
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 
 K, DIM = 4, 8
 
@@ -68,11 +68,11 @@ def test_a_run_is_taken_up_again_and_shown(
 def test_a_rule_is_broken_where_its_population_says_so() -> None:
     n = 2_000
     uncertainty = np.linspace(0, 1, n)
-    right = Judged(uncertainty, np.zeros(n, dtype=np.int64))
+    right = JudgedAnswers(uncertainty, np.zeros(n, dtype=np.int64))
     all_right = answer_guarantees.calibrate_often(right, n_rules=5, seed=0)
     assert all_right.n_broken == 0
     assert all_right.coverage > 0.98
     # every 15th answer is wrong, so whatever is accepted breaks the rule
-    wrong = Judged(uncertainty, (np.arange(n) % 15 == 14).astype(np.int64))
+    wrong = JudgedAnswers(uncertainty, (np.arange(n) % 15 == 14).astype(np.int64))
     sure = answer_guarantees.calibrate_often(wrong, n_rules=200, seed=0)
     assert sure.n_broken <= 20  # 5 % of 200, and three standard deviations

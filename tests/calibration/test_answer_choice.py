@@ -9,7 +9,7 @@ import vilu
 from vilu.calibration.answer_choice import choose_answer
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
-from vilu.predictors.contract.held_out import HeldOut
+from vilu.predictors.contract.held_out import HeldOutAnswers
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 
 K, D = 6, 512
@@ -75,7 +75,9 @@ def test_the_fit_holds_out_the_rows_that_it_was_not_fitted_on() -> None:
 
 def test_held_out_answers_by_hand() -> None:
     q = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
-    held_out = HeldOut.of_posterior(np.log(q), zero_shot=np.array([0, 2]), target=np.array([1, 1]))
+    held_out = HeldOutAnswers.of_posterior(
+        np.log(q), zero_shot=np.array([0, 2]), target=np.array([1, 1])
+    )
     assert held_out.zero_shot.uncertainty == pytest.approx([0.3, 0.7])
     assert held_out.zero_shot.failure.tolist() == [1, 1]
     assert held_out.adapted.uncertainty == pytest.approx([0.3, 0.4])

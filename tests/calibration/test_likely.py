@@ -10,7 +10,7 @@ import pytest
 import vilu
 from vilu.calibration.likely import LEAST_WRONG, LikelyRight
 from vilu.errors import DataError, ProvenanceError
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.probability import Logistic
 
 AS_IT_IS = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=10, n_failures=5)
@@ -56,7 +56,7 @@ def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
 def test_five_wrong_answers_are_needed(n_wrong: int) -> None:
     u = np.linspace(0.01, 0.95, 100) ** 6
     failure = (np.arange(100) >= 100 - n_wrong).astype(np.int64)
-    likely = LikelyRight.estimate(Judged(u, failure), u, max_risk=0.05)
+    likely = LikelyRight.estimate(JudgedAnswers(u, failure), u, max_risk=0.05)
     assert (likely.n, likely.n_wrong) == (100, n_wrong)
     has_estimate = n_wrong >= LEAST_WRONG
     assert (likely.probability is not None) is has_estimate
@@ -67,7 +67,7 @@ def test_five_wrong_answers_are_needed(n_wrong: int) -> None:
 
 def test_rows_that_cannot_be_judged_are_left_out() -> None:
     u = np.array([0.1, float("nan"), 0.3, 0.4])
-    likely = LikelyRight.estimate(Judged(u, np.array([0, 1, -1, 1])), u, max_risk=0.05)
+    likely = LikelyRight.estimate(JudgedAnswers(u, np.array([0, 1, -1, 1])), u, max_risk=0.05)
     assert (likely.n, likely.n_wrong) == (2, 1)
 
 
@@ -77,24 +77,24 @@ def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
     u = rng.uniform(0.001, 0.2, size=6_000)
     chosen = (rng.random(3_000) < u[:3_000]).astype(np.int64)
     drawn = (rng.random(3_000) < 2 * u[3_000:]).astype(np.int64)
-    alone = LikelyRight.estimate(Judged(u[:3_000], chosen), u, max_risk=0.05)
-    both = alone.with_drawn(Judged(u[3_000:], drawn), u)
+    alone = LikelyRight.estimate(JudgedAnswers(u[:3_000], chosen), u, max_risk=0.05)
+    both = alone.with_drawn(JudgedAnswers(u[3_000:], drawn), u)
     assert (both.n, both.n_wrong) == (alone.n, alone.n_wrong) == (3_000, chosen.sum())
     assert (both.n_drawn, both.n_drawn_wrong) == (3_000, drawn.sum())
     assert both.rows(u).count(True) < 0.8 * alone.rows(u).count(True)
     # the labels of the last draw take the place of those of the draw before
-    nothing_drawn = Judged(u[:0], drawn[:0])
+    nothing_drawn = JudgedAnswers(u[:0], drawn[:0])
     assert both.with_drawn(nothing_drawn, u) == alone
 
 
 def test_wrong_answers_of_a_draw_are_enough_and_skipped_ones_are_left_out() -> None:
     u = np.linspace(0.01, 0.95, 100) ** 6
-    alone = LikelyRight.estimate(Judged(u, np.zeros(100, np.int64)), u, max_risk=0.05)
+    alone = LikelyRight.estimate(JudgedAnswers(u, np.zeros(100, np.int64)), u, max_risk=0.05)
     assert alone.probability is None
     failure = np.zeros(100, np.int64)
     failure[-LEAST_WRONG:] = 1
     failure[0] = -1
-    both = alone.with_drawn(Judged(u, failure), u)
+    both = alone.with_drawn(JudgedAnswers(u, failure), u)
     assert (both.n_drawn, both.n_drawn_wrong) == (99, LEAST_WRONG)
     assert both.probability is not None
 
@@ -107,7 +107,7 @@ def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     rng = np.random.default_rng(0)
     u = rng.uniform(0.001, 0.2, size=25_000)
     failure = (rng.random(25_000) < u).astype(np.int64)
-    likely = LikelyRight.estimate(Judged(u[:5000], failure[:5000]), u[5000:], max_risk=0.05)
+    likely = LikelyRight.estimate(JudgedAnswers(u[:5000], failure[:5000]), u[5000:], max_risk=0.05)
     marked = np.array(likely.rows(u[5000:]))
     expected = 0.05 / likely.widening
     # three standard errors of the rate, and 0.5 % for the calibrator

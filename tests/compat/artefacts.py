@@ -21,7 +21,7 @@ from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
 from vilu.calibration.likely import LikelyRight
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.service.local_journals import LocalJournals
 from vilu.store.job import BackboneSpec
 from vilu.triage.label_errors import LabelErrors
@@ -139,7 +139,7 @@ def _likely() -> LikelyRight:
     """An estimate of 100 answers, of which the 80 most trusted are right."""
     uncertainty = np.linspace(0.01, 0.5, 100)
     failure = (np.arange(100) >= 80).astype(int)
-    return LikelyRight.estimate(Judged(uncertainty, failure), uncertainty, max_risk=0.05)
+    return LikelyRight.estimate(JudgedAnswers(uncertainty, failure), uncertainty, max_risk=0.05)
 
 
 def _serve(root: Path) -> None:

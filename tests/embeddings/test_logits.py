@@ -95,13 +95,17 @@ def test_scores_of_vectors_need_no_texts(name: str, train: Rows, new: Rows) -> N
 
 @pytest.mark.parametrize("name", OF_VECTORS)
 def test_vectors_that_lack_are_named(name: str, train: Rows) -> None:
-    with pytest.raises(DataError, match=r"needs a vector of every row.* On logits alone work mcm,"):
+    with pytest.raises(
+        DataError, match=r"needs a vector of every row.* These methods need logits alone: mcm,"
+    ):
         make(name).fit(train.bare)
 
 
 @pytest.mark.parametrize("name", NEED_TEXTS)
 def test_texts_that_lack_are_named(name: str, train: Rows) -> None:
-    message = r"needs embeddings of the candidates.* with features of the rows also vilu_plus"
+    message = (
+        r"needs embeddings of the candidates.* These need features of the rows, too: vilu_plus"
+    )
     with pytest.raises(DataError, match=message):
         make(name).fit(train.featured)
 

@@ -19,8 +19,8 @@ from vilu.predictors.contract.labelled import (
     caption_groups,
     fit_and_selection,
     hold_out,
+    rows_and_failures,
     whole_groups,
-    with_failures,
 )
 
 
@@ -263,8 +263,8 @@ def test_selection_that_would_be_blind_is_none() -> None:
     """
     pairs = PairEmbeddings(torch.eye(16), torch.eye(16), 4)
     rows = Rows(pairs, torch.arange(16))
-    assert with_failures(rows.batches(4))[1].tolist() == [0] * 16
-    assert [len(part) for part in with_failures([])] == [0, 0]
+    assert rows_and_failures(rows.batches(4))[1].tolist() == [0] * 16
+    assert [len(part) for part in rows_and_failures([])] == [0, 0]
     fit_rows, held_out = fit_and_selection(rows, torch.arange(16) % 2, None, 0.5, seed=0)
     assert torch.equal(fit_rows.index, rows.index)  # what selects nothing is learned from
     assert held_out is None

@@ -27,7 +27,7 @@ from vilu.calibration.target import Target
 from vilu.errors import OUTSIDE, DataError, UsageError
 from vilu.guard import image_graph
 from vilu.guard.guard import Answer, Guard
-from vilu.guard.image_graph import ImageGraph, export_image_graph, fingerprint_of
+from vilu.guard.image_graph import ImageGraph, export_fingerprint, export_image_graph
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY
 from vilu.predictors.persistence.vocabulary import Vocabulary
@@ -143,7 +143,7 @@ def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None
     assert (said["vilu.preprocess"], json.loads(said["vilu.classes"])) == ("8x8", list(NAMES))
     assert said["vilu.predictor"] == fit_fingerprint(folder)
     assert said["vilu.decision"].startswith("accepts ")
-    assert claim_file(path, "ONNX export", fingerprint_of(folder))
+    assert claim_file(path, "ONNX export", export_fingerprint(folder))
     with pytest.raises(UsageError, match="of other inputs"):
         claim_file(path, "ONNX export", said["vilu.predictor"])
 
@@ -263,7 +263,7 @@ def test_a_graph_that_says_something_else_is_not_written(
         return [change(rows) if place == output else rows for place, rows in enumerate(outputs)]
 
     monkeypatch.setattr(image_graph, "write_graph", lambda graph, *_: graphs.append(graph) or b"")
-    monkeypatch.setattr(image_graph, "runner", lambda _: answer)
+    monkeypatch.setattr(image_graph, "onnx_function", lambda _: answer)
     with pytest.raises(DataError, match=message):
         export_image_graph(
             begun[0] / "out" / "predictor", tmp_path / "guard.onnx", backbone=Traceable()

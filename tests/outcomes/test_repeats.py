@@ -20,7 +20,7 @@ from tests.command import run
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
-from vilu.predictors.contract.seen import SIZE
+from vilu.predictors.contract.seen import MAX_HASHES
 from vilu.scoring import score_folder
 
 SAID = "rows of one picture are no independent answers: the {} rows of {} show {} pictures"
@@ -103,7 +103,7 @@ def test_a_comparison_of_repeats_is_that_of_the_pictures() -> None:
 def test_a_folder_of_parts_knows_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int
 ) -> None:
-    monkeypatch.setattr(score_folder, "COMPARED", compared)
+    monkeypatch.setattr(score_folder, "COMPARED_AT_ONCE", compared)
     data = toy_embeddings(n=4000)
     data.target[::10] = -1
     rows = repeated(data, 3)
@@ -161,14 +161,14 @@ def test_a_fit_tells_repeated_rows(train: Embeddings, caplog: pytest.LogCaptureF
 def test_a_large_fit_tells_repeated_rows_from_a_sample(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    n = 2 * SIZE
+    n = 2 * MAX_HASHES
     data = toy_embeddings(n=n, k=2, d=8)
     vilu.PREDICTORS["mcm_ts"]().fit(data)
     assert caplog.text == ""
     vilu.PREDICTORS["mcm_ts"]().fit(repeated(data, 2))
     (number,) = re.findall(rf"the {2 * n:,} training rows have only about ([\d,]+)", caplog.text)
     # the estimate of a bottom-k sketch has a standard error of 1 / sqrt(k)
-    assert int(number.replace(",", "")) == pytest.approx(n, rel=5 / SIZE**0.5)
+    assert int(number.replace(",", "")) == pytest.approx(n, rel=5 / MAX_HASHES**0.5)
 
 
 @pytest.mark.parametrize("known_by", ["picture", "ids"])

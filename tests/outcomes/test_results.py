@@ -12,7 +12,7 @@ import pytest
 
 from vilu.artifacts.documents import parse_json, write_json
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.outcomes.results import COLUMNS, SELDOM, ResultRow, ResultTable
+from vilu.outcomes.results import COLUMNS, RARE_COLUMNS, ResultRow, ResultTable
 
 ROW = ResultRow(
     method="vilu",
@@ -93,7 +93,7 @@ def test_json_says_null_and_why(tmp_path: Path) -> None:
     last = content["rows"][-1]
     assert last["value"] is None
     assert last["why"] == "none of 100 answers is wrong"
-    assert tuple(last) == tuple(name for name in COLUMNS if name not in SELDOM)
+    assert tuple(last) == tuple(name for name in COLUMNS if name not in RARE_COLUMNS)
 
 
 def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
     table().save(tmp_path / "a.parquet")
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == tuple(name for name in COLUMNS if name not in SELDOM)
+    assert tuple(rows[0]) == tuple(name for name in COLUMNS if name not in RARE_COLUMNS)
     assert rows[-1]["value"] == ""
     assert rows[-1]["method"] == "'=mcm"
     assert rows[1]["value"] == repr(1 / 3)

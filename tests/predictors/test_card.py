@@ -17,7 +17,7 @@ from vilu.artifacts.documents import write_json
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.persistence import description, storage
-from vilu.predictors.persistence.card import GUARANTEE, code, hub_id, model_card
+from vilu.predictors.persistence.card import GUARANTEE_FACTS, code_span, hub_id, model_card
 from vilu.predictors.vilu.vilu import LVU
 from vilu.predictors.zero_shot import MCM
 from vilu_bench.methods.neighbours import KNNVote
@@ -85,7 +85,7 @@ def test_a_code_span_shows_its_text(text: str) -> None:
     """By CommonMark 6.1: a span ends at a run of as many backticks;
     one space goes at both ends, unless all are.
     """
-    span = code(text)
+    span = code_span(text)
     fence = re.match("`+", span).group()
     inside = span[len(fence) : -len(fence)]
     assert fence not in re.findall("`+", inside)
@@ -128,8 +128,8 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     write_json(tmp_path / "risk.json", risk)
     storage.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    for key in risk.keys() & GUARANTEE.keys():
-        assert f"{GUARANTEE[key]}: {code(risk[key])}" in card
+    for key in risk.keys() & GUARANTEE_FACTS.keys():
+        assert f"{GUARANTEE_FACTS[key]}: {code_span(risk[key])}" in card
     assert '"a"' not in card
     KNNVote().fit(data).save(tmp_path)  # risk.json is that of the first
     card = (tmp_path / "README.md").read_text()

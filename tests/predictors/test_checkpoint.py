@@ -26,7 +26,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.predictors.nn.checkpoint import (
     Checkpoint,
-    FolderKeeper,
+    FolderCheckpointSaver,
     checkpointing,
     current_session,
     data_fingerprint,
@@ -279,8 +279,8 @@ def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path
 def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
     with checkpointing(tmp_path) as session:
         assert current_session() is session
-    keeper = current_session().keeper(lambda: pytest.fail("asked for what it does not need"))
-    assert keeper.latest() is None
+    saver = current_session().saver(lambda: pytest.fail("asked for what it does not need"))
+    assert saver.latest() is None
 
 
 @pytest.mark.parametrize(
@@ -311,11 +311,11 @@ def small_trainer() -> HeadTrainer:
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
     """Whole files of the same run, of another version of the code."""
     trainer = small_trainer()
-    keeper = FolderKeeper(tmp_path, {}, World())
-    trainer.keeper = keeper
+    saver = FolderCheckpointSaver(tmp_path, {}, World())
+    trainer.saver = saver
     data = toy_embeddings(n=64)
     trainer.run(Rows(data, torch.arange(64)), None)
-    found = keeper.latest()
+    found = saver.latest()
     tensors, position = dict(found.tensors), json.loads(json.dumps(found.position))
     unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.generator, ())
     if broken == "missing":
@@ -375,7 +375,7 @@ class QueueGroup(Group):
         self.sent = sent
 
     def broadcast(self, data: bytes) -> bytes:
-        if self.leads:
+        if self.is_leader:
             self.sent.put(data)
             return data
         return self.sent.get(timeout=10)
@@ -387,9 +387,9 @@ def test_all_processes_raise_the_error_of_the_leading_one(tmp_path: Path) -> Non
     sent: Queue[bytes] = Queue()
 
     def error_of(rank: int) -> StorageError:
-        keeper = FolderKeeper(tmp_path / "run", {}, QueueGroup(rank, sent))
+        saver = FolderCheckpointSaver(tmp_path / "run", {}, QueueGroup(rank, sent))
         with pytest.raises(StorageError) as caught:
-            keeper.save(lambda: state)
+            saver.save(lambda: state)
         return caught.value
 
     with ThreadPoolExecutor(2) as processes:
@@ -411,6 +411,6 @@ def test_all_processes_raise_the_error_of_the_leading_one(tmp_path: Path) -> Non
 def test_only_the_leading_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(1, 2, torch.device("cpu"))
     monkeypatch.setattr(group, "broadcast", lambda data: data)  # the leading one has no error
-    keeper = FolderKeeper(tmp_path / "run", {}, group)
-    keeper.save(lambda: pytest.fail("made what is not written"))
+    saver = FolderCheckpointSaver(tmp_path / "run", {}, group)
+    saver.save(lambda: pytest.fail("made what is not written"))
     assert not (tmp_path / "run").exists()

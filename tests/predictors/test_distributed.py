@@ -29,7 +29,7 @@ from vilu.predictors.nn.processes import (
     read_environment,
     world,
 )
-from vilu.predictors.nn.train import require_shares
+from vilu.predictors.nn.train import require_rows_for_all
 
 WORKER = "tests.e2e.ddp_worker"
 COMPLETE = {
@@ -139,7 +139,7 @@ from vilu.predictors.vilu.vilu import ViLU
 def fit_in(folder):
     try:
         with checkpointing(folder, resume="earlier" not in folder.name) as session:
-            session.name_fit("these inputs")
+            session.write_fit_digest("these inputs")
             ViLU(**QUICK).fit(toy_embeddings(n=330))
     except ViLUError as error:
         print(error.exit_code, error)
@@ -187,7 +187,7 @@ def test_one_process_is_a_world() -> None:
     before = gradient.clone()
     with world(environment={}) as one:
         assert current_world() is one
-        assert (one.rank, one.size, one.leads) == (0, 1, True)
+        assert (one.rank, one.size, one.is_leader) == (0, 1, True)
         one.sum_(gradient)
         assert torch.equal(gradient, before)
         assert torch.equal(one.mean(values), values.mean())
@@ -251,6 +251,6 @@ def test_a_group_that_cannot_be_reached_is_an_error() -> None:
 
 
 def test_more_processes_than_rows_of_a_step_are_refused() -> None:
-    require_shares(4, Group(0, 4, torch.device("cpu")))
+    require_rows_for_all(4, Group(0, 4, torch.device("cpu")))
     with pytest.raises(UsageError, match="a step of 3 rows cannot be shared by 4 processes"):
-        require_shares(3, Group(0, 4, torch.device("cpu")))
+        require_rows_for_all(3, Group(0, 4, torch.device("cpu")))

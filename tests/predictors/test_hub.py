@@ -433,7 +433,7 @@ def test_folders_have_no_revisions(predictor: Path, tmp_path: Path) -> None:
         push(predictor, str(tmp_path / "hub"), revision="v1")
     with pytest.raises(UsageError, match="nothing does not exist"):
         pull(str(tmp_path / "nothing"), tmp_path / "here")
-    assert folders.FILES.keys() >= OURS
+    assert folders.MAX_FILE_SIZES.keys() >= OURS
 
 
 def test_the_commands(predictor: Path, tmp_path: Path) -> None:

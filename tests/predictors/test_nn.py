@@ -34,9 +34,9 @@ from vilu.predictors.nn.train import (
     auroc_standard_error,
     default_batch,
     default_epochs,
-    few_epochs,
-    schedule,
-    with_answers,
+    learning_rate_factor,
+    small_network_epochs,
+    with_zero_shot_answers,
 )
 
 CONFIG = TrainConfig(
@@ -215,7 +215,7 @@ def test_weighted_bce_by_hand() -> None:
 
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:
-    values = [schedule(step, 100, 10) for step in range(101)]
+    values = [learning_rate_factor(step, 100, 10) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert values[10] == max(values) == 1
     assert values[100] == pytest.approx(0, abs=1e-12)
@@ -257,8 +257,8 @@ def test_a_short_run_trains_the_attention_by_default() -> None:
 def test_the_default_freeze_is_an_epoch_or_a_thousand_steps(
     steps: int, epochs: int, frozen: int
 ) -> None:
-    assert Plan.of(steps, epochs, 1.0, None).frozen == frozen
-    assert Plan.of(steps, epochs, 1.0, 7).frozen == 7
+    assert Plan.of(steps, epochs, 1.0, None).frozen_epochs == frozen
+    assert Plan.of(steps, epochs, 1.0, 7).frozen_epochs == 7
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
 )
 def test_many_rows_need_fewer_epochs(steps: int, epochs: int) -> None:
     """At least 300 steps and at most 2,000, but 20 epochs of few rows and 10 of many."""
-    assert few_epochs(steps) == epochs
+    assert small_network_epochs(steps) == epochs
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_answers_of_fixed_classes_are_computed_once_a_fit(
 
 def test_answers_computed_once_are_those_of_the_rows() -> None:
     data, device = toy_embeddings(), torch.device("cpu")
-    rows = with_answers(Rows(data, torch.arange(500, 20, -3)), device, World())
+    rows = with_zero_shot_answers(Rows(data, torch.arange(500, 20, -3)), device, World())
     for batch in rows.steps(32, torch.Generator().manual_seed(0)):
         known, again = (
             batch.rows(slice(3, 9)).to(device).zero_shot,
@@ -363,7 +363,7 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
                 ours, fresh, atol=1e-5
             )  # float32 sums of 16 products up to 20, in another block
     assert (
-        with_answers(Rows(toy_pairs(), torch.arange(64)), device, World()).answers is None
+        with_zero_shot_answers(Rows(toy_pairs(), torch.arange(64)), device, World()).answers is None
     )  # another pool, another answer
 
 

@@ -20,7 +20,7 @@ from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.persistence import onnx
-from vilu.predictors.persistence.onnx import GraphBatch, export_onnx, reference, trials
+from vilu.predictors.persistence.onnx import GraphBatch, export_onnx, reference_scores, trial_inputs
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.predictors.vilu.vilu import ViLU
 from vilu.predictors.zero_shot import MCM, MaxLogit
@@ -77,7 +77,7 @@ def test_the_check_says_nothing_of_its_own_random_rows() -> None:
     predictor.similarity_ = (0.3, 0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reference(predictor, next(trials(predictor, ((9, 5),))))
+        reference_scores(predictor, next(trial_inputs(predictor, ((9, 5),))))
 
 
 @pytest.mark.parametrize("name", few(PREDICTORS, 2))

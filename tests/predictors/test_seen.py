@@ -18,7 +18,7 @@ from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import DataError
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.seen import SIZE, RowSketch, sketch
+from vilu.predictors.contract.seen import MAX_HASHES, RowSketch, make_sketches
 from vilu.store import embed as embedding
 from vilu.store.reader import CaptionStore
 
@@ -69,20 +69,27 @@ def store(tmp_path: Path) -> Store:
 
 def test_the_sketch_is_a_bounded_sample_that_never_invents_a_row() -> None:
     rng = np.random.default_rng(0)
-    mine, others = rng.integers(2**62, size=4 * SIZE), rng.integers(2**62, size=1000)
+    mine, others = rng.integers(2**62, size=4 * MAX_HASHES), rng.integers(2**62, size=1000)
     whole, small = RowSketch.of(Marked(mine), "names"), RowSketch.of(Marked(mine[:20]), "names")
-    assert np.array_equal(whole.hashes.numpy(), np.sort(mine)[:SIZE])
-    assert (whole.n_rows, whole.whole, small.n_rows, small.whole) == (4 * SIZE, False, 20, True)
+    assert np.array_equal(whole.hashes.numpy(), np.sort(mine)[:MAX_HASHES])
+    assert (whole.n_rows, whole.is_complete, small.n_rows, small.is_complete) == (
+        4 * MAX_HASHES,
+        False,
+        20,
+        True,
+    )
     rows = np.arange(1000)
     assert len(whole.overlap(Marked(others), "names", rows)) == 0
     found = whole.overlap(Marked(mine[:1000]), "names", rows)
     # it can be told of those below the largest hash of the sketch, and all of them are in the set
     assert (
-        found.n_comparable == len(found) == np.count_nonzero(mine[:1000] <= np.sort(mine)[SIZE - 1])
+        found.n_comparable
+        == len(found)
+        == np.count_nonzero(mine[:1000] <= np.sort(mine)[MAX_HASHES - 1])
     )
     assert (
         found.in_words()
-        == f"at least {len(found)} of 1000 rows (a sample of {SIZE} rows of the fit is known)"
+        == f"at least {len(found)} of 1000 rows (a sample of {MAX_HASHES} rows of the fit is known)"
     )
     assert small.overlap(Marked(mine[:30]), "names", rows[:30]).in_words("rows") == "20 of 30 rows"
     union = whole | RowSketch.of(Marked(others), "names")
@@ -99,9 +106,9 @@ def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(
 
     One of these is 1 %, two are more.
     """
-    fitted = np.arange(4 * SIZE) * 10  # so the sketch reaches to 10 * (SIZE - 1)
+    fitted = np.arange(4 * MAX_HASHES) * 10  # so the sketch reaches to 10 * (MAX_HASHES - 1)
     told = np.concatenate([np.arange(n_shared) * 10, np.arange(100 - n_shared) * 10 + 5])
-    data = Marked(np.concatenate([told, np.arange(300) + 10 * SIZE]))
+    data = Marked(np.concatenate([told, np.arange(300) + 10 * MAX_HASHES]))
     found = RowSketch.of(Marked(fitted), "names").overlap(data, "names", np.arange(400))
     assert (len(found), found.n_comparable) == (n_shared, 100)
     if refused:
@@ -275,7 +282,7 @@ def test_captions_and_folds(store: Store) -> None:
 def test_sketches_of_both_sets_have_what_both_are_recognised_by(
     store: Store, train: Embeddings
 ) -> None:
-    assert set(sketch(store("new", range(9)))) == {"pictures", "names"}
+    assert set(make_sketches(store("new", range(9)))) == {"pictures", "names"}
     found = quick().fit(train, toy_embeddings(seed=1, ids_from=None))
     assert set(found.seen_) == {"embeddings"}
 

@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from tests.builders.bank_data import clusters
 from vilu.embeddings.rows import Rows
-from vilu.predictors.bank.search import draw_rows, leaders, nearest
+from vilu.predictors.bank.search import draw_rows, k_largest, nearest_in_bank
 from vilu_bench.methods.neighbours import KNNDistance
 
 BLOCKS = {"query_rows": 5, "bank_rows": 7}
@@ -24,7 +24,7 @@ def unit(n: int, d: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("k", [1, 3, 7, 8, 40, 100])
 def test_search_finds_what_scikit_learn_finds(k: int) -> None:
     bank, query = unit(40, 9, 0), unit(23, 9, 1)
-    similarity, index = nearest(query, bank, k, **BLOCKS)
+    similarity, index = nearest_in_bank(query, bank, k, **BLOCKS)
     reference = NearestNeighbors(n_neighbors=min(k, 40), metric="cosine", algorithm="brute").fit(
         bank.double().numpy()
     )
@@ -38,9 +38,9 @@ def test_equal_rows_come_lowest_index_first() -> None:
     # Coordinates are sums of few powers of two, so equal rows have equal products wherever they
     # stand.
     bank = torch.eye(4).repeat(6, 1)  # rows i, i + 4, i + 8, ... are equal
-    _, index = nearest(torch.eye(4), bank, 3, **BLOCKS)
+    _, index = nearest_in_bank(torch.eye(4), bank, 3, **BLOCKS)
     assert index.tolist() == [[i, i + 4, i + 8] for i in range(4)]
-    _, index = nearest(torch.eye(4), torch.eye(4)[:1].expand(30, 4), 10, **BLOCKS)
+    _, index = nearest_in_bank(torch.eye(4), torch.eye(4)[:1].expand(30, 4), 10, **BLOCKS)
     assert index.tolist() == [list(range(10))] * 4
 
 
@@ -48,7 +48,7 @@ def test_leaders_are_the_head_of_a_stable_sort() -> None:
     rng = np.random.default_rng(0)
     for k in (1, 2, 5, 11, 12):
         values = torch.from_numpy(rng.integers(4, size=(50, 12)).astype(np.float32))
-        best, where = leaders(values, k)
+        best, where = k_largest(values, k)
         order = np.argsort(-values.numpy(), axis=1, kind="stable")[:, :k]
         assert np.array_equal(where.numpy(), order)
         assert np.array_equal(best.numpy(), np.take_along_axis(values.numpy(), order, axis=1))
@@ -64,7 +64,7 @@ def test_pairs_that_do_not_count_are_not_found() -> None:
         shapes.append(allowed[queries, rows].shape)
         return allowed[queries, rows]
 
-    similarity, index = nearest(query, bank, 1, pairs, **BLOCKS)
+    similarity, index = nearest_in_bank(query, bank, 1, pairs, **BLOCKS)
     full = np.where(allowed.numpy(), (query.double() @ bank.double().T).numpy(), -np.inf)
     assert np.isneginf(similarity[3, 0].item())
     found = np.arange(23) != 3

@@ -22,7 +22,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
 from vilu.predictors import temperature as fitted
 from vilu.predictors.stacking import Stacking
-from vilu.predictors.temperature import MCMTS, Duo, duo_terms
+from vilu.predictors.temperature import MCMTS, Duo, duo_loss_and_derivatives
 
 COLUMNS = ("second_image", "second_text")
 
@@ -97,7 +97,9 @@ def test_terms_are_a_value_and_its_derivatives() -> None:
     )
     value.backward()
     assert torch.allclose(
-        duo_terms(batch, at.tolist()), torch.cat([value.detach()[None], at.grad]), rtol=1e-10
+        duo_loss_and_derivatives(batch, at.tolist()),
+        torch.cat([value.detach()[None], at.grad]),
+        rtol=1e-10,
     )
 
 

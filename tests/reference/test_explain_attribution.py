@@ -191,7 +191,7 @@ def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> fl
 
     inputs = attention.inputs
     x = (data.image[row] - inputs.image.mean) / inputs.image.norm
-    if inputs.on_features:
+    if inputs.has_features:
         features = data.column("features", torch.tensor([row]))[0]
         x = torch.cat([x, (features - inputs.features.mean) / inputs.features.norm]) / math.sqrt(2)
     texts = residual(torch.zeros_like(x))

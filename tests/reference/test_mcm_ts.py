@@ -18,7 +18,12 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.predictors import temperature as fitted
-from vilu.predictors.temperature import MCMTS, calibration_errors, golden_section, likelihood_terms
+from vilu.predictors.temperature import (
+    MCMTS,
+    calibration_errors,
+    golden_section,
+    loss_and_derivative,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,7 +70,7 @@ def test_likelihood_terms_are_a_value_and_its_derivative() -> None:
     )
     value.backward()
     assert torch.allclose(
-        likelihood_terms(batch, 0.3), torch.stack([value.detach(), v.grad]), rtol=1e-12
+        loss_and_derivative(batch, 0.3), torch.stack([value.detach(), v.grad]), rtol=1e-12
     )
 
 
@@ -113,7 +118,7 @@ def test_the_calibration_optimum_is_at_least_as_good_as_the_grid() -> None:
 def test_golden_section(centre: float) -> None:
     for function in (lambda x: (x - centre) ** 2, lambda x: abs(x - centre)):
         point, value = golden_section(function, -1.0, 1.0)
-        assert point == pytest.approx(centre, abs=fitted.TOLERANCE)
+        assert point == pytest.approx(centre, abs=fitted.MIN_INTERVAL)
         assert value == function(point)
 
 
@@ -138,7 +143,7 @@ def test_the_temperature_changes_the_order_of_rows() -> None:
     whose number counts for more the flatter the posterior.
     """
     batch = batch_of([[0.0, -0.5, -9, -9, -9, -9], [0.0, -2.0, -2, -2, -2, -2]])
-    order = [int(fitted.uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
+    order = [int(fitted.tempered_uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
     # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25
     # + 4 e^-4.5 < 5 e^-1.
     assert order == [0, 1]

@@ -21,14 +21,14 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.contract.labelled import with_outside
+from vilu.predictors.contract.labelled import log_odds_with_outside
 from vilu.predictors.plus.ood import (
     Margins,
     Outside,
     far_words,
     fit_mixture,
-    from_examples,
-    from_words,
+    learn_from_examples,
+    learn_from_words,
     margin,
 )
 
@@ -228,16 +228,19 @@ def test_the_mixture_finds_what_was_drawn() -> None:
     found = fit_mixture(
         torch.from_numpy(value), torch.from_numpy(answer), 4, balance, known_inside=False
     )
-    assert found.share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
-    assert found.outside == pytest.approx(
+    assert found.outside_share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
+    assert found.outside_mean == pytest.approx(
         6 + 0.1, abs=0.1 + 4 * 1.2 / 20
     )  # 100 of 500 rows believe in 6.5
     assert found.variance**0.5 == pytest.approx(1.2, abs=4 * 1.2 / np.sqrt(4_000))
-    np.testing.assert_allclose(found.inside[:4], means, atol=4 * 1.2 / 20 + 0.05)
+    np.testing.assert_allclose(found.inside_means[:4], means, atol=4 * 1.2 / 20 + 0.05)
     slope, offset = found.log_odds()
     sd = found.variance**0.5
-    inside, beyond = norm.logpdf(2.0, found.inside, sd), norm.logpdf(2.0, found.outside, sd)
-    expected = beyond - inside + np.log(found.share / (1 - found.share))
+    inside, beyond = (
+        norm.logpdf(2.0, found.inside_means, sd),
+        norm.logpdf(2.0, found.outside_mean, sd),
+    )
+    expected = beyond - inside + np.log(found.outside_share / (1 - found.outside_share))
     np.testing.assert_allclose(slope * 2.0 + offset, expected, rtol=1e-9)
 
 
@@ -247,18 +250,18 @@ def test_rows_that_are_all_inside_have_hardly_any_outside() -> None:
     value = torch.from_numpy(rng.standard_t(5, size=1_000))
     balance = 7.0 + float(value.sort().values[int(0.25 * 999)])
     found = fit_mixture(value, answer, 4, balance, known_inside=False)
-    assert found.share < 0.01
-    assert found.outside > 5
+    assert found.outside_share < 0.01
+    assert found.outside_mean > 5
     known = fit_mixture(value, answer, 4, balance, known_inside=True)
-    assert (known.share, known.outside) == (0.1, pytest.approx(7.0))
-    assert float(known.inside[-1]) == pytest.approx(float(value.mean()))
+    assert (known.outside_share, known.outside_mean) == (0.1, pytest.approx(7.0))
+    assert float(known.inside_means[-1]) == pytest.approx(float(value.mean()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.5])
 def test_words_tell_ood_apart_however_many_there_are(share: float) -> None:
     n = 600
     train, test = ood_rows(1, round(n * (1 - share)), round(n * share)), ood_rows(2, 300, 300)
-    found = from_words(all_rows(train), known_inside=False)
+    found = learn_from_words(all_rows(train), known_inside=False)
     odds = found.log_odds(whole(test), torch.arange(6)).numpy()
     assert auroc(odds, np.arange(600) >= 300) > 0.97
     assert (
@@ -274,12 +277,12 @@ def test_words_that_do_not_tell_are_left_alone() -> None:
     words = text[rng.integers(20, size=200)] + rng.normal(size=(200, 24)) * 0.1
     words /= np.linalg.norm(words, axis=1, keepdims=True)
     data = Embeddings(image, text, logit_scale=20.0, columns={"negatives": words})
-    found = from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), known_inside=False)
     assert not found
     assert found.columns == ()
     assert (found.log_odds(whole(data)) == -np.inf).all()
     log_odds = torch.linspace(-40, 40, 400).double()
-    assert torch.equal(with_outside(log_odds, found.log_odds(whole(data))), log_odds)
+    assert torch.equal(log_odds_with_outside(log_odds, found.log_odds(whole(data))), log_odds)
 
 
 @pytest.mark.parametrize("columns", [(), ("negatives",)])
@@ -287,7 +290,7 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
     data = ood_rows(3, 120, 30)
     train = Rows(data, torch.arange(120), columns)
     assert train.outside.tolist() == list(range(120, 150))
-    found = from_examples(train, train.outside)
+    found = learn_from_examples(train, train.outside)
     image = data.image.double().numpy()
     centred = image - image.mean(axis=0)
     inputs = centred / np.sqrt((centred**2).sum(axis=1).mean()) * np.sqrt(100)
@@ -304,17 +307,17 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
 
 def test_failure_is_one_less_the_probability_of_both() -> None:
     data = ood_rows(4, 200, 50)
-    found = from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), known_inside=False)
     batch, log_odds = whole(data), torch.linspace(-30, 30, 250).double()
     inside = torch.sigmoid(-found.log_odds(batch, torch.arange(6)))
     expected = 1 - inside * torch.sigmoid(-log_odds)
-    both = with_outside(log_odds, found.log_odds(batch, torch.arange(6)))
+    both = log_odds_with_outside(log_odds, found.log_odds(batch, torch.arange(6)))
     torch.testing.assert_close(torch.sigmoid(both), expected, rtol=0, atol=1e-12)
 
 
 def test_other_candidates_have_the_means_of_all() -> None:
     data = ood_rows(5, 200, 50)
-    found = from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), known_inside=False)
     batch = whole(data)
     mine, others = (
         found.log_odds(batch, torch.arange(6)),
@@ -327,11 +330,11 @@ def test_other_candidates_have_the_means_of_all() -> None:
 
 def test_what_is_saved_is_what_is_known() -> None:
     data = ood_rows(6, 200, 50)
-    found = from_words(all_rows(data), known_inside=False)
-    again = Outside.of(found.tensors())
+    found = learn_from_words(all_rows(data), known_inside=False)
+    again = Outside.from_tensors(found.tensors())
     assert torch.equal(again.log_odds(whole(data)), found.log_odds(whole(data)))
-    assert not Outside.of({})
-    assert not Outside.of(Outside.nothing().tensors())
+    assert not Outside.from_tensors({})
+    assert not Outside.from_tensors(Outside.not_learned().tensors())
 
 
 def test_vilu_zero_looks_at_words_where_they_are() -> None:
@@ -424,7 +427,7 @@ def test_words_refuse_nothing_that_few_rows_hold() -> None:
         data = ood_rows(17, n, 0)
         data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data
         for known in (True, False):
-            found = from_words(all_rows(data), known_inside=known)
+            found = learn_from_words(all_rows(data), known_inside=known)
             assert torch.isfinite(
                 torch.cat([tensor.flatten() for tensor in found.tensors().values()])
             ).all()

@@ -19,7 +19,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.nn.train import AdamWConfig, default_epochs, few_epochs, train_adamw
+from vilu.predictors.nn.train import AdamWConfig, default_epochs, small_network_epochs, train_adamw
 from vilu_bench.methods.networks import PVU, ImageNetwork, ranking_loss
 
 CONFIG = AdamWConfig(
@@ -130,8 +130,8 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
     [
         (64, default_epochs, 32, 300),
         (640, default_epochs, 32, 70),
-        (640, few_epochs, 32, 20),
-        (96, few_epochs, 32, 100),
+        (640, small_network_epochs, 32, 20),
+        (96, small_network_epochs, 32, 100),
     ],
 )
 def test_default_lengths(n: int, length: Callable[[int], int], batch: int, epochs: int) -> None:

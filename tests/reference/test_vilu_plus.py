@@ -21,9 +21,9 @@ from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
 from vilu.predictors.nn.attention import (
     BIAS_SHARE,
-    CAUTION,
-    CHANGE,
+    MIN_CHANGE,
     SHARE_SD,
+    SHRINKAGE_ROWS,
     ImageInputs,
     Problem,
     SupervisedAttention,
@@ -114,7 +114,7 @@ def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
     found = minimize(
         objective, np.zeros(36), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8}
     )
-    expected = offset + start + n / (n + CAUTION) * (x @ found.x.reshape(4, 9).T)
+    expected = offset + start + n / (n + SHRINKAGE_ROWS) * (x @ found.x.reshape(4, 9).T)
     batch = next(few.batches(200))
     # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of
     # it
@@ -167,10 +167,12 @@ def problem_of(data: Embeddings, variance: float) -> Problem:
 def test_rows_that_are_held_say_what_streamed_ones_say(
     data: Embeddings, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilu.predictors.nn.attention.STREAMED_CHANGE", CHANGE)
+    monkeypatch.setattr("vilu.predictors.nn.attention.MIN_STREAMED_CHANGE", MIN_CHANGE)
     held, streamed = (problem_of(data.take(torch.arange(n)), 3.0) for _ in range(2))
-    streamed.held = None
-    for mine, other in zip(held.full(held.solve()), streamed.full(streamed.solve()), strict=True):
+    streamed.whole_block = None
+    held_solution = held.in_attention_coordinates(held.solve())
+    streamed_solution = streamed.in_attention_coordinates(streamed.solve())
+    for mine, other in zip(held_solution, streamed_solution, strict=True):
         # both stop at a loss per row that changes by 1e-9 of a penalty whose curvature is 1 / (3
         # n): sqrt(2e-9 * 120)
         assert torch.allclose(mine, other, atol=2e-3)
@@ -364,15 +366,15 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
     )
     batch = next(mixed.batches(200))
     match = attention.match(batch.text)
-    assert match.known.tolist() == [False, True, False, False]
-    assert int(match.row[1]) == 2
+    assert match.is_class.tolist() == [False, True, False, False]
+    assert int(match.nearest_class[1]) == 2
     texts, classes = (
         rows - data.text.numpy().mean(axis=0) for rows in (batch.text.numpy(), data.text.numpy())
     )
     cosine = (
         texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
     )
-    reach = np.where(match.known.numpy(), 1, np.maximum(cosine.max(axis=1), 0) ** 2)
+    reach = np.where(match.is_class.numpy(), 1, np.maximum(cosine.max(axis=1), 0) ** 2)
     assert np.allclose(match.reach.numpy(), reach, atol=1e-5)
     logits = attention(batch, match)
     temperature = attention.temperature ** reach.mean()
@@ -439,20 +441,26 @@ def test_no_more_folds_are_fitted_than_the_pool_needs(
     monkeypatch: pytest.MonkeyPatch, n: int, fits: list[int]
 ) -> None:
     sizes = []
-    fitted = ViLUPlus._fit_experts
-    monkeypatch.setattr(
-        ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given)
-    )
+    fit_experts = ViLUPlus._fit_experts
+
+    def count_rows(predictor, rows, *arguments, **settings):
+        sizes.append(len(rows.index))
+        return fit_experts(predictor, rows, *arguments, **settings)
+
+    monkeypatch.setattr(ViLUPlus, "_fit_experts", count_rows)
     ViLUPlus(**QUICK).fit(toy_embeddings(n=n, k=4, d=8))
     assert sizes == fits
 
 
 def test_with_a_validation_set_experts_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    fitted = ViLUPlus._fit_experts
-    monkeypatch.setattr(
-        ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given)
-    )
+    fit_experts = ViLUPlus._fit_experts
+
+    def count_rows(predictor, rows, *arguments, **settings):
+        sizes.append(len(rows.index))
+        return fit_experts(predictor, rows, *arguments, **settings)
+
+    monkeypatch.setattr(ViLUPlus, "_fit_experts", count_rows)
     ViLUPlus(**QUICK).fit(
         toy_embeddings(n=300, k=4, d=8), toy_embeddings(n=200, k=4, d=8, seed=3, ids_from=500)
     )

@@ -19,12 +19,12 @@ from vilu.errors import ProvenanceError
 from vilu.metrics import auroc
 from vilu.predictors.plus.vilu_zero import (
     ABSENT_SCALE,
-    EM_PASSES,
+    N_EM_PASSES,
     PSEUDO_COUNT,
-    Pool,
     SoftMembers,
+    UnlabelledHalves,
     ViLUZero,
-    discriminants,
+    fit_classifier,
     placement,
     presence,
     sufficiency,
@@ -42,14 +42,14 @@ def logits_of(data: Embeddings) -> np.ndarray:
     return data.space.logit_scale * data.image.double().numpy() @ data.text.double().numpy().T
 
 
-def pool_of(data: Embeddings) -> Pool:
-    return Pool(Rows(data, torch.arange(len(data))), 0, CPU)
+def pool_of(data: Embeddings) -> UnlabelledHalves:
+    return UnlabelledHalves(Rows(data, torch.arange(len(data))), 0, CPU)
 
 
 def moments_of(image: np.ndarray, posterior: np.ndarray) -> SoftMembers:
-    found = SoftMembers.nothing(posterior.shape[1], image.shape[1])
+    found = SoftMembers.empty(posterior.shape[1], image.shape[1])
     found.add(0, torch.from_numpy(posterior), torch.from_numpy(image))
-    return found.part(None)
+    return found.of_both_halves()
 
 
 def test_class_counts_are_the_frequencies_of_largest_posterior(data: Embeddings) -> None:
@@ -71,7 +71,7 @@ def test_class_counts_are_the_frequencies_of_largest_posterior(data: Embeddings)
     for size in (0.3, 0.1):
         others = (softmax(np.log(pi) + size * rng.normal(size=6)) for _ in range(200))
         assert max(map(likelihood, others)) <= likelihood(pi) + 1e-3  # after EM_PASSES passes
-    assert EM_PASSES >= 20
+    assert N_EM_PASSES >= 20
 
 
 def test_presence_by_hand() -> None:
@@ -111,18 +111,18 @@ def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> No
     target = rng.integers(k, size=n)
     means, mix = rng.normal(size=(k, dim)), np.eye(dim)
     image = means[target] + rng.normal(size=(n, dim)) @ mix
-    known = discriminants(
+    known = fit_classifier(
         moments_of(image, np.eye(k)[target]), torch.from_numpy(rng.normal(size=(k, dim)))
     )
     # unit covariance: ridge towards a spherical one changes nothing but by the noise of 30,000 rows
     theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(k, 1 / k)).fit(image, target)
     queries = rng.normal(size=(50, dim)) * 2
-    ours = known.of(torch.from_numpy(queries)).numpy()
+    ours = known.discriminants(torch.from_numpy(queries)).numpy()
     expected = queries @ theirs.coef_.T + theirs.intercept_
     gaps = [rows - rows.mean(axis=1, keepdims=True) for rows in (ours, expected)]
     assert np.abs(gaps[0] - gaps[1]).max() < 0.02 * np.abs(gaps[1]).max()
     between = EmpiricalCovariance().fit(means[target]).covariance_.trace() / dim
-    assert known.apart == pytest.approx(between, rel=0.05)
+    assert known.separation == pytest.approx(between, rel=0.05)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -132,7 +132,7 @@ def test_means_are_anchored_at_texts_as_far_as_texts_explain_them(exact: bool) -
     text = rng.normal(size=(k, dim))
     target = rng.integers(k, size=n)
     means = 0.5 * text + (0.0 if exact else 1.0) * rng.normal(size=(k, dim))
-    known = discriminants(
+    known = fit_classifier(
         moments_of(means[target] + rng.normal(size=(n, dim)), np.eye(k)[target]),
         torch.from_numpy(text),
     )
@@ -153,14 +153,14 @@ def test_trust_is_the_temperature_of_least_cross_entropy(data: Embeddings) -> No
     crossed = {}
     for half in (0, 1):
         other = pool.halves[1 - half].numpy()
-        crossed[half] = discriminants(
+        crossed[half] = fit_classifier(
             moments_of(image[other], posterior[other]), data.text.double()
         )
     for tau in (trust / 1.3, trust, trust * 1.3):
         loss = 0.0
         for half in (0, 1):
             rows = pool.halves[half].numpy()
-            found = crossed[half].of(torch.from_numpy(image[rows])).numpy()
+            found = crossed[half].discriminants(torch.from_numpy(image[rows])).numpy()
             loss -= float((posterior[rows] * log_softmax(tau * found, axis=1)).sum())
         losses.append(loss)
     assert losses[1] == min(losses)

@@ -498,15 +498,17 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
         }
         forged = type(good)(**{**made, **changes})
         (tmp_path / "histograms").mkdir(exist_ok=True)
-        info = write_hashed(tmp_path / receipt.part.histogram, histogram_bytes(forged, nothing))
-        files = {**receipt.files, receipt.part.histogram: info}
+        info = write_hashed(
+            tmp_path / receipt.part.histogram_file, histogram_bytes(forged, nothing)
+        )
+        files = {**receipt.files, receipt.part.histogram_file: info}
         with pytest.raises(StorageError, match="no histogram"):
             read_histogram(tmp_path, receipt.model_copy(update={"files": files}))
     info = write_hashed(
-        tmp_path / receipt.part.histogram,
+        tmp_path / receipt.part.histogram_file,
         histogram_bytes(good, replace(good, wrong=good.wrong + 1)),
     )
-    files = {**receipt.files, receipt.part.histogram: info}
+    files = {**receipt.files, receipt.part.histogram_file: info}
     with pytest.raises(StorageError, match="more rows of none of the classes than wrong answers"):
         read_histogram(tmp_path, receipt.model_copy(update={"files": files}))
 

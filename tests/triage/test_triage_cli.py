@@ -466,7 +466,7 @@ def test_rows_of_a_fit_that_knows_a_sample_of_them_are_refused(
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "whole")
     with pytest.raises(DataError, match="has seen all rows of"):
         calibrate_by_labels(tmp_path / "whole", store, [], max_risk=0.9)
-    monkeypatch.setattr("vilu.predictors.contract.seen.SIZE", 10)
+    monkeypatch.setattr("vilu.predictors.contract.seen.MAX_HASHES", 10)
     PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "sample")
     with pytest.raises(
         DataError, match=r"calibration rows .* were used to fit this mcm_ts .*, more than 1%"

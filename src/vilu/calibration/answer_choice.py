@@ -10,7 +10,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.bootstrap import paired_across
 from vilu.metrics.selective import coverage_at_risk, coverage_at_risk_kernel
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
-from vilu.predictors.contract.held_out import HeldOut, keep_every_class
+from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_class
 from vilu.predictors.contract.predictor import FailurePredictor
 
 CONFIDENCE = 0.8
@@ -86,7 +86,7 @@ def choose_answer(
     if not predictor.needs_labels:
         return AnswerChoice(answer="zero_shot", reason="the fit used no labels")
     held_out = _held_out(predictor, train, unlabelled)
-    if held_out is None or not held_out.every_class:
+    if held_out is None or not held_out.has_every_class:
         return AnswerChoice(
             answer="adapted",
             reason="nothing was compared, because that needs two labels of every class, one of "
@@ -95,7 +95,7 @@ def choose_answer(
     return _choose_by_coverage(held_out, max_risk)
 
 
-def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
+def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoice:
     """Choose the kind of answers by the coverage of both kinds on the held-out rows."""
     kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
@@ -113,7 +113,7 @@ def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
 
 def _held_out(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
-) -> HeldOut | None:
+) -> HeldOutAnswers | None:
     """The held-out rows of the fit, or else those of a cross-fit.
 
     None if the rows without some fold lack a class, so that no cross-fit is possible.
@@ -121,6 +121,6 @@ def _held_out(
     if predictor.held_out_ is not None:
         return predictor.held_out_
     folds = labelled_folds(train)
-    if not keep_every_class(folds):
+    if not folds_have_every_class(folds):
         return None
     return cross_fitted(predictor, train, folds, unlabelled=unlabelled)

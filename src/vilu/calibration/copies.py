@@ -122,7 +122,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     usable_rows = np.intersect1d(rows, data.usable_rows.numpy())
     if not len(usable_rows) or not data.has_vectors:
         return
-    nearest = sample.nearest(data, torch.from_numpy(usable_rows))
+    nearest = sample.nearest_cosines(data, torch.from_numpy(usable_rows))
     near_copies = _count_copies(nearest, NEAR_COPY, sample)
     if not near_copies.n_seen:
         return
@@ -155,7 +155,7 @@ def _are_too_many(copies: Copies, sample: FitSample) -> bool:
         return False
     # In some data (frames of films, photos of products) many rows are copies of each other. Then
     # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
-    copies_in_fit = _count_copies(sample.nearest_within(), SAME_PICTURE, sample)
+    copies_in_fit = _count_copies(sample.nearest_cosines_within(), SAME_PICTURE, sample)
     if not copies_in_fit.n_seen:
         return True
     share_of_copies = lower_bound(copies.smallest_count, copies.n, SHARE_LEVEL)

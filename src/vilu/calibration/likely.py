@@ -13,7 +13,7 @@ from vilu.embeddings.columns import AnswerKind
 from vilu.errors import DataError, ProvenanceError
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.calibrating import log_odds
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.probability import Calibrator, fit_calibrator
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
@@ -30,7 +30,7 @@ It was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 Flags = list[bool | None]
 """Whether rows are likely right; all None if there is no estimate."""
 
-NOTHING_DRAWN: Final = Judged(np.zeros(0), np.zeros(0, np.int64))
+NOTHING_DRAWN: Final = JudgedAnswers(np.zeros(0), np.zeros(0, np.int64))
 """No labels of a draw."""
 
 
@@ -61,10 +61,10 @@ class LikelyRight(Model):
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.likely import LikelyRight
-        >>> from vilu.predictors.contract.held_out import Judged
+        >>> from vilu.predictors.contract.held_out import JudgedAnswers
         >>> u = np.linspace(0.01, 0.5, 100)  # the 80 most trusted answers are right
         >>> wrong = (np.arange(100) >= 80).astype(int)
-        >>> likely = LikelyRight.estimate(Judged(u, wrong), u, max_risk=0.05)
+        >>> likely = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
         >>> likely.n_wrong, likely.rows(u).count(True) > 70
         (20, True)
     """
@@ -87,7 +87,7 @@ class LikelyRight(Model):
         return cls(max_risk=max_risk, widening=WIDENING, n=0, n_wrong=0)
 
     @classmethod
-    def estimate(cls, held_out: Judged, uncertainty: Floats, max_risk: float) -> Self:
+    def estimate(cls, held_out: JudgedAnswers, uncertainty: Floats, max_risk: float) -> Self:
         """Estimate from cross-fitted labels which of new rows are likely right.
 
         Args:
@@ -107,7 +107,7 @@ class LikelyRight(Model):
         )
         return counted.with_drawn(NOTHING_DRAWN, uncertainty)
 
-    def with_drawn(self, drawn: Judged, uncertainty: Floats) -> Self:
+    def with_drawn(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
         """The estimate from the cross-fitted labels and from labels of rows drawn at random.
 
         Labels to fit on are chosen, so the answers to them need not be wrong as often as other
@@ -189,10 +189,10 @@ class LikelyRight(Model):
         return saved.estimate
 
 
-def _known(judged: Judged) -> Judged:
+def _known(judged: JudgedAnswers) -> JudgedAnswers:
     """The answers that have an uncertainty, and are known to be right or wrong."""
     is_known = judged.is_known
-    return Judged(judged.uncertainty[is_known], judged.failure[is_known])
+    return JudgedAnswers(judged.uncertainty[is_known], judged.failure[is_known])
 
 
 class _LikelyFile(Document):

@@ -35,11 +35,11 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import unchanged
-from vilu.predictors.persistence.description import claim
+from vilu.predictors.persistence.description import refuse_foreign_files
 from vilu.predictors.persistence.files import RISK
 from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
+from vilu.scoring.score import predictor_fingerprint, score_unseen, source_fingerprint
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
@@ -104,7 +104,7 @@ def calibrate_predictor(
     check_target(target, predictor, data)
     if drawn_below is not None:
         _check_draw(target, predictor)
-    claim(folder, same=True)
+    refuse_foreign_files(folder, is_same_fit=True)
     with locked(Path(folder), activity="calibrating", holder_kind="calibration"):
         return _calibrate(
             Path(folder),
@@ -200,7 +200,7 @@ def _calibrate(
     fresh_rows = np.flatnonzero(is_fresh)
     check_copies(predictor, data, fresh_rows)
     dataset, split = dataset_and_split
-    rows = score_fresh(predictor, data, is_fresh, dataset=dataset, split=split)
+    rows = score_unseen(predictor, data, is_fresh, dataset=dataset, split=split)
     if drawn_below is not None:
         _require_below_limit(rows, drawn_below)
     n_looks = 1

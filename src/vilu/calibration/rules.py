@@ -50,7 +50,7 @@ from vilu.callers import warn_caller
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
-from vilu.predictors.contract.seen import LEARNED_FROM, MAX_SHARED
+from vilu.predictors.contract.seen import MAX_SHARED, WHY_NOT_FIT_ROWS
 from vilu.validation import checked
 
 ALL = ""
@@ -747,9 +747,9 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     if n_seen > MAX_SHARED * n_comparable:
         raise DataError(
             f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be compared. "
-            f"{LEARNED_FROM} {remedy}."
+            f"{WHY_NOT_FIT_ROWS} {remedy}."
         )
-    warn_caller(f"{overlap}. {LEARNED_FROM} {remedy}.")
+    warn_caller(f"{overlap}. {WHY_NOT_FIT_ROWS} {remedy}.")
 
 
 def group_names(outcomes: Outcomes) -> list[str]:

@@ -142,12 +142,12 @@ def _score_unused_rows(
 
     With ``with_classes``, the texts of the answers of a table become its classes.
     """
-    from vilu.scoring.score import score_fresh
+    from vilu.scoring.score import score_unseen
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
 
     is_fresh = model.unseen(source, "estimated")
-    outcomes = score_fresh(model, source, is_fresh, dataset=data.name)
+    outcomes = score_unseen(model, source, is_fresh, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
         return scores.with_classes(outcomes, source)
     return outcomes

@@ -181,9 +181,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         inputs = storage.inputs_of_fit(
             predictor, input_paths, reading=reading.settings, **digest_flags
         )
-        is_fitted = storage.claim(output, inputs, overwrite=overwrite)
+        is_fitted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
         if is_fitted:
-            if processes.leads:
+            if processes.is_leader:
                 _drop_checkpoints(stack, predictor, output, inputs)
                 console.print_outputs(output)
                 console.nothing_to_do(output)
@@ -193,12 +193,12 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         unlabelled_rows = _open_optional(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            checkpoints.name_fit(inputs)
+            checkpoints.write_fit_digest(inputs)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
             predictor.sample_ = None
-        if not processes.leads:
+        if not processes.is_leader:
             return
         predictor.save(output)
         if checkpoints is not None:
@@ -434,7 +434,7 @@ def _drop_checkpoints(
     checkpoints = _checkpoints(stack, predictor, output)
     if checkpoints is None:
         return
-    is_of_this_fit = checkpoints.named() == inputs
+    is_of_this_fit = checkpoints.read_fit_digest() == inputs
     is_empty = not checkpoints.runs()
     if is_of_this_fit or is_empty:
         checkpoints.remove()
@@ -583,7 +583,7 @@ def convert(
     from vilu.predictors.persistence.convert import convert_official
 
     inputs = inputs_digest(checkpoint, logit_scale=logit_scale)
-    is_converted = storage.claim(output, inputs, overwrite=overwrite)
+    is_converted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
         console.nothing_to_do(output)
@@ -825,7 +825,7 @@ def _predictor_of_one_score(
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
     predictor = method_of_only_score(open_table(table, clusters=reading.clusters))
     inputs = storage.inputs_of_fit(predictor, [])
-    is_done = storage.claim(output, inputs, overwrite=overwrite)
+    is_done = storage.claim_output_folder(output, inputs, overwrite=overwrite)
     if not is_done:
         predictor.notes_["inputs"] = inputs
         predictor.save(output)
@@ -967,7 +967,7 @@ def export(
     after the preprocessing of the model, and accept (N,) is an additional output.
     """
     from vilu.artifacts.paths import claim_file
-    from vilu.guard.image_graph import export_image_graph, fingerprint_of
+    from vilu.guard.image_graph import export_fingerprint, export_image_graph
     from vilu.predictors.persistence.description import fit_fingerprint
     from vilu.predictors.persistence.onnx import export_onnx
     from vilu.predictors.persistence.storage import load_predictor
@@ -989,7 +989,7 @@ def export(
             "a predictor for tables of answers has no backbone. Leave --with-backbone out."
         )
     if with_backbone:
-        fingerprint = fingerprint_of(predictor)
+        fingerprint = export_fingerprint(predictor)
     else:
         fingerprint = fit_fingerprint(predictor)
     is_exported = claim_file(output, "ONNX export", fingerprint, overwrite=overwrite)

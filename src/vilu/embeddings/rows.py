@@ -29,7 +29,7 @@ class Rows:
         outside_rows: (E,) int64 indices of rows of none of the classes. None: all usable rows of
             the source that are known to be of none of the classes.
         answers: Zero-shot answers of all N rows of the source, if they were computed before
-            (``vilu.predictors.nn.train.with_answers``).
+            (``vilu.predictors.nn.train.with_zero_shot_answers``).
     """
 
     source: EmbeddingSource

@@ -60,56 +60,61 @@ class FirstPhotos:
     judge: Callable[[PartRows], Sequence[AnswerWithDecision]]
     must_pass: bool = True
     check: PrecisionCheck | None = None
-    _photos: list[PhotoPair] = field(default_factory=list)
+    _pairs: list[PhotoPair] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)  # several threads may use a guard at once
 
-    def compare(self, batch: Sequence[Decoded | ErrorRow | None], low: PartRows) -> None:
-        """Compare the photos of a batch; ``low`` are their embeddings in the low precision.
+    def compare(self, batch: Sequence[Decoded | ErrorRow | None], low_rows: PartRows) -> None:
+        """Compare the photos of a batch, whose embeddings in the low precision are ``low_rows``.
 
         Raises:
             ProvenanceError: If the first photos differ too much and ``must_pass`` is True.
         """
         with self._lock:
             if self.check is None:
-                self._add(batch, low)
-            if self.check is None or self.check.is_passed or not self.must_pass:
+                self._add(batch, low_rows)
+            if self.check is None:
                 return
-            raise ProvenanceError(self.check.failure)
+            if self.must_pass and not self.check.is_passed:
+                raise ProvenanceError(self.check.failure)
 
-    def _add(self, batch: Sequence[Decoded | ErrorRow | None], low: PartRows) -> None:
+    def _add(self, batch: Sequence[Decoded | ErrorRow | None], low_rows: PartRows) -> None:
         """Add the photos of a batch, and make the check when there are enough of them."""
-        exact = self._by_position(self.encoder.part(iter([*batch, END])))
-        for position, (embedding, answer) in self._by_position(low).items():
-            if position not in exact:
+        float32_rows = self.encoder.part(iter([*batch, END]))
+        float32_photos = self._photos_by_position(float32_rows)
+        for position, (embedding, answer) in self._photos_by_position(low_rows).items():
+            if position not in float32_photos:
                 continue
-            exact_embedding, exact_answer = exact[position]
-            photo = PhotoPair(
-                cosine=float(cosine_similarity(embedding, exact_embedding, dim=0)),
-                is_answer_equal=answer.label == exact_answer.label,
-                is_decision_equal=answer.decision == exact_answer.decision,
+            float32_embedding, float32_answer = float32_photos[position]
+            pair = PhotoPair(
+                cosine=float(cosine_similarity(embedding, float32_embedding, dim=0)),
+                is_answer_equal=answer.label == float32_answer.label,
+                is_decision_equal=answer.decision == float32_answer.decision,
             )
-            self._photos.append(photo)
-        if len(self._photos) >= CHECKED:
+            self._pairs.append(pair)
+        if len(self._pairs) >= CHECKED:
             self._finish()
 
-    def _by_position(self, content: PartRows) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
+    def _photos_by_position(
+        self, content: PartRows
+    ) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
         """Embedding (D,) and answer of every embedded photo, by its position in the batch."""
         if not content.rows:
             return {}
         embeddings = torch.cat(content.arrays[IMAGE]).float()
         answers = self.judge(content)
         positions = [row.position for row in content.rows]
-        return dict(zip(positions, zip(embeddings, answers, strict=True), strict=True))
+        photos = zip(embeddings, answers, strict=True)
+        return dict(zip(positions, photos, strict=True))
 
     def _finish(self) -> None:
         """Compare the two precisions over all first photos, and log the result."""
-        n = len(self._photos)
-        n_equal_answers = sum(photo.is_answer_equal for photo in self._photos)
-        n_equal_decisions = sum(photo.is_decision_equal for photo in self._photos)
+        n = len(self._pairs)
+        n_equal_answers = sum(pair.is_answer_equal for pair in self._pairs)
+        n_equal_decisions = sum(pair.is_decision_equal for pair in self._pairs)
         self.check = PrecisionCheck(
             precision=self.precision,
             n=n,
-            least_cosine=min(photo.cosine for photo in self._photos),
+            least_cosine=min(pair.cosine for pair in self._pairs),
             equal_answers=n_equal_answers / n,
             equal_decisions=n_equal_decisions / n,
         )

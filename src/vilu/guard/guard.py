@@ -44,7 +44,7 @@ from vilu.store.parts import ErrorRow, PartRows
 from vilu.store.pipeline import END, Decoded, Decoder, Encoder
 from vilu.validation import checked, require_at_least
 
-RUNNERS_UP: Final = 2
+MAX_RUNNERS_UP: Final = 2
 """Maximum number of runners-up of an answer."""
 
 RunnersUp = tuple[tuple[str, float], ...]
@@ -80,8 +80,8 @@ class Answer:
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). It never changes the decision. None if there is no
             estimate, or no answer.
-        quantile: Share of the photos that are at most as doubtful, from 0 to 1. Of a guard these
-            are the photos of the fit. None if the predictor has learned from labels, since it then
+        quantile: Share of the photos that are at most as doubtful, from 0 to 1. A guard compares
+            with the photos of the fit. None if the predictor has learned from labels, since it then
             gives a probability.
 
     Examples:
@@ -122,14 +122,14 @@ class ImageModel:
 
     def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
         """Embed decoded images; bad images are listed apart from the rows."""
-        content = self.encoder.part(iter([*batch, END]))
+        content = self.encoder.part(iter([*batch, END]))  # ``END`` closes the only part
         if self.first_photos is not None:
             self.first_photos.compare(batch, content)
         return content
 
 
 class Guard:
-    """Answers about images with a predictor and its model, and decides about each answer.
+    """Gives answers about images by a predictor and its model, and decides about each answer.
 
     - The predictor's folder also holds its candidate classes, as ``vilu triage`` and ``vilu
       calibrate`` write them.
@@ -251,8 +251,8 @@ class Guard:
         self._model: ImageModel | None = None
         if not vectors_only:
             if backbone is None:
-                backbone = self._load(models, device, precision)
-            self._model = self._open(backbone, limits)
+                backbone = self._load_backbone(models, device, precision)
+            self._model = self._open_model(backbone, limits)
 
     def _require_names(self) -> tuple[str, ...]:
         """Names of the classes; DataError if they have none."""
@@ -281,17 +281,17 @@ class Guard:
                 name=f"the predictor in {self.folder}",
                 other_name="its candidates",
             )
-        used = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
-        used_of_rows = used & ROW_COLUMNS  # without the columns of the candidates
-        not_of_one_image = sorted(used_of_rows - {FEATURES})
-        if not_of_one_image:
+        columns = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
+        row_columns = columns & ROW_COLUMNS  # without the columns of the candidates
+        impossible_columns = sorted(row_columns - {FEATURES})
+        if impossible_columns:
             raise UsageError(
-                f"this {self.predictor.name} uses {', '.join(not_of_one_image)}, which cannot be "
+                f"this {self.predictor.name} uses {', '.join(impossible_columns)}, which cannot be "
                 "made from one image. Embed and score with `vilu embed` and `vilu score`."
             )
-        return (IMAGE, *sorted(used_of_rows))
+        return (IMAGE, *sorted(row_columns))
 
-    def _load(
+    def _load_backbone(
         self, models: str | os.PathLike[str] | None, device: str, precision: str | None
     ) -> Backbone:
         """Load the model that the predictor was fitted on."""
@@ -307,9 +307,16 @@ class Guard:
         if precision is None:
             precision = space.precision or "fp32"
         full_decode = not space.reduces_jpegs
-        return BackboneSpec(space.backbone, device, precision, folder, full_decode).load()
+        spec = BackboneSpec(
+            name=space.backbone,
+            device=device,
+            precision=precision,
+            models=folder,
+            full_decode=full_decode,
+        )
+        return spec.load()
 
-    def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
+    def _open_model(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
         """An image model that makes the arrays which the predictor uses."""
         require_same_model(self, backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
@@ -329,14 +336,14 @@ class Guard:
         precision = backbone.space.precision or "fp32"
         is_low = precision not in {"fp32", self.vocabulary.space.precision}
         if is_low and isinstance(backbone, DualEncoder):
-            exact = replace(encoder, backbone=backbone.in_float32())
-            first_photos = FirstPhotos(precision, exact, self._judge)
+            float32_encoder = replace(encoder, backbone=backbone.in_float32())
+            first_photos = FirstPhotos(precision, float32_encoder, self._judge)
         return ImageModel(backbone, widths, encoder, decoder, first_photos)
 
     def _judge(self, content: PartRows) -> list[Answer]:
         """Answers about embedded photos."""
         keys = [row.key for row in content.rows]
-        answers, _ = self.answer(arrays_of(content), keys)
+        answers, _ = self.answer(join_arrays(content), keys)
         return answers
 
     @property
@@ -388,7 +395,7 @@ class Guard:
         content = self.model.embed(batch)
         answers: dict[int, Answer] = {}
         for error in content.errors:
-            answers[error.position] = unanswered(self, error.key, error.kind)
+            answers[error.position] = answer_without_score(self, error.key, error.kind)
         if content.rows:
             for row, answer in zip(content.rows, self._judge(content), strict=True):
                 answers[row.position] = answer
@@ -434,15 +441,18 @@ class Guard:
         )
         runners_up: list[RunnersUp] = []
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
-            on_device = batch.to(self.predictor.device_)
-            runners_up += runners_up_of(self.predictor, on_device, self.names)
-        likely: Flags = [None] * len(keys)
-        if self.likely is not None:
-            likely = self.likely.rows(outcomes.uncertainty)
+            runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
+        likely = self._likely_flags(outcomes)
         answers = []
         for row in range(len(keys)):
             answers.append(self._answer(outcomes, row, runners_up[row], likely[row]))
         return answers, outcomes
+
+    def _likely_flags(self, outcomes: Outcomes) -> Flags:
+        """For every row, whether its answer is likely right; None if there is no estimate."""
+        if self.likely is None:
+            return [None] * len(outcomes)
+        return self.likely.rows(outcomes.uncertainty)
 
     def _answer(
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
@@ -451,11 +461,13 @@ class Guard:
         key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
-            return unanswered(self, key, _text_of_row(outcomes.reason, row))
+            return answer_without_score(self, key, _text_of_row(outcomes.reason, row))
         probability = _probability_of(outcomes, row)
-        quantiles = None
+        quantile: float | None = None
         if probability is None:
             quantiles = quantiles_in_spread(self.predictor, outcomes.uncertainty[[row]])
+            if quantiles is not None:
+                quantile = float(quantiles[0])
         label: str | None = None
         if outcomes.prediction is not None:
             label = self.names[int(outcomes.prediction[row])]
@@ -469,7 +481,7 @@ class Guard:
             runners_up=runners_up,
             zero_shot=outcomes.zero_shot_beside(row),
             likely=likely,
-            quantile=None if quantiles is None else float(quantiles[0]),
+            quantile=quantile,
         )
 
     def __repr__(self) -> str:
@@ -483,7 +495,9 @@ def _probability_of(outcomes: Outcomes, row: int) -> float | None:
     """Probability of failure of a row; None if the outcomes have none."""
     if outcomes.failure_probability is not None:
         return float(outcomes.failure_probability[row])
-    return float(outcomes.uncertainty[row]) if outcomes.is_probability else None
+    if outcomes.is_probability:
+        return float(outcomes.uncertainty[row])
+    return None
 
 
 def require_same_model(guard: Guard, backbone: Backbone) -> None:
@@ -493,7 +507,7 @@ def require_same_model(guard: Guard, backbone: Backbone) -> None:
     )
 
 
-def unanswered(guard: Guard, key: str, reason: str | None) -> Answer:
+def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
     """The answer of a guard about an image without a score."""
     decision: str | None = None
     if guard.calibration is not None and guard.calibration.has_rule:
@@ -510,10 +524,12 @@ def unanswered(guard: Guard, key: str, reason: str | None) -> Answer:
 
 def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
     """The text of a row; None if the outcomes have no such column of texts."""
-    return None if texts is None else texts[row]
+    if texts is None:
+        return None
+    return texts[row]
 
 
-def arrays_of(content: PartRows) -> dict[str, Tensor]:
+def join_arrays(content: PartRows) -> dict[str, Tensor]:
     """Join the blocks of every array of embedded images; return the arrays by name."""
     return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
 
@@ -523,29 +539,28 @@ def runners_up_of(
 ) -> list[RunnersUp]:
     """The runners-up of every row: the most likely answers except the judged one.
 
-    If the predictor judges adapted answers, the probabilities are those of its posterior. Otherwise
-    they are the zero-shot probabilities.
+    The probabilities are those of the predictor if it judges adapted answers, else the zero-shot
+    ones.
     """
     posterior_of: Callable[[Batch], Tensor] = log_posterior
     if predictor.answer == "adapted":
         posterior_of = predictor.log_posterior
     judged_batch = predictor.judged(batch)  # its ``prediction`` is the judged answer
-    n_rows = len(batch.index)
     n_classes = len(batch.text)
-    if n_rows == 0 or n_classes < 2:
-        return [()] * n_rows
+    if len(batch.index) == 0 or n_classes < 2:
+        return [()] * len(batch.index)
     with torch.no_grad():
         posterior = posterior_of(judged_batch).exp()
     answer = judged_batch.prediction.to(posterior.device)[:, None]
     # The judged answer gets -1, which is below the probability of every other answer. There are at
     # least k other answers, so the judged answer is never among the top k.
     without_answer = posterior.scatter(1, answer, -1.0)
-    k = min(RUNNERS_UP, n_classes - 1)
+    k = min(MAX_RUNNERS_UP, n_classes - 1)
     likeliest = without_answer.topk(k, dim=1)
+    index_rows = likeliest.indices.tolist()
+    probability_rows = likeliest.values.tolist()
     runners_up: list[RunnersUp] = []
-    for indices, probabilities in zip(
-        likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
-    ):
+    for indices, probabilities in zip(index_rows, probability_rows, strict=True):
         labels = [names[index] for index in indices]
         runners_up.append(tuple(zip(labels, probabilities, strict=True)))
     return runners_up
@@ -559,14 +574,14 @@ def record_of(index: int, image: ImageLike) -> ImageRecord:
     if isinstance(image, bytes):
         return ImageRecord(str(index), None, lambda: image)
     if isinstance(image, Image.Image):
-        return ImageRecord(str(index), None, lambda: _encoded(image))
+        return ImageRecord(str(index), None, lambda: _png_bytes(image))
     raise UsageError(
         f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
         f"index {index}."
     )
 
 
-def _encoded(image: Image.Image) -> bytes:
+def _png_bytes(image: Image.Image) -> bytes:
     """The bytes of a Pillow image as PNG, so that it is decoded and checked like all images."""
     if image.mode not in PNG_MODES:
         image = image.convert("RGB")

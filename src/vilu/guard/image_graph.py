@@ -23,12 +23,12 @@ from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY, SavedModel
 from vilu.predictors.persistence.onnx import (
-    OUTPUTS,
-    Trial,
+    OUTPUT_NAMES,
+    GraphInputs,
+    file_metadata,
     largest_difference,
-    metadata,
-    reference,
-    runner,
+    onnx_function,
+    reference_scores,
     score_graph,
     write_graph,
 )
@@ -44,11 +44,13 @@ EMBEDDINGS = "image"
 ACCEPT = "accept"
 """Name of the output with the decisions."""
 
-ALONE = "Without --with-backbone, only the predictor is exported; its inputs are embeddings."
+ADVICE_PREDICTOR_ALONE = (
+    "Without --with-backbone, only the predictor is exported; its inputs are embeddings."
+)
 """Last sentence of errors about the image tower."""
 
-BATCHES = (1, 2, 7)
-"""Sizes of the batches of random pictures that an export is tested with."""
+TRIED_BATCH_SIZES = (1, 2, 7)
+"""Sizes of the batches of random pictures with which an export is tested."""
 
 
 class ImageGraph(nn.Module):
@@ -77,9 +79,9 @@ class ImageGraph(nn.Module):
         if FEATURES in columns:
             self.arrays = (EMBEDDINGS, FEATURES)
         self.limits = limits_of(guard)
-        self.outputs: tuple[str, ...] = (*OUTPUTS, *self.arrays)
+        self.outputs: tuple[str, ...] = (*OUTPUT_NAMES, *self.arrays)
         if self.limits is not None:
-            self.outputs = (*OUTPUTS, ACCEPT, *self.arrays)
+            self.outputs = (*OUTPUT_NAMES, ACCEPT, *self.arrays)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Embeddings (N, D), and features (N, F) if the score uses them.
@@ -99,18 +101,20 @@ class ImageGraph(nn.Module):
         uncertainty, answer = self.score(**self.inputs(arrays))
         if self.limits is None:
             return uncertainty, answer, *arrays
-        floors, thresholds = self.limits[0], self.limits[1]
+        floors = self.limits[0]
+        thresholds = self.limits[1]
         floor = floors[answer]
         threshold = thresholds[answer]
         is_accepted = (uncertainty > floor) & (uncertainty <= threshold)
         return uncertainty, answer, is_accepted, *arrays
 
-    def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
+    def inputs(self, arrays: tuple[Tensor, ...]) -> GraphInputs:
         """The inputs of the score by name: arrays, texts, and everyday words if it uses them."""
-        trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
+        inputs = dict(zip(self.arrays, arrays, strict=True))
+        inputs["text"] = self.text
         if self.words is not None:
-            trial[NEGATIVES] = self.words
-        return trial
+            inputs[NEGATIVES] = self.words
+        return inputs
 
 
 def rule_of(guard: Guard) -> Rule | None:
@@ -135,7 +139,7 @@ def limits_of(guard: Guard) -> Tensor | None:
     return nn.Buffer(torch.from_numpy(np.stack([floor, threshold])))
 
 
-def fingerprint_of(folder: str | Path) -> str:
+def export_fingerprint(folder: str | Path) -> str:
     """Digest of the inputs of an export: predictor, rule and classes of a folder."""
     return inputs_digest(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
 
@@ -201,21 +205,21 @@ def export_image_graph(
     # Run torch before the export: a tower may be loaded on its first use, and the export must not
     # record the loading.
     trials = []
-    for n in BATCHES:
-        pixels = _pictures(n, guard.backbone)
-        by_torch = graph.embed(pixels)
-        trials.append((pixels, by_torch))
+    for n_pictures in TRIED_BATCH_SIZES:
+        pixels = _random_pixels(n_pictures, guard.backbone)
+        trials.append((pixels, graph.embed(pixels)))
     example = {PIXELS: pixels}  # the last batch of the loop
     try:
-        content = write_graph(graph, example, graph.outputs, _metadata(guard))
+        content = write_graph(graph, example, graph.outputs, _metadata_of_file(guard))
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
-        why = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotExportable(
-            f"{guard.backbone.space.backbone} cannot be written as ONNX: {why} {ALONE}"
+            f"{guard.backbone.space.backbone} cannot be written as ONNX: {reason} "
+            f"{ADVICE_PREDICTOR_ALONE}"
         ) from error
-    worst = _check(guard, graph, content, trials)
+    difference = _check_file(guard, graph, content, trials)
     write_bytes(path, content)
-    return worst
+    return difference
 
 
 def _require_graph(guard: Guard) -> None:
@@ -224,13 +228,13 @@ def _require_graph(guard: Guard) -> None:
     if space.precision == "bf16":
         raise NotExportable(
             f"the image tower of {space.backbone} runs in bfloat16, which other runtimes round "
-            f"differently. Embed with --precision fp32. {ALONE}"
+            f"differently. Embed with --precision fp32. {ADVICE_PREDICTOR_ALONE}"
         )
     if len(guard.vocabulary.text) < 2:
         raise NotExportable("with only one class there is nothing to decide. Give more classes.")
 
 
-def _metadata(guard: Guard) -> dict[str, str]:
+def _metadata_of_file(guard: Guard) -> dict[str, str]:
     """The metadata of the file: entries of the whole graph, then those of the predictor alone.
 
     The entries of the predictor are last, since ``vilu.artifacts.paths`` looks for them near the
@@ -245,15 +249,15 @@ def _metadata(guard: Guard) -> dict[str, str]:
         "vilu.decision": decision,
         "vilu.preprocess": space.preprocess or "",
         "vilu.predictor": fit_fingerprint(guard.folder),
-        **metadata(guard.predictor, space, fingerprint_of(guard.folder)),
+        **file_metadata(guard.predictor, space, export_fingerprint(guard.folder)),
     }
 
 
-def _pictures(n: int, backbone: Backbone) -> Tensor:
-    """Pixels (n, 3, H, W) of random pictures, from large patches to fine grain."""
-    random = np.random.default_rng(n)
+def _random_pixels(n_pictures: int, backbone: Backbone) -> Tensor:
+    """Pixels (N, 3, H, W) of random pictures, from large patches to fine grain."""
+    random = np.random.default_rng(n_pictures)
     pictures = []
-    for index in range(n):
+    for index in range(n_pictures):
         side = 2 ** (1 + index % 7)  # number of patches in a row: 2, 4, ..., 128
         patches = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
         picture = patches.resize((256, 256), Image.Resampling.BICUBIC)
@@ -261,7 +265,7 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
     return torch.stack(pictures)
 
 
-def _check(
+def _check_file(
     guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
 ) -> float:
     """Run a file on the trials; return the largest difference of its uncertainties from torch's.
@@ -270,53 +274,56 @@ def _check(
         guard: The guard that was exported.
         graph: Its graph in torch.
         content: The file.
-        trials: Pixels, and the arrays that torch made of them.
+        trials: Pixels, and the arrays that torch makes of them.
 
     Raises:
         DataError: If the file gives other results than torch.
     """
-    run = runner(content)
+    run_onnx = onnx_function(content)
     step = torch.finfo(graph.dtype).eps
     rule = rule_of(guard)
-    answered = []
-    worst = 0.0
-    for pixels, by_torch in trials:
-        outputs = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
-        uncertainty, answer = (outputs[name] for name in OUTPUTS)
+    results = []
+    largest = 0.0
+    for pixels, torch_arrays in trials:
+        outputs = dict(zip(graph.outputs, run_onnx({PIXELS: pixels}), strict=True))
+        uncertainty, answer = (outputs[name] for name in OUTPUT_NAMES)
         arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
-        for name, array, expected in zip(graph.arrays, arrays, by_torch, strict=True):
-            _require_near(name, array, expected, step)
+        for name, array, expected_array in zip(graph.arrays, arrays, torch_arrays, strict=True):
+            _require_near(name, array, expected_array, step)
         if rule is not None:
             names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
         # The predictor alone is compared after the loop, on the embeddings of the file.
-        answered.append((graph.inputs(arrays), uncertainty, answer))
+        results.append((graph.inputs(arrays), uncertainty, answer))
         # The whole graph is compared here, with the uncertainties of torch's embeddings.
-        expected_uncertainty, _, is_clear = reference(guard.predictor, graph.inputs(by_torch))
+        expected_uncertainty, _, is_clear = reference_scores(
+            guard.predictor, graph.inputs(torch_arrays)
+        )
         differences = np.abs(uncertainty - expected_uncertainty)[is_clear]
-        worst = max(worst, float(differences.max(initial=0.0)))
-    largest_difference(guard.predictor, answered)
-    return worst
+        largest = max(largest, float(differences.max(initial=0.0)))
+    largest_difference(guard.predictor, results)  # raises an error if a difference is too large
+    return largest
 
 
-def _require_near(name: str, array: Tensor, expected: Tensor, step: float) -> None:
+def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float) -> None:
     """Raise DataError if embeddings are too far from torch's.
 
     They may differ by one step of their number format, and by the rounding of sums, which is
     proportional to the largest number of a row.
     """
-    gap = (array - expected).abs()
-    size = expected.abs()
-    largest = size.amax(dim=1, keepdim=True)
-    is_near = gap <= step * size + PROJECTION_TOLERANCE * largest
+    difference = (array - expected_array).abs()
+    size = expected_array.abs()
+    largest_size = size.amax(dim=1, keepdim=True)
+    is_near = difference <= step * size + PROJECTION_TOLERANCE * largest_size
     if not bool(is_near.all()):
         raise DataError(
-            f"the {name} rows of the exported tower differ from torch's by {float(gap.max()):.2g}. "
+            f"the {name} rows of the exported tower differ from torch's by "
+            f"{float(difference.max()):.2g}. "
             "Nothing was written."
         )
 
 
-def _require_same_decisions(accepted: np.ndarray, expected: np.ndarray) -> None:
+def _require_same_decisions(accepted: np.ndarray, expected_decisions: np.ndarray) -> None:
     """Raise DataError if the decisions of the file are not the rule's."""
-    if not np.array_equal(accepted, expected):
+    if not np.array_equal(accepted, expected_decisions):
         raise DataError("the exported graph does not decide as the rule does. Nothing was written.")

@@ -26,8 +26,8 @@ from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # a warning follows if a larger share of rows show the picture of another row
-FEW = 30  # a warning follows if fewer answers are wrong, or fewer are right: intervals are wide
-LISTED = 3  # largest number of sentences that a warning lists
+MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or fewer are right
+MAX_LISTED = 3  # largest number of sentences that a warning lists
 
 
 @checked
@@ -92,36 +92,39 @@ def evaluate(
     require_at_least("n_resamples", n_resamples, 0)
     resampling = Resampling(n_resamples, confidence, seed)
     rows: list[ResultRow] = []
-    scarce: list[str] = []
-    repeated: list[str] = []
-    fitted: list[str] = []
+    few_answers: list[str] = []
+    repeats: list[str] = []
+    fitted_rows: list[str] = []
     for tally in tallies:
-        rows += _rows(tally, _chosen_metrics(metrics, tally), resampling)
-        scarce += _scarce(tally)
-        repeated += _repeated(tally)
+        rows += _result_rows(tally, _chosen_metrics(metrics, tally), resampling)
+        few_answers += _warnings_of_few(tally)
+        repeats += _warnings_of_repeats(tally)
         if tally.n_seen_in_fit:
-            fitted.append(f"at least {tally.n_seen_in_fit} rows of {_name(tally)}")
-    if fitted:
+            fitted_rows.append(f"at least {tally.n_seen_in_fit} rows of {_scores_name(tally)}")
+    if fitted_rows:
         warn_caller(
-            f"the predictor was fitted on {_listed(fitted)}. Numbers of such rows are too good."
+            f"the predictor was fitted on {_join_sentences(fitted_rows)}. "
+            "Numbers of such rows are too good."
         )
-    if scarce:
+    if few_answers:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
-        warn_caller(f"{consequence}: {_listed(scarce)}.")
-    if repeated:
+        warn_caller(f"{consequence}: {_join_sentences(few_answers)}.")
+    if repeats:
         unit = "cluster" if any(tally.has_clusters for tally in tallies) else "picture"
-        note = f" Intervals are of the {unit}s." if n_resamples else ""
-        warn_caller(f"rows of one {unit} are no independent answers: {_listed(repeated)}.{note}")
+        warning = f"rows of one {unit} are no independent answers: {_join_sentences(repeats)}."
+        if n_resamples:
+            warning += f" Intervals are of the {unit}s."
+        warn_caller(warning)
     return ResultTable(tuple(rows))
 
 
-def _listed(sentences: list[str]) -> str:
-    """The first ``LISTED`` different sentences, and the number of further sentences."""
-    different = list(dict.fromkeys(sentences))
-    listed = "; ".join(different[:LISTED])
-    if len(different) <= LISTED:
-        return listed
-    return f"{listed}; and {len(different) - LISTED} more like these"
+def _join_sentences(sentences: list[str]) -> str:
+    """The first ``MAX_LISTED`` different sentences, and the number of further sentences."""
+    different_sentences = list(dict.fromkeys(sentences))
+    text = "; ".join(different_sentences[:MAX_LISTED])
+    if len(different_sentences) <= MAX_LISTED:
+        return text
+    return f"{text}; and {len(different_sentences) - MAX_LISTED} more like these"
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
@@ -131,13 +134,13 @@ def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metr
     metrics = {}
     for name in evaluated_metrics():
         metric = get_metric(name)
-        if _suits(metric, tally):
+        if _is_suitable(metric, tally):
             metrics[name] = metric
     return metrics
 
 
-def _suits(metric: Metric, tally: Tally) -> bool:
-    """Whether a metric suits these rows, so that it is computed by default."""
+def _is_suitable(metric: Metric, tally: Tally) -> bool:
+    """Whether a metric suits these rows. Such metrics are computed by default."""
     if metric.of_probability:
         return tally.probability is not None
     has_rows_outside = tally.outside.n_failures > 0
@@ -151,12 +154,12 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
     tallies = []
     for item in outcomes:
         if not isinstance(item, Tallied):
-            unfit: object = item
+            wrong_value: object = item
             if hasattr(outcomes, "shape"):  # the message names an array, not its elements
-                unfit = outcomes
+                wrong_value = outcomes
             raise UsageError(
                 "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
-                f"Got {describe_value(unfit)}."
+                f"Got {describe_value(wrong_value)}."
             )
         tallies.append(item.tally())
     return tallies
@@ -197,7 +200,7 @@ class Comparison:
         values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}"
         difference = metric.show(self.difference, "+")
         interval = metric.brackets(self.ci_low, self.ci_high, "+")
-        answers = f"{self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]}"
+        answers = f"{self.n} answers{pictures}, {self.n_failures} {KIND_IN_WORDS[metric.question]}"
         return (
             f"{names}: {values}, difference {difference} {interval}, "
             f"p = {self.p_value:.3g} ({answers})"
@@ -208,7 +211,7 @@ class Comparison:
         facts: dict[str, object] = asdict(self)
         for name, value in facts.items():
             if isinstance(value, float):
-                facts[name] = _null(value)
+                facts[name] = _none_for_nan(value)
         return facts
 
 
@@ -256,25 +259,25 @@ def compare(
         >>> print(numbers)
         +25.0 [+13.8, +35.9], p = 0.01 (80 answers, 40 wrong)
     """
-    chosen = get_metric(metric)
+    metric_to_compare = get_metric(metric)
     require_same_rows(a, b)
     same_answers_are_judged = a.answer == b.answer
     if same_answers_are_judged:
         require_same_answers(a, b)
-    elif not chosen.across_answers:
-        raise UsageError(_cannot_compare(chosen, a, b))
-    if chosen.of_probability:
+    elif not metric_to_compare.across_answers:
+        raise UsageError(_cannot_compare(metric_to_compare, a, b))
+    if metric_to_compare.of_probability:
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
-    if chosen.question == "within":  # only rows that belong to one of the classes
+    if metric_to_compare.question == "within":  # only rows that belong to one of the classes
         rows &= ~a.outside
-    u_a, failure = _evaluable(a, rows)
-    u_b, failure_b = _evaluable(b, rows)
-    if chosen.question == "outside":  # a row of none of the classes counts as a failure
+    u_a, failure = _uncertainty_and_failure(a, rows)
+    u_b, failure_b = _uncertainty_and_failure(b, rows)
+    if metric_to_compare.question == "outside":  # a row of none of the classes counts as a failure
         failure = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
-    how: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "n_resamples": n_resamples,
         "confidence": confidence,
         "seed": seed,
@@ -282,14 +285,16 @@ def compare(
     }
     if same_answers_are_judged:
         failure_b = failure
-        result = paired_bootstrap(metric, u_a, u_b, failure, **how)
+        result = paired_bootstrap(metric, u_a, u_b, failure, **settings)
     else:
-        result = paired_across(chosen.kernel, (u_a, failure), (u_b, failure_b), **how)
+        result = paired_across(
+            metric_to_compare.kernel, (u_a, failure), (u_b, failure_b), **settings
+        )
     n = len(failure)
     n_failures = int(failure.sum())
     why = None
     if math.isnan(result.difference):
-        why = _why(n, n_failures, chosen.question)
+        why = _why_only_one_kind(n, n_failures, metric_to_compare.question)
     n_pictures = None
     if picture is not None:
         n_pictures = int(picture.max()) + 1
@@ -297,15 +302,15 @@ def compare(
         metric=metric,
         method_a=_method_name(a),
         method_b=_method_name(b),
-        value_a=float(chosen.kernel(tie_counts(u_a, failure))),
-        value_b=float(chosen.kernel(tie_counts(u_b, failure_b))),
+        value_a=float(metric_to_compare.kernel(tie_counts(u_a, failure))),
+        value_b=float(metric_to_compare.kernel(tie_counts(u_b, failure_b))),
         difference=result.difference,
         ci_low=result.ci_low,
         ci_high=result.ci_high,
         p_value=result.p_value,
         n=n,
         n_failures=n_failures,
-        convention=chosen.convention,
+        convention=metric_to_compare.convention,
         why=why,
         n_pictures=n_pictures,
     )
@@ -320,11 +325,11 @@ def _method_name(outcomes: Outcomes) -> str | None:
 
 def _cannot_compare(metric: Metric, a: Outcomes, b: Outcomes) -> str:
     """Message that a metric cannot compare two kinds of answers, with the metrics that can."""
-    across = [name for name, entry in METRICS.items() if entry.across_answers]
+    comparable = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
-        f"{metric.title} says how well wrong answers are told from right ones. {_name(a)} judges "
-        f"{a.answer} answers and {_name(b)} judges {b.answer} answers, so they are wrong in other "
-        f"rows. Compare one of {', '.join(across)} instead."
+        f"{metric.title} says how well wrong answers are told from right ones. {_scores_name(a)} "
+        f"judges {a.answer} answers and {_scores_name(b)} judges {b.answer} answers, so they are "
+        f"wrong in other rows. Compare one of {', '.join(comparable)} instead."
     )
 
 
@@ -350,7 +355,8 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
     if not outcomes.is_probability:
         raise DataError(
-            f"{metric} needs failure probabilities, but the scores of {_name(outcomes)} are not."
+            f"{metric} needs failure probabilities, but the scores of {_scores_name(outcomes)} "
+            "are not."
         )
     return outcomes
 
@@ -365,28 +371,30 @@ class Resampling(NamedTuple):
     def describe(self, kernel: Kernel, source: Scores) -> str:
         """Text on how the interval of a metric of these rows is made."""
         percent = f"{100 * self.confidence:g} %"
-        how = f"{percent} stratified bootstrap, {self.n} resamples"
+        text = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
-            how = f"{percent}, {kernel.interval_note}, {self.n} draws"
+            text = f"{percent}, {kernel.interval_note}, {self.n} draws"
         pictures_repeat = source.n_pictures != source.n
         if pictures_repeat:
-            return f"{how} of pictures"
-        return how
+            return f"{text} of pictures"
+        return text
 
 
 UNDEFINED = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
 """Result of a metric that is undefined for some rows."""
 
 
-def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[ResultRow]:
+def _result_rows(
+    tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
+) -> list[ResultRow]:
     """One row per metric, in the order of ``metrics``."""
     scores = tally.scores
     if not scores.n:
         raise DataError(
-            f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an "
-            f"unknown failure and {tally.n_unusable} no uncertainty. Give labelled data."
+            f"the outcomes of {_scores_name(tally)} have no row to evaluate: {tally.n_unlabelled} "
+            f"have an unknown failure and {tally.n_unusable} no uncertainty. Give labelled data."
         )
-    intervals = _intervals(tally, metrics, how)
+    intervals = _intervals(tally, metrics, resampling)
     n_pictures = None
     if scores.n_pictures != scores.n:
         n_pictures = scores.n_pictures
@@ -403,68 +411,75 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
     }
     rows = []
     for name, metric in metrics.items():
-        measured = intervals.get(name, UNDEFINED)
-        source = tally.asked(metric) or scores  # ``scores`` if there are no probabilities
+        interval = intervals.get(name, UNDEFINED)
+        source = tally.rows_for(metric) or scores  # ``scores`` if there are no probabilities
         why = None
-        if math.isnan(measured.value):
-            why = _why_undefined(metric, tally)
-        interval = None
-        if not math.isnan(measured.ci_low):
-            interval = how.describe(metric.kernel, source)
+        if math.isnan(interval.value):
+            why = _why_no_value(metric, tally)
+        interval_text = None
+        if not math.isnan(interval.ci_low):
+            interval_text = resampling.describe(metric.kernel, source)
         conventions = [text for text in (metric.convention, source.note) if text]
         row = ResultRow(
             **facts,
             metric=name,
-            value=_null(measured.value),
-            ci_low=_null(measured.ci_low),
-            ci_high=_null(measured.ci_high),
+            value=_none_for_nan(interval.value),
+            ci_low=_none_for_nan(interval.ci_low),
+            ci_high=_none_for_nan(interval.ci_high),
             convention="; ".join(conventions),
-            interval=interval,
+            interval=interval_text,
             why=why,
         )
         rows.append(row)
     return rows
 
 
-def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> dict[str, Interval]:
+def _intervals(
+    tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
+) -> dict[str, Interval]:
     """Values and intervals of the metrics, by name. Metrics of the same rows share the resamples.
 
     Metrics that need probabilities are left out if there are no probabilities.
     """
     # The keys are the ``id`` of the rows, because the rows are not hashable.
     sources: dict[int, Scores] = {}
-    kernels: dict[int, dict[str, Kernel]] = {}
+    kernels_of_source: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
-        source = tally.asked(metric)
+        source = tally.rows_for(metric)
         if source is not None:
             sources[id(source)] = source
-            # the first metric of some rows starts a dictionary, and further metrics are added to it
-            kernels.setdefault(id(source), {})[name] = metric.kernel
+            # a new dictionary at the first metric of the source
+            kernels = kernels_of_source.setdefault(id(source), {})
+            kernels[name] = metric.kernel
     intervals: dict[str, Interval] = {}
     for key, source in sources.items():
-        intervals |= _measured(source, kernels[key], how)
+        intervals |= _measure(source, kernels_of_source[key], resampling)
     return intervals
 
 
-def _why_undefined(metric: Metric, tally: Tally) -> str:
+def _why_no_value(metric: Metric, tally: Tally) -> str:
     """Why a metric has no value for these rows."""
-    source = tally.asked(metric)
+    source = tally.rows_for(metric)
     if source is None:
         return "the uncertainty is not a probability"
-    return _why(source.n, source.n_failures, metric.question)
+    return _why_only_one_kind(source.n, source.n_failures, metric.question)
 
 
-def _measured(
-    source: Scores, kernels: Mapping[str, Kernel], how: Resampling
+def _measure(
+    source: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
     """Values of the metrics by name.
 
-    They have intervals if ``how.n`` is not 0, and if there are both failures and successes.
+    They have intervals if ``resampling.n`` is not 0, and if there are both failures and successes.
     """
     has_failures_and_successes = 0 < source.n_failures < source.n
-    if how.n and has_failures_and_successes:
+    if resampling.n and has_failures_and_successes:
         return intervals_of(
-            source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
+            source,
+            kernels,
+            n_resamples=resampling.n,
+            confidence=resampling.confidence,
+            seed=resampling.seed,
         )
     if not source.n:
         return dict.fromkeys(kernels, UNDEFINED)
@@ -476,14 +491,14 @@ def _measured(
     return measured
 
 
-def _null(value: float) -> float | None:
+def _none_for_nan(value: float) -> float | None:
     """The number, or None in place of NaN."""
     if math.isnan(value):
         return None
     return value
 
 
-def _evaluable(
+def _uncertainty_and_failure(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Uncertainties and failures of the rows in a mask (N,); refuses a mask without any True."""
@@ -491,15 +506,16 @@ def _evaluable(
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
         raise DataError(
-            f"the outcomes of {_name(outcomes)} have no row to evaluate: of {len(outcomes)}, "
-            f"{n_known} have a known failure and {n_scored} an uncertainty. Give labelled data."
+            f"the outcomes of {_scores_name(outcomes)} have no row to evaluate: of "
+            f"{len(outcomes)}, {n_known} have a known failure and {n_scored} an uncertainty. Give "
+            "labelled data."
         )
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
     """Refuse outcomes that differ in their number of rows, their ids, or ``outside``."""
-    names = f"{_name(a)} and {_name(b)}"
+    names = f"{_scores_name(a)} and {_scores_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
             f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead."
@@ -512,29 +528,34 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
                     f"Row {row} is {id_a!r} in one and {id_b!r} in the other."
                 )
     _require_equal(
-        a, b, what="marks of none of the classes", values_a=a.outside, values_b=b.outside
+        a, b, values_name="marks of none of the classes", values_a=a.outside, values_b=b.outside
     )
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
     """Refuse outcomes that differ in their failures, because they judge different answers."""
-    _require_equal(a, b, what="failures", values_a=a.failure, values_b=b.failure)
+    _require_equal(a, b, values_name="failures", values_a=a.failure, values_b=b.failure)
 
 
 def _require_equal(
-    a: Outcomes, b: Outcomes, what: str, values_a: NDArray[Any], values_b: NDArray[Any]
+    a: Outcomes,
+    b: Outcomes,
+    *,
+    values_name: str,
+    values_a: NDArray[Any],
+    values_b: NDArray[Any],
 ) -> None:
-    """Refuse outcomes whose values (N,) differ in some row. ``what`` names the values."""
-    different = np.flatnonzero(values_a != values_b)
-    if len(different):
+    """Refuse outcomes whose values (N,) differ in some row."""
+    differing_rows = np.flatnonzero(values_a != values_b)
+    if len(differing_rows):
         raise ProvenanceError(
-            f"{_name(a)} and {_name(b)} must be of the same answers. {len(different)} {what} "
-            f"differ, the first in row {different[0]}; score both on one data set with one "
-            "backbone."
+            f"{_scores_name(a)} and {_scores_name(b)} must be of the same answers. "
+            f"{len(differing_rows)} {values_name} differ, the first in row {differing_rows[0]}; "
+            "score both on one data set with one backbone."
         )
 
 
-def _repeated(tally: Tally) -> list[str]:
+def _warnings_of_repeats(tally: Tally) -> list[str]:
     """A list with one warning if more than ``MANY_REPEATS`` of the rows repeat a picture.
 
     Otherwise the list is empty.
@@ -542,15 +563,16 @@ def _repeated(tally: Tally) -> list[str]:
     scores = tally.scores
     if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
         return []
-    shown = "are of" if tally.has_clusters else "show"
-    unit = "clusters" if tally.has_clusters else "pictures"
-    return [f"the {scores.n} rows of {_name(tally)} {shown} {scores.n_pictures} {unit}"]
+    rows = f"the {scores.n} rows of {_scores_name(tally)}"
+    if tally.has_clusters:
+        return [f"{rows} are of {scores.n_pictures} clusters"]
+    return [f"{rows} show {scores.n_pictures} pictures"]
 
 
-def _scarce(tally: Tally) -> list[str]:
-    """One warning for each kind of answers (wrong, right, ...) with fewer than ``FEW`` answers.
+def _warnings_of_few(tally: Tally) -> list[str]:
+    """One warning for each kind of answers (wrong, right, ...) of which there are few.
 
-    Answers for one picture count once.
+    Few are fewer than ``MIN_OF_EACH_KIND``. Answers for one picture count once.
     """
     n_wrong, n_right = tally.scores.n_independent()
     n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
@@ -559,25 +581,29 @@ def _scarce(tally: Tally) -> list[str]:
         n_wrong_within, _ = tally.within.n_independent()
         n_of_kind["wrong answers within the classes"] = n_wrong_within
         n_of_kind["pictures of none of the classes"] = n_outside
-    return [f"{_name(tally)} has only {n} {kind}" for kind, n in n_of_kind.items() if n < FEW]
+    warnings = []
+    for kind, n in n_of_kind.items():
+        if n < MIN_OF_EACH_KIND:
+            warnings.append(f"{_scores_name(tally)} has only {n} {kind}")
+    return warnings
 
 
-ASKED = {
+KIND_IN_WORDS = {
     "failure": "wrong",
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Words for a row to which the answer of a metric's question is yes, for each question."""
+"""Words for a row for which the question of a metric has the answer yes, by question."""
 
 
-def _why(n: int, n_failures: int, question: Question) -> str:
-    """Why a metric is undefined: none or all of the answers are of the kind of the question."""
+def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
+    """Why a metric is undefined: its question has the answer yes for no row, or for all rows."""
     if n_failures == 0:
-        return f"none of {n} answers is {ASKED[question]}"
-    return f"all of {n} answers are {ASKED[question]}"
+        return f"none of {n} answers is {KIND_IN_WORDS[question]}"
+    return f"all of {n} answers are {KIND_IN_WORDS[question]}"
 
 
-def _name(outcomes: Outcomes | Tally) -> str:
+def _scores_name(outcomes: Outcomes | Tally) -> str:
     """Name of scores in messages, such as "mcm on pets"."""
     name = "the scores"
     if outcomes.method is not None:

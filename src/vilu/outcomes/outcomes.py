@@ -69,10 +69,10 @@ def require_decisions(decisions: Sequence[str | None] | None) -> None:
     """Refuse decisions other than "accept" and "review"; older versions of vilu wrote others."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
-        first = min(unknown, key=str)
+        first_unknown = min(unknown, key=str)
         raise DataError(
-            f"decision must be {ACCEPT} or {REVIEW} in every row. Got {first!r:.40} instead. Make "
-            "scores of an older vilu again with `vilu score`."
+            f"decision must be {ACCEPT} or {REVIEW} in every row. Got {first_unknown!r:.40} "
+            "instead. Make scores of an older vilu again with `vilu score`."
         )
 
 
@@ -85,7 +85,7 @@ def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
     return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
 
 
-def _texts(values: Sequence[str | None] | None, n: int) -> pa.Array:
+def _text_column(values: Sequence[str | None] | None, n: int) -> pa.Array:
     """Arrow column of texts (N,), null where there is no text."""
     import pyarrow as pa
 
@@ -99,8 +99,9 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     if values is None:
         return None
     numbers = real_vector(values, name)
-    fits = ((numbers >= 0) & (numbers <= 1)) | np.isnan(numbers)
-    if not fits.all():
+    is_probability = (numbers >= 0) & (numbers <= 1)
+    is_valid = is_probability | np.isnan(numbers)
+    if not is_valid.all():
         raise DataError(f"{name} must be in [0, 1], or NaN where there is none.")
     return numbers
 
@@ -109,7 +110,7 @@ def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - d
     """Values of a column, with -1 (integers), NaN (floats) or None (texts) for null."""
     if kind == "string":
         return column.to_pylist()
-    return column.fill_null(MISSING[kind]).to_numpy()
+    return column.fill_null(MISSING_VALUE[kind]).to_numpy()
 
 
 Scores = ScoredRows | Histogram
@@ -137,7 +138,7 @@ class Tally:
     has_clusters: bool = False  # whether the rows that are resampled together are clusters
     n_seen_in_fit: int = 0  # number of rows that were used to fit the predictor, as far as known
 
-    def asked(self, metric: Metric) -> Scores | None:
+    def rows_for(self, metric: Metric) -> Scores | None:
         """Rows from which a metric is computed; None if it needs probabilities that are missing."""
         if metric.of_probability:
             return self.probability
@@ -146,8 +147,8 @@ class Tally:
 
 
 def facts_of(scores: object) -> dict[str, Any]:
-    """Names and values of the fields in ``FACTS``, which identify scores."""
-    return {name: getattr(scores, name) for name in FACTS}
+    """Names and values of the fields in ``FACT_FIELDS``, which identify scores."""
+    return {name: getattr(scores, name) for name in FACT_FIELDS}
 
 
 @runtime_checkable
@@ -158,18 +159,24 @@ class Tallied(Protocol):
         """The counts from which metrics are computed."""
 
 
-# groups of columns and fields of scores
-DECISION = ("decision", "decision_reason", "label_set")
+# Groups of columns and of fields.
+DECISION_COLUMNS = ("decision", "decision_reason", "label_set")
 """Columns of texts that a calibrated rule fills."""
 
 TEXT_COLUMNS = (
-    *("key", "pred_name", "label_name", "reason", "score_name", "answer", "zero_shot_name"),
+    "key",
+    "pred_name",
+    "label_name",
+    "reason",
+    "score_name",
+    "answer",
+    "zero_shot_name",
     "cluster",
-    *DECISION,
+    *DECISION_COLUMNS,
 )
 """Columns of a file that hold texts."""
 
-OPTIONAL = {
+OPTIONAL_COLUMNS = {
     "prediction": "int64",
     "target": "int64",
     "ids": "string",
@@ -178,20 +185,20 @@ OPTIONAL = {
     "picture": "int64",
     "cluster": "string",
     "zero_shot": "int64",
-    **dict.fromkeys(DECISION, "string"),
+    **dict.fromkeys(DECISION_COLUMNS, "string"),
 }
 """Types of the optional columns, by the name of the field."""
 
-STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
+COLUMN_OF_FIELD = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
 """Name of the column of a field in a table, if it differs from the name of the field."""
 
-MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
+MISSING_VALUE = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """Value for a missing entry, by the type of the column."""
 
-FACTS = ("method", "dataset", "split", "seed", "answer")
+FACT_FIELDS = ("method", "dataset", "split", "seed", "answer")
 """Names of the fields that identify scores."""
 
-KINDS = {
+TYPE_OF_FACT = {
     "method": str | None,
     "dataset": str | None,
     "split": str | None,
@@ -202,13 +209,13 @@ KINDS = {
 }
 """Types of the fields that have one value for all rows, by the name of the field."""
 
-FILLED = ("prediction", "target", "reason", "picture", "cluster")
+FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
 """Optional columns that some parts of ``concat`` may lack. Their rows get missing values."""
 
-OF_PROBLEM = ("space", "predictor_space", "n_candidates", "pool_size")
+PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
 """Entries of the provenance that say how hard the problem is."""
 
-ADDED_UP = ("n_seen_in_fit", "n_compared_with_fit")
+ADDED_ENTRIES = ("n_seen_in_fit", "n_compared_with_fit")
 """Entries of the provenance that are numbers of rows, which ``concat`` adds up."""
 
 
@@ -216,12 +223,12 @@ def _require_alike(first: Outcomes, part: Outcomes) -> None:
     """Raise DataError if two outcomes are not of one method, or not of one problem."""
     for name in ("method", "answer", "class_names", "is_probability"):
         _require_equal(name, getattr(first, name), getattr(part, name))
-    for name in OF_PROBLEM:
+    for name in PROBLEM_ENTRIES:
         _require_equal(name, first.provenance.get(name), part.provenance.get(name))
-    for name in OPTIONAL:
+    for name in OPTIONAL_COLUMNS:
         first_has_it = getattr(first, name) is not None
         part_has_it = getattr(part, name) is not None
-        if name not in FILLED and part_has_it != first_has_it:
+        if name not in FILLABLE_COLUMNS and part_has_it != first_has_it:
             raise DataError(
                 f"all parts must have the column {name}, or none of them. Some parts have it."
             )
@@ -234,45 +241,47 @@ def _require_equal(name: str, first: object, value: object) -> None:
         )
 
 
-def _joined_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noqa: ANN401
+def _join_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noqa: ANN401
     """An optional column of all parts; parts without this column get missing values."""
     columns = [getattr(part, name) for part in parts]
     if all(column is None for column in columns):
         return None
-    joined: list[Any] = []
+    values: list[Any] = []
     for part, column in zip(parts, columns, strict=True):
         if column is None:
-            joined += [MISSING[kind]] * len(part)
+            values += [MISSING_VALUE[kind]] * len(part)
         else:
-            joined += list(column)
-    return joined
+            values += list(column)
+    return values
 
 
-def _joined_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The entries that are equal in all parts; numbers of rows are added up."""
     joined: dict[str, Any] = {}
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
-        if name in ADDED_UP and None not in values:
+        if name in ADDED_ENTRIES and None not in values:
             joined[name] = sum(values)
-        elif _common(values) is not None:
+        elif _common_value(values) is not None:
             joined[name] = values[0]
     return joined
 
 
-def _common(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
+def _common_value(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
     """The first value if all values are equal to it, else None."""
     if any(value != values[0] for value in values):
         return None
     return values[0]
 
 
-def _label_sets(texts: Sequence[str | None]) -> pa.Array:
+def _label_set_column(texts: Sequence[str | None]) -> pa.Array:
     """Arrow column of lists of names, from JSON lists; null where there is no set."""
     import pyarrow as pa
 
-    sets = [None if text is None else json.loads(text) for text in texts]
-    return pa.array(sets, pa.list_(pa.string()))
+    label_sets: list[list[str] | None] = []
+    for text in texts:
+        label_sets.append(None if text is None else json.loads(text))
+    return pa.array(label_sets, pa.list_(pa.string()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -364,7 +373,9 @@ class Outcomes:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
         n = len(uncertainty)
         names = check_texts(self.class_names, "class_names")
-        last = None if names is None else len(names) - 1  # largest code of a class
+        last_class: int | None = None
+        if names is not None:
+            last_class = len(names) - 1
         probability = check_probabilities(self.failure_probability, "failure_probability")
         columns: dict[str, Any] = {
             "uncertainty": uncertainty,
@@ -375,10 +386,10 @@ class Outcomes:
         }
         for name in ("prediction", "zero_shot"):
             if getattr(self, name) is not None:
-                columns[name] = check_codes(getattr(self, name), name, last)
+                columns[name] = check_codes(getattr(self, name), name, last_class)
         if self.target is not None:
-            columns["target"] = check_codes(self.target, "target", last, first=OUTSIDE)
-        for name in ("reason", "cluster", *DECISION):
+            columns["target"] = check_codes(self.target, "target", last_class, first=OUTSIDE)
+        for name in ("reason", "cluster", *DECISION_COLUMNS):
             columns[name] = check_texts(getattr(self, name), name, optional=True)
         require_decisions(columns["decision"])
         for name, column in columns.items():
@@ -402,9 +413,10 @@ class Outcomes:
         # ``dataclasses.replace`` with fewer rows.
         if np.any(self.outside):
             outside |= check_outside(self.outside, target)
-        not_wrong = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
-        if len(not_wrong):
-            row = not_wrong[0]
+        is_scored = np.isfinite(self.uncertainty)
+        contradictory_rows = np.flatnonzero(outside & is_scored & (self.failure != 1))
+        if len(contradictory_rows):
+            row = contradictory_rows[0]
             raise DataError(
                 "an answer for a picture of none of the classes is wrong: failure must be 1 where "
                 f"the target is {OUTSIDE}. Got {self.failure[row]} in row {row} instead."
@@ -415,22 +427,23 @@ class Outcomes:
 
     def _check_uncertainty(self) -> None:
         """Check uncertainties and probabilities, which must be missing in the same rows."""
-        missing = np.isnan(self.uncertainty)
-        explained = np.zeros(len(missing), np.bool_)
+        is_missing = np.isnan(self.uncertainty)
+        has_reason = np.zeros(len(is_missing), np.bool_)
         if self.reason is not None:
-            explained = np.array([bool(text) for text in self.reason], np.bool_)
-        unexplained = np.flatnonzero(missing & ~explained)
-        if len(unexplained):
+            has_reason = np.array([bool(text) for text in self.reason], np.bool_)
+        unexplained_rows = np.flatnonzero(is_missing & ~has_reason)
+        if len(unexplained_rows):
             raise DataError(
                 "uncertainty must be a number unless 'reason' says why there is none. "
-                f"Got {len(unexplained)} rows with neither, the first is row {unexplained[0]}."
+                f"Got {len(unexplained_rows)} rows with neither, the first is row "
+                f"{unexplained_rows[0]}."
             )
-        values = self.uncertainty[~missing]
+        values = self.uncertainty[~is_missing]
         n_infinite = np.count_nonzero(np.isinf(values))
         if n_infinite:
             raise DataError(f"uncertainty must be finite. Got {n_infinite} infinite values.")
         probability = self.failure_probability
-        if probability is not None and not np.array_equal(np.isnan(probability), missing):
+        if probability is not None and not np.array_equal(np.isnan(probability), is_missing):
             raise DataError("failure_probability must be there exactly where the uncertainty is.")
         if self.is_probability and len(values):
             smallest = values.min()
@@ -441,8 +454,8 @@ class Outcomes:
                 )
 
     def _check_facts(self) -> None:
-        """Check the fields that have one value for all rows (``KINDS``)."""
-        for name, kind in KINDS.items():
+        """Check the fields that have one value for all rows (``TYPE_OF_FACT``)."""
+        for name, kind in TYPE_OF_FACT.items():
             value = getattr(self, name)
             if isinstance(value, np.generic):
                 value = value.item()
@@ -461,7 +474,7 @@ class Outcomes:
             facts += [f"evaluable={len(failure)}", f"accuracy={1 - failure.mean():.3f}"]
         if self.decision is not None:
             facts.append(f"accepted={self.decision.count(ACCEPT)}")
-        for name in FACTS:
+        for name in FACT_FIELDS:
             value = getattr(self, name)
             if value is not None:
                 facts.append(f"{name}={value!r}")
@@ -514,15 +527,15 @@ class Outcomes:
         indices = np.asarray(rows)
         if not indices.size:  # NumPy makes an array of floats from an empty list
             indices = indices.astype(np.int64)
-        expected = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
+        requirement = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
         try:
             chosen = np.arange(n)[indices]
         except IndexError as error:
-            raise DataError(f"{expected}: {error}.") from error
+            raise DataError(f"{requirement}: {error}.") from error
         if (indices < 0).any():  # -1 means "unknown" in vilu, not the last row
-            raise DataError(f"{expected}. Got {indices.min()} instead.")
+            raise DataError(f"{requirement}. Got {indices.min()} instead.")
         columns_of_rows: dict[str, Any] = {}
-        for name in ("uncertainty", "failure", "outside", *OPTIONAL):
+        for name in ("uncertainty", "failure", "outside", *OPTIONAL_COLUMNS):
             column = getattr(self, name)
             if isinstance(column, np.ndarray):
                 columns_of_rows[name] = column[chosen]
@@ -557,15 +570,15 @@ class Outcomes:
             raise UsageError("concat needs at least one part. Got none.")
         for part in parts[1:]:
             _require_alike(parts[0], part)
-        joined: dict[str, Any] = {}
+        columns: dict[str, Any] = {}
         for name in ("uncertainty", "failure", "outside"):
-            joined[name] = np.concatenate([getattr(part, name) for part in parts])
-        for name, kind in OPTIONAL.items():
-            joined[name] = _joined_column(parts, name, kind)
+            columns[name] = np.concatenate([getattr(part, name) for part in parts])
+        for name, kind in OPTIONAL_COLUMNS.items():
+            columns[name] = _join_column(parts, name, kind)
         for name in ("dataset", "split", "seed"):
-            joined[name] = _common([getattr(part, name) for part in parts])
-        joined["provenance"] = _joined_provenance([part.provenance for part in parts])
-        return replace(parts[0], **joined)
+            columns[name] = _common_value([getattr(part, name) for part in parts])
+        columns["provenance"] = _join_provenance([part.provenance for part in parts])
+        return replace(parts[0], **columns)
 
     def to_arrow(self) -> pa.Table:
         """One row per answer, as a table of pyarrow with names in place of numbers.
@@ -596,10 +609,10 @@ class Outcomes:
         if self.ids is not None:
             columns["id"] = pa.array(self.ids, pa.string())
         fields = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
-        for name, of_field in fields.items():
-            codes = getattr(self, of_field)
+        for name, field_name in fields.items():
+            codes = getattr(self, field_name)
             if codes is not None:
-                columns[name] = self._named(codes)
+                columns[name] = self._names_of(codes)
         if "target" in columns and self.outside.any():
             texts = columns["target"].cast(pa.string())
             columns["target"] = pc.if_else(pa.array(self.outside), OUTSIDE_NAME, texts)
@@ -614,7 +627,7 @@ class Outcomes:
         if reason is not None:
             columns["reason"] = pa.array(reason, pa.string())
         if self.label_set is not None:
-            columns["label_set"] = _label_sets(self.label_set)
+            columns["label_set"] = _label_set_column(self.label_set)
         if self.picture is not None:
             columns["picture"] = pa.array(self.picture, mask=self.picture == UNKNOWN)
         return pa.table(columns)
@@ -635,7 +648,7 @@ class Outcomes:
             raise MissingModelError("to_pandas needs pandas: pip install pandas.")
         return self.to_arrow().to_pandas()
 
-    def _named(self, codes: NDArray[np.int64]) -> pa.Array:
+    def _names_of(self, codes: NDArray[np.int64]) -> pa.Array:
         """Names of the candidates with the codes (N,), or the codes if there are no names."""
         import pyarrow as pa
 
@@ -651,9 +664,11 @@ class Outcomes:
         """
         if self.cluster is not None:
             number_of: dict[str | None, int] = {None: UNKNOWN}
+            numbers = []
             for name in self.cluster:
-                number_of.setdefault(name, len(number_of))
-            return np.array([number_of[name] for name in self.cluster], dtype=np.int64)[rows]
+                # a new cluster gets the next number
+                numbers.append(number_of.setdefault(name, len(number_of)))
+            return np.array(numbers, dtype=np.int64)[rows]
         if self.picture is not None:
             return self.picture[rows]
         return None
@@ -668,12 +683,15 @@ class Outcomes:
             (2, 1, 1)
         """
         rows = self.evaluable
-        scored = np.isfinite(self.uncertainty)
+        is_scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        pictures = None if self.picture is None else self.picture[rows]
-        picture = repeated_pictures(self.identities(rows))
-        scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
+        pictures = None
+        if self.picture is not None:
+            pictures = self.picture[rows]
+        # numbers of the pictures or clusters whose rows are resampled together
+        unit = repeated_pictures(self.identities(rows))
+        scores = ScoredRows(self.uncertainty[rows], failure, picture=unit)
         within = scores
         if self.outside.any():
             within = scores.take(~is_outside)
@@ -681,7 +699,7 @@ class Outcomes:
         if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
             probability = ScoredRows(
-                self.failure_probability[rows], failure, note=note, picture=picture
+                self.failure_probability[rows], failure, note=note, picture=unit
             )
         ids = None
         if self.ids is not None:
@@ -692,10 +710,10 @@ class Outcomes:
         return Tally(
             scores=scores,
             within=within,
-            outside=ScoredRows(scores.uncertainty, is_outside.astype(np.int64), picture=picture),
+            outside=ScoredRows(scores.uncertainty, is_outside.astype(np.int64), picture=unit),
             probability=probability,
-            n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
-            n_unusable=int(np.count_nonzero(~scored)),
+            n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & is_scored)),
+            n_unusable=int(np.count_nonzero(~is_scored)),
             sample=sample_of_rows(pictures, ids),
             has_clusters=self.cluster is not None,
             n_seen_in_fit=n_seen_in_fit,
@@ -754,9 +772,9 @@ class Outcomes:
         import pyarrow.compute as pc
 
         n = len(self)
-        numbers = np.arange(n)
+        row_numbers = np.arange(n)
         if row_id is not None:
-            numbers = np.asarray(row_id, dtype=np.int64)
+            row_numbers = np.asarray(row_id, dtype=np.int64)
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
         label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
@@ -770,15 +788,15 @@ class Outcomes:
                 pred_name = names.take(pred)
                 label_name = names.take(target)
             columns = {
-                "row_id": pa.array(numbers),
-                "key": _texts(self.ids, n),
+                "row_id": pa.array(row_numbers),
+                "key": _text_column(self.ids, n),
                 "pred": pred,
                 "pred_name": pred_name,
                 "label": label,
                 "label_name": label_name,
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
-                "reason": _texts(self.reason, n),
+                "reason": _text_column(self.reason, n),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
                 "answer": pa.repeat(pa.scalar(self.answer, pa.string()), n),
             }
@@ -786,10 +804,10 @@ class Outcomes:
                 zero_shot = nullable_codes(self.zero_shot, n)
                 columns["zero_shot"] = zero_shot
                 columns["zero_shot_name"] = no_names if names is None else names.take(zero_shot)
-            for name in ("failure_probability", "cluster", *DECISION):
+            for name in ("failure_probability", "cluster", *DECISION_COLUMNS):
                 values = getattr(self, name)
                 if values is not None:
-                    columns[name] = pa.array(values, OPTIONAL[name], from_pandas=True)
+                    columns[name] = pa.array(values, OPTIONAL_COLUMNS[name], from_pandas=True)
             if self.picture is not None:
                 unknown = self.picture == UNKNOWN
                 columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=unknown)
@@ -797,8 +815,8 @@ class Outcomes:
             raise DataError(
                 f"ids, class_names and reason must be valid Unicode: {error}"
             ) from error
-        present = [name for name in OPTIONAL if getattr(self, name) is not None]
-        metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
+        present = [name for name in OPTIONAL_COLUMNS if getattr(self, name) is not None]
+        metadata = {name: getattr(self, name) for name in ("class_names", *TYPE_OF_FACT)}
         return columns, {"kind": "outcomes", "present": present, **metadata}
 
     @classmethod
@@ -824,8 +842,8 @@ class Outcomes:
             ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
-        needed = ("uncertainty", "failure")
-        missing = [name for name in needed if name not in table.column_names]
+        required = ("uncertainty", "failure")
+        missing = [name for name in required if name not in table.column_names]
         if missing:
             raise DataError(
                 f"{path} must have the columns uncertainty and failure. "
@@ -835,11 +853,11 @@ class Outcomes:
         values: dict[str, Any] = {}
         for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
             values[name] = plain_values(read_column(path, table, name, kind), kind)
-        # A file of ``save`` lists its optional columns. Of another table, a column is read if it
-        # has a value in any row.
+        # A file of ``save`` lists its optional columns. In any other table, a column counts as
+        # present if any row has a value.
         present = metadata.get("present")
-        for name, kind in OPTIONAL.items():
-            column = read_column(path, table, STORED_AS.get(name, name), kind)
+        for name, kind in OPTIONAL_COLUMNS.items():
+            column = read_column(path, table, COLUMN_OF_FIELD.get(name, name), kind)
             is_present = column.null_count < len(table)
             if isinstance(present, list):
                 is_present = name in present
@@ -847,13 +865,13 @@ class Outcomes:
                 values[name] = plain_values(column, kind)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
         facts: dict[str, Any] = dict(metadata)
-        # a method or a kind of answers in the metadata stays; otherwise the column decides
+        # the columns decide about the method and the answers, unless the metadata have them
         if len(methods) == 1:
             facts.setdefault("method", methods[0])
         kinds = read_column(path, table, "answer", "string").unique().to_pylist()
         if len(kinds) == 1 and kinds[0] is not None:
             facts.setdefault("answer", kinds[0])
-        for name in ("class_names", *KINDS):
+        for name in ("class_names", *TYPE_OF_FACT):
             if name in facts:
                 values[name] = facts[name]
         return cls(**values)

@@ -77,18 +77,25 @@ class ResultRow:
                 raise DataError(f"{name} of {self.metric} must be a 64-bit integer. Got {count}.")
 
 
-ARROW = {"str": "string", "int": "int64", "float": "float64"}
+ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
 """Arrow type of a column, by the Python type of the field."""
 
-TYPES = {
-    column.name: ARROW[str(column.type).removesuffix(" | None")]
-    for column in fields(ResultRow)
-    if column.compare  # the field ``sample`` has ``compare=False``
-}
-"""Arrow type of every column of a file. The sample of rows is not written to files."""
+
+def _column_types() -> dict[str, str]:
+    """Arrow type of every field of ``ResultRow`` except ``sample``, which has no column."""
+    types = {}
+    for column in fields(ResultRow):
+        if column.name != "sample":
+            python_type = str(column.type).removesuffix(" | None")
+            types[column.name] = ARROW_TYPE[python_type]
+    return types
+
+
+COLUMN_TYPES = _column_types()
+"""Arrow type of every column of a file."""
 
 # names of fields of ``ResultRow`` that are columns of a file
-COLUMNS = tuple(TYPES)
+COLUMNS = tuple(COLUMN_TYPES)
 """All columns."""
 
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
@@ -97,7 +104,7 @@ REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 COUNTS = (*REQUIRED_COUNTS, "n_outside")
 """Columns of counts that have a value in every ``ResultRow``."""
 
-SELDOM = ("n_outside", "n_pictures")
+RARE_COLUMNS = ("n_outside", "n_pictures")
 """Columns that are written only if some row has a value other than 0 or None."""
 
 REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
@@ -180,13 +187,13 @@ class ResultTable:
             >>> vilu.evaluate(outcomes, metrics=["auroc", "augrc"], n_resamples=0).value("auroc")
             0.75
         """
-        fitting = self.filter(metric=metric, **fields)
-        if len(fitting) != 1:
+        fitting_rows = self.filter(metric=metric, **fields)
+        if len(fitting_rows) != 1:
             raise UsageError(
                 f"one row must fit metric={metric!r} and {fields}. "
-                f"{len(fitting)} of {len(self)} do; narrow by method, dataset, split or seed."
+                f"{len(fitting_rows)} of {len(self)} do; narrow by method, dataset, split or seed."
             )
-        return fitting.rows[0].value
+        return fitting_rows.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
         """The means over seeds, one row per method, kind of answer, data set, split and metric.
@@ -218,12 +225,13 @@ class ResultTable:
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
             without_interval = replace(row, ci_low=None, ci_high=None, interval=None)
-            groups.setdefault(key, {}).setdefault(without_interval, row)
+            group = groups.setdefault(key, {})
+            group.setdefault(without_interval, row)
         means = []
-        for group in groups.values():
-            rows = list(group.values())
+        for different_rows in groups.values():
+            rows = list(different_rows.values())
             _refuse_folds(rows)
-            means.append(_mean(rows))
+            means.append(_mean_row(rows))
         return ResultTable(tuple(means))
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -248,9 +256,9 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns that are written: all but the columns of ``SELDOM`` without any value."""
+        """The columns that are written: all but those of ``RARE_COLUMNS`` that have no value."""
         columns = list(COLUMNS)
-        for name in SELDOM:
+        for name in RARE_COLUMNS:
             if not any(getattr(row, name) for row in self.rows):
                 columns.remove(name)
         return tuple(columns)
@@ -275,11 +283,11 @@ class ResultTable:
             AUROC: ties count half
             AUGRC: trapezoids over distinct scores
         """
-        shown = _shown(self.rows, metrics)
+        shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
-        for title, lines in _tables_by_data_set(self.rows, shown):
+        for title, lines in _tables_by_data_set(self.rows, shown_metrics):
             blocks.append("\n".join([title, *aligned(lines)]))
-        blocks.append("\n".join(_notes(self.rows, shown)))
+        blocks.append("\n".join(_notes(self.rows, shown_metrics)))
         return "\n\n".join(blocks)
 
     @checked
@@ -300,13 +308,13 @@ class ResultTable:
             - in percent
             - AUROC: ties count half
         """
-        shown = _shown(self.rows, metrics)
+        shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
-        for title, lines in _tables_by_data_set(self.rows, shown):
-            heading, *body = [[in_markdown(cell) for cell in line] for line in lines]
+        for title, lines in _tables_by_data_set(self.rows, shown_metrics):
+            heading, *body = [list(map(in_markdown, line)) for line in lines]
             rows = markdown_rows(heading, body)
             blocks.append("\n".join([f"**{in_markdown(title)}**", "", *rows]))
-        notes = [f"- {in_markdown(note)}" for note in _notes(self.rows, shown)]
+        notes = [f"- {in_markdown(note)}" for note in _notes(self.rows, shown_metrics)]
         blocks.append("\n".join(notes))
         return "\n\n".join(blocks)
 
@@ -346,7 +354,7 @@ class ResultTable:
         columns = {}
         for name in self._columns:
             values = [getattr(row, name) for row in self.rows]
-            columns[name] = pa.array(values, TYPES[name])
+            columns[name] = pa.array(values, COLUMN_TYPES[name])
         write_table(path, columns, facts)
 
     @classmethod
@@ -373,10 +381,10 @@ class ResultTable:
         if Path(path).suffix.lower() == ".json":
             table = _table_of_json(path)
         else:
-            texts = [name for name, kind in TYPES.items() if kind == "string"]
+            texts = [name for name, kind in COLUMN_TYPES.items() if kind == "string"]
             table, _ = read_table(path, texts)
         columns = {}
-        for name, kind in TYPES.items():
+        for name, kind in COLUMN_TYPES.items():
             columns[name] = read_column(path, table, name, kind).to_pylist()
         columns["n_outside"] = [n or 0 for n in columns["n_outside"]]  # null in a file means 0
         for name in REQUIRED:
@@ -404,7 +412,7 @@ def _table_of_json(path: str | Path) -> pa.Table:
     for row in content["rows"]:
         if not isinstance(row, dict):
             raise DataError(f"every entry of 'rows' in {path} must be an object.")
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in TYPES.items()])
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMN_TYPES.items()])
     try:
         return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -418,13 +426,13 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
         return
     first = rows[0]
     raise UsageError(
-        f"the {len(samples)} results of {name_of(first.method, first.answer)} on {_where(first)} "
-        "are of different rows, so they are folds and not seeds. Join the folds first: "
-        "vilu.evaluate(vilu.Outcomes.concat(folds))."
+        f"the {len(samples)} results of {name_of(first.method, first.answer)} on "
+        f"{_data_set_name(first)} are of different rows, so they are folds and not seeds. Join the "
+        "folds first: vilu.evaluate(vilu.Outcomes.concat(folds))."
     )
 
 
-def _mean(rows: Sequence[ResultRow]) -> ResultRow:
+def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
     """The mean over the rows of several seeds; its value is None if that of any row is None."""
     if len(rows) == 1:
         return rows[0]
@@ -476,14 +484,14 @@ UNDEFINED = "undefined"
 """Cell of a table for a metric without a value."""
 
 
-Titled = tuple[str, list[list[str]]]
+TitledTable = tuple[str, list[list[str]]]
 """Results on one data set: the title, and the lines of a table as lists of cells.
 
 The first line is the heading of the table.
 """
 
 
-def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
+def _shown_metrics(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
     """Names of the metrics to show.
 
     1. The ``metrics``, unless they are None.
@@ -492,33 +500,39 @@ def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
-    present = list(dict.fromkeys(row.metric for row in rows))
-    if not _are_default(set(present)):
-        return present
-    return [name for name in METRICS if METRICS[name].wanted == "always" and name in present]
+    metrics_of_rows = list(dict.fromkeys(row.metric for row in rows))
+    if not _are_default_metrics(set(metrics_of_rows)):
+        return metrics_of_rows
+    shown = []
+    for name in METRICS:
+        if METRICS[name].wanted == "always" and name in metrics_of_rows:
+            shown.append(name)
+    return shown
 
 
-def _are_default(present: set[str]) -> bool:
+def _are_default_metrics(names: set[str]) -> bool:
     """Whether these metrics were computed by default, and not chosen by the user."""
     always_computed = set()
     for name in DEFAULT_METRICS:
         metric = METRICS[name]
         if not metric.of_probability and metric.question == "failure":
             always_computed.add(metric.name)
-    lacks_none = always_computed.issubset(present)
-    has_no_other = present.issubset(evaluated_metrics())
+    lacks_none = always_computed.issubset(names)
+    has_no_other = names.issubset(evaluated_metrics())
     return lacks_none and has_no_other
 
 
-def _tables_by_data_set(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
-    """One table per data set and split, with the metrics ``shown`` as columns."""
+def _tables_by_data_set(
+    rows: Sequence[ResultRow], shown_metrics: Sequence[str]
+) -> list[TitledTable]:
+    """One table per data set and split, with the metrics ``shown_metrics`` as columns."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault(_where(row), []).append(row)
-    return [_table_of_data_set(group, shown) for group in groups.values()]
+        groups.setdefault(_data_set_name(row), []).append(row)
+    return [_table_of_data_set(group, shown_metrics) for group in groups.values()]
 
 
-def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
+def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> TitledTable:
     """The table of rows on one data set, with a line per method and seed."""
     # The key of a line is the name of the scores, the seed and the number of the repeat. Its value
     # is the results of the line, by metric.
@@ -532,7 +546,7 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
         repeats[key] += 1  # a second row with the same key gets a line of its own
     n_seeds = len({row.seed for row in rows})
     table = [["method", *[_metric(metric).title for metric in metrics]]]
-    for (name, seed, _), line in lines.items():
+    for (name, seed, _repeat), line in lines.items():
         label = printable(name)
         if n_seeds > 1 and seed is not None:
             label = f"{label} (seed {seed})"
@@ -574,32 +588,32 @@ def _title(rows: Sequence[ResultRow]) -> str:
     """Title of the table of one data set: its name, and the counts of its rows."""
     accuracy = span(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
-        f"{_span(rows, 'n')} answers{_pictures(rows)}",
-        f"{_span(rows, 'n_failures')} wrong{_shares(rows)}",
+        f"{_span_of_count(rows, 'n')} answers{_pictures_phrase(rows)}",
+        f"{_span_of_count(rows, 'n_failures')} wrong{_shares_phrase(rows)}",
         f"accuracy {accuracy} %",
     ]
-    n_unlabelled = _span(rows, "n_unlabelled")
+    n_unlabelled = _span_of_count(rows, "n_unlabelled")
     if n_unlabelled != "0":
         counts.append(f"{n_unlabelled} unlabelled left out")
-    n_unusable = _span(rows, "n_unusable")
+    n_unusable = _span_of_count(rows, "n_unusable")
     if n_unusable != "0":
         counts.append(f"{n_unusable} without a score left out")
-    return f"{_where(rows[0])}: {', '.join(counts)}"
+    return f"{_data_set_name(rows[0])}: {', '.join(counts)}"
 
 
-def _span(rows: Sequence[ResultRow], count: str) -> str:
+def _span_of_count(rows: Sequence[ResultRow], count: str) -> str:
     """Text of the different values that a count has in the rows, such as "10/20" or "0"."""
     return span(getattr(row, count) for row in rows)
 
 
-def _pictures(rows: Sequence[ResultRow]) -> str:
+def _pictures_phrase(rows: Sequence[ResultRow]) -> str:
     """Phrase on the number of pictures; "" if every row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
     return f" for {span(_n_pictures(row) for row in rows)} pictures"
 
 
-def _shares(rows: Sequence[ResultRow]) -> str:
+def _shares_phrase(rows: Sequence[ResultRow]) -> str:
     """Phrase on the two kinds of wrong answers; "" if all rows belong to one of the classes."""
     if not any(row.n_outside for row in rows):
         return ""
@@ -613,25 +627,25 @@ def _percent(count: int, n: int) -> str:
     return f"{100 * count / max(n, 1):.1f}"
 
 
-def _where(row: ResultRow) -> str:
+def _data_set_name(row: ResultRow) -> str:
     """Name of the data set and its split; "results" if neither is known."""
     names = [name for name in (row.dataset, row.split) if name]
     return printable(" ".join(names)) or "results"
 
 
-def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
+def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]:
     """Notes on the unit, intervals, conventions and undefined values, each note once."""
     if not rows:
         return ["no results"]
-    rows = [row for row in rows if row.metric in shown]
-    first_note = f"in percent{not_in_percent(map(_metric, shown))}"
+    rows = [row for row in rows if row.metric in shown_metrics]
+    first_note = f"in percent{not_in_percent(map(_metric, shown_metrics))}"
     intervals = _intervals_in_words(rows)
     if intervals:
         first_note = f"{first_note}; in brackets: {intervals}"
     notes = [first_note]
     for row in rows:
-        notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}")
-    notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
+        notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval_note(row)}")
+    notes += [f"undefined on {_data_set_name(row)}: {row.why}" for row in rows if row.why]
     if len({row.answer for row in rows}) > 1:
         notes += _notes_across_answers(rows)
     return list(dict.fromkeys(printable(note) for note in notes))
@@ -639,12 +653,16 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
 
 def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
     """Note on the metrics that do not compare rows about different answers."""
-    titles = [_metric(row.metric).title for row in rows if not _metric(row.metric).across_answers]
+    titles: list[str] = []
+    for row in rows:
+        metric = _metric(row.metric)
+        if not metric.across_answers and metric.title not in titles:
+            titles.append(metric.title)
     if not titles:
         return []
     return [
-        f"{', '.join(dict.fromkeys(titles))}: not to be compared between kinds of answers, which "
-        "are wrong in other rows"
+        f"{', '.join(titles)}: not to be compared between kinds of answers, which are wrong in "
+        "other rows"
     ]
 
 
@@ -658,10 +676,17 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
     for row in rows:
         if row.interval and not _is_own_interval(row):
             name = printable(name_of(row.method, row.answer))
-            methods.setdefault(row.interval, {})[name] = None
-    if len(methods) <= 1:
-        return next(iter(methods), "")
-    return "; ".join(f"{how} ({', '.join(names)})" for how, names in methods.items())
+            names = methods.setdefault(row.interval, {})
+            names[name] = None
+    if not methods:
+        return ""
+    if len(methods) == 1:
+        (interval,) = methods
+        return interval
+    texts = []
+    for interval, names in methods.items():
+        texts.append(f"{interval} ({', '.join(names)})")
+    return "; ".join(texts)
 
 
 def _is_own_interval(row: ResultRow) -> bool:
@@ -669,7 +694,7 @@ def _is_own_interval(row: ResultRow) -> bool:
     return isinstance(_metric(row.metric).kernel, OwnInterval)
 
 
-def _own_interval(row: ResultRow) -> str:
+def _own_interval_note(row: ResultRow) -> str:
     """Text on how the interval of a row was made, if the metric computed it itself; else ""."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import UNKNOWN
 
-SAMPLED = 256
+SAMPLE_SIZE = 256
 """Number of rows of a sample.
 
 The sample has the rows with the smallest hashes. If J is the share of rows that two outcomes have
@@ -21,16 +21,16 @@ this probability is 2e-6.
 
 
 class RowSample(NamedTuple):
-    """Hashes of some rows, and what was hashed: the "pictures" or the "names" of the rows."""
+    """Hashes of some rows, and their kind: hashes of the "pictures" or of the "names" of rows."""
 
-    by: Literal["pictures", "names"]
+    kind: Literal["pictures", "names"]
     hashes: frozenset[int]
 
 
 def sample_of_rows(
     picture: NDArray[np.int64] | None, ids: Sequence[str] | None
 ) -> RowSample | None:
-    """A sample of at most ``SAMPLED`` rows, by their pictures, or else by their identifiers.
+    """A sample of at most ``SAMPLE_SIZE`` rows, by their pictures, or else by their identifiers.
 
     None if neither is known.
 
@@ -42,7 +42,8 @@ def sample_of_rows(
         1
     """
     if picture is not None and (picture != UNKNOWN).any():
-        return RowSample("pictures", _smallest(picture[picture != UNKNOWN]))
+        known_pictures = picture[picture != UNKNOWN]
+        return RowSample("pictures", _smallest(known_pictures))
     if ids:
         hashes = np.fromiter(map(_hash, ids), np.int64, len(ids))
         return RowSample("names", _smallest(hashes))
@@ -50,8 +51,8 @@ def sample_of_rows(
 
 
 def _smallest(hashes: NDArray[np.int64]) -> frozenset[int]:
-    """The ``SAMPLED`` smallest of the different hashes."""
-    return frozenset(np.unique(hashes)[:SAMPLED].tolist())
+    """The ``SAMPLE_SIZE`` smallest of the different hashes."""
+    return frozenset(np.unique(hashes)[:SAMPLE_SIZE].tolist())
 
 
 def _hash(identifier: str) -> int:
@@ -62,8 +63,12 @@ def _hash(identifier: str) -> int:
 
 def are_disjoint(samples: Sequence[RowSample]) -> bool:
     """Whether no two samples share a row; False if the samples cannot be compared."""
-    kinds = {sample.by for sample in samples}
+    kinds = {sample.kind for sample in samples}
     if len(samples) < 2 or len(kinds) > 1:
         return False
-    hashes = [row_hash for sample in samples for row_hash in sample.hashes]
-    return len(set(hashes)) == len(hashes)
+    hashes: set[int] = set()
+    for sample in samples:
+        if not hashes.isdisjoint(sample.hashes):
+            return False
+        hashes |= sample.hashes
+    return True

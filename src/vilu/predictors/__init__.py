@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from vilu.predictors.contract.catalogue import PREDICTORS
 
-ZERO_SHOT = "vilu.predictors.zero_shot"
+ZERO_SHOT_MODULE = "vilu.predictors.zero_shot"
 
 METHODS = {
     "vilu_plus": "vilu.predictors.plus.vilu_plus:ViLUPlus",
     "vilu_zero": "vilu.predictors.plus.vilu_zero:ViLUZero",
     "vilu": "vilu.predictors.vilu.vilu:ViLU",
     "lvu": "vilu.predictors.vilu.vilu:LVU",
-    "mcm": f"{ZERO_SHOT}:MCM",
-    "entropy": f"{ZERO_SHOT}:Entropy",
-    "doctor": f"{ZERO_SHOT}:Doctor",
-    "max_logit": f"{ZERO_SHOT}:MaxLogit",
-    "margin": f"{ZERO_SHOT}:Margin",
-    "prob_margin": f"{ZERO_SHOT}:ProbMargin",
-    "energy": f"{ZERO_SHOT}:Energy",
-    "gen": f"{ZERO_SHOT}:GEN",
-    "kl_uniform": f"{ZERO_SHOT}:KLUniform",
+    "mcm": f"{ZERO_SHOT_MODULE}:MCM",
+    "entropy": f"{ZERO_SHOT_MODULE}:Entropy",
+    "doctor": f"{ZERO_SHOT_MODULE}:Doctor",
+    "max_logit": f"{ZERO_SHOT_MODULE}:MaxLogit",
+    "margin": f"{ZERO_SHOT_MODULE}:Margin",
+    "prob_margin": f"{ZERO_SHOT_MODULE}:ProbMargin",
+    "energy": f"{ZERO_SHOT_MODULE}:Energy",
+    "gen": f"{ZERO_SHOT_MODULE}:GEN",
+    "kl_uniform": f"{ZERO_SHOT_MODULE}:KLUniform",
     "neglabel": "vilu.predictors.plus.ood:NegLabel",
     "mcm_ts": "vilu.predictors.temperature:MCMTS",
     "duo": "vilu.predictors.temperature:Duo",

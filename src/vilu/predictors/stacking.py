@@ -19,8 +19,8 @@ from vilu.predictors.contract.parameters import build, parameters
 from vilu.predictors.contract.predictor import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.temperature import WithSecondModel
 
-# The default members: first those without a fit, then those that learn from class labels.
-FREE = (
+# The default members.
+MEMBERS_WITHOUT_FIT = (
     "mcm",
     "entropy",
     "doctor",
@@ -31,10 +31,17 @@ FREE = (
     "energy",
     "kl_uniform",
 )
-LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
-CERTAIN = 1e-12
-"""Probabilities are clipped to CERTAIN ... 1 - CERTAIN, so that their log-odds are finite."""
-FARTHEST = 5.0
+MEMBERS_WITH_LABELS = (
+    "knn_vote",
+    "trine",
+    "class_gaussians",
+    "mahalanobis",
+    "trust_score",
+    "linear_probe",
+)
+MIN_PROBABILITY = 1e-12
+"""Probabilities are clipped to this one ... 1 minus this one, so that log-odds are finite."""
+MAX_DEVIATIONS = 5.0
 """Standardised scores are clipped to -5 ... 5, so that no outlier decides alone."""
 NO_SPREAD = 1e-9
 """Standard deviation, divided by the largest score, up to which scores count as equal.
@@ -102,7 +109,9 @@ class Stacking(WithSecondModel):
 
     seed: int = 0
     allow_degenerate: bool = False
-    members: Annotated[tuple[str, ...], Field(min_length=1)] = FREE + LABEL_BASED
+    members: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        MEMBERS_WITHOUT_FIT + MEMBERS_WITH_LABELS
+    )
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     device: str = "auto"
 
@@ -187,11 +196,13 @@ class Stacking(WithSecondModel):
             if not member.needs_fit:
                 member.take({}, rows.source.space)  # only the space is stored
                 continue
-            usable = torch.ones_like(is_ood)
+            is_usable = torch.ones_like(is_ood)
             if member.needs == "class":
-                usable = ~is_ood
-            usable_rows = dataclasses.replace(rows, index=rows.index[usable], outside_rows=ood_rows)
-            learnt = member.learn(usable_rows, failure[usable])
+                is_usable = ~is_ood
+            member_rows = dataclasses.replace(
+                rows, index=rows.index[is_usable], outside_rows=ood_rows
+            )
+            learnt = member.learn(member_rows, failure[is_usable])
             member.take(learnt.tensors, rows.source.space)
         return members
 
@@ -218,38 +229,43 @@ class Stacking(WithSecondModel):
             "deviation": deviation.masked_fill(has_no_spread, torch.inf),
         }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
-        model.fit(standardised(scores, regression).numpy(), failure.numpy())
+        model.fit(standardise(scores, regression).numpy(), failure.numpy())
         coefficients = model.coef_[0]  # scikit-learn has one row for two classes
         regression["coefficients"] = torch.from_numpy(coefficients.copy())
         regression["intercept"] = torch.from_numpy(model.intercept_.copy())
         return regression
 
     def _score(self, batch: Batch) -> Tensor:
-        x = standardised(member_scores(self.members_, batch), self.learned_)
-        return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
+        x = standardise(member_scores(self.members_, batch), self.learned_)
+        log_odds = x @ self.learned_["coefficients"] + self.learned_["intercept"]
+        return torch.sigmoid(log_odds)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Store the tensors of the regression, and of the members, whose names have a prefix."""
+        members: dict[str, FailurePredictor] = {}
         is_constant = tensors.keys() == {CONSTANT}
-        members = {} if is_constant else self._new_members()
-        own = dict(tensors)
-        of_members: dict[str, dict[str, Tensor]] = {}
-        # tensors of the members are moved from ``own`` to ``of_members``, without their prefixes
+        if not is_constant:
+            members = self._new_members()
+        # the tensors of the members are split off, without their prefixes
+        regression = dict(tensors)
+        states: dict[str, dict[str, Tensor]] = {}
         for name in members:
-            of_members[name] = {}
+            prefix = tensor_prefix(name)
+            state = {}
             for key, tensor in tensors.items():
-                if key.startswith(prefix(name)):
-                    of_members[name][key.removeprefix(prefix(name))] = tensor
-                    own.pop(key, None)
-        n_members = len(own.get("mean", ()))  # there is one mean for each member
+                if key.startswith(prefix):
+                    state[key.removeprefix(prefix)] = tensor
+                    regression.pop(key, None)
+            states[name] = state
+        n_members = len(regression.get("mean", ()))  # there is one mean for each member
         if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
                 f"The file has those of {n_members} members."
             )
         for name, member in members.items():
-            member.take(of_members[name], space)
-        super().take(own, space)
+            member.take(states[name], space)
+        super().take(regression, space)
         self.members_ = members
 
     def state(self) -> dict[str, Tensor]:
@@ -257,7 +273,7 @@ class Stacking(WithSecondModel):
         return super().state() | member_tensors(self.members_)
 
 
-def prefix(member: str) -> str:
+def tensor_prefix(member: str) -> str:
     """Prefix of the names of the tensors of a member in a file of the stack."""
     return f"members.{member}."
 
@@ -267,7 +283,7 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
     tensors = {}
     for name, member in members.items():
         for key, tensor in member.state().items():
-            tensors[prefix(name) + key] = tensor
+            tensors[tensor_prefix(name) + key] = tensor
     return tensors
 
 
@@ -280,12 +296,12 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
     for member in members.values():
         column = member.score_batch(batch).cpu().double()
         if member.is_probability:
-            column = torch.logit(column, eps=CERTAIN)
+            column = torch.logit(column, eps=MIN_PROBABILITY)
         columns.append(column)
     return torch.stack(columns, dim=1)
 
 
-def standardised(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
+def standardise(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
     """(B, M) standardised and clipped scores; 0 for a member whose scores were equal in the fit."""
     deviations = (scores - regression["mean"]) / regression["deviation"]
-    return deviations.clamp(-FARTHEST, FARTHEST)
+    return deviations.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)

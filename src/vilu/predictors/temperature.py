@@ -27,11 +27,13 @@ from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
 # Constants of the search for log m.
-LIMIT = math.log(100.0)  # bound of |log m|; a fitted factor beyond it would not be credible
-BINS = 15  # number of bins of the calibration error
-GRID = 41  # number of values of log m in the grid search
-TOLERANCE = 1e-3  # length of the interval of log m at which the golden-section search ends
-GOLDEN = (math.sqrt(5) - 1) / 2  # factor of the length of the interval in a golden-section step
+# bound of |log m|; a fitted factor beyond it would not be credible
+MAX_LOG_FACTOR = math.log(100.0)
+N_BINS = 15  # number of bins of the calibration error
+N_GRID = 41  # number of values of log m in the grid search
+MIN_INTERVAL = 1e-3  # length of the interval of log m at which the golden-section search ends
+# a golden-section step multiplies the length of the interval by this factor
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
@@ -93,7 +95,12 @@ class MCMTS(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         log_multiplier = 0.0
-        if has_failures(failure, f"temperature, so {self.name} scores as mcm"):
+        if not failure.any():
+            warn_caller(
+                f"only 0 failures among {len(failure)} training rows: they identify no "
+                f"temperature, so {self.name} scores as mcm."
+            )
+        else:
             minimise = OBJECTIVES[self.objective]
             log_multiplier = minimise(train, len(failure), self.device_)
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
@@ -102,71 +109,61 @@ class MCMTS(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return uncertainty(batch, float(self.learned_["log_multiplier"]))
+        return tempered_uncertainty(batch, float(self.learned_["log_multiplier"]))
 
 
-def has_failures(failure: Tensor, consequence: str) -> bool:
-    """Whether there are failures. Without any, the fit has no solution, and a warning says so.
-
-    The warning ends with the ``consequence``: what is not fitted, and what follows.
-    """
-    has_some = bool(failure.any())
-    if not has_some:
-        warn_caller(
-            f"only 0 failures among {len(failure)} training rows: they identify no {consequence}."
-        )
-    return has_some
-
-
-def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
+def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
     return RivalWeights.from_logits(batch.logits, answer_column, temperature).doubt
 
 
-def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
-    """The log m that minimises the mean negative log-likelihood of ``n`` labelled rows."""
+def most_likely_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
+    """The log m that minimises the mean negative log-likelihood of ``n_rows`` labelled rows."""
 
-    def terms(batch: Batch, point: list[float]) -> Tensor:
+    def objective(batch: Batch, point: list[float]) -> Tensor:
         (log_multiplier,) = point
-        return likelihood_terms(batch.to(device), log_multiplier)
+        return loss_and_derivative(batch.to(device), log_multiplier)
 
-    (best,) = most_likely(terms, train, n, start=[0.0], limits=(-LIMIT, LIMIT))
+    limits = (-MAX_LOG_FACTOR, MAX_LOG_FACTOR)
+    (best,) = minimise_mean_loss(objective, train, n_rows, start=[0.0], limits=limits)
     return best
 
 
-def most_likely(
-    terms: Callable[[Batch, list[float]], Tensor],
+def minimise_mean_loss(
+    loss_and_derivatives: Callable[[Batch, list[float]], Tensor],
     train: Rows,
-    n: int,
+    n_rows: int,
     start: list[float],
     limits: tuple[float, float],
 ) -> list[float]:
-    """The point of least mean negative log-likelihood of ``n`` labelled rows, by bounded L-BFGS.
+    """The point with the least mean loss of ``n_rows`` labelled rows, found by bounded L-BFGS.
 
     Args:
-        terms: Function of a batch and a point, whose result is the sum of the losses of the batch,
-            followed by the sums of their derivatives in the coordinates of the point.
+        loss_and_derivatives: Function of a batch and a point, whose result is the sum of the losses
+            of the batch, followed by the sums of their derivatives in the coordinates of the point.
         train: The labelled rows.
-        n: Number of these rows.
+        n_rows: Their number.
         start: The point where the search begins.
         limits: Lower and upper bound of every coordinate.
     """
     from scipy.optimize import minimize
 
     def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
-        sums = [terms(batch, point.tolist()) for batch in train.batches(SCORING_BATCH)]
-        mean_loss, *derivatives = (torch.stack(sums).sum(dim=0) / n).tolist()
+        sums = []
+        for batch in train.batches(SCORING_BATCH):
+            sums.append(loss_and_derivatives(batch, point.tolist()))
+        mean_loss, *derivatives = (torch.stack(sums).sum(dim=0) / n_rows).tolist()
         return mean_loss, derivatives
 
     bounds = [limits] * len(start)
-    precision = {"ftol": 1e-15, "gtol": 1e-8}
-    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision)
+    options = {"ftol": 1e-15, "gtol": 1e-8}
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return list(map(float, best.x))
 
 
-def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
+def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
     """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
 
     The derivative in log m equals the derivative in a factor f of the logits m l, at f = 1.
@@ -174,10 +171,10 @@ def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     logits = float64(batch.logits)
     # subtracting the largest logit does not change p, and avoids large numbers
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    return pooled_terms(batch, z.unsqueeze(-1), factors=[1.0])
+    return pooled_loss_and_derivatives(batch, z.unsqueeze(-1), factors=[1.0])
 
 
-def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
+def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
     """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
 
     p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
@@ -194,42 +191,42 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
     return torch.cat([loss.sum().unsqueeze(0), derivatives]).cpu()
 
 
-def best_calibration(train: Rows, n: int, device: torch.device) -> float:
-    """The log m that minimises the expected calibration error of ``n`` labelled rows."""
+def best_calibrated_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
+    """The log m that minimises the expected calibration error of ``n_rows`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
-        (error,) = calibration_errors(train, n, device, [log_multiplier])
+        (error,) = calibration_errors(train, n_rows, device, [log_multiplier])
         return error
 
-    grid = torch.linspace(-LIMIT, LIMIT, GRID, dtype=torch.float64).tolist()
-    errors = calibration_errors(train, n, device, grid)
-    best = min(range(GRID), key=errors.__getitem__)  # index of the smallest error
-    low = grid[max(best - 1, 0)]
-    high = grid[min(best + 1, GRID - 1)]
-    refined, refined_error = golden_section(error_at, low, high)
-    if refined_error < errors[best]:
-        return refined
-    return float(grid[best])
+    grid = torch.linspace(-MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID, dtype=torch.float64).tolist()
+    errors = calibration_errors(train, n_rows, device, grid)
+    best_index = min(range(N_GRID), key=errors.__getitem__)
+    low = grid[max(best_index - 1, 0)]
+    high = grid[min(best_index + 1, N_GRID - 1)]
+    refined_point, refined_error = golden_section(error_at, low, high)
+    if refined_error < errors[best_index]:
+        return refined_point
+    return float(grid[best_index])
 
 
 def calibration_errors(
-    train: Rows, n: int, device: torch.device, log_multipliers: list[float]
+    train: Rows, n_rows: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
     """Expected calibration error for every log m, computed in one pass over the rows.
 
     The error is the sum over the bins of |number of failures - sum of u| / n. The bins are
     intervals of the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
     """
-    edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
-    gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
+    edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
+    gaps = torch.zeros(len(log_multipliers), N_BINS, dtype=torch.float64)
     for batch in train.batches(SCORING_BATCH):
         moved = batch.to(device)
         failure = moved.failure.cpu()
         for gap, log_multiplier in zip(gaps, log_multipliers, strict=True):
-            u = uncertainty(moved, log_multiplier).cpu()
+            u = tempered_uncertainty(moved, log_multiplier).cpu()
             bin_of_row = torch.bucketize(u, edges)
             gap.index_add_(0, bin_of_row, failure - u)  # ``gap`` is a row of ``gaps``
-    errors: list[float] = (gaps.abs().sum(dim=1) / n).tolist()
+    errors: list[float] = (gaps.abs().sum(dim=1) / n_rows).tolist()
     return errors
 
 
@@ -237,27 +234,27 @@ def golden_section(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
     """Search [low, high] for a minimum; returns the best evaluated point and its value."""
-    left = high - GOLDEN * (high - low)
-    right = low + GOLDEN * (high - low)
+    left = high - GOLDEN_RATIO * (high - low)
+    right = low + GOLDEN_RATIO * (high - low)
     value_at = {left: function(left), right: function(right)}
-    while high - low > TOLERANCE:
+    while high - low > MIN_INTERVAL:
         if value_at[left] <= value_at[right]:  # the minimum is in [low, right]
             high = right
             right = left
-            left = high - GOLDEN * (high - low)
+            left = high - GOLDEN_RATIO * (high - low)
             value_at[left] = function(left)
         else:  # the minimum is in [left, high]
             low = left
             left = right
-            right = low + GOLDEN * (high - low)
+            right = low + GOLDEN_RATIO * (high - low)
             value_at[right] = function(right)
     best = min(value_at, key=value_at.__getitem__)
     return best, value_at[best]
 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
-    "nll": best_likelihood,
-    "ece": best_calibration,
+    "nll": most_likely_multiplier,
+    "ece": best_calibrated_multiplier,
 }
 """Functions that find the best log m, by the name of the objective."""
 
@@ -278,7 +275,9 @@ class WithSecondModel(FailurePredictor):
     @property
     def second_space_(self) -> EmbeddingSpace | None:
         """Embedding space of the second model of the fit; None if it is not known."""
-        return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
+        if "second" not in self.notes_:
+            return None
+        return EmbeddingSpace(**self.notes_["second"])
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """As in the base class, but notes that describe no valid second space are refused, too."""
@@ -356,13 +355,21 @@ class Duo(WithSecondModel):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        consequence = f"temperatures, so {self.name} takes the mean of the two models' logits"
         multipliers = [0.5, 0.5]
-        if has_failures(failure, consequence):
+        if not failure.any():
+            warn_caller(
+                f"only 0 failures among {len(failure)} training rows: they identify no "
+                f"temperatures, so {self.name} takes the mean of the two models' logits."
+            )
+        else:
             multipliers = best_multipliers(train, len(failure), self.device_)
-        large, small = multipliers
+        large_multiplier, small_multiplier = multipliers
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
-        notes = {"large": large, "small": small, **self.second_notes(train.source)}
+        notes = {
+            "large": large_multiplier,
+            "small": small_multiplier,
+            **self.second_notes(train.source),
+        }
         return Learnt(tensors, notes)
 
     def _score(self, batch: Batch) -> Tensor:
@@ -378,15 +385,16 @@ def two_logits(batch: Batch) -> Tensor:
     return torch.stack([float64(batch.logits), float64(second)], dim=-1)
 
 
-def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
-    """The factors [T_L, T_S] that minimise the mean negative log-likelihood of ``n`` rows."""
+def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[float]:
+    """The factors [T_L, T_S] that minimise the mean negative log-likelihood of ``n_rows`` rows."""
 
-    def terms(batch: Batch, point: list[float]) -> Tensor:
-        return duo_terms(batch.to(device), point)
+    def objective(batch: Batch, multipliers: list[float]) -> Tensor:
+        return duo_loss_and_derivatives(batch.to(device), multipliers)
 
-    return most_likely(terms, train, n, start=[0.5, 0.5], limits=(0.0, math.exp(LIMIT)))
+    limits = (0.0, math.exp(MAX_LOG_FACTOR))
+    return minimise_mean_loss(objective, train, n_rows, start=[0.5, 0.5], limits=limits)
 
 
-def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """(3,) results of ``pooled_terms`` for the two models, with the factors T_L and T_S."""
-    return pooled_terms(batch, two_logits(batch), multipliers)
+def duo_loss_and_derivatives(batch: Batch, multipliers: Sequence[float]) -> Tensor:
+    """(3,) ``pooled_loss_and_derivatives`` of the two models, whose factors are T_L and T_S."""
+    return pooled_loss_and_derivatives(batch, two_logits(batch), multipliers)

@@ -79,7 +79,7 @@ class Entropy(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return entropy(batch) / log_count(batch)
+        return entropy(batch) / log_n_candidates(batch)
 
 
 @dataclass
@@ -324,7 +324,7 @@ class KLUniform(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return log_posterior(batch).mean(dim=-1) + log_count(batch)
+        return log_posterior(batch).mean(dim=-1) + log_n_candidates(batch)
 
 
 def entropy(batch: Batch) -> Tensor:
@@ -342,6 +342,6 @@ def entropy(batch: Batch) -> Tensor:
     return torch.log1p(odds) - total / (1 + odds)
 
 
-def log_count(batch: Batch) -> Tensor:
+def log_n_candidates(batch: Batch) -> Tensor:
     """() float64 log K as a tensor, so that an exported graph can be used with any K."""
     return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()

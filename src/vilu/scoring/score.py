@@ -29,8 +29,13 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.seen import candidates_of, counted, same_candidates, scored_of
-from vilu.predictors.persistence.description import describe, seen_tensors
+from vilu.predictors.contract.seen import (
+    candidates_of,
+    count_in_words,
+    rows_to_score,
+    same_candidates,
+)
+from vilu.predictors.persistence.description import describe, sketch_tensors
 from vilu.predictors.persistence.files import SavedModel
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
@@ -100,7 +105,7 @@ class DecidingModel(SavedModel):
         """The calibration; None before ``calibrate``."""
 
 
-def parts_of(
+def predictor_and_calibration(
     model: FailurePredictor | DecidingModel, calibration: CalibrationLike | None
 ) -> tuple[FailurePredictor, CalibrationLike | None]:
     """The predictor that scores, and the calibration that decides about its scores.
@@ -174,32 +179,37 @@ def score(
         >>> outcomes.reason
         (None, None, 'nonfinite')
     """
-    predictor, calibration = parts_of(predictor, calibration)
-    _check(predictor, data, calibration)
-    seen = predictor.seen(data)
-    _warn_seen(seen.in_words(), predictor, len(seen))
-    counts = {"n_seen_in_fit": len(seen)}
-    if len(seen):
-        counts["n_compared_with_fit"] = seen.n_comparable
-    facts = _facts(predictor, data, calibration, dataset=dataset, split=split, **counts)
+    predictor, calibration = predictor_and_calibration(predictor, calibration)
+    _check_data(predictor, data, calibration)
+    overlap = predictor.seen(data)
+    _warn_seen(overlap.in_words(), predictor, len(overlap))
+    counts = {"n_seen_in_fit": len(overlap)}
+    if len(overlap):
+        counts["n_compared_with_fit"] = overlap.n_comparable
+    facts = _facts_about_origin(
+        predictor, data, calibration, dataset=dataset, split=split, **counts
+    )
     return score_rows(predictor, data, facts, calibration=calibration)
 
 
-def score_fresh(
+def score_unseen(
     predictor: FailurePredictor,
     data: EmbeddingSource,
-    fresh: NDArray[np.bool_],
+    is_unseen: NDArray[np.bool_],
     *,
     dataset: str | None = None,
     split: str | None = None,
 ) -> Outcomes:
-    """Score only the rows in the mask ``fresh`` (N,), which were not used in the fit.
+    """Score only the rows in the mask ``is_unseen`` (N,), which were not used in the fit.
 
-    Pairs are still judged in the pools that all rows form.
+    Image-caption pairs are still judged in the pools that all rows form.
     """
-    _check(predictor, data, None)
-    facts = _facts(predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0)
-    return score_rows(predictor, data, facts, scored=scored_of(data, fresh)).take(fresh)
+    _check_data(predictor, data, None)
+    facts = _facts_about_origin(
+        predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0
+    )
+    outcomes = score_rows(predictor, data, facts, scored_rows=rows_to_score(data, is_unseen))
+    return outcomes.take(is_unseen)
 
 
 def score_rows(
@@ -209,7 +219,7 @@ def score_rows(
     *,
     calibration: CalibrationLike | None = None,
     rows: Ints | None = None,
-    scored: Tensor | None = None,
+    scored_rows: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
     """Outcomes of some rows, from one pass over the rows that can be scored.
@@ -220,41 +230,43 @@ def score_rows(
         facts: Fields of the outcomes that describe their origin.
         calibration: The calibration that decides; None: the outcomes have no decisions.
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
-        scored: Indices (S,) of the rows to score, in the order of scoring; None: all usable rows.
+        scored_rows: Indices (S,) of the rows to score, in the order of scoring; None: all usable
+            rows.
         task: Progress bar to advance; None: a new one.
     """
     indices = np.arange(len(source)) if rows is None else rows
     order = np.argsort(indices, kind="stable")
     columns = _Columns.of(source, indices)
-    n_scored = len(source.usable_rows if scored is None else scored)
-    bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
-    with bar as progress:
-        for batch, scores in predictor.scored(source, scored):
+    n_scored = len(source.usable_rows if scored_rows is None else scored_rows)
+    progress_bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
+    with progress_bar as progress:
+        for batch, scores in predictor.scored(source, scored_rows):
             # A row has the same position in the columns as in ``indices``. Bisection in the sorted
             # indices finds the positions of the rows of the batch.
             sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
             positions = order[sorted_positions]
             columns.fill(positions, batch, scores)
             if calibration is not None:
-                columns.ood[positions] = _rather_ood(predictor, calibration, batch, scores)
-                sets = calibration.sets_of(predictor, batch, scores, source.class_names)
-                if sets is not None:
-                    columns.fill_sets(positions, sets)
+                columns.is_ood[positions] = _is_rather_ood(predictor, calibration, batch, scores)
+                label_sets = calibration.sets_of(predictor, batch, scores, source.class_names)
+                if label_sets is not None:
+                    columns.fill_label_sets(positions, label_sets)
             progress.advance(len(positions))
     reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # A part (``rows``) whose rows all have a score has no column of reasons. All rows together
-    # always have this column.
-    is_part = rows is not None
-    has_reasons = not is_part or any(reasons)
+    # All rows together always have a column of reasons. A part has it only if a row lacks a score.
+    has_reasons = rows is None or any(reasons)
+    zero_shot = None
+    if predictor.answer != "zero_shot":
+        zero_shot = columns.zero_shot
     outcomes = Outcomes(
         uncertainty=columns.uncertainty,
         failure=columns.failure,
         prediction=columns.prediction,
         answer=predictor.answer,
-        zero_shot=None if predictor.answer == "zero_shot" else columns.zero_shot,
+        zero_shot=zero_shot,
         target=columns.target,
         outside=source.outside.numpy()[indices],
-        ids=source.ids if rows is None else _keys(source, rows, order),
+        ids=source.ids if rows is None else _ids_of_rows(source, rows, order),
         class_names=source.class_names,
         picture=source.picture_identities(indices),
         reason=reasons if has_reasons else None,
@@ -275,7 +287,7 @@ def score_rows(
         outcomes = replace(outcomes, failure_probability=probability)
     if calibration is None:
         return outcomes
-    return calibration.decide(outcomes, columns.ood)
+    return calibration.decide(outcomes, columns.is_ood)
 
 
 @dataclass
@@ -287,7 +299,7 @@ class _Columns:
     prediction: Ints
     zero_shot: Ints
     failure: Ints
-    ood: NDArray[np.bool_]  # whether "out of distribution" is likelier than "answered wrongly"
+    is_ood: NDArray[np.bool_]  # whether "out of distribution" is likelier than "answered wrongly"
     has_one_candidate: NDArray[np.bool_]
     label_set: list[str | None]
 
@@ -301,7 +313,7 @@ class _Columns:
             prediction=np.full(n, UNKNOWN),
             zero_shot=np.full(n, UNKNOWN),
             failure=np.full(n, UNKNOWN),
-            ood=np.zeros(n, np.bool_),
+            is_ood=np.zeros(n, np.bool_),
             has_one_candidate=np.zeros(n, np.bool_),
             label_set=[None] * n,
         )
@@ -316,13 +328,13 @@ class _Columns:
         self.failure[positions] = batch.failure.numpy(force=True)
         self.has_one_candidate[positions] = n_candidates < 2
 
-    def fill_sets(self, positions: Ints, sets: list[str]) -> None:
+    def fill_label_sets(self, positions: Ints, label_sets: list[str]) -> None:
         """Write the label sets of a batch to its ``positions`` (B,) in the columns."""
-        for position, label_set in zip(positions.tolist(), sets, strict=True):
+        for position, label_set in zip(positions.tolist(), label_sets, strict=True):
             self.label_set[position] = label_set
 
 
-def _rather_ood(
+def _is_rather_ood(
     predictor: FailurePredictor, calibration: CalibrationLike, batch: Batch, uncertainty: Floats
 ) -> NDArray[np.bool_]:
     """Mask (B,) of the rows that are more probably out of distribution than answered wrongly.
@@ -338,7 +350,7 @@ def _rather_ood(
     return np.zeros(len(uncertainty), np.bool_)
 
 
-def _check(
+def _check_data(
     predictor: FailurePredictor, data: EmbeddingSource, calibration: CalibrationLike | None
 ) -> None:
     """Refuse data without rows, and data that do not match the calibration.
@@ -355,10 +367,10 @@ def _check(
     has_fitted_probability = predictor.needs_fit and predictor.is_probability
     if is_calibrated or not has_fitted_probability:
         return
-    in_fit = predictor.notes_
-    in_data = candidates_of(data)
-    are_comparable = "n_candidates" in in_fit and "n_candidates" in in_data
-    if are_comparable and not same_candidates(in_fit, in_data):
+    fit_candidates = predictor.notes_  # the notes hold the description by ``candidates_of``
+    data_candidates = candidates_of(data)
+    are_comparable = "n_candidates" in fit_candidates and "n_candidates" in data_candidates
+    if are_comparable and not same_candidates(fit_candidates, data_candidates):
         warn_caller(
             f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
             "these. Its uncertainties still rank the answers, but as probabilities of failure they "
@@ -366,7 +378,7 @@ def _check(
         )
 
 
-def _facts(
+def _facts_about_origin(
     predictor: FailurePredictor,
     source: EmbeddingSource,
     calibration: CalibrationLike | None,
@@ -376,6 +388,9 @@ def _facts(
     **more_provenance: object,
 ) -> dict[str, Any]:
     """Fields of the outcomes that describe their origin."""
+    predictor_space = None
+    if predictor.space_ is not None:
+        predictor_space = predictor.space_.fingerprint
     return {
         "method": predictor.label,
         "dataset": dataset,
@@ -384,7 +399,7 @@ def _facts(
         "is_probability": predictor.is_probability,
         "provenance": {
             "space": source.space.fingerprint,
-            "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
+            "predictor_space": predictor_space,
             "n_candidates": source.n_candidates,
             "pool_size": source.pool_size,
             **more_provenance,
@@ -413,14 +428,13 @@ def _reasons(
 
     ``rows`` (M,) are the indices of the rows in the source.
     """
-    missing = np.isnan(uncertainty)
-    if not missing.any():
+    lacks_score = np.isnan(uncertainty)
+    if not lacks_score.any():
         return [None] * len(rows)
-    has_scores = source.n_candidates >= 2
-    if not has_scores:
+    if source.n_candidates < 2:
         return ["k<2"] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
-    for position in np.flatnonzero(missing).tolist():
+    for position in np.flatnonzero(lacks_score).tolist():
         status = int(source.status[rows[position]])
         if has_one_candidate[position]:
             reasons[position] = "k<2"
@@ -431,7 +445,7 @@ def _reasons(
     return reasons
 
 
-def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
+def _ids_of_rows(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     """Identifiers of the rows with the indices ``rows`` (M,), in the order of ``rows``.
 
     ``order`` (M,) holds the positions that sort ``rows``. Identifiers are looked up in ascending
@@ -440,17 +454,17 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     if not len(rows):
         return []
     ascending = rows[order]
-    first = int(ascending[0])
-    last = int(ascending[-1])
-    are_consecutive = last - first + 1 == len(rows)
+    first_row = int(ascending[0])
+    last_row = int(ascending[-1])
+    are_consecutive = last_row - first_row + 1 == len(rows)
     if not are_consecutive:
-        by_row = {row: source.ids[row] for row in ascending.tolist()}
-        return [by_row[row] for row in rows.tolist()]
+        id_of_row = {row: source.ids[row] for row in ascending.tolist()}
+        return [id_of_row[row] for row in rows.tolist()]
     # the rows of most parts are consecutive, so one slice reads all of their identifiers
-    keys = list(source.ids[first : last + 1])
+    ids = list(source.ids[first_row : last_row + 1])
     if np.array_equal(rows, ascending):
-        return keys
-    return [keys[row - first] for row in rows.tolist()]
+        return ids
+    return [ids[row - first_row] for row in rows.tolist()]
 
 
 @checked
@@ -517,12 +531,12 @@ def score_parts(
         ...     print(scores.counts.n_scored, scores.counts.n_failures)
         200 100
     """
-    predictor, calibration = parts_of(predictor, calibration)
+    predictor, calibration = predictor_and_calibration(predictor, calibration)
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
-    _check(predictor, source, calibration)
+    _check_data(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
-    facts = _facts(predictor, source, calibration, dataset=dataset, split=split)
+    facts = _facts_about_origin(predictor, source, calibration, dataset=dataset, split=split)
     ledger = ScoreLedger(Path(folder), _run_of(predictor, source, facts, rows_per_part))
     with ledger.claim(ledger.root):
         ledger.resume(overwrite=overwrite)
@@ -543,13 +557,13 @@ def _run_of(
     rows_per_part: int,
 ) -> ScoreRun:
     """Description of a run of ``score_parts``: predictor, data and settings."""
-    scored, _ = _scored_and_unscored(source)
+    scored_rows, _ = _scored_and_unscored(source)
     return ScoreRun(
         predictor=predictor_fingerprint(predictor),
         source=source_fingerprint(source),
         n_in=len(source),
-        n_candidate=len(scored),
-        rows_per_part=_rounded_size(rows_per_part, source.pool_size),
+        n_candidate=len(scored_rows),
+        rows_per_part=_rounded_rows_per_part(rows_per_part, source.pool_size),
         answer=predictor.answer,
         **facts,
     )
@@ -564,26 +578,26 @@ def _score_missing(
     calibration: CalibrationLike | None,
 ) -> None:
     """Score the missing parts of a folder and write them."""
-    all_scored, all_unscored = _scored_and_unscored(source)
-    n_scored = len(all_scored)
-    seen = predictor.seen(source).shared
+    all_scored_rows, all_unscored_rows = _scored_and_unscored(source)
+    n_scored = len(all_scored_rows)
+    is_seen = predictor.seen(source).shared
     with track("score", sum(map(len, missing)), "rows") as task:
         for part in missing:
-            scored = all_scored[part.start : part.stop]  # empty in parts of rows without a score
-            rows = scored.numpy()
-            if not len(scored):
-                rows = all_unscored[part.start - n_scored : part.stop - n_scored]
+            scored_rows = all_scored_rows[part.start : part.stop]
+            rows = scored_rows.numpy()
+            if not len(scored_rows):  # rows without a score come after all rows to score
+                rows = all_unscored_rows[part.start - n_scored : part.stop - n_scored]
             outcomes = score_rows(
                 predictor,
                 source,
                 facts,
                 calibration=calibration,
                 rows=rows,
-                scored=scored,
+                scored_rows=scored_rows,
                 task=task,
             )
-            ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
-            task.advance(len(part) - len(scored))
+            ledger.write_rows(part, rows, outcomes, int(is_seen[rows].sum()))
+            task.advance(len(part) - len(scored_rows))
 
 
 def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
@@ -591,12 +605,13 @@ def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> Sc
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
     # whether all rows of the fit can be recognised, so that the number is exact
-    is_whole = all(sketch.whole for sketch in predictor.seen_.values())
-    _warn_seen(counted(n_seen, n_rows, "rows", whole=is_whole), predictor, n_seen)
+    is_complete = all(sketch.is_complete for sketch in predictor.seen_.values())
+    count = count_in_words(n_seen, n_rows, "rows", is_complete=is_complete)
+    _warn_seen(count, predictor, n_seen)
     return scores
 
 
-def _rounded_size(rows_per_part: int, pool_size: int | None) -> int:
+def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
     """Number of rows in a part, rounded down to whole pools, or up to whole batches of scoring."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
@@ -607,21 +622,21 @@ def _rounded_size(rows_per_part: int, pool_size: int | None) -> int:
 
 def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     """Two sets of indices: rows to score, in the order of scoring, and rows without a score."""
-    scored = source.usable_rows
+    scored_rows = source.usable_rows
     if source.pool_size:
-        n_pools = len(scored) // source.pool_size
-        scored = scored[: n_pools * source.pool_size]
+        n_pools = len(scored_rows) // source.pool_size
+        scored_rows = scored_rows[: n_pools * source.pool_size]
     is_unscored = np.ones(len(source), dtype=np.bool_)
-    is_unscored[scored.numpy()] = False
-    return scored, np.flatnonzero(is_unscored)
+    is_unscored[scored_rows.numpy()] = False
+    return scored_rows, np.flatnonzero(is_unscored)
 
 
-SAMPLED = 256  # number of rows whose embeddings enter the fingerprint of a source
+N_SAMPLED_ROWS = 256  # number of rows whose embeddings enter the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
     """Hash of a predictor and its weights, independent of the version of vilu."""
-    tensors = predictor.state() | seen_tensors(predictor)
+    tensors = predictor.state() | sketch_tensors(predictor)
     weights = {}
     for name, tensor in tensors.items():
         weights[name] = [str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)]
@@ -636,8 +651,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     the first usable row or pool, and the identifiers of the first and the last row of the sample.
     """
     rows = source.usable_rows
-    stored = source.first if isinstance(source, TwoModels) else source
-    n_sampled = min(SAMPLED, len(rows))
+    stored_source = source.first if isinstance(source, TwoModels) else source
+    n_sampled = min(N_SAMPLED_ROWS, len(rows))
     positions = np.linspace(0, len(rows) - 1, n_sampled).round().astype(np.int64)
     sample = rows[torch.from_numpy(positions)]
     n_in_pool = source.pool_size or 1
@@ -661,8 +676,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     }
     if not source.has_texts:
         facts["logits"] = tensor_hash(source.column(LOGITS, sample).contiguous())
-    if isinstance(stored, EmbeddingStore | CaptionStore):
-        facts["content"] = stored.manifest.content
+    if isinstance(stored_source, EmbeddingStore | CaptionStore):
+        facts["content"] = stored_source.manifest.content
     if source.second is not None:
         facts["second"] = source_fingerprint(source.second)
     if isinstance(source, PairSource):
@@ -670,9 +685,9 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     if source.outside.any():
         facts["outside"] = tensor_hash(source.outside)
     if len(sample):
-        first = int(sample[0])
-        last = int(sample[-1])
-        facts["ids"] = [source.ids[first], source.ids[last]]
+        first_row = int(sample[0])
+        last_row = int(sample[-1])
+        facts["ids"] = [source.ids[first_row], source.ids[last_row]]
     if has_whole_pool:
         facts["texts"] = tensor_hash(source.candidates(first_pool).text)
     return digest(facts)

@@ -23,7 +23,7 @@ from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
 from vilu.metrics.counts import Floats, Ints, repeated_pictures
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
-from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
+from vilu.outcomes.outcomes import MISSING_VALUE, OPTIONAL_COLUMNS, Outcomes, Tally, facts_of
 from vilu.store.ledger import (
     AnyReceipt,
     CheckedFiles,
@@ -35,13 +35,13 @@ from vilu.store.ledger import (
 )
 from vilu.validation import checked
 
-AGAIN = "Run the same `vilu score` again"
+RERUN_ADVICE = "Run the same `vilu score` again"
 
 
 class ScoreDocument(Document):
     """A JSON file of a folder of scores."""
 
-    remedy = AGAIN  # advice in messages about a damaged file
+    again = RERUN_ADVICE  # advice in messages about a damaged file
 
 
 class ScoreRun(ScoreDocument):
@@ -75,20 +75,20 @@ class ScoreRun(ScoreDocument):
         starts_scored = range(0, self.n_candidate, size)
         starts_unscored = range(self.n_candidate, self.n_in, size)
         # a part ends where the next one starts, and the last part ends at the last row
-        cuts = [*starts_scored, *starts_unscored, self.n_in]
+        boundaries = [*starts_scored, *starts_unscored, self.n_in]
         parts = []
-        for number, (start, stop) in enumerate(pairwise(cuts)):
+        for number, (start, stop) in enumerate(pairwise(boundaries)):
             parts.append(ScorePart(number=number, start=start, stop=stop))
         return parts
 
     def require_same(self, run: ScoreRun, path: Path) -> None:
         """Raise ProvenanceError for another run; the message names the fields that differ."""
-        before = self.model_dump(mode="json")
-        now = run.model_dump(mode="json")
+        saved_fields = self.model_dump(mode="json")
+        new_fields = run.model_dump(mode="json")
         differences = []
-        for name, value in before.items():
-            if value != now[name]:
-                differences.append(f"{name}: {value!r} ({path}) against {now[name]!r} (now)")
+        for name, value in saved_fields.items():
+            if value != new_fields[name]:
+                differences.append(f"{name}: {value!r} ({path}) against {new_fields[name]!r} (now)")
         if differences:
             raise ProvenanceError(
                 f"{path} holds the scores of another run: {'; '.join(differences)}. "
@@ -104,12 +104,12 @@ class ScorePart(Model):
     stop: Count
 
     @property
-    def scores(self) -> str:
+    def scores_file(self) -> str:
         """File of the outcomes of the rows, as ``Outcomes.save`` writes it."""
         return f"scores/scores_{self.number:05d}.parquet"
 
     @property
-    def histogram(self) -> str:
+    def histogram_file(self) -> str:
         """File with the numbers of correct and wrong answers in every bin of the score."""
         return f"histograms/histogram_{self.number:05d}.parquet"
 
@@ -121,7 +121,7 @@ class ScorePart(Model):
     @property
     def files(self) -> tuple[str, ...]:
         """The files whose hashes are in the receipt."""
-        return self.scores, self.histogram
+        return self.scores_file, self.histogram_file
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -155,25 +155,26 @@ class Counts(Model):
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
         """The counts of some rows, of which ``n_seen`` were used to fit the predictor."""
-        scored = np.isfinite(outcomes.uncertainty)
-        known = outcomes.evaluable  # scored rows whose failure is known
-        unscored = Counter(reason for reason in outcomes.reason or () if reason)
+        is_scored = np.isfinite(outcomes.uncertainty)
+        is_known = outcomes.evaluable  # scored rows whose failure is known
+        reasons = outcomes.reason or ()
+        unscored = Counter(reason for reason in reasons if reason is not None)
         return cls(
             n_in=len(outcomes),
-            n_scored=int(scored.sum()),
-            n_failures=int(outcomes.failure[known].sum()),
-            n_unlabelled=int((scored & ~known).sum()),
+            n_scored=int(is_scored.sum()),
+            n_failures=int(outcomes.failure[is_known].sum()),
+            n_unlabelled=int((is_scored & ~is_known).sum()),
             unscored=dict(sorted(unscored.items())),
             n_seen=n_seen,
         )
 
     @classmethod
-    def total(cls, several: Iterable[Counts]) -> Counts:
-        """The sum of several counts."""
+    def total(cls, counts_of_parts: Iterable[Counts]) -> Counts:
+        """The sum of the counts of several parts."""
         names = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         sums = dict.fromkeys(names, 0)
         unscored = Counter[str]()
-        for counts in several:
+        for counts in counts_of_parts:
             unscored.update(counts.unscored)
             for name in names:
                 sums[name] += getattr(counts, name)
@@ -244,13 +245,13 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
         """Write the outcomes of the rows of a part, of which ``n_seen`` were used in the fit."""
-        known = outcomes.evaluable
-        ood = known & outcomes.outside
-        histogram = Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])
-        histogram_ood = Histogram.of(outcomes.uncertainty[ood], outcomes.failure[ood])
+        is_known = outcomes.evaluable
+        is_ood = is_known & outcomes.outside
+        histogram = Histogram.of(outcomes.uncertainty[is_known], outcomes.failure[is_known])
+        histogram_ood = Histogram.of(outcomes.uncertainty[is_ood], outcomes.failure[is_ood])
         payloads = {
-            part.scores: parquet_bytes(*outcomes.table(rows)),
-            part.histogram: histogram_bytes(histogram, histogram_ood),
+            part.scores_file: parquet_bytes(*outcomes.table(rows)),
+            part.histogram_file: histogram_bytes(histogram, histogram_ood),
         }
         counts = Counts.of(outcomes, n_seen)
 
@@ -263,28 +264,29 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 def read_run(root: Path) -> ScoreRun:
     """The description of the run in a folder of scores."""
     # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
-    content = read_json(root / RUN, AGAIN, StorageError)
+    content = read_json(root / RUN, RERUN_ADVICE, StorageError)
     if content.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
     return read_document(root / RUN, ScoreRun)
 
 
-COLUMNS = ("bin", "correct", "wrong")  # columns that every file of a histogram has, in order
+HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # of every file of a histogram, in order
 
 
-def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
+def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
     """Parquet content of a histogram, with one row per occupied bin, ascending.
 
-    ``ood`` is the histogram of the rows that belong to none of the classes. Every answer to such a
-    row is wrong. If there are such rows, the column ``outside`` has their number in each bin.
+    ``histogram_ood`` is the histogram of the rows that belong to none of the classes. Every answer
+    to such a row is wrong. If there are such rows, the column ``outside`` has their number in each
+    bin.
     """
     columns = {
         "bin": pa.array(histogram.bins),
         "correct": pa.array(histogram.correct),
         "wrong": pa.array(histogram.wrong),
     }
-    if ood.n:
-        columns["outside"] = pa.array(histogram.rows_of_part(ood))
+    if histogram_ood.n:
+        columns["outside"] = pa.array(histogram.rows_of_part(histogram_ood))
     ends = None
     if histogram.n:
         ends = [histogram.low, histogram.high]
@@ -297,7 +299,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     The histograms are checked against the receipt of the part.
     """
     files = CheckedFiles(root, [receipt])  # compares the bytes of a file with the receipt
-    path = files(receipt.part.histogram)
+    path = files(receipt.part.histogram_file)
     table, metadata = read_table(path, ())
     histogram = _histogram_of(path, table, metadata)
     wrong_ood = np.zeros_like(histogram.wrong)
@@ -305,14 +307,16 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
         wrong_ood = table["outside"].to_numpy()
     is_possible = (wrong_ood >= 0) & (wrong_ood <= histogram.wrong)
     if not is_possible.all():
-        raise _damaged(path, "a bin has more rows of none of the classes than wrong answers")
+        raise _damaged_error(path, "a bin has more rows of none of the classes than wrong answers")
     n_evaluable = receipt.counts.n_scored - receipt.counts.n_unlabelled
-    in_file = f"{histogram.n} rows with {histogram.n_failures} failures"
-    in_receipt = f"{n_evaluable} rows with {receipt.counts.n_failures} failures"
-    if in_file != in_receipt:
-        raise _damaged(path, f"it has {in_file}, but its receipt states {in_receipt}")
+    counts_in_file = f"{histogram.n} rows with {histogram.n_failures} failures"
+    counts_in_receipt = f"{n_evaluable} rows with {receipt.counts.n_failures} failures"
+    if counts_in_file != counts_in_receipt:
+        raise _damaged_error(
+            path, f"it has {counts_in_file}, but its receipt states {counts_in_receipt}"
+        )
     if not _has_valid_bins(histogram):
-        raise _damaged(path, "its bins are empty, not ascending, or do not match its ends")
+        raise _damaged_error(path, "its bins are empty, not ascending, or do not match its ends")
     no_correct = np.zeros_like(histogram.correct)  # every answer to an ``outside`` row is wrong
     return histogram, histogram.with_counts(correct=no_correct, wrong=wrong_ood)
 
@@ -320,20 +324,23 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
     """The histogram in a table; StorageError if its columns or its metadata are not valid."""
     names = [name for name in table.column_names if name != "outside"]
+    has_right_names = names == list(HISTOGRAM_COLUMNS)
     has_counts = all(
         column.type == pa.int64() and column.null_count == 0 for column in table.columns
     )
-    if names != list(COLUMNS) or not has_counts:
-        raise _damaged(path, f"its columns are {table.schema.names}")
+    if not (has_right_names and has_counts):
+        raise _damaged_error(path, f"its columns are {table.schema.names}")
     level: Any = metadata.get("level")
     ends = metadata.get("ends")
-    # an empty histogram has no ends, and any other histogram has two
-    has_right_ends = ends is None if table.num_rows == 0 else _are_two_numbers(ends)
+    if table.num_rows == 0:  # an empty histogram has no ends
+        has_right_ends = ends is None
+    else:
+        has_right_ends = _are_two_numbers(ends)
     has_right_level = isinstance(level, int) and 0 <= level < 64
     if not (has_right_level and has_right_ends):
-        raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
+        raise _damaged_error(path, f"its level is {level!r} and its ends are {ends!r}")
     low, high = ends or (math.inf, -math.inf)  # as in ``Histogram.empty``
-    bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
+    bins, correct, wrong = (table[name].to_numpy() for name in HISTOGRAM_COLUMNS)
     return Histogram(bins, correct, wrong, level, low, high)
 
 
@@ -349,11 +356,12 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     bins = histogram.bins
     if not len(bins):
         return True
-    if len(bins) > MAX_BINS or (np.diff(bins) <= 0).any():
+    are_ascending = bool((np.diff(bins) > 0).all())
+    if len(bins) > MAX_BINS or not are_ascending:
         return False
-    if (histogram.correct < 0).any() or (histogram.wrong < 0).any():
-        return False
-    if (histogram.correct + histogram.wrong == 0).any():
+    has_negative = (histogram.correct < 0) | (histogram.wrong < 0)
+    is_empty = histogram.correct + histogram.wrong == 0
+    if has_negative.any() or is_empty.any():
         return False
     ends = np.array([histogram.low, histogram.high])
     bins_of_ends = codes(ends) >> histogram.level  # a bin is a code without its lowest bits
@@ -361,8 +369,8 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     return np.array_equal(bins_of_ends, first_and_last_bin)
 
 
-def _damaged(path: Path, what: str) -> StorageError:
-    return StorageError(f"{path} is no histogram: {what}. {AGAIN} into a new folder.")
+def _damaged_error(path: Path, fault: str) -> StorageError:
+    return StorageError(f"{path} is no histogram: {fault}. {RERUN_ADVICE} into a new folder.")
 
 
 class EvaluableRows(NamedTuple):
@@ -374,7 +382,7 @@ class EvaluableRows(NamedTuple):
     picture: Ints | None  # identities of the pictures; None if they are not known
 
 
-COMPARED = 2**24
+COMPARED_AT_ONCE = 2**24
 """About how many picture identities are compared at once. They take 128 MB."""
 
 
@@ -413,7 +421,7 @@ class ScoreFolder(Reopened):
         self._receipts = self._ledger.receipts()
         if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(
-                f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}."
+                f"{self.path / MANIFEST} seals other parts than the folder holds. {RERUN_ADVICE}."
             )
         self.counts: Counts = manifest.counts
         self.seal = digest(manifest.model_dump(mode="json"))
@@ -439,7 +447,8 @@ class ScoreFolder(Reopened):
         """Histograms of all evaluable rows, and of those that belong to none of the classes."""
         total_ood = Histogram.empty()
 
-        # a generator, so that not all histograms are in memory at once
+        # A generator, so that not all histograms are in memory at once. It also adds up those of
+        # the rows that belong to none of the classes.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:
@@ -453,17 +462,20 @@ class ScoreFolder(Reopened):
     def tally(self) -> Tally:
         """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.
 
-        The identities of the pictures are compared, about ``COMPARED`` at a time. If a picture is
-        repeated, all rows are read into memory, where they take about 33 bytes per row.
+        The identities of the pictures are compared, about ``COMPARED_AT_ONCE`` at a time. If a
+        picture is repeated, all rows are read into memory, where they take about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
-        scores, ood = self._histograms
+        histogram, histogram_ood = self._histograms
+        within = histogram
+        if histogram_ood.n:
+            within = histogram.without(histogram_ood)
         return Tally(
-            scores=scores,
-            within=scores.without(ood) if ood.n else scores,
-            outside=scores.against(ood),
-            probability=scores if self.run.is_probability else None,
+            scores=histogram,
+            within=within,
+            outside=histogram.against(histogram_ood),
+            probability=histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
@@ -472,14 +484,14 @@ class ScoreFolder(Reopened):
 
     def _has_repeats(self) -> bool:
         """Whether two evaluable rows show the same picture."""
-        n_passes = math.ceil(self.counts.n_scored / COMPARED)
-        for number in range(n_passes):
+        n_passes = math.ceil(self.counts.n_scored / COMPARED_AT_ONCE)
+        for remainder in range(n_passes):
             # Each pass compares the identities that have one remainder on division by the number of
             # passes. Equal identities have equal remainders, so they meet in the same pass.
             pictures = [np.empty(0, np.int64)]  # an array to begin with, if no part adds any
             for rows in self._evaluable_parts():
                 if rows.picture is not None:
-                    is_in_pass = rows.picture % n_passes == number
+                    is_in_pass = rows.picture % n_passes == remainder
                     pictures.append(rows.picture[is_in_pass])
             if repeated_pictures(np.concatenate(pictures)) is not None:
                 return True
@@ -517,14 +529,16 @@ class ScoreFolder(Reopened):
         """Yield the evaluable rows of each part."""
         files = CheckedFiles(self.path, self._receipts)
         for receipt in self._receipts:
-            path = files(receipt.part.scores)
+            path = files(receipt.part.scores_file)
             part = Outcomes.load(path)
-            known = part.evaluable
-            picture = None if part.picture is None else part.picture[known]
+            is_known = part.evaluable
+            picture = None
+            if part.picture is not None:
+                picture = part.picture[is_known]
             yield EvaluableRows(
-                uncertainty=part.uncertainty[known],
-                failure=part.failure[known],
-                is_ood=part.outside[known],
+                uncertainty=part.uncertainty[is_known],
+                failure=part.failure[is_known],
+                is_ood=part.outside[is_known],
                 picture=picture,
             )
 
@@ -537,7 +551,7 @@ class ScoreFolder(Reopened):
                 the data once.
         """
         files = CheckedFiles(self.path, self._receipts)
-        paths = [files(receipt.part.scores) for receipt in self._receipts]
+        paths = [files(receipt.part.scores_file) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
         rows = []
         for path in paths:
@@ -548,13 +562,13 @@ class ScoreFolder(Reopened):
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
-                f"{AGAIN}."
+                f"{RERUN_ADVICE}."
             )
         first_part, *_ = parts
         # ``vilu.score`` always returns reasons, so they are there even if no part has the column
         optional: dict[str, Any] = {"reason": [None] * len(order)}
-        for name, type_name in OPTIONAL.items():
-            column = _joined(parts, name, type_name, order)
+        for name, type_name in OPTIONAL_COLUMNS.items():
+            column = _join_column(parts, name, type_name, order)
             if column is not None:
                 optional[name] = column
         return Outcomes(
@@ -577,7 +591,7 @@ class ScoreFolder(Reopened):
         self._ledger.verify()
 
 
-def _joined(
+def _join_column(
     parts: list[Outcomes],
     name: str,
     type_name: str,
@@ -591,15 +605,15 @@ def _joined(
     if all(values is None for values in columns):
         return None
     is_text = type_name == "string"
-    filled: list[Any] = []
+    values_of_parts: list[Any] = []
     for part, values in zip(parts, columns, strict=True):
         if values is not None:
-            filled.append(values)
+            values_of_parts.append(values)
         elif is_text:
-            filled.append([None] * len(part))
+            values_of_parts.append([None] * len(part))
         else:
-            filled.append(np.full(len(part), MISSING[type_name]))
+            values_of_parts.append(np.full(len(part), MISSING_VALUE[type_name]))
     if is_text:
-        texts = list(chain.from_iterable(filled))
+        texts = list(chain.from_iterable(values_of_parts))
         return [texts[row] for row in order]
-    return np.concatenate(filled)[order]
+    return np.concatenate(values_of_parts)[order]

@@ -23,10 +23,10 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
     Answer,
     Guard,
-    arrays_of,
+    answer_without_score,
+    join_arrays,
     record_of,
     require_same_model,
-    unanswered,
 )
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
@@ -313,14 +313,14 @@ class Engine:
         for error in embedded.errors:
             row = ids[error.position]
             answers = {
-                name: unanswered(served.guard, row, error.kind)
+                name: answer_without_score(served.guard, row, error.kind)
                 for name, served in self.served.items()
             }
             judgements[error.position] = Judgement(row, answers, scores={})
         positions = [row.position for row in embedded.rows]
         if positions:
             readable_ids = [ids[position] for position in positions]
-            new_judgements = self._judge_rows(arrays_of(embedded), readable_ids)
+            new_judgements = self._judge_rows(join_arrays(embedded), readable_ids)
             judgements.update(zip(positions, new_judgements, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 

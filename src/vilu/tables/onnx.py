@@ -18,7 +18,13 @@ from vilu.errors import DataError
 from vilu.extras import import_extra
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel, folder_of
-from vilu.predictors.persistence.onnx import TOLERANCE, Trial, facts_of, runner, write_graph
+from vilu.predictors.persistence.onnx import (
+    MAX_DIFFERENCE,
+    GraphInputs,
+    onnx_function,
+    predictor_metadata,
+    write_graph,
+)
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
@@ -77,13 +83,13 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     return difference
 
 
-def _difference(predictor: AnswerMethod, content: bytes, trial: Trial) -> float:
+def _difference(predictor: AnswerMethod, content: bytes, trial: GraphInputs) -> float:
     """The largest difference between uncertainties by a file and by its predictor."""
-    (uncertainty,) = runner(content)(trial)
+    (uncertainty,) = onnx_function(content)(trial)
     with torch.no_grad():
         expected = predictor.score_batch(batch_of(**trial)).numpy()
     difference = float(np.abs(uncertainty - expected).max())
-    if not difference <= TOLERANCE:  # true also if the difference is NaN
+    if not difference <= MAX_DIFFERENCE:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor. "
             "Nothing was written."
@@ -94,12 +100,12 @@ def _difference(predictor: AnswerMethod, content: bytes, trial: Trial) -> float:
 def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
     """Metadata of a file, as strings."""
     return {
-        **facts_of(predictor, fingerprint),
+        **predictor_metadata(predictor, fingerprint),
         "vilu.columns": plain_json(list(predictor.used_columns)).decode(),
     }
 
 
-def random_rows(predictor: AnswerMethod) -> Trial:
+def random_rows(predictor: AnswerMethod) -> GraphInputs:
     """Random inputs of the graph by name, near the rows of the fit."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
@@ -107,7 +113,7 @@ def random_rows(predictor: AnswerMethod) -> Trial:
     noise = torch.randn(N_TRIAL_ROWS, width, generator=generator, dtype=torch.float64)
     centre, spread = _centre_and_spread(predictor)
     inputs = centre + spread * noise
-    rows: Trial = {NUMBERS: inputs[:, :n_columns].contiguous()}
+    rows: GraphInputs = {NUMBERS: inputs[:, :n_columns].contiguous()}
     if width > n_columns:
         rows[FEATURES] = inputs[:, n_columns:].float()
     return rows

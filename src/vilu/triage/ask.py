@@ -198,7 +198,7 @@ def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
         DataError: If only a sample was recorded and more than 1 % of the rows are in it.
     """
     overlap = predictor.seen(photos)
-    has_recorded_all_rows = overlap.whole
+    has_recorded_all_rows = overlap.is_complete
     if has_recorded_all_rows:
         is_unseen: Mask = ~overlap.shared
         return is_unseen

@@ -29,7 +29,7 @@ from vilu.datasets.files import text_of_version_0_1
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.spread import states_probability
 from vilu.predictors.persistence.description import read_description
@@ -366,7 +366,7 @@ def likely_with_drawn(
         return likely
     split = run.split.for_predictor(predictor, run.photos)
     rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
-    drawn = Judged(outcomes.uncertainty[rows], outcomes.failure[rows])
+    drawn = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
     with_drawn = likely.with_drawn(drawn, outcomes.uncertainty)
     with_drawn.save(run.present)
     return with_drawn

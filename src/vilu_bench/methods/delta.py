@@ -15,7 +15,14 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.class_gaussians import class_means, squared_distances, whitener
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
+from vilu.predictors.bank.search import (
+    Count,
+    class_labels,
+    draw_rows,
+    nearest_in_bank,
+    read_images,
+    squared_distance,
+)
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
@@ -98,7 +105,7 @@ class DeltaKNN(ClosedSet):
         bank_failure = failure[positions]
         # the bank of rightly answered images comes first, then that of wrongly answered ones
         right_first_order = bank_failure.argsort(stable=True)
-        bank = gather(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
+        bank = read_images(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
         n_right = (bank_failure == 0).sum()
         return Learnt(
             {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
@@ -120,7 +127,7 @@ class DeltaKNN(ClosedSet):
         """
         if not len(bank):
             return float64(image.new_zeros(len(image)))
-        similarity, _ = nearest(image, bank, self.k)
+        similarity, _ = nearest_in_bank(image, bank, self.k)
         squares = squared_distance(float64(similarity))
         return torch.log(squares + LOG_OFFSET).mean(dim=1)
 
@@ -211,7 +218,7 @@ class DeltaMDS(ClosedSet):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        label = labels(train)
+        label = class_labels(train)
         right_tensors = self._fit_bank("right", train, label, failure == 0)
         wrong_tensors = self._fit_bank("wrong", train, label, failure == 1)
         return Learnt(right_tensors | wrong_tensors | {CLASSES: class_texts(train)})

@@ -25,8 +25,8 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.linear_probe import Regression, fit_regression
-from vilu.predictors.bank.search import Count, draw_rows, gather, labels
+from vilu.predictors.bank.linear_probe import ClassRegression, fit_regression
+from vilu.predictors.bank.search import Count, class_labels, draw_rows, read_images
 from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -52,9 +52,9 @@ class LabelledImages(NamedTuple):
     def of(cls, train: Rows, max_bank: int, seed: int) -> LabelledImages:
         """The training rows; at most ``max_bank`` of them, drawn with ``seed``."""
         bank_rows, _ = draw_rows(train, max_bank, seed)
-        image = gather(bank_rows)
+        image = read_images(bank_rows)
         blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
-        return cls(image, labels(bank_rows), torch.cat(blocks), train.source.n_candidates)
+        return cls(image, class_labels(bank_rows), torch.cat(blocks), train.source.n_candidates)
 
     def take(self, rows: Tensor) -> LabelledImages:
         """The rows at these indices."""
@@ -137,7 +137,7 @@ def most_accurate_value(
 
 
 @dataclasses.dataclass
-class LinearProbeCV(Regression):
+class LinearProbeCV(ClassRegression):
     """The linear probe, with the strength of its penalty chosen by cross-validation.
 
     u = 1 - P(t̂ | z), as for ``linear_probe``. The labels are held out in five folds, and C is the
@@ -245,7 +245,7 @@ def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
 
 
 @dataclasses.dataclass
-class ProbeAndZeroShot(Regression):
+class ProbeAndZeroShot(ClassRegression):
     """A log-linear mix of the zero-shot posterior and of a linear probe.
 
         u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
@@ -281,7 +281,7 @@ class ProbeAndZeroShot(Regression):
     cost: ClassVar[str] = "fit: 6 logistic regressions; score: one product with K weights"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
-    _forms: ClassVar[str] = f"{Regression._forms} mix:d2"
+    _forms: ClassVar[str] = f"{ClassRegression._forms} mix:d2"
 
     C: Positive = PROBE_PENALTY
     max_iter: Count = 500

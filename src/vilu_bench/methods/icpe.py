@@ -15,7 +15,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.class_gaussians import (
     ClassDensity,
     Ridge,
-    mean_of_both,
+    average_with_zero_shot,
 )
 from vilu.predictors.bank.search import Count, image_blocks
 from vilu.predictors.contract.predictor import Learnt
@@ -114,7 +114,7 @@ class ICPE(ClassDensity):
 
     def _score(self, batch: Batch) -> Tensor:
         image = before_norm(batch) if self._on_features else float64(batch.image)
-        return mean_of_both(batch, self._log_odds(batch, image))
+        return average_with_zero_shot(batch, self._log_odds(batch, image))
 
 
 def before_norm(batch: Batch) -> Tensor:

@@ -11,9 +11,14 @@ from torch import Tensor
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.bank.class_gaussians import NO_SPREAD, class_means, scatter, whitener
+from vilu.predictors.bank.class_gaussians import (
+    NO_SPREAD,
+    class_means,
+    scatter_within_classes,
+    whitener,
+)
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import labels
+from vilu.predictors.bank.search import class_labels
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -25,7 +30,7 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
     class means were estimated from the same M images. The result is None if no class has two
     different images.
     """
-    scatter_matrix, fourth_powers = scatter(train, label, mean)
+    scatter_matrix, fourth_powers = scatter_within_classes(train, label, mean)
     n = len(label)
     n_means = len(label.unique())
     has_spread = float(scatter_matrix.trace()) > NO_SPREAD * n
@@ -42,7 +47,7 @@ def spherical_covariance(train: Rows) -> Tensor:
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, n_classes=1)
-    scatter_matrix, _ = scatter(train, one_class, mean)
+    scatter_matrix, _ = scatter_within_classes(train, one_class, mean)
     dim = len(scatter_matrix)
     degrees_of_freedom = max(len(one_class) - 1, 1)
     variance = float(scatter_matrix.trace()) / (degrees_of_freedom * dim)
@@ -130,7 +135,7 @@ class Mahalanobis(ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        label = labels(train)
+        label = class_labels(train)
         learned = gaussian(train, label, train.source.n_candidates)
         if self.relative:
             one_class = gaussian(train, torch.zeros_like(label), n_classes=1)

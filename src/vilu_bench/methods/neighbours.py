@@ -14,7 +14,15 @@ from torch.nn.functional import normalize
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gather, labels, nearest
+from vilu.predictors.bank.search import (
+    AllowedPairs,
+    Count,
+    class_labels,
+    distance,
+    draw_rows,
+    nearest_in_bank,
+    read_images,
+)
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
@@ -40,7 +48,7 @@ class LabelledBank(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = self._choose(gather(bank_rows), labels(bank_rows))
+        bank, label = self._choose(read_images(bank_rows), class_labels(bank_rows))
         return Learnt(
             {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
@@ -88,7 +96,7 @@ class KNNVote(LabelledBank):
     weighting: Literal["uniform", "similarity"] = "uniform"
 
     def _score(self, batch: Batch) -> Tensor:
-        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
         disagrees = label != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity)
@@ -143,11 +151,11 @@ class KNNDistance(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
-        bank = gather(bank_rows)
+        bank = read_images(bank_rows)
         return Learnt({"bank": bank}, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
-        similarity, _ = nearest(batch.image, self.learned_["bank"], self.k)
+        similarity, _ = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         farthest_of_k = similarity[:, -1]
         return distance(farthest_of_k)
 
@@ -195,7 +203,7 @@ class TRINE(LabelledBank):
 
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
-        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
@@ -266,7 +274,7 @@ class TrustScore(LabelledBank):
         dense_members = []
         for c in label.unique():
             members = (label == c).nonzero().squeeze(1)
-            similarity, _ = nearest(bank[members], bank[members], self.k)
+            similarity, _ = nearest_in_bank(bank[members], bank[members], self.k)
             radius = distance(similarity[:, -1]).double()  # distance to the k-th nearest member
             is_dense = radius <= radius.quantile(1 - self.alpha)
             dense_members.append(members[is_dense])
@@ -288,10 +296,10 @@ class TrustScore(LabelledBank):
         distance_to_rival = self._distance(batch.image, is_of_rival)
         return (distance_to_answer + TINY) / (distance_to_rival + TINY)
 
-    def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
+    def _distance(self, image: Tensor, allowed: AllowedPairs) -> Tensor:
         """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
-        similarity, index = nearest(image, bank, k=1, allowed=allowed)
+        similarity, index = nearest_in_bank(image, bank, k=1, allowed=allowed)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
         # For near duplicates 2 - 2 cos loses all its digits, so the distance is computed from the

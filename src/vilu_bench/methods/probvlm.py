@@ -16,7 +16,7 @@ from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import failure_log_odds
 from vilu.predictors.nn.layers import linear
-from vilu.predictors.nn.train import few_epochs
+from vilu.predictors.nn.train import small_network_epochs
 from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
@@ -240,7 +240,7 @@ class ProbVLM(NetworkPredictor):
         return output.mean()
 
     def _default_epochs(self, steps: int) -> int:
-        return few_epochs(steps)
+        return small_network_epochs(steps)
 
     def _score(self, batch: Batch) -> Tensor:
         score: Tensor = self.network(batch)

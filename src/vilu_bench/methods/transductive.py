@@ -21,7 +21,7 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows, gather
+from vilu.predictors.bank.search import Count, draw_rows, read_images
 from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -187,7 +187,7 @@ class StatA(AdaptedToImages):
         rows = self._rows_to_learn_from(train)
         text = class_texts(train)
         learned = fit_gaussians(
-            image=gather(rows).double(),
+            image=read_images(rows).double(),
             logits=zero_shot_logits(rows),
             text=text.double(),
             anchor=self.anchor,

@@ -15,7 +15,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import ProvenanceError
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, labels
+from vilu.predictors.bank.search import Count, class_labels
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -72,7 +72,7 @@ class TrustVLM(ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        label = labels(train)
+        label = class_labels(train)
         shot_rows = draw_per_class(label, self.shots, self.seed)
         features = train.source.column("features", train.index[shot_rows])
         sum_of_class = features.new_zeros(train.source.n_candidates, features.shape[1])

@@ -259,10 +259,10 @@ class Workbench:
             consequence = "a fit leaves them out"
         shared_rows.unshared(
             b,
-            what=f"{role_b} rows of {data}",
-            where=f"are in its {role_a} part, too",
+            rows_name=f"{role_b} rows of {data}",
+            predicate=f"are in its {role_a} part, too",
             remedy="Take them out of one of the two.",
-            then=consequence,
+            consequence=consequence,
         )
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:

@@ -131,7 +131,7 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
             f"there is no cell to show beside those of {run}: the folder has no {SCORES} file."
         )
     pairs_by_board = []
-    placed_files = set()
+    placed_files: set[Path] = set()
     for board in boards:
         _refuse_adapted(board)
         pairs = [(guest, cell) for guest in guests for cell in _matching_cells(board, guest)]

@@ -16,7 +16,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, image_blocks, labels
+from vilu.predictors.bank.search import Count, class_labels, image_blocks
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
@@ -28,7 +28,7 @@ Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 
 NO_SPREAD = 1e-12
 """Variance up to which unit vectors count as equal."""
-FLOOR = 1e-9
+RELATIVE_FLOOR = 1e-9
 """``whitener`` adds the mean variance times this number to the diagonal of a covariance.
 
 Otherwise a covariance could not be inverted if the embeddings span only a subspace.
@@ -54,28 +54,28 @@ def class_means(
     return mean, count
 
 
-def scatter(
+def scatter_within_classes(
     train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, float]:
     """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class."""
     dim = mean.shape[1]
-    matrix = torch.zeros(dim, dim, dtype=torch.float64)
-    fourth = 0.0
+    scatter = torch.zeros(dim, dim, dtype=torch.float64)
+    fourth_moment = 0.0
     for block, image in blocks(train):
         x = image.double() - mean[label[block]]
-        matrix += x.T @ x
-        fourth += float(x.square().sum(dim=1).square().sum())
-    return matrix, fourth
+        scatter += x.T @ x
+        fourth_moment += float(x.square().sum(dim=1).square().sum())
+    return scatter, fourth_moment
 
 
-def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
+def whitener(covariance: Tensor, floor: float = RELATIVE_FLOOR) -> Tensor:
     """Whitening matrix W (D, D) of a covariance: |x W|^2 = x^T covariance^-1 x.
 
     ``floor`` times the mean variance is added to the diagonal of the covariance first.
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
-    raised = covariance + floor * covariance.diagonal().mean() * identity
-    lower = torch.linalg.cholesky(raised)
+    raised_covariance = covariance + floor * covariance.diagonal().mean() * identity
+    lower = torch.linalg.cholesky(raised_covariance)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.T.contiguous()
 
@@ -83,9 +83,9 @@ def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Every class uses one of several covariances. Their indices are called groups.
-ABSENT = 0
+ABSENT_GROUP = 0
 """Index of the covariance of all images, which classes without images use."""
-POOLED = 1
+POOLED_GROUP = 1
 """Index of the mean covariance within classes, which classes of one image use.
 
 Every class of two or more images has a covariance of its own, with a higher index.
@@ -111,13 +111,14 @@ class ClassDensity(ClosedSet):
         max_components: int,
         ridge: float,
         blocks: Blocks = image_blocks,
-        floor: float = FLOOR,
+        floor: float = RELATIVE_FLOOR,
     ) -> dict[str, Tensor]:
         """Fit the Gaussians in at most ``max_components`` principal components.
 
-        ``ridge`` is added to the diagonal of every covariance. The result has the tensors by name.
+        ``ridge`` is added to the diagonal of every covariance. ``floor`` is as in ``whitener``. The
+        result has the tensors by name.
         """
-        label = labels(train)
+        label = class_labels(train)
         means, count = class_means(train, label, train.source.n_candidates, blocks)
         centre, projection, variance = principal_components(train, max_components, blocks)
         scatters, groups = class_scatters(train, label, means, count, projection, blocks)
@@ -126,7 +127,7 @@ class ClassDensity(ClosedSet):
         pooled = scatters.sum(dim=0) / max(len(label) - n_classes_seen, 1)
         if float(pooled.trace()) <= NO_SPREAD:
             pooled = identity * variance.mean()
-        has_own_covariance = groups > POOLED
+        has_own_covariance = groups > POOLED_GROUP
         degrees_of_freedom = count[has_own_covariance] - 1
         own_covariances = scatters / degrees_of_freedom[:, None, None]
         # the covariances in the order of their indices: ABSENT, POOLED, and then single classes
@@ -134,11 +135,12 @@ class ClassDensity(ClosedSet):
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
+        whiteners = [whitener(covariance, floor) for covariance in covariances]
         return {
             "centre": centre,
             "projection": projection,
             "means": (means - centre) @ projection,
-            "whiteners": torch.stack([whitener(covariance, floor) for covariance in covariances]),
+            "whiteners": torch.stack(whiteners),
             "log_dets": torch.linalg.slogdet(covariances).logabsdet,
             "groups": groups,
             CLASSES: class_texts(train),
@@ -151,21 +153,23 @@ class ClassDensity(ClosedSet):
         """
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
-        of_answer = log_density.gather(1, answer_column).squeeze(1)
+        answer_log_density = log_density.gather(1, answer_column).squeeze(1)
         # Classes without training images are no rivals. They have the density of all images, which
         # would be the largest one for every image that is slightly unlike its own class.
-        of_seen = log_density.masked_fill(~is_seen, -math.inf)
-        of_rivals = of_seen.scatter(1, answer_column, -math.inf).logsumexp(dim=1)
+        log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
+        # the answer itself is no rival
+        log_density_of_rivals = log_density_of_seen.scatter(1, answer_column, -math.inf)
+        log_sum_of_rivals = log_density_of_rivals.logsumexp(dim=1)
         # If no rival has images, log sum_{c != a} N_c is minus infinity. This value is replaced by
         # 0, so that the scores of different images still differ.
-        has_no_rival = of_rivals == -math.inf
-        return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
+        has_no_rival = log_sum_of_rivals == -math.inf
+        return log_sum_of_rivals.masked_fill(has_no_rival, 0.0) - answer_log_density
 
     def _log_densities(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
         """Log N_c (B, K) float64 up to a constant, and a mask (K,) of classes with images."""
         classes = self.classes_of(batch.text)
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
-        return self._log_densities_of(image, classes, groups), groups != ABSENT
+        return self._log_densities_of(image, classes, groups), groups != ABSENT_GROUP
 
     def _log_densities_of(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
         """Log N_c (B, K) float64 up to a constant, for classes (K,) and their groups (K,).
@@ -188,7 +192,7 @@ class ClassDensity(ClosedSet):
         return log_density
 
 
-def mean_of_both(batch: Batch, log_odds: Tensor) -> Tensor:
+def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
     """Mean u (B,) float64 of the uncertainties by zero-shot probability and by density.
 
     u = ((1 - p) + (1 - s_d)) / 2
@@ -287,7 +291,9 @@ class ClassGaussians(ClassDensity):
 
     def _score(self, batch: Batch) -> Tensor:
         log_odds = self._log_odds(batch, float64(batch.image))
-        return log_odds if self.score == "log_odds" else mean_of_both(batch, log_odds)
+        if self.score == "log_odds":
+            return log_odds
+        return average_with_zero_shot(batch, log_odds)
 
 
 def class_scatters(
@@ -296,20 +302,20 @@ def class_scatters(
     """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
     There is one scatter matrix for each of the G classes with two or more images. The index is
-    ``ABSENT`` for a class without images, and ``POOLED`` for a class of one image. The images are
-    projected on the columns of ``basis`` (D, R).
+    ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class of one image. The
+    images are projected on the columns of ``basis`` (D, R).
     """
     large_classes = (count > 1).nonzero().squeeze(1)
-    groups = torch.where(count > 0, POOLED, ABSENT)
-    groups[large_classes] = torch.arange(len(large_classes)) + POOLED + 1
+    groups = torch.where(count > 0, POOLED_GROUP, ABSENT_GROUP)
+    groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1
     rows_by_class = label.argsort(stable=True).split(count.tolist())
     rank = basis.shape[1]
     scatters = basis.new_zeros(len(large_classes), rank, rank)
-    for total, c in zip(scatters, large_classes.tolist(), strict=True):
+    for class_scatter, c in zip(scatters, large_classes.tolist(), strict=True):
         rows_of_class = dataclasses.replace(train, index=train.index[rows_by_class[c]])
         for _, image in blocks(rows_of_class):
             projected = (image.double() - means[c]) @ basis
-            total.add_(projected.T @ projected)  # ``total`` is a view of ``scatters``
+            class_scatter.add_(projected.T @ projected)  # a view of ``scatters``
     return scatters, groups
 
 
@@ -328,13 +334,13 @@ def principal_components(
 
     R = min(max_components, D, number of images - 1), but at least 1.
     """
-    one_class = torch.zeros_like(train.index)  # all images get the label 0
-    mean, _ = class_means(train, one_class, n_classes=1, blocks=blocks)
-    matrix, _ = scatter(train, one_class, mean, blocks)
-    n = len(one_class)
-    rank = max(min(max_components, len(matrix), n - 1), 1)
+    one_label = torch.zeros_like(train.index)  # all images are in one class
+    mean, _ = class_means(train, one_label, n_classes=1, blocks=blocks)
+    scatter, _ = scatter_within_classes(train, one_label, mean, blocks)
+    n = len(one_label)
+    rank = max(min(max_components, len(scatter), n - 1), 1)
     # ``eigh`` sorts by ascending variance, but principal components by descending variance
-    rising_variances, rising_components = torch.linalg.eigh(matrix / max(n - 1, 1))
+    rising_variances, rising_components = torch.linalg.eigh(scatter / max(n - 1, 1))
     components = rising_components.flip(1)[:, :rank].contiguous()
     variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()
     return mean.squeeze(0), components, variances

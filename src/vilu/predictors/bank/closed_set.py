@@ -36,15 +36,15 @@ class ClosedSet(FailurePredictor):
         cosine, class_index = nearest_rows(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT_COSINE).sum())
         if n_unknown:
-            raise self._other_classes(len(text), f"{n_unknown} are not among them")
+            raise self._other_classes_error(len(text), f"{n_unknown} are not among them")
         n_repeated = int((class_index.sort().values.diff() == 0).sum())
         if n_repeated:
-            raise self._other_classes(
+            raise self._other_classes_error(
                 len(text), f"{n_repeated} are the same class as another candidate"
             )
         return class_index
 
-    def _other_classes(self, n_candidates: int, fault: str) -> ProvenanceError:
+    def _other_classes_error(self, n_candidates: int, fault: str) -> ProvenanceError:
         """The error for candidates that are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "

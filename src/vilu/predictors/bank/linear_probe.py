@@ -15,13 +15,13 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
-from vilu.predictors.bank.search import Count, draw_rows, gather, labels
+from vilu.predictors.bank.search import Count, class_labels, draw_rows, read_images
 from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def fit_regression(
-    image: Tensor, label: Tensor, n_classes: int, penalty: float, max_iter: int
+    image: Tensor, label: Tensor, n_classes: int, inverse_penalty: float, max_iter: int
 ) -> tuple[Tensor, Tensor]:
     """Weight (K, D) and bias (K,) float64 of a logistic regression of labels (N,) on images (N, D).
 
@@ -29,7 +29,7 @@ def fit_regression(
         image: Images, float32.
         label: Their classes.
         n_classes: Number K of classes. A class without images has the bias minus infinity.
-        penalty: Inverse strength C of the L2 penalty, as in scikit-learn.
+        inverse_penalty: Inverse strength C of the L2 penalty, as in scikit-learn.
         max_iter: Maximum number of L-BFGS steps.
     """
     from sklearn.linear_model import LogisticRegression
@@ -44,22 +44,22 @@ def fit_regression(
     # The mean of all images is the largest part of every image. If this mean were not subtracted,
     # L-BFGS would converge slowly.
     centre = image.mean(dim=0)
-    model = LogisticRegression(C=penalty, max_iter=max_iter)
+    model = LogisticRegression(C=inverse_penalty, max_iter=max_iter)
     with warnings.catch_warnings():
         # the warning is about classes with few images, which are expected here
         warnings.filterwarnings("ignore", message="The number of unique classes")
         model.fit((image - centre).numpy(), label.numpy())
     # For two classes scikit-learn has only the logit of the second class. The logit of the first
     # class stays 0.
-    fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
-    weight[fitted] = torch.from_numpy(model.coef_).double()
+    fitted_classes = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
+    weight[fitted_classes] = torch.from_numpy(model.coef_).double()
     intercept = torch.from_numpy(model.intercept_).double()
-    bias[fitted] = intercept - weight[fitted] @ centre.double()
+    bias[fitted_classes] = intercept - weight[fitted_classes] @ centre.double()
     return weight, bias
 
 
 @dataclasses.dataclass
-class Regression(ClosedSet):
+class ClassRegression(ClosedSet):
     """A method that scores answers by the softmax of linear logits of the image."""
 
     is_probability: ClassVar[bool] = True
@@ -84,12 +84,12 @@ class Regression(ClosedSet):
         # The uncertainty of an answer without training images is 1. This number is set directly,
         # because the softmax is 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
-        of_answer = logits.gather(1, answer_column).squeeze(1)
-        return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)
+        answer_logit = logits.gather(1, answer_column).squeeze(1)
+        return torch.sigmoid(log_odds).masked_fill(answer_logit == -math.inf, 1.0)
 
 
 @dataclasses.dataclass
-class LinearProbe(Regression):
+class LinearProbe(ClassRegression):
     """Logistic regression of the classes on image embeddings.
 
     The uncertainty of a prediction t̂ is
@@ -142,9 +142,12 @@ class LinearProbe(Regression):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        n_classes = train.source.n_candidates
+        bank, _ = draw_rows(train, self.max_bank, self.seed)
         weight, bias = fit_regression(
-            gather(drawn), labels(drawn), n_classes, self.C, self.max_iter
+            image=read_images(bank),
+            label=class_labels(bank),
+            n_classes=train.source.n_candidates,
+            inverse_penalty=self.C,
+            max_iter=self.max_iter,
         )
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})

@@ -20,15 +20,15 @@ from vilu.callers import warn_caller
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
-Allowed = Callable[[slice, slice], Tensor]
+AllowedPairs = Callable[[slice, slice], Tensor]
 """Function that says which bank rows may be neighbours of which queries.
 
 Its arguments are a slice of b queries and a slice of n bank rows. Its result is a mask (b, n).
 """
 
-QUERY_ROWS = 1_024
+QUERY_BLOCK_ROWS = 1_024
 """Number of queries in a block."""
-BANK_ROWS = 8_192
+BANK_BLOCK_ROWS = 8_192
 """Number of bank rows in a block. The similarities of a block take 32 MiB in float32."""
 
 
@@ -45,12 +45,12 @@ def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
         f"{max_rows} of {n} training rows are kept, drawn with seed {seed}. "
         "Raise max_bank for more."
     )
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    drawn = shuffled[:max_rows].sort().values
-    return dataclasses.replace(train, index=train.index[drawn]), drawn
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    drawn_positions = order[:max_rows].sort().values
+    return dataclasses.replace(train, index=train.index[drawn_positions]), drawn_positions
 
 
-def labels(train: Rows) -> Tensor:
+def class_labels(train: Rows) -> Tensor:
     """Class labels (M,) of rows with shared candidates."""
     return train.source.target[train.index]
 
@@ -67,7 +67,7 @@ def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
         yield positions, normalize(train.source.image_rows(index), dim=1)
 
 
-def gather(train: Rows) -> Tensor:
+def read_images(train: Rows) -> Tensor:
     """Unit-norm image embeddings (M, D) float32 of all rows."""
     bank = torch.empty(len(train.index), train.source.space.embed_dim, dtype=torch.float32)
     for block, image in image_blocks(train):
@@ -75,14 +75,14 @@ def gather(train: Rows) -> Tensor:
     return bank
 
 
-def nearest(
+def nearest_in_bank(
     query: Tensor,
     bank: Tensor,
     k: int,
-    allowed: Allowed | None = None,
+    allowed: AllowedPairs | None = None,
     *,
-    query_rows: int = QUERY_ROWS,
-    bank_rows: int = BANK_ROWS,
+    query_rows: int = QUERY_BLOCK_ROWS,
+    bank_rows: int = BANK_BLOCK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
@@ -99,7 +99,9 @@ def nearest(
     indices = []
     for start in range(0, len(query), query_rows):
         block = query[start : start + query_rows]
-        similarity, index = _nearest(block, bank, k, allowed, start, bank_rows)
+        similarity, index = _nearest_to_queries(
+            block, bank, k, allowed, first_query=start, bank_rows=bank_rows
+        )
         similarities.append(similarity)
         indices.append(index)
     return torch.cat(similarities), torch.cat(indices)
@@ -115,10 +117,15 @@ def squared_distance(similarity: Tensor) -> Tensor:
     return (2 - 2 * similarity).clamp(min=0)
 
 
-def _nearest(
-    query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first_query: int, bank_rows: int
+def _nearest_to_queries(
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    allowed: AllowedPairs | None,
+    first_query: int,
+    bank_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Search for one block of queries; ``first_query`` is the index of its first query."""
+    """As ``nearest_in_bank``, for one block of queries that begins at the index ``first_query``."""
     query = normalize(query, dim=1)
     query_slice = slice(first_query, first_query + len(query))
     best = query.new_empty(len(query), 0)
@@ -129,18 +136,18 @@ def _nearest(
         if allowed is not None:
             is_allowed = allowed(query_slice, slice(start, start + len(block)))
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
-        best_in_block, index_in_block = leaders(similarity, k)
+        best_in_block, index_in_block = k_largest(similarity, k)
         # Rows of earlier blocks come first in the concatenation, and the sort is stable. So of
         # equal similarities, the one with the lowest index stays first.
         candidates = torch.cat([best, best_in_block], dim=1)
         candidate_index = torch.cat([best_index, start + index_in_block], dim=1)
-        ranked, order = candidates.sort(dim=1, descending=True, stable=True)
-        best = ranked[:, :k]
+        ranked_candidates, order = candidates.sort(dim=1, descending=True, stable=True)
+        best = ranked_candidates[:, :k]
         best_index = candidate_index.gather(1, order)[:, :k]
     return best, best_index
 
 
-def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of every row, descending, and their column indices.
 
     For ``values`` (B, n), both results are (B, k).
@@ -156,11 +163,12 @@ def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value_k = best[:, k - 1]
     value_after_k = best[:, k]
     is_tied = (value_k == value_after_k) & (value_after_k > -math.inf)
-    # The leaders are sorted by ascending index, and then stably by descending value. So equal
+    # The results are sorted by ascending index, and then stably by descending value. So equal
     # values stay in the order of their indices.
-    index, by_index = index[:, :k].sort(dim=1)
-    best, by_value = best[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    index = index.gather(1, by_value)
+    index, index_order = index[:, :k].sort(dim=1)
+    best = best[:, :k].gather(1, index_order)
+    best, value_order = best.sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, value_order)
     if bool(is_tied.any()):
         all_values, all_indices = values[is_tied].sort(dim=1, descending=True, stable=True)
         best[is_tied] = all_values[:, :k]

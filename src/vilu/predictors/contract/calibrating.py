@@ -12,9 +12,9 @@ from torch import Tensor
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints, check_codes, real_vector, require_same_length
-from vilu.predictors.contract.seen import one_per_picture, scored_of
+from vilu.predictors.contract.seen import one_per_picture, rows_to_score
 
-CERTAIN = 1e-15
+MIN_DISTANCE = 1e-15
 """Smallest distance of a probability from 0 and 1, so that its log-odds are finite."""
 
 
@@ -29,37 +29,39 @@ class Scorer(Protocol):
 
 def log_odds(probability: Floats) -> Floats:
     """(N,) ln p - ln(1 - p) of probabilities (N,); NaN stays NaN."""
-    clipped = np.clip(probability, CERTAIN, 1 - CERTAIN)
+    clipped = np.clip(probability, MIN_DISTANCE, 1 - MIN_DISTANCE)
     logarithms: Floats = np.log(clipped) - np.log1p(-clipped)
     return logarithms
 
 
 def scores_and_failures(
-    predictor: Scorer, calibration: EmbeddingSource, fresh: NDArray[np.bool_]
+    predictor: Scorer, calibration: EmbeddingSource, is_unseen: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
     """(N,) uncertainties and (N,) failures of the rows: NaN and -1 where they are unknown.
 
-    Both are computed for the rows in the mask ``fresh`` (N,). For image-caption pairs both are
+    Both are computed for the rows in the mask ``is_unseen`` (N,). For image-caption pairs both are
     computed for all rows, since every pool needs all its rows.
     """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
-    for batch, scores in predictor.scored(calibration, scored_of(calibration, fresh)):
+    scored_rows = rows_to_score(calibration, is_unseen)
+    for batch, scores in predictor.scored(calibration, scored_rows):
         rows = batch.index.numpy(force=True)
         uncertainty[rows] = scores
         failure[rows] = batch.failure.numpy(force=True)
     return uncertainty, failure
 
 
-def counted_failures(
-    calibration: EmbeddingSource, fresh: NDArray[np.bool_], uncertainty: Floats, failure: Ints
+def failure_of_pictures(
+    calibration: EmbeddingSource, is_unseen: NDArray[np.bool_], uncertainty: Floats, failure: Ints
 ) -> Ints:
     """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
 
-    If a picture has a row that is a failure, this row is taken. In pools a failure depends on the
-    other captions of the pool, so the first row of the picture is taken.
+    So every picture counts once. Its row is one that is a failure, if it has such a row, and else
+    its first row. In pools a failure depends on the other captions of the pool. There the first row
+    is always taken.
     """
-    is_known = fresh & np.isfinite(uncertainty) & (failure != UNKNOWN)
+    is_known = is_unseen & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known = np.flatnonzero(is_known)
     picture = calibration.picture_identities(known)
     is_preferred = failure[known]
@@ -67,13 +69,13 @@ def counted_failures(
     if has_pools:
         is_preferred = np.zeros_like(known)  # no row: the first row of every picture is taken
     rows = known[one_per_picture(picture, is_preferred)]
-    counted = np.full(len(calibration), UNKNOWN)
-    counted[rows] = failure[rows]
-    return counted
+    failure_of_row = np.full(len(calibration), UNKNOWN)
+    failure_of_row[rows] = failure[rows]
+    return failure_of_row
 
 
 def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Ints]:
-    """(M,) uncertainties and (M,) failures of the rows for which both are known.
+    """(M,) uncertainties and (M,) failures of those rows for which both are known.
 
     Raises:
         DataError: If there are no such rows.

@@ -29,36 +29,38 @@ def add_predictor(cls: object) -> bool:
     """
     if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
         return False
-    where = f"{cls.__module__}.{cls.__qualname__}"
-    missing = [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]
+    class_path = f"{cls.__module__}.{cls.__qualname__}"
+    required = ("name", "summary", "reference")
+    missing = [attribute for attribute in required if not getattr(cls, attribute, None)]
     if missing:
         raise UsageError(
-            f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute."
+            f"the method {class_path} has no {' and no '.join(missing)}. "
+            "Set it as a class attribute."
         )
     if PREDICTORS.registered.get(cls.name, cls) is not cls:
         raise UsageError(
             f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. "
-            f"Rename {where}."
+            f"Rename {class_path}."
         )
     if "__dataclass_params__" not in vars(cls):
         raise UsageError(
-            f"the method {where} must be a dataclass, so that its parameters are known. "
+            f"the method {class_path} must be a dataclass, so that its parameters are known. "
             "Decorate it."
         )
     if inspect.isabstract(cls):
-        raise UsageError(
-            f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it."
-        )
+        undefined = ", ".join(sorted(cls.__abstractmethods__))
+        raise UsageError(f"the method {class_path} lacks {undefined}. Define it.")
     without_default = []
     for field in dataclasses.fields(cls):
-        # In a field without a default, ``default`` and ``default_factory`` are both MISSING. In any
-        # other field one of them has another value.
-        has_default = field.default is not field.default_factory
+        has_default = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
         if field.init and not has_default:
             without_default.append(field.name)
     if without_default:
         raise UsageError(
-            f"the method {where} needs a default for {', '.join(without_default)}: `vilu fit` "
+            f"the method {class_path} needs a default for {', '.join(without_default)}: `vilu fit` "
             "gives none."
         )
     PREDICTORS[cls.name] = cls

@@ -13,7 +13,7 @@ from torch import Tensor
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
-from vilu.predictors.contract.labelled import failure_log_odds, with_outside
+from vilu.predictors.contract.labelled import failure_log_odds, log_odds_with_outside
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.pooled import PooledLogits
 
@@ -25,23 +25,23 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
     """
 
 
-# Names of the players, and then the player of every input.
+# The names of the players.
 ZERO_SHOT = "zero-shot score"
 IMAGE = "image"
 TEXTS = "texts"
-NONE = "none of the classes"
-PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
+NONE_OF_CLASSES = "none of the classes"
+PLAYER_OF_INPUT = {"logits": ZERO_SHOT, "image": IMAGE}
 """The player of a method with one input, by the name of the input in ``looks_at``."""
-PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
+PLAYER_OF_HEAD_INPUT = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
 """The player of every input of a ``FailureHead``, by the name of the input."""
 
 LOG_ODDS = "log-odds of failure"
 """Unit of values that are log-odds, not uncertainties."""
 
-Scored = tuple[Batch, NDArray[np.float64]]
+ScoredBatch = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
-Parts = dict[str, Tensor]
-"""For every player the term (B, H) that its inputs add to the first hidden layer of a head."""
+LayerTerms = dict[str, Tensor]
+"""By player: the term (B, H) that its inputs add to the first hidden layer of a head."""
 
 
 class Coalitions(ABC):
@@ -50,10 +50,10 @@ class Coalitions(ABC):
     players: tuple[str, ...]
     unit: str  # unit of the values
     meaning: str  # what the values mean, in one sentence of an explanation
-    step = 1  # number of background rows that are scored in one batch
+    background_batch = 1  # number of background rows that are scored in one batch
 
     @abstractmethod
-    def see(self, background: list[Scored]) -> None:
+    def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the background rows, whose inputs replace the inputs of missing players."""
 
     @abstractmethod
@@ -72,14 +72,14 @@ class SingleCoalitions(Coalitions):
     """
 
     unit = "uncertainty"
-    step = SCORING_BATCH
+    background_batch = SCORING_BATCH
 
     def __init__(self, player: str) -> None:
         self.players = (player,)
         self.meaning = f"the score is a function of one input alone, so all of it is the {player}"
         self._mean = 0.0
 
-    def see(self, background: list[Scored]) -> None:
+    def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the mean score of the background rows."""
         all_scores = np.concatenate([scores for _, scores in background])
         self._mean = float(all_scores.mean())
@@ -113,26 +113,27 @@ class HeadCoalitions(Coalitions):
         self.heads = heads
         self.link = link
         self.unit = unit
-        inputs = {PLAYER_OF_PART[part] for part in heads[0].first}
-        self.players = tuple(player for player in (ZERO_SHOT, IMAGE, TEXTS) if player in inputs)
+        with_input = {PLAYER_OF_HEAD_INPUT[name] for name in heads[0].first}
+        ordered = (ZERO_SHOT, IMAGE, TEXTS)
+        self.players = tuple(player for player in ordered if player in with_input)
         self.meaning = (
             "inputs that a coalition lacks are taken from background rows, and the score is "
             "averaged"
         )
-        self._background: list[Parts] = []  # one entry per head
+        self._background: list[LayerTerms] = []  # terms of the background rows, for every head
 
-    def see(self, background: list[Scored]) -> None:
+    def set_background(self, background: list[ScoredBatch]) -> None:
         """Store what the background rows add to the first layer of every head."""
         with torch.no_grad():
-            self._background = [self._parts_of(head, background) for head in self.heads]
+            self._background = [self._background_terms(head, background) for head in self.heads]
 
-    def _parts_of(self, head: FailureHead, background: list[Scored]) -> Parts:
+    def _background_terms(self, head: FailureHead, background: list[ScoredBatch]) -> LayerTerms:
         """What the inputs of the background rows add to the first layer of a head, by player."""
-        batches = [first_layer_parts(head, batch) for batch, _ in background]
-        parts: Parts = {}
+        terms_of_batches = [first_layer_terms(head, batch) for batch, _ in background]
+        terms: LayerTerms = {}
         for player in self.players:
-            parts[player] = torch.cat([added[player] for added in batches])
-        return parts
+            terms[player] = torch.cat([batch_terms[player] for batch_terms in terms_of_batches])
+        return terms
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2^G, B): means of v(S) over heads and background rows."""
@@ -140,31 +141,37 @@ class HeadCoalitions(Coalitions):
         total = torch.zeros(n_coalitions, len(batch.image), dtype=torch.float64)
         with torch.no_grad():
             for head, background in zip(self.heads, self._background, strict=True):
-                own = first_layer_parts(head, batch)
+                own_terms = first_layer_terms(head, batch)
                 for coalition in range(n_coalitions):
-                    total[coalition] += self._value(head, own, background, coalition)
+                    total[coalition] += self._value(head, own_terms, background, coalition)
         return total / len(self.heads)
 
-    def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
-        """(B,) float64 v(S) of one head."""
-        # The first layer is the sum of two parts: summands of the members, from the explained rows,
-        # and summands of the missing players, from the background rows.
-        of_missing = torch.zeros_like(head.first_bias)[None]  # (1, H)
-        of_members = head.first_bias + of_missing
+    def _value(
+        self, head: FailureHead, own_terms: LayerTerms, background_terms: LayerTerms, coalition: int
+    ) -> Tensor:
+        """(B,) float64 v(S) of one head, for a coalition S whose bits are its players.
+
+        ``own_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
+        """
+        # The first layer is the sum of two parts: terms of the members, from the explained rows,
+        # and terms of the missing players, from the background rows.
+        missing_part = torch.zeros_like(head.first_bias)[None]  # (1, H)
+        member_part = head.first_bias + missing_part
         for bit, player in enumerate(self.players):
             if is_member(bit, coalition):
-                of_members = of_members + own[player]
+                member_part = member_part + own_terms[player]
             else:
-                of_missing = of_missing + background[player]
+                missing_part = missing_part + background_terms[player]
         # All coalitions use tensors of the same shape. They then round alike, and a player without
         # effect gets exactly zero.
-        of_members = of_members.expand_as(own[IMAGE])
-        of_missing = of_missing.expand_as(background[IMAGE])
+        member_part = member_part.expand_as(own_terms[IMAGE])  # (B, H)
+        missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
         # number of rows whose pairs with all background rows are in memory together
-        step = max(TILE_CELLS // (len(of_missing) * of_members.shape[1]), 1)
+        block_rows = max(TILE_CELLS // (len(missing_part) * member_part.shape[1]), 1)
         means = []
-        for part in of_members.split(step):
-            pairs = part[:, None] + of_missing  # (b, M, H): every row with every background row
+        for block in member_part.split(block_rows):
+            # (b, M, H): every row of the block with every background row
+            pairs = block[:, None] + missing_part
             logits = head.rest(pairs).squeeze(-1)
             means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)
@@ -176,23 +183,23 @@ def is_member(player: int, coalition: int) -> bool:
     return bool(bit)
 
 
-def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
+def first_layer_terms(head: FailureHead, batch: Batch) -> LayerTerms:
     """What every player adds to the first hidden layer of a head.
 
     The sum over the players plus the bias is ``head.first_layer``.
     """
-    parts: Parts = {}
-    for part, added in head.to(batch.image.device).parts(batch).items():
-        player = PLAYER_OF_PART[part]
-        if player in parts:
-            parts[player] = parts[player] + added
+    terms: LayerTerms = {}
+    for name, term in head.to(batch.image.device).parts(batch).items():
+        player = PLAYER_OF_HEAD_INPUT[name]
+        if player in terms:
+            terms[player] = terms[player] + term
         else:
-            parts[player] = added
-    return parts
+            terms[player] = term
+    return terms
 
 
 class PoolCoalitions(Coalitions):
-    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU0 (``PooledLogits``).
+    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU-zero (``PooledLogits``).
 
     The players are the summands: tempered zero-shot logits ("zero-shot score"), what was learned
     about the candidates for any image ("texts"), and what the image adds ("image"). f(S) is the
@@ -211,8 +218,9 @@ class PoolCoalitions(Coalitions):
     logits of classes, so a summand of one image has no meaning beside the zero-shot logits of
     another image.
 
-    ``outside`` gives the log-odds (B,) of an image of none of the classes. "none of the classes" is
-    then a further player. If this player is in S, f(S) counts "outside" as a further wrong answer.
+    ``parts`` computes the summands. ``outside`` gives the log-odds (B,) of an image of none of the
+    classes. "none of the classes" is then a further player. If this player is in S, f(S) counts
+    "outside" as a further wrong answer.
     """
 
     unit = LOG_ODDS
@@ -230,10 +238,10 @@ class PoolCoalitions(Coalitions):
         self.outside = outside
         self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
         if outside is not None:
-            self.players = (*self.players, NONE)
+            self.players = (*self.players, NONE_OF_CLASSES)
         self._mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
-    def see(self, background: list[Scored]) -> None:
+    def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the mean over the background rows of f(S), for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
         self._mean = torch.cat(log_odds, dim=1).mean(dim=1)
@@ -261,5 +269,5 @@ class PoolCoalitions(Coalitions):
                 # "outside" is the last player, which is the highest bit. Therefore all coalitions
                 # without it come first, and the same coalitions with it follow.
                 outside = self.outside(batch).cpu()
-                values += [with_outside(log_odds, outside) for log_odds in values]
+                values += [log_odds_with_outside(log_odds, outside) for log_odds in values]
         return torch.stack(values)

@@ -11,20 +11,20 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN
 from vilu.predictors.contract.calibrating import scores_and_failures
-from vilu.predictors.contract.held_out import HeldOut, Judged, keep_every_class
-from vilu.predictors.contract.labelled import cross_fitting, with_failures
+from vilu.predictors.contract.held_out import HeldOutAnswers, JudgedAnswers, folds_have_every_class
+from vilu.predictors.contract.labelled import cross_fitting, rows_and_failures
 from vilu.predictors.contract.predictor import FailurePredictor
 
-ENOUGH_ROWS: Final = 250
-"""Number of held-out rows that are enough, so that no further fold is fitted."""
+ENOUGH_HELD_OUT: Final = 250
+"""With so many held-out rows no further fold is fitted."""
 
 
 def labelled_folds(train: EmbeddingSource) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and held-out rows, of all usable rows whose failure is known."""
+    """Divide the usable labelled rows into folds: pairs of rows to fit on and held-out rows."""
     is_labelled = (train.target != UNKNOWN) | train.outside
     usable = train.usable_rows
     rows = Rows(train, usable[is_labelled[usable]])
-    _, failure = with_failures(rows.batches(SCORING_BATCH))
+    _, failure = rows_and_failures(rows.batches(SCORING_BATCH))
     return cross_fitting(rows, failure, validation=None, seed=0)
 
 
@@ -34,10 +34,10 @@ def cross_fitted(
     folds: list[tuple[Rows, Rows]],
     *,
     unlabelled: EmbeddingSource | None = None,
-) -> HeldOut:
-    """Both kinds of answers to held-out rows, each judged by a copy that did not see its fold.
+) -> HeldOutAnswers:
+    """Both kinds of answers for held-out rows, judged by copies that were fitted without them.
 
-    No further fold is fitted once there are ``ENOUGH_ROWS`` held-out rows.
+    No further fold is fitted once there are ``ENOUGH_HELD_OUT`` held-out rows.
 
     Args:
         predictor: The predictor; it is not changed.
@@ -51,24 +51,26 @@ def cross_fitted(
     for fitted_on, held_out in folds:
         fold_predictor = copy.copy(predictor)
         fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
-        zero_shot.append(_judged(fold_predictor.judging("zero_shot"), train, held_out))
-        adapted.append(_judged(fold_predictor.judging("adapted"), train, held_out))
+        zero_shot.append(_judge(fold_predictor.judging("zero_shot"), train, held_out))
+        adapted.append(_judge(fold_predictor.judging("adapted"), train, held_out))
         n_held_out += len(held_out.index)
-        if n_held_out >= ENOUGH_ROWS:
+        if n_held_out >= ENOUGH_HELD_OUT:
             break
-    return HeldOut(_joined(zero_shot), _joined(adapted), every_class=keep_every_class(folds))
+    return HeldOutAnswers(
+        _join(zero_shot), _join(adapted), has_every_class=folds_have_every_class(folds)
+    )
 
 
-def _judged(predictor: FailurePredictor, train: EmbeddingSource, held_out: Rows) -> Judged:
-    """The answers to held-out rows, judged by a predictor."""
+def _judge(predictor: FailurePredictor, train: EmbeddingSource, held_out: Rows) -> JudgedAnswers:
+    """Judge the answers for held-out rows of ``train`` by a predictor."""
     is_held_out = np.zeros(len(train), np.bool_)
     is_held_out[held_out.index.numpy()] = True
     uncertainty, failure = scores_and_failures(predictor, train, is_held_out)
-    return Judged(uncertainty[is_held_out], failure[is_held_out])
+    return JudgedAnswers(uncertainty[is_held_out], failure[is_held_out])
 
 
-def _joined(parts: list[Judged]) -> Judged:
-    """The answers of all parts."""
+def _join(parts: list[JudgedAnswers]) -> JudgedAnswers:
+    """Concatenate the answers of all parts."""
     uncertainty = np.concatenate([part.uncertainty for part in parts])
     failure = np.concatenate([part.failure for part in parts])
-    return Judged(uncertainty, failure)
+    return JudgedAnswers(uncertainty, failure)

@@ -26,15 +26,15 @@ def require_inputs(method: type[Any], data: EmbeddingSource) -> None:
     if not looks_at:
         raise DataError(
             f"{method.name} needs embeddings of the candidates (texts), and these rows have given "
-            f"logits without texts. On logits alone work {_methods_on_logits()}; with "
-            f"features of the rows also {_methods_on_vectors()}. Take one of these, or give "
+            f"logits without texts. These methods need logits alone: {_methods_on_logits()}. These "
+            f"need features of the rows, too: {_methods_on_vectors()}. Take one of them, or give "
             "vilu.Embeddings(image, text)."
         )
     if "image" in looks_at and not data.has_vectors:
         raise DataError(
             f"{method.name} needs a vector of every row, and these rows have logits alone. Give "
-            "vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. On "
-            f"logits alone work {_methods_on_logits()}."
+            "vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. "
+            f"These methods need logits alone: {_methods_on_logits()}."
         )
 
 
@@ -52,14 +52,17 @@ def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
 
 
 def inputs_of(method: type[Any]) -> frozenset[str]:
-    """The inputs that the class itself states; empty if it states none."""
-    stated: frozenset[str] = vars(method).get("looks_at", frozenset())
-    return stated
+    """The inputs ``looks_at`` that the class itself states; empty if it states none."""
+    inputs: frozenset[str] = vars(method).get("looks_at", frozenset())
+    return inputs
 
 
 def _methods_on_logits() -> str:
     """Names of the methods whose only inputs are logits, for a message."""
-    names = [name for name in METHODS.names() if inputs_of(METHODS[name]) == {"logits"}]
+    names = []
+    for name in METHODS.names():
+        if inputs_of(METHODS[name]) == {"logits"}:
+            names.append(name)
     return ", ".join(names)
 
 
@@ -72,48 +75,50 @@ def _methods_on_vectors() -> str:
     return ", ".join(names)
 
 
-def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingSource) -> None:
-    """Refuse logits of other classes than the classes of the fit.
+def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: EmbeddingSource) -> None:
+    """Refuse data whose logits were given, unless they are of the classes of the fit.
 
     A candidate without embedding is known by its place alone. The classes must therefore be the
     same, in the same order.
 
     Args:
         method: Name of the fitted method.
-        fitted: The notes of its fit.
+        fit_notes: The notes of its fit, which hold the description by ``candidates_of``.
         data: The rows to score.
 
     Raises:
         ProvenanceError: If only the fit or only ``data`` has given logits, or if their classes
             differ.
     """
-    was_given = are_given(fitted)
-    if data.has_texts and not was_given:
+    fitted_on_logits = is_of_given_logits(fit_notes)
+    has_logits = not data.has_texts
+    if not fitted_on_logits and not has_logits:
         return
-    present = candidates_of(data)
-    if was_given and not data.has_texts and same_candidates(fitted, present):
+    candidates = candidates_of(data)
+    if fitted_on_logits and has_logits and same_candidates(fit_notes, candidates):
         return
     raise ProvenanceError(
-        f"this {method} was fitted on {_in_words(fitted)}, and these rows have "
-        f"{_in_words(present)}. Without embeddings of the candidates a class is known by its place "
-        "alone: give the same classes in the same order, or fit on rows like these."
+        f"this {method} was fitted on {_candidates_in_words(fit_notes)}, and these rows have "
+        f"{_candidates_in_words(candidates)}. Without embeddings of the candidates a class is "
+        "known by its place alone: give the same classes in the same order, or fit on rows like "
+        "these."
     )
 
 
-def are_given(candidates: Mapping[str, Any]) -> bool:
+def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
     """Whether a description by ``candidates_of`` is of given logits: it has no sketch of texts."""
     return bool(candidates.get("texts") == [])
 
 
-def _in_words(candidates: Mapping[str, Any]) -> str:
+def _candidates_in_words(candidates: Mapping[str, Any]) -> str:
     """Phrase for a message, such as "given logits of 10 candidates (no names)"."""
     kind = "embeddings of texts"
-    if are_given(candidates):
+    if is_of_given_logits(candidates):
         kind = "given logits"
-    named = "no names"
+    names = "no names"
     if "classes" in candidates:
-        named = f"names {candidates['classes'][:12]}"
-    return f"{kind} of {candidates.get('n_candidates', '?')} candidates ({named})"
+        names = f"names {candidates['classes'][:12]}"
+    return f"{kind} of {candidates.get('n_candidates', '?')} candidates ({names})"
 
 
 KIND_IN_WORDS: dict[DataKind, str] = {

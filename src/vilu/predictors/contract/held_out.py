@@ -13,7 +13,7 @@ from vilu.embeddings.rows import Rows
 from vilu.errors import UNKNOWN
 
 
-class Judged(NamedTuple):
+class JudgedAnswers(NamedTuple):
     """Uncertainties and failures of N answers of one kind."""
 
     uncertainty: NDArray[np.float64]  # (N,)
@@ -26,23 +26,25 @@ class Judged(NamedTuple):
         return known
 
 
-class HeldOut(NamedTuple):
+class HeldOutAnswers(NamedTuple):
     """Zero-shot and adapted answers for the same N held-out rows.
 
     Attributes:
         zero_shot: The zero-shot answers.
         adapted: The adapted answers.
-        every_class: Whether every candidate had a label in every fit. Otherwise the adapted answers
-            are wrong for rows of the missing classes, so the two kinds cannot be compared.
+        has_every_class: Whether every candidate had a label in every fit. Otherwise the adapted
+            answers are wrong for rows of the missing classes, so the two kinds cannot be compared.
     """
 
-    zero_shot: Judged
-    adapted: Judged
-    every_class: bool = True
+    zero_shot: JudgedAnswers
+    adapted: JudgedAnswers
+    has_every_class: bool = True
 
-    def judged(self, answer: AnswerKind) -> Judged:
+    def judged(self, answer: AnswerKind) -> JudgedAnswers:
         """The answers of one kind, "zero_shot" or "adapted"."""
-        return self.adapted if answer == "adapted" else self.zero_shot
+        if answer == "adapted":
+            return self.adapted
+        return self.zero_shot
 
     @classmethod
     def of_posterior(
@@ -50,7 +52,7 @@ class HeldOut(NamedTuple):
         log_q: NDArray[np.float64],
         zero_shot: NDArray[np.int64],
         target: NDArray[np.int64],
-    ) -> HeldOut:
+    ) -> HeldOutAnswers:
         """Both kinds of answers, judged by one posterior: u = 1 - q_a for an answer a.
 
         Args:
@@ -59,18 +61,18 @@ class HeldOut(NamedTuple):
             target: (N,) true candidates.
         """
 
-        def judged(answer: NDArray[np.int64]) -> Judged:
+        def judge(answer: NDArray[np.int64]) -> JudgedAnswers:
             log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
-            return Judged(
+            return JudgedAnswers(
                 uncertainty=-np.expm1(log_q_of_answer),
                 failure=(answer != target).astype(np.int64),
             )
 
         adapted = log_q.argmax(axis=1)
-        return cls(zero_shot=judged(zero_shot), adapted=judged(adapted))
+        return cls(zero_shot=judge(zero_shot), adapted=judge(adapted))
 
 
-def keep_every_class(folds: list[tuple[Rows, Rows]]) -> bool:
+def folds_have_every_class(folds: list[tuple[Rows, Rows]]) -> bool:
     """Whether every candidate has a labelled row among the rows to fit on, in every fold."""
     for fitted_on, _ in folds:
         source = fitted_on.source

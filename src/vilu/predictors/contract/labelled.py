@@ -22,8 +22,8 @@ from vilu.predictors.contract.seen import overlap
 from vilu.predictors.nn.processes import current_world
 
 MAX_UNUSABLE = 0.01  # maximum share of rows without a usable embedding
-FEW = 20  # a fit to fewer rows, or to fewer failures, is unreliable
-GROUP_BLOCK = 16_384  # number of captions in memory at the same time
+FEW_ROWS = 20  # a fit to fewer rows, fewer failures or fewer successes is unreliable
+GROUP_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
 
 
 def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSource:
@@ -33,13 +33,18 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
         ProvenanceError: If the two sets are of different embedding spaces.
         DataError: If more than 1 % of the validation rows are in the training set.
     """
-    names = "the training set", "the validation set"
-    train.space.require_match(validation.space, name=names[0], other_name=names[1])
-    common = overlap(train, validation, names)
+    train_name = "the training set"
+    validation_name = "the validation set"
+    train.space.require_match(validation.space, name=train_name, other_name=validation_name)
+    common = overlap(train, validation, (train_name, validation_name))
     if common is None:
         return validation
-    remedy = "Selection on training rows is blind: take them out of one of the two sets."
-    is_new = common.unshared(validation, "validation rows", "are in the training set, too", remedy)
+    is_new = common.unshared(
+        validation,
+        rows_name="validation rows",
+        predicate="are in the training set, too",
+        remedy="Selection on training rows is blind: take them out of one of the two sets.",
+    )
     return validation.without(~is_new)
 
 
@@ -90,33 +95,36 @@ def trainable_rows(
 
     Warns if rows are left out.
     """
-    n_short, n_unusable = _few_unusable(source, role)
-    rows, failure = with_failures(source.batches(SCORING_BATCH, columns=columns))
+    n_short, n_unusable = _count_unusable(source, role)
+    rows, failure = rows_and_failures(source.batches(SCORING_BATCH, columns=columns))
     if needs == "nothing":
         if n_unusable:
             warn_caller(f"{n_unusable} of {len(source)} {role} rows are left out (unusable).")
         return rows, failure
-    outside = source.outside[rows]
-    known = failure != UNKNOWN
-    has_class = known & ~outside
-    if outside.any() and not has_class.any():
+    is_ood = source.outside[rows]
+    n_ood = int(is_ood.sum())
+    has_failure = failure != UNKNOWN
+    has_class = has_failure & ~is_ood
+    if n_ood and not has_class.any():
         raise DataError(
-            f"all {int(outside.sum())} labelled {role} rows are of none of the classes, so nothing "
+            f"all {n_ood} labelled {role} rows are of none of the classes, so nothing "
             "can be learned about the classes. Add rows that belong to a class."
         )
-    n_ood = 0
     if needs == "class":
-        known = has_class
-        n_ood = int(outside.sum())
-    if not known.any():
+        is_trainable = has_class
+        n_ood_left_out = n_ood
+    else:
+        is_trainable = has_failure
+        n_ood_left_out = 0
+    if not is_trainable.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
-    n_left_out = len(source) - n_short - int(known.sum())
+    n_left_out = len(source) - n_short - int(is_trainable.sum())
     if n_left_out:
         warn_caller(
             f"{n_left_out} of {len(source)} {role} rows are left out "
-            f"{_reasons(n_unusable, n_ood)}.",
+            f"{_reasons(n_unusable, n_ood_left_out)}.",
         )
-    return rows[known], failure[known]
+    return rows[is_trainable], failure[is_trainable]
 
 
 def right_answers(failure: Tensor) -> dict[str, int]:
@@ -124,22 +132,21 @@ def right_answers(failure: Tensor) -> dict[str, int]:
     return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
 
 
-def _reasons(n_unusable: int, n_ood: int) -> str:
+def _reasons(n_unusable: int, n_ood_left_out: int) -> str:
     """Why rows are left out, for a message.
 
-    ``n_ood`` is the number of rows of none of the classes that are left out. Such rows are left out
-    only where classes are learned.
+    Rows of none of the classes are left out only where classes are learned.
     """
-    if not n_ood:
+    if not n_ood_left_out:
         return f"({n_unusable} unusable, the rest without label)"
     return (
-        f"where classes are told apart ({n_unusable} unusable, {n_ood} of none of the "
+        f"where classes are told apart ({n_unusable} unusable, {n_ood_left_out} of none of the "
         "classes, the rest without label)"
     )
 
 
-def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """Number of rows of an incomplete pool, and number of rows without a usable embedding.
+def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
+    """Number of rows left over when pools were filled, and number of other unusable rows.
 
     Raises:
         DataError: If there are no rows, fewer than two candidates, or too many unusable rows.
@@ -161,7 +168,7 @@ def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
     return n_short, n_unusable
 
 
-def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Indices (M,) of the rows of some batches, and their failures (M,).
 
     Where several processes fit together, each of them computes the failures of its share.
@@ -170,9 +177,9 @@ def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     rows = [torch.empty(0, dtype=torch.int64)]
     failures = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        share = batch.rows(world.own_slice(len(batch.index)))
+        own_rows = batch.rows(world.own_slice(len(batch.index)))
         rows.append(batch.index)
-        failures.append(world.gather(share.failure))
+        failures.append(world.gather(own_rows.failure))
     return torch.cat(rows), torch.cat(failures)
 
 
@@ -182,35 +189,41 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     Raises:
         DataError: If the failures are all equal, unless this is ``allowed``.
     """
-    n = len(failure)
+    n_rows = len(failure)
     n_failures = int(failure.sum())
-    n_rare = min(n_failures, n - n_failures)  # number of the rarer kind
-    kind = "failures" if n_rare == n_failures else "successes"
-    if n_rare == 0 and not allowed:
+    n_successes = n_rows - n_failures
+    rarer_kind = "successes"
+    if n_failures <= n_successes:
+        rarer_kind = "failures"
+    n_rarer = min(n_failures, n_successes)
+    if n_rarer == 0 and not allowed:
         raise DataError(
-            f"{name} learns to tell failures from successes. Found {n_rare} {kind} among {n} "
-            f"training rows; at least {FEW} are needed for a useful fit. Add harder (or easier) "
-            "images, or set allow_degenerate=true for a constant predictor."
+            f"{name} learns to tell failures from successes. Found {n_rarer} {rarer_kind} among "
+            f"{n_rows} training rows; at least {FEW_ROWS} are needed for a useful fit. Add harder "
+            "(or easier) images, or set allow_degenerate=true for a constant predictor."
         )
-    if n_rare < FEW:
-        warn_caller(f"only {n_rare} {kind} among {n} training rows: expect an unreliable fit.")
-    if n_rare > 0:
-        return None
-    return n_failures / n
-
-
-def warn_few(failure: Tensor, name: str) -> None:
-    """Warn if a probability of failure is learned from fewer than ``FEW`` rows."""
-    n = len(failure)
-    if n < FEW:
-        rows = "row" if n == 1 else "rows"
+    if n_rarer < FEW_ROWS:
         warn_caller(
-            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little."
+            f"only {n_rarer} {rarer_kind} among {n_rows} training rows: expect an unreliable fit."
+        )
+    if n_rarer > 0:
+        return None
+    return n_failures / n_rows
+
+
+def warn_of_few_rows(failure: Tensor, name: str) -> None:
+    """Warn if a probability of failure is learned from fewer than ``FEW_ROWS`` rows."""
+    n_rows = len(failure)
+    if n_rows < FEW_ROWS:
+        unit = "row" if n_rows == 1 else "rows"
+        warn_caller(
+            f"{name} is fitted on {n_rows} {unit}: with fewer than {FEW_ROWS} its probabilities "
+            "say little."
         )
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """The column "answer", if the fit reads it because given answers are judged; else no column."""
+    """The column "answer" if the fit reads it, which means that it judges given answers."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
@@ -231,10 +244,10 @@ def fit_and_selection(
     """
     rows = train.index
     if validation is not None:
-        held_out, held_failure = trainable_rows(
-            validation, "validation", "failure", answer_columns(train)
+        validation_rows, selection_failure = trainable_rows(
+            validation, role="validation", needs="failure", columns=answer_columns(train)
         )
-        selection = Rows(validation, held_out, columns=train.columns)
+        selection = Rows(validation, validation_rows, train.columns)
     else:
         generator = torch.Generator().manual_seed(seed)
         if isinstance(train.source, PairSource):
@@ -244,20 +257,21 @@ def fit_and_selection(
         positions = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         selection = Rows(train.source, rows[positions], train.columns)
         # failures are computed again, because captions of the held-out rows are in new pools
-        _, held_failure = with_failures(selection.batches(SCORING_BATCH))
-        stays = ~torch.isin(torch.arange(len(rows)), positions)
-        rows = rows[stays]
+        _, selection_failure = rows_and_failures(selection.batches(SCORING_BATCH))
+        stays_in_fit = torch.ones(len(rows), dtype=torch.bool)
+        stays_in_fit[positions] = False
+        rows = rows[stays_in_fit]
         # Both failures and successes must be left. With pools one kind is enough, because every
         # pass over the rows draws new pools, in which other answers fail.
         min_kinds = 2 if train.source.pool_size is None else 1
-        if len(failure[stays].unique()) < min_kinds:
+        if len(failure[stays_in_fit].unique()) < min_kinds:
             raise DataError(
                 f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
                 "training rows, so that no failure or no success is left to learn from. Make it "
                 "smaller."
             )
-    is_blind = len(held_failure.unique()) < 2
-    if is_blind:
+    can_select = len(selection_failure.unique()) == 2
+    if not can_select:
         return Rows(train.source, train.index, train.columns), None
     return Rows(train.source, rows, train.columns), selection
 
@@ -275,71 +289,74 @@ def hold_out(
     stay together.
 
     With pools the held-out rows fill whole pools. If the rows make fewer than two pools, no rows
-    are held out. Groups stay together as well, unless there are fewer groups than rows in a pool:
-    a pool then holds several rows of a group, as it would of a class.
+    are held out. Groups stay together as well, unless there are fewer groups than rows in a pool.
+    With so few groups every pool holds several rows of a group anyway.
     """
     if pool_size is not None:
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
     if groups is None:
         groups = torch.arange(len(failure))
     _, first_indices = np.unique(groups.numpy(), return_index=True)
-    first = torch.from_numpy(first_indices)  # the first row of a group decides its failure
-    parts = []
+    first_rows = torch.from_numpy(first_indices)  # the first row of a group decides its failure
+    chosen = []
     for is_failure in (0, 1):
-        first_of_kind = first[failure[first] == is_failure]
-        order = torch.randperm(len(first_of_kind), generator=generator)
-        n_held_out = round(len(first_of_kind) * fraction)
-        parts.append(first_of_kind[order[:n_held_out]])
-    held_out = torch.isin(groups, groups[torch.cat(parts)])
-    return held_out.nonzero().squeeze(1)
+        candidates = first_rows[failure[first_rows] == is_failure]
+        order = torch.randperm(len(candidates), generator=generator)
+        n_held_out = round(len(candidates) * fraction)
+        chosen.append(candidates[order[:n_held_out]])
+    is_held_out = torch.isin(groups, groups[torch.cat(chosen)])  # with all rows of their groups
+    return is_held_out.nonzero().squeeze(1)
 
 
 def _hold_out_pools(
-    n: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
+    n_rows: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
     """Sorted indices (H,) of random rows that fill whole pools; whole groups where possible."""
-    n_pools = n // pool_size
-    n_held_out = 0
+    n_pools = n_rows // pool_size
+    n_pools_held_out = 0
     if n_pools > 1 and fraction > 0:
-        n_held_out = max(round(n_pools * fraction), 1)
-    order = torch.randperm(n, generator=generator)
-    room = n_held_out * pool_size
+        n_pools_held_out = max(round(n_pools * fraction), 1)
+    order = torch.randperm(n_rows, generator=generator)
+    n_rows_held_out = n_pools_held_out * pool_size
     if groups is None or len(groups.unique()) < pool_size:
-        chosen = order[:room]
+        chosen = order[:n_rows_held_out]
     else:
-        chosen = order[whole_groups(groups[order], room)]
+        chosen = order[whole_groups(groups[order], max_rows=n_rows_held_out)]
     if len(chosen) < pool_size:  # too few rows for one pool
         chosen = chosen[:0]
     return chosen.sort().values
 
 
-def whole_groups(groups: Tensor, room: int) -> Tensor:
-    """Sorted indices of the rows of whole groups that together have at most ``room`` rows.
+def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
+    """Sorted indices of the rows of whole groups that together have at most ``max_rows`` rows.
 
     ``groups`` (M,) has the number of the group of every row. Groups are taken in the order of their
-    first rows; a group that no longer fits is skipped.
+    first rows. A group that has more rows than are left to take is skipped.
     """
-    _, group = torch.unique(groups, return_inverse=True)
-    sizes = group.bincount()
+    _, group_of_row = torch.unique(groups, return_inverse=True)
+    sizes = group_of_row.bincount()
+    # the first row of a group is the smallest index of its rows
     after_last = torch.full((len(sizes),), len(groups))
-    # index of the first row of every group: the smallest index of its rows
-    first = after_last.scatter_reduce(0, group, torch.arange(len(groups)), reduce="amin")
+    all_rows = torch.arange(len(groups))
+    first_row = after_last.scatter_reduce(0, group_of_row, all_rows, reduce="amin")
     is_taken = torch.zeros(len(sizes), dtype=torch.bool)
-    waiting = first.argsort()  # groups that may still be taken, in the order of their first rows
-    waiting = waiting[sizes[waiting] <= room]
+    rows_left = max_rows
+    # groups that may still be taken, in the order of their first rows
+    waiting = first_row.argsort()
+    waiting = waiting[sizes[waiting] <= rows_left]
     while len(waiting):
         # Take as many of the next groups as fit together. That is at least one group, since every
         # waiting group fits alone.
-        fits = waiting[sizes[waiting].cumsum(0) <= room]
-        is_taken[fits] = True
-        room -= int(sizes[fits].sum())
+        taken_now = waiting[sizes[waiting].cumsum(0) <= rows_left]
+        is_taken[taken_now] = True
+        rows_left -= int(sizes[taken_now].sum())
         # the next group no longer fits: skip all groups that are now too large
-        waiting = waiting[len(fits) :]
-        waiting = waiting[sizes[waiting] <= room]
-    return is_taken[group].nonzero().squeeze(1)
+        waiting = waiting[len(taken_now) :]
+        waiting = waiting[sizes[waiting] <= rows_left]
+    return is_taken[group_of_row].nonzero().squeeze(1)
 
 
-def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK) -> Tensor:
+def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK_ROWS) -> Tensor:
     """(M,) int64 numbers of groups: equal for rows with equal captions, compared as float16.
 
     A row whose caption is the text of a class is a group of its own. If all rows of such a caption
@@ -367,14 +384,12 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     """(B,) float64 log((1 - p) / p), with the probability p of the judged answer of the batch.
 
-    p is the softmax of ``logits`` (B, K), which may differ from the zero-shot logits: another
-    candidate than the answer may have the largest logit. The result is exact also where p would
-    round to zero or one.
+    p is the softmax of ``logits`` (B, K). They may differ from the zero-shot logits, so the answer
+    need not have the largest of them. The result is exact also where p would round to zero or one.
     """
     if batch.matches is None:  # all candidates are different answers
-        return RivalWeights.from_logits(
-            logits, batch.prediction[:, None].to(logits.device)
-        ).log_odds
+        answer_column = batch.prediction[:, None].to(logits.device)
+        return RivalWeights.from_logits(logits, answer_column).log_odds
     logits = float64(logits)
     is_answer = batch.alike(batch.prediction).to(logits.device)
     log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=-1)
@@ -382,7 +397,7 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     return log_others - log_answer
 
 
-def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
+def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
     """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q.
 
     The odds of u are computed as a sum of odds:
@@ -393,14 +408,15 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
 
     Args:
         log_odds: (B,) log((1 - q) / q).
-        outside: (B,) log(P(outside) / P(inside)).
+        outside_log_odds: (B,) log(P(outside) / P(inside)).
     """
     minus_log_q = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # 1 / q = 1 + (1 - q) / q
-    return torch.logaddexp(log_odds, outside.to(log_odds.device) + minus_log_q)
+    outside_term = outside_log_odds.to(log_odds.device) + minus_log_q
+    return torch.logaddexp(log_odds, outside_term)
 
 
-FOLDED_ROWS = 5_000  # maximum number of rows with which all folds are held out in turn
-FOLDS = 5  # number of folds
+FOLDED_ROWS = 5_000  # with more rows, only one fold is held out
+N_FOLDS = 5
 
 
 def cross_fitting(
@@ -422,29 +438,32 @@ def cross_fitting(
     failure of its first row counts for the picture.
     """
     if validation is not None:
-        rows, _ = trainable_rows(validation, "validation", needs, answer_columns(train))
+        rows, _ = trainable_rows(
+            validation, role="validation", needs=needs, columns=answer_columns(train)
+        )
         return [(train, Rows(validation, rows, train.columns))]
-    n = len(failure)
     generator = torch.Generator().manual_seed(seed)
-    first, picture = train.pictures()
-    order = torch.randperm(len(first), generator=generator)
-    # Successes are sorted before failures. Dealing out the rows in this order, one to each fold in
-    # turn, stratifies the folds.
-    shuffled_failure = failure[first][order]
+    first_row, picture_of_row = train.pictures()
+    n_pictures = len(first_row)
+    order = torch.randperm(n_pictures, generator=generator)
+    # Successes are sorted before failures. Dealing out the pictures in this order, one to each fold
+    # in turn, stratifies the folds.
+    shuffled_failure = failure[first_row][order]
     order = order[shuffled_failure.argsort(stable=True)]
-    fold_of_picture = torch.empty(len(first), dtype=torch.long)
-    fold_of_picture[order] = torch.arange(len(first)) % FOLDS
-    fold = fold_of_picture[picture]
-    n_folds = FOLDS
-    if n > folded_rows:
-        n_folds = 1
+    fold_of_picture = torch.empty(n_pictures, dtype=torch.long)
+    fold_of_picture[order] = torch.arange(n_pictures) % N_FOLDS
+    fold_of_row = fold_of_picture[picture_of_row]
+    n_held_out_folds = N_FOLDS
+    if len(failure) > folded_rows:
+        n_held_out_folds = 1
     pairs = []
-    for number in range(n_folds):
-        part = train.index[fold == number]
+    for fold in range(n_held_out_folds):
+        rows_of_fold = train.index[fold_of_row == fold]
         # chosen at random, since rows may be sorted by class
-        chosen = torch.randperm(len(part), generator=generator)[:folded_rows].sort().values
+        order_of_fold = torch.randperm(len(rows_of_fold), generator=generator)
+        chosen = order_of_fold[:folded_rows].sort().values
         if len(chosen):
-            fitted_on = replace(train, index=train.index[fold != number])
-            held_out = replace(train, index=part[chosen])
+            fitted_on = replace(train, index=train.index[fold_of_row != fold])
+            held_out = replace(train, index=rows_of_fold[chosen])
             pairs.append((fitted_on, held_out))
     return pairs

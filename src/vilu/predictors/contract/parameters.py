@@ -24,7 +24,7 @@ class Parametrised(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-Made = TypeVar("Made", bound=Parametrised)
+Made = TypeVar("Made", bound=Parametrised)  # the class of the predictor that is made
 
 
 def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, dataclasses.Field[Any]]:
@@ -50,8 +50,10 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     known = parameters(cls)
     for name in names:
         if name not in known:
-            # the nearest known name, or all known names if none is near
-            hint = nearest(name, known) or f" It has: {', '.join(known) or 'none'}."
+            hint = nearest(name, known)
+            if not hint:  # no known name is near: the message lists all of them
+                listing = ", ".join(known) or "none"
+                hint = f" It has: {listing}."
             raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
 
 
@@ -61,11 +63,11 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
     With ``strict`` the string "3" and the value True are not accepted as numbers. Numbers of numpy
     are accepted.
     """
-    hint, adapter = _checker(cls, name)
+    hint, adapter = _type_and_checker(cls, name)
     if strict:
-        value = _plain(value)
+        value = _plain_value(value)
     else:
-        value = _parsed(value, is_tuple="tuple" in str(hint))
+        value = _parsed_value(value, is_tuple="tuple" in str(hint))
     try:
         return cast("object", adapter.validate_python(value, strict=strict))
     except ValidationError as error:
@@ -75,7 +77,7 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
         ) from error
 
 
-def _plain(value: object) -> object:
+def _plain_value(value: object) -> object:
     """Convert a number of numpy to a number of Python, and a list to a tuple."""
     if isinstance(value, np.generic):
         return cast("object", value.item())
@@ -84,8 +86,8 @@ def _plain(value: object) -> object:
     return value
 
 
-def _parsed(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples from the command line. Pydantic parses all other values."""
+def _parsed_value(value: object, *, is_tuple: bool) -> object:
+    """Parse "none" and tuples of the command line. Other values stay: pydantic parses them."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -94,25 +96,26 @@ def _parsed(value: object, *, is_tuple: bool) -> object:
 
 
 @cache
-def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
+def _type_and_checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and its checker. Cached, because making one is slow."""
-    hint = _hint(cls, name)
+    hint = _annotated_type(cls, name)
     # in all methods the seed has the range that every random number generator accepts
     if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
 
-def _hint(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
+def _annotated_type(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
     """The annotated type of a parameter, evaluated in the module of the class that declares it.
 
     Annotations of other attributes are not evaluated, since some of their types are imported only
     for type checkers.
     """
     owner = next(base for base in cls.__mro__ if name in get_annotations(base))
-    annotated = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
-    names = vars(sys.modules[owner.__module__])
-    return get_type_hints(annotated, names, include_extras=True)[name]
+    # an object with this annotation alone
+    stand_in = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
+    module_names = vars(sys.modules[owner.__module__])
+    return get_type_hints(stand_in, module_names, include_extras=True)[name]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -161,14 +164,14 @@ def set_params(self: Made, **values: object) -> Made:
     return self
 
 
-def shown(self: Parametrised) -> str:
+def constructor_call(self: Parametrised) -> str:
     """The ``repr`` of a predictor: the call that makes it, with parameters that are not default."""
-    changed = []
+    arguments = []
     for name, parameter in parameters(self).items():
         value = getattr(self, name)
         if value != parameter.default:
-            changed.append(f"{name}={value!r}")
-    return f"{type(self).__name__}({', '.join(changed)})"
+            arguments.append(f"{name}={value!r}")
+    return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 def refuse_scikit_learn(self: Parametrised) -> object:

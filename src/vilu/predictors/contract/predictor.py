@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from vilu.embeddings.new_images import NewImages
     from vilu.predictors.contract.coalitions import Coalitions
-    from vilu.predictors.contract.held_out import HeldOut
+    from vilu.predictors.contract.held_out import HeldOutAnswers
     from vilu.predictors.contract.labelled import Needs
     from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.contract.seen import Overlap, Sketches
@@ -75,7 +75,7 @@ class Learnt(NamedTuple):
 
     tensors: dict[str, Tensor]
     notes: Mapping[str, Any] = MappingProxyType({})
-    held_out: HeldOut | None = None
+    held_out: HeldOutAnswers | None = None
 
 
 @dataclasses.dataclass
@@ -207,7 +207,7 @@ class FailurePredictor(ABC):
     sample_: FitSample | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
-    held_out_: HeldOut | None = dataclasses.field(
+    held_out_: HeldOutAnswers | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -220,7 +220,8 @@ class FailurePredictor(ABC):
             cls.tensors = tuple(form.split(":")[0] for form in forms)  # a form is "name:shape"
         # __repr__ is set here, because the dataclass decorator would otherwise add its own. A class
         # keeps a __repr__ that it defines itself. mypy does not allow to assign a method.
-        cls.__repr__ = vars(cls).get("__repr__", parameters.shown)  # type: ignore[method-assign]
+        own_repr = vars(cls).get("__repr__", parameters.constructor_call)
+        cls.__repr__ = own_repr  # type: ignore[method-assign]
 
     get_params = parameters.get_params
     set_params = parameters.set_params
@@ -305,7 +306,7 @@ class FailurePredictor(ABC):
             ('image',)
         """
         from vilu.predictors.contract.coalitions import (
-            PLAYER_OF_LOOK,
+            PLAYER_OF_INPUT,
             NoAttribution,
             SingleCoalitions,
         )
@@ -314,7 +315,7 @@ class FailurePredictor(ABC):
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
         (kind_of_input,) = looks_at
-        return SingleCoalitions(PLAYER_OF_LOOK[kind_of_input])
+        return SingleCoalitions(PLAYER_OF_INPUT[kind_of_input])
 
     @property
     def label(self) -> str:
@@ -369,7 +370,7 @@ class FailurePredictor(ABC):
             >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
             [0, 1, 0, 1]
         """
-        raise self._without_posterior()
+        raise self._no_posterior_error()
 
     def judged(self, batch: Batch) -> Batch:
         """The batch with the answers that are judged, as the parameter ``answer`` says.
@@ -427,14 +428,16 @@ class FailurePredictor(ABC):
         """The column of the given answers, where given answers are judged."""
         return (ANSWER,) if self.answer == "given" else ()
 
-    def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """Settings of the class ``kind``: each field has the value of the parameter of its name.
+    def _settings(self, settings_class: type[Settings], **replacements: object) -> Settings:
+        """Make settings of a class, whose fields are named like parameters of this predictor.
 
-        ``changed`` replaces some of these values.
+        Every field gets the value of the parameter of its name, or else its replacement.
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+        names = [field.name for field in dataclasses.fields(settings_class)]
+        values = {name: getattr(self, name) for name in names}
         values["device"] = self.device_
-        return kind(**values | changed)
+        values.update(replacements)
+        return settings_class(**values)
 
     def _log_weight(self) -> float:
         """Bias that a weighted loss adds to the log-odds of failure."""
@@ -535,13 +538,15 @@ class FailurePredictor(ABC):
             sources.append(validation)
         if train.unlabelled is not None:
             sources.append(train.unlabelled)
-        rows, failure = labelled.trainable_rows(source, "training", self.needs, self.answer_columns)
-        sketches = seen.sketch(source)
+        rows, failure = labelled.trainable_rows(
+            source, role="training", needs=self.needs, columns=self.answer_columns
+        )
+        sketches = seen.make_sketches(source)
         seen.warn_of_repeats(source, sketches)
         learnt = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(learnt.tensors, source.space)
-        for further in sources[1:]:
-            sketches = seen.join(sketches, seen.sketch(further))
+        for further_source in sources[1:]:
+            sketches = seen.join_sketches(sketches, seen.make_sketches(further_source))
         self.seen_ = sketches
         self.sample_ = FitSample.draw(sources, getattr(self, "seed", 0))
         self.similarity_ = seen.similarity_range(source)
@@ -556,7 +561,7 @@ class FailurePredictor(ABC):
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
         """As ``_learn``, but a constant if failures are learned and all rows or no rows fail."""
-        from vilu.predictors.contract.labelled import degenerate_rate, warn_few
+        from vilu.predictors.contract.labelled import degenerate_rate, warn_of_few_rows
 
         if self.learns_failure:
             allowed = getattr(self, "allow_degenerate", False)
@@ -564,7 +569,7 @@ class FailurePredictor(ABC):
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
         elif self.is_probability:
-            warn_few(failure, self.name)
+            warn_of_few_rows(failure, self.name)
         return self._learn(train, failure, validation)
 
     # The learned state, in memory and in files.
@@ -575,7 +580,8 @@ class FailurePredictor(ABC):
         from vilu.predictors.persistence.state import StateLayout
 
         if self._is_constant(tensors):
-            layout = StateLayout(self.name, (CONSTANT,), forms=f"{CONSTANT}:d", make_network=None)
+            form = f"{CONSTANT}:d"  # one float64 number
+            layout = StateLayout(self.name, (CONSTANT,), form, make_network=None)
         else:
             layout = StateLayout(self.name, self.tensor_names(), self._forms, self.module)
         self.learned_, self.network_ = layout.read(tensors, space)
@@ -704,10 +710,11 @@ class FailurePredictor(ABC):
             return uncertainty if isinstance(data, Tensor) else uncertainty.numpy()
         if text is not None:
             raise UsageError("text is for bare image embeddings: these data have their candidates.")
-        of_rows = np.full(len(data), np.nan)
+        all_scores = np.full(len(data), np.nan)
         for batch, scores in self.scored(data):
-            of_rows[batch.index.numpy(force=True)] = scores
-        return of_rows
+            rows = batch.index.numpy(force=True)
+            all_scores[rows] = scores
+        return all_scores
 
     def _new_images(self, image: RowsLike, text: RowsLike | None) -> NewImages:
         """Bare image embeddings in the space of the fit."""
@@ -775,13 +782,13 @@ class FailurePredictor(ABC):
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         """Yield batches with their scores (B,); raises if a score is not finite."""
-        for batch, scores in self._scored_on_device(data, rows):
-            of_batch = scores.numpy(force=True)
+        for batch, scores_on_device in self._scored_on_device(data, rows):
+            scores = scores_on_device.numpy(force=True)
             n_candidates = batch.text.shape[-2]
             if n_candidates >= FEWEST_CANDIDATES:
-                is_broken = ~np.isfinite(of_batch)
+                is_broken = ~np.isfinite(scores)
                 self._require_finite(int(np.count_nonzero(is_broken)))
-            yield batch, of_batch
+            yield batch, scores
 
     def _scored_on_device(
         self, data: EmbeddingSource, rows: Tensor | None
@@ -789,24 +796,25 @@ class FailurePredictor(ABC):
         """Yield batches of rows, each with its uncertainties (B,) float64 on the device."""
         self._check_ready(data)
         device = self.device_ if data.device is None else data.device
-        read = data.batches
-        size = SCORING_BATCH
+        read_blocks = data.batches
+        block_rows = SCORING_BATCH
         if self.looks_at == {"logits"}:
-            # Such scores wait for memory, so blocks whose logits stay in the cache are faster.
-            read = data.many
-            size = rows_in_cache(data.n_candidates)
+            # The time of such scores is mostly that of reading memory. Blocks whose logits stay in
+            # the processor's cache are therefore faster.
+            read_blocks = data.many
+            block_rows = rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
-        for block in read(size, rows=rows, columns=columns):
+        for block in read_blocks(block_rows, rows=rows, columns=columns):
             batch = block.to(device)
             n_candidates = batch.text.shape[-2]  # equal captions of a pool are one candidate
             if n_candidates < FEWEST_CANDIDATES:
-                n_rows = len(batch.index)
-                yield batch, torch.full((n_rows,), torch.nan, dtype=torch.float64, device=device)
+                undefined = torch.full((len(batch.index),), torch.nan, dtype=torch.float64)
+                yield batch, undefined.to(device)
                 continue
-            judged = self.judged(batch)
+            judged_batch = self.judged(batch)
             with torch.no_grad():
-                scores = float64(self.score_batch(judged))
-            yield judged, scores
+                scores = float64(self.score_batch(judged_batch))
+            yield judged_batch, scores
 
     def _require_finite(self, n_broken: int) -> None:
         """Refuse scores if any of them is not finite."""
@@ -890,12 +898,14 @@ class FailurePredictor(ABC):
         Raises:
             DataError: If more than 1 % of the rows were used to fit.
         """
-        from vilu.predictors.contract.seen import LEARNED_FROM
+        from vilu.predictors.contract.seen import WHY_NOT_FIT_ROWS
 
-        remedy = f"{LEARNED_FROM} Take rows that it has not seen."
-        what = f"{role} rows"
-        where = f"were used to fit this {self.name}"
-        return self.seen(data).unshared(data, what, where, remedy)
+        return self.seen(data).unshared(
+            data,
+            rows_name=f"{role} rows",
+            predicate=f"were used to fit this {self.name}",
+            remedy=f"{WHY_NOT_FIT_ROWS} Take rows that it has not seen.",
+        )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         """Refuse data that the method cannot work on."""
@@ -913,19 +923,18 @@ class FailurePredictor(ABC):
             require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
-                is_imported = column not in SECOND_MODEL_COLUMNS and column != ANSWER
-                or_import = ", or give it to `vilu import`" if is_imported else ""
-                raise DataError(
-                    f"{self.name} needs the column {column!r}. "
-                    f"Make it with `{COLUMN_COMMANDS[column]}`{or_import}."
-                )
+                remedy = f"Make it with `{COLUMN_COMMANDS[column]}`"
+                can_be_imported = column not in SECOND_MODEL_COLUMNS and column != ANSWER
+                if can_be_imported:
+                    remedy += ", or give it to `vilu import`"
+                raise DataError(f"{self.name} needs the column {column!r}. {remedy}.")
 
     def check_answer(self) -> None:
         """Refuse adapted answers of a method that has no posterior."""
         if self.answer == "adapted" and not self.has_posterior:
-            raise self._without_posterior()
+            raise self._no_posterior_error()
 
-    def _without_posterior(self) -> UsageError:
+    def _no_posterior_error(self) -> UsageError:
         """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
@@ -942,7 +951,8 @@ class FailurePredictor(ABC):
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
-        if self.needs_fit and (self.closed_set or self.looks_at != {"logits"}):
+        is_open_to_classes = self.looks_at == {"logits"} and not self.closed_set
+        if self.needs_fit and not is_open_to_classes:
             from vilu.predictors.contract.given_logits import require_same_logits
 
             require_same_logits(self.name, self.notes_, data)
@@ -1038,12 +1048,12 @@ class FailurePredictor(ABC):
             >>> predictor.predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """
-        from vilu.predictors.contract.calibrating import counted_failures, scores_and_failures
+        from vilu.predictors.contract.calibrating import failure_of_pictures, scores_and_failures
 
-        fresh = self.unseen(calibration, "calibration")
-        uncertainty, failure = scores_and_failures(self, calibration, fresh)
-        counted = counted_failures(calibration, fresh, uncertainty, failure)
-        return self.calibrate_scores(uncertainty[fresh], counted[fresh])
+        is_unseen = self.unseen(calibration, role="calibration")
+        uncertainty, failure = scores_and_failures(self, calibration, is_unseen)
+        failure = failure_of_pictures(calibration, is_unseen, uncertainty, failure)
+        return self.calibrate_scores(uncertainty[is_unseen], failure[is_unseen])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate_probability``, from uncertainties (N,) and failures (N,).
@@ -1064,9 +1074,9 @@ class FailurePredictor(ABC):
         from vilu.predictors.contract.calibrating import known_pairs
         from vilu.predictors.contract.probability import fit_calibrator
 
-        known, failures = known_pairs(uncertainty, failure)
-        score = self._calibration_score(known)
-        self.calibrator_ = fit_calibrator(score, failures, is_log_odds=self.is_probability)
+        known_uncertainty, known_failure = known_pairs(uncertainty, failure)
+        score = self._calibration_score(known_uncertainty)
+        self.calibrator_ = fit_calibrator(score, known_failure, is_log_odds=self.is_probability)
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:

@@ -16,11 +16,11 @@ from vilu.artifacts.documents import Model
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
-FOLDS = 10  # number of folds of the cross-validation
-STEPS = 100  # maximum number of steps of Newton's method, which needs about eight
+N_FOLDS = 10  # of the cross-validation
+MAX_NEWTON_STEPS = 100  # Newton's method needs about eight
 # with fewer failures, or with fewer successes, the smoothest form is used without cross-validation
-FEW_OF_A_KIND = 20
-FEW_ROWS = 1000  # with fewer rows, the steps of isotonic regression would fit the noise
+MIN_OF_EACH_KIND = 20
+MIN_ISOTONIC_ROWS = 1000  # with fewer rows, the steps of isotonic regression would fit the noise
 
 
 class Form(NamedTuple):
@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
     features: Callable[[Floats], Floats]  # from scores (N,) to features (N, F)
     intercept: bool  # whether the linear function has an intercept
-    of_probability: bool  # whether the score must be log-odds of a probability
+    needs_log_odds: bool  # whether the score must be the log-odds of a probability
 
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough
@@ -37,8 +37,8 @@ def expit(log_odds: Floats) -> Floats:
 
     It replaces the function of SciPy, whose import takes half a second.
     """
-    small = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
-    probability: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
+    exponential = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
+    probability: Floats = np.where(log_odds < 0, exponential, 1.0) / (1 + exponential)
     return probability
 
 
@@ -56,9 +56,9 @@ def _as_column(score: Floats) -> Floats:
 
 
 FORMS = {
-    "temperature": Form(_as_column, intercept=False, of_probability=True),
-    "platt": Form(_as_column, intercept=True, of_probability=False),
-    "beta": Form(_logarithms, intercept=True, of_probability=True),
+    "temperature": Form(_as_column, intercept=False, needs_log_odds=True),
+    "platt": Form(_as_column, intercept=True, needs_log_odds=False),
+    "beta": Form(_logarithms, intercept=True, needs_log_odds=True),
 }
 """The logistic forms, the smoothest one first.
 
@@ -147,28 +147,33 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
         >>> fit_calibrator(score, failure, is_log_odds=True).form  # of so few rows
         'temperature'
     """
-    forms = [name for name, form in FORMS.items() if is_log_odds or not form.of_probability]
-    if min(failure.sum(), (1 - failure).sum()) < FEW_OF_A_KIND:
-        smoothest = forms[0]
-        return _fit(smoothest, score, failure)
-    if len(score) >= FEW_ROWS:
+    forms: list[str] = []
+    for name, form in FORMS.items():
+        if is_log_odds or not form.needs_log_odds:
+            forms.append(name)
+    n_failures = int(failure.sum())
+    n_successes = len(failure) - n_failures
+    if min(n_failures, n_successes) < MIN_OF_EACH_KIND:
+        smoothest_form = forms[0]
+        return _fit(smoothest_form, score, failure)
+    if len(score) >= MIN_ISOTONIC_ROWS:
         forms.append("isotonic")
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
-    chosen = _fit(_smoothest_good(losses), score, failure)
+    chosen = _fit(_smoothest_good_form(losses), score, failure)
     log_loss = {name: float(loss.mean()) for name, loss in losses.items()}
     return chosen.model_copy(update={"log_loss": log_loss})
 
 
-def _smoothest_good(losses: dict[str, Floats]) -> str:
+def _smoothest_good_form(losses: dict[str, Floats]) -> str:
     """The smoothest form whose mean log-loss is within one standard error of the least.
 
     ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
     computed from the differences to the losses of the best form, row by row. So rows that are hard
     for all forms add nothing to the error.
     """
-    least = min(losses.values(), key=np.mean)
+    losses_of_best = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
-        excess = loss - least
+        excess = loss - losses_of_best
         standard_error = excess.std(ddof=1) / np.sqrt(len(excess))
         if excess.mean() <= standard_error:
             return name
@@ -193,8 +198,8 @@ def read_calibrator(value: object) -> Calibrator:
 def _require_knots(calibrator: Isotonic) -> None:
     """Refuse knots unless their scores rise, and there is one probability for every score."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
-    falls = bool((np.diff(calibrator.score) <= 0).any())
-    if not has_pairs or falls:
+    is_rising = bool((np.diff(calibrator.score) > 0).all())
+    if not (has_pairs and is_rising):
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
 
 
@@ -215,14 +220,14 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
     The folds are stratified by failure.
     """
     rng = np.random.default_rng(0)
-    fold = np.empty(len(score), np.int64)
+    fold_of_row = np.empty(len(score), np.int64)
     for is_failure in (0, 1):
         rows = np.flatnonzero(failure == is_failure)
         # the shuffled rows are dealt out, one to each fold in turn
-        fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
+        fold_of_row[rng.permutation(rows)] = np.arange(len(rows)) % N_FOLDS
     losses = np.empty(len(score))
-    for number in range(FOLDS):
-        held_out = fold == number
+    for fold in range(N_FOLDS):
+        held_out = fold_of_row == fold
         calibrator = _fit(form, score[~held_out], failure[~held_out])
         p = calibrator(score[held_out])
         likelihood = np.where(failure[held_out] == 1, p, 1 - p)
@@ -235,14 +240,14 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
 
     It replaces the function of SciPy, whose import takes half a second.
     """
-    value, index, n_rows = np.unique(score, return_inverse=True, return_counts=True)
-    n_wrong = np.bincount(index, failure).astype(np.int64)
+    value, value_of_row, n_rows = np.unique(score, return_inverse=True, return_counts=True)
+    n_wrong = np.bincount(value_of_row, weights=failure).astype(np.int64)
     rate = _rising_rates(n_wrong, n_rows)
-    least = 1 / (len(score) + 2)
-    probability = np.clip(rate, least, 1 - least)
+    min_probability = 1 / (len(score) + 2)
+    probability = np.clip(rate, min_probability, 1 - min_probability)
     # a stretch of equal probabilities needs knots only at its two ends
-    rises = np.flatnonzero(np.diff(probability))
-    knots = np.unique(np.concatenate([[0, len(value) - 1], rises, rises + 1]))
+    rise_indices = np.flatnonzero(np.diff(probability))
+    knots = np.unique(np.concatenate([[0, len(value) - 1], rise_indices, rise_indices + 1]))
     return Isotonic(
         form="isotonic",
         score=value[knots].tolist(),
@@ -256,48 +261,53 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     """(V,) non-decreasing error rates at V ascending scores, by pooling adjacent violators.
 
     The result is the least-squares fit. ``n_wrong`` (V,) and ``n_rows`` (V,) are the counts at the
-    scores. Every pass pools all violators at once.
+    scores. Every pass joins all violators to the pools before them.
     """
-    wrong = n_wrong
-    pooled = n_rows
-    begins = _begin_pools(wrong, pooled)
-    while not begins.all():
-        # join every pool whose rate does not rise to the pool before it
-        first = np.flatnonzero(begins)
-        wrong = np.add.reduceat(wrong, first)
-        pooled = np.add.reduceat(pooled, first)
-        begins = _begin_pools(wrong, pooled)
-    rate_of_rows = np.repeat(wrong / pooled, pooled)
+    pool_wrong = n_wrong
+    pool_rows = n_rows
+    begins_pool = _begins_pool(pool_wrong, pool_rows)
+    while not begins_pool.all():
+        # a pool whose rate is not above the rate before it is joined to the pool before it
+        first_index = np.flatnonzero(begins_pool)
+        pool_wrong = np.add.reduceat(pool_wrong, first_index)
+        pool_rows = np.add.reduceat(pool_rows, first_index)
+        begins_pool = _begins_pool(pool_wrong, pool_rows)
+    rate_of_rows = np.repeat(pool_wrong / pool_rows, pool_rows)
     last_row_of_score = np.cumsum(n_rows) - 1
     return rate_of_rows[last_row_of_score]
 
 
-def _begin_pools(wrong: NDArray[np.int64], pooled: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where a pool begins: the first rate, and every rate above the rate before it."""
+def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(V,) whether a new pool begins: at the first rate, and where a rate exceeds the one before.
+
+    The rates are ``n_wrong`` (V,) / ``n_rows`` (V,).
+    """
     # the comparison w1 / n1 > w0 / n0 of rates, multiplied by n0 n1, is exact in integers
-    rises = wrong[1:] * pooled[:-1] > wrong[:-1] * pooled[1:]
-    return np.append(True, rises)
+    is_above = n_wrong[1:] * n_rows[:-1] > n_wrong[:-1] * n_rows[1:]
+    return np.append(True, is_above)
 
 
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
     """Fit a calibrator of one form: isotonic regression, or logistic regression without a penalty.
 
     ``form`` is a key of ``FORMS``, or "isotonic". The targets of the logistic regression are
-    smoothed (``_smoothed``).
+    smoothed (``_smoothed_targets``).
     """
     if form == "isotonic":
         return _fit_isotonic(score, failure)
     features = FORMS[form].features(score)
-    weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
+    weights, intercept = _least_log_loss(features, failure, with_intercept=FORMS[form].intercept)
     negative = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
     # and the other feature is fitted again (Kull et al.).
     if form == "beta" and len(negative):
-        dropped = int(negative[0])
-        remaining = 1 - dropped  # index of the other one of the two features
-        refitted, intercept = _least_log_loss(features[:, [remaining]], failure, intercept=True)
+        dropped_index = int(negative[0])
+        remaining_index = 1 - dropped_index  # index of the other one of the two features
+        refitted_weights, intercept = _least_log_loss(
+            features[:, [remaining_index]], failure, with_intercept=True
+        )
         weights = [0.0, 0.0]
-        weights[remaining] = max(refitted[0], 0.0)
+        weights[remaining_index] = max(refitted_weights[0], 0.0)
     return Logistic(
         form=form,
         weights=tuple(weights),
@@ -309,21 +319,25 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def _least_log_loss(
-    features: Floats, failure: NDArray[np.int64], *, intercept: bool
+    features: Floats, failure: NDArray[np.int64], *, with_intercept: bool
 ) -> tuple[list[float], float]:
-    """Weights and intercept of a logistic regression without a penalty, on smoothed targets."""
+    """Weights and intercept of a logistic regression without a penalty, on smoothed targets.
+
+    The intercept is 0 if ``with_intercept`` is false.
+    """
     n_features = features.shape[1]
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)  # not 0 if a feature is 0 everywhere
-    ones = np.ones((len(features), int(intercept)))  # (N, 1) for the intercept, or (N, 0)
-    x = np.column_stack([features / scale, ones])
-    weights = _by_newton(x, _smoothed(failure))
-    constant = 0.0
-    if intercept:
-        constant = float(weights[-1])
-    return (weights[:n_features] / scale).tolist(), constant
+    x = features / scale
+    if with_intercept:
+        x = np.column_stack([x, np.ones(len(x))])
+    weights = _newton_weights(x, _smoothed_targets(failure))
+    intercept = 0.0
+    if with_intercept:
+        intercept = float(weights[-1])
+    return (weights[:n_features] / scale).tolist(), intercept
 
 
-def _smoothed(failure: NDArray[np.int64]) -> Floats:
+def _smoothed_targets(failure: NDArray[np.int64]) -> Floats:
     """(N,) smoothed targets of a logistic regression (Platt 1999, Sec. 2.2).
 
     The targets are (N_f + 1) / (N_f + 2) for the N_f failures and 1 / (N_s + 2) for the N_s
@@ -332,16 +346,16 @@ def _smoothed(failure: NDArray[np.int64]) -> Floats:
     """
     n_failures = int(failure.sum())
     n_successes = len(failure) - n_failures
-    of_failure = (n_failures + 1) / (n_failures + 2)
-    of_success = 1 / (n_successes + 2)
-    return np.where(failure == 1, of_failure, of_success)
+    failure_target = (n_failures + 1) / (n_failures + 2)
+    success_target = 1 / (n_successes + 2)
+    return np.where(failure == 1, failure_target, success_target)
 
 
-def _by_newton(x: Floats, target: Floats) -> Floats:
+def _newton_weights(x: Floats, target: Floats) -> Floats:
     """(F,) weights of the features x (N, F) with the least log-loss, by Newton's method."""
     weights = np.zeros(x.shape[1])
-    least = _log_loss(weights, x, target)
-    for _ in range(STEPS):
+    loss = _log_loss(weights, x, target)
+    for _ in range(MAX_NEWTON_STEPS):
         p = expit(x @ weights)
         gradient = x.T @ (p - target)
         variance = p * (1 - p)
@@ -349,24 +363,24 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
         # Equal scores give a direction without curvature, in which ``solve`` would fail. Least
         # squares make no step in this direction.
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
-        descent = _descend(weights, step, least, x, target)
-        if descent is None:
+        result = _newton_step(weights, step, loss, x, target)
+        if result is None:
             break
-        weights, least = descent
+        weights, loss = result
     return weights
 
 
-def _descend(
-    weights: Floats, step: NDArray[np.floating], least: float, x: Floats, target: Floats
+def _newton_step(
+    weights: Floats, step: NDArray[np.floating], last_loss: float, x: Floats, target: Floats
 ) -> tuple[Floats, float] | None:
     """Weights after a Newton step, and their log-loss; None if the loss decreases no further.
 
-    A full step may be too long, so it is halved until the loss is below ``least``, up to 11 times.
+    A full step may be too long. It is halved until the loss is below ``last_loss``, up to 11 times.
     """
     for halvings in range(12):
         candidate = weights - step / 2**halvings
         loss = _log_loss(candidate, x, target)
-        if loss < least:
+        if loss < last_loss:
             return candidate, loss
     return None
 

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     """Sorted indices of ``n`` random usable labelled rows per class.
 
-    Of a class with fewer rows, all rows are taken. All usable rows of none of the classes are taken
-    as well.
+    If a class has fewer rows, all its rows are taken. All usable rows of none of the classes are
+    taken as well.
 
     A larger ``n`` only adds rows. The rows that ``seed`` chooses of one class do not depend on the
     other classes.
@@ -45,27 +45,31 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
-    parts = []
+    chosen = []
     for label in range(source.n_candidates):
-        members = rows[target == label]
+        rows_of_class = rows[target == label]
         # one generator per class, so that the order does not depend on the rows of other classes
-        order = np.random.default_rng([seed, label]).permutation(len(members))
-        parts.append(members[order[:n]])
-    sizes = [len(part) for part in parts]
-    if min(sizes) < n:
-        n_small = sum(size < n for size in sizes)
+        order = np.random.default_rng([seed, label]).permutation(len(rows_of_class))
+        chosen.append(rows_of_class[order[:n]])
+    _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen], n)
+    ood_rows = usable[source.outside[usable]]
+    return torch.cat([*chosen, ood_rows]).sort().values
+
+
+def _warn_of_small_classes(sizes: list[int], n: int) -> None:
+    """Warn if classes have fewer than ``n`` labelled rows; ``sizes`` are the numbers of rows."""
+    n_small_classes = sum(size < n for size in sizes)
+    if n_small_classes:
         warn_caller(
-            f"{n_small} of {len(sizes)} classes have fewer than {n} labelled rows "
+            f"{n_small_classes} of {len(sizes)} classes have fewer than {n} labelled rows "
             f"(the fewest: {min(sizes)}); all their rows are taken.",
         )
-    of_no_class = usable[source.outside[usable]]
-    return torch.cat([*parts, of_no_class]).sort().values
 
 
 # Constants of the recognition of rows: sizes in rows, and limits and texts of messages.
 
-SIZE = 1 << 14  # maximum number of hashes that a predictor keeps of the rows of its fit
-BLOCK = 1 << 20  # number of rows whose hashes are in memory at the same time
+MAX_HASHES = 16_384  # maximum number of hashes that a predictor keeps of the rows of its fit
+BLOCK_ROWS = 2**20  # number of rows whose hashes are in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max  # hashes have 63 bits
 
 MAX_SHARED = 0.01
@@ -74,10 +78,10 @@ MAX_SHARED = 0.01
 Real data contain some rows twice, which are left out. A larger share is a mistake and is refused.
 """
 
-SHOWN = 3  # number of row names that a message lists
+SHOWN_NAMES = 3  # number of row names that a message lists
 
-LEARNED_FROM = "It learned from them, so nothing measured on them holds for others."
-"""The reason, in messages, why rows of a fit are refused."""
+WHY_NOT_FIT_ROWS = "It learned from them, so nothing measured on them holds for others."
+"""The reason, in messages, why a measurement refuses rows that a predictor was fitted on."""
 
 
 @dataclass(frozen=True)
@@ -85,74 +89,76 @@ class RowSketch:
     """Bottom-k sketch of a set of rows: its smallest 63-bit hashes, sorted, and its number of rows.
 
     A set of up to 16,384 rows has all its hashes in the sketch. The sketch of a larger set is a
-    uniform sample, since hashes are uniform. It is then known whether a row is in the set if the
-    hash of the row is at most the largest hash of the sketch, and unknown otherwise.
+    uniform sample, since hashes are uniform. Such a sketch knows all hashes of the set up to its
+    own largest hash. Of a row with a larger hash it is unknown whether the row is in the set.
     """
 
-    hashes: torch.Tensor  # (min(number of different rows, SIZE),) int64, ascending
+    hashes: torch.Tensor  # (min(number of different rows, MAX_HASHES),) int64, ascending
     n_rows: int  # number of rows of the set, including repeats
 
     @classmethod
-    def of(cls, source: EmbeddingSource, by: Identity) -> RowSketch:
+    def of(cls, source: EmbeddingSource, kind: Identity) -> RowSketch:
         """Sketch of all rows of a source, by the hashes of one kind of identity."""
         hashes = np.empty(0, np.int64)
-        for _, block in _hashes(source, by, np.arange(len(source))):
-            hashes = np.unique(np.concatenate([hashes, block]))[:SIZE]
+        for _, hashes_of_block in _hashes(source, kind, np.arange(len(source))):
+            all_hashes = np.concatenate([hashes, hashes_of_block])
+            hashes = np.unique(all_hashes)[:MAX_HASHES]  # sorted, so the smallest stay
         return cls(torch.from_numpy(hashes), len(source))
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the sketch has the hashes of all rows of the set, not of a sample."""
-        return self.n_rows <= SIZE or len(self.hashes) < SIZE
+        return self.n_rows <= MAX_HASHES or len(self.hashes) < MAX_HASHES
 
     @property
     def n_distinct(self) -> int:
         """Number of different rows. Above 16,384 it is an estimate with a standard error of 1 %."""
-        if self.whole:
+        if self.is_complete:
             return len(self.hashes)
         # The k-th smallest of n uniform hashes lies near k / n of their range. With that share of
         # the range, (k - 1) / share is the unbiased estimate of n (Bar-Yossef et al., RANDOM 2002).
         share = self.hashes[-1].item() / LARGEST_HASH
-        return min(round((SIZE - 1) / share), self.n_rows)
+        return min(round((MAX_HASHES - 1) / share), self.n_rows)
 
     def __or__(self, other: RowSketch) -> RowSketch:
+        """Sketch of the union of two sets."""
         hashes = torch.cat([self.hashes, other.hashes]).unique()
-        return RowSketch(hashes[:SIZE], self.n_rows + other.n_rows)
+        return RowSketch(hashes[:MAX_HASHES], self.n_rows + other.n_rows)
 
-    def overlap(self, source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]) -> Overlap:
+    def overlap(self, source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]) -> Overlap:
         """Find which of the ``rows`` (M,) of a source are in the set."""
-        shared = np.zeros(len(rows), np.bool_)
+        has_known_hash = np.zeros(len(rows), np.bool_)
         n_comparable = 0
         largest_known = LARGEST_HASH
-        if not self.whole:
+        if not self.is_complete:
             largest_known = int(self.hashes[-1])
-        for part, block in _hashes(source, by, rows):
-            shared[part] = np.isin(block, self.hashes.numpy())
-            n_comparable += int(np.count_nonzero(block <= largest_known))
+        for block, hashes in _hashes(source, kind, rows):
+            has_known_hash[block] = np.isin(hashes, self.hashes.numpy())
+            n_comparable += int(np.count_nonzero(hashes <= largest_known))
         return Overlap(
-            shared=shared & _has_identity(source, by)[rows],
+            shared=has_known_hash & _has_identity(source, kind)[rows],
             n_comparable=n_comparable,
-            whole=self.whole,
+            is_complete=self.is_complete,
         )
 
 
 def _hashes(
-    source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]
+    source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Yield for every block of rows its slice within ``rows``, and the hashes of its rows."""
-    for start in range(0, len(rows), BLOCK):
-        identities = source.identities(by, rows[start : start + BLOCK])
+    """Yield for every block of ``rows`` (M,) its slice of ``rows``, and the hashes of its rows."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        identities = source.identities(kind, rows[start : start + BLOCK_ROWS])
         # the highest bit is dropped, because torch has no unsigned 64-bit integers
-        block = identities & np.uint64(LARGEST_HASH)
-        yield slice(start, start + len(block)), block.astype(np.int64)
+        hashes = (identities & np.uint64(LARGEST_HASH)).astype(np.int64)
+        yield slice(start, start + len(hashes)), hashes
 
 
-def _has_identity(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
+def _has_identity(source: EmbeddingSource, kind: Identity) -> NDArray[np.bool_]:
     """(N,) whether the identity of a row distinguishes it from other rows.
 
     All rows without a usable embedding have the same embedding, which identifies none of them.
     """
-    if by == "embeddings":
+    if kind == "embeddings":
         return np.isin(source.status, (VALID, SHORT_POOL))
     return np.ones(len(source), np.bool_)
 
@@ -163,60 +169,62 @@ class Overlap:
 
     shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
     n_comparable: int  # number of rows that could be compared with the other set
-    whole: bool = True  # whether all rows of the other set are known, not a sample
+    is_complete: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.shared))
 
-    def in_words(self, what: str = "rows") -> str:
+    def in_words(self, rows_name: str = "rows") -> str:
         """Phrase for a message, such as "3 of 200 rows"."""
-        return counted(len(self), len(self.shared), what, whole=self.whole)
+        return count_in_words(len(self), len(self.shared), rows_name, is_complete=self.is_complete)
 
     def unshared(
         self,
         source: EmbeddingSource,
-        what: str,
-        where: str,
+        rows_name: str,
+        predicate: str,
         remedy: str,
-        then: str = "they are left out",
+        consequence: str = "they are left out",
     ) -> NDArray[np.bool_]:
         """(N,) bool: whether each row of the source is not shared. Warns if some rows are shared.
 
-        The warning names some of the shared rows and ends with ``then``.
+        The warning is "3 of 200 <rows_name> <predicate> (<names of rows>); <consequence>.", and the
+        error is "... (<names of rows>), more than 1 %. <remedy>".
 
         Raises:
             DataError: If more than 1 % of the rows are shared.
         """
         if not len(self):
             return ~self.shared
-        keys = [repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist()]
-        if len(self) > SHOWN:
-            keys.append("...")
-        problem = f"{self.in_words(what)} {where} ({', '.join(keys)})"
+        shown_rows = np.flatnonzero(self.shared)[:SHOWN_NAMES]
+        names = [repr(source.ids[row]) for row in shown_rows.tolist()]
+        if len(self) > SHOWN_NAMES:
+            names.append("...")
+        problem = f"{self.in_words(rows_name)} {predicate} ({', '.join(names)})"
         if len(self) > MAX_SHARED * self.n_comparable:
-            of_sample = ""
-            if not self.whole:
-                of_sample = f" of the {self.n_comparable} that can be compared"
-            raise DataError(f"{problem}, more than {MAX_SHARED:.0%}{of_sample}. {remedy}")
-        warn_caller(f"{problem}; {then}.")
+            limit = f"{MAX_SHARED:.0%}"
+            if not self.is_complete:
+                limit += f" of the {self.n_comparable} that can be compared"
+            raise DataError(f"{problem}, more than {limit}. {remedy}")
+        warn_caller(f"{problem}; {consequence}.")
         return ~self.shared
 
 
-def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
+def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) -> str:
     """Phrase for a message: "3 of 200 rows", or "at least ..." if only a sample was compared."""
-    count = f"{n} of {n_rows} {what}"
-    if whole:
+    count = f"{n} of {n_rows} {rows_name}"
+    if is_complete:
         return count
-    return f"at least {count} (a sample of {SIZE} rows of the fit is known)"
+    return f"at least {count} (a sample of {MAX_HASHES} rows of the fit is known)"
 
 
 Sketches = Mapping[Identity, RowSketch]
 """Sketches of one set of rows by kind of identity; empty where no rows are known."""
 
 
-def sketch(source: EmbeddingSource) -> Sketches:
+def make_sketches(source: EmbeddingSource) -> Sketches:
     """Sketches of the rows of a source, one for every kind of identity that they have."""
-    return {by: RowSketch.of(source, by) for by in source.identified_by}
+    return {kind: RowSketch.of(source, kind) for kind in source.identified_by}
 
 
 MAX_ESTIMATED_REPEATS = 0.05
@@ -234,37 +242,37 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     """
     if not source.has_vectors:
         return
-    by = source.identified_by[0]  # the most reliable kind
-    if by == "names":
+    kind = source.identified_by[0]  # the most reliable kind
+    if kind == "names":
         return
-    known = sketches[by]
-    n_rows = known.n_rows
-    n_distinct = known.n_distinct
-    has_identity = _has_identity(source, by)
+    row_sketch = sketches[kind]
+    n_rows = row_sketch.n_rows
+    n_distinct = row_sketch.n_distinct
+    has_identity = _has_identity(source, kind)
     if not has_identity.all():  # leave out rows without a usable embedding, which share one hash
         n_rows = int(has_identity.sum())
         n_distinct -= 1
     max_repeats = MAX_SHARED
-    about = ""
-    if not known.whole:
+    qualifier = ""
+    if not row_sketch.is_complete:
         max_repeats = MAX_ESTIMATED_REPEATS
-        about = "about "
+        qualifier = "about "
     if n_distinct >= (1 - max_repeats) * n_rows:
         return
-    what = "pictures"
+    counted_things = "pictures"
     if source.pool_size is not None:
-        what = "image-caption pairs"
+        counted_things = "image-caption pairs"
     logger.warning(
         "the %s training rows have only %s%s different %s: the other rows are repeats. The fit "
         "counts every repeat. Leave out the repeats, unless they are meant as weights.",
         f"{n_rows:,}",
-        about,
+        qualifier,
         f"{n_distinct:,}",
-        what,
+        counted_things,
     )
 
 
-def join(first: Sketches, second: Sketches) -> Sketches:
+def join_sketches(first: Sketches, second: Sketches) -> Sketches:
     """Sketches of the union of two sets, for the kinds of identity that both sets have.
 
     If the sets have no kind in common, the sketches of each set are returned unchanged.
@@ -272,7 +280,7 @@ def join(first: Sketches, second: Sketches) -> Sketches:
     common = first.keys() & second.keys()
     if not common:
         return {**first, **second}
-    return {by: first[by] | second[by] for by in first if by in common}
+    return {kind: first[kind] | second[kind] for kind in first if kind in common}
 
 
 def common_identity(
@@ -284,7 +292,7 @@ def common_identity(
     their names alone.
     """
     identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable one first
-    common = [by for by in identities if by in first and by in second]
+    common = [kind for kind in identities if kind in first and kind in second]
     if not common:
         return None
     if common[0] == "names":
@@ -297,17 +305,17 @@ def common_identity(
     return common[0]
 
 
-def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
-    """Indices (S,) of the usable rows among those that are ``fresh`` (N,) bool.
+def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor | None:
+    """Indices (S,) of the usable rows among those chosen by the mask ``is_unseen`` (N,).
 
-    Only these rows are scored, so that other rows do not change how they are divided into blocks.
-    For image-caption pairs the result is None, which means that all rows are scored, since pools
-    are made of all rows.
+    Scoring divides its rows into blocks. If only these rows are scored, other rows cannot change
+    the blocks. For image-caption pairs the result is None, which means all rows, since pools are
+    made of all rows.
     """
     if data.pool_size is not None:
         return None
-    is_fresh = torch.from_numpy(fresh)
-    return data.usable_rows[is_fresh[data.usable_rows]]
+    mask = torch.from_numpy(is_unseen)
+    return data.usable_rows[mask[data.usable_rows]]
 
 
 def overlap(
@@ -317,11 +325,11 @@ def overlap(
 
     ``names`` are the names of the two sources in messages.
     """
-    by = common_identity(first.identified_by, second.identified_by, names)
-    if by is None:
+    kind = common_identity(first.identified_by, second.identified_by, names)
+    if kind is None:
         return None
-    is_in_first = np.isin(second.identities(by), first.identities(by))
-    shared = is_in_first & _has_identity(second, by)
+    is_in_first = np.isin(second.identities(kind), first.identities(kind))
+    shared = is_in_first & _has_identity(second, kind)
     return Overlap(shared=shared, n_comparable=len(second))
 
 
@@ -334,14 +342,14 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
         failure: (N,) 1 where the answer is wrong. If no row is 1, the result has the first row of
             every picture.
     """
-    alone = np.flatnonzero(picture == UNKNOWN)
+    rows_alone = np.flatnonzero(picture == UNKNOWN)
     known = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known] != 1
     # The rows are sorted by picture, then failures before other rows, then by index. ``np.lexsort``
     # sorts by its last key first. ``np.unique`` then finds the first row of every picture.
     order = known[np.lexsort((known, is_no_failure, picture[known]))]
-    _, first = np.unique(picture[order], return_index=True)
-    return np.sort(np.concatenate([alone, order[first]]))
+    _, first_positions = np.unique(picture[order], return_index=True)
+    return np.sort(np.concatenate([rows_alone, order[first_positions]]))
 
 
 SIMILARITY_ROWS = 100  # usable rows that ``similarity_range`` reads
@@ -356,8 +364,8 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
-    # Equal rows have a standard deviation of zero. Without a minimum, the smallest difference of
-    # another mean would then be a warning.
+    # Equal rows have a standard deviation of zero. ``warn_of_other_space`` would then warn of any
+    # difference, however small. Hence the minimum.
     min_deviation = 1e-3 * math.sqrt(len(best))
     deviation = min_deviation
     if len(best) > 1:
@@ -365,7 +373,7 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     return float(best.mean()), deviation
 
 
-DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts
+N_DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts
 SAME_CANDIDATES = 0.02
 """Largest difference between two sketches of the same candidate texts.
 
@@ -392,7 +400,7 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
         return candidates
     text = data.candidates(torch.empty(0, dtype=torch.int64)).text
     mean = text.double().mean(dim=0).numpy(force=True)
-    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, data.space.embed_dim))
+    directions = np.random.default_rng(0).standard_normal((N_DIRECTIONS, data.space.embed_dim))
     candidates["texts"] = (directions @ mean).round(4).tolist()
     return candidates
 

@@ -1,7 +1,8 @@
 """The spread of a score among the photos of a fit, for predictors that learned from no label.
 
-Such a score ranks answers. As a probability of failure it can be far off: nothing has compared it
-with the truth. So it is shown as its place among the photos of the fit.
+Such a score ranks answers. As a probability of failure it can be far off, since it was never
+compared with labels. So it is shown as its place among the photos of the fit: the share of them
+that have at most this score.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def states_probability(predictor: FailurePredictor) -> bool:
 
 
 def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Floats | None:
-    """(N,) share of the fit rows that are at most as doubtful; None without a noted spread.
+    """(N,) share of the fit rows that have at most this score; None without a noted spread.
 
     NaN scores have NaN quantiles.
 
@@ -49,8 +50,8 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     if SPREAD not in predictor.notes_:
         return None
     quantiles = np.array(predictor.notes_[SPREAD])
-    # Equal quantiles are one score that many photos share. All of these photos are at most as
-    # doubtful as this score, so of equal quantiles the last one, with the largest share, is used.
+    # Equal quantiles are one score that many photos have. All of these photos have at most this
+    # score. So of equal quantiles the last one is used, which has the largest share.
     is_last_of_equals = np.append(np.diff(quantiles) > 0, True)
     shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]
     share_of_row: Floats = np.interp(uncertainty, quantiles[is_last_of_equals], shares, left=0.0)

@@ -28,54 +28,54 @@ The share is small, because training sets often have the same number of labels f
 labels say nothing about how frequent a class is.
 """
 
-CAUTION = 8
+SHRINKAGE_ROWS = 8
 """With n labels, the solution is multiplied by n / (n + 8).
 
 The factor is below one, because a few images may have a property in common by chance.
 """
 
-MISSED = 0.1
+DEFAULT_MISSED_SHARE = 0.1
 """Assumed share of images of classes without labels, if no class has two labels."""
 
-STEPS = 150
+MAX_STEPS = 150
 """Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
 """Number of rows of a streamed block, so small that the logits of the block stay in the cache."""
 
-SOME_ROWS = 4_096
-"""Maximum number of rows of a ``sample``, on which statistics of all rows are estimated."""
+MAX_SAMPLE_ROWS = 4_096
+"""Maximum number of ``sample_rows``, by which statistics of all rows are estimated."""
 
-CHANGE = 1e-9
+MIN_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this."""
 
-STREAMED_CHANGE = 3e-5
+MIN_STREAMED_CHANGE = 3e-5
 """The same limit for streamed rows. Fifty further steps would not increase the AUROC."""
 
 FEATURES = "features"
 """Name of the column of image features."""
 
-TINY = 1e-6
+MIN_VARIANCE = 1e-6
 """Smallest variance that counts as more than rounding."""
 
 
 class Moments:
-    """Number n of rows (n, D), their sum (D,) and the sum of their squared norms, in float64."""
+    """Number ``n`` of rows, their ``total`` (D,) and the sum of their squared norms, in float64."""
 
     def __init__(self) -> None:
-        self.n = 0
+        self.n_rows = 0
         self.total = torch.zeros((), dtype=torch.float64)
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add a block (N, D) of rows."""
         double = rows.cpu().double()
-        self.n += len(rows)
+        self.n_rows += len(rows)
         self.total = self.total + double.sum(dim=0)
         self.squares = self.squares + double.square().sum()
 
 
-class Standard(nn.Module):
+class Standardisation(nn.Module):
     """Standardisation of rows: they are centred and divided by their root mean square norm.
 
     Because of the division, training does not depend on the scale of the embeddings.
@@ -88,12 +88,12 @@ class Standard(nn.Module):
 
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
-        mean = moments.total / moments.n
+        mean = moments.total / moments.n_rows
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
-        mean_square = moments.squares / moments.n
+        mean_square = moments.squares / moments.n_rows
         variance = (mean_square - mean.square().sum()).clamp_min(0)
         norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
-        if variance > TINY:
+        if variance > MIN_VARIANCE:
             norm = variance.sqrt()
         self.mean.copy_(mean)
         self.norm.copy_(norm)
@@ -112,9 +112,9 @@ class ImageInputs(nn.Module):
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
         self.width = dim + feature_dim
-        self.on_features = feature_dim > 0
-        self.image = Standard(dim)
-        self.features = Standard(feature_dim)
+        self.has_features = feature_dim > 0
+        self.image = Standardisation(dim)
+        self.features = Standardisation(feature_dim)
 
     def fit(self, rows: Rows) -> None:
         """Fit the standardisation in one pass over the rows."""
@@ -122,17 +122,17 @@ class ImageInputs(nn.Module):
         feature_moments = Moments()
         for batch in rows.batches(SCORING_BATCH):
             image_moments.add(batch.image)
-            if self.on_features:
+            if self.has_features:
                 feature_moments.add(batch.columns[FEATURES])
             else:
-                no_columns = batch.image[:, :0]
-                feature_moments.add(no_columns)
+                no_features = batch.image[:, :0]
+                feature_moments.add(no_features)
         self.image.fit(image_moments)
         self.features.fit(feature_moments)
 
     def forward(self, batch: Batch) -> Tensor:
         """Inputs (B, D + F) of a batch. Over the training rows, their mean square norm is 1."""
-        if not self.on_features:
+        if not self.has_features:
             return cast("Tensor", self.image(batch.image))
         parts = [self.image(batch.image), self.features(batch.columns[FEATURES])]
         return torch.cat(parts, dim=1) / math.sqrt(2)
@@ -140,7 +140,9 @@ class ImageInputs(nn.Module):
     @property
     def image_gain(self) -> float:
         """Factor by which the first D inputs are multiplied to give the standardised embedding."""
-        return math.sqrt(2) if self.on_features else 1
+        if self.has_features:
+            return math.sqrt(2)
+        return 1
 
 
 class Match(NamedTuple):
@@ -151,12 +153,12 @@ class Match(NamedTuple):
     is negative. The square is the share of variance that the two texts have in common.
     """
 
-    row: Tensor  # (K,) int64 index of the training class with the most similar text
-    known: Tensor  # (K,) bool: whether the candidate is that class
+    nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
+    is_class: Tensor  # (K,) bool: whether the candidate is that class
     reach: Tensor  # (K,) from 0 to 1: how similar the candidate is to the training classes
 
 
-class Start(NamedTuple):
+class StartLogits(NamedTuple):
     """Logits of K classes that were estimated from images without labels.
 
     The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c. l_c is
@@ -205,28 +207,28 @@ class SupervisedAttention(nn.Module):
         self.sharing = sharing
         self.temperature = nn.Buffer(torch.ones((), dtype=torch.float32))
         self.inputs = inputs
-        self.text = Standard(dim)
+        self.text = Standardisation(dim)
         self.classes = nn.Buffer(torch.zeros(n_classes, dim, dtype=torch.float32))
         self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim, dtype=torch.float32))
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
 
-    def start_from(self, start: Start) -> None:
+    def start_from(self, start: StartLogits) -> None:
         """Set ``own``, the v of the classes, so that the logits are those of ``start``."""
         # If x are the first D inputs, the image is z = image.mean + image.norm * image_gain * x.
         # So (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
-        own = torch.zeros(self.own.shape, dtype=torch.float64)
-        own[:, :dim] = start.weight * float(image.norm) * self.inputs.image_gain
-        own[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
-        self.own.data.copy_(own / math.sqrt(1 - self.sharing))
+        class_weights = torch.zeros(self.own.shape, dtype=torch.float64)
+        class_weights[:, :dim] = start.weight * float(image.norm) * self.inputs.image_gain
+        class_weights[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
+        self.own.data.copy_(class_weights / math.sqrt(1 - self.sharing))
 
-    def begin(self, batch: Batch) -> Tensor:
+    def initial_logits(self, batch: Batch) -> Tensor:
         """(B, K) logits with which training begins, before anything is learned from labels."""
-        logits = self.queries(batch) @ self.begin_keys(batch).T
-        return plus(logits, self.given_offset(batch))
+        logits = self.queries(batch) @ self.initial_keys(batch).T
+        return add_offset(logits, self.given_offset(batch))
 
-    def begin_keys(self, batch: Batch) -> Tensor:
+    def initial_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the logits with which training begins."""
         keys = self.offset_keys(batch)
         if len(self.own):
@@ -263,9 +265,9 @@ class SupervisedAttention(nn.Module):
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
 
-        The less similar the candidates are to the training classes, the nearer to one is the
-        temperature. ``match`` is the result of the method ``match`` for the candidates. None: the
-        candidates are the training classes.
+        The temperature is nearer to one if the candidates are less similar to the training classes.
+        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
+        the training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
@@ -279,19 +281,20 @@ class SupervisedAttention(nn.Module):
         If the attention was fitted to captions, there are no classes, and ``reach`` is 1.
         """
         if not len(self.classes):
-            row = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
             return Match(
-                row=row,
-                known=torch.zeros_like(row, dtype=torch.bool),
+                nearest_class=no_class,
+                is_class=torch.zeros_like(no_class, dtype=torch.bool),
                 reach=torch.ones_like(text[:, 0]),
             )
-        cosine, row = nearest_rows(text, self.classes)
-        known = cosine >= SAME_TEXT_COSINE
+        cosine, nearest_class = nearest_rows(text, self.classes)
+        is_class = cosine >= SAME_TEXT_COSINE
         candidates = functional.normalize(self.text(text), dim=1)
         classes = functional.normalize(self.text(self.classes), dim=1)
         nearest_cosine, _ = nearest_rows(candidates, classes)
         common_variance = nearest_cosine.clamp(0, 1).square()
-        return Match(row=row, known=known, reach=torch.where(known, 1.0, common_variance))
+        reach = torch.where(is_class, 1.0, common_variance)
+        return Match(nearest_class, is_class, reach)
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits.
@@ -299,8 +302,9 @@ class SupervisedAttention(nn.Module):
         ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
         the training classes, in their order.
         """
-        learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
-        return self.offset(batch, match) + learned
+        learned_keys = self.learned_keys(batch.text, match)
+        learned_logits: Tensor = self.queries(batch) @ learned_keys.T
+        return self.offset(batch, match) + learned_logits
 
     def learned_keys(self, text: Tensor, match: Match | None) -> Tensor:
         """(K, D + F + 1) keys of the learned part of the logits, without the ``offset``."""
@@ -309,15 +313,15 @@ class SupervisedAttention(nn.Module):
             reach_column = match.reach[:, None]
             keys = keys * reach_column
         if len(self.own):
-            own: Tensor = self.own
+            class_weights: Tensor = self.own
             if match is not None:
-                known_column = match.known[:, None]
-                own = own[match.row] * known_column
-            keys = keys + math.sqrt(1 - self.sharing) * own
+                is_class_column = match.is_class[:, None]
+                class_weights = class_weights[match.nearest_class] * is_class_column
+            keys = keys + math.sqrt(1 - self.sharing) * class_weights
         return keys
 
 
-def plus(logits: Tensor, offset: Tensor | None) -> Tensor:
+def add_offset(logits: Tensor, offset: Tensor | None) -> Tensor:
     """Add to logits (B, K) the ``given_offset`` (B, K) of their batch, if there is any."""
     if offset is None:
         return logits
@@ -332,9 +336,9 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     sharing: float,
     device: torch.device,
     *,
-    start: Start | None = None,
+    start: StartLogits | None = None,
     is_few: bool = False,
-    near: SupervisedAttention | None = None,
+    warm_start: SupervisedAttention | None = None,
 ) -> SupervisedAttention:
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
@@ -355,12 +359,12 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         sharing: The share rho of the prior variance that the classes have in common.
         device: Device on which the problem is solved.
         start: Logits that were estimated from images without labels.
-        is_few: Whether the rows are few.
-        near: An attention that was fitted to most of the rows. For streamed rows, the search begins
-            at its solution, which saves steps.
+        is_few: Whether the rows are few, so that ``held_out_share`` is used.
+        warm_start: An attention that was fitted to most of the rows. For streamed rows, the search
+            begins at its solution, which saves steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
-    _take_texts(attention, rows)
+    _fit_texts(attention, rows)
     target = rows.source.target[rows.index]
     prior = class_log_prior(target, n_classes)
     if start is not None:
@@ -369,15 +373,16 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         prior = torch.where(has_labels, 0.0, torch.minimum(prior, start.occurrence.float()))
     attention.to(device)
     _set_start(attention, rows, prior, device)
-    problem = Problem(attention, rows, variance * zero_shot_variance(attention, rows, device))
+    prior_variance = variance * zero_shot_variance(attention, rows, device)
+    problem = Problem(attention, rows, prior_variance)
     share = 1.0
-    if is_few and problem.held is not None:
+    if is_few and problem.whole_block is not None:
         share = held_out_share(problem)
-    n = len(rows.index)
-    shrinkage = share * n / (n + CAUTION)
-    solution = problem.full(problem.solve(near=near))
-    attention.shared.data.add_(shrinkage * solution.shared)
-    attention.own.data.add_(shrinkage * solution.own)
+    n_rows = len(rows.index)
+    shrinkage = share * n_rows / (n_rows + SHRINKAGE_ROWS)
+    solution = problem.in_attention_coordinates(problem.solve(warm_start=warm_start))
+    attention.shared.data.add_(shrinkage * solution.shared_weights)
+    attention.own.data.add_(shrinkage * solution.class_weights)
     return attention.eval().requires_grad_(requires_grad=False)
 
 
@@ -397,22 +402,22 @@ def _set_start(
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T, plus ``offset`` if there is
-    any.
+    Their logits are image @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the ``offset`` if
+    there is any.
 
     Attributes:
         batch: The rows.
         image: (B, P) queries times the prior standard deviations. So the prior of every element of
             A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
-        before: (K, P) keys of the logits with which training begins.
+        initial_keys: (K, P) keys of the logits with which training begins.
         offset: (B, K) ``given_offset`` of the batch, or None.
     """
 
     batch: Batch
     image: Tensor
     text: Tensor
-    before: Tensor
+    initial_keys: Tensor
     offset: Tensor | None
 
     def losses(self, logits: Tensor) -> Tensor:
@@ -440,8 +445,8 @@ class Block(NamedTuple):
 class Solution(NamedTuple):
     """The learned part of an attention, in the coordinates of a ``Problem``."""
 
-    shared: Tensor  # (P, Q) A, the part that all classes share
-    own: Tensor  # (K, P) V, one row for each class
+    shared_weights: Tensor  # (P, Q) A, the part that all classes share
+    class_weights: Tensor  # (K, P) V, one row for each class
 
 
 class Keys(NamedTuple):
@@ -449,7 +454,7 @@ class Keys(NamedTuple):
 
     text: Tensor  # (K, Q) texts of the blocks
     keys: Tensor  # (K, P)
-    slope: Tensor  # (K, P) gradient, summed over the blocks
+    gradient_of_keys: Tensor  # (K, P) gradient, summed over the blocks
 
 
 class Problem:
@@ -460,19 +465,19 @@ class Problem:
     For a class without labels only A is learned. Its own v would only decrease its logits further,
     although ``class_log_prior`` has already decreased them.
 
-    Held rows and texts are expressed in orthonormal bases of their spans, which contain the
-    optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but the same
-    optimum.
+    Rows in memory, and their texts, are expressed in orthonormal bases of their spans, which
+    contain the optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but
+    the same optimum.
 
     Attributes:
-        held: All rows as one block, in the bases; None if the rows are streamed.
+        whole_block: All rows as one block, in the bases; None if the rows are streamed.
     """
 
     def __init__(self, attention: SupervisedAttention, rows: Rows, variance: float) -> None:
         self.attention = attention
         self.rows = rows
         self.device = attention.shared.device
-        self.n = len(rows.index)
+        self.n_rows = len(rows.index)
         # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
         # multiplied by it, so that the prior of A and V is N(0, 1). The last input is always 1, so
         # its weight is the bias, which has a smaller variance.
@@ -489,122 +494,140 @@ class Problem:
         if len(attention.own):  # captions have no classes
             labelled_classes = rows.source.target[rows.index].unique()
             self.has_labels[labelled_classes] = 1.0
-        self.held: Block | None = None
+        self.whole_block: Block | None = None
         n_classes = len(attention.classes)
-        if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
-            self._hold()
+        if n_classes and self.n_rows <= min(SCORING_BATCH, MAX_CELLS // n_classes):
+            self._load_whole_block()
 
-    def _hold(self) -> None:
-        """Set ``held`` to all rows, in the bases of their images and texts."""
-        (whole,) = self._streamed()
-        self.image_basis = basis(whole.image)
-        self.text_basis = basis(whole.text)
-        self.held = whole._replace(
-            image=whole.image @ self.image_basis,
-            text=whole.text @ self.text_basis,
-            before=whole.before @ self.image_basis,
+    def _load_whole_block(self) -> None:
+        """Set ``whole_block`` to all rows, in the bases of their images and texts."""
+        (block,) = self._streamed()
+        self.image_basis = basis(block.image)
+        self.text_basis = basis(block.text)
+        self.whole_block = block._replace(
+            image=block.image @ self.image_basis,
+            text=block.text @ self.text_basis,
+            initial_keys=block.initial_keys @ self.image_basis,
         )
 
     def _streamed(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
-        # ``_hold`` reads all rows as one block, if they are few enough
-        is_one_block = self.held is None and self.n <= SCORING_BATCH
-        size = SCORING_BATCH if is_one_block else STREAMED_ROWS
+        # ``_load_whole_block`` reads all rows as one block, if they are few enough
+        is_one_block = self.whole_block is None and self.n_rows <= SCORING_BATCH
+        block_rows = STREAMED_ROWS
+        if is_one_block:
+            block_rows = SCORING_BATCH
         has_classes = len(attention.classes) > 0
         text: Tensor | None = None
-        before: Tensor | None = None
-        for batch in self.rows.batches(size):
+        initial_keys: Tensor | None = None
+        for batch in self.rows.batches(block_rows):
             moved = batch.to(self.device)
             with torch.no_grad():
                 image = attention.queries(moved) * self.scale
                 # classes are the same in every batch, but captions differ from batch to batch
-                if text is None or before is None or not has_classes:
+                if text is None or initial_keys is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
-                    before = attention.begin_keys(moved) / self.scale
+                    initial_keys = attention.initial_keys(moved) / self.scale
                 offset = attention.given_offset(moved)
-            yield Block(moved, image, text, before, offset)
+            yield Block(moved, image, text, initial_keys, offset)
 
     def solve(
-        self, weight: Tensor | None = None, near: SupervisedAttention | None = None
+        self, weight: Tensor | None = None, warm_start: SupervisedAttention | None = None
     ) -> Solution:
         """Minimise the objective by L-BFGS.
 
         Args:
-            weight: (N,) number of times that each held row counts. None: every row counts once.
-            near: An attention that was fitted to most of the rows. If the rows are streamed, the
-                search begins at its solution.
+            weight: (N,) number of times that each row counts, of rows in memory. None: every row
+                counts once.
+            warm_start: An attention that was fitted to most of the rows. If the rows are streamed,
+                the search begins at its solution.
         """
-        shared, own = self._first_guess(near)
-        unknowns = [shared, own] if len(own) else [shared]
+        shared_weights, class_weights = self._first_guess(warm_start)
+        unknowns = [shared_weights]
+        if len(class_weights):
+            unknowns.append(class_weights)
         optimizer = torch.optim.LBFGS(
             unknowns,
-            max_iter=STEPS,
+            max_iter=MAX_STEPS,
             history_size=10,
             tolerance_grad=1e-7,
-            tolerance_change=STREAMED_CHANGE if self.held is None else CHANGE,
+            tolerance_change=self._min_change(),
             line_search_fn="strong_wolfe",
         )
 
         def objective() -> Tensor:
-            return self._objective_with_gradient(shared, own, weight)
+            return self._objective_with_gradient(shared_weights, class_weights, weight)
 
         optimizer.step(objective)
-        return Solution(shared, own)
+        return Solution(shared_weights, class_weights)
 
-    def _first_guess(self, near: SupervisedAttention | None) -> Solution:
-        """Solution at which the search begins: zero, or that of ``near`` for streamed rows."""
-        if near is not None and self.held is None:
+    def _min_change(self) -> float:
+        """Change of the mean loss in a step at which the solver stops."""
+        if self.whole_block is None:
+            return MIN_STREAMED_CHANGE
+        return MIN_CHANGE
+
+    def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
+        """Where the search begins: at zero, or for streamed rows at the solution of ``warm_start``.
+
+        The result has the sizes of A and V.
+        """
+        if warm_start is not None and self.whole_block is None:
             scale_column = self.scale[:, None]
-            shared = near.shared.detach() / scale_column
-            own = (near.own.detach() - self.attention.own.detach()) / self.scale
-            return Solution(shared, own)
-        block = self.held or next(self._streamed())  # any block shows the sizes of A and V
+            shared_weights = warm_start.shared.detach() / scale_column
+            class_weights = (warm_start.own.detach() - self.attention.own.detach()) / self.scale
+            return Solution(shared_weights, class_weights)
+        block = self.whole_block or next(self._streamed())  # any block shows the sizes of A and V
         n_image = block.image.shape[1]
-        shared = torch.zeros(n_image, block.text.shape[1], device=self.device, dtype=torch.float32)
-        own = torch.zeros(len(self.attention.own), n_image, device=self.device, dtype=torch.float32)
-        return Solution(shared, own)
+        shared_weights = torch.zeros(
+            n_image, block.text.shape[1], device=self.device, dtype=torch.float32
+        )
+        class_weights = torch.zeros(
+            len(self.attention.own), n_image, device=self.device, dtype=torch.float32
+        )
+        return Solution(shared_weights, class_weights)
 
     @torch.no_grad()
     def _objective_with_gradient(
-        self, shared: Tensor, own: Tensor, weight: Tensor | None
+        self, shared_weights: Tensor, class_weights: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The negative log-posterior divided by n; sets its gradient on ``shared`` and ``own``.
+        """The negative log-posterior divided by n; sets its gradient on the two weights.
 
         The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
         block in memory.
         """
-        penalty = torch.stack([shared.square().sum(), own.square().sum()]).sum()
-        total = penalty / (2 * self.n)
-        gradient = Solution(shared / self.n, own / self.n)
+        penalty = torch.stack([shared_weights.square().sum(), class_weights.square().sum()]).sum()
+        total = penalty / (2 * self.n_rows)
+        gradient = Solution(shared_weights / self.n_rows, class_weights / self.n_rows)
         current: Keys | None = None
         for block in self._blocks():
             if current is None or block.text is not current.text:
                 self._add_gradient(current, gradient)
-                keys = block.before + self.keys(block, shared, own)
+                keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
                 current = Keys(block.text, keys, torch.zeros_like(keys))
             row_weight = self._row_weight(block, weight)
             weight_column = row_weight[:, None]
-            logits = plus(block.image @ current.keys.T, block.offset)
+            logits = add_offset(block.image @ current.keys.T, block.offset)
             total += (block.losses(logits) * row_weight).sum()
             weighted_slopes = block.slopes(logits) * weight_column
-            current.slope.addmm_(weighted_slopes.T, block.image)
+            current.gradient_of_keys.addmm_(weighted_slopes.T, block.image)
         self._add_gradient(current, gradient)
-        shared.grad = gradient.shared
-        own.grad = gradient.own
+        shared_weights.grad = gradient.shared_weights
+        class_weights.grad = gradient.class_weights
         return total
 
     def _blocks(self) -> Iterable[Block]:
-        """The rows: the one held block, or the streamed blocks."""
-        if self.held is None:
+        """The rows: the one block in memory, or the streamed blocks."""
+        if self.whole_block is None:
             return self._streamed()
-        return (self.held,)
+        return (self.whole_block,)
 
     def _row_weight(self, block: Block, weight: Tensor | None) -> Tensor:
         """(B,) weight of each row in the mean loss."""
         if weight is None:
-            return torch.full_like(block.image[:, 0], 1 / self.n)
-        return weight / self.n
+            return torch.full_like(block.image[:, 0], 1 / self.n_rows)
+        return weight / self.n_rows
 
     def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
@@ -614,25 +637,25 @@ class Problem:
         """
         if current is None:
             return
-        gradient.shared.add_(current.slope.T @ current.text)
-        if len(gradient.own):
-            gradient.own.add_(self.own_scale * self.has_labels * current.slope)
+        gradient.shared_weights.add_(current.gradient_of_keys.T @ current.text)
+        if len(gradient.class_weights):
+            gradient.class_weights.add_(self.own_scale * self.has_labels * current.gradient_of_keys)
 
-    def keys(self, block: Block, shared: Tensor, own: Tensor) -> Tensor:
-        """(K, P) learned part of the keys, which is added to ``block.before``."""
-        keys = block.text @ shared.T
-        if len(own):
-            keys = keys + self.own_scale * self.has_labels * own
+    def keys(self, block: Block, shared_weights: Tensor, class_weights: Tensor) -> Tensor:
+        """(K, P) learned part of the keys, which is added to ``block.initial_keys``."""
+        keys = block.text @ shared_weights.T
+        if len(class_weights):
+            keys = keys + self.own_scale * self.has_labels * class_weights
         return keys
 
-    def full(self, solution: Solution) -> Solution:
+    def in_attention_coordinates(self, solution: Solution) -> Solution:
         """Convert a solution to coordinates of the attention: (D + F + 1, D) and (K, D + F + 1)."""
-        shared, own = solution
-        if self.held is not None:
-            shared = self.image_basis @ shared @ self.text_basis.T
-            own = own @ self.image_basis.T
+        shared_weights, class_weights = solution
+        if self.whole_block is not None:
+            shared_weights = self.image_basis @ shared_weights @ self.text_basis.T
+            class_weights = class_weights @ self.image_basis.T
         scale_column = self.scale[:, None]
-        return Solution(scale_column * shared, self.scale * own)
+        return Solution(scale_column * shared_weights, self.scale * class_weights)
 
 
 def basis(rows: Tensor) -> Tensor:
@@ -644,10 +667,10 @@ def basis(rows: Tensor) -> Tensor:
     return orthonormal.to(rows)
 
 
-FOLDS = 5
+N_FOLDS = 5
 """Number of folds of the rows. One fold is held out at a time."""
 
-HELD_OUT = 200
+ENOUGH_HELD_OUT = 200
 """Sufficient number of held-out rows. When it is reached, no further fold is held out."""
 
 SHARE_SD = 0.2
@@ -663,24 +686,23 @@ def held_out_share(problem: Problem) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    if problem.n == 1:  # no row would be left to learn from
+    if problem.n_rows == 1:  # no row would be left to learn from
         return 1.0
-    block = cast("Block", problem.held)
-    before = plus(block.image @ block.before.T, block.offset)
-    fold = _folds(problem, block)
-    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)  # a fold has n / FOLDS rows
-    n_folds = min(sufficient_folds, FOLDS, problem.n)
-    learned = torch.zeros_like(before)  # for each row, the logits that are learned without it
-    for k in range(n_folds):
-        is_fitted = fold != k
-        solution = problem.solve(is_fitted.to(before))
+    block = cast("Block", problem.whole_block)
+    initial_logits = add_offset(block.image @ block.initial_keys.T, block.offset)
+    fold_of_row = _folds(problem, block)
+    rows_per_fold = problem.n_rows / N_FOLDS
+    n_folds = min(math.ceil(ENOUGH_HELD_OUT / rows_per_fold), N_FOLDS, problem.n_rows)
+    learned = torch.zeros_like(initial_logits)  # for each row, what is learned without it
+    for fold in range(n_folds):
+        is_fitted = fold_of_row != fold
+        solution = problem.solve(weight=is_fitted.to(initial_logits))
         logits = block.image @ problem.keys(block, *solution).T
-        fitted_column = is_fitted[:, None]
-        learned = torch.where(fitted_column, learned, logits)
-    was_held_out = fold < n_folds
+        learned = torch.where(is_fitted[:, None], learned, logits)
+    was_held_out = fold_of_row < n_folds
 
     def objective(share: float) -> float:
-        losses = block.losses(before + share * learned)
+        losses = block.losses(initial_logits + share * learned)
         penalty = (share - 1) ** 2 / (2 * SHARE_SD**2)
         return penalty + float(losses[was_held_out].double().sum())
 
@@ -694,9 +716,11 @@ def _folds(problem: Problem, block: Block) -> Tensor:
     picture_of_row = picture_of_row.to(problem.device)
     # The pictures are sorted by class, and the folds are assigned in turn. So the rows of a class
     # are spread over the folds, and a class loses few rows when one fold is held out.
-    by_class = block.batch.target[first_row].argsort(stable=True)
+    pictures_by_class = block.batch.target[first_row].argsort(stable=True)
     fold_of_picture = torch.empty_like(first_row)
-    fold_of_picture[by_class] = torch.arange(len(first_row), device=problem.device) % FOLDS
+    fold_of_picture[pictures_by_class] = (
+        torch.arange(len(first_row), device=problem.device) % N_FOLDS
+    )
     return fold_of_picture[picture_of_row]
 
 
@@ -725,7 +749,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     n = len(target)
     m = int((count > 0).sum())
     if n == m:  # each of the m classes has exactly one label
-        share = MISSED
+        share = DEFAULT_MISSED_SHARE
     else:
         n_single = int((count == 1).sum())
         share = max(n_single, 1) / n
@@ -738,25 +762,25 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Mean, over a ``sample`` of rows, of the variance of a row's tempered zero-shot logits."""
+    """Variance of the tempered zero-shot logits of a row, averaged over the ``sample_rows``."""
     total = 0.0
     n = 0
-    for batch in sample(rows).batches(SCORING_BATCH):
+    for batch in sample_rows(rows).batches(SCORING_BATCH):
         offset = attention.offset(batch.to(device))
         total += float(offset.var(dim=1, correction=0).double().sum())
         n += len(batch.index)
-    return max(total / n, TINY)
+    return max(total / n, MIN_VARIANCE)
 
 
-def sample(rows: Rows) -> Rows:
-    """At most ``SOME_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
+def sample_rows(rows: Rows) -> Rows:
+    """At most ``MAX_SAMPLE_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
     if rows.source.pool_size is not None:
         return rows
-    step = math.ceil(len(rows.index) / SOME_ROWS)  # 1 if there are few rows
+    step = math.ceil(len(rows.index) / MAX_SAMPLE_ROWS)  # 1 if there are few rows
     return replace(rows, index=rows.index[::step])
 
 
-def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
+def _fit_texts(attention: SupervisedAttention, rows: Rows) -> None:
     """Copy the texts of the classes into the attention, and fit the standardisation of texts."""
     text_moments = Moments()
     for batch in rows.batches(SCORING_BATCH):
@@ -771,20 +795,20 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
     """Posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
 
     l are the logits with which training begins. The prior is log a ~ N(0, 0.5^2), so a stays near
-    one if there are few labels. The likelihood of all rows is estimated from a ``sample``.
+    one if there are few labels. The likelihood of all rows is estimated from the ``sample_rows``.
     """
     from scipy.optimize import minimize_scalar
 
-    sampled = sample(rows)
+    sampled_rows = sample_rows(rows)
 
     def objective(log_a: float) -> float:
         loss = 0.0
-        for batch in sampled.batches(SCORING_BATCH):
+        for batch in sampled_rows.batches(SCORING_BATCH):
             moved = batch.to(device)
             with torch.no_grad():
-                logits = math.exp(log_a) * attention.begin(moved)
+                logits = math.exp(log_a) * attention.initial_logits(moved)
                 loss -= float(moved.log_likelihood(logits).sum())
-        loss_of_all = loss * len(rows.index) / len(sampled.index)
+        loss_of_all = loss * len(rows.index) / len(sampled_rows.index)
         penalty = log_a**2 / (2 * TEMPERATURE_SD**2)
         return penalty + loss_of_all
 

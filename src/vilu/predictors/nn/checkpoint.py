@@ -41,15 +41,15 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-RECORD = re.compile(r"(\d{8,})\.json")
+RECORD_NAME = re.compile(r"(\d{8,})\.json")
 """Name of the record of a checkpoint: its serial number, with at least eight digits."""
-OURS = re.compile(r"\d{8,}\.(json|safetensors)")
+CHECKPOINT_FILE_NAME = re.compile(r"\d{8,}\.(json|safetensors)")
 """Name of a file of a checkpoint."""
-AGAIN = "Remove it, and run the training again"
+RERUN_ADVICE = "Remove it, and run the training again"
 """Advice in messages about a damaged file."""
 
 Binding = Mapping[str, object]
-"""The inputs of a run, as plain JSON. A run is resumed only with the same inputs."""
+"""The inputs of a training run, as plain JSON. Only a run with the same inputs is resumed."""
 
 
 class Checkpoint(NamedTuple):
@@ -74,8 +74,8 @@ def _is_count(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
-class Keeper:
-    """The part of a training run that saves checkpoints and finds the latest one.
+class CheckpointSaver:
+    """Saves the checkpoints of a training run, and finds the latest one.
 
     This base class saves nothing.
     """
@@ -84,12 +84,15 @@ class Keeper:
         """The checkpoint to resume from; None: start from the beginning."""
         return None
 
-    def save(self, make: Callable[[], Checkpoint]) -> None:
-        """Save the checkpoint that ``make`` returns. It is called only if something is written."""
+    def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
+        """Save the checkpoint that ``make_checkpoint`` returns.
+
+        The function is called only in a process that writes the checkpoint.
+        """
 
 
-class FolderKeeper(Keeper):
-    """A keeper with the two newest checkpoints of a run in a folder.
+class FolderCheckpointSaver(CheckpointSaver):
+    """Keeps the two newest checkpoints of a training run in a folder.
 
     If several processes train together, only the leading process writes.
     """
@@ -97,28 +100,30 @@ class FolderKeeper(Keeper):
     def __init__(self, folder: Path, binding: Binding, world: World) -> None:
         self.folder = folder
         self.world = world
-        # A binding that is read from a checkpoint has lists in place of tuples. After its own way
-        # through JSON, the binding of this run can be compared with it.
+        # JSON has no tuples, so a binding that is read from a checkpoint has lists instead. The
+        # binding of this run is converted in the same way, so that the two can be compared.
         self.binding = json.loads(json.dumps(binding))
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
-        # Only the leading process reads, because the other ones may have other disks. On these, the
-        # call returns None, and they get the bytes from the leading one by ``broadcast``.
-        record, weights = self.world.call_on_leader(self._newest) or (b"", b"")
+        # Only the leading process reads, because the other processes may have other disks. They get
+        # None here, and the bytes by ``broadcast`` from the leading process.
+        record, weights = self.world.call_on_leader(self._read_newest) or (b"", b"")
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
         if not record:
             return None
         return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
 
-    def save(self, make: Callable[[], Checkpoint]) -> None:
+    def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove all others except the one before it."""
-        self.world.call_on_leader(lambda: self._write(make()))
+        self.world.call_on_leader(lambda: self._write(make_checkpoint()))
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        last = max(self._serials(), default=0)
-        name = f"{last + 1:08d}"
+        """Write a checkpoint under the next serial number, and remove those before the last one."""
+        last_serial = max(self._serials(), default=0)
+        last_name = f"{last_serial:08d}"
+        name = f"{last_serial + 1:08d}"
         tensors = {}
         for key, tensor in checkpoint.tensors.items():
             tensors[key] = tensor.detach().cpu().contiguous()
@@ -133,7 +138,7 @@ class FolderKeeper(Keeper):
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
-        self._prune(names_to_keep={name, f"{last:08d}"})
+        self._prune(names_to_keep={name, last_name})
 
     def _serials(self) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending."""
@@ -141,7 +146,7 @@ class FolderKeeper(Keeper):
             return []
         serials = []
         for path in self.folder.iterdir():
-            match = RECORD.fullmatch(path.name)
+            match = RECORD_NAME.fullmatch(path.name)
             if match:
                 serials.append(int(match[1]))
         return sorted(serials)
@@ -151,10 +156,10 @@ class FolderKeeper(Keeper):
         with convert_os_errors(f"cannot remove a checkpoint in {self.folder}"):
             # sorted, so that the record (.json) of a checkpoint is removed before its tensors
             for path in sorted(self.folder.iterdir()):
-                if is_ours(path.name) and path.stem not in names_to_keep:
+                if is_checkpoint_file(path.name) and path.stem not in names_to_keep:
                     path.unlink()
 
-    def _newest(self) -> tuple[bytes, bytes]:
+    def _read_newest(self) -> tuple[bytes, bytes]:
         """Bytes of the record and of the tensors of the newest intact checkpoint.
 
         Both are empty if the folder has no checkpoints.
@@ -171,7 +176,7 @@ class FolderKeeper(Keeper):
                 faults.append(str(error))
                 warn_caller(f"a checkpoint is left out: {error}")
                 continue
-            self._require_same(record["binding"])
+            self._require_same_binding(record["binding"])
             return json.dumps(record).encode(), weights
         if serials:
             raise DataError(
@@ -180,13 +185,13 @@ class FolderKeeper(Keeper):
             )
         return b"", b""
 
-    def _require_same(self, written: dict[str, object]) -> None:
-        """Refuse checkpoints whose ``written`` binding is not the binding of this run."""
+    def _require_same_binding(self, saved: dict[str, object]) -> None:
+        """Refuse checkpoints whose saved binding is not the binding of this run."""
         current = self.binding
         differences = []
-        for key in sorted(written.keys() | current.keys()):
-            if written.get(key) != current.get(key):
-                differences.append(f"{key}: {written.get(key)!r} there, {current.get(key)!r} here")
+        for key in sorted(saved.keys() | current.keys()):
+            if saved.get(key) != current.get(key):
+                differences.append(f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here")
         if differences:
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; "
@@ -195,21 +200,21 @@ class FolderKeeper(Keeper):
             )
 
 
-def is_ours(name: str) -> bool:
+def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name is a file of a checkpoint, or a temporary form of such a file."""
     temporary = TEMPORARY.fullmatch(name)
     if temporary:
         name = temporary["name"]
-    return OURS.fullmatch(name) is not None
+    return CHECKPOINT_FILE_NAME.fullmatch(name) is not None
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     """The record at ``path`` and the bytes of its tensors, after a check of their hashes."""
-    record = read_json(path, AGAIN)
+    record = read_json(path, RERUN_ADVICE)
     has_binding = isinstance(record.get("binding"), dict)
     has_position = isinstance(record.get("position"), dict)
     if not (has_binding and has_position):
-        raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
+        raise DataError(f"{path} is damaged: it lacks a binding and a position. {RERUN_ADVICE}.")
     tensors_path = path.with_suffix(".safetensors")
     if not tensors_path.is_file():
         raise DataError(f"{tensors_path} is missing.")
@@ -220,9 +225,9 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     return record, weights
 
 
-RUN = re.compile(r"run_\d+")
+RUN_FOLDER_NAME = re.compile(r"run_\d+")
 """Name of the sub-folder of a training run."""
-NAMED = "fit.txt"
+FIT_DIGEST_FILE = "fit.txt"
 """Name of the file with the digest of the inputs of a fit."""
 SAMPLED_IDS = 1024
 """Maximum number of identifiers that a fingerprint of data depends on."""
@@ -231,17 +236,17 @@ SAMPLED_ROWS = 64
 
 
 class Session:
-    """A fit of one or more training runs, each of which gets a keeper.
+    """A fit that consists of one or more training runs. Each run gets a ``CheckpointSaver``.
 
-    The keepers of this base class save nothing.
+    The savers of this base class save nothing.
     """
 
-    def keeper(self, binding: Callable[[], Binding]) -> Keeper:  # noqa: ARG002
-        """The keeper of the next training run.
+    def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:  # noqa: ARG002
+        """The saver of the next training run.
 
         ``binding`` returns the inputs of the run. It is called only if checkpoints are saved.
         """
-        return Keeper()
+        return CheckpointSaver()
 
 
 class FolderSession(Session):
@@ -251,22 +256,22 @@ class FolderSession(Session):
         self.folder = folder
         self.world = world
         self.n_runs = 0
-        self.removed = False
+        self.is_removed = False
 
-    def keeper(self, binding: Callable[[], Binding]) -> Keeper:
-        """The keeper of the next training run."""
+    def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:
+        """The saver of the next training run."""
         # A run is recognised by its number. When a fit is repeated, its runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
-        return FolderKeeper(folder, binding(), self.world)
+        return FolderCheckpointSaver(folder, binding(), self.world)
 
-    def name_fit(self, inputs: str) -> None:
-        """Write the digest of the inputs of the fit to a file, which ``named`` reads."""
-        self.world.call_on_leader(lambda: write_text(self.folder / NAMED, inputs))
+    def write_fit_digest(self, inputs_digest: str) -> None:
+        """Write the digest of the inputs of the fit to a file."""
+        self.world.call_on_leader(lambda: write_text(self.folder / FIT_DIGEST_FILE, inputs_digest))
 
-    def named(self) -> str | None:
-        """The digest that ``name_fit`` wrote; None if there is none."""
-        path = self.folder / NAMED
+    def read_fit_digest(self) -> str | None:
+        """The digest that ``write_fit_digest`` wrote; None if it wrote none."""
+        path = self.folder / FIT_DIGEST_FILE
         with convert_os_errors(f"cannot read {path}"):
             if not path.is_file():
                 return None
@@ -274,17 +279,19 @@ class FolderSession(Session):
 
     def runs(self) -> list[Path]:
         """The existing sub-folders of training runs."""
-        return sorted(path for path in self.folder.iterdir() if RUN.fullmatch(path.name))
+        return sorted(
+            path for path in self.folder.iterdir() if RUN_FOLDER_NAME.fullmatch(path.name)
+        )
 
     def remove(self) -> None:
         """Remove the checkpoints. This is called when the result of the training is saved."""
-        if self.world.leads:
+        if self.world.is_leader:
             with convert_os_errors(f"cannot remove the checkpoints in {self.folder}"):
                 for run in self.runs():
                     shutil.rmtree(run)
-                (self.folder / NAMED).unlink(missing_ok=True)
+                (self.folder / FIT_DIGEST_FILE).unlink(missing_ok=True)
         # the leading process alone removes the folder at the end of ``checkpointing``
-        self.removed = self.world.leads
+        self.is_removed = self.world.is_leader
 
 
 # All contexts share the default session. That is harmless, because this session has no state.
@@ -316,26 +323,26 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
         StorageError: If the file system refuses an operation.
     """
     session = FolderSession(Path(folder), current_world())
-    with ExitStack() as held:
+    with ExitStack() as lock_stack:
         # Only the leading process uses the folder. If it is refused, all processes raise the error.
-        session.world.call_on_leader(lambda: _take_folder(session, held, resume=resume))
+        session.world.call_on_leader(lambda: _claim_folder(session, lock_stack, resume=resume))
         token = _session.set(session)
         try:
             yield session
         finally:
             _session.reset(token)
-    if session.removed:
+    if session.is_removed:
         _remove_empty(session.folder)
 
 
-def _take_folder(session: FolderSession, held: ExitStack, *, resume: bool) -> None:
-    """Make the folder of a session, and lock it until ``held`` is closed.
+def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool) -> None:
+    """Make the folder of a session, and lock it until ``lock_stack`` is closed.
 
     Raises:
         UsageError, BusyError, StorageError: As in ``checkpointing``.
     """
     folder = make_folder(session.folder)
-    held.enter_context(locked(folder, activity="training with the checkpoints in"))
+    lock_stack.enter_context(locked(folder, activity="training with the checkpoints in"))
     if session.runs() and not resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
@@ -359,26 +366,26 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     tensors = {
         "rows": rows,
         "target": source.target[rows],
-        "image": source.image_rows(spread(rows, SAMPLED_ROWS)),
+        "image": source.image_rows(evenly_spaced(rows, SAMPLED_ROWS)),
     }
-    ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
+    ids = [source.ids[row] for row in evenly_spaced(rows, SAMPLED_IDS).tolist()]
     content = tensors_hash(tensors)
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
-    text = source.candidates(spread(rows, SAMPLED_ROWS)).text
+    text = source.candidates(evenly_spaced(rows, SAMPLED_ROWS)).text
     return tensor_hash(text)
 
 
-def spread(rows: Tensor, n: int) -> Tensor:
+def evenly_spaced(rows: Tensor, n: int) -> Tensor:
     """At most ``n`` of the rows (M,), evenly spaced."""
     if not len(rows):
         return rows
     n_picked = min(n, len(rows))
-    picked = torch.linspace(0, len(rows) - 1, n_picked, dtype=torch.float64).long()
-    return rows[picked]
+    positions = torch.linspace(0, len(rows) - 1, n_picked, dtype=torch.float64).long()
+    return rows[positions]
 
 
 class Stateful(Protocol):
@@ -419,22 +426,22 @@ class Position:
 
 
 def pack(
-    at: Position,
+    position: Position,
     head: nn.Module,
     optimizer: torch.optim.Optimizer,
-    order: torch.Generator,
+    order_generator: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Checkpoint:
     """Make a checkpoint of everything that the rest of a training run depends on.
 
-    ``at`` is the progress of the run. ``order`` is the generator that shuffles the rows.
+    ``position`` is the progress of the run. ``order_generator`` shuffles the rows.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
-        "kept": at.chosen_weights,
+        "kept": position.chosen_weights,
         "momentum": _momenta(optimizer),
         "masks": _mask_states(head),
-        "loop": {"order": order.get_state()},
+        "loop": {"order": order_generator.get_state()},
     }
     for i, memory in enumerate(stateful):
         parts[f"memory{i}"] = memory.state()
@@ -442,37 +449,37 @@ def pack(
     for part, content in parts.items():
         for name, tensor in content.items():
             tensors[f"{part}.{name}"] = tensor
-    history = dataclasses.asdict(at.history)
-    return Checkpoint({"epoch": at.epoch, "history": history}, tensors)
+    history = dataclasses.asdict(position.history)
+    return Checkpoint({"epoch": position.epoch, "history": history}, tensors)
 
 
 def unpack(
     checkpoint: Checkpoint,
     head: nn.Module,
     optimizer: torch.optim.Optimizer,
-    order: torch.Generator,
+    order_generator: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Position:
     """Set the other arguments to their states in a checkpoint, and return the position.
 
     This is the inverse of ``pack``.
     """
-    parts = _parts(checkpoint)
-    head_weights = head.state_dict()  # shares memory with the head, so ``load`` changes the head
-    load("weights", parts.get("head", {}), head_weights)
+    parts = _tensors_by_part(checkpoint)
+    head_weights = head.state_dict()  # shares its memory: ``copy_tensors`` changes the head
+    copy_tensors("weights", parts.get("head", {}), head_weights)
     chosen_weights = parts.get("kept", {})
     _require_same_forms("kept weights", chosen_weights, head_weights)
     _load_momenta(parts.get("momentum", {}), optimizer)
     _load_masks(parts.get("masks", {}), head)
     for i, memory in enumerate(stateful):
         memory.restore(parts.get(f"memory{i}", {}))
-    loop = {"order": order.get_state()}
-    load("state of the loop", parts.get("loop", {}), loop)
-    order.set_state(loop["order"])
+    loop = {"order": order_generator.get_state()}
+    copy_tensors("state of the loop", parts.get("loop", {}), loop)
+    order_generator.set_state(loop["order"])
     return Position(checkpoint.n_epochs(), chosen_weights, _history(checkpoint.position))
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+def _tensors_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint: a dictionary by name for each part, such as "head"."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -496,7 +503,7 @@ def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer)
     """Set the momentum of every parameter that is trained; refuses missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
     expected = {}
-    for name, parameter in _by_number(itertools.chain(*groups)).items():
+    for name, parameter in _keyed_by_number(itertools.chain(*groups)).items():
         if parameter.requires_grad and optimizer.defaults["momentum"]:
             expected[name] = parameter
     _require_same_forms("momenta", saved, expected)
@@ -507,17 +514,17 @@ def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer)
 def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
     """Set the states of the generators of dropout masks."""
     states = _mask_states(head)
-    load("states of masks", saved, states)
+    copy_tensors("states of masks", saved, states)
     for generator, state in zip(generators_of(head), states.values(), strict=True):
         generator.set_state(state)
 
 
 def _mask_states(head: nn.Module) -> dict[str, Tensor]:
     """States of the generators of dropout masks, by number."""
-    return _by_number([generator.get_state() for generator in generators_of(head)])
+    return _keyed_by_number([generator.get_state() for generator in generators_of(head)])
 
 
-def _by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+def _keyed_by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Tensors by their position in the sequence, as a string."""
     return {str(i): tensor for i, tensor in enumerate(tensors)}
 
@@ -527,30 +534,35 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
-def load(what: str, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into the tensors ``into``, which must have the same names and forms.
+def copy_tensors(
+    tensors_name: str, saved: Mapping[str, Tensor], destination: Mapping[str, Tensor]
+) -> None:
+    """Copy saved tensors into those of ``destination``, which must have the same names and forms.
 
-    ``what`` is the name of the tensors in messages.
+    ``tensors_name`` is the name of the tensors in messages.
     """
-    _require_same_forms(what, saved, into)
+    _require_same_forms(tensors_name, saved, destination)
     with torch.no_grad():
-        for name, tensor in into.items():
+        for name, tensor in destination.items():
             tensor.copy_(saved[name])
 
 
 def _require_same_forms(
-    what: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    tensors_name: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     """Refuse saved tensors whose names, shapes or types are not the expected ones."""
     saved_forms = _forms(saved)
     expected_forms = _forms(expected)
     if saved_forms == expected_forms:
         return
-    differing = sorted(saved_forms.keys() ^ expected_forms.keys())
-    if not differing:
-        differing = [name for name in saved_forms if saved_forms[name] != expected_forms[name]]
+    differing_names = sorted(saved_forms.keys() ^ expected_forms.keys())
+    if not differing_names:
+        differing_names = [
+            name for name in saved_forms if saved_forms[name] != expected_forms[name]
+        ]
     raise DataError(
-        f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}."
+        f"the {tensors_name} of a checkpoint do not fit; they differ in "
+        f"{', '.join(differing_names[:4])}."
     )
 
 

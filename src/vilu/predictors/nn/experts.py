@@ -24,7 +24,7 @@ from vilu.predictors.nn.attention import (
     ImageInputs,
     Match,
     SupervisedAttention,
-    plus,
+    add_offset,
 )
 from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import PooledLogits
@@ -32,13 +32,13 @@ from vilu.predictors.nn.pooled import PooledLogits
 RIDGE = 0.1
 """Ridge of the kernel regression of ``Memory``."""
 
-GAIN = 8.0
+LOGIT_GAIN = 8.0
 """Factor from a difference of probabilities to a logit.
 
 Its value matters little, because the pool also gives the memory a weight.
 """
 
-FEWEST_ROWS = 256
+MIN_BLOCK_ROWS = 256
 """Minimum number of images that ``Memory`` scores together. Products of fewer rows are slow."""
 
 
@@ -96,17 +96,17 @@ class Memory(nn.Module):
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
         """Gaussian kernels (N, M) of rows and bank, which are results of ``exponent_factor``.
 
-        The exponents are computed in float64. They are small differences of terms as large as 10.
-        So in float32 the kernel would have an error of 1e-4.
+        The exponents are computed in float64, because they are small differences of terms as large
+        as 10. In float32 the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """Longer rows (N, D + F + 2) float64, whose products are the exponents of the kernel.
+        """Rows with two more columns, (N, D + F + 2) float64: their products are the exponents.
 
         The exponent of inputs x and x' is -|x - x'|^2 / 2. This is the product of two longer
-        vectors: one of x, and one of x', which belongs to the bank.
+        vectors, one of x and one of the bank's x':
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
@@ -123,24 +123,26 @@ class Memory(nn.Module):
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Fit a memory to labelled rows, which are so few that they are read as one batch."""
         device = attention.classes.device
-        (whole,) = rows.steps(len(rows.index))
-        batch = whole.to(device)
+        (all_rows,) = rows.steps(len(rows.index))
+        batch = all_rows.to(device)
         n_classes = len(batch.text)
         memory = cls(attention.inputs, len(batch.index), n_classes).to(device)
         memory.bank.copy_(attention.inputs(batch))
         posterior = attention.offset(batch).softmax(dim=-1)
         errors = functional.one_hot(batch.target, n_classes) - posterior
-        memory.values.copy_(GAIN * ridge_weights(memory.bank.cpu(), errors.cpu().double()))
+        weights = ridge_weights(memory.bank.cpu(), errors.cpu().double())
+        memory.values.copy_(LOGIT_GAIN * weights)
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
         """Outputs (B, K) that are added to the logits of the training classes, in their order."""
-        return self.ready()(batch)
+        residual = self.residual_function()
+        return residual(batch)
 
-    def ready(self) -> Callable[[Batch], Tensor]:
+    def residual_function(self) -> Callable[[Batch], Tensor]:
         """Return a function that does the same as ``forward``, but faster for several batches.
 
-        The vectors of the bank, which all batches have in common, are computed only once.
+        The vectors of the bank are the same for all batches, so they are computed only once.
         """
         bank = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
@@ -150,7 +152,7 @@ class Memory(nn.Module):
             # an exported graph is for any number of rows, so it cannot split them into blocks
             if torch.compiler.is_exporting():
                 return (self.kernel(rows, bank) @ values).to(self.bank)
-            block_rows = max(CACHED_CELLS // len(bank), FEWEST_ROWS)
+            block_rows = max(CACHED_CELLS // len(bank), MIN_BLOCK_ROWS)
             blocks = [self.kernel(block, bank) @ values for block in rows.split(block_rows)]
             return torch.cat(blocks).to(self.bank)
 
@@ -198,23 +200,24 @@ class Experts(nn.Module):
         """
         attention = self.attention
         match = attention.match(batch.text)
-        all_known = bool(match.known.all())
-        if all_known:
+        all_are_classes = bool(match.is_class.all())
+        if all_are_classes:
             keys = self._pooled_keys(batch, match)
-            companions = self._ready_companions(match)
+            residuals = self._weighted_residuals(match)
         else:  # only the attention can score candidates that are no training classes
             keys = attention.learned_keys(batch.text, match)
-            companions = []
+            residuals = []
         n_candidates = len(batch.text)
-        for part in row_blocks(len(batch.image), n_candidates, rows_in_cache(n_candidates)):
-            rows = batch.rows(part)
+        max_rows = rows_in_cache(n_candidates)
+        for block in row_blocks(len(batch.image), n_candidates, max_rows):
+            rows = batch.rows(block)
             logits = attention.queries(rows) @ keys.T
-            if all_known:
-                logits = plus(logits, self._given_offset(rows))
+            if all_are_classes:
+                logits = add_offset(logits, self._given_offset(rows))
             else:  # candidates that are no training classes have an offset of their own temperature
                 logits = logits + attention.offset(rows, match)
-            for weight, companion in companions:
-                logits = logits.add_(companion(rows), alpha=weight)
+            for weight, residual in residuals:
+                logits = logits.add_(residual(rows), alpha=weight)
             yield rows, logits
 
     def _pooled_keys(self, batch: Batch, match: Match) -> Tensor:
@@ -237,23 +240,26 @@ class Experts(nn.Module):
             return None
         return float(self.weights.sum()) * offset
 
-    def _ready_companions(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
+    def _weighted_residuals(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
         """The weight of each companion, and its function from a batch to residual logits (B, K).
 
         All candidates must be training classes.
         """
         # Companions have outputs for all training classes, in their order. If the candidates are
         # not just these classes in this order, columns of the outputs are selected.
-        is_complete = len(match.row) == len(self.attention.classes)
-        in_order = is_complete and bool((match.row.diff() == 1).all())
+        classes = match.nearest_class  # the class of every candidate
+        is_complete = len(classes) == len(self.attention.classes)
+        is_in_order = is_complete and bool((classes.diff() == 1).all())
         companion_weights = self.weights.tolist()[1:]
-        ready = []
+        weighted_residuals = []
         for weight, companion in zip(companion_weights, self.companions.values(), strict=True):
-            residual = companion.ready() if isinstance(companion, Memory) else companion
-            if not in_order:
-                residual = _with_columns(residual, match.row)
-            ready.append((weight, residual))
-        return ready
+            residual: Callable[[Batch], Tensor] = companion
+            if isinstance(companion, Memory):
+                residual = companion.residual_function()
+            if not is_in_order:
+                residual = _columns_of(residual, classes)
+            weighted_residuals.append((weight, residual))
+        return weighted_residuals
 
     def log_posteriors(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, M, K) float64 of the experts."""
@@ -265,7 +271,7 @@ class Experts(nn.Module):
         If a candidate is no training class, these are the logits (B, 1, K) of the attention alone.
         """
         match = self.attention.match(batch.text)
-        if bool(match.known.all()):
+        if bool(match.is_class.all()):
             return self.all_logits(batch, match)
         logits: Tensor = self.attention(batch, match)
         return logits.unsqueeze(1)
@@ -281,7 +287,7 @@ class Experts(nn.Module):
         if match is not None and len(self.companions):
             offset = self.attention.offset(batch)
             for companion in self.companions.values():
-                logits.append(offset + companion(batch)[:, match.row])
+                logits.append(offset + companion(batch)[:, match.nearest_class])
         return torch.stack(logits, dim=1)
 
     def pooled_parts(self, batch: Batch) -> PooledLogits:
@@ -304,23 +310,24 @@ class Experts(nn.Module):
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """R(x) (B, K), the offset a l0 (B, K), and the total weight () of the experts: float64."""
-        offset = float64(self.attention.offset(batch, self.attention.match(batch.text)))
+        match = self.attention.match(batch.text)
+        offset = float64(self.attention.offset(batch, match))
         logits = float64(self.logits(batch))
         residual = pool(logits - offset.unsqueeze(1), self.weights)
-        return residual, offset, weights_of(logits, self.weights).sum()
+        return residual, offset, weights_for(logits, self.weights).sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
         """A batch of one row, the mean training image, with the candidates of ``batch``."""
         inputs = self.attention.inputs
         columns = dict(batch.columns)
-        if inputs.on_features:
+        if inputs.has_features:
             columns[FEATURES] = inputs.features.mean.unsqueeze(0)
         first_row = batch.rows(slice(0, 1))  # a batch of one row, with the candidates
         mean_image = inputs.image.mean.unsqueeze(0)
         return dataclasses.replace(first_row, image=mean_image, columns=columns)
 
 
-def _with_columns(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
+def _columns_of(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
     """Return a function that computes the columns ``index`` (K,) of ``residual``."""
 
     def columns_of_residual(batch: Batch) -> Tensor:
@@ -329,15 +336,15 @@ def _with_columns(residual: Callable[[Batch], Tensor], index: Tensor) -> Callabl
     return columns_of_residual
 
 
-def pool(rows: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum (B, K) float64 of the logits ``rows`` (B, M, K) of M experts."""
+def pool(logits: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
     # Logits are log-probabilities up to a constant. So their weighted sum belongs to a product of
     # probabilities: the log-linear pool q ~ prod_m p_m^w_m.
-    return torch.einsum("m,bmk->bk", weights_of(rows, weights), rows)
+    return torch.einsum("m,bmk->bk", weights_for(logits, weights), logits)
 
 
-def weights_of(rows: Tensor, weights: Tensor) -> Tensor:
-    """Weights (M,) of the experts in rows (B, M, K). The attention alone (M = 1) has weight 1."""
-    if rows.shape[1] > 1:
-        return weights.to(rows.device)
-    return torch.ones_like(rows[0, :1, 0])
+def weights_for(logits: Tensor, weights: Tensor) -> Tensor:
+    """Weights (M,) of the experts with logits (B, M, K). The attention alone (M = 1) has 1."""
+    if logits.shape[1] > 1:
+        return weights.to(logits.device)
+    return torch.ones_like(logits[0, :1, 0])

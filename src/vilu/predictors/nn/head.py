@@ -55,8 +55,10 @@ class Dropout(nn.Module):
 class CrossAttention(nn.Module, ABC):
     """Average of the candidate texts, weighted by how much the image attends to each."""
 
-    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
-        """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``after``.
+    def forward(
+        self, image: Tensor, text: Tensor, logit_scale: float, next_layer: Tensor
+    ) -> Tensor:
+        """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``next_layer``.
 
         The computation is in float32. With many texts, no (B, K) tensor is needed.
 
@@ -64,28 +66,29 @@ class CrossAttention(nn.Module, ABC):
             image: (B, D) unit-norm embeddings.
             text: (K, D) unit-norm embeddings.
             logit_scale: Logit scale of the VLM.
-            after: (H, D) weights of the layer after the attention, whose input is the average.
+            next_layer: (H, D) weights of the layer after the attention, whose input is the average.
         """
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
-            if has_few(text, image):
+            if has_few_texts(text, image):
                 # Both branches compute the same. Here the texts are projected instead of the
                 # images: a step with 10 texts and 128 images takes three quarters of the time.
-                # The (B, K) weights are small, so they need no fused kernel, which takes longer.
+                # The (B, K) weights are small. So a fused kernel, which takes longer, would save
+                # no memory that matters.
                 keys = (text @ key.T) @ query
-                values = (text @ value.T) @ after.T
+                values = (text @ value.T) @ next_layer.T
                 weights = (scale * (image @ keys.T)).softmax(dim=1)
                 return weights @ values
             queries = (image @ query.T) @ key
-            attended = attend(queries, text, text, scale)
-            return (attended @ value.T) @ after.T
+            attended = fused_attention(queries, text, text, scale)
+            return (attended @ value.T) @ next_layer.T
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Query, key and value matrices (D, D), and the scale of products of queries and keys."""
 
 
-def has_few(text: Tensor, image: Tensor) -> bool:
+def has_few_texts(text: Tensor, image: Tensor) -> bool:
     """Whether there are at most half as many texts as images; always false in an export.
 
     An exported graph is for any sizes, so it cannot depend on them.
@@ -93,7 +96,7 @@ def has_few(text: Tensor, image: Tensor) -> bool:
     return not torch.compiler.is_exporting() and 2 * len(text) <= len(image)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """(B, H) softmax(scale * queries @ keys.T) @ values."""
     # The fused kernels need two more dimensions in front: a batch of size one, and one head.
     attended = functional.scaled_dot_product_attention(
@@ -135,9 +138,9 @@ class PaperAttention(CrossAttention):
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.query = xavier(dim, generator)
-        self.key = xavier(dim, generator)
-        self.value_projection = xavier(dim, generator)
+        self.query = xavier_matrix(dim, generator)
+        self.key = xavier_matrix(dim, generator)
+        self.value_projection = xavier_matrix(dim, generator)
 
     def projections(
         self,
@@ -158,7 +161,7 @@ HIDDEN = (512, 256, 128)
 """Widths of the hidden layers of the published head (supplement, A.2)."""
 
 
-def normal(
+def normal_matrix(
     n_rows: int, n_columns: int, std: float, generator: torch.Generator | None
 ) -> nn.Parameter:
     """A matrix whose entries are drawn from N(0, std^2)."""
@@ -168,7 +171,7 @@ def normal(
     return nn.Parameter(weight)
 
 
-def xavier(dim: int, generator: torch.Generator | None) -> nn.Parameter:
+def xavier_matrix(dim: int, generator: torch.Generator | None) -> nn.Parameter:
     """A square matrix with Xavier-uniform initialisation."""
     weight = torch.empty(dim, dim, dtype=torch.float32)
     if not weight.is_meta:  # on the meta device there is nothing to initialise
@@ -250,16 +253,16 @@ class FailureHead(nn.Module):
                 batch.image, batch.text, batch.logit_scale, self.first["attended"]
             )
         if "caption" in self.first:
-            parts["caption"] = self._caption(batch)
+            parts["caption"] = self._caption_term(batch)
         if "mcm" in self.first:
             probability_column = batch.answer_probability[:, None]
             parts["mcm"] = functional.linear(probability_column, self.first["mcm"])
         return parts
 
-    def _caption(self, batch: Batch) -> Tensor:
+    def _caption_term(self, batch: Batch) -> Tensor:
         """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
-        if has_few(batch.text, batch.image):
+        if has_few_texts(batch.text, batch.image):
             # Every text is projected once, which is faster than one projection per image. The
             # projections are not indexed with [], because several threads would sum the gradient
             # of an index in an order that varies.
@@ -276,7 +279,9 @@ def first_weights(
     # training would spend most of its steps on increasing them.
     n_inputs = sum(widths.values())
     std = math.sqrt(2 * dim / n_inputs)
-    weights = {part: normal(n_outputs, width, std, generator) for part, width in widths.items()}
+    weights = {
+        part: normal_matrix(n_outputs, width, std, generator) for part, width in widths.items()
+    }
     return nn.ParameterDict(weights)
 
 
@@ -294,7 +299,7 @@ def perceptron(
     ]
     for layer in linears:
         he_std = math.sqrt(2 / layer.in_features)
-        layer.weight = normal(layer.out_features, layer.in_features, he_std, generator)
+        layer.weight = normal_matrix(layer.out_features, layer.in_features, he_std, generator)
         nn.init.zeros_(layer.bias)
     layers: list[nn.Module] = []
     for layer in linears:
@@ -305,20 +310,20 @@ def perceptron(
     return nn.Sequential(*layers)
 
 
-def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
+def load_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
     """Give a network a copy of the weights ``state``, and set it to evaluation.
 
     Raises:
         DataError: If names, shapes or types of the weights differ from those of the network.
     """
-    expected = _shapes_and_types(network.state_dict())
-    actual = _shapes_and_types(state)
-    if actual != expected:
+    expected_forms = _shapes_and_types(network.state_dict())
+    actual_forms = _shapes_and_types(state)
+    if actual_forms != expected_forms:
         # pairs of a name and its sizes and type that only one of the two has
-        differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)
+        differing_forms = sorted({*actual_forms.items()} ^ {*expected_forms.items()}, key=str)
         raise DataError(
             f"the weights do not fit a {method} with these parameters; "
-            f"they differ in {differing[:4]}."
+            f"they differ in {differing_forms[:4]}."
         )
     copies = {}
     for name, tensor in state.items():

@@ -16,8 +16,8 @@ from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
-EPSILON = 1e-6
-"""Error rates e below 1e-6 are replaced by 1e-6. In (1 - e) / e, e is at most 1 - 1e-6 as well."""
+MIN_ERROR_RATE = 1e-6
+"""Smaller error rates e are replaced by this one. In (1 - e) / e, e is at most 1 - 1e-6 as well."""
 
 MIN_WEIGHT = 0.05
 """Minimum of -log(e). Otherwise a batch with failures only (e = 1) would have no gradient."""
@@ -34,7 +34,7 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
     Source: ViLU, Eq. 9.
     """
-    return torch.clamp(-torch.log(error_rate.clamp(EPSILON, 1)), min=MIN_WEIGHT)
+    return torch.clamp(-torch.log(error_rate.clamp(MIN_ERROR_RATE, 1)), min=MIN_WEIGHT)
 
 
 class FailureWeight:
@@ -69,14 +69,14 @@ class FailureWeight:
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
-        self.constant = self._constant(static)
+        self.constant = self._constant_weight(static)
 
     def __call__(self, failure: Tensor) -> Tensor:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # The mean is over all processes. The call returns only when every process has made it, so
-        # it is made in mode "dataset", too.
+        # The mean is over all processes, and waits until every process has called it. So it is
+        # called in mode "dataset", too, which does not use the result.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
@@ -85,13 +85,13 @@ class FailureWeight:
         # in mode "dataset" ``rate`` is the error rate of the training set, and never changes
         return adaptive_weight(self.rate.to(failure.device))
 
-    def _constant(self, static: float) -> Tensor | None:
+    def _constant_weight(self, static: float) -> Tensor | None:
         """The weight in a mode where it is the same for all batches; None in other modes."""
         if self.mode == "static":
             return torch.tensor(float(static), dtype=torch.float32)
         if self.mode == "balanced":
-            e = self.rate.clamp(EPSILON, 1 - EPSILON)
-            return (1 - e) / e
+            error_rate = self.rate.clamp(MIN_ERROR_RATE, 1 - MIN_ERROR_RATE)
+            return (1 - error_rate) / error_rate
         return None
 
     def state(self) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def bce_loss(weight: FailureWeight) -> Loss:
     return loss
 
 
-def regression(
+def weighted_mse_loss(
     target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
@@ -176,8 +176,8 @@ def zero_shot_loss(batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": regression(withheld_probability, torch.sigmoid),
-    "loss": regression(zero_shot_loss, functional.softplus),
+    "mse": weighted_mse_loss(withheld_probability, torch.sigmoid),
+    "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
 """Functions from a failure weight to the loss of a head, by the name of the loss."""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vilu.device import resolve_device
 from vilu.errors import UsageError, ViLUError
 
-Result = TypeVar("Result")
+ActionResult = TypeVar("ActionResult")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets in its processes."""
@@ -30,7 +30,7 @@ class World:
     size: int = 1  # number of processes
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this is the leading process, which writes files and messages."""
         return self.rank == 0
 
@@ -44,7 +44,7 @@ class World:
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
-    def shared(self, network: nn.Module) -> nn.Module:
+    def averaging_gradients(self, network: nn.Module) -> nn.Module:
         """Wrap a network so that its gradients are averaged over the processes."""
         return network
 
@@ -69,12 +69,12 @@ class World:
         """The ``data`` of the leading process, in every process."""
         return data
 
-    def call_on_leader(self, act: Callable[[], Result]) -> Result | None:
-        """Call ``act`` on the leading process alone; if it raises, every process raises.
+    def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
+        """Call ``action`` on the leading process alone; if it raises, every process raises.
 
-        Returns what ``act`` returns on the leading process, and None on the others.
+        Returns what ``action`` returns on the leading process, and None on the others.
         """
-        return act()
+        return action()
 
 
 class Group(World):
@@ -88,7 +88,7 @@ class Group(World):
         self.size = size
         self.device = device
 
-    def shared(self, network: nn.Module) -> nn.Module:
+    def averaging_gradients(self, network: nn.Module) -> nn.Module:
         """Wrap a network so that torch averages its gradients in the backward pass."""
         return DistributedDataParallel(network)
 
@@ -111,11 +111,11 @@ class Group(World):
         counts = [torch.zeros_like(n_rows) for _ in range(self.size)]
         dist.all_gather(counts, n_rows)
         # ``all_gather`` needs tensors of one size, so all rows are padded to the largest number
-        longest = max(int(count) for count in counts)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        blocks = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(blocks, padded)
+        max_rows = max(int(count) for count in counts)
+        padded_rows = rows.new_zeros(max_rows, *rows.shape[1:])
+        padded_rows[: len(rows)] = rows
+        blocks = [torch.empty_like(padded_rows) for _ in range(self.size)]
+        dist.all_gather(blocks, padded_rows)
         shares = []
         for block, count in zip(blocks, counts, strict=True):
             shares.append(block[: int(count)])
@@ -128,25 +128,25 @@ class Group(World):
         count = torch.tensor(len(data), device=self.device)
         dist.broadcast(count, src=leader)
         content = torch.empty(int(count), dtype=torch.uint8, device=self.device)
-        if self.leads and data:
+        if self.is_leader and data:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, src=leader)
         return content.cpu().numpy().tobytes()
 
-    def call_on_leader(self, act: Callable[[], Result]) -> Result | None:
-        """Call ``act`` on the leading process alone; if it raises, every process raises.
+    def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
+        """Call ``action`` on the leading process alone; if it raises, every process raises.
 
         The other processes wait for a message with the kind and the text of the error. The message
         is empty if there was no error.
         """
-        if not self.leads:
-            failure = self.broadcast(b"")
-            if failure:
-                raise _error_of_leader(failure.decode())
+        if not self.is_leader:
+            error_report = self.broadcast(b"")
+            if error_report:
+                raise _error_of_leader(error_report.decode())
             return None
         try:
-            result = act()
-        # Any exception, because the other processes wait for a message whatever ``act`` raises.
+            result = action()
+        # Any exception, because the other processes wait for a message whatever ``action`` raises.
         # They get its kind and its text, and it is raised again here.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
@@ -155,9 +155,12 @@ class Group(World):
         return result
 
 
-def _error_of_leader(failure: str) -> Exception:
-    """The error of the leading process for another process, from its kind and its message."""
-    kind, _, message = failure.partition("\n")
+def _error_of_leader(error_report: str) -> Exception:
+    """The error that another process raises for an error of the leading process.
+
+    The report is the name of its class and its message, on two lines.
+    """
+    kind, _, message = error_report.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
     for cls in ViLUError.__subclasses__():
         if cls.__name__ == kind:  # with the same kind, all processes end with the same exit code
@@ -198,12 +201,12 @@ def world(
     resolved_device = resolve_device(device)
     if resolved_device.type == "cuda" and size > 1:
         _select_gpu(local_rank)
-    joined = World()
+    connected_world = World()
     if size > 1:
-        joined = _join(rank, size, resolved_device, environment, timeout)
-    token = _world.set(joined)
+        connected_world = _join(rank, size, resolved_device, environment, timeout)
+    token = _world.set(connected_world)
     try:
-        yield joined
+        yield connected_world
     finally:
         _world.reset(token)
         if size > 1:
@@ -256,14 +259,16 @@ def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
     Values of these variables or of MASTER_PORT that are not whole numbers are refused.
     """
-    wrong = []
+    wrong_settings = []
     for name in VARIABLES:
         value = environment[name]
         is_whole = value.isascii() and value.isdigit()
         if name != "MASTER_ADDR" and not is_whole:
-            wrong.append(f"{name}={value!r}")
-    if wrong:
-        raise UsageError(f"{', '.join(wrong)} must be whole numbers, as torchrun sets them.")
+            wrong_settings.append(f"{name}={value!r}")
+    if wrong_settings:
+        raise UsageError(
+            f"{', '.join(wrong_settings)} must be whole numbers, as torchrun sets them."
+        )
     rank = int(environment["RANK"])
     size = int(environment["WORLD_SIZE"])
     local_rank = int(environment["LOCAL_RANK"])

@@ -20,8 +20,8 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.nn.checkpoint import (
     Checkpoint,
+    CheckpointSaver,
     History,
-    Keeper,
     Position,
     Stateful,
     pack,
@@ -34,23 +34,23 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 EPOCHS = 35
-"""Default number of epochs, if that makes ``FEWEST_STEPS`` to ``MOST_STEPS`` steps."""
-FEWEST_STEPS = 1_400
+"""Default number of epochs, if they have ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
+MIN_STEPS = 1_400
 """Minimum number of steps of a training run with the default number of epochs."""
-MOST_STEPS = 6_000
+MAX_STEPS = 6_000
 """Maximum number of steps of a training run with the default number of epochs."""
 FREEZE_STEPS = 1_000
 """Default number of steps before the attention of a head is trained."""
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate in one of ``total`` steps, of which ``warmup`` are the warm-up.
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> float:
+    """Factor of the learning rate in a step of training.
 
     The factor rises linearly from 0.1 to 1 in the warm-up, and then falls to 0 as half a cosine.
     """
-    if step < warmup:
-        return 0.1 + 0.9 * step / warmup
-    angle = math.pi * (step - warmup) / max(total - warmup, 1)
+    if step < warmup_steps:
+        return 0.1 + 0.9 * step / warmup_steps
+    angle = math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return 0.5 * (1 + math.cos(angle))
 
 
@@ -60,21 +60,21 @@ def default_epochs(steps: int) -> int:
     The number is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
     then clipped to 10 ... 300.
     """
-    fewest = math.ceil(FEWEST_STEPS / steps)
-    most = math.ceil(MOST_STEPS / steps)
-    wanted = min(max(EPOCHS, fewest), most)
-    return min(max(wanted, 10), 300)
+    min_epochs = math.ceil(MIN_STEPS / steps)
+    max_epochs = math.ceil(MAX_STEPS / steps)
+    epochs = min(max(EPOCHS, min_epochs), max_epochs)
+    return min(max(epochs, 10), 300)
 
 
-def few_epochs(steps: int) -> int:
+def small_network_epochs(steps: int) -> int:
     """Default number of epochs of a small network, if an epoch has this number of steps.
 
     The number is 20, or more if there would be fewer than 300 steps in all. If there would be more
     than 2,000 steps in all, the number is reduced, but not below 10.
     """
-    wanted = max(20, math.ceil(300 / steps))
-    most = max(math.ceil(2_000 / steps), 10)
-    return min(wanted, most)
+    min_epochs = max(20, math.ceil(300 / steps))
+    max_epochs = max(math.ceil(2_000 / steps), 10)
+    return min(min_epochs, max_epochs)
 
 
 def default_batch(n_rows: int) -> int:
@@ -91,8 +91,8 @@ class Plan:
 
     steps: int  # steps per epoch
     epochs: int
-    warmup: float  # steps of the warm-up
-    frozen: int  # epochs before the attention is trained
+    warmup_steps: float
+    frozen_epochs: int  # epochs before the attention is trained
 
     @classmethod
     def of(
@@ -100,26 +100,31 @@ class Plan:
     ) -> Plan:
         """The plan for epochs of ``steps`` steps; the other arguments are as in ``TrainConfig``."""
         epochs = epochs or default_epochs(steps)
-        frozen = freeze_epochs
-        if frozen is None:
+        frozen_epochs = freeze_epochs
+        if frozen_epochs is None:
             # without this maximum, a short run would never train the attention
-            most_frozen = max(epochs // 2, 1)
-            frozen = min(math.ceil(FREEZE_STEPS / steps), most_frozen)
-        warmup = min(warmup_epochs, epochs / 10) * steps
-        return cls(steps=steps, epochs=epochs, warmup=warmup, frozen=frozen)
+            max_frozen = max(epochs // 2, 1)
+            frozen_epochs = min(math.ceil(FREEZE_STEPS / steps), max_frozen)
+        warmup_steps = min(warmup_epochs, epochs / 10) * steps
+        return cls(
+            steps=steps, epochs=epochs, warmup_steps=warmup_steps, frozen_epochs=frozen_epochs
+        )
 
     def rates(self, epoch: int) -> list[float]:
         """Factors of the learning rate in the steps of an epoch."""
-        n_done = epoch * self.steps
-        total = self.epochs * self.steps
-        return [schedule(n_done + i, total, self.warmup) for i in range(self.steps)]
+        first_step = epoch * self.steps
+        total_steps = self.epochs * self.steps
+        rates = []
+        for step in range(first_step, first_step + self.steps):
+            rates.append(learning_rate_factor(step, total_steps, self.warmup_steps))
+        return rates
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
 """Function of a batch and its failure logits (B,), whose result is the mean loss of the batch."""
 
 
-def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
+def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Rows:
     """Return the rows with their zero-shot answers, so that a fit computes every answer only once.
 
     The processes of ``world`` share the computation. Rows with pools of captions are returned
@@ -129,16 +134,16 @@ def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
         return rows
     answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
-        share = batch.rows(world.own_slice(len(batch.index)))
-        zero_shot = share.to(device).zero_shot
+        own_rows = batch.rows(world.own_slice(len(batch.index)))
+        zero_shot = own_rows.to(device).zero_shot  # a tuple of tensors
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
     for blocks in zip(*answers_of_batches, strict=True):
         answers = torch.cat(blocks)
-        # one entry for every row of the source; entries of rows outside ``rows`` are not used
-        of_source = answers.new_zeros(len(rows.source))
-        fields.append(of_source.index_put((rows.index,), answers))
+        # one entry for every row of the source; entries of rows that are not in ``rows`` are unused
+        source_answers = answers.new_zeros(len(rows.source))
+        fields.append(source_answers.index_put((rows.index,), answers))
     return replace(rows, answers=ZeroShot(*fields))
 
 
@@ -163,12 +168,13 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     """Number of training steps, each on one batch, in a pass over the rows."""
     n_rows = len(rows.index)
     pool_size = rows.source.pool_size
-    size = pool_size or batch_size
-    # all pools have the full size, so rows that fill no pool are left out in this epoch
-    steps = n_rows // size if pool_size else math.ceil(n_rows / size)
-    if not steps:
-        raise DataError(f"training needs at least one pool of {size} rows. Got {n_rows} rows.")
-    return steps
+    if not pool_size:
+        return math.ceil(n_rows / batch_size)
+    # a step trains on one full pool; rows that fill no pool are left out in this epoch
+    n_pools = n_rows // pool_size
+    if not n_pools:
+        raise DataError(f"training needs at least one pool of {pool_size} rows. Got {n_rows} rows.")
+    return n_pools
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
@@ -189,8 +195,9 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
     """
     q1 = value / (2 - value)  # probability that two failures score above one success
     q2 = 2 * value**2 / (1 + value)  # probability that one failure scores above two successes
-    spread = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
-    total = max(value * (1 - value) + spread, 0.0)
+    variance_of_pair = value * (1 - value)
+    covariances = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
+    total = max(variance_of_pair + covariances, 0.0)
     return math.sqrt(total / (n_failures * n_successes))
 
 
@@ -206,20 +213,21 @@ class HeadTrainer:
         head: FailureHead,
         loss: Loss,
         config: TrainConfig,
-        keeper: Keeper | None = None,
+        saver: CheckpointSaver | None = None,
         stateful: Sequence[Stateful] = (),
     ) -> None:
         self.head = head.to(config.device)
         self.network: nn.Module = self.head
         self.loss = loss
         self.config = config
-        self.keeper = keeper or Keeper()
+        self.saver = saver or CheckpointSaver()
         self.stateful = stateful
         self.world = current_world()
         warn_of_slow_bfloat16(config)
-        # parameters of the attention, which are frozen first
-        self.attention = [] if head.attention is None else list(head.attention.parameters())
-        for parameter in self.attention:
+        self.attention_parameters: list[nn.Parameter] = []
+        if head.attention is not None:
+            self.attention_parameters = list(head.attention.parameters())
+        for parameter in self.attention_parameters:  # frozen until ``thaw``
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
@@ -227,7 +235,7 @@ class HeadTrainer:
         # weight decay. The attention has a group of its own, because the fused kernel of SGD starts
         # the momenta of all parameters of a group in the same step.
         self.optimizer = torch.optim.SGD(
-            [{"params": perceptron_parameters}, {"params": self.attention}],
+            [{"params": perceptron_parameters}, {"params": self.attention_parameters}],
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -243,70 +251,74 @@ class HeadTrainer:
         rows, the last epoch is chosen.
         """
         config = self.config
-        size = config.batch_size or default_batch(len(train.index))
-        require_shares(train.source.pool_size or size, self.world)
-        train = with_answers(train, config.device, self.world)
+        batch_size = config.batch_size or default_batch(len(train.index))
+        require_rows_for_all(train.source.pool_size or batch_size, self.world)
+        train = with_zero_shot_answers(train, config.device, self.world)
         if validation is not None:
-            validation = with_answers(validation, config.device, self.world)
-        steps = steps_per_epoch(train, size)
+            validation = with_zero_shot_answers(validation, config.device, self.world)
+        steps = steps_per_epoch(train, batch_size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
-        at = self._begin(plan)
+        position = self._resume_or_begin(plan)
         with track("train", plan.epochs * plan.steps, "steps") as task:
-            task.advance(at.epoch * plan.steps)
-            while not self._is_over(plan, at):
-                if at.epoch >= plan.frozen:
+            task.advance(position.epoch * plan.steps)
+            while not self._is_over(plan, position):
+                if position.epoch >= plan.frozen_epochs:
                     self.thaw()
-                loss = self._epoch(train, size, plan.rates(at.epoch), task)
-                self._end_epoch(validation, loss, at)
-                self._save(at)
-        self.head.load_state_dict(at.chosen_weights)
-        return at.history
+                loss = self._train_epoch(train, batch_size, plan.rates(position.epoch), task)
+                self._end_epoch(validation, loss, position)
+                self._save(position)
+        self.head.load_state_dict(position.chosen_weights)
+        return position.history
 
     def thaw(self) -> None:
         """Train the attention from now on."""
-        for parameter in self.attention:
+        for parameter in self.attention_parameters:
             parameter.requires_grad_(True)
 
-    def _is_over(self, plan: Plan, at: Position) -> bool:
+    def _is_over(self, plan: Plan, position: Position) -> bool:
         """Whether all epochs are done, or ``patience`` epochs were done since the chosen one."""
-        if at.epoch >= plan.epochs:
+        if position.epoch >= plan.epochs:
             return True
         if self.config.patience is None:
             return False
-        latest_epoch = at.epoch - 1
-        epochs_since_chosen = latest_epoch - at.history.kept_epoch
+        latest_epoch = position.epoch - 1
+        epochs_since_chosen = latest_epoch - position.history.kept_epoch
         return epochs_since_chosen >= self.config.patience
 
-    def _begin(self, plan: Plan) -> Position:
+    def _resume_or_begin(self, plan: Plan) -> Position:
         """Load the latest checkpoint and return its position; without one, return the beginning."""
-        checkpoint = self.keeper.latest()
+        checkpoint = self.saver.latest()
         if checkpoint is None:
             return Position()
-        if checkpoint.n_epochs() > plan.frozen:  # then the checkpoint has momenta of the attention
+        if (
+            checkpoint.n_epochs() > plan.frozen_epochs
+        ):  # then the checkpoint has momenta of the attention
             self.thaw()
         return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
 
-    def _save(self, at: Position) -> None:
+    def _save(self, position: Position) -> None:
         """Save a checkpoint, if checkpoints are wanted."""
 
-        def make() -> Checkpoint:
-            return pack(at, self.head, self.optimizer, self.generator, self.stateful)
+        def make_checkpoint() -> Checkpoint:
+            return pack(position, self.head, self.optimizer, self.generator, self.stateful)
 
-        self.keeper.save(make)
+        self.saver.save(make_checkpoint)
 
-    def _epoch(self, train: Rows, size: int, rates: Sequence[float], task: Task) -> float:
+    def _train_epoch(
+        self, train: Rows, batch_size: int, rates: Sequence[float], task: Task
+    ) -> float:
         """Train for one epoch, with these factors of the learning rate; returns the mean loss.
 
-        The network is wrapped for several processes again in every epoch, for two reasons. The
-        wrapper must know which parameters are trained, and the attention is thawed between two
-        epochs. And the wrapper fixes in its first step in which order gradients are added. A
-        resumed run begins an epoch with a new wrapper. It has the same order only if every epoch
-        has a new one.
+        For several processes, every epoch wraps the network anew, for two reasons. The wrapper must
+        know which parameters are trained, and the attention is thawed between two epochs. And the
+        wrapper chooses in its first step in which order it adds gradients. A resumed run begins
+        with a new wrapper, so a run that was not interrupted must have a new one in every epoch,
+        too. Otherwise the two could round differently.
         """
-        self.network = self.world.shared(self.head)
+        self.network = self.world.averaging_gradients(self.head)
         self.network.train()
         total = torch.zeros((), device=self.config.device, dtype=torch.float32)
-        batches = train.steps(size, self.generator)
+        batches = train.steps(batch_size, self.generator)
         for batch, rate in zip(batches, rates, strict=True):
             total += self.step(batch, self.config.learning_rate * rate)
             task.advance(1)
@@ -315,39 +327,39 @@ class HeadTrainer:
     def step(self, batch: Batch, rate: float) -> Tensor:
         """Do one step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
+        own_batch = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.network(own_rows)
+            logit = self.network(own_batch)
         # The loss is called even if this process has no rows, because the loss may wait for a call
         # from every process.
-        mean = self.loss(own_rows, logit)
-        share = len(own_rows.index) / len(batch.index)
-        if share:
-            loss = mean * share  # the sum over the processes is the mean over the batch
+        mean = self.loss(own_batch, logit)
+        share_of_batch = len(own_batch.index) / len(batch.index)
+        if share_of_batch:
+            loss = mean * share_of_batch  # the sum over the processes is the mean over the batch
         else:
             loss = logit.sum()  # an empty sum: its gradients exist and are zero
         self.optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over the processes, and this factor turns the average into a sum
         (loss * self.world.size).backward()
-        value = loss.detach()
-        self.world.sum_(value)
+        mean_of_batch = loss.detach()
+        self.world.sum_(mean_of_batch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return value
+        return mean_of_batch
 
-    def _end_epoch(self, validation: Rows | None, loss: float, at: Position) -> None:
+    def _end_epoch(self, validation: Rows | None, loss: float, position: Position) -> None:
         """Record the loss and the AUROC of an epoch, and store its weights if it is chosen."""
-        history = at.history
+        history = position.history
         history.loss.append(finite_mean(loss, self.config.learning_rate))
         if self._is_chosen(validation, history):
-            history.kept_epoch = at.epoch
-            at.chosen_weights = copy.deepcopy(self.head.state_dict())
-        at.epoch += 1
+            history.kept_epoch = position.epoch
+            position.chosen_weights = copy.deepcopy(self.head.state_dict())
+        position.epoch += 1
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
-        """Whether this epoch is chosen, by its validation AUROC, which is added to the history."""
+        """Whether this epoch is chosen; its validation AUROC is added to the history."""
         if validation is None:
             return True
         logit, failure = self._validate(validation)
@@ -368,9 +380,10 @@ class HeadTrainer:
         logits = []
         failures = []
         for batch in validation.batches(SCORING_BATCH):
-            own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(self.config.device)
-            logits.append(self.head(own_rows))
-            failures.append(own_rows.failure)
+            rows_of_process = self.world.own_slice(len(batch.index))
+            own_batch = batch.rows(rows_of_process).to(self.config.device)
+            logits.append(self.head(own_batch))
+            failures.append(own_batch.failure)
         logit = self.world.gather(torch.cat(logits))
         failure = self.world.gather(torch.cat(failures))
         return logit.cpu().numpy(), failure.cpu().numpy()
@@ -387,7 +400,7 @@ def warn_of_slow_bfloat16(config: TrainConfig) -> None:
         )
 
 
-def require_shares(n_rows: int, world: World) -> None:
+def require_rows_for_all(n_rows: int, world: World) -> None:
     """Refuse more processes than a step has rows, because some would have nothing to do."""
     if n_rows < world.size:
         raise UsageError(
@@ -417,16 +430,16 @@ def train_adamw(
     loss: Loss,
     rows: Rows,
     config: AdamWConfig,
-    length: Callable[[int], int] = default_epochs,
+    epochs_of_steps: Callable[[int], int] = default_epochs,
 ) -> list[float]:
     """Train a network in place by AdamW; returns the mean loss of every epoch.
 
     The loss is a function of a batch and the output of the network for this batch. If ``config``
-    has no number of epochs, there are ``length(steps)`` epochs of ``steps`` steps.
+    has no number of epochs, ``epochs_of_steps`` gives it for the number of steps per epoch.
     """
-    size = config.batch_size or default_batch(len(rows.index))
-    steps = steps_per_epoch(rows, size)
-    epochs = config.epochs or length(steps)
+    batch_size = config.batch_size or default_batch(len(rows.index))
+    steps = steps_per_epoch(rows, batch_size)
+    epochs = config.epochs or epochs_of_steps(steps)
     total_steps = epochs * steps
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(
@@ -437,17 +450,17 @@ def train_adamw(
         fused=True,
     )
 
-    def rate(step: int) -> float:
-        return schedule(step, total_steps, warmup=0)
+    def rate_factor(step: int) -> float:
+        return learning_rate_factor(step, total_steps, warmup_steps=0)
 
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
     history = []
     with track("train", total_steps, "steps") as task:
         for _ in range(epochs):
             total = torch.zeros((), device=config.device, dtype=torch.float32)
-            for batch in rows.steps(size, generator):
+            for batch in rows.steps(batch_size, generator):
                 total += _adamw_step(network, loss, batch.to(config.device), optimizer)
-                cosine.step()
+                scheduler.step()
                 task.advance(1)
             history.append(finite_mean(float(total) / steps, config.learning_rate))
     return history
@@ -457,8 +470,8 @@ def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
     """Do one step; returns the loss before the step."""
-    value = loss(batch, network(batch))
+    mean_loss = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
-    value.backward()
+    mean_loss.backward()
     optimizer.step()
-    return value.detach()
+    return mean_loss.detach()

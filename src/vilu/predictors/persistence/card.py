@@ -22,11 +22,11 @@ TAGS = (
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 """Name of a repository on the model hub: ORG/NAME."""
 MADE_WITH = "Made with vilu "
-"""Text that stands before the version of vilu in a card."""
-MAX_VALUE = 500
+"""Text before the version of vilu in a card."""
+MAX_VALUE_LENGTH = 500
 """Maximum number of characters of a value in a card."""
 
-SPACE = {
+SPACE_FACTS = {
     "backbone": "backbone",
     "weights": "SHA-256 of its weights",
     "preprocess": "preprocessing",
@@ -37,7 +37,7 @@ SPACE = {
     "logit_bias": "logit bias",
 }
 """Names of the facts in the section on the embedding space, by key of the space."""
-FIT = {
+FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
     "start": "began from",
@@ -47,7 +47,7 @@ FIT = {
     "classes": "hash of the class names, in their order",
 }
 """Names of the facts in the section on the fit, by key of the notes."""
-FIT_OF_TABLE = {
+TABLE_FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
     "columns": "columns of numbers",
@@ -57,7 +57,7 @@ FIT_OF_TABLE = {
     "chosen": "chosen by cross-validation",
 }
 """Names of the facts in the section on the fit to a table, by key of the notes."""
-USE_OF_TABLE = [
+TABLE_USAGE_LINES = [
     "```bash",
     "pip install 'vilu[hub]'",
     "vilu pull ORG/NAME -o predictor  # where you found this card",
@@ -65,14 +65,14 @@ USE_OF_TABLE = [
     "```",
 ]
 """Lines with the commands that download a predictor for tables and score with it."""
-LIMITS_OF_TABLE = [
+TABLE_LIMIT_LINES = [
     "- It says nothing about answers of another model, or scores that were made in another way.",
     "- `weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, so "
     "that vilu can warn if these rows are scored.",
     "- You must state the licence.",
 ]
 """Lines on the limits of a predictor for tables."""
-GUARANTEE = {
+GUARANTEE_FACTS = {
     "guarantee_text": "guarantee",
     "n": "calibration rows",
     "dataset": "from",
@@ -81,7 +81,7 @@ GUARANTEE = {
 """Names of the facts in the section on the guarantee, by key of ``risk.json``."""
 
 
-class Described(Protocol):
+class DescribedPredictor(Protocol):
     """A fitted predictor: the attributes that the card describes (see ``FailurePredictor``)."""
 
     summary: ClassVar[str]
@@ -97,7 +97,9 @@ class Described(Protocol):
 
 
 def model_card(
-    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
+    description: Mapping[str, Any],
+    method: DescribedPredictor,
+    risk: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a predictor as Markdown, with a header in YAML.
 
@@ -110,65 +112,73 @@ def model_card(
 
 
 def _card_of_image_method(
-    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+    description: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
     """The card of a predictor for images."""
     space = description["space"] or {}  # None if the method was not fitted
     notes = description["notes"]
     name = description["method"]
-    space_facts = facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
-    seed = facts(description["parameters"], {"seed": "seed"})
+    space_facts = fact_lines(space, SPACE_FACTS) or ["- unknown: it was made from bare arrays"]
+    seed = fact_lines(description["parameters"], {"seed": "seed"})
     sections = [
-        header(space.get("backbone"), name),
+        yaml_header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
         "For every image it says how likely the zero-shot answer of the frozen model below is "
         "wrong (higher = more likely wrong), from the embeddings alone. "
-        f"{MADE_WITH}{code(description['vilu'])}.",
-        f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
+        f"{MADE_WITH}{code_span(description['vilu'])}.",
+        method_paragraph(name, method),
         section("Embedding space", space_facts),
-        section("Fit", [*fit_facts(notes, method), *seed]),
-        section("Hyper-parameters", parameter_facts(description["parameters"])),
-        section("Guarantee", guarantee(risk)),
-        section("Use", usage(space, notes, method)),
-        section("Limits", limits(notes, method, risk)),
-        f"Fingerprint {code(description.get('fingerprint', 'none'))}.",
+        section("Fit", [*fit_lines(notes, method), *seed]),
+        section("Hyper-parameters", parameter_lines(description["parameters"])),
+        section("Guarantee", guarantee_lines(risk)),
+        section("Use", usage_lines(space, notes, method)),
+        section("Limits", limit_lines(notes, method, risk)),
+        f"Fingerprint {code_span(description.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _card_of_table_method(
-    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+    description: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
     """The card of a predictor for tables of answers."""
     notes = description["notes"]
     name = description["method"]
-    seed = facts(description["parameters"], {"seed": "seed"})
+    fit = fact_lines(notes, TABLE_FIT_FACTS) or ["- nothing is learned"]
+    seed = fact_lines(description["parameters"], {"seed": "seed"})
     sections = [
-        header(None, name),
+        yaml_header(None, name),
         f"# {name}, a failure predictor",
         "For every answer in a table it says how likely the answer is wrong (higher = more likely "
-        f"wrong), from the columns of numbers. {MADE_WITH}{code(description['vilu'])}.",
-        f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
-        section("Fit", [*(facts(notes, FIT_OF_TABLE) or ["- nothing is learned"]), *seed]),
-        section("Hyper-parameters", parameter_facts(description["parameters"])),
-        section("Guarantee", guarantee(risk)),
-        section("Use", USE_OF_TABLE),
-        section("Limits", LIMITS_OF_TABLE),
-        f"Fingerprint {code(description.get('fingerprint', 'none'))}.",
+        f"wrong), from the columns of numbers. {MADE_WITH}{code_span(description['vilu'])}.",
+        method_paragraph(name, method),
+        section("Fit", [*fit, *seed]),
+        section("Hyper-parameters", parameter_lines(description["parameters"])),
+        section("Guarantee", guarantee_lines(risk)),
+        section("Use", TABLE_USAGE_LINES),
+        section("Limits", TABLE_LIMIT_LINES),
+        f"Fingerprint {code_span(description.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def parameter_facts(parameters: Mapping[str, Any]) -> list[str]:
+def method_paragraph(name: str, method: DescribedPredictor) -> str:
+    """The name, the summary and the reference of the method."""
+    summary = escaped_text(method.summary)
+    reference = escaped_text(method.reference)
+    return f"**Method.** {code_span(name)}: {summary}. Reference: {reference}."
+
+
+def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     """A line for every parameter except the seed, which is in the section of the fit."""
     lines = []
     for name, value in parameters.items():
         if name != "seed":
-            lines.append(f"- {code(name)}: {code(value)}")
+            lines.append(f"- {code_span(name)}: {code_span(value)}")
     return lines or ["- none"]
 
 
-def header(backbone: str | None, method: str) -> str:
+def yaml_header(backbone: str | None, method: str) -> str:
     """The header in YAML. Its values are written as JSON in ASCII, which is valid YAML."""
     fields = {
         "library_name": "vilu",
@@ -197,33 +207,36 @@ def hub_id(backbone: str | None) -> str | None:
     return None
 
 
-def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
+def fit_lines(notes: Mapping[str, Any], method: DescribedPredictor) -> list[str]:
     """Lines on the rows, the failures and the candidates of the fit."""
     if not method.needs_fit:
-        return ["- nothing is learned from labels", *facts(notes, FIT)]
-    lines = facts(notes, FIT)
-    n = notes.get("n_train")
+        return ["- nothing is learned from labels", *fact_lines(notes, FIT_FACTS)]
+    lines = fact_lines(notes, FIT_FACTS)
+    n_rows = notes.get("n_train")
     n_failures = notes.get("n_failures")
-    if isinstance(n, int) and isinstance(n_failures, int) and n:
-        lines.append(f"- error rate of the frozen model on these rows: {n_failures / n:.2%}")
+    are_known = isinstance(n_rows, int) and isinstance(n_failures, int)
+    if are_known and n_rows:
+        lines.append(f"- error rate of the frozen model on these rows: {n_failures / n_rows:.2%}")
     return lines or ["- training rows: unknown"]
 
 
-def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
+def guarantee_lines(risk: Mapping[str, Any] | None) -> list[str]:
     """Lines on the guarantee of a calibration; ``risk`` is None if there is no calibration."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
         ]
     if risk.get("guarantee_text") is None:
-        return ["- none: only the probabilities are calibrated", *facts(risk, GUARANTEE)]
+        return ["- none: only the probabilities are calibrated", *fact_lines(risk, GUARANTEE_FACTS)]
     return [
-        *facts(risk, GUARANTEE),
+        *fact_lines(risk, GUARANTEE_FACTS),
         "- it holds for rows that are drawn as the calibration rows were, and for no others",
     ]
 
 
-def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
+def usage_lines(
+    space: Mapping[str, Any], notes: Mapping[str, Any], method: DescribedPredictor
+) -> list[str]:
     """Lines with the commands that download the predictor and score images with it."""
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
@@ -233,21 +246,23 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
         options.append("--full-decode")
     if "features" in method.columns_to_score:
         options.append("--features")
-    pools = f" --pool-size {notes['pool_size']}" if isinstance(notes.get("pool_size"), int) else ""
+    pool_option = ""
+    if isinstance(notes.get("pool_size"), int):
+        pool_option = f" --pool-size {notes['pool_size']}"
     return [
         "```bash",
         "pip install 'vilu[hub]'",
         "vilu pull ORG/NAME -o predictor  # where you found this card",
         f"vilu embed IMAGES -o store {' '.join(options)}",
-        f"vilu score predictor store -o scores.parquet{pools}",
+        f"vilu score predictor store -o scores.parquet{pool_option}",
         "```",
         "",
         'In Python: `vilu.load("predictor").predict_uncertainty(vilu.open_source("store"))`.',
     ]
 
 
-def limits(
-    notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+def limit_lines(
+    notes: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> list[str]:
     """Sentences on the limits of the predictor."""
     sentences = [
@@ -265,7 +280,7 @@ def limits(
         )
     if method.closed_set:
         sentences.append("It scores the classes that it was fitted on and no others.")
-    columns = ", ".join(code(name) for name in method.columns_to_score)
+    columns = ", ".join(code_span(name) for name in method.columns_to_score)
     if columns:
         sentences.append(f"It looks at {columns} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
@@ -288,36 +303,38 @@ def section(title: str, lines: Iterable[str]) -> str:
     return f"## {title}\n\n" + "\n".join(lines)
 
 
-def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def fact_lines(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     """One line for every key of ``names`` that has a value, with the name of the value."""
     lines = []
     for key, name in names.items():
         value = values.get(key)
         if value is not None:
-            lines.append(f"- {name}: {code(value)}")
+            lines.append(f"- {name}: {code_span(value)}")
     return lines
 
 
-def without_made_with(card: bytes) -> bytes:
+def without_version_of_vilu(card: bytes) -> bytes:
     """The card without the version of vilu, which may differ between cards of one predictor."""
     return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
 
 
-def code(value: object) -> str:
-    """A Markdown code span with a text, or with another value as JSON, on one line."""
-    text = printable(value if isinstance(value, str) else json.dumps(value))
-    if len(text) > MAX_VALUE:
-        text = f"{text[:MAX_VALUE]} ..."
+def code_span(value: object) -> str:
+    """A Markdown code span on one line, with a text, or with another value as JSON."""
+    if not isinstance(value, str):
+        value = json.dumps(value)
+    text = printable(value)
+    if len(text) > MAX_VALUE_LENGTH:
+        text = f"{text[:MAX_VALUE_LENGTH]} ..."
     # the fence must be longer than any run of backticks in the text
     longest_run = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest_run + 1)
     is_blank = not text.strip()
     if is_blank or text[0] in "` " or text[-1] in "` ":
-        # Markdown removes one space at either end, which here separates the text from the fence
+        # the two spaces separate the text from the fence; Markdown does not show them
         return f"{fence} {text} {fence}"
     return f"{fence}{text}{fence}"
 
 
-def plain(text: str) -> str:
-    """Text as Markdown, in which all characters are escaped that would format it."""
+def escaped_text(text: str) -> str:
+    """Text in which all characters with a meaning in Markdown are escaped."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

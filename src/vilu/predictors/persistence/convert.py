@@ -65,16 +65,16 @@ def convert_official(
     """
     weights = read_checkpoint(Path(path))
     try:
-        return _head(weights, path, float(logit_scale), embed_dim)
+        return _predictor_with(weights, path, float(logit_scale), embed_dim)
     except ViLUError:  # its message is for users already
         raise
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         raise DataError(
             f"{path} holds weights of no known head: {type(error).__name__}: {error}."
         ) from error
 
 
-DAMAGE = (
+DAMAGE_ERRORS = (
     *READING_ERRORS,
     ArithmeticError,
     AssertionError,
@@ -85,11 +85,11 @@ DAMAGE = (
 """Errors that torch raises for damaged files and for tensors of unexpected shapes."""
 
 
-def _head(
+def _predictor_with(
     weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
 ) -> HeadPredictor:
     """The predictor with the ``weights`` of the checkpoint at ``path``."""
-    layers = _layers(weights, path)
+    layers = _layer_names(weights, path)
     text_projection = weights.get("in_proj_t.weight")  # only heads with attention have it
     width = weights["mlp.0.weight"].shape[1]
     if text_projection is None:
@@ -98,7 +98,7 @@ def _head(
     else:
         dim = embed_dim or len(text_projection)
         possible_inputs = ["image", "attended", "caption"]
-    n_inputs = width // dim
+    n_inputs = width // dim  # the first layer reads their concatenation
     inputs = possible_inputs[:n_inputs]
     lacks_attended = text_projection is not None and inputs == ["image"]
     if width != dim * len(inputs) or lacks_attended:
@@ -109,15 +109,17 @@ def _head(
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
     predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
     if inputs != ["image"]:
-        attention: Literal["official"] | None = None if text_projection is None else "official"
+        attention: Literal["official"] | None = None
+        if text_projection is not None:
+            attention = "official"
         predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in inputs)
     predictor.space_ = EmbeddingSpace(embed_dim=dim, logit_scale=logit_scale)
-    predictor.restore(renamed(weights, layers, inputs))
+    predictor.restore(weights_of_head(weights, layers, inputs))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
     return predictor
 
 
-def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
+def _layer_names(weights: dict[str, Tensor], path: str | Path) -> list[str]:
     """Names of the layers of the perceptron, from the first to the last."""
     layers = []
     for name in weights:
@@ -131,12 +133,15 @@ def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
     return layers
 
 
-def renamed(weights: dict[str, Tensor], layers: list[str], inputs: list[str]) -> dict[str, Tensor]:
+def weights_of_head(
+    weights: dict[str, Tensor], layers: list[str], inputs: list[str]
+) -> dict[str, Tensor]:
     """The weights by the names of a ``FailureHead``, with the sign of the last layer changed.
 
     In a ``FailureHead``, the first layer has one weight matrix for each of the inputs.
     """
-    signs = [1] * (len(layers) - 1) + [-1]  # -1 for the last layer
+    signs = [1] * len(layers)
+    signs[-1] = -1  # of the last layer
     first_layer, *later_layers = layers
     first_sign, *later_signs = signs
     first_matrices = weights[f"{first_layer}.weight"].float().chunk(len(inputs), dim=1)
@@ -149,13 +154,13 @@ def renamed(weights: dict[str, Tensor], layers: list[str], inputs: list[str]) ->
         for tensor in ("weight", "bias"):
             state[f"{new_layer}.{tensor}"] = sign * weights[f"{layer}.{tensor}"].float()
     if "in_proj_v.weight" in weights:
-        state["attention.image"] = thawed(weights["in_proj_v.weight"].float())
+        state["attention.image"] = identity_if_frozen(weights["in_proj_v.weight"].float())
     if "in_proj_t.weight" in weights:
-        state["attention.text"] = thawed(weights["in_proj_t.weight"].float())
+        state["attention.text"] = identity_if_frozen(weights["in_proj_t.weight"].float())
     return state
 
 
-def thawed(projection: Tensor) -> Tensor:
+def identity_if_frozen(projection: Tensor) -> Tensor:
     """Return the projection, or the identity if it is a multiple of the identity.
 
     Such a projection was frozen in training.
@@ -163,19 +168,22 @@ def thawed(projection: Tensor) -> Tensor:
     identity = torch.eye(len(projection), dtype=projection.dtype)
     diagonal_value = projection[0, 0]
     was_frozen = torch.equal(projection, identity * diagonal_value)
-    return identity if was_frozen else projection
+    if was_frozen:
+        return identity
+    return projection
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
     # The first entry of ``__reduce__`` is the function that a pickle calls to create a numpy
     # scalar. Its name in the file depends on the version of numpy that wrote the file.
-    scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
+    make_scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
+    number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
+        (make_scalar, "numpy.core.multiarray.scalar"),
+        (make_scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
-        *[type(np.dtype(letters)) for letters in ("f8", "f4", "i8")],
+        *number_types,
     ]
     try:
         with quiet(), torch.serialization.safe_globals(allowed):
@@ -184,11 +192,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} does not exist.") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         raise DataError(
             f"{path} is refused, nothing in it was executed: {unpickling_problem(error)}."
         ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    weights: object = None
+    if isinstance(content, dict):
+        weights = content.get("state_dict", content)
     if not isinstance(weights, dict):
         raise DataError(f"{path} holds no state dict, but a {type(content).__name__}.")
     return {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}

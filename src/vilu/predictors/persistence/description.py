@@ -34,7 +34,7 @@ from vilu.errors import DataError, UsageError
 from vilu.predictors.contract.parameters import Parametrised, parameters
 from vilu.predictors.contract.probability import Calibrator
 from vilu.predictors.contract.seen import RowSketch, Sketches
-from vilu.predictors.persistence.card import Described, model_card
+from vilu.predictors.persistence.card import DescribedPredictor, model_card
 from vilu.predictors.persistence.files import (
     CARD,
     LIKELY,
@@ -50,7 +50,7 @@ from vilu.predictors.persistence.files import (
 )
 
 NOT_SAVED = {"device"}  # parameters that depend on the machine
-SEEN_BY: dict[Identity, str] = {
+SKETCH_TENSOR_NAMES: dict[Identity, str] = {
     "pictures": "seen.pictures",
     "embeddings": "seen.embeddings",
     "rows": "seen.rows",
@@ -68,14 +68,14 @@ RECALIBRATE = "Run `vilu calibrate` again"
 logger = logging.getLogger(__name__)
 
 
-class SavedSample(Protocol):
+class SavableSample(Protocol):
     """A sample of the images of a fit: see ``FitSample``."""
 
     def save(self, folder: Path, weights_sha256: str) -> None:
         """Write the sample to a folder, with the hash of the weights of the fit."""
 
 
-class Saved(Parametrised, Described, Protocol):
+class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
     """A predictor that can be saved: the attributes and methods that saving uses."""
 
     space_: EmbeddingSpace | None
@@ -85,7 +85,7 @@ class Saved(Parametrised, Described, Protocol):
     calibrator_: Calibrator | None
 
     @property
-    def sample_(self) -> SavedSample | None:
+    def sample_(self) -> SavableSample | None:
         """A sample of the images of the fit; None if there is none."""
 
     def state(self) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class Saved(Parametrised, Described, Protocol):
         """Store learned tensors; refuses tensors with wrong names, types or shapes."""
 
 
-def save(predictor: Saved, folder: str | Path) -> str:
+def save(predictor: SavablePredictor, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
     The weights are written first. ``predictor.json`` has their hash and is written last. So a
@@ -115,16 +115,16 @@ def save(predictor: Saved, folder: str | Path) -> str:
             f"parameters were changed after the fit and no longer match it: {error} Fit again."
         ) from error
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
-    tensors |= seen_tensors(predictor)
+    tensors |= sketch_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     description = describe(predictor)
     description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
-    # The description in the folder has lists in place of tuples. After its own way through JSON,
-    # the new description can be compared with it.
-    as_read = _without_calibration(parse_json(plain_json(description)))
-    is_same_fit = fit_of(path / PREDICTOR) == as_read
-    claim(path, same=is_same_fit)
+    # JSON has no tuples, so the description in the folder has lists instead. The new description is
+    # converted in the same way, so that the two can be compared.
+    fit_description = _without_calibration(parse_json(plain_json(description)))
+    is_same_fit = read_fit_description(path / PREDICTOR) == fit_description
+    refuse_foreign_files(path, is_same_fit=is_same_fit)
     make_folder(path)
     keeps_calibration = is_same_fit and "calibrator" in description
     if not keeps_calibration:
@@ -137,7 +137,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     return fingerprint
 
 
-def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -> None:
+def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str) -> None:
     """Write the sample of this fit. If there is none, remove the sample of an earlier fit."""
     if sample is not None:
         sample.save(path, weights_sha256)
@@ -146,16 +146,17 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
         (path / SAMPLE).unlink(missing_ok=True)
 
 
-def claim(folder: str | Path, *, same: bool = False) -> None:
+def refuse_foreign_files(folder: str | Path, *, is_same_fit: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder has the ``same`` fit, files of users are allowed beside it. A file with the name
-    of a predictor's file that vilu did not write is refused even then.
+    If the folder has the same fit already, files of users are allowed beside it. But no file of a
+    user may have the name of a predictor's file.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 
     def is_allowed(path: Path) -> bool:
-        return is_ours(path) or (same and path.name not in names)
+        is_file_of_user = path.name not in names
+        return is_predictor_file(path) or (is_same_fit and is_file_of_user)
 
     claim_folder(folder, "predictor", is_allowed, overwrite=True)
 
@@ -163,11 +164,11 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 def _drop_calibration(path: Path) -> None:
     """Remove the calibration of the predictor that is replaced, with a warning."""
     names = (RISK, ROWS, LOOKS, LIKELY, VOCABULARY)
-    stale = [name for name in names if (path / name).exists()]
+    stale_names = [name for name in names if (path / name).exists()]
     with convert_os_errors(f"cannot remove the old calibration in {path}"):
-        for name in stale:
+        for name in stale_names:
             (path / name).unlink()
-    had_calibration = RISK in stale or ROWS in stale
+    had_calibration = RISK in stale_names or ROWS in stale_names
     if not had_calibration:
         return
     logger.warning(
@@ -182,7 +183,7 @@ def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
     return without_version(description, "calibrator", FINGERPRINT)
 
 
-def fit_of(path: Path) -> dict[str, Any] | None:
+def read_fit_description(path: Path) -> dict[str, Any] | None:
     """``predictor.json`` without its calibration; None if the file is damaged or missing."""
     if not path.is_file():
         return None
@@ -193,7 +194,7 @@ def fit_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_ours(path: Path) -> bool:
+def is_predictor_file(path: Path) -> bool:
     """Whether a file belongs to a saved predictor.
 
     A file belongs to a predictor if both its name and its content are those of such a file. A
@@ -202,25 +203,25 @@ def is_ours(path: Path) -> bool:
     """
     if not path.is_file():
         return False
-    if _has_our_content(path):
+    if _has_predictor_content(path):
         return True
     if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}:
         return False
     for name in (PREDICTOR, WEIGHTS):
         sibling = path.with_name(name)
-        if sibling.is_file() and _has_our_content(sibling):
+        if sibling.is_file() and _has_predictor_content(sibling):
             return True
     return False
 
 
-def _has_our_content(path: Path) -> bool:
+def _has_predictor_content(path: Path) -> bool:
     """Whether a file has the content that the file of this name has in a saved predictor."""
     try:
         with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 header_size = int.from_bytes(handle.read(8), "little")
                 header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
-                return _has_our_header(path.name, header)
+                return _has_predictor_header(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
@@ -234,37 +235,41 @@ def _has_our_content(path: Path) -> bool:
         return False
     if path.name != ROWS:
         return False
-    known = kind_and_inputs(path)
-    return known is not None and known.kind == "scores"
+    stated_kind = kind_and_inputs(path)
+    return stated_kind is not None and stated_kind.kind == "scores"
 
 
-def _has_our_header(name: str, header: dict[str, Any]) -> bool:
+def _has_predictor_header(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors belongs to a saved predictor, by its name and its header."""
     metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in metadata_keys:
-        metadata_of_file = dict(header.get("__metadata__") or {})  # empty if there is none
-        return metadata_keys[name] in metadata_of_file
-    known = {*SEEN_BY.values(), "__metadata__"}
+        file_metadata = dict(header.get("__metadata__") or {})  # empty if there is none
+        return metadata_keys[name] in file_metadata
+    known_keys = {*SKETCH_TENSOR_NAMES.values(), "__metadata__"}
     for key in header:
-        if key not in known and not key.startswith("state."):
+        if key not in known_keys and not key.startswith("state."):
             return False
     return True
 
 
-def describe(predictor: Saved) -> dict[str, Any]:
+def describe(predictor: SavablePredictor) -> dict[str, Any]:
     """The description of a predictor as plain JSON: everything except its tensors."""
     parameter_values = {}
     for name in parameters(predictor):
         if name not in NOT_SAVED:
             parameter_values[name] = getattr(predictor, name)
+    space = None
+    if predictor.space_ is not None:
+        space = dataclasses.asdict(predictor.space_)
+    numbers_of_rows = [sketch.n_rows for sketch in predictor.seen_.values()]
     description = {
         SCHEMA: SCHEMA_VERSION,
         VERSION_KEY: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": parameter_values,
-        "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
+        "space": space,
         "similarity": predictor.similarity_,
-        "n_seen": max((sketch.n_rows for sketch in predictor.seen_.values()), default=None),
+        "n_seen": max(numbers_of_rows, default=None),
         "notes": predictor.notes_,
         **home_of(type(predictor)),
     }
@@ -276,21 +281,21 @@ def describe(predictor: Saved) -> dict[str, Any]:
     return description
 
 
-def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
+def sketch_tensors(predictor: SavablePredictor) -> dict[str, Tensor]:
     """The tensors with hashes of the rows of the fit, by their names in the file."""
-    return {SEEN_BY[key]: sketch.hashes for key, sketch in predictor.seen_.items()}
+    return {SKETCH_TENSOR_NAMES[kind]: sketch.hashes for kind, sketch in predictor.seen_.items()}
 
 
-def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
-    """Make the sketches of the rows of the fit; their hashes are removed from ``tensors``.
+def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
+    """Make the sketches of the rows of the fit, and remove their hashes from ``tensors``.
 
-    A sketch has hashes of the rows, by which rows of the fit are recognised later.
+    ``description`` is the content of the file at ``path``. It has the number of rows of the fit.
     """
     n_seen = description["n_seen"]
     sketches = {}
-    for key, name in SEEN_BY.items():
+    for kind, name in SKETCH_TENSOR_NAMES.items():
         if name in tensors:
-            sketches[key] = RowSketch(tensors.pop(name), n_seen)
+            sketches[kind] = RowSketch(tensors.pop(name), n_seen)
     if sketches and not isinstance(n_seen, int):
         raise DataError(
             f"{path} is damaged: n_seen must be a number. Got {n_seen!r:.80}. Fit it again."
@@ -304,7 +309,10 @@ def fit_fingerprint(folder: str | Path) -> str:
 
 
 def write_card(
-    path: Path, description: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
+    path: Path,
+    description: dict[str, Any],
+    predictor: SavablePredictor,
+    risk: dict[str, Any] | None,
 ) -> None:
     """Write the card; ``risk`` is the content of ``risk.json``, or None without a calibration."""
     write_text(path / CARD, model_card(description, predictor, risk))
@@ -363,6 +371,7 @@ def home_of(cls: type) -> dict[str, Any]:
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}
+    distributions = metadata.packages_distributions().get(package, ())
     # None for a package that was not installed, such as a module in the working directory
-    distribution = next(iter(metadata.packages_distributions().get(package, ())), None)
+    distribution = next(iter(distributions), None)
     return {"home": {"distribution": distribution, "module": cls.__module__}}

@@ -48,4 +48,6 @@ class SavedModel(ABC):
 
 def folder_of(model: str | os.PathLike[str] | SavedModel) -> Path:
     """The folder of a model, which is given by its path or as an object."""
-    return model.folder if isinstance(model, SavedModel) else Path(model)
+    if isinstance(model, SavedModel):
+        return model.folder
+    return Path(model)

@@ -30,10 +30,10 @@ MAX_SAMPLE_BYTES: Final = 2_000_000
 MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
 """Maximum size in bytes of the file of a sample, with its metadata."""
 
-STREAM: Final = 0x5A
-"""Part of the seed of the generator, so that it differs from other generators of the same fit."""
+SAMPLE_STREAM: Final = 0x5A
+"""Part of the seed of the sample, so that other random numbers of the same fit are different."""
 
-BLOCK: Final = 4096
+BLOCK_ROWS: Final = 4096
 """Number of rows whose cosines with the sample are in memory at the same time."""
 
 
@@ -56,7 +56,7 @@ class FitSample:
         n_rows = sum(counts)
         bytes_per_row = 2 * sources[0].space.embed_dim  # float16
         sample_size = min(n_rows, MAX_SAMPLE_BYTES // bytes_per_row)
-        generator = np.random.default_rng([STREAM, seed])
+        generator = np.random.default_rng([SAMPLE_STREAM, seed])
         # indices among the rows of all sources, one source after another
         indices = np.sort(generator.choice(n_rows, sample_size, replace=False))
         blocks = []
@@ -75,23 +75,24 @@ class FitSample:
         """Share of the rows of the fit that the sample holds."""
         return len(self.image) / self.n_rows
 
-    def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
+    def nearest_cosines(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
         """(M,) largest cosine of each of the ``rows`` with a row of the sample."""
         sample = self.image.float().T
         blocks = []
-        for block in rows.split(BLOCK):
+        for block in rows.split(BLOCK_ROWS):
             image = picture_vectors(source, block).cpu()
             blocks.append((image @ sample).amax(dim=1))
         return torch.cat(blocks)
 
-    def nearest_within(self) -> Tensor:
+    def nearest_cosines_within(self) -> Tensor:
         """(S,) largest cosine of each row of the sample with another row of the sample."""
         image = self.image.float()
         blocks = []
-        for start in range(0, len(image), BLOCK):
-            cosine = image[start : start + BLOCK] @ image.T
-            in_block = torch.arange(len(cosine))
-            cosine[in_block, start + in_block] = -torch.inf  # the cosine of a row with itself
+        for start in range(0, len(image), BLOCK_ROWS):
+            cosine = image[start : start + BLOCK_ROWS] @ image.T
+            row_in_block = torch.arange(len(cosine))
+            # the cosine of a row with itself does not count
+            cosine[row_in_block, start + row_in_block] = -torch.inf
             blocks.append(cosine.amax(dim=1))
         return torch.cat(blocks)
 
@@ -125,8 +126,8 @@ class FitSample:
             )
         try:
             with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
-                # a file without metadata is damaged, as the KeyError says
-                facts = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
+                metadata = file.metadata() or {}  # without the key, the file is damaged (KeyError)
+                facts = parse_json(metadata[SAMPLE_KEY].encode())
                 image = file.get_tensor("image")
             sample = cls._checked(facts, image)
         except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:

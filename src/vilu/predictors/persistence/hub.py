@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from vilu.artifacts.disk import (
@@ -35,12 +35,12 @@ from vilu.errors import (
     ViLUError,
 )
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.predictors.persistence.card import HUB_ID, without_made_with
+from vilu.predictors.persistence.card import HUB_ID, without_version_of_vilu
 from vilu.predictors.persistence.description import (
     FINGERPRINT,
     RECALIBRATE,
     fit_fingerprint,
-    is_ours,
+    is_predictor_file,
     read_description,
 )
 from vilu.predictors.persistence.files import (
@@ -62,37 +62,38 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-FILES = {
-    WEIGHTS: 4 << 30,
+MAX_FILE_SIZES = {
+    WEIGHTS: 4 * 2**30,
     PREDICTOR: MAX_DOCUMENT_BYTES,
-    CARD: 1 << 20,
+    CARD: 2**20,
     RISK: MAX_DOCUMENT_BYTES,
-    ROWS: 1 << 30,
+    ROWS: 2**30,
     LOOKS: MAX_DOCUMENT_BYTES,
     LIKELY: MAX_DOCUMENT_BYTES,
-    VOCABULARY: 1 << 30,
+    VOCABULARY: 2**30,
     SAMPLE: MAX_FILE_BYTES,
 }
-"""Names of the files of a predictor that are copied, with their maximum sizes in bytes.
+"""Maximum sizes in bytes of the files of a predictor, by name. Only these files are copied.
 
-``1 << 30`` is one GiB. None of these files is a pickle or code.
+``2**30`` is one GiB. None of these files is a pickle or code.
 """
 
 
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def temporary_folder_beside(target: Path) -> Iterator[Path]:
     """Make an empty temporary folder next to ``target``, which is removed after the block.
 
     If the block raises no error, temporary folders of killed processes are removed, too.
     """
-    process = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
-    folder = make_folder(target.with_name(f".{target.name}.{process}.tmp"))
+    unique = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
+    folder = make_folder(target.with_name(f".{target.name}.{unique}.tmp"))
     try:
         yield folder
-        # the folders that were made for this target, or none
-        temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, ())
-        for leftover in filter(is_leftover, temporary_folders):
-            shutil.rmtree(leftover, ignore_errors=True)
+        # ``pop``, because ``unfinished`` returns the same dictionary every time
+        temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, [])
+        for temporary in temporary_folders:
+            if is_leftover(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -102,11 +103,11 @@ def copy_files(
     destination: Path,
     *,
     cache: Path | None = None,
-    without: frozenset[str] = frozenset(),
+    excluded: frozenset[str] = frozenset(),
 ) -> str:
-    """Copy the ``FILES`` of a predictor into an empty folder, and check the copy by loading it.
+    """Copy the files of a predictor into an empty folder, and check the copy by loading it.
 
-    Returns the fingerprint of the predictor. Files named in ``without`` are not copied. Symbolic
+    Returns the fingerprint of the predictor. Files named in ``excluded`` are not copied. Symbolic
     links are refused, unless they lead to files in the ``cache`` of the hub.
     """
     if not source.exists():
@@ -122,19 +123,19 @@ def copy_files(
         convert_os_errors(f"cannot copy {source} to {destination}"),
         _open_folder(source) as folder,
     ):
-        for name, limit in FILES.items():
-            if name in without:
+        for name, limit in MAX_FILE_SIZES.items():
+            if name in excluded:
                 continue
             descriptor = _open_file(folder, name, cache)
             if descriptor is None:
                 continue
-            copied = destination / name
-            with os.fdopen(descriptor, "rb") as content, copied.open("xb") as copy:
+            copy_path = destination / name
+            with os.fdopen(descriptor, "rb") as content, copy_path.open("xb") as copy:
                 require_size(str(source / name), os.fstat(descriptor).st_size, limit)
                 shutil.copyfileobj(content, copy)
                 copy.flush()
                 os.fsync(copy.fileno())
-    return check(destination, source)
+    return check_copy(destination, source)
 
 
 class _OpenFolder(NamedTuple):
@@ -223,10 +224,10 @@ def require_size(name: str, size: int, limit: int) -> None:
         )
 
 
-def check(folder: Path, name: Path) -> str:
+def check_copy(folder: Path, original: Path) -> str:
     """Check a copied predictor by loading all its files; returns the fingerprint.
 
-    ``folder`` is the copy. Error messages have ``name``, the folder of the original, instead.
+    ``folder`` is the copy. Error messages name the folder of the original instead.
     """
     try:
         load_predictor(folder)
@@ -239,7 +240,7 @@ def check(folder: Path, name: Path) -> str:
                 read_json(folder / document, RECALIBRATE)  # this checks the digest of the file
         return str(read_description(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
-        raise type(error)(str(error).replace(str(folder), str(name))) from error
+        raise type(error)(str(error).replace(str(folder), str(original))) from error
 
 
 def _check_calibration(folder: Path) -> None:
@@ -254,7 +255,7 @@ def _check_calibration(folder: Path) -> None:
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
-def _content(path: Path) -> object:
+def _comparable_content(path: Path) -> object:
     """Content by which two copies of a file are compared, without the version of vilu.
 
     The content is None if the file does not exist.
@@ -262,35 +263,47 @@ def _content(path: Path) -> object:
     if not path.is_file():
         return None
     if path.name == CARD:
-        return without_made_with(path.read_bytes())
+        return without_version_of_vilu(path.read_bytes())
     if path.suffix != ".json":
         return file_hash(path)
     try:
-        document = (
-            read_description(path) if path.name == PREDICTOR else read_json(path, RECALIBRATE)
-        )
+        if path.name == PREDICTOR:
+            document = read_description(path)
+        else:
+            document = read_json(path, RECALIBRATE)
     except ViLUError:  # a damaged file differs from every intact one, so it is replaced
         return file_hash(path)
     return without_version(document, FINGERPRINT, SEAL)
 
 
-def place(staged: Path, target: Path) -> None:
-    """Replace the folder ``target`` by the finished folder ``staged``.
+def _have_same_files(first: Path, second: Path) -> bool:
+    """Whether two folders have the same files of a predictor, with the same content."""
+    for name in MAX_FILE_SIZES:
+        if _comparable_content(first / name) != _comparable_content(second / name):
+            return False
+    return True
+
+
+def replace_folder(staged_folder: Path, target: Path) -> None:
+    """Replace the folder ``target`` by the finished folder ``staged_folder``.
 
     Other processes see the old folder or the new one, and for a moment no folder.
     """
-    with convert_os_errors(f"cannot put the predictor into {target}"), beside(target) as temporary:
-        old = temporary / "old"
+    with (
+        convert_os_errors(f"cannot put the predictor into {target}"),
+        temporary_folder_beside(target) as temporary,
+    ):
+        old_folder = temporary / "old"
         try:
             if target.exists():
-                target.rename(old)
-            staged.rename(target)
+                target.rename(old_folder)
+            staged_folder.rename(target)
         finally:  # if the second rename failed, or Ctrl-C was pressed before it
-            if old.exists() and not target.exists():
-                old.rename(target)
+            if old_folder.exists() and not target.exists():
+                old_folder.rename(target)
 
 
-REASONS = {
+ERROR_REASONS = {
     "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
     "RepositoryNotFoundError": (
         "the hub has no such name, or it is private and the account of HF_TOKEN may not see it"
@@ -304,7 +317,7 @@ REASONS = {
 }
 """Reasons for messages, by the names of the errors of huggingface_hub."""
 
-A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
+FOLDER_PREFIX = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 """Beginning of a path to a folder: /, ./, ../, ~/ or a drive."""
 
 
@@ -319,8 +332,8 @@ def push(
 ) -> str:
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns its address.
 
-    Only ``FILES`` are copied, and they are not changed. Files of an earlier push that the predictor
-    does not have are removed. Symbolic links are refused.
+    Only the files of a predictor are copied, and they are not changed. Files of an earlier push
+    that the predictor does not have are removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor, or a ``vilu.Selective``. It is loaded once before it is copied.
@@ -334,15 +347,18 @@ def push(
         with_sample: Also copy the sample of the images of the fit. Without it, near copies of
             fitted images among calibration rows cannot be detected.
     """
-    local = local_folder(repository, revision)
-    without: frozenset[str] = frozenset()
+    target_folder = local_folder(repository, revision)
+    excluded: frozenset[str] = frozenset()
     if not with_sample:
-        without = frozenset({SAMPLE})
-    if local is not None:
-        return str(_place_copy(folder_of(folder), local, overwrite=overwrite, without=without))
-    with tempfile.TemporaryDirectory() as staged:
-        copy_files(folder_of(folder), Path(staged), without=without)
-        return _upload(Path(staged), repository, private, revision)
+        excluded = frozenset({SAMPLE})
+    if target_folder is not None:
+        copied_folder = _copy_to_folder(
+            folder_of(folder), target_folder, overwrite=overwrite, excluded=excluded
+        )
+        return str(copied_folder)
+    with tempfile.TemporaryDirectory() as staged_folder:
+        copy_files(folder_of(folder), Path(staged_folder), excluded=excluded)
+        return _upload(Path(staged_folder), repository, private, revision)
 
 
 def pull(
@@ -350,9 +366,9 @@ def pull(
 ) -> Path:
     """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
 
-    Only ``FILES`` are copied. They are first copied to a temporary folder and loaded there. Then
-    this folder replaces ``folder``. Symbolic links are refused, except for those in the cache of
-    the hub.
+    Only the files of a predictor are copied. They are first copied to a temporary folder and loaded
+    there. Then this folder replaces ``folder``. Symbolic links are refused, except for those in the
+    cache of the hub.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
@@ -360,14 +376,14 @@ def pull(
         revision: Branch, tag or commit of the repository; None: main.
         overwrite: Replace another predictor in ``folder``.
     """
-    claim_folder(folder, "predictor", is_ours, overwrite=True)
-    local = local_folder(repository, revision)
-    if local is not None:
-        return _place_copy(local, Path(folder), overwrite=overwrite)
+    claim_folder(folder, "predictor", is_predictor_file, overwrite=True)
+    source_folder = local_folder(repository, revision)
+    if source_folder is not None:
+        return _copy_to_folder(source_folder, Path(folder), overwrite=overwrite)
     snapshot = _download(repository, revision)
     # ``snapshot`` is CACHE/snapshots/REVISION, which has symbolic links to files in CACHE/blobs
     cache = snapshot.parents[1]
-    return _place_copy(snapshot, Path(folder), overwrite=overwrite, cache=cache)
+    return _copy_to_folder(snapshot, Path(folder), overwrite=overwrite, cache=cache)
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
@@ -375,63 +391,72 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
 
     A ``revision`` of a folder is refused, because folders have no revisions.
     """
-    url = urlsplit(repository) if repository.startswith("file://") else None
-    if url and url.netloc not in {"", "localhost"}:
-        raise UsageError(
-            f"a file URL of this machine begins with file:///. Got {repository!r} instead."
-        )
-    if url is None and not A_FOLDER.match(repository):
-        if not HUB_ID.fullmatch(repository):
+    if repository.startswith("file://"):
+        url = urlsplit(repository)
+        if url.netloc not in {"", "localhost"}:
             raise UsageError(
-                "expected ORG/NAME on the model hub, or a folder that begins with ./ or /. "
-                f"Got {repository!r} instead."
+                f"a file URL of this machine begins with file:///. Got {repository!r} instead."
             )
+        folder = Path(unquote(url.path))
+    elif FOLDER_PREFIX.match(repository):
+        folder = Path(repository).expanduser()
+    elif HUB_ID.fullmatch(repository):
         return None
+    else:
+        raise UsageError(
+            "expected ORG/NAME on the model hub, or a folder that begins with ./ or /. "
+            f"Got {repository!r} instead."
+        )
     if revision is not None:
         raise UsageError(f"{repository} is a folder, which has no revisions. Leave --revision out.")
-    return Path(unquote(url.path)) if url else Path(repository).expanduser()
+    return folder
 
 
-def _place_copy(
+def _copy_to_folder(
     source: Path,
     target: Path,
     *,
     overwrite: bool,
     cache: Path | None = None,
-    without: frozenset[str] = frozenset(),
+    excluded: frozenset[str] = frozenset(),
 ) -> Path:
     """Copy a predictor to the folder ``target``, unless the same predictor is there."""
     # files of users are refused before anything is copied
-    claim_folder(target, "predictor", is_ours, overwrite=True)
-    resolved = target.resolve()
-    with beside(resolved) as staged:
-        copy_files(source, staged, cache=cache, without=without)
-        same = all(_content(staged / name) == _content(resolved / name) for name in FILES)
-        if claim_folder(target, "predictor", is_ours, has_same_inputs=same, overwrite=overwrite):
+    claim_folder(target, "predictor", is_predictor_file, overwrite=True)
+    resolved_target = target.resolve()
+    with temporary_folder_beside(resolved_target) as staged_folder:
+        copy_files(source, staged_folder, cache=cache, excluded=excluded)
+        is_same = _have_same_files(staged_folder, resolved_target)
+        if claim_folder(
+            target, "predictor", is_predictor_file, has_same_inputs=is_same, overwrite=overwrite
+        ):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:
-            place(staged, resolved)
+            replace_folder(staged_folder, resolved_target)
     return target
 
 
-def _upload(staged: Path, repository: str, private: bool | None, revision: str | None) -> str:
+def _upload(
+    staged_folder: Path, repository: str, private: bool | None, revision: str | None
+) -> str:
     """Upload a folder to a repository of the hub; returns the address of the commit."""
-    hub = _client(repository, "pushed to")
+    hub = _reachable_hub(repository, "pushed to")
     if hub.get_token() is None:
         raise UsageError(
             f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`."
         )
-    with quiet(), _explained(repository, revision):
+    absent_names = [name for name in MAX_FILE_SIZES if not (staged_folder / name).exists()]
+    with quiet(), _translated_errors(repository, revision):
         api = hub.HfApi(library_name="vilu")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
-            folder_path=staged,
+            folder_path=staged_folder,
             revision=revision,
-            allow_patterns=list(FILES),
-            delete_patterns=[name for name in FILES if not (staged / name).exists()],
+            allow_patterns=list(MAX_FILE_SIZES),
+            delete_patterns=absent_names,
             commit_message="A predictor of vilu",
         )
     return str(commit.commit_url)
@@ -445,9 +470,9 @@ def _download(repository: str, revision: str | None) -> Path:
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
 
-    with _explained(repository, revision):
+    with _translated_errors(repository, revision):
         if not constants.HF_HUB_OFFLINE:
-            _client(repository, "pulled from")
+            _reachable_hub(repository, "pulled from")
             info = hub.HfApi(library_name="vilu").model_info(
                 repository, revision=revision, files_metadata=True
             )
@@ -458,28 +483,32 @@ def _download(repository: str, revision: str | None) -> Path:
                 raise DataError(
                     f"{repository} holds no predictor: it has no {' and no '.join(missing)}."
                 )
-            for name, limit in FILES.items():
+            for name, limit in MAX_FILE_SIZES.items():
                 # 0 if the repository does not have the file, or does not know its size
                 size = sizes.get(name) or 0
                 require_size(f"{name} of {repository}", size, limit)
         return Path(
-            hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+            hub.snapshot_download(
+                repository, revision=revision, allow_patterns=list(MAX_FILE_SIZES)
+            )
         )
 
 
-def _client(repository: str, doing: str) -> ModuleType:
+def _reachable_hub(repository: str, action: Literal["pushed to", "pulled from"]) -> ModuleType:
     """The library of the hub; a MissingModelError if the hub cannot be reached.
 
-    ``doing`` is "pushed to" or "pulled from", for the message.
+    The message begins with "ORG/NAME cannot be pushed to:" or "ORG/NAME cannot be pulled from:".
     """
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise MissingModelError(f"{repository} cannot be {doing}: HF_HUB_OFFLINE is set. Unset it.")
+        raise MissingModelError(
+            f"{repository} cannot be {action}: HF_HUB_OFFLINE is set. Unset it."
+        )
     if not hub_reachable():
         raise MissingModelError(
-            f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. "
+            f"{repository} cannot be {action}: {constants.ENDPOINT} cannot be reached. "
             "Check the network. With HF_HUB_OFFLINE=1 a predictor is pulled from the cache of the "
             "hub. A folder (./DIR) can be used in place of a repository."
         )
@@ -487,7 +516,7 @@ def _client(repository: str, doing: str) -> ModuleType:
 
 
 @contextmanager
-def _explained(repository: str, revision: str | None) -> Iterator[None]:
+def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn errors of the library of the hub, raised in the block, into errors of vilu."""
     from huggingface_hub import errors
 
@@ -496,7 +525,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     client_errors = [
         base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
     ]
-    expected: tuple[type[Exception], ...] = (
+    expected_errors: tuple[type[Exception], ...] = (
         OSError,
         errors.HFValidationError,
         RuntimeError,
@@ -504,7 +533,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     )
     try:
         yield
-    except expected as error:
+    except expected_errors as error:
         # Errors of the hub are OSErrors, too, but only errors of the file system have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
@@ -517,8 +546,8 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
                 "use it."
             ) from error
         if reason is None:
-            # the first line of the message, or the name of the class if there is no message
-            first_line, *_ = [*str(error).splitlines(), type(error).__name__]
+            message = str(error) or type(error).__name__
+            first_line = message.splitlines()[0]
             reason = f"the hub or the connection to it failed: {first_line.rstrip('.')}"
         raise MissingModelError(
             f"{repository}, revision {revision or 'main'}: {reason}."
@@ -526,8 +555,8 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """The reason in ``REASONS`` for the class of an error, or for its nearest base class."""
+    """The reason in ``ERROR_REASONS`` for the class of an error, or for its nearest base class."""
     for cls in type(error).__mro__:
-        if cls.__name__ in REASONS:
-            return REASONS[cls.__name__]
+        if cls.__name__ in ERROR_REASONS:
+            return ERROR_REASONS[cls.__name__]
     return None

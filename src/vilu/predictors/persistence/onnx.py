@@ -24,7 +24,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.predictors.contract.catalogue import PREDICTORS
-from vilu.predictors.contract.given_logits import are_given
+from vilu.predictors.contract.given_logits import is_of_given_logits
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
@@ -61,12 +61,13 @@ class GraphBatch(Batch):
 
         The result is the same as of the function ``vilu.embeddings.similarity.first_equal``.
         """
-        _, group = torch.unique(self.text, dim=0, return_inverse=True)
-        indices = positions(self.text)
+        _, group_of_text = torch.unique(self.text, dim=0, return_inverse=True)
+        # without a conversion torch 2.10 exports it with the dtype of the text
+        group_of_text = group_of_text.long()
+        indices = row_numbers(self.text)
         after_last = torch.full_like(indices, self.text.shape[0])
-        group = group.long()  # otherwise torch 2.10 exports it with the dtype of the text
-        first_of_group = after_last.scatter_reduce(0, group, indices, reduce="amin")
-        return first_of_group[group]
+        first_of_group = after_last.scatter_reduce(0, group_of_text, indices, reduce="amin")
+        return first_of_group[group_of_text]
 
     def alike(self, answer: Tensor) -> Tensor:
         """Mask (N, K): whether each candidate is the ``answer`` (N,).
@@ -74,10 +75,10 @@ class GraphBatch(Batch):
         All candidates of a graph are different answers.
         """
         answer_column = answer[:, None]
-        return positions(self.text) == answer_column
+        return row_numbers(self.text) == answer_column
 
 
-class PlainBatch(GraphBatch):
+class Float32Batch(GraphBatch):
     """A ``GraphBatch`` with the float32 logits that predictors use.
 
     The difference between these logits and those of ``GraphBatch`` is used to measure rounding.
@@ -86,7 +87,7 @@ class PlainBatch(GraphBatch):
     logits = Batch.logits
 
 
-def positions(rows: Tensor) -> Tensor:
+def row_numbers(rows: Tensor) -> Tensor:
     """Indices 0 ... N - 1 of the N rows, for any N in an exported graph."""
     return torch.arange(rows.shape[0], device=rows.device)
 
@@ -113,7 +114,7 @@ class ScoreGraph(nn.Module):
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Uncertainties (N,) float64 and the judged answers (N,) int64."""
-        rows = positions(image)
+        rows = row_numbers(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
         batch = self.batch(
             image=image,
@@ -124,8 +125,9 @@ class ScoreGraph(nn.Module):
             logit_bias=self.space.logit_bias,
             columns={name: column for name, column in columns.items() if column is not None},
         )
-        judged = self.judged(batch)
-        return cast("Tensor", self.score(judged)).double(), judged.prediction
+        judged_batch = self.judged(batch)
+        uncertainty = cast("Tensor", self.score(judged_batch)).double()
+        return uncertainty, judged_batch.prediction
 
     def judged(self, batch: GraphBatch) -> Batch:
         """The batch with the answers that are judged: here the zero-shot answers."""
@@ -152,15 +154,16 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         NotExportable: If the method has no graph, it was fitted on given logits, or it judges
             given answers.
     """
-    if are_given(predictor.notes_):
+    if is_of_given_logits(predictor.notes_):
         raise NotExportable(
             f"this {predictor.name} was fitted on given logits, and a graph takes image and text. "
             "Score with `vilu score`, or vilu.load(folder)."
         )
     if "graph" not in vars(type(predictor)):
-        known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
+        with_graph = sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls))
         raise NotExportable(
-            f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
+            f"{predictor.name} cannot be exported as a graph of image and text. These can: "
+            f"{', '.join(with_graph)}."
         )
     if predictor.answer == "given":
         raise NotExportable(
@@ -181,25 +184,25 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     return ScoreGraph(Graph(constant_score), space).eval()
 
 
-TOLERANCE = 1e-5
+MAX_DIFFERENCE = 1e-5
 """Difference between uncertainties by ONNX and by torch that is always allowed."""
 
-ROUNDINGS = 4
-"""The difference may also be this many times as large as the rounding of the score in float32.
+MAX_ROUNDINGS = 4
+"""The difference may also be up to this many times the rounding of the score in float32.
 
 The rounding is the difference between the scores in float32 and in float64, both by torch.
 """
 
-TIE = 1e-4
+MIN_COSINE_GAP = 1e-4
 """A zero-shot answer is clear if the two largest cosines differ by more than this share.
 
 The share is of the largest cosine. Otherwise rounding may change the answer.
 """
 
-POSTERIOR_TIE = 1e-2
+MIN_POSTERIOR_GAP = 1e-2
 """An adapted answer is clear if the two largest log probabilities differ by more than this."""
 
-SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
+TRIED_SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates with which an export is tested."""
 
 TRIED_WORDS = 40
@@ -208,14 +211,14 @@ TRIED_WORDS = 40
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
-Trial = dict[str, Tensor]
+GraphInputs = dict[str, Tensor]
 """Inputs of a graph by name, in the order of the graph.
 
 They are ``image`` (N, D) and ``text`` (K, D). If the score uses them, ``features`` (N, F) and
 ``negatives`` (M, D) follow.
 """
 
-OUTPUTS = ("uncertainty", "prediction")
+OUTPUT_NAMES = ("uncertainty", "prediction")
 """Names of the outputs of a graph."""
 
 
@@ -236,9 +239,9 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     constants of the graph.
 
     Before the file is written, onnxruntime runs it on random rows. All answers must be those of the
-    predictor. All uncertainties may differ by ``TOLERANCE``, or by ``ROUNDINGS`` times the rounding
-    of the score in float32 if that is larger. The rounding is large for a predictor with a large
-    logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
+    predictor. All uncertainties may differ by ``MAX_DIFFERENCE``, or by ``MAX_ROUNDINGS`` times the
+    rounding of the score in float32 if that is larger. The rounding is large for a predictor with a
+    large logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
 
     Args:
         folder: A saved predictor, or a ``vilu.Selective``.
@@ -250,10 +253,12 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     folder = folder_of(folder)
     predictor = load_predictor(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
-    run = runner(content)
-    # a run is the inputs, followed by the two outputs: uncertainties and answers
-    runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
-    difference = largest_difference(predictor, runs)
+    run_onnx = onnx_function(content)
+    results = []
+    for inputs in trial_inputs(predictor, TRIED_SIZES):
+        uncertainty, answer = run_onnx(inputs)
+        results.append((inputs, uncertainty, answer))
+    difference = largest_difference(predictor, results)
     write_bytes(path, content)
     return difference
 
@@ -265,12 +270,13 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     """
     graph = score_graph(predictor)
     example_sizes = ((3, 5),)  # three images and five texts
-    example = next(trials(predictor, example_sizes))
-    return write_graph(graph, example, OUTPUTS, metadata(predictor, graph.space, fingerprint))
+    example = next(trial_inputs(predictor, example_sizes))
+    facts = file_metadata(predictor, graph.space, fingerprint)
+    return write_graph(graph, example, OUTPUT_NAMES, facts)
 
 
 def write_graph(
-    graph: nn.Module, example: Trial, outputs: Sequence[str], facts: dict[str, str]
+    graph: nn.Module, example: GraphInputs, outputs: Sequence[str], facts: dict[str, str]
 ) -> bytes:
     """The bytes of an ONNX file of a module, with the ``facts`` as metadata.
 
@@ -278,7 +284,8 @@ def write_graph(
     other input.
     """
     n_rows = torch.export.Dim("N")
-    open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
+    dimensions = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
+    open_sizes = {name: {0: dimensions.get(name, n_rows)} for name in example}
     with quiet():
         exported = torch.onnx.export(
             graph,
@@ -287,17 +294,17 @@ def write_graph(
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes={name: {0: open_sizes.get(name, n_rows)} for name in example},
+            dynamic_shapes=open_sizes,
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # with dynamo=True it always is one
-    fixed = []
+    fixed_inputs = []
     for graph_input in program.model.graph.inputs:
         shape = graph_input.shape
         if shape is None or isinstance(shape[0], int):
-            fixed.append(str(graph_input.name))
-    if fixed:
+            fixed_inputs.append(str(graph_input.name))
+    if fixed_inputs:
         raise NotExportable(
-            f"the graph would accept only one number of rows of {', '.join(fixed)}, because "
+            f"the graph would accept only one number of rows of {', '.join(fixed_inputs)}, because "
             "something in it reads that number (as len(x) does; x.shape[0] leaves it open)."
         )
     program.model.metadata_props.update(facts)
@@ -309,7 +316,7 @@ def write_graph(
     return bytes(model.SerializeToString())
 
 
-def facts_of(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
+def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
     """Metadata of every file: facts about its predictor, as strings."""
     return {
         "vilu.version": version("vilu"),
@@ -320,12 +327,12 @@ def facts_of(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
     }
 
 
-def metadata(
+def file_metadata(
     predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
 ) -> dict[str, str]:
     """Metadata of a file: facts about its predictor and its embedding space, as strings."""
     return {
-        **facts_of(predictor, fingerprint),
+        **predictor_metadata(predictor, fingerprint),
         "vilu.embeddings.space": space.fingerprint,
         "vilu.backbone": space.backbone or "",
         "vilu.embed_dim": str(space.embed_dim),
@@ -334,52 +341,53 @@ def metadata(
     }
 
 
-def runner(content: bytes) -> Callable[[Trial], Any]:
+def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
     """Return a function that runs an ONNX file by onnxruntime: from inputs to a list of outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
-    def run(trial: Trial) -> list[NDArray[Any]]:
-        all_outputs = None
-        outputs = session.run(all_outputs, {name: rows.numpy() for name, rows in trial.items()})
-        return cast("list[NDArray[Any]]", outputs)
+    def run(inputs: GraphInputs) -> list[NDArray[Any]]:
+        arrays = {name: rows.numpy() for name, rows in inputs.items()}
+        all_outputs = None  # no names of outputs: onnxruntime returns all outputs
+        return cast("list[NDArray[Any]]", session.run(all_outputs, arrays))
 
     return run
 
 
 def largest_difference(
-    predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
+    predictor: FailurePredictor, results: Iterable[tuple[GraphInputs, NDArray[Any], NDArray[Any]]]
 ) -> float:
     """The largest difference between uncertainties by an ONNX file and by its predictor.
 
-    ``runs`` are inputs of the file, with the resulting uncertainties (N,) and answers (N,). Rows
-    whose answer is not clear (``TIE``) are left out.
+    ``results`` are inputs of the file, with its uncertainties (N,) and answers (N,). Rows whose
+    answer is not clear (``reference_scores``) are left out.
 
     Raises:
         DataError: If answers differ, or uncertainties differ more than rounding explains.
     """
     float32_graph = score_graph(predictor)
     float64_graph = copy.deepcopy(float32_graph).double()
-    float32_graph.batch = PlainBatch
+    float32_graph.batch = Float32Batch
     differences = []
     roundings = []
-    for trial, uncertainty, answer in runs:
-        expected, expected_answer, is_clear = reference(predictor, trial)
-        if (answer != expected_answer)[is_clear].any():
+    for inputs, uncertainty, answer in results:
+        expected_uncertainty, expected_answer, is_clear = reference_scores(predictor, inputs)
+        differs = answer != expected_answer
+        if differs[is_clear].any():
             raise DataError(
                 f"the exported {predictor.name} gives other answers. Nothing was written."
             )
-        float64_trial = {name: rows.double() for name, rows in trial.items()}
+        float64_inputs = {name: rows.double() for name, rows in inputs.items()}
         with torch.no_grad():
-            float32_score, _ = float32_graph(**trial)
-            float64_score, _ = float64_graph(**float64_trial)
+            float32_score, _ = float32_graph(**inputs)
+            float64_score, _ = float64_graph(**float64_inputs)
         rounding = (float32_score - float64_score).numpy()
-        differences.append(largest(uncertainty - expected, is_clear))
-        roundings.append(largest(rounding, is_clear))
+        differences.append(largest_absolute(uncertainty - expected_uncertainty, is_clear))
+        roundings.append(largest_absolute(rounding, is_clear))
     difference = float(np.max(differences))
-    allowed = max(TOLERANCE, ROUNDINGS * max(roundings))
+    allowed = max(MAX_DIFFERENCE, MAX_ROUNDINGS * max(roundings))
     if not difference <= allowed:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor, "
@@ -388,7 +396,7 @@ def largest_difference(
     return difference
 
 
-def largest(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
+def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
     """The largest absolute value of ``differences`` (N,) in the rows that are counted.
 
     The result is NaN if one of these values is NaN.
@@ -396,33 +404,35 @@ def largest(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> 
     return float(np.abs(differences)[is_counted].max(initial=0.0))
 
 
-def reference(
-    predictor: FailurePredictor, trial: Trial
+def reference_scores(
+    predictor: FailurePredictor, inputs: GraphInputs
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainties (N,) and answers (N,) of the predictor, and whether each answer is clear (N,).
 
-    An answer is clear if rounding cannot change it (``TIE``, ``POSTERIOR_TIE``).
+    An answer is clear if rounding cannot change it (``MIN_COSINE_GAP``, ``MIN_POSTERIOR_GAP``).
     """
-    image = trial["image"]
-    text = trial["text"]
-    columns = {name: trial[name] for name in predictor.columns_to_score}
+    image = inputs["image"]
+    text = inputs["text"]
+    columns = {name: inputs[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
     with quiet():  # the predictor may warn that random rows differ from its training rows
-        scored = list(predictor.scored(source))
-    uncertainty = np.concatenate([scores for _, scores in scored])
-    answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
+        scored_batches = list(predictor.scored(source))
+    uncertainty = np.concatenate([scores for _, scores in scored_batches])
+    answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored_batches])
     if predictor.answer == "adapted":
-        posteriors = [predictor.log_posterior(batch).cpu() for batch, _ in scored]
-        first, second = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
-        is_clear = first - second > POSTERIOR_TIE
+        posteriors = [predictor.log_posterior(batch).cpu() for batch, _ in scored_batches]
+        largest, second = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
+        is_clear = largest - second > MIN_POSTERIOR_GAP
     else:
         cosines = image @ text.unique(dim=0).T
-        first, second = cosines.topk(2, dim=1).values.unbind(dim=1)
-        is_clear = first - second > TIE * first.abs()
+        largest, second = cosines.topk(2, dim=1).values.unbind(dim=1)
+        is_clear = largest - second > MIN_COSINE_GAP * largest.abs()
     return uncertainty, answer, is_clear.numpy()
 
 
-def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
+def trial_inputs(
+    predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]
+) -> Iterator[GraphInputs]:
     """Yield random inputs of unit norm, one for each of the ``sizes`` (images, candidates).
 
     Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs
@@ -436,38 +446,39 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     classes = cast("Tensor", getattr(graph, "classes", no_classes)).cpu()
     known_widths = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
     widths = {name: known_widths[name] for name in predictor.columns_to_score}
-    random_texts = [
-        random_rows(n_candidates, space.embed_dim, generator) for _, n_candidates in sizes
-    ]
+    random_texts = []
+    for _, n_candidates in sizes:
+        random_texts.append(random_rows(n_candidates, space.embed_dim, generator))
     for (n_images, _), text in zip(sizes, random_texts, strict=True):
-        yield trial_of(widths, n_images, text, generator)
+        yield random_inputs(widths, n_images, text, generator)
     if len(classes) > 1:
         shuffled = classes[torch.randperm(len(classes), generator=generator)]
         with_others = torch.cat([shuffled, random_texts[0]])
         for text in (classes, shuffled, shuffled[:2], with_others):
-            yield trial_of(widths, n=9, text=text, generator=generator)  # any number of images
+            yield random_inputs(widths, n_images=9, text=text, generator=generator)
 
 
-def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:
-    """Random inputs: ``n`` images for the candidates ``text``, and columns of the ``widths``.
+def random_inputs(
+    widths: dict[str, int], n_images: int, text: Tensor, generator: torch.Generator
+) -> GraphInputs:
+    """Random images for the candidates ``text``, and columns of the ``widths``.
 
     Every second image is near a candidate.
     """
-    image = random_rows(n, text.shape[1], generator)
-    candidate = text[torch.randint(len(text), (n,), generator=generator)]
+    image = random_rows(n_images, text.shape[1], generator)
+    candidate = text[torch.randint(len(text), (n_images,), generator=generator)]
     near_candidate = functional.normalize(candidate + image / 2, dim=1)
     image[::2] = near_candidate[::2]
-    trial = {"image": image, "text": text}
+    inputs = {"image": image, "text": text}
     for name, width in widths.items():
         if name == NEGATIVES:
-            trial[name] = random_rows(TRIED_WORDS, width, generator)
+            inputs[name] = random_rows(TRIED_WORDS, width, generator)
         else:
-            trial[name] = torch.randn(n, width, generator=generator, dtype=torch.float32)
-    return trial
+            inputs[name] = torch.randn(n_images, width, generator=generator, dtype=torch.float32)
+    return inputs
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
     """(n, dim) float32 random rows of unit norm."""
-    return functional.normalize(
-        torch.randn(n, dim, generator=generator, dtype=torch.float32), dim=1
-    )
+    rows = torch.randn(n, dim, generator=generator, dtype=torch.float32)
+    return functional.normalize(rows, dim=1)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.nn.head import with_weights
+from vilu.predictors.nn.head import load_weights
 
-SHOWN = 8
+SHOWN_NAMES = 8
 """Number of names of tensors that a message lists."""
 
 
@@ -36,26 +36,30 @@ class StateLayout(NamedTuple):
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
         # contiguous like tensors from a file, so that results are the same bit for bit
-        own = {name: tensors[name].contiguous() for name in tensors if name in self.names}
+        method_tensors = {
+            name: tensors[name].contiguous() for name in tensors if name in self.names
+        }
         network = None
         if space is not None and self.make_network is not None:
             with torch.device("meta"):  # on this device no weights are allocated or initialised
                 network = self.make_network(tensors, space)
         if network is not None:
             weights = {name: tensors[name] for name in tensors if name not in self.names}
-            network = with_weights(network, weights, self.method).requires_grad_(False)
+            network = load_weights(network, weights, self.method).requires_grad_(False)
         elif tensors.keys() != set(self.names):
             raise DataError(self._wrong_names(tensors))
-        width = 0 if space is None else space.embed_dim
-        require_forms(self.method, own, self.forms, width)
-        return own, network
+        width = 0
+        if space is not None:
+            width = space.embed_dim
+        require_forms(self.method, method_tensors, self.forms, width)
+        return method_tensors, network
 
     def _wrong_names(self, tensors: Mapping[str, Tensor]) -> str:
         """Message for tensors whose names are not the names of the tensors of the method."""
-        expected = f"{self.method} has no weights"
+        expectation = f"{self.method} has no weights"
         if self.names:
-            expected = f"a {self.method} holds {', '.join(self.names)}"
-        return f"{expected}. The file has {', '.join(sorted(tensors)[:SHOWN])}."
+            expectation = f"a {self.method} holds {', '.join(self.names)}"
+        return f"{expectation}. The file has {', '.join(sorted(tensors)[:SHOWN_NAMES])}."
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
@@ -80,11 +84,11 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
     expected_forms = [_Form(*form) for form in FORM.findall(forms)]
     present_forms = [form for form in expected_forms if form.name in tensors]
     is_empty = _has_small_sizes_of_zero(tensors, present_forms)
-    for name, type_letter, letters, bound in present_forms:
+    for name, type_letter, size_letters, bound in present_forms:
         tensor = tensors[name]
         dtype = TYPES[type_letter]
         shape = tuple(tensor.shape)
-        expected_shape = _expected_shape(letters, shape, sizes, is_empty=is_empty)
+        expected_shape = _expected_shape(size_letters, shape, sizes, is_empty=is_empty)
         subject = f"{name} of {method} must be"
         if tensor.dtype != dtype or shape != expected_shape:
             raise DataError(
@@ -105,34 +109,34 @@ class _Form(NamedTuple):
 
     name: str
     type_letter: str
-    letters: str  # one for each size
+    size_letters: str  # one for each size
     bound: str  # letter of the size that all values are below; empty if there is none
 
 
 def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_Form]) -> bool:
     """Whether the first tensor whose sizes all have small letters has a size of 0."""
-    for name, _, letters, _ in forms:
-        if letters.islower():
+    for name, _, size_letters, _ in forms:
+        if size_letters.islower():
             return 0 in tensors[name].shape
     return False
 
 
 def _expected_shape(
-    letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
+    size_letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
 ) -> tuple[int, ...]:
     """The expected shape of a tensor of this ``shape``, from the letters of its sizes.
 
     A letter that is not yet in ``sizes`` is added with the size of the tensor, or with 1 if this
     size is 0.
     """
-    # The tensor may have fewer dimensions than there are letters, so zeros are added. ``zip``
-    # leaves out the zeros that are not needed.
-    padded = shape + (0,) * len(letters)
-    expected = []
-    for letter, size in zip(letters, padded, strict=False):
+    expected_shape = []
+    for dimension, letter in enumerate(size_letters):
         if is_empty and letter.islower():
-            expected.append(0)
-        else:
-            # the size that the letter has already, or else the size that it gets here
-            expected.append(sizes.setdefault(letter.upper(), max(size, 1)))
-    return tuple(expected)
+            expected_shape.append(0)
+            continue
+        actual_size = 0  # of a dimension that the tensor lacks
+        if dimension < len(shape):
+            actual_size = shape[dimension]
+        # the size that the letter has already, or else the size that it gets here
+        expected_shape.append(sizes.setdefault(letter.upper(), max(actual_size, 1)))
+    return tuple(expected_shape)

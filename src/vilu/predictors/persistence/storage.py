@@ -27,7 +27,12 @@ from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
 from vilu.predictors.persistence import description
-from vilu.predictors.persistence.description import RECALIBRATE, REFIT, read_description, take_seen
+from vilu.predictors.persistence.description import (
+    RECALIBRATE,
+    REFIT,
+    pop_sketches,
+    read_description,
+)
 from vilu.predictors.persistence.files import PREDICTOR, RISK, WEIGHTS
 from vilu.predictors.persistence.fit_sample import FitSample
 from vilu.registry import refuse_name_of_bench
@@ -69,8 +74,8 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
     method = method_of(content, path / PREDICTOR)
     sample = FitSample.load(path, content["weights_sha256"])
     try:
-        predictor = _assembled(method, content, safetensors_torch.load(weights), path / PREDICTOR)
-    except FOREIGN_FAULTS as error:
+        predictor = _assemble(method, content, safetensors_torch.load(weights), path / PREDICTOR)
+    except LOADING_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ViLUError):
             reason = str(error).rstrip(".")
@@ -81,7 +86,7 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
     return predictor
 
 
-FOREIGN_FAULTS = (
+LOADING_ERRORS = (
     AttributeError,
     LookupError,
     RuntimeError,
@@ -92,7 +97,7 @@ FOREIGN_FAULTS = (
 """Errors that a method may raise if saved tensors or parameters do not fit the method."""
 
 
-def _assembled(
+def _assemble(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
     """Make a predictor from its tensors and the ``content`` of its description at ``path``."""
@@ -101,7 +106,7 @@ def _assembled(
         predictor.space_ = EmbeddingSpace(**content["space"])
     if content["similarity"]:
         predictor.similarity_ = tuple(content["similarity"])
-    predictor.seen_ = take_seen(tensors, content, path)
+    predictor.seen_ = pop_sketches(tensors, content, path)
     predictor.notes_ = content["notes"]
     if content.get("calibrator"):
         predictor.calibrator_ = read_calibrator(content["calibrator"])
@@ -122,22 +127,23 @@ def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: o
     )
 
 
-def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
+def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     """Check an output folder; true if it has an intact predictor of the same ``inputs``.
 
     If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
     other inputs is refused, unless ``overwrite``.
     """
-    # None if the folder has no description, or a damaged one
-    saved = description.fit_of(folder / PREDICTOR)
-    notes = None if saved is None else saved.get("notes")
-    same = isinstance(notes, dict) and notes.get("inputs") == inputs
-    if same and not overwrite:
+    notes: object = None
+    saved = description.read_fit_description(folder / PREDICTOR)
+    if saved is not None:
+        notes = saved.get("notes")
+    is_same = isinstance(notes, dict) and notes.get("inputs") == inputs
+    if is_same and not overwrite:
         try:
             load_predictor(folder)
         except ViLUError as error:
             logger.warning("%s is made again: %s", folder, error)
-            same = False
+            is_same = False
             overwrite = True
     # The description is written last. So if it is missing, the folder is new, or a save was
     # interrupted.
@@ -145,8 +151,8 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     return claim_folder(
         folder,
         "predictor",
-        description.is_ours,
-        has_same_inputs=same,
+        description.is_predictor_file,
+        has_same_inputs=is_same,
         overwrite=overwrite or is_incomplete,
     )
 
@@ -177,5 +183,8 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee if there is a ``risk.json``."""
     path = Path(folder)
-    risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    description.write_card(path, read_description(path / PREDICTOR), load_predictor(path), risk)
+    risk = None
+    if (path / RISK).exists():
+        risk = read_json(path / RISK, RECALIBRATE)
+    content = read_description(path / PREDICTOR)
+    description.write_card(path, content, load_predictor(path), risk)

@@ -94,7 +94,7 @@ class Vocabulary:
             "names": list(self.names or ()),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
-            "tensors": _hashes(tensors),
+            "tensors": _tensor_hashes(tensors),
         }
         sealed_header = header | {"digest": digest(header)}
         metadata = {VOCABULARY_KEY: plain_json(sealed_header).decode()}
@@ -116,10 +116,10 @@ class Vocabulary:
             )
         try:
             with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
-                # a file without metadata is damaged, as the KeyError says
-                header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
-                # the file is no dict
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}  # without the key, the file is damaged (KeyError)
+                header = parse_json(metadata[VOCABULARY_KEY].encode())
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
             return cls._checked(header, tensors)
         except (
             DataError,
@@ -136,7 +136,7 @@ class Vocabulary:
     def _checked(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
         """Make a vocabulary; a DataError if the header does not describe the tensors."""
         saved_digest = header.pop("digest", None)
-        if saved_digest != digest(header) or _hashes(tensors) != header["tensors"]:
+        if saved_digest != digest(header) or _tensor_hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
         # an empty list means that the classes have no names
@@ -147,6 +147,6 @@ class Vocabulary:
         return cls(names, text, space, header["dtype"], checked_columns)
 
 
-def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Hashes of tensors, by name."""
     return {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}

@@ -35,8 +35,8 @@ NEGATIVES = "negatives"
 
 
 # All batches of a source have the same texts and words, so the far words are computed for the first
-# batch only. They are kept by text and by words, as long as both tensors exist.
-_KNOWN_FAR_WORDS: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
+# batch only. The cache holds them by text and by words, as long as both tensors exist.
+_FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
     WeakTensorKeyDictionary()
 )
 
@@ -48,40 +48,46 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     ``share`` of the words with the least nearness is returned, at least one word. Of two words of
     equal nearness the one with the lower index is taken first.
     """
-    of_text = _KNOWN_FAR_WORDS.setdefault(text, WeakTensorKeyDictionary())
-    of_words = of_text.setdefault(words, {})
-    setting = (share, nearest)
-    if setting not in of_words:
-        of_words[setting] = _far_words(words, text, share, nearest)
-    return of_words[setting]
+    cache_of_text = _FAR_WORDS_CACHE.setdefault(text, WeakTensorKeyDictionary())
+    cache = cache_of_text.setdefault(words, {})
+    settings = (share, nearest)
+    if settings not in cache:
+        cache[settings] = _find_far_words(words, text, share, nearest)
+    return cache[settings]
 
 
-def _far_words(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
-    """As ``far_words``, without a look at what is known."""
+def _find_far_words(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
+    """As ``far_words``, without the cache."""
     # A word near a class would take softmax mass from images of that class, which are inside. So
     # such words are left out.
     cosine = words @ text.T
     # the rank of the quantile among the K cosines of a word, which are in descending order
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)
-    largest = cosine.topk(rank, dim=1).values
-    nearness = largest[:, -1]  # the cosine with this rank, for every word
+    largest_cosines = cosine.topk(rank, dim=1).values
+    nearness = largest_cosines[:, -1]  # the cosine with this rank, for every word
     n_far = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:n_far].sort().values
 
 
-def word_mass(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 log sum_w exp l_w over the words w with the indices ``far``.
+def word_mass(batch: Batch, word_index: Tensor) -> Tensor:
+    """(B,) float64 log sum_w exp l_w over the words w with these indices.
 
     The logit bias is left out, because it is the same for all words and classes and so cancels.
     """
-    words = batch.columns[NEGATIVES][far]
+    words = batch.columns[NEGATIVES][word_index]
     with torch.autocast(batch.image.device.type, enabled=False):
-        return float64((batch.image @ words.T).mul_(batch.logit_scale)).logsumexp(dim=1)
+        logits = (batch.image @ words.T).mul_(batch.logit_scale)
+        return float64(logits).logsumexp(dim=1)
 
 
-def margin(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 margins m(x), over the words with the indices ``far``."""
-    return word_mass(batch, far) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
+def class_mass(batch: Batch) -> Tensor:
+    """(B,) float64 log sum_c exp l_c over the classes c, without the logit bias."""
+    return float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
+
+
+def margin(batch: Batch, word_index: Tensor) -> Tensor:
+    """(B,) float64 margins m(x), over the words with these indices."""
+    return word_mass(batch, word_index) - class_mass(batch)
 
 
 @dataclass
@@ -140,18 +146,21 @@ class NegLabel(FailurePredictor):
     @property
     def label(self) -> str:
         """The name, with "(answer)" where the mass of the answer alone is counted."""
-        return self.name if self.of == "classes" else f"{self.name} (answer)"
+        if self.of == "classes":
+            return self.name
+        return f"{self.name} (answer)"
 
     def _score(self, batch: Batch) -> Tensor:
-        far = far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
-        log_words = word_mass(batch, far)
+        word_index = far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
+        log_words = word_mass(batch, word_index)
         logits = float64(batch.logits - batch.logit_bias)
         if self.of == "classes":
             return torch.sigmoid(log_words - logits.logsumexp(dim=1))
         is_answer = batch.alike(batch.prediction).to(logits.device)
         log_answer = logits.masked_fill(~is_answer, -torch.inf).logsumexp(dim=1)
         log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=1)
-        return torch.sigmoid(torch.logaddexp(log_others, log_words) - log_answer)
+        log_all_others = torch.logaddexp(log_others, log_words)
+        return torch.sigmoid(log_all_others - log_answer)
 
 
 # Constants of the outcome "outside", sorted by the step that uses them: the choice of words, the
@@ -181,7 +190,7 @@ MAX_SEPARATION = 10.0
 """
 ASSUMED_OUTSIDE_SHARE = 0.1
 """Share of images outside that is assumed where the rows cannot show it."""
-CAUTION = 1.0
+LOG_ODDS_DISCOUNT = 1.0
 """Number subtracted from log-odds that were estimated without examples of images outside."""
 
 LABEL_VARIANCE = 100.0
@@ -189,9 +198,14 @@ LABEL_VARIANCE = 100.0
 MARGIN_VARIANCE = 10.0
 """Prior variance of the weight of the margin, where there are examples of images outside."""
 
-EM_PASSES = 500  # maximum number of passes of EM
+MAX_EM_PASSES = 500  # maximum number of passes of EM
 EM_TOLERANCE = 1e-9  # EM ends if the mean and the share outside change by less in sum
-LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
+MAX_LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
+
+
+def outside_words(batch: Batch) -> Tensor:
+    """Indices (M',) of the words that the outcome "outside" uses."""
+    return far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,20 +233,23 @@ class Outside:
     names: ClassVar[tuple[str, ...]] = tuple(form.split(":")[0] for form in forms.split())
 
     @classmethod
-    def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
+    def not_learned(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """The outcome where nothing was learned: P(outside) is zero."""
         # Five tensors, each with its own memory: safetensors refuses to save tensors that share it.
-        shapes = (0,), (), (), (0,), (0,)
-        weight, bias, word_weight, slope, offset = (
-            torch.zeros(shape, dtype=torch.float64) for shape in shapes
+        return cls(
+            weight=torch.zeros(0, dtype=torch.float64),
+            bias=torch.zeros((), dtype=torch.float64),
+            word_weight=torch.zeros((), dtype=torch.float64),
+            slope=torch.zeros(0, dtype=torch.float64),
+            offset=torch.zeros(0, dtype=torch.float64),
+            notes=notes,
         )
-        return cls(weight, bias, word_weight, slope, offset, notes)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The outcome of saved tensors by name; ``nothing()`` where one of them is missing."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The outcome with these saved tensors; ``not_learned()`` if one of them is missing."""
         if not tensors.keys() >= set(cls.names):
-            return cls.nothing()
+            return cls.not_learned()
         weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
         return cls(weight, bias, word_weight, slope, offset)
 
@@ -247,7 +264,9 @@ class Outside:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the data must have to be scored."""
-        return (NEGATIVES,) if bool(self.word_weight != 0) else ()
+        if self.word_weight == 0:
+            return ()
+        return (NEGATIVES,)
 
     def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
         """(B,) float64 log(P(outside) / P(inside)); minus infinity where nothing was learned.
@@ -265,10 +284,10 @@ class Outside:
         )
         evidence = image @ weight + bias
         if self.columns:
-            far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
-            evidence = evidence + word_weight * margin(batch, far).to(image.device)
+            margins = margin(batch, outside_words(batch))
+            evidence = evidence + word_weight * margins.to(image.device)
         if classes is None or len(slope) == 1:
-            # the last entry is for answers that are no class of the fit, or the only one
+            # the last entry is for all answers, or for answers that are no class of the fit
             return slope[-1] * evidence + offset[-1]
         # an answer that is no class of the fit has the index -1, which reads the last entry
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
@@ -334,7 +353,7 @@ class SeesOutside(ABC):
     @property
     def outcome(self) -> Outside:
         """The learned outcome "outside", that is, images of none of the classes."""
-        return Outside.of(self.learned_)
+        return Outside.from_tensors(self.learned_)
 
     @abstractmethod
     def outcome_of(self, batch: Batch) -> Tensor:
@@ -356,7 +375,9 @@ class SeesOutside(ABC):
             >>> predictor.outside_probability(batch).round(decimals=1).tolist()
             [0.0, 0.0, 1.0]
         """
-        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
+        if not self.outcome:
+            return None
+        return torch.sigmoid(self.outcome_of(batch))
 
 
 def learn_outside(train: Rows) -> Outside:
@@ -368,13 +389,13 @@ def learn_outside(train: Rows) -> Outside:
     """
     has_captions = train.source.pool_size is not None
     if not has_captions and len(train.outside):
-        return from_examples(train, train.outside)
+        return learn_from_examples(train, train.outside)
     if NEGATIVES not in train.columns:
-        return Outside.nothing()
+        return Outside.not_learned()
     if train.unlabelled is None:
-        return from_words(train, known_inside=True)
+        return learn_from_words(train, known_inside=True)
     source = train.unlabelled
-    return from_words(Rows(source, source.usable_rows, train.columns), known_inside=False)
+    return learn_from_words(Rows(source, source.usable_rows, train.columns), known_inside=False)
 
 
 class Margins(NamedTuple):
@@ -402,11 +423,11 @@ class Margins(NamedTuple):
         answers = []
         for batch in rows.batches(SCORING_BATCH):
             image = float64(batch.image)
-            m = margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE))
+            margins_of_batch = margin(batch, outside_words(batch))
             total += image.sum(dim=0)
             gram += image.T @ image
-            cross += image.T @ m
-            margins.append(m)
+            cross += image.T @ margins_of_batch
+            margins.append(margins_of_batch)
             answers.append(batch.prediction)
         all_margins = torch.cat(margins)
         mean = total / n
@@ -441,28 +462,28 @@ class Mixture(NamedTuple):
     The mean of an image inside depends on its zero-shot answer. All images outside have one mean.
     """
 
-    inside: Tensor  # (K + 1,) mean inside for each answer; the last: any other candidate
-    outside: float  # mean outside
-    variance: float
-    share: float  # share of images outside
+    inside_means: Tensor  # (K + 1,) by the answer of the image; the last: any other candidate
+    outside_mean: float
+    variance: float  # of both Gaussians
+    outside_share: float  # share of images outside
 
     @property
     def separation(self) -> float:
         """Difference between the mean outside and the last mean inside, in standard deviations."""
-        return (self.outside - float(self.inside[-1])) / math.sqrt(self.variance)
+        return (self.outside_mean - float(self.inside_means[-1])) / math.sqrt(self.variance)
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
         """Slopes (K + 1,) and offsets (K + 1,): log-odds of outside = slope * value + offset."""
         # Bayes' rule. With one variance for both Gaussians the squares of the value cancel, so the
         # log-odds are linear in the value. With two variances, the wider Gaussian would be likelier
         # at both ends, also for values far inside.
-        slope = (self.outside - self.inside) / self.variance
-        offset = (self.inside.square() - self.outside**2) / (2 * self.variance)
-        return slope, offset + math.log(self.share / (1 - self.share))
+        slope = (self.outside_mean - self.inside_means) / self.variance
+        offset = (self.inside_means.square() - self.outside_mean**2) / (2 * self.variance)
+        return slope, offset + math.log(self.outside_share / (1 - self.outside_share))
 
 
 def fit_mixture(
-    value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool
+    value: Tensor, answer: Tensor, n_classes: int, mean_sum: float, *, known_inside: bool
 ) -> Mixture:
     """Fit the mixture with the largest posterior to values (N,) of images with answers (N,), by EM.
 
@@ -471,69 +492,81 @@ def fit_mixture(
 
     - The mean inside of a class is averaged with the mean over all classes, which has the weight of
       ``CLASS_PRIOR_ROWS`` rows.
-    - The mean outside is averaged with its expected value, ``balance`` minus the lower quartile,
+    - The mean outside is averaged with its expected value, ``mean_sum`` minus the lower quartile,
       which has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the mean outside
       therefore stays near the expected value, and the share stays small.
 
     With ``known_inside`` no row is outside, so one step gives the means inside and the variance.
     The mean outside is then the expected value, and the share is ``ASSUMED_OUTSIDE_SHARE``.
+
+    Args:
+        value: (N,) values, for example margins.
+        answer: (N,) zero-shot answers.
+        n_classes: Number K of classes.
+        mean_sum: Expected sum of the mean inside and the mean outside.
+        known_inside: Whether it is known that all images are inside.
     """
     n = len(value)
     ordered = value.sort().values
-    low = float(ordered[int(0.05 * (n - 1))])  # the 5 % quantile
-    centre = float(ordered[int(0.25 * (n - 1))])  # the lower quartile
-    expected = balance - centre
+    low_quantile = float(ordered[int(0.05 * (n - 1))])  # the 5 % quantile
+    lower_quartile = float(ordered[int(0.25 * (n - 1))])
+    expected_outside = mean_sum - lower_quartile
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
-    # deviation is therefore at least |expected - centre| / MAX_SEPARATION.
-    min_deviation = max(abs(balance - 2 * centre) / MAX_SEPARATION, 1e-6)
+    # deviation is therefore at least |expected_outside - lower_quartile| / MAX_SEPARATION.
+    min_deviation = max(abs(mean_sum - 2 * lower_quartile) / MAX_SEPARATION, 1e-6)
     # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
     # deviations apart
-    deviation = max((centre - low) / 0.97, min_deviation)
+    deviation = max((lower_quartile - low_quantile) / 0.97, min_deviation)
     mixture = Mixture(
-        inside=torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
-        outside=expected,
+        inside_means=torch.full((n_classes + 1,), lower_quartile, dtype=torch.float32).double(),
+        outside_mean=expected_outside,
         variance=deviation**2,
-        share=ASSUMED_OUTSIDE_SHARE,
+        outside_share=ASSUMED_OUTSIDE_SHARE,
     )
-    count = torch.bincount(answer, minlength=n_classes).double()
-    n_passes = 1 if known_inside else EM_PASSES
+    zeros = torch.zeros(n_classes, dtype=torch.float64)
+    n_passes = 1 if known_inside else MAX_EM_PASSES
     for _ in range(n_passes):
         slope, offset = mixture.log_odds()
         p_outside = torch.zeros_like(value)
         if not known_inside:
             p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
         p_inside = 1 - p_outside
-        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
-        mass = torch.zeros_like(count).index_add_(0, answer, p_inside)
-        sums = torch.zeros_like(count).index_add_(0, answer, p_inside * value)
-        class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
-        means = torch.cat([class_means, mean[None]])  # the last one is for any other candidate
+        mean_inside = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
+        mass_of_class = zeros.index_add(0, answer, p_inside)
+        sum_of_class = zeros.index_add(0, answer, p_inside * value)
+        class_means = (sum_of_class + CLASS_PRIOR_ROWS * mean_inside) / (
+            mass_of_class + CLASS_PRIOR_ROWS
+        )
+        # the last mean is for any other candidate
+        inside_means = torch.cat([class_means, mean_inside[None]])
         n_outside = p_outside.sum()
         # without this prior, EM would split rows that are all inside into two halves
-        n_prior = OUTSIDE_PRIOR * n
-        outside_total = float((p_outside * value).sum() + n_prior * expected)
-        outside_mean = outside_total / float(n_outside + n_prior)
+        prior_rows = OUTSIDE_PRIOR * n
+        outside_total = float((p_outside * value).sum() + prior_rows * expected_outside)
+        outside_mean = outside_total / float(n_outside + prior_rows)
         squares_outside = p_outside * (value - outside_mean).square()
-        squares = p_inside * (value - means[answer]).square() + squares_outside
-        share = ASSUMED_OUTSIDE_SHARE
+        squares_inside = p_inside * (value - inside_means[answer]).square()
+        outside_share = ASSUMED_OUTSIDE_SHARE
         if not known_inside:
             # the added 0.5 and 5 keep the share above zero, which EM could never leave
-            share = (float(n_outside) + 0.5) / (n + 5)
-        variance = max(float(squares.mean()), min_deviation**2)
+            outside_share = (float(n_outside) + 0.5) / (n + 5)
+        mean_square = (squares_inside + squares_outside).mean()
+        variance = max(float(mean_square), min_deviation**2)
         updated = Mixture(
-            inside=means,
-            outside=outside_mean,
+            inside_means=inside_means,
+            outside_mean=outside_mean,
             variance=variance,
-            share=min(max(share, 1e-3), 1 - 1e-3),
+            outside_share=min(max(outside_share, 1e-3), 1 - 1e-3),
         )
-        change = abs(updated.outside - mixture.outside) + abs(updated.share - mixture.share)
+        change_of_mean = abs(updated.outside_mean - mixture.outside_mean)
+        change_of_share = abs(updated.outside_share - mixture.outside_share)
         mixture = updated
-        if change < EM_TOLERANCE:
+        if change_of_mean + change_of_share < EM_TOLERANCE:
             break
     return mixture
 
 
-def from_words(rows: Rows, *, known_inside: bool) -> Outside:
+def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
     """Learn the outcome "outside" from everyday words, without examples of images outside.
 
     An image outside relates to the M words as an image inside relates to the K classes. Its
@@ -546,10 +579,10 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
     # all rows have the same words, so the words are read for no row
-    words_of_data = rows.source.column(NEGATIVES, rows.index[:0])
-    n_words = max(round(WORD_SHARE * len(words_of_data)), 1)
-    balance = math.log(n_words / n_classes)
-    # these weights make the value of a row its margin alone
+    all_words = rows.source.column(NEGATIVES, rows.index[:0])
+    n_words = max(round(WORD_SHARE * len(all_words)), 1)
+    mean_sum = math.log(n_words / n_classes)  # of the margins inside and outside
+    # with these weights, the value of a row is its margin alone
     weight = torch.zeros_like(margins.mean)
     bias = torch.zeros((), dtype=torch.float64)
     word_weight = torch.ones((), dtype=torch.float64)
@@ -560,53 +593,52 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         direction, intercept = margins.direction()
         direction = predicted_share * direction
         intercept = predicted_share * intercept
-        predicted = torch.cat(
-            [float64(batch.image) @ direction + intercept for batch in rows.batches(SCORING_BATCH)]
-        )
-        value = predicted + (1 - predicted_share) * margins.margin
-        mixture = fit_mixture(value, margins.answer, n_classes, balance, known_inside=False)
+        predictions = []
+        for batch in rows.batches(SCORING_BATCH):
+            predictions.append(float64(batch.image) @ direction + intercept)
+        value = torch.cat(predictions) + (1 - predicted_share) * margins.margin
+        mixture = fit_mixture(value, margins.answer, n_classes, mean_sum, known_inside=False)
         # With hardly any image outside, the regression fits another property of the images. The
         # value is then the margin alone.
-        if mixture.share >= MIN_OUTSIDE_SHARE:
+        if mixture.outside_share >= MIN_OUTSIDE_SHARE:
             weight = direction
             bias = intercept
             word_weight = (1 - predicted_share) * word_weight
         else:
             mixture = None
     if mixture is None:
-        # A few rows do not show the share of images outside. It is then assumed, as if all rows
-        # were inside.
+        # A few rows do not show the share of images outside. The mixture is then fitted as if all
+        # rows were inside.
         assume_inside = known_inside or has_few_rows
         mixture = fit_mixture(
-            margins.margin, margins.answer, n_classes, balance, known_inside=assume_inside
+            margins.margin, margins.answer, n_classes, mean_sum, known_inside=assume_inside
         )
     notes = {
-        "outside_share": None if known_inside else mixture.share,
+        "outside_share": None if known_inside else mixture.outside_share,
         "outside_apart": mixture.separation,
     }
     # With less separation the two Gaussians are two halves of one mode. P(outside) would then only
     # reorder the images inside.
     if mixture.separation < MIN_SEPARATION:
-        return Outside.nothing(**notes)
+        return Outside.not_learned(**notes)
     slope, offset = mixture.log_odds()
-    return Outside(weight, bias, word_weight, slope, offset - CAUTION, notes)
+    return Outside(weight, bias, word_weight, slope, offset - LOG_ODDS_DISCOUNT, notes)
 
 
 class Regressors(NamedTuple):
-    """Regressors of ``from_examples``: the images of N rows and, where there are words, margins."""
+    """Regressors of "outside": the images of N rows and, where there are words, their margins."""
 
     rows: Rows
     margins: Tensor | None  # (N,); None without the column of words
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """The regressors of some rows. The margins are computed once, here, and then kept."""
+        """The regressors of some rows. The margins are computed here, once for all passes."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
         margins = []
         for batch in replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH):
-            far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
-            margins.append(margin(batch, far))
+            margins.append(margin(batch, outside_words(batch)))
         return cls(replace(rows, columns=()), torch.cat(margins))
 
     def blocks(self) -> Iterator[Tensor]:
@@ -622,76 +654,79 @@ class Regressors(NamedTuple):
             start = stop
 
 
-def from_examples(train: Rows, outside: Tensor) -> Outside:
+def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
     """Fit an L2-regularised logistic regression of "outside" on the image.
 
-    Where there are words, the margin is a further regressor. ``outside`` are the indices of the
-    examples of images outside.
+    Where there are words, the margin is a further regressor. ``outside_rows`` are the indices of
+    the rows that are examples of images outside.
 
     Images are centred and divided by their root mean square norm. Margins are standardised. The
     prior variances then have the same meaning for every backbone. L-BFGS reads the rows in blocks.
     """
-    parts = [Regressors.of(train), Regressors.of(replace(train, index=outside))]
+    inside = Regressors.of(train)
+    outside = Regressors.of(replace(train, index=outside_rows))
     dim = train.source.space.embed_dim
-    n, centre, scale = _standard(parts, dim)
+    n_rows, centre, scale = _standardisation([inside, outside], dim)
     weights = torch.zeros(len(centre) + 1, dtype=torch.float64, requires_grad=True)
-    precision = torch.full_like(weights, 1 / LABEL_VARIANCE, requires_grad=False)
-    precision[dim:] = 1 / MARGIN_VARIANCE
-    precision[-1] = 0.0  # the intercept has no prior
+    prior_precision = torch.full_like(weights, 1 / LABEL_VARIANCE, requires_grad=False)
+    prior_precision[dim:] = 1 / MARGIN_VARIANCE
+    prior_precision[-1] = 0.0  # the intercept has no prior
     optimizer = torch.optim.LBFGS(
         [weights],
-        max_iter=LBFGS_STEPS,
+        max_iter=MAX_LBFGS_STEPS,
         tolerance_grad=1e-7,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )
 
-    def closure() -> Tensor:
+    def objective() -> Tensor:
         optimizer.zero_grad()
-        total = (precision * weights.square()).sum() / (2 * n)
-        total.backward()
-        value = total.detach()
-        for is_outside, part in enumerate(parts):  # 0 for rows inside, 1 for rows outside
-            for inputs in part.blocks():
+        penalty = (prior_precision * weights.square()).sum() / (2 * n_rows)
+        penalty.backward()
+        total = penalty.detach()
+        for is_outside, regressors in ((0, inside), (1, outside)):
+            for inputs in regressors.blocks():
                 standardised = (inputs - centre) / scale
-                logits = standardised @ weights[:-1] + weights[-1]
+                logits = standardised @ weights[:-1] + weights[-1]  # the last is the intercept
                 target = torch.full_like(logits, is_outside)
-                loss = (
-                    functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
+                loss_sum = functional.binary_cross_entropy_with_logits(
+                    logits, target, reduction="sum"
                 )
+                loss = loss_sum / n_rows
                 loss.backward()
-                value = value + loss.detach()
-        return value
+                total = total + loss.detach()
+        return total
 
-    optimizer.step(closure)
+    optimizer.step(objective)
     direction = weights.detach()[:-1] / scale
-    level = weights.detach()[-1]
+    intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     offset = torch.zeros(1, dtype=torch.float64)
-    word_weight = offset[0].clone()  # 0: without words, the margin is not used
+    word_weight = torch.zeros((), dtype=torch.float64)  # without words, the margin is not used
     if len(direction) > dim:  # the weights of the image come first, then that of the margin
         word_weight = direction[dim].clone()
-    bias = level - direction @ centre
-    notes = {"n_outside": len(outside)}
+    bias = intercept - direction @ centre
+    notes = {"n_outside": len(outside_rows)}
     return Outside(direction[:dim].clone(), bias, word_weight, slope, offset, notes)
 
 
-def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows, and means (W,) and scales (W,) of the W regressors over all ``parts``.
+def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
+    """Number of rows of all sets, and means (W,) and scales (W,) of their W regressors.
 
     The scale of all D image regressors is the root mean square norm of the centred images. The
     scale of the margin is its standard deviation.
     """
-    n = 0
+    n_rows = 0
     total = torch.zeros((), dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
-    for part in parts:
-        for inputs in part.blocks():
-            n = n + len(inputs)
+    for regressors in sets:
+        for inputs in regressors.blocks():
+            n_rows = n_rows + len(inputs)
             total = total + inputs.sum(dim=0)
             squares = squares + inputs.square().sum(dim=0)
-    mean = total / n
-    variance = (squares / n - mean.square()).clamp_min(0)
+    mean = total / n_rows
+    variance = (squares / n_rows - mean.square()).clamp_min(0)
     # scales of at least 1e-6, so that constant regressors are not divided by 0
-    norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
-    return n, mean, torch.cat([norm, variance[dim:].sqrt().clamp_min(1e-6)])
+    image_scale = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
+    margin_scale = variance[dim:].sqrt().clamp_min(1e-6)
+    return n_rows, mean, torch.cat([image_scale, margin_scale])

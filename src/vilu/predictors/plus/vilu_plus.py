@@ -19,24 +19,25 @@ from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
-from vilu.predictors.contract.held_out import HeldOut, keep_every_class
+from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_class
 from vilu.predictors.contract.labelled import (
     class_texts,
     cross_fitting,
     failure_log_odds,
-    with_outside,
+    log_odds_with_outside,
 )
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.nn.attention import (
     FEATURES,
     ImageInputs,
     Match,
-    Start,
+    StartLogits,
     SupervisedAttention,
     fit_attention,
 )
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
-from vilu.predictors.nn.train import AdamWConfig, default_batch, few_epochs, train_adamw
+from vilu.predictors.nn.pooled import PooledLogits
+from vilu.predictors.nn.train import AdamWConfig, default_batch, small_network_epochs, train_adamw
 from vilu.predictors.plus.ood import (
     NEGATIVES,
     Outside,
@@ -44,7 +45,7 @@ from vilu.predictors.plus.ood import (
     SeesOutside,
     learn_outside,
 )
-from vilu.predictors.plus.vilu_zero import Classes, ViLUZero, learn_classes
+from vilu.predictors.plus.vilu_zero import LearnedClasses, ViLUZero, learn_classes
 from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
 POOL_SD = 0.2
@@ -54,7 +55,7 @@ POOL_SD = 0.2
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
     """Weights w (M,) >= 0 of largest posterior for a log-linear pool of M experts.
 
-    The prior of w is normal with mean (1, 0, ...) and standard deviation ``POOL_SD``.
+    The prior of w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
 
     Args:
         log_p: (N, M, K) log probabilities of the K candidates by every expert.
@@ -67,17 +68,18 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         # minus the log posterior of the weights, and its gradient (M,)
-        mixed = np.einsum("m,nmk->nk", weights, log_p)
-        log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
-        expected = np.einsum("nk,nmk->m", np.exp(log_q), log_p)  # under the mixed probabilities
+        pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
+        log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
+        # sums of log p_m over the rows: expected under q, and observed at the true candidates
+        expected = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
         observed = log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
         loss = -log_q[rows, target].sum()
         penalty = (distance**2).sum() / (2 * POOL_SD**2)
-        return float(loss + penalty), expected - observed + distance / POOL_SD**2
+        gradient = expected - observed + distance / POOL_SD**2
+        return float(loss + penalty), gradient
 
-    # The objective is convex, so there is one optimum. A negative weight would follow the opposite
-    # of an expert, so weights are at least 0.
+    # A negative weight would follow the opposite of an expert, so weights are at least 0.
     bounds = [(0, None)] * len(prior)
     best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
     return np.asarray(best.x)
@@ -95,18 +97,18 @@ MIN_LABELS = 10
 With fewer labels, folds lack classes, and the experts overfit.
 """
 
-POOL_ROWS = 250
+ENOUGH_POOL_ROWS = 250
 """Number of held-out rows that suffice to fit the three weights of the pool.
 
 Only as many folds are fitted as give this number of rows.
 """
 
 # names of the saved tensors from which ``module`` reads the kinds and sizes of the experts
-POOL = "pool"
-CLASSES = "attention.classes"
-FEATURE_MEAN = "attention.inputs.features.mean"
-ADAPTER = "companions.adapter.first.weight"
-BANK = "companions.memory.bank"
+POOL_TENSOR = "pool"
+CLASSES_TENSOR = "attention.classes"
+FEATURE_MEAN_TENSOR = "attention.inputs.features.mean"
+ADAPTER_TENSOR = "companions.adapter.first.weight"
+BANK_TENSOR = "companions.memory.bank"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -199,7 +201,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     device: str = "auto"
 
     # name, type and sizes of the learned tensors, see ``require_forms``
-    _forms: ClassVar[str] = f"{POOL}:dP {Outside.forms}"
+    _forms: ClassVar[str] = f"{POOL_TENSOR}:dP {Outside.forms}"
 
     @property
     def label(self) -> str:
@@ -221,32 +223,34 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
         The fit uses words except for image-caption pairs, and features if ``features`` is true.
         """
-        wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
-        return tuple(
-            name for name in self.optional_columns if wanted[name] and name in train.columns
-        )
+        columns = []
+        if self.features and FEATURES in train.columns:
+            columns.append(FEATURES)
+        if train.pool_size is None and NEGATIVES in train.columns:
+            columns.append(NEGATIVES)
+        return tuple(columns)
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The columns of features and of words, as far as the fit used them."""
-        if self.network_ is not None and self.experts.attention.inputs.on_features:
+        if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
 
     @property
     def experts(self) -> Experts:
-        """The fitted network."""
+        """The fitted experts."""
         return cast("Experts", self.network)
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         weights = torch.ones(1, dtype=torch.float64)
-        kinds = self._kinds(train)
+        kinds = self._companion_kinds(train)
         if kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
-        classes = self._classes(train)
+        classes = self._learn_classes(train)
         start = None
         if classes is not None:
-            start = classes.start(class_texts(train), train.source.space.logit_scale)
+            start = classes.start_logits(class_texts(train), train.source.space.logit_scale)
         experts = None
         fitted_on = None
         held_out_answers = None
@@ -255,23 +259,25 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             # would get all the weight, since it contains the labels of its own rows.
             folds = cross_fitting(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
-            n_folds = math.ceil(POOL_ROWS / len(first_held_out.index))
+            n_folds = math.ceil(ENOUGH_POOL_ROWS / len(first_held_out.index))
             parts = []
             for fitted_on, held_out in folds[:n_folds]:
-                experts = self._fit_experts(fitted_on, kinds, weights, start, experts)
+                experts = self._fit_experts(
+                    fitted_on, kinds, weights, start, similar_experts=experts
+                )
                 parts.extend(log_posteriors(experts, held_out, self.device_))
-            # ``zip`` turns the tuples of the batches into one tuple for each of the three results
+            # ``zip`` turns the triples of the batches into one tuple for each of the three results
             log_p, target, answer = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-            if keep_every_class(folds):
+            if folds_have_every_class(folds):
                 log_q = pool(torch.from_numpy(log_p), weights).log_softmax(dim=1).numpy()
-                held_out_answers = HeldOut.of_posterior(log_q, answer, target)
+                held_out_answers = HeldOutAnswers.of_posterior(log_q, answer, target)
         # With a validation set, the experts above were already fitted on all training rows.
         # Otherwise they were fitted on a fold, or there are none.
         if experts is None or fitted_on is not train:
-            experts = self._fit_experts(train, kinds, weights, start, experts)
+            experts = self._fit_experts(train, kinds, weights, start, similar_experts=experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
-        tensors[POOL] = weights
+        tensors[POOL_TENSOR] = weights
         outside = learn_outside(train)
         if outside:
             tensors |= outside.tensors()
@@ -280,52 +286,63 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             notes["unlabelled"] = classes.notes
         return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
 
-    def _classes(self, train: Rows) -> Classes | None:
+    def _learn_classes(self, train: Rows) -> LearnedClasses | None:
         """What rows without labels teach about the classes; None if there are no such rows."""
         source = train.unlabelled
         if source is None:
             return None
-        return learn_classes(
-            Rows(source, source.usable_rows), ViLUZero.share, self.seed, self.device_
-        )
+        rows = Rows(source, source.usable_rows)
+        return learn_classes(rows, ViLUZero.share, self.seed, self.device_)
 
-    def _kinds(self, train: Rows) -> tuple[str, ...]:
+    def _companion_kinds(self, train: Rows) -> tuple[str, ...]:
         """The kinds of experts beside the attention that suit the size of the training set."""
-        n = len(train.index)
-        if train.source.pool_size is not None or n < MIN_LABELS * train.source.n_candidates:
+        n_rows = len(train.index)
+        has_few_labels = n_rows < MIN_LABELS * train.source.n_candidates
+        if train.source.pool_size is not None or has_few_labels:
             return ()
-        return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
+        if n_rows > MEMORY_ROWS:
+            return ("adapter",)
+        return ("adapter", "memory")
 
     def _fit_experts(
         self,
         rows: Rows,
         kinds: tuple[str, ...],
         weights: Tensor,
-        start: Start | None,
-        near: Experts | None,
+        start: StartLogits | None,
+        similar_experts: Experts | None,
     ) -> Experts:
-        """Fit the attention, and its companions of these ``kinds``.
+        """Fit the attention, and companions of these ``kinds``.
 
-        ``near`` are the experts of another fold, or None. The fit of the attention starts from
-        theirs, so that it needs fewer steps.
+        Args:
+            rows: The rows to fit on.
+            kinds: Kinds of the companions: "adapter", "memory".
+            weights: Weights of the experts in the pool.
+            start: Logits that were estimated from images without labels.
+            similar_experts: Experts that were fitted to most of the rows. Beginning at their
+                attention saves steps.
         """
-        # image-caption pairs have no classes
-        n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
+        n_classes = rows.source.n_candidates
+        if rows.source.pool_size:  # image-caption pairs have no classes
+            n_classes = 0
         feature_dim = 0
         if FEATURES in rows.columns:
             feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
         inputs.fit(rows)
+        warm_start = None
+        if similar_experts is not None:
+            warm_start = similar_experts.attention
         attention = fit_attention(
             inputs,
             rows,
             n_classes,
-            self.variance,
-            self.sharing,
-            self.device_,
+            variance=self.variance,
+            sharing=self.sharing,
+            device=self.device_,
             start=start,
             is_few=not kinds,
-            near=None if near is None else near.attention,
+            warm_start=warm_start,
         )
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
@@ -337,12 +354,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
-        size = self.batch_size  # None: twice the default of the heads
-        if size is None:
-            size = 2 * default_batch(len(rows.index))
+        batch_size = self.batch_size
+        if batch_size is None:
+            batch_size = 2 * default_batch(len(rows.index))
         n_classes = len(attention.classes)
         adapter = Adapter(attention.inputs, n_classes, self.width, self.dropout, self.seed)
-        train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
+        config = self._settings(AdamWConfig, batch_size=batch_size)
+        train_adamw(adapter, loss, rows, config, epochs_of_steps=small_network_epochs)
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -351,18 +369,19 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         blocks = self.experts.blocks(answered)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
         if self.outcome:
-            log_odds = with_outside(log_odds, self.outcome_of(batch))
+            log_odds = log_odds_with_outside(log_odds, self.outcome_of(batch))
         return torch.sigmoid(log_odds)
 
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
         match = self.experts.attention.match(batch.text)
-        classes = torch.where(match.known, match.row, -1)  # -1: no training class
+        classes = torch.where(match.is_class, match.nearest_class, -1)  # -1: no training class
         return self.outcome.log_odds(batch, classes)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pool of experts."""
-        return float64(self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
+        experts = self.experts.to(batch.image.device)
+        return float64(experts(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
         """The experts, their pool, and the outcome "outside" where there is one."""
@@ -370,36 +389,37 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def coalitions(self) -> Coalitions:
         """Coalitions of the parts of the pooled logits."""
+
+        def parts(batch: Batch) -> PooledLogits:
+            return self.experts.to(batch.image.device).pooled_parts(batch)
+
         outside = self.outcome_of if self.outcome else None
-        return PoolCoalitions(
-            lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside
-        )
+        return PoolCoalitions(parts, outside)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
         """New experts of the sizes of the saved ``tensors``."""
-        if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
+        if not tensors.keys() >= {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR}:
             raise DataError(
                 f"a {self.name} holds experts and a pool. "
                 f"The file has {', '.join(sorted(tensors)[:8])}."
             )
-        n_classes = len(tensors[CLASSES])
+        n_classes = len(tensors[CLASSES_TENSOR])
         dim = space.embed_dim
-        inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
+        inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN_TENSOR]))
         companions: dict[str, nn.Module] = {}
-        if ADAPTER in tensors:
+        if ADAPTER_TENSOR in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout, self.seed)
-        if BANK in tensors:
-            companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
+        if BANK_TENSOR in tensors:
+            companions["memory"] = Memory(inputs, len(tensors[BANK_TENSOR]), n_classes)
         n_experts = 1 + len(companions)
-        n_weights = len(tensors[POOL])
+        n_weights = len(tensors[POOL_TENSOR])
         if n_weights != n_experts:
             raise DataError(
-                f"{POOL} of {self.name} must have a weight for each of {n_experts} experts. "
+                f"{POOL_TENSOR} of {self.name} must have a weight for each of {n_experts} experts. "
                 f"Got {n_weights}."
             )
-        return Experts(
-            SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL]
-        )
+        attention = SupervisedAttention(inputs, dim, n_classes, self.sharing)
+        return Experts(attention, companions, weights=tensors[POOL_TENSOR])
 
 
 class PlusGraph(nn.Module):
@@ -419,8 +439,8 @@ class PlusGraph(nn.Module):
         self.widths = {FEATURES: n_features}
         self.expert_weights = nn.Buffer(experts.weights)
         # weights (1, 0, ...) of the attention alone
-        first = torch.eye(len(experts.weights), dtype=experts.weights.dtype)[0]
-        self.attention_only = nn.Buffer(first)
+        attention_only = torch.eye(len(experts.weights), dtype=experts.weights.dtype)[0]
+        self.attention_only = nn.Buffer(attention_only)
 
     def forward(self, batch: Batch) -> Tensor:
         """(N,) float64 uncertainties of the judged answers."""
@@ -429,8 +449,9 @@ class PlusGraph(nn.Module):
             match = self.match(batch)
             classes = None
             if match is not None:
-                classes = torch.where(match.known, match.row, -1)  # -1: no training class
-            log_odds = with_outside(log_odds, self.outside(batch, classes))
+                # -1: no training class
+                classes = torch.where(match.is_class, match.nearest_class, -1)
+            log_odds = log_odds_with_outside(log_odds, self.outside(batch, classes))
         return torch.sigmoid(log_odds)
 
     def log_posterior(self, batch: Batch) -> Tensor:
@@ -439,13 +460,15 @@ class PlusGraph(nn.Module):
         logits = self.experts.all_logits(batch, match)
         weights: Tensor = self.attention_only
         if match is not None and len(self.expert_weights) > 1:
-            weights = torch.where(match.known.all(), self.expert_weights, self.attention_only)
+            weights = torch.where(match.is_class.all(), self.expert_weights, self.attention_only)
         return pool(float64(logits).log_softmax(dim=-1), weights)
 
     def match(self, batch: Batch) -> Match | None:
         """The candidates compared with the training classes; None without training classes."""
         attention = self.experts.attention
-        return attention.match(batch.text) if len(attention.classes) else None
+        if not len(attention.classes):
+            return None
+        return attention.match(batch.text)
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
@@ -453,7 +476,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
-    n_unknown = validation.n_candidates
+    n_unknown = validation.n_candidates  # captions are no training classes
     if not validation.pool_size:
         text = validation.candidates(torch.arange(0)).text
         similarity, _ = nearest_rows(text, classes)

@@ -23,15 +23,20 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
-from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
-from vilu.predictors.contract.predictor import Learnt
-from vilu.predictors.nn.attention import Start
+from vilu.predictors.contract.labelled import (
+    FEW_ROWS,
+    class_texts,
+    failure_log_odds,
+    log_odds_with_outside,
+)
+from vilu.predictors.contract.predictor import CLASSES, Learnt
+from vilu.predictors.nn.attention import StartLogits
 from vilu.predictors.nn.pooled import PooledLogits
-from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
+from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_from_words
 
-EM_ROWS = 20_000
+MAX_EM_ROWS = 20_000
 """Maximum number of rows, drawn at random, from which the class counts are estimated."""
-EM_PASSES = 50
+N_EM_PASSES = 50
 """Number of passes of EM over these rows."""
 PSEUDO_COUNT = 0.5
 """Number of rows of every class that EM counts in addition to the rows of the data.
@@ -39,7 +44,7 @@ PSEUDO_COUNT = 0.5
 Without these rows, EM gives a count of zero to many rare classes that the zero-shot model confuses
 with frequent ones.
 """
-ROUNDS = 2
+N_ROUNDS = 2
 """Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
 RIDGE = 0.7
 """Weight of the spherical part in the regularised covariance within classes."""
@@ -61,9 +66,9 @@ FULL_TRUST_VARIANCE = 0.2
 
 The unit is the variance within classes.
 """
-HALF = 0.5
+MIN_PLACEMENT = 0.5
 """Purity of the members, or slope of the texts, up to which the prototypes get no weight."""
-FULL = 0.7
+FULL_PLACEMENT = 0.7
 """Purity of the members, or slope of the texts, from which the prototypes get their full weight."""
 MIN_MEMBERS = 2.0
 """Mean number of rows per occurring class up to which the prototypes get no weight."""
@@ -164,11 +169,15 @@ class ViLUZero(SeesOutside, ClosedSet):
     @property
     def label(self) -> str:
         """The name, with "(outside)" where the outcome "outside" was learned."""
-        return f"{self.name} (outside)" if self.outcome else self.name
+        if self.outcome:
+            return f"{self.name} (outside)"
+        return self.name
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The column of the words, where the data have it."""
-        return self.optional_columns if NEGATIVES in train.columns else ()
+        if NEGATIVES in train.columns:
+            return self.optional_columns
+        return ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -183,27 +192,27 @@ class ViLUZero(SeesOutside, ClosedSet):
     ) -> Learnt:
         bank, _ = draw_rows(train, self.max_bank, self.seed)
         learned_classes = learn_classes(bank, self.share, self.seed, self.device_)
-        outside = Outside.nothing()
-        if NEGATIVES in bank.columns and len(bank.index) >= FEW:
-            outside = from_words(bank, known_inside=False)
-        zero_shot_weight = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
-        parts = (
-            zero_shot_weight,
-            learned_classes.centre,
-            learned_classes.weight,
-            learned_classes.bias + learned_classes.occurrence,
-            class_texts(train),
-        )
-        # not strict, because ``tensors`` has more names: after these five come those of ``Outside``
-        learned = dict(zip(self.tensors, parts, strict=False))
-        return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
+        outside = Outside.not_learned()
+        if NEGATIVES in bank.columns and len(bank.index) >= FEW_ROWS:
+            outside = learn_from_words(bank, known_inside=False)
+        tensors = {
+            "scale": torch.tensor(1 - learned_classes.share, dtype=torch.float64),
+            "centre": learned_classes.centre,
+            "weight": learned_classes.weight,
+            "bias": learned_classes.bias + learned_classes.occurrence,
+            CLASSES: class_texts(train),
+            **outside.tensors(),
+        }
+        return Learnt(tensors, {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> PooledLogits:
         """The three parts of the pooled logits l' of a batch."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
-        # ``tensors`` has the names of the learned tensors; these are its first four
-        scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
+        scale = self.tensor("scale", image.device)
+        centre = self.tensor("centre", image.device)
+        weight = self.tensor("weight", image.device)
+        bias = self.tensor("bias", image.device)
         return PooledLogits(
             zero_shot=scale * float64(batch.logits - batch.logit_bias),
             class_offset=bias[classes][None],
@@ -212,7 +221,7 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     def _score(self, batch: Batch) -> Tensor:
         log_odds = failure_log_odds(self.parts(batch).logits, batch)
-        return torch.sigmoid(with_outside(log_odds, self.outcome_of(batch)))
+        return torch.sigmoid(log_odds_with_outside(log_odds, self.outcome_of(batch)))
 
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
@@ -227,7 +236,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         return PoolCoalitions(self.parts, self.outcome_of if self.outcome else None)
 
 
-class Classes(NamedTuple):
+class LearnedClasses(NamedTuple):
     """What rows without labels teach about K classes: the terms of the pooled logits l'.
 
     The zero-shot logits l are pooled with prototypes:
@@ -244,18 +253,22 @@ class Classes(NamedTuple):
     occurrence: Tensor  # (K,), o of ``ViLUZero``
     notes: dict[str, Any]
 
-    def start(self, text: Tensor, logit_scale: float) -> Start:
+    def start_logits(self, text: Tensor, logit_scale: float) -> StartLogits:
         """The same pooled logits, written as l_c plus a residual, for texts (K, D) of the classes.
 
         The residual contains the term -share l_c, which is linear in the image.
         """
-        # the product of this tensor with an image z is share l_c
-        shared_text = self.share * logit_scale * float64(text).cpu()
-        bias = self.bias - shared_text @ self.centre
-        return Start(self.centre, self.weight - shared_text, bias, self.occurrence)
+        # z . scaled_text_c = share l_c for every image z
+        scaled_text = self.share * logit_scale * float64(text).cpu()
+        return StartLogits(
+            centre=self.centre,
+            weight=self.weight - scaled_text,
+            bias=self.bias - scaled_text @ self.centre,
+            occurrence=self.occurrence,
+        )
 
 
-def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> Classes:
+def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> LearnedClasses:
     """Learn which classes occur among the rows, and prototypes of the classes.
 
     ``max_share`` is the largest weight of the prototypes in the pool.
@@ -263,30 +276,37 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     text = class_texts(rows)
     share = 0.0
     trust = 0.0
-    known = Classifier.nothing(text)
+    prototypes = Classifier.zero(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
     # With fewer rows, what one half teaches could not be checked on the other half. Nothing is
     # learned then, and the pooled logits are the zero-shot logits.
-    if len(rows.index) >= FEW:
-        pool = Pool(rows, seed, device)
-        occurrence, absent = pool.occurrence()
-        max_share = max_share * sufficiency(len(rows.index), len(text) * (1 - absent))
-        purity = pool.purity(occurrence)
-        share, trust, known = pool.prototypes(occurrence, max_share, purity)
+    n_rows = len(rows.index)
+    if n_rows >= FEW_ROWS:
+        halves = UnlabelledHalves(rows, seed, device)
+        occurrence, absent_share = halves.occurrence()
+        n_occurring = len(text) * (1 - absent_share)
+        max_share = max_share * sufficiency(n_rows, n_occurring)
+        purity = halves.purity(occurrence)
+        share, trust, prototypes = halves.prototypes(occurrence, max_share, purity)
         notes = {
-            "absent": absent,
+            "absent": absent_share,
             "share": share,
             "trust": trust,
-            "slope": known.slope,
-            "anchor": known.anchor,
-            "apart": known.apart,
+            "slope": prototypes.slope,
+            "anchor": prototypes.anchor,
+            "apart": prototypes.separation,
             "purity": purity,
         }
     factor = share * trust
-    weight = factor * known.weight
-    bias = factor * known.bias
-    return Classes(share, known.centre, weight, bias, occurrence, notes)
+    return LearnedClasses(
+        share=share,
+        centre=prototypes.centre,
+        weight=factor * prototypes.weight,
+        bias=factor * prototypes.bias,
+        occurrence=occurrence,
+        notes=notes,
+    )
 
 
 class SoftMembers(NamedTuple):
@@ -295,28 +315,35 @@ class SoftMembers(NamedTuple):
     Each tensor may have a further first dimension of size 2, for two halves of the rows.
     """
 
-    members: Tensor  # (K,) sums of p: the counts of the classes
+    counts: Tensor  # (K,) sums of p: the counts of the classes
     squares: Tensor  # (K,) sums of p^2
-    total: Tensor  # (K, D) sums of p x
-    second: Tensor  # (D, D) sum of x x^T
+    image_sums: Tensor  # (K, D) sums of p x
+    image_products: Tensor  # (D, D) sum of x x^T
 
     @classmethod
-    def nothing(cls, n_classes: int, dim: int) -> SoftMembers:
+    def empty(cls, n_classes: int, dim: int) -> SoftMembers:
         """The sums over two empty halves."""
-        shapes = (n_classes,), (n_classes,), (n_classes, dim), (dim, dim)
-        return cls(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in shapes))
+        return cls(
+            counts=torch.zeros(2, n_classes, dtype=torch.float64),
+            squares=torch.zeros(2, n_classes, dtype=torch.float64),
+            image_sums=torch.zeros(2, n_classes, dim, dtype=torch.float64),
+            image_products=torch.zeros(2, dim, dim, dtype=torch.float64),
+        )
 
     def add(self, half: int, posterior: Tensor, image: Tensor) -> None:
         """Add rows to a half, by their posteriors (b, K) and their images (b, D)."""
-        parts = posterior.sum(0), posterior.square().sum(0), posterior.T @ image, image.T @ image
-        for whole, part in zip(self, parts, strict=True):
-            whole[half] += part.cpu()
+        self.counts[half] += posterior.sum(0).cpu()
+        self.squares[half] += posterior.square().sum(0).cpu()
+        self.image_sums[half] += (posterior.T @ image).cpu()
+        self.image_products[half] += (image.T @ image).cpu()
 
-    def part(self, half: int | None) -> SoftMembers:
-        """The sums over one half of the rows, or over both halves if ``half`` is None."""
-        if half is None:
-            return SoftMembers(*(both_halves.sum(0) for both_halves in self))
+    def of_half(self, half: int) -> SoftMembers:
+        """The sums over one half of the rows."""
         return SoftMembers(*(both_halves[half] for both_halves in self))
+
+    def of_both_halves(self) -> SoftMembers:
+        """The sums over all rows."""
+        return SoftMembers(*(both_halves.sum(0) for both_halves in self))
 
 
 class Classifier(NamedTuple):
@@ -325,23 +352,28 @@ class Classifier(NamedTuple):
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
     bias: Tensor  # (K,)
-    slope: float = 0.0  # a of ``discriminants``
-    anchor: float = 0.0  # kappa of ``discriminants``, in rows
-    apart: float = 0.0  # variance between class means, in units of the variance within classes
+    slope: float = 0.0  # a of ``fit_classifier``
+    anchor: float = 0.0  # kappa of ``fit_classifier``, in rows
+    separation: float = 0.0  # variance between class means, divided by the variance within classes
 
     @classmethod
-    def nothing(cls, text: Tensor) -> Classifier:
+    def zero(cls, text: Tensor) -> Classifier:
         """The classifier with all discriminants 0, for classes with texts (K, D)."""
-        weight = torch.zeros(text.shape, dtype=torch.float64)
-        return cls(weight.sum(0), weight, weight.sum(1))
+        n_classes, dim = text.shape
+        return cls(
+            centre=torch.zeros(dim, dtype=torch.float64),
+            weight=torch.zeros(n_classes, dim, dtype=torch.float64),
+            bias=torch.zeros(n_classes, dtype=torch.float64),
+        )
 
-    def of(self, image: Tensor) -> Tensor:
+    def discriminants(self, image: Tensor) -> Tensor:
         """(b, K) float32 discriminants of images (b, D)."""
-        return (image - self.centre.to(image)) @ self.weight.to(image).T + self.bias.to(image)
+        centred = image - self.centre.to(image)
+        return centred @ self.weight.to(image).T + self.bias.to(image)
 
 
-def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
-    """Discriminants of Gaussians with a common covariance W and means anchored at texts (K, D).
+def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
+    """Fit Gaussians with a common covariance W and means anchored at texts (K, D).
 
     The mean m_c of the n_c soft members of class c is modelled as
 
@@ -354,30 +386,33 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     2. a is the slope of the weighted least-squares regression, at least 0.
     3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
        ``MAX_ANCHOR``.
-    4. ``apart`` is the variance between the means of the classes: the mean square of m_c - m, less
-       sampling noise.
+    4. ``separation`` is the variance between the means of the classes: the mean square of m_c - m,
+       less sampling noise.
     """
-    count = moments.members.clamp(min=1e-9)  # a divisor, so never 0
-    n = float(moments.members.sum())
-    mean = moments.total.sum(0) / n
-    centred = moments.total / count[:, None] - mean
-    within = moments.second - n * torch.outer(mean, mean) - (centred.T * moments.members) @ centred
+    count = moments.counts.clamp(min=1e-9)  # a divisor, so never 0
+    n = float(moments.counts.sum())
+    mean = moments.image_sums.sum(0) / n
+    centred_means = moments.image_sums / count[:, None] - mean
+    scatter = moments.image_products - n * torch.outer(mean, mean)
+    scatter_within = scatter - (centred_means.T * moments.counts) @ centred_means
     # division by N would treat the means as known, and underestimate the variance of small classes
-    within = within / max(n - float((moments.squares / count).sum()), 1.0)
-    dim = len(within)
-    variance = float(within.trace()) / dim
+    degrees_of_means = float((moments.squares / count).sum())
+    covariance = scatter_within / max(n - degrees_of_means, 1.0)
+    dim = len(covariance)
+    variance = float(covariance.trace()) / dim
     if variance <= NO_SPREAD:
-        return Classifier.nothing(text)
+        return Classifier.zero(text)
     # Few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues. The
     # covariance is therefore mixed with a spherical one.
     identity = torch.eye(dim, dtype=torch.float64)
-    precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
-    centred_text = text - (moments.members @ text) / n
-    weighted = moments.members[:, None] * (centred_text @ precision)
-    means_on_texts = (weighted * centred).sum()
-    texts_on_texts = (weighted * centred_text).sum().clamp(min=1e-12)
+    precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
+    centred_texts = text - (moments.counts @ text) / n
+    weighted_texts = moments.counts[:, None] * (centred_texts @ precision)
+    means_on_texts = (weighted_texts * centred_means).sum()
+    texts_on_texts = (weighted_texts * centred_texts).sum().clamp(min=1e-12)
     slope = float((means_on_texts / texts_on_texts).clamp(min=0))
-    within_square = float((precision * within).sum())  # mean square of an image in the metric of W
+    # mean square of an image within its class, in the metric of W
+    mean_square_within = float((precision * covariance).sum())
 
     def variance_of(vectors: Tensor) -> float:
         """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
@@ -385,18 +420,19 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
         The variance is the mean square, weighted by the counts, less the noise K / N of K means.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
-        mean_square = float((moments.members * squares).sum()) / (within_square * n)
+        mean_square = float((moments.counts * squares).sum()) / (mean_square_within * n)
         return mean_square - len(count) / n
 
-    anchor = 1 / max(variance_of(centred - slope * centred_text), 1 / MAX_ANCHOR)
-    summed = moments.members[:, None] * centred + anchor * slope * centred_text
-    means = summed / (moments.members + anchor)[:, None]
+    residual_variance = variance_of(centred_means - slope * centred_texts)
+    anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR)
+    weighted_sums = moments.counts[:, None] * centred_means + anchor * slope * centred_texts
+    means = weighted_sums / (moments.counts + anchor)[:, None]
     weight = means @ precision
     bias = -(weight * means).sum(1) / 2
-    return Classifier(mean, weight, bias, slope, anchor, variance_of(centred))
+    return Classifier(mean, weight, bias, slope, anchor, separation=variance_of(centred_means))
 
 
-class Pool:
+class UnlabelledHalves:
     """Unlabelled rows in two random halves, read block by block.
 
     What is learned from one half is evaluated on the other half.
@@ -405,6 +441,7 @@ class Pool:
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
+        # positions (N / 2,) of the rows of each half: every other one of the shuffled rows
         self.halves = [order[half::2].sort().values for half in (0, 1)]
         self.rows = rows
         self.device = device
@@ -424,19 +461,19 @@ class Pool:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
 
         The counts are sums of posteriors, whose prior is in proportion to count + ``PSEUDO_COUNT``.
-        At most ``EM_ROWS`` / 2 rows of each half are read.
+        At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
         """
         # EM of Saerens et al., Neural Computation 2002, with a Dirichlet prior of the frequencies:
         # EM ends at the frequencies pi that maximise
         #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
         # A pass computes the posterior of every row with the counts as prior. The sums of the
         # posteriors are the new counts.
-        max_rows = EM_ROWS // 2  # of each half
+        max_rows = MAX_EM_ROWS // 2  # of each half
         n = 0
         for half in halves:
             n += min(len(self.halves[half]), max_rows)
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
-        for _ in range(EM_PASSES):
+        for _ in range(N_EM_PASSES):
             prior = (count + PSEUDO_COUNT).log().float().to(self.device)
             count = torch.zeros_like(count)
             for half in halves:
@@ -447,7 +484,7 @@ class Pool:
 
     def occurrence(self) -> tuple[Tensor, float]:
         """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
-        log_presence, absent = presence(self.counts((0, 1)))
+        log_presence, absent_share = presence(self.counts(halves=(0, 1)))
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
         if all_occur:
             return log_presence, 0.0
@@ -455,12 +492,12 @@ class Pool:
         # the full strength would always have the most evidence.
         evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
-            of_other_half, _ = presence(self.counts((1 - half,)))
-            evidence += self._evidence(half, of_other_half)
+            log_presence_in_other, _ = presence(self.counts(halves=(1 - half,)))
+            evidence += self._evidence(half, log_presence_in_other)
         strength = STRENGTHS[int(evidence.argmax())]
         if strength == 0:
-            absent = 0.0
-        return strength * log_presence, absent
+            absent_share = 0.0
+        return strength * log_presence, absent_share
 
     def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
         """(S,) log-evidence of a half of the rows under each of the S strengths s.
@@ -469,41 +506,46 @@ class Pool:
 
             log [sum_c exp(l_c + s o_c) / sum_c exp(s o_c)]
         """
+        # s o_c minus the logarithm of the denominator
         offsets = []
         for strength in STRENGTHS:
             offset = strength * log_presence
             offsets.append(offset - offset.logsumexp(0))
         total = torch.zeros(len(offsets), dtype=torch.float64)
-        for _, logits in self.blocks(half, EM_ROWS // 2):
+        for _, logits in self.blocks(half, MAX_EM_ROWS // 2):
             for index, offset in enumerate(offsets):
-                of_rows = (logits + offset.float().to(self.device)).logsumexp(1)
-                total[index] += of_rows.double().sum().cpu()
+                log_likelihood = (logits + offset.float().to(self.device)).logsumexp(1)
+                total[index] += log_likelihood.double().sum().cpu()
         return total
 
     def prototypes(
         self, occurrence: Tensor, max_share: float, purity: float
     ) -> tuple[float, float, Classifier]:
-        """The weight of the prototypes, at most ``max_share``, then tau, then the prototypes."""
+        """The weight of the prototypes (at most ``max_share``), tau, and the prototypes."""
         text = float64(self.text).cpu()
         share = 0.0
         trust = 0.0
-        crossed = [Classifier.nothing(text)] * 2  # for each half, the prototypes of the other half
-        whole = Classifier.nothing(text)
-        for _ in range(ROUNDS):
-            moments = self._moments(occurrence, crossed, trust, share)
-            crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
-            whole = discriminants(moments.part(None), text)
-            trust = self._trust(occurrence, crossed)
+        no_prototypes = Classifier.zero(text)
+        # for each half, the prototypes of the other half
+        other_half_prototypes = [no_prototypes, no_prototypes]
+        prototypes = no_prototypes
+        for _ in range(N_ROUNDS):
+            moments = self._moments(occurrence, other_half_prototypes, trust, share)
+            first_prototypes = fit_classifier(moments.of_half(0), text)
+            second_prototypes = fit_classifier(moments.of_half(1), text)
+            other_half_prototypes = [second_prototypes, first_prototypes]
+            prototypes = fit_classifier(moments.of_both_halves(), text)
+            trust = self._trust(occurrence, other_half_prototypes)
             share = 0.0
             if trust:
-                distance = min(max(whole.apart / FULL_TRUST_VARIANCE, 0.0), 1.0)
-                share = max_share * distance**2 * placement(purity, whole.slope)
-        return share, trust, whole
+                relative = min(max(prototypes.separation / FULL_TRUST_VARIANCE, 0.0), 1.0)
+                share = max_share * relative**2 * placement(purity, prototypes.slope)
+        return share, trust, prototypes
 
     def purity(self, occurrence: Tensor) -> float:
         """The expected share of right rows among the soft members of a class, sum p^2 / N.
 
-        p are the posteriors softmax(l + o). At most ``EM_ROWS`` / 2 rows of each half are read.
+        p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
         """
         # If posteriors are calibrated, a row counts as a member of class c with weight p_c and
         # belongs to it with probability p_c.
@@ -511,31 +553,36 @@ class Pool:
         squares = 0.0
         n = 0
         for half in (0, 1):
-            for _, logits in self.blocks(half, EM_ROWS // 2):
+            for _, logits in self.blocks(half, MAX_EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
                 squares += float(posterior.square().sum(dtype=torch.float64))
                 n += len(logits)
         return squares / n
 
     def _moments(
-        self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float
+        self,
+        occurrence: Tensor,
+        other_half_prototypes: list[Classifier],
+        trust: float,
+        share: float,
     ) -> SoftMembers:
         """Sums over the soft members of both halves.
 
-        The posterior of a row is pooled with the prototypes ``crossed`` of the other half, whose
-        weight is ``share`` and whose scale is ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
+        The posterior of a row is pooled with the prototypes of the other half, whose weight is
+        ``share`` and whose scale is ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
         """
-        moments = SoftMembers.nothing(*self.text.shape)
+        moments = SoftMembers.empty(*self.text.shape)
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)
                 # prototypes of the same half would only confirm the memberships they come from
                 if trust:
-                    pooled = pooled + share * (trust * crossed[half].of(image) - logits)
+                    prototype_logits = trust * other_half_prototypes[half].discriminants(image)
+                    pooled = pooled + share * (prototype_logits - logits)
                 moments.add(half, pooled.softmax(1), image)
         return moments
 
-    def _trust(self, occurrence: Tensor, crossed: list[Classifier]) -> float:
+    def _trust(self, occurrence: Tensor, other_half_prototypes: list[Classifier]) -> float:
         """The tau for which softmax(tau g + o) has the least mean cross-entropy to softmax(l + o).
 
         g are the discriminants of a row by the prototypes of the other half of the rows.
@@ -543,12 +590,12 @@ class Pool:
         losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
         offset = occurrence.float().to(self.device)
         for half in (0, 1):
-            for image, logits in self.blocks(half, EM_ROWS // 2):
+            for image, logits in self.blocks(half, MAX_EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
-                g = crossed[half].of(image)
+                g = other_half_prototypes[half].discriminants(image)
                 for index, trust in enumerate(TRUSTS):
-                    predicted = (trust * g + offset).log_softmax(1)
-                    losses[index] -= (posterior * predicted).sum(1).double().sum().cpu()
+                    log_predicted = (trust * g + offset).log_softmax(1)
+                    losses[index] -= (posterior * log_predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
 
 
@@ -563,8 +610,8 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 def placement(purity: float, slope: float) -> float:
     """Factor of the weight of the prototypes, in [0, 1]: whether class means lie at their classes.
 
-    The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``HALF``, and rises from
-    there to 1 at ``FULL``.
+    The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``MIN_PLACEMENT``, and
+    rises from there to 1 at ``FULL_PLACEMENT``.
     """
     # Purity: take two classes that the zero-shot model confuses. Of the soft members of each class,
     # a share pi belongs to the class, and 1 - pi to the other class. The means of the members then
@@ -573,8 +620,9 @@ def placement(purity: float, slope: float) -> float:
     # Slope: the prior mean of a class is m + a (t_c - t). If the slope a is above 1/2, the texts
     # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
     # texts keep the means of confused classes apart.
-    larger = max(purity, slope)
-    return min(max((larger - HALF) / (FULL - HALF), 0.0), 1.0)
+    evidence = max(purity, slope)
+    factor = (evidence - MIN_PLACEMENT) / (FULL_PLACEMENT - MIN_PLACEMENT)
+    return min(max(factor, 0.0), 1.0)
 
 
 def presence(count: Tensor) -> tuple[Tensor, float]:
@@ -591,17 +639,19 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
     """
     n = float(count.sum())
     k = len(count)
-    absent = 0.5
+    absent_share = 0.5
     p_absent = torch.zeros_like(count)
-    low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE  # f(s)
+    absent_density = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE  # f(s)
     for _ in range(200):  # passes of EM
-        mean = n / (k * (1 - absent))
+        mean = n / (k * (1 - absent_share))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
         # without LOST_SHARE, every class that the zero-shot model overlooks would count as absent
-        high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
-        present = (1 - absent) * (high + LOST_SHARE * low)
-        p_absent = absent * low / (absent * low + present)  # Bayes' rule
+        usual_density = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
+        occurring = (1 - absent_share) * (usual_density + LOST_SHARE * absent_density)
+        p_absent = (
+            absent_share * absent_density / (absent_share * absent_density + occurring)
+        )  # Bayes' rule
         # below 1, because ``mean`` is divided by 1 - absent
-        absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
-    return torch.log1p(-p_absent), absent
+        absent_share = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
+    return torch.log1p(-p_absent), absent_share

@@ -21,9 +21,9 @@ from vilu.predictors.contract.coalitions import LOG_ODDS, Coalitions, HeadCoalit
 from vilu.predictors.contract.labelled import fit_and_selection
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
-from vilu.predictors.contract.seen import join
+from vilu.predictors.contract.seen import join_sketches
 from vilu.predictors.nn.checkpoint import current_session, data_fingerprint, text_fingerprint
-from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
+from vilu.predictors.nn.head import HIDDEN, FailureHead, load_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
@@ -104,7 +104,7 @@ class HeadPredictor(FailurePredictor):
             )
         super()._fit_rows(train, validation)
         if start is not None:
-            self.seen_ = join(self.seen_, start.seen_)
+            self.seen_ = join_sketches(self.seen_, start.seen_)
         if self.constant_ is not None:
             self.notes_ |= self._start_notes()
 
@@ -120,21 +120,21 @@ class HeadPredictor(FailurePredictor):
 
         ``error_rate`` is the share of failures among the training rows.
         """
-        head = self._first_head(train.source.space)
+        head = self._initial_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
-        keeper = current_session().keeper(lambda: self._binding(head, train, validation))
-        trainer = HeadTrainer(
-            head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, stateful=[weight]
-        )
+        saver = current_session().saver(lambda: self._binding(head, train, validation))
+        loss = LOSSES[self.loss](weight)
+        config = self._settings(TrainConfig)
+        trainer = HeadTrainer(head, loss, config, saver, stateful=[weight])
         history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
 
-    def _first_head(self, space: EmbeddingSpace) -> FailureHead:
-        """The head that training begins with: new weights from the seed, or fitted weights."""
+    def _initial_head(self, space: EmbeddingSpace) -> FailureHead:
+        """The head before training, with new weights from the seed or with fitted weights."""
         head = cast("FailureHead", self.module({}, space))
         if self.start_ is not None:
-            with_weights(head, self.start_.state(), self.name)
+            load_weights(head, self.start_.state(), self.name)
         return head
 
     def _binding(
@@ -168,25 +168,27 @@ class HeadPredictor(FailurePredictor):
         return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
-        logits = [float64(head(batch)) for head in self.heads]
-        return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
+        probabilities = []
+        for head in self.heads:
+            probabilities.append(torch.sigmoid(float64(head(batch))))
+        return torch.stack(probabilities).mean(dim=0)
 
     @torch_defaults()
     def _log_weight(self) -> float:
         """Number by which the log-odds of a trained head are too large.
 
-        The number is log w, with the weight w of failures in the loss: if p is the probability of
-        failure, weighted BCE is minimal at the odds w p / (1 - p). w is computed from the error
+        The number is log w, with the weight w of failures in the loss. If p is the probability of
+        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the error
         rate of the training set. The order of rows does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
-        n = self.notes_.get("n_train")
+        n_rows = self.notes_.get("n_train")
         n_failures = self.notes_.get("n_failures")
         # the notes of a converted checkpoint have no counts of training rows
-        if not n or n_failures is None:
+        if not n_rows or n_failures is None:
             return 0.0
-        error_rate = torch.tensor(n_failures / n, dtype=torch.float32)
+        error_rate = torch.tensor(n_failures / n_rows, dtype=torch.float32)
         weight = FailureWeight(self.weighting, float(error_rate), self.static_weight)
         if weight.constant is None:
             return math.log(float(adaptive_weight(error_rate)))

@@ -63,7 +63,9 @@ class LVU(HeadPredictor):
 
         The loss -log p_y is infinite for images of none of the classes, so these are left out.
         """
-        return "class" if self.loss == "loss" else super().needs
+        if self.loss == "loss":
+            return "class"
+        return super().needs
 
     graph = head_graph
     coalitions = head_coalitions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.source import EmbeddingSource
-from vilu.predictors.contract.coalitions import Coalitions, NoAttribution, Scored
+from vilu.predictors.contract.coalitions import Coalitions, NoAttribution, ScoredBatch
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.report.explain.rows import draw_rows, scored_rows
 
@@ -103,11 +103,11 @@ class Attributor:
         self.coalitions = coalitions_of(predictor)
         background_rows = draw_rows(background, n_rows, seed, rows_to_leave_out)
         self.n_background = len(background_rows)
-        self.coalitions.see(
-            list(scored_rows(predictor, background, background_rows, self.coalitions.step))
-        )
+        batch_size = self.coalitions.background_batch
+        scored_batches = scored_rows(predictor, background, background_rows, batch_size)
+        self.coalitions.set_background(list(scored_batches))
 
-    def attribute(self, scored: Scored) -> list[Attribution]:
+    def attribute(self, scored: ScoredBatch) -> list[Attribution]:
         """One attribution per row of a batch."""
         values = self.coalitions.values(*scored)
         # the first coalition has no player, and the last one has all players

@@ -17,7 +17,7 @@ from vilu.embeddings.checks import Identity
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, UsageError
-from vilu.predictors.bank.search import image_blocks, nearest
+from vilu.predictors.bank.search import image_blocks, nearest_in_bank
 from vilu.predictors.contract.labelled import trainable_rows
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import CrossAttention
@@ -252,7 +252,7 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     position = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
     for row_slice, block in image_blocks(rows):
-        cosine, index = nearest(query, block, k)
+        cosine, index = nearest_in_bank(query, block, k)
         # a stable sort keeps tied rows of earlier blocks before tied rows of this block
         sorted_cosine, order = torch.cat([best_cosine, cosine], dim=1).sort(
             dim=1, descending=True, stable=True

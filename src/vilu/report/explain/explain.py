@@ -18,8 +18,8 @@ from vilu.callers import warn_caller
 from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.predictors.bank.search import leaders
-from vilu.predictors.contract.coalitions import NoAttribution, Scored
+from vilu.predictors.bank.search import k_largest
+from vilu.predictors.contract.coalitions import NoAttribution, ScoredBatch
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
@@ -353,7 +353,7 @@ def _explain_without_neighbours(
 
 
 def _explain_batch(
-    scored_batch: Scored,
+    scored_batch: ScoredBatch,
     names: Names,
     weights: Weights,
     depth: Depth,
@@ -363,7 +363,7 @@ def _explain_batch(
     batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
     n_leaders = min(depth.candidates, len(batch.text))
-    weight, leader = leaders(weights.compute(batch).cpu(), n_leaders)
+    weight, leader = k_largest(weights.compute(batch).cpu(), n_leaders)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()

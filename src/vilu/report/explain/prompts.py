@@ -16,7 +16,7 @@ from vilu.device import torch_defaults
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.predictors.bank.search import leaders
+from vilu.predictors.bank.search import k_largest
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import BATCH_ROWS, class_name
@@ -233,7 +233,7 @@ class Rivals(NamedTuple):
         # Give classes with equal texts the same logit: the one of the first of these classes.
         # Without this, a matrix product may round their logits differently and break the tie.
         logits = batch.logits[:, batch.first_equal]
-        two_largest, two_classes = leaders(logits, 2)
+        two_largest, two_classes = k_largest(logits, 2)
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
         answer, runner_up = two_classes.split(1, dim=1)
         is_answer = answer == torch.arange(len(batch.text))  # (B, K)

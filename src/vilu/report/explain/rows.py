@@ -16,7 +16,7 @@ from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
-from vilu.predictors.contract.coalitions import NONE
+from vilu.predictors.contract.coalitions import NONE_OF_CLASSES
 from vilu.predictors.contract.predictor import FailurePredictor
 
 BATCH_ROWS = 1_024  # maximum number of rows in a batch
@@ -147,7 +147,7 @@ def class_name(names: Sequence[str] | None, candidate: int) -> str:
     ``OUTSIDE`` and ``UNKNOWN`` are no classes and have names of their own.
     """
     if candidate == OUTSIDE:
-        return NONE
+        return NONE_OF_CLASSES
     if candidate == UNKNOWN:
         return "not known"
     return f"candidate {candidate}" if names is None else names[candidate]

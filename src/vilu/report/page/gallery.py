@@ -14,7 +14,7 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.coalitions import NONE
+from vilu.predictors.contract.coalitions import NONE_OF_CLASSES
 from vilu.progress import track
 from vilu.report.page.choice import Choice
 
@@ -78,7 +78,7 @@ def make_card(
     """Make the card of a row."""
     true = _class_name(outcomes, outcomes.target, row)
     if outcomes.outside[row]:
-        true = NONE
+        true = NONE_OF_CLASSES
     failure = outcomes.failure[row]
     return Card(
         key=str(row) if outcomes.ids is None else outcomes.ids[row],
