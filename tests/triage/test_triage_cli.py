@@ -370,7 +370,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, of_zero_shot: Path
 ) -> None:
-    """Half of the answers "cat" are wrong, so that class comes last; the other two take turns."""
+    """The classes take turns; "cat", half of whose answers are wrong, gets no more than the rest."""
     truth, predictor, given = begun[1], of_zero_shot, list[object]()
     calibrate = (
         "calibrate",
@@ -399,7 +399,7 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
         found = rows(file)
         drawn.update(row["answer"] for row in found if row["stream"] == "calibration")
         if number == 0:
-            assert drawn["cat"] == 0
+            assert drawn["cat"] <= min(drawn["car"], drawn["dog"])
             assert abs(drawn["car"] - drawn["dog"]) <= 1
         give_labels(file, truth, file)
         given += ["--labels", file]

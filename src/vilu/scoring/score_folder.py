@@ -41,7 +41,7 @@ RERUN_ADVICE = "Run the same `vilu score` again"
 class ScoreDocument(Document):
     """A JSON file of a folder of scores."""
 
-    again = RERUN_ADVICE  # advice in messages about a damaged file
+    remedy = RERUN_ADVICE  # advice in messages about a damaged file
 
 
 class ScoreRun(ScoreDocument):
