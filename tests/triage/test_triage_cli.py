@@ -370,7 +370,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, of_zero_shot: Path
 ) -> None:
-    """The classes take turns; "cat", half of whose answers are wrong, gets no more than the rest."""
+    """The classes take turns. "cat" gets no more: half of its answers are wrong."""
     truth, predictor, given = begun[1], of_zero_shot, list[object]()
     calibrate = (
         "calibrate",
