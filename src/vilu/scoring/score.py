@@ -518,7 +518,7 @@ def score_parts(
         200 100
     """
     predictor, calibration = parts_of(predictor, calibration)
-    ScoreLedger.check_place(Path(folder), overwrite=overwrite)
+    ScoreLedger.check_folder(Path(folder), overwrite=overwrite)
     _check(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
