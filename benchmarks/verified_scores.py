@@ -46,7 +46,7 @@ def make(root: Path, n: int) -> None:
     run = Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset="noise", vilu="0")
     ledger = StoreLedger(root, run)
     root.mkdir()
-    ledger.begin(run, StoreLedger.always)
+    ledger.begin(run, StoreLedger.required_folders)
     text = torch.from_numpy(rng.standard_normal((K, D), dtype=np.float32))
     write_classes(root, run, torch.nn.functional.normalize(text), {})
     receipts = []
@@ -75,7 +75,7 @@ def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
     import vilu
     from vilu.store import ledger
 
-    ledger._verified.clear()
+    ledger._verified_files.clear()
     start, busy = time.perf_counter(), time.process_time()
     with patch.object(ledger, "require_hash", ledger.require_hash if verified else lambda *_: None):
         vilu.score(vilu.MCM(), vilu.EmbeddingStore(root))

@@ -171,7 +171,7 @@ def test_a_disk_that_is_full(small_disk, monkeypatch):
     with pytest.raises(StorageError, match="64 embeddings need"):
         embed(data, backbone, small_disk / "s", **settings)
     assert backbone.n_images == 0
-    monkeypatch.setattr("vilu.store.embed.require_room", lambda *_: None)
+    monkeypatch.setattr("vilu.store.embed.require_disk_space", lambda *_: None)
     with pytest.raises(StorageError, match="No space left on device") as caught:
         embed(data, backbone, small_disk / "s", **settings)
     assert caught.value.exit_code == 7

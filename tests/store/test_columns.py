@@ -73,7 +73,7 @@ def test_what_is_kept(original):
     for row, i in enumerate(good):
         image = decode_image(data.blobs[i]).image
         assert torch.equal(kept["features"][row], backbone.preprocess(image).flatten())
-        views = Views(n=V, seed=7).of(image, data.keys[i])
+        views = Views(n=V, seed=7).make_views(image, data.keys[i])
         expected = backbone.encode_images(
             torch.stack([backbone.preprocess(view) for view in views])
         )

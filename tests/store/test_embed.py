@@ -87,7 +87,7 @@ def test_a_store_begun_during_the_check_belongs_to_this_job(tmp_path, monkeypatc
 
     monkeypatch.setattr(ledger, "folder_entries", then_it_begins(folder_entries))
     monkeypatch.setattr(StoreLedger, "has_begun", then_it_begins(StoreLedger.has_begun))
-    StoreLedger.check_place(here)
+    StoreLedger.check_folder(here)
 
 
 def test_float32_keeps_every_bit(tmp_path):

@@ -323,7 +323,7 @@ def test_ranks_at_work_hold_no_lock_and_lose_no_file(tmp_path):
 
 
 def test_ranks_wait_for_the_lock_for_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(embed_module, "LOCK_WAIT_SECONDS", 0.1)
     with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError):
         run(dataset(5), tmp_path / "s", executor=Rank(0, 2), shared=True)
 

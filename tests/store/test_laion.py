@@ -30,9 +30,9 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import reporting
 from vilu.store.folds import fold_of
-from vilu.store.laion import SCAN_CELLS, LaionPairs
-from vilu.store.mapped import OPEN_PARTS, MappedParts
-from vilu.store.unreadable import or_damaged
+from vilu.store.laion import MAX_BLOCK_CELLS, LaionPairs
+from vilu.store.mapped import MAX_OPEN_PARTS, MappedParts
+from vilu.store.unreadable import convert_damage_errors
 
 N = 60
 IMAGE, TEXT = unit_pairs(N, seed=1)
@@ -84,7 +84,7 @@ def few_files():
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
         next_one = os.dup(1)
         os.close(next_one)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + OPEN_PARTS + 100, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + MAX_OPEN_PARTS + 100, before[1]))
         yield
 
 
@@ -105,7 +105,7 @@ def test_two_threads_may_let_go_of_what_they_have_read():
         np.arange(N + 1),
         {"image": (DIM,)},
         lambda _, number: IMAGE[number : number + 1],
-        most_resident=2**17,
+        max_resident_bytes=2**17,
     )
     rows = torch.randint(N, (600, 10), generator=torch.Generator().manual_seed(0))
     before = sys.getswitchinterval()
@@ -184,7 +184,7 @@ def test_unusable_rows_are_in_no_pool_and_say_why(tmp_path):
 
 
 def test_opening_reads_headers_only_and_progress_is_shown(tmp_path):
-    block = SCAN_CELLS // DIM
+    block = MAX_BLOCK_CELLS // DIM
     n = block + 10
     rows = np.resize(IMAGE, (n, DIM))
     write_shards(tmp_path, rows, rows, sizes=[n])
@@ -356,7 +356,7 @@ def test_damaged_files(root):
     ],
 )
 def test_what_the_system_refuses_is_no_damage(root, code, message):
-    with pytest.raises(StorageError) as told, or_damaged(root, "Fetch it again."):
+    with pytest.raises(StorageError) as told, convert_damage_errors(root, "Fetch it again."):
         raise OSError(code, os.strerror(code))
     assert str(told.value) == f"cannot read {root}: {message}"
 

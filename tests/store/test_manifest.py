@@ -16,7 +16,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
 from vilu.store.ledger import FileInfo
 from vilu.store.manifest import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
-from vilu.store.parts import plan, positions
+from vilu.store.parts import plan, possible_positions
 
 SPACE = EmbeddingSpace(
     8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32"
@@ -109,8 +109,8 @@ def test_how_many_images_shards_hold_is_no_input():
         (10, 20),
         (20, 23),
     ]
-    assert positions(run, plan(run)[0]) == range(7 * 2**32)
-    assert positions(make_run(), plan(make_run())[2]) == range(20, 25)
+    assert possible_positions(run, plan(run)[0]) == range(7 * 2**32)
+    assert possible_positions(make_run(), plan(make_run())[2]) == range(20, 25)
 
 
 def test_documents_survive_json(tmp_path):
@@ -118,10 +118,10 @@ def test_documents_survive_json(tmp_path):
     write_document(tmp_path / "run.json", run)
     assert read_document(tmp_path / "run.json", Run) == run
     info = FileInfo(bytes=1, sha256="0" * 64)
-    table = StoredClasses.of(run, info)
+    table = StoredClasses.from_files(run, info)
     write_document(tmp_path / "classes.json", table)
     assert read_document(tmp_path / "classes.json", StoredClasses) == table
-    assert StoredClasses.of(make_run(names=("a", "c")), info).hash != table.hash
+    assert StoredClasses.from_files(make_run(names=("a", "c")), info).hash != table.hash
 
 
 def test_whole_numbers_and_floats_are_one():

@@ -16,7 +16,7 @@ from vilu.backbones.base import DualEncoder
 from vilu.device import multiplies_bf16
 from vilu.errors import ProvenanceError
 from vilu.store.job import BackboneSpec
-from vilu.store.precision import LEAST_COSINE, LEAST_EQUAL, PrecisionCheck
+from vilu.store.precision import MIN_COSINE, MIN_EQUAL_ANSWERS, PrecisionCheck
 from vilu.store.reader import EmbeddingStore
 
 
@@ -83,11 +83,11 @@ def test_a_precision_that_changes_answers_stops_with_the_numbers(tmp_path: Path)
 @pytest.mark.parametrize(
     ("least_cosine", "equal_answers", "is_passed"),
     [
-        (LEAST_COSINE, LEAST_EQUAL, True),
-        (LEAST_COSINE - 1e-4, 1.0, False),  # the answers are equal, the embeddings are not
-        (1.0, LEAST_EQUAL - 1e-4, False),  # the embeddings are equal, the answers are not
-        (LEAST_COSINE - 1e-4, None, False),
-        (LEAST_COSINE, None, True),
+        (MIN_COSINE, MIN_EQUAL_ANSWERS, True),
+        (MIN_COSINE - 1e-4, 1.0, False),  # the answers are equal, the embeddings are not
+        (1.0, MIN_EQUAL_ANSWERS - 1e-4, False),  # the embeddings are equal, the answers are not
+        (MIN_COSINE - 1e-4, None, False),
+        (MIN_COSINE, None, True),
     ],
 )
 def test_each_bar_alone_decides(

@@ -157,7 +157,7 @@ def test_more_parts_than_are_kept_open():
         opened.append(number)
         return rows[2 * number : 2 * number + 2]
 
-    parts = MappedParts(np.array([0, 2, 4, 6]), {"image": (2,)}, open_part, most_open=1)
+    parts = MappedParts(np.array([0, 2, 4, 6]), {"image": (2,)}, open_part, max_open_parts=1)
     index = torch.arange(6).roll(1)
     assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])
     assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 from scipy import stats
 
-from vilu.store.manifest import Views, _uniform, augment
+from vilu.store.manifest import Views, _uniform_numbers, augment
 
 UNIT = st.floats(0, 1, exclude_max=True)
 SIDE = st.integers(1, 60)
@@ -39,7 +39,7 @@ def test_a_view_is_a_crop_of_the_pictures_shape(width, height, area, left, top, 
 
 
 def test_every_place_and_every_size_is_drawn() -> None:
-    draws = np.array([_uniform(0, 1, f"img/{i:05d}.png") for i in range(4000)])
+    draws = np.array([_uniform_numbers(0, 1, f"img/{i:05d}.png") for i in range(4000)])
     for column in draws.T:
         # one test in a thousand fails by chance; the draws are fixed, so this one does not
         assert stats.kstest(column, "uniform").pvalue > 1e-3
@@ -59,13 +59,13 @@ def test_views_depend_on_key_number_and_seed_alone() -> None:
         np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     )
     views = Views(n=3, seed=5)
-    first = [view.tobytes() for view in views.of(picture, "a.png")]
-    views.of(picture, "b.png")
-    assert [view.tobytes() for view in views.of(picture, "a.png")] == first
-    assert [view.tobytes() for view in Views(n=2, seed=5).of(picture, "a.png")] == first[:2]
-    others = [*views.of(picture, "b.png"), *Views(n=3, seed=6).of(picture, "a.png")]
+    first = [view.tobytes() for view in views.make_views(picture, "a.png")]
+    views.make_views(picture, "b.png")
+    assert [view.tobytes() for view in views.make_views(picture, "a.png")] == first
+    assert [view.tobytes() for view in Views(n=2, seed=5).make_views(picture, "a.png")] == first[:2]
+    others = [*views.make_views(picture, "b.png"), *Views(n=3, seed=6).make_views(picture, "a.png")]
     assert len({*first, *(view.tobytes() for view in others)}) == 9
-    assert views.of(picture, "caf\udce9.png")  # a file name that is no text
+    assert views.make_views(picture, "caf\udce9.png")  # a file name that is no text
 
 
 def test_numbers_do_not_change_from_version_to_version() -> None:
@@ -73,7 +73,7 @@ def test_numbers_do_not_change_from_version_to_version() -> None:
     eight little-endian bytes a number, of which 53 bits are used.
     """
     digest = bytes.fromhex("8679922b67376e1d")
-    assert _uniform(0, 0, "a")[0] == int.from_bytes(digest, "little") // 2**11 / 2**53
+    assert _uniform_numbers(0, 0, "a")[0] == int.from_bytes(digest, "little") // 2**11 / 2**53
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -29,7 +29,7 @@ from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.selective import Selective, load
 from vilu.store.embed import embed
-from vilu.store.reader import EmbeddingStore, Sealed
+from vilu.store.reader import EmbeddingStore, SealedStore
 from vilu.triage import label_errors
 from vilu.triage.ask import calibrate_by_labels
 from vilu.triage.guarantee import PhotoSplit
@@ -554,9 +554,9 @@ def test_labels_that_are_wrong_are_found(
     no part is read for each of its rows.
     """
     reads: Counter[str] = Counter()
-    read = Sealed.metadata
+    read = SealedStore.metadata
     monkeypatch.setattr(
-        Sealed, "metadata", lambda at, name, part: reads.update([name]) or read(at, name, part)
+        SealedStore, "metadata", lambda at, name, part: reads.update([name]) or read(at, name, part)
     )
     truth = write_photos(tmp_path / "photos", 117)
     flipped = np.random.default_rng(0).choice(sorted(truth), 10, replace=False).tolist()

@@ -209,8 +209,7 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
     if not pretrained_config:
         return _file_source(open_clip, model, tag)
     hub = open_clip.pretrained
-    # an entry is ORG/NAME/FILE, or ORG/NAME/ for the usual file
-    entry = pretrained_config.get("hf_hub", "")
+    entry = pretrained_config.get("hf_hub", "")  # ORG/NAME/FILE, or ORG/NAME/ for the usual file
     repository, _, _ = entry.rpartition("/")
     if not repository:
         raise UsageError(

@@ -340,14 +340,14 @@ def embedded(
 
     ``names`` are the names of the split and of the source, which suggest the next command.
     """
-    from vilu.store.embed import BAD_SHARD
+    from vilu.store.embed import SHARD_ERROR_KINDS
 
     if store is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
     manifest = store.manifest
     n_bad_shards = 0
     for kind, count in manifest.errors.items():
-        if kind in BAD_SHARD:
+        if kind in SHARD_ERROR_KINDS:
             n_bad_shards += count
     what = "bad image"
     if manifest.imported is not None:

@@ -148,16 +148,16 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
     """The whole arrays in files, by name; names without a file are left out."""
-    from vilu.store.arrays import Arrays, texts_of
+    from vilu.store.arrays import Arrays, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
     contents: dict[str, Any] = {}
     with Arrays(None, paths) as arrays:
         for name in paths:
             array = arrays.open(name)
-            contents[name] = array.whole()
+            contents[name] = array.read_whole()
             if contents[name].dtype.kind in "US":
-                contents[name] = texts_of(contents[name], array.where)
+                contents[name] = array_to_texts(contents[name], array.location)
     return contents
 
 

@@ -142,8 +142,7 @@ class FolderDataset(ListedFiles):
                 self._list_split(name, label_of, listing, task)
         self.fingerprint = listing.hexdigest()
         if not self._paths:
-            expected = "images, or one folder of images per class"
-            _refuse_empty(self.ignored, root, expected=expected)
+            _refuse_empty(self.ignored, root, expected="images, or one folder of images per class")
         _warn_of_ignored(self.ignored, root)
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:

@@ -601,8 +601,7 @@ def group_leaders(
         new_rows = block[~has_leader]
         are_near = rows[new_rows] @ rows[new_rows].T >= cosine
         leader_of_row[new_rows] = new_rows[_greedy_leaders(are_near)]
-        new_leaders = leader_of_row[new_rows].unique()
-        leaders = torch.cat([leaders, new_leaders])
+        leaders = torch.cat([leaders, leader_of_row[new_rows].unique()])
     return leader_of_row[first]
 
 

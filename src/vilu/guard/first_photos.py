@@ -16,7 +16,7 @@ from vilu.errors import ProvenanceError
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow, PartRows
 from vilu.store.pipeline import END, Decoded, Encoder
-from vilu.store.precision import CHECKED, PrecisionCheck
+from vilu.store.precision import N_CHECKED_PHOTOS, PrecisionCheck
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class FirstPhotos:
         judge: Function from embedded photos to the answers about them.
         must_pass: Whether photos that differ too much raise ProvenanceError. If not, a warning has
             the numbers: the photos of a service are those of its clients, who must not stop it.
-        check: The result; None until ``CHECKED`` photos were seen.
+        check: The result; None until ``N_CHECKED_PHOTOS`` photos were seen.
     """
 
     precision: str
@@ -91,7 +91,7 @@ class FirstPhotos:
                 is_decision_equal=answer.decision == float32_answer.decision,
             )
             self._pairs.append(pair)
-        if len(self._pairs) >= CHECKED:
+        if len(self._pairs) >= N_CHECKED_PHOTOS:
             self._finish()
 
     def _photos_by_position(

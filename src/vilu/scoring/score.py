@@ -532,7 +532,7 @@ def score_parts(
         200 100
     """
     predictor, calibration = predictor_and_calibration(predictor, calibration)
-    ScoreLedger.check_place(Path(folder), overwrite=overwrite)
+    ScoreLedger.check_folder(Path(folder), overwrite=overwrite)
     _check_data(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)

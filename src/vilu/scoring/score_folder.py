@@ -213,7 +213,7 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """Ledger of a folder of scores: which parts are done, and which are missing."""
 
-    what = "folder of scores"
+    folder_kind = "folder of scores"
     command = "vilu score"
     activity = "scoring into"
     kind = "scores"

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import DataError, UsageError
-from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
+from vilu.store.unreadable import NPY_READING_ERRORS, convert_damage_errors
 
-UNREADABLE_NPZ = (
-    *UNREADABLE_NPY,
+NPZ_READING_ERRORS = (
+    *NPY_READING_ERRORS,
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -43,20 +43,18 @@ READ_BYTES = 2**24  # bytes read at a time
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
 """Endings of the names of text files, which have one entry per line and no header."""
 
+# Limits against zip bombs, which are small files that decompress to very many bytes. An array of at
+# most ``SMALL_BYTES`` is accepted, whatever its compressed size. A larger array may have at most
+# ``MAX_COMPRESSION`` times its compressed size. Embeddings stay below this limit, since compression
+# makes them hardly smaller.
 SMALL_BYTES = 2**28
-MAX_PACKED = 100
-"""Limits against zip bombs, which are small files that decompress to very many bytes.
-
-An array of at most ``SMALL_BYTES`` bytes is accepted, whatever its compressed size. A larger array
-may have at most ``MAX_PACKED`` times its compressed size. Embeddings stay below this limit, since
-compression makes them hardly smaller.
-"""
+MAX_COMPRESSION = 100
 
 # First and last surrogate. Surrogates are Unicode codes that stand for no character.
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
-MAX_TEXT = 2**16  # maximum number of characters of a name
-# NumPy's kinds that ``texts_of`` converts to texts: whole numbers (i, u), texts (U) and bytes (S)
+MAX_NAME_CHARACTERS = 2**16  # maximum number of characters of a name
+# NumPy's kinds that ``array_to_texts`` converts: whole numbers (i, u), texts (U) and bytes (S)
 TEXT_KINDS = "iuUS"
 
 
@@ -64,43 +62,43 @@ class StoredArray:
     """An array in a file. Opening reads only the header. Rows are read when they are needed.
 
     Args:
-        where: Name of the file, or of the member of a zip file, for messages.
+        location: Name of the file, or of the file and the member of a zip file, for messages.
         handle: The open file, at the beginning of the array.
         n_bytes: Size of the file, or of the uncompressed member.
         read_bytes: Number of bytes read at a time.
     """
 
     def __init__(
-        self, where: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
+        self, location: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
     ) -> None:
-        self.where = where
+        self.location = location
         self.read_bytes = read_bytes
         self._handle = handle
-        with or_unreadable(where):
+        with convert_reading_errors(location):
             version = np.lib.format.read_magic(handle)
             if version not in HEADER_READERS:
                 raise DataError(
-                    f"{where} is of version {version} of the format .npy. Save it with numpy.save."
+                    f"{location} is of version {version} of the format .npy. Save it with "
+                    "numpy.save."
                 )
             self.shape, self._is_fortran_order, self.dtype = HEADER_READERS[version](handle)
             self._start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
-                f"{where} holds Python objects, which only pickle could read, and pickle runs what "
-                "a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
+                f"{location} holds Python objects, which only pickle could read, and pickle runs "
+                "what a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
         self._require_content(n_bytes - self._start)
 
-    def _require_content(self, n_there: int) -> None:
-        """Raise DataError if the header states another size than the ``n_there`` bytes after it."""
-        # no size is negative; the shape () has no size, and is valid
-        has_valid_shape = min(self.shape, default=0) >= 0
+    def _require_content(self, n_present: int) -> None:
+        """Raise DataError unless the header states the size of the ``n_present`` bytes after it."""
+        has_valid_shape = min(self.shape, default=0) >= 0  # no size may be negative
         has_valid_type = self.dtype.itemsize > 0
-        if has_valid_shape and has_valid_type and self.n_bytes == n_there:
+        if has_valid_shape and has_valid_type and self.n_bytes == n_present:
             return
         raise DataError(
-            f"{self.where} is damaged: its header says {self.dtype} of shape {self.shape}, and "
-            f"{n_there} bytes follow it. Write it again."
+            f"{self.location} is damaged: its header says {self.dtype} of shape {self.shape}, and "
+            f"{n_present} bytes follow it. Write it again."
         )
 
     def __len__(self) -> int:
@@ -117,18 +115,18 @@ class StoredArray:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def require_rows(self) -> None:
-        """Raise DataError where the rows are not stored one after the other (C order)."""
+        """Raise DataError if the rows are not stored one after the other (C order)."""
         is_vector = len(self.shape) <= 1  # a vector is the same in Fortran order and in C order
         if self._is_fortran_order and not is_vector:
             raise DataError(
-                f"{self.where} is in Fortran order, so its rows cannot be read one by one. Save it "
-                "in C order, as numpy.save does of numpy.ascontiguousarray(array)."
+                f"{self.location} is in Fortran order, so its rows cannot be read one by one. Save "
+                "it in C order, as numpy.save does of numpy.ascontiguousarray(array)."
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the rows start ... stop - 1. The array must be in C order (``require_rows``)."""
         n_rows = stop - start
-        content = self._bytes(start=start * self._row_bytes, count=n_rows * self._row_bytes)
+        content = self._read_content(start=start * self._row_bytes, count=n_rows * self._row_bytes)
         return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
@@ -138,9 +136,9 @@ class StoredArray:
         for start in range(0, len(self), block_rows):
             yield self.read(start, min(start + block_rows, len(self)))
 
-    def whole(self) -> NDArray[Any]:
+    def read_whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
-        content = self._bytes(start=0, count=self.n_bytes)
+        content = self._read_content(start=0, count=self.n_bytes)
         flat = np.frombuffer(content, self.dtype)
         return flat.reshape(self.shape, order="F" if self._is_fortran_order else "C")
 
@@ -150,36 +148,36 @@ class StoredArray:
         ``advance`` is called with the number of bytes of each block that was read.
         """
         header = repr((self.dtype.str, self.shape, self._is_fortran_order)).encode()
-        content = blake2b(header, digest_size=16)
+        running_hash = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, self.read_bytes):
             n_left = self.n_bytes - start
-            block = self._bytes(start=start, count=min(self.read_bytes, n_left))
-            content.update(block)
+            block = self._read_content(start=start, count=min(self.read_bytes, n_left))
+            running_hash.update(block)
             advance(len(block))
-        with or_unreadable(self.where):
+        with convert_reading_errors(self.location):
             # No byte may follow the content. In a zip file, this read also reaches the end of the
             # member, where ``zipfile`` verifies its checksum.
             if self._handle.read(1):
                 raise DataError(
-                    f"{self.where} has more bytes than its header says. Write it again."
+                    f"{self.location} has more bytes than its header says. Write it again."
                 )
-        return content.hexdigest()
+        return running_hash.hexdigest()
 
-    def _bytes(self, start: int, count: int) -> bytearray:
+    def _read_content(self, start: int, count: int) -> bytearray:
         """Return ``count`` bytes of the content from ``start`` on.
 
         The header may state a wrong size. Therefore no memory is allocated in advance: ``content``
         grows with every block that was read.
         """
         content = bytearray()
-        with or_unreadable(self.where):
+        with convert_reading_errors(self.location):
             if self._handle.tell() != self._start + start:
                 self._handle.seek(self._start + start)
             while len(content) < count:
                 block = self._handle.read(min(self.read_bytes, count - len(content)))
                 if not block:
                     raise DataError(
-                        f"{self.where} ends after {start + len(content)} bytes. Write it again."
+                        f"{self.location} ends after {start + len(content)} bytes. Write it again."
                     )
                 content += block
         return content
@@ -195,14 +193,14 @@ HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
 """Functions that read the header of a ``.npy`` file, by version of the format."""
 
 
-def or_unreadable(where: str) -> AbstractContextManager[None]:
-    """Turn exceptions of a damaged file in the block into a ``DataError`` that names the file."""
-    return or_damaged(
-        where,
+def convert_reading_errors(location: str) -> AbstractContextManager[None]:
+    """Convert exceptions of a damaged file in the block into a DataError with its ``location``."""
+    return convert_damage_errors(
+        location,
         hint="Write it again with numpy.save.",
-        kinds=UNREADABLE_NPZ,
-        fault=DataError,
-        state="damaged, or no array",
+        exceptions=NPZ_READING_ERRORS,
+        error_class=DataError,
+        condition="damaged, or no array",
     )
 
 
@@ -227,23 +225,22 @@ class Arrays(ExitStack):
         self.read_bytes = read_bytes
         self._members: dict[str, Path | zipfile.ZipInfo] = {}
         self._zip: zipfile.ZipFile | None = None
-        own_files = [Path(file) for file in (files or {}).values()]
-        if path is None and not own_files:
+        path_of_name = {name: Path(file) for name, file in (files or {}).items()}
+        if path is None and not path_of_name:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
         # path that messages name: the source, or else the first of ``files``
-        self.path = own_files[0] if path is None else Path(path)
+        self.path = next(iter(path_of_name.values())) if path is None else Path(path)
         if path is not None:
-            with or_unreadable(str(path)):
+            with convert_reading_errors(str(path)):
                 self._open_source()
-        # the file of every array in ``files``, also in place of an array of the source
-        self._members.update(zip(files or {}, own_files, strict=True))
+        self._members.update(path_of_name)  # replaces arrays of the source with the same names
 
     def _open_source(self) -> None:
         """Find the arrays of the file or folder."""
         if self.path.is_dir():
-            self._members = _files(self.path)
+            self._members = _find_files(self.path)
         else:
-            self._members = _members(self.path)
+            self._members = _find_members(self.path)
             self._zip = self.enter_context(zipfile.ZipFile(self.path))
 
     @property
@@ -258,29 +255,29 @@ class Arrays(ExitStack):
             return self._open_file(member, str(member))
         return self._open_member(member, f"{self.path}, array {name!r}")
 
-    def _open_file(self, file: Path, where: str) -> StoredArray:
-        with or_unreadable(where):
+    def _open_file(self, file: Path, location: str) -> StoredArray:
+        with convert_reading_errors(location):
             if file.suffix in TEXT_SUFFIXES:
-                content = _lines(file)
-                return StoredArray(where, BytesIO(content), len(content), self.read_bytes)
+                content = _npy_of_lines(file)
+                return StoredArray(location, BytesIO(content), len(content), self.read_bytes)
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(where, handle, file.stat().st_size, self.read_bytes)
+            return StoredArray(location, handle, file.stat().st_size, self.read_bytes)
 
-    def _open_member(self, member: zipfile.ZipInfo, where: str) -> StoredArray:
+    def _open_member(self, member: zipfile.ZipInfo, location: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
         # ``_zip`` is only compared for the type checker: if there are members, it is never None
         if self._zip is None or is_encrypted:
-            raise DataError(f"{where} is encrypted. Write it again without a password.")
-        with or_unreadable(where):
+            raise DataError(f"{location} is encrypted. Write it again without a password.")
+        with convert_reading_errors(location):
             handle = self.enter_context(self._zip.open(member))
-            return StoredArray(where, handle, member.file_size, self.read_bytes)
+            return StoredArray(location, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
-        """Raise DataError where an array is far larger than its compressed size: a zip bomb."""
+        """Raise DataError if an array is far larger than its compressed size: a zip bomb."""
         member = self._members[name]
         if isinstance(member, Path):
             return
-        max_bytes = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
+        max_bytes = max(SMALL_BYTES, MAX_COMPRESSION * member.compress_size)
         if member.file_size > max_bytes:
             raise DataError(
                 f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
@@ -288,7 +285,7 @@ class Arrays(ExitStack):
             )
 
 
-def _lines(file: Path) -> bytes:
+def _npy_of_lines(file: Path) -> bytes:
     """Return the content of a ``.npy`` file with the lines of a text file as its entries.
 
     Empty lines at the end of the text file are left out.
@@ -299,7 +296,7 @@ def _lines(file: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
+def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """Return the ``.npy`` files of a folder by name."""
     files: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
@@ -317,7 +314,7 @@ def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     return files
 
 
-def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
+def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """Return the arrays of an ``.npz`` file by name."""
     if not path.is_file():
         raise UsageError(
@@ -337,24 +334,27 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
     return members
 
 
-def texts_of(values: NDArray[Any], where: str) -> list[str]:
-    """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts."""
+def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
+    """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts.
+
+    The message of a DataError begins with ``location``, which names the array.
+    """
     if values.dtype.kind not in TEXT_KINDS:
         raise DataError(
-            f"{where} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
-            "instead."
+            f"{location} must hold texts, as numpy.array(names, dtype=str). Got dtype "
+            f"{values.dtype} instead."
         )
     if values.dtype.kind == "U":
-        _require_characters(values, where)
+        _require_characters(values, location)
     texts: list[str] = []
-    with or_unreadable(where):
+    with convert_reading_errors(location):
         for value in values.tolist():
             texts.append(value.decode() if isinstance(value, bytes) else str(value))
     return texts
 
 
-def _require_characters(values: NDArray[Any], where: str) -> None:
-    """Raise DataError where an array of texts holds codes that stand for no character.
+def _require_characters(values: NDArray[Any], location: str) -> None:
+    """Raise DataError if an array of texts holds codes that stand for no character.
 
     NumPy accepts any code. UTF-8 cannot encode a surrogate, and no string can hold a larger code
     than ``sys.maxunicode``.
@@ -364,6 +364,8 @@ def _require_characters(values: NDArray[Any], where: str) -> None:
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
     is_too_large = codes > sys.maxunicode
-    wrong = codes[is_surrogate | is_too_large]
-    if len(wrong):
-        raise DataError(f"{where} must hold text: {wrong[0]:#x} is no character. Write it again.")
+    wrong_codes = codes[is_surrogate | is_too_large]
+    if len(wrong_codes):
+        raise DataError(
+            f"{location} must hold text: {wrong_codes[0]:#x} is no character. Write it again."
+        )

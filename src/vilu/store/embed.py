@@ -32,16 +32,31 @@ from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import CheckedFiles, content_hash
-from vilu.store.manifest import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
-from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
+from vilu.store.manifest import (
+    CLASSES_FILE,
+    ClassColumn,
+    Inputs,
+    Manifest,
+    Receipt,
+    Run,
+    class_columns,
+)
+from vilu.store.parts import (
+    ERROR_SCHEMA,
+    Part,
+    StoreLedger,
+    read_classes,
+    read_columns,
+    write_classes,
+)
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, checked_fields, require_at_least
 
 PART_IMAGES = 4096  # default number of images per part
 PART_SHARDS = 10  # default number of shards per part
-OVERHEAD = 1.05  # size of a store, with metadata and receipts, divided by the size of its vectors
+SIZE_FACTOR = 1.05  # size of a store with all its files, divided by the size of its vectors
 
-PATIENCE = 600.0
+LOCK_WAIT_SECONDS = 600.0
 """Seconds for which a process waits for the lock of a store that several processes share.
 
 The wait is long, because the process that holds the lock may be embedding the texts of the classes.
@@ -184,9 +199,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         raise UsageError(SHARED_OVERWRITE)
     root = Path(output)
     strict = on_error == "raise"
-    budget = Budget(error_rate=0.0 if strict else max_error_rate, bad_shards=allow_bad_shards)
-    StoreLedger.check_place(root, overwrite=overwrite)
-    require_files(dataset, budget.error_rate)
+    budget = Budget(0.0 if strict else max_error_rate, accepts_bad_shards=allow_bad_shards)
+    StoreLedger.check_folder(root, overwrite=overwrite)
+    require_files(dataset, budget.max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     settings: dict[str, Any] = {"limits": asdict(limits), "dtype": dtype, "split": split}
     settings |= _check_candidates(dataset, names, templates, columns)
@@ -223,7 +238,7 @@ def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
-    """Raise UsageError for a setting outside of its range."""
+    """Raise UsageError if a setting is outside of its range."""
     require_at_least("batch_size", batch_size, 1)
     if workers is not None:
         require_at_least("workers", workers, 1)
@@ -235,10 +250,10 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float)
 
 @dataclass(frozen=True)
 class Budget:
-    """The losses with which a store may still be sealed."""
+    """The largest losses with which a store may still be sealed."""
 
-    error_rate: float  # largest share of images that may fail
-    bad_shards: bool  # whether bad shards are accepted
+    max_error_rate: float  # largest share of images that may fail
+    accepts_bad_shards: bool  # whether bad shards are accepted
 
 
 def _drive_alone(
@@ -248,9 +263,9 @@ def _drive_alone(
     with StoreLedger.claim(job.root):
         job = _begin_job(job, model, overwrite=overwrite)
         forget_attempts(job.root)
-        missing, receipts = job.ledger.survey()
-        _prepare(job, missing, model)
-        _do_parts(job, executor, missing, receipts)
+        missing_parts, receipts = job.ledger.survey()
+        _prepare(job, missing_parts, model)
+        _do_parts(job, executor, missing_parts, receipts)
         job.ledger.clean()
         seal(job.ledger, budget)
 
@@ -263,18 +278,18 @@ def _drive_shared(
     The lock is held at the beginning and at the end, but not while parts are done. So the processes
     do parts at the same time, but only one of them begins the store, and only one seals it.
     """
-    with StoreLedger.claim(job.root, wait_seconds=PATIENCE):
+    with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         job = _begin_job(job, model, overwrite=False)
         # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
-        missing, receipts = job.ledger.survey(deep=False)
-        _prepare(job, missing, model)
-    _do_parts(job, executor, missing, receipts)
-    with StoreLedger.claim(job.root, wait_seconds=PATIENCE):
-        missing, _ = job.ledger.survey(deep=False)
-        if missing:
+        missing_parts, receipts = job.ledger.survey(deep=False)
+        _prepare(job, missing_parts, model)
+    _do_parts(job, executor, missing_parts, receipts)
+    with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
+        missing_parts, _ = job.ledger.survey(deep=False)
+        if missing_parts:
             logger.info(
                 "%d parts are still missing; the process that ends last seals %s",
-                len(missing),
+                len(missing_parts),
                 job.root,
             )
             return False
@@ -285,32 +300,39 @@ def _drive_shared(
 
 def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
     """Begin or resume the store, and return the job with the run of its ``run.json``."""
-    run = begin(job.root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite)
+
+    def make_classes() -> Classes:
+        return encode_classes(model, job.run)
+
+    run = begin(job.root, job.run, make_classes, overwrite=overwrite)
     return replace(job, run=run)
 
 
-def _prepare(job: EmbedJob, missing: Sequence[Part], model: Backbone) -> None:
+def _prepare(job: EmbedJob, missing_parts: Sequence[Part], model: Backbone) -> None:
     """Prepare a store for the writing of missing parts, if there are any."""
-    if not missing:
+    if not missing_parts:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
     # A manifest states that all parts are done, so it is removed before a missing part is written.
     job.ledger.unseal()
-    require_room(job.root, job.run, missing)
+    require_disk_space(job.root, job.run, missing_parts)
     job.check_precision(model)
 
 
 def _do_parts(
-    job: EmbedJob, executor: Executor | None, missing: Sequence[Part], receipts: Sequence[Receipt]
+    job: EmbedJob,
+    executor: Executor | None,
+    missing_parts: Sequence[Part],
+    receipts: Sequence[Receipt],
 ) -> None:
     """Do the missing parts, in this process or by an executor, and show the progress.
 
     ``receipts`` are those of the parts that are done already.
     """
-    if receipts and missing:
+    if receipts and missing_parts:
         n_done = len(receipts)
-        logger.info("%d of %d parts are there already", n_done, n_done + len(missing))
-    numbers = [part.number for part in missing]
+        logger.info("%d of %d parts are there already", n_done, n_done + len(missing_parts))
+    numbers = [part.number for part in missing_parts]
     # the number of images in shards is unknown before they are read
     n_images = None if job.run.shards else job.run.n_in
     with track("embed", n_images, "images") as progress:
@@ -365,12 +387,12 @@ def _check_candidates(
 
 
 def _require_no_classes(dataset: ImageDataset, settings: Mapping[str, object]) -> None:
-    """Raise UsageError where settings for classes were given for a data set with captions."""
-    unfit = [name for name, value in settings.items() if value]
-    if unfit:
+    """Raise UsageError if settings for classes were given for a data set with captions."""
+    names_of_settings = [name for name, value in settings.items() if value]
+    if names_of_settings:
         raise UsageError(
             f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave "
-            f"out {', '.join(unfit)}, or open it without captions."
+            f"out {', '.join(names_of_settings)}, or open it without captions."
         )
 
 
@@ -449,30 +471,30 @@ def begin(
             classes = make_classes()
     if overwrite:
         StoreLedger(root, run).clear()
-    StoreLedger(root, run).begin(run, folders={*StoreLedger.always, *run.arrays})
+    StoreLedger(root, run).begin(run, folders={*StoreLedger.required_folders, *run.arrays})
     if classes is not None:
         write_classes(root, run, *classes)
     return run
 
 
-def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
+def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> None:
     """Raise StorageError if the disk has no room for the vectors and 5 % more for other files."""
     if run.shards:  # the number of images is unknown before the shards are read
         return
-    n_rows = sum(map(len, missing))
-    numbers_per_row = sum(map(math.prod, run.arrays.values()))
+    n_rows = sum(len(part) for part in missing_parts)
+    numbers_per_row = sum(math.prod(shape) for shape in run.arrays.values())
     row_bytes = numbers_per_row * np.dtype(run.dtype).itemsize
-    needed = int(n_rows * row_bytes * OVERHEAD)
-    free = shutil.disk_usage(root).free
-    if needed > free:
+    needed_bytes = int(n_rows * row_bytes * SIZE_FACTOR)
+    free_bytes = shutil.disk_usage(root).free
+    if needed_bytes > free_bytes:
         raise StorageError(
-            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where "
-            f"{free / 2**20:.1f} MiB are free. Make room, or store float16."
+            f"{n_rows} embeddings need {needed_bytes / 2**20:.1f} MiB in {root}, where "
+            f"{free_bytes / 2**20:.1f} MiB are free. Make room, or store float16."
         )
 
 
-BAD_SHARD = frozenset(get_args(ShardErrorKind))  # kinds of errors that concern a whole shard
-MAX_NAMED = 5  # maximum number of bad shards that a message names
+SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors of a whole shard
+MAX_LISTED = 5  # maximum number of bad shards that a message names
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
@@ -518,50 +540,61 @@ def _check_budget(
 
     The error row of a bad shard stands for an unknown number of images. Therefore, it does not
     count in the share of images that failed.
+
+    Args:
+        ledger: The folder of the store.
+        receipts: Receipts of all parts.
+        errors: Number of error rows by kind.
+        n_ok: Number of rows.
+        budget: The largest losses that are accepted.
     """
-    image_errors = Counter({kind: n for kind, n in errors.items() if kind not in BAD_SHARD})
+    image_errors = Counter(errors)
+    for kind in SHARD_ERROR_KINDS:
+        del image_errors[kind]  # a Counter accepts a key that it does not have
     n_images = n_ok + image_errors.total()
-    bad_shards = _bad_shards(ledger, receipts)
-    if bad_shards and not budget.bad_shards:
+    bad_shards = _bad_shards_sentence(ledger, receipts)
+    if bad_shards and not budget.accepts_bad_shards:
         raise DataError(
             f"{bad_shards} The other {n_ok} images are kept. Write or download these shards again "
             "and repeat the command, which does only their parts again. Or accept the loss with "
             "--allow-bad-shards."
         )
-    if n_images and image_errors.total() / n_images > budget.error_rate:
-        raise DataError(_over_budget(ledger.root, n_images, image_errors, budget.error_rate))
+    if n_images and image_errors.total() / n_images > budget.max_error_rate:
+        raise DataError(
+            _too_many_errors_message(ledger.root, n_images, image_errors, budget.max_error_rate)
+        )
     if bad_shards:
         warn_caller(f"{bad_shards} That is accepted (--allow-bad-shards).")
     if not n_images:
         warn_caller(f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.")
 
 
-def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
-    """Return a sentence that names the bad shards; empty where there are none."""
+def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
+    """Return a sentence that names the bad shards; "" if there are none."""
     shards: list[str] = []
     for part, receipt in zip(ledger.parts, receipts, strict=True):
-        if BAD_SHARD.isdisjoint(receipt.errors):
+        if SHARD_ERROR_KINDS.isdisjoint(receipt.errors):
             continue
         verify_file = CheckedFiles(ledger.root, [receipt])
         path = verify_file(part.errors)
-        table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
+        table = read_columns(path, ERROR_SCHEMA, ["key", "kind", "message"], receipt.n_error)
         for row in table.to_pylist():
-            if row["kind"] in BAD_SHARD:
+            if row["kind"] in SHARD_ERROR_KINDS:
                 shards.append(f"{row['key']} ({row['message']})")
     if not shards:
         return ""
-    first_shards = "; ".join(shards[:MAX_NAMED])
-    n_more = len(shards) - MAX_NAMED
-    more = f" and {n_more} more" if n_more > 0 else ""
+    first_shards = "; ".join(shards[:MAX_LISTED])
+    n_more = len(shards) - MAX_LISTED
+    and_more = f" and {n_more} more" if n_more > 0 else ""
     return (
         f"{len(shards)} of {ledger.run.shards} shards cannot be read to the end, and how many "
-        f"images that costs is unknown: {first_shards}{more}."
+        f"images that costs is unknown: {first_shards}{and_more}."
     )
 
 
 def _has_classes(root: Path, run: Run) -> bool:
     """Whether the files of the classes exist, are not damaged, and belong to this run."""
-    if not (root / CLASSES).exists():
+    if not (root / CLASSES_FILE).exists():
         return False
     try:
         read_classes(root, run)
@@ -571,15 +604,18 @@ def _has_classes(root: Path, run: Run) -> bool:
     return True
 
 
-def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: float) -> str:
+def _too_many_errors_message(
+    root: Path, n_in: int, errors: Counter[str], max_error_rate: float
+) -> str:
     """Return the message that too many images failed. It names a rate that would accept them."""
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
-    enough = math.ceil(share * 1000) / 1000  # rounded up, because a lower rate would fail again
+    # rounded up, because a lower rate would fail again
+    sufficient_rate = math.ceil(share * 1000) / 1000
     return (
         f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most "
         f"{max_error_rate:.2%} may: {kinds}. They are listed in {root / 'errors'}. The other "
-        f"{n_in - n_error} are kept; to accept that, repeat with --max-error-rate {enough:g} "
-        "(nothing is computed again)."
+        f"{n_in - n_error} are kept; to accept that, repeat with --max-error-rate "
+        f"{sufficient_rate:g} (nothing is computed again)."
     )

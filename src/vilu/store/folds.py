@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.progress import track
-from vilu.store.unreadable import or_damaged
+from vilu.store.unreadable import convert_damage_errors
 
 Fold = Literal["train", "validation", "test"]
 
@@ -39,12 +39,12 @@ def fold_of(caption: str) -> Fold:
         >>> fold_of("a photo of a cat") == fold_of("  a photo of a cat ")
         True
     """
-    text = caption.strip().encode(errors="surrogatepass")
-    integer = int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
-    uniform = integer / 2**64
-    if uniform < TRAIN_END:
+    content = caption.strip().encode(errors="surrogatepass")
+    whole_number = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+    fraction = whole_number / 2**64
+    if fraction < TRAIN_END:
         return "train"
-    if uniform < VALIDATION_END:
+    if fraction < VALIDATION_END:
         return "validation"
     return "test"
 
@@ -78,7 +78,7 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
     """
     remedy = "Restore the file, or embed the images again."
     n_read = 0
-    with or_damaged(path, remedy), pq.ParquetFile(path) as file:
+    with convert_damage_errors(path, remedy), pq.ParquetFile(path) as file:
         column = _caption_column(path, file.schema_arrow, names)
         for batch in file.iter_batches(READ_ROWS, columns=[column]):
             batch.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
@@ -97,7 +97,8 @@ def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> st
             "out."
         )
     name = present[0]
-    kind = schema.field(name).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"column {name} of {path} must hold strings. Got {kind} instead.")
+    column_type = schema.field(name).type
+    is_text = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+    if not is_text:
+        raise DataError(f"column {name} of {path} must hold strings. Got {column_type} instead.")
     return name

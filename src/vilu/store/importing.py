@@ -48,8 +48,8 @@ from vilu.embeddings.source import first_same_answer
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
-from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
-from vilu.store.embed import Budget, begin, describe_run, require_room, seal
+from vilu.store.arrays import MAX_NAME_CHARACTERS, Arrays, StoredArray, array_to_texts
+from vilu.store.embed import Budget, begin, describe_run, require_disk_space, seal
 from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.parts import (
     ErrorRow,
@@ -58,28 +58,29 @@ from vilu.store.parts import (
     PartRows,
     RowWithAnswer,
     StoreLedger,
-    has_shape,
+    is_possible_shape,
 )
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
 PART_ROWS = 16_384  # default number of rows per part
 
-NAMES = (
+ARRAY_NAMES = (
     *("image", "text", "logits", "target", "answer", "class_names", "ids"),
     *("logit_scale", "logit_bias", *COLUMNS),
 )
-"""Names of the arrays that are read."""
+"""Names of the arrays that are read. An array may have another name in the source."""
 
-OF_SPACE = frozenset({"logit_scale", "logit_bias"})
+SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
 """Arrays that belong to the embedding space."""
-BY_ROW = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
+ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
 """Arrays with one entry per image row."""
 # Sets of kinds of NumPy's types (``dtype.kind``), one letter per kind.
-NUMBERS = "fiu"  # floats and whole numbers
-WHOLE = "iu"  # whole numbers
-TEXTS = "US"  # texts and bytes
+NUMBER_KINDS = "fiu"  # floats and whole numbers
+WHOLE_KINDS = "iu"  # whole numbers
+TEXT_KINDS = "US"  # texts and bytes
 MIB = 2**20
+MAX_LISTED = 10  # maximum number of names that a message lists
 
 logger = logging.getLogger(__name__)
 
@@ -166,36 +167,36 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             f"{max_error_rate}."
         )
     root = Path(output)
-    StoreLedger.check_place(root, overwrite=overwrite)
+    StoreLedger.check_folder(root, overwrite=overwrite)
     with Arrays(source, files) as arrays:
-        content = _read(
+        source_arrays = _read_source(
             arrays,
             keys=dict(keys or {}),
             class_names=class_names,
             outside=tuple(dict.fromkeys(outside)),  # each name once, in their order
         )
-        run = _describe(
-            content,
-            content.space(logit_scale, logit_bias, model),
-            Imported(columns=content.row_shapes(), ids="ids" in content.arrays, source=origin),
+        run = _describe_run(
+            source_arrays,
+            source_arrays.space(logit_scale, logit_bias, model),
+            source_arrays.describe_import(origin),
             split=split,
-            dtype=content.number_format(dtype),
+            dtype=source_arrays.number_format(dtype),
             part_size=part_size,
         )
-        _require_shapes(content, run)
-        budget = Budget(max_error_rate, bad_shards=False)
-        _write_store(root, run, content, budget, overwrite=overwrite)
+        _require_shapes(source_arrays, run)
+        budget = Budget(max_error_rate, accepts_bad_shards=False)
+        _write_store(root, run, source_arrays, budget, overwrite=overwrite)
     return EmbeddingStore(root)
 
 
-def _require_shapes(content: SourceArrays, run: Run) -> None:
+def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
     """Raise DataError if a column of the classes or of the model has a wrong shape."""
-    for name, values in content.class_columns.items():
+    for name, values in source_arrays.class_columns.items():
         shape = tuple(values.shape)
-        if not has_shape(run, name, shape):
+        if not is_possible_shape(run, name, shape):
             raise DataError(
-                f"column {name!r} must be {COLUMNS[name][1]}, with K = {len(content.names)} and "
-                f"D = {content.width}. Got shape {shape} instead."
+                f"column {name!r} must be {COLUMNS[name][1]}, with K = {len(source_arrays.names)} "
+                f"and D = {source_arrays.width}. Got shape {shape} instead."
             )
 
 
@@ -206,24 +207,25 @@ class SourceArrays:
     ``arrays`` are open. ``rows`` reads and checks the rows of one part.
     """
 
-    arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``NAMES``
+    arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``ARRAY_NAMES``
     target: NDArray[np.int64]  # (N,) label of each row; -1 if unknown, -2 if of none of the classes
     names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
     outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
     norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
-    answer: NDArray[np.int64] | None = None  # (N,) classes that another model answered, if any
+    # (N,) answers of another model, as numbers of classes; None if there are no answers
+    answer: NDArray[np.int64] | None = None
 
     @property
-    def array_of_rows(self) -> StoredArray:
+    def row_array(self) -> StoredArray:
         """The array that decides the number of rows: image embeddings, or logits."""
-        return _array_of_rows(self.arrays)
+        return _row_array(self.arrays)
 
     @property
     def width(self) -> int:
         """Width D of the embeddings; 0 if the rows have only logits."""
-        return _width(self.arrays)
+        return _embedding_width(self.arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
         """Return the shape of one row of each column of the images, by name."""
@@ -232,6 +234,10 @@ class SourceArrays:
             if name in self.arrays:
                 shapes[name] = self.arrays[name].shape[1:]
         return shapes
+
+    def describe_import(self, origin: str | None) -> Imported:
+        """Return what the store records about these arrays, with their ``origin`` for people."""
+        return Imported(columns=self.row_shapes(), ids="ids" in self.arrays, source=origin)
 
     def space(
         self, logit_scale: float | None, logit_bias: float | None, model: str | None
@@ -249,33 +255,33 @@ class SourceArrays:
         return replace(logit_space(self.width), backbone=model)
 
     def number_format(
-        self, asked: Literal["float16", "float32"] | None
+        self, user_format: Literal["float16", "float32"] | None
     ) -> Literal["float16", "float32"]:
-        """Number format of the stored rows: ``asked``, or if it is None that of the images.
+        """Number format of the stored rows; ``user_format`` is the choice of the user, if any.
 
-        Logits are always stored as float32.
+        By default, the rows have the number format of the images. Logits are always float32.
         """
         if LOGITS in self.arrays:
-            if asked == "float16":
+            if user_format == "float16":
                 raise UsageError(
                     "logits are stored as float32, since float16 would change answers. Leave "
                     "--dtype out."
                 )
             return "float32"
-        if asked is not None:
-            return asked
-        dtype = self.array_of_rows.dtype
+        if user_format is not None:
+            return user_format
+        dtype = self.row_array.dtype
         has_float16 = dtype.kind == "f" and dtype.itemsize == 2  # in any byte order
         return "float16" if has_float16 else "float32"
 
-    def number(self, name: str, flag: float | None) -> float:
-        """Return ``flag``, or the number in the array ``name`` if ``flag`` is None.
+    def number(self, name: str, user_value: float | None) -> float:
+        """Return ``user_value``, or if it is None the number in the array ``name``.
 
         ``name`` is "logit_scale" or "logit_bias".
         """
         stored = self.arrays.get(name)
         if stored is None:
-            if flag is None:
+            if user_value is None:
                 raise UsageError(
                     f"the arrays have no {name}, which makes a cosine a logit and cannot be "
                     f"guessed. Give --{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale "
@@ -283,22 +289,26 @@ class SourceArrays:
                     "learned parameter, and only those of SigLIP's kind have a bias. Or save both "
                     "as arrays of these names."
                 )
-            return float(flag)
-        if stored.dtype.kind not in NUMBERS or np.prod(stored.shape) != 1:
+            return float(user_value)
+        if stored.dtype.kind not in NUMBER_KINDS or np.prod(stored.shape) != 1:
             raise DataError(
-                f"{stored.where} must be one number. Got {stored.dtype} of shape {stored.shape} "
+                f"{stored.location} must be one number. Got {stored.dtype} of shape {stored.shape} "
                 "instead."
             )
-        (number,) = stored.whole().reshape(-1).tolist()
-        if flag is None:
+        (number,) = stored.read_whole().reshape(-1).tolist()
+        if user_value is None:
             return float(number)
-        if float(number) != flag:
-            logger.warning("%s is %g as given; the %g in the arrays is ignored", name, flag, number)
-        return float(flag)
+        if float(number) != user_value:
+            logger.warning(
+                "%s is %g as given; the %g in the arrays is ignored", name, user_value, number
+            )
+        return float(user_value)
 
     def fingerprint(self) -> str:
         """Return a hash of all arrays except scale and bias, which the space contains."""
-        hashed_arrays = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
+        hashed_arrays = {
+            name: array for name, array in self.arrays.items() if name not in SPACE_ARRAYS
+        }
         n_bytes = sum(array.n_bytes for array in hashed_arrays.values())
         with track("Reading arrays", n_bytes / MIB, "MiB") as task:
 
@@ -309,7 +319,7 @@ class SourceArrays:
 
     def rows(self, part: Part) -> PartRows:
         """Read the rows of a part, and return the usable rows and the errors."""
-        content = PartRows()
+        part_rows = PartRows()
         status = np.full(len(part), VALID, np.uint8)
         blocks: dict[str, Tensor] = {}
         for name in part.arrays:
@@ -330,13 +340,13 @@ class SourceArrays:
         for position, key, label, status_of_row in rows:
             if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
-                content.rows.append(self._row(position, key, known_label))
+                part_rows.rows.append(self._row(position, key, known_label))
             else:
-                content.errors.append(_error_row(position, key, STATUS[status_of_row]))
+                part_rows.errors.append(_error_row(position, key, STATUS[status_of_row]))
         is_usable = torch.from_numpy(status == VALID)
         for name, embeddings in blocks.items():
-            content.arrays[name] = [embeddings[is_usable]]
-        return content
+            part_rows.arrays[name] = [embeddings[is_usable]]
+        return part_rows
 
     def _row(self, position: int, key: str, label: int | None) -> LabelledRow:
         """The metadata of a row, including another model's answer if answers were imported."""
@@ -349,7 +359,7 @@ class SourceArrays:
         ids = self.arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
-        return texts_of(ids.read(part.start, part.stop), ids.where)
+        return array_to_texts(ids.read(part.start, part.stop), ids.location)
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
@@ -366,7 +376,7 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Return the rows to be stored, the status code of each image, and the norms before.
+    """Return the rows to be stored, the status code of each image, and the original norms.
 
     Columns that may have any norm are not normalised, and their norms are not returned. The status
     code of an image with several views is the highest status code of its views.
@@ -390,7 +400,7 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     return rows.view(block.shape), status_of_images, norms
 
 
-def _read(
+def _read_source(
     arrays: Arrays,
     keys: dict[str, str],
     class_names: Sequence[str] | None,
@@ -398,32 +408,32 @@ def _read(
 ) -> SourceArrays:
     """Open the arrays of a source, and check everything except the numbers in the image rows.
 
-    ``names`` are the classes in the source. ``classes`` are the classes in the store, which lack
-    the classes ``outside``.
+    The arguments are those of ``import_arrays``. In this function, ``names`` are the classes in the
+    source. ``classes`` are the classes in the store, which lack the classes ``outside``.
     """
-    opened = _open(arrays, keys)
+    opened = _open_arrays(arrays, keys)
     for name in ("image", LOGITS):
         if name in opened:
             _require_matrix(opened[name])
-    n_rows = len(_array_of_rows(opened))
-    for name in BY_ROW:
+    n_rows = len(_row_array(opened))
+    for name in ROW_ARRAYS:
         if name in opened and len(opened[name]) != n_rows:
             raise DataError(
-                f"{opened[name].where} must have one entry per image row ({n_rows}). Got shape "
+                f"{opened[name].location} must have one entry per image row ({n_rows}). Got shape "
                 f"{opened[name].shape} instead."
             )
-    _check_columns(opened, _width(opened))
-    names = _class_names(opened.get("class_names"), class_names)
+    _check_columns(opened, _embedding_width(opened))
+    names = _read_class_names(opened.get("class_names"), class_names)
     targets = _read_targets(opened.get("target"), n_rows)
     if LOGITS in opened:
         target, text_rows, classes = _classes_of_logits(targets, names, outside, opened[LOGITS])
-        text = zero_texts(len(classes), logit_space(_width(opened)))
+        text = zero_texts(len(classes), logit_space(_embedding_width(opened)))
     else:
         target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
-        text = _texts(opened, text_rows, classes)
+        text = _read_texts(opened, text_rows, classes)
     _check_ids(opened.get("ids"), n_rows)
-    columns = _class_columns(opened, text_rows)
-    answer = _answers(opened.get(ANSWER), n_rows, names, classes)
+    columns = _read_class_columns(opened, text_rows)
+    answer = _read_answers(opened.get(ANSWER), n_rows, names, classes)
     return SourceArrays(
         arrays=opened,
         target=target,
@@ -435,34 +445,36 @@ def _read(
     )
 
 
-def _array_of_rows(opened: Mapping[str, StoredArray]) -> StoredArray:
-    """The array that decides the number of rows: image embeddings if there are any, else logits."""
+def _row_array(opened: Mapping[str, StoredArray]) -> StoredArray:
+    """The array that decides the number of rows: image embeddings, or logits if there are none."""
     if "image" in opened:
         return opened["image"]
     return opened[LOGITS]
 
 
-def _width(opened: Mapping[str, StoredArray]) -> int:
+def _embedding_width(opened: Mapping[str, StoredArray]) -> int:
     """Width of the embeddings; 0 if the rows have only logits."""
     if "image" not in opened:
         return 0
     return opened["image"].shape[1]
 
 
-def _texts(opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequence[str]) -> Tensor:
+def _read_texts(
+    opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequence[str]
+) -> Tensor:
     """Check the texts of the classes, and return them (K, D) with unit norm."""
-    text = require_usable(opened["text"].whole(), "text")[text_rows]
-    if text.shape[1] != _width(opened):
+    text = require_usable(opened["text"].read_whole(), "text")[text_rows]
+    if text.shape[1] != _embedding_width(opened):
         raise DataError(
-            f"image and text must share one width. Got {_width(opened)} ({opened['image'].where}) "
-            f"and {text.shape[1]} ({opened['text'].where})."
+            f"image and text must share one width. Got {_embedding_width(opened)} "
+            f"({opened['image'].location}) and {text.shape[1]} ({opened['text'].location})."
         )
     first_same_answer(text, classes)  # raises DataError if classes of one name have different texts
     return text
 
 
-def _answers(
-    stored: StoredArray | None, n: int, names: Sequence[str], classes: Sequence[str]
+def _read_answers(
+    stored: StoredArray | None, n_rows: int, names: Sequence[str], classes: Sequence[str]
 ) -> NDArray[np.int64] | None:
     """Return the answers (N,) as numbers of classes of the store; None if there is no array.
 
@@ -471,9 +483,9 @@ def _answers(
     """
     if stored is None:
         return None
-    in_source = _read_targets(stored, n)
-    values = in_source.values
-    if values.dtype.kind in WHOLE:
+    answers_in_source = _read_targets(stored, n_rows)
+    values = answers_in_source.values
+    if values.dtype.kind in WHOLE_KINDS:
         numbers = check_answers(
             values, n_rows=len(values), class_names=None, n_candidates=len(names)
         )
@@ -481,14 +493,14 @@ def _answers(
     class_of_value = check_answers(
         values, n_rows=len(values), class_names=classes, n_candidates=len(classes)
     ).numpy()
-    answers: NDArray[np.int64] = class_of_value[in_source.value_of_row]
+    answers: NDArray[np.int64] = class_of_value[answers_in_source.value_of_row]
     return answers
 
 
 def _classes_of_logits(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Return targets, text rows and class names as ``_leave_out``, for a source with logits.
+    """Return the same as ``_leave_out``, for a source with logits.
 
     Each class must have a column of logits, and no class is left out. So ``outside`` may only have
     labels that are no class.
@@ -496,7 +508,7 @@ def _classes_of_logits(
     n_logits = logits.shape[1]
     if n_logits != len(names):
         raise DataError(
-            f"there must be one class name per logit ({n_logits}, {logits.where}). Got "
+            f"there must be one class name per logit ({n_logits}, {logits.location}). Got "
             f"{len(names)} names instead."
         )
     if set(outside) & set(names):
@@ -514,77 +526,79 @@ def _classes_of_logits(
 def _require_matrix(image: StoredArray) -> None:
     """Raise DataError if the images are not a matrix of numbers."""
     is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
-    if image.dtype.kind not in NUMBERS or not is_matrix:
+    if image.dtype.kind not in NUMBER_KINDS or not is_matrix:
         raise DataError(
-            f"{image.where} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
-            f"{image.shape}."
+            f"{image.location} must be a matrix (rows, width) of numbers. Got {image.dtype} of "
+            f"shape {image.shape}."
         )
 
 
-def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """Open the arrays of a source, and return them by the names in ``NAMES``.
+def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
+    """Open the arrays of a source, and return them by the names in ``ARRAY_NAMES``.
 
     ``keys`` has an entry for each array that has another name in the source: the name in the
-    source, by the name in ``NAMES``.
+    source, by the name in ``ARRAY_NAMES``.
     """
-    unknown = sorted(keys.keys() - set(NAMES))
+    unknown = sorted(keys.keys() - set(ARRAY_NAMES))
     if unknown:
         raise UsageError(
-            f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
+            f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(ARRAY_NAMES)}."
         )
-    # the key of every array in the source, by its name in ``NAMES``
-    key_of = {name: keys.get(name, name) for name in NAMES}
-    needed = ["image", "text"]
-    if key_of[LOGITS] in arrays.names:
-        needed = [LOGITS]
-        if key_of["text"] in arrays.names:
+    # the name of every array in the source (its key), by its name in ``ARRAY_NAMES``
+    key_of_name = {name: keys.get(name, name) for name in ARRAY_NAMES}
+    required_names = ["image", "text"]
+    if key_of_name[LOGITS] in arrays.names:
+        required_names = [LOGITS]
+        if key_of_name["text"] in arrays.names:
             raise DataError(
-                f"{arrays.path} has the arrays {key_of['text']!r} and {key_of[LOGITS]!r}. Logits "
-                "take the place of texts: leave one of them out."
+                f"{arrays.path} has the arrays {key_of_name['text']!r} and "
+                f"{key_of_name[LOGITS]!r}. Logits take the place of texts: leave one of them out."
             )
-        if key_of["image"] not in arrays.names:
+        if key_of_name["image"] not in arrays.names:
             # With logits, the array ``features`` has the vectors of the rows. So it is read as
             # ``image``, and nothing is read as ``features``: no array has the name "".
-            key_of["image"] = key_of["features"]
-            key_of["features"] = ""
-    needed_keys = [key_of[name] for name in needed]
-    _require_present(arrays, key_of, [*needed_keys, *keys.values()])
-    used = {name: key for name, key in key_of.items() if key in arrays.names}
-    unused = sorted(set(arrays.names) - set(used.values()))
-    if unused:
+            key_of_name["image"] = key_of_name["features"]
+            key_of_name["features"] = ""
+    required_keys = [key_of_name[name] for name in required_names]
+    _require_present(arrays, key_of_name, [*required_keys, *keys.values()])
+    used_keys = {name: key for name, key in key_of_name.items() if key in arrays.names}
+    unused_keys = sorted(set(arrays.names) - set(used_keys.values()))
+    if unused_keys:
         logger.info(
             "not imported: %s (to import an array under another name: --key NAME=KEY)",
-            ", ".join(unused),
+            ", ".join(unused_keys),
         )
-    for name, key in used.items():
+    for name, key in used_keys.items():
         # Embeddings never compress very well, so an array of embeddings that compressed very well
         # is refused. Arrays with one number or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
-    opened = {name: arrays.open(key) for name, key in used.items()}
-    for name in ("class_names", *BY_ROW):
+    opened = {name: arrays.open(key) for name, key in used_keys.items()}
+    for name in ("class_names", *ROW_ARRAYS):
         if name in opened:
             opened[name].require_rows()
     return opened
 
 
-def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed_keys: Sequence[str]) -> None:
+def _require_present(
+    arrays: Arrays, key_of_name: Mapping[str, str], required_keys: Sequence[str]
+) -> None:
     """Raise DataError if the source lacks an array.
 
     Args:
         arrays: The arrays of the source.
-        key_of: The key of an array in the source, by the name of the array in ``NAMES``.
-        needed_keys: Keys that the source must have.
+        key_of_name: The key of an array in the source, by the name of the array in ``ARRAY_NAMES``.
+        required_keys: Keys that the source must have.
     """
-    missing_keys = [key for key in needed_keys if key not in arrays.names]
+    missing_keys = [key for key in required_keys if key not in arrays.names]
     if not missing_keys:
         return
     missing_key = missing_keys[0]
-    name = next(name for name, key in key_of.items() if key == missing_key)
-    present = ", ".join(map(repr, arrays.names[:20])) or "none"
+    name = next(name for name, key in key_of_name.items() if key == missing_key)
+    existing_keys = ", ".join(repr(key) for key in arrays.names[:20]) or "none"
     raise DataError(
-        f"{arrays.path} has no array {missing_key!r}; it has {present}. If the array has another "
-        f"name there, give --key {name}=NAME."
+        f"{arrays.path} has no array {missing_key!r}; it has {existing_keys}. If the array has "
+        f"another name there, give --key {name}=NAME."
     )
 
 
@@ -602,21 +616,21 @@ def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
         sizes = column.shape
         if name in IMAGE_COLUMNS:  # the number of rows may be 0
             sizes = column.shape[1:]
-        is_sized = len(column.shape) == n_dims and all(sizes)
-        if column.dtype.kind not in NUMBERS or not is_sized:
+        has_valid_shape = len(column.shape) == n_dims and 0 not in sizes
+        if column.dtype.kind not in NUMBER_KINDS or not has_valid_shape:
             raise DataError(
-                f"{column.where} must be {meaning}. Got {column.dtype} of shape {column.shape} "
+                f"{column.location} must be {meaning}. Got {column.dtype} of shape {column.shape} "
                 "instead."
             )
         if name == "views" and column.shape[-1] != width:
             raise DataError(
-                f"{column.where} must be of the width of the embeddings, {width}. Got "
+                f"{column.location} must be of the width of the embeddings, {width}. Got "
                 f"{column.shape[-1]}."
             )
 
 
-def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the class names: the user's ``names`` if given, else the names in the source."""
+def _read_class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the class names: the user's ``names``, or if they are None those in the source."""
     if names is not None:
         return tuple(names)
     if stored is None:
@@ -625,16 +639,16 @@ def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tup
             "them (--key class_names=NAME), or give --classes FILE with one name per line."
         )
     _require_names(stored)
-    return tuple(texts_of(stored.whole(), stored.where))
+    return tuple(array_to_texts(stored.read_whole(), stored.location))
 
 
 def _require_names(stored: StoredArray) -> None:
     """Raise DataError if an array is not a vector of short texts."""
-    max_bytes = 4 * MAX_TEXT  # NumPy stores a character in 4 bytes
+    max_bytes = 4 * MAX_NAME_CHARACTERS  # NumPy stores a character in 4 bytes
     if len(stored.shape) != 1 or stored.dtype.itemsize > max_bytes:
         raise DataError(
-            f"{stored.where} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
-            f"{stored.dtype} of shape {stored.shape} instead."
+            f"{stored.location} must be a vector of texts of at most {MAX_NAME_CHARACTERS:,} "
+            f"characters. Got {stored.dtype} of shape {stored.shape} instead."
         )
 
 
@@ -645,29 +659,31 @@ def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
     _require_names(stored)
     hashes_of_blocks = [np.empty(0, np.uint64)]  # not an empty list, which concatenate refuses
     for block in stored.blocks():
-        hashes_of_blocks.append(hash_names(texts_of(block, stored.where)))
+        hashes_of_blocks.append(hash_names(array_to_texts(block, stored.location)))
     hashes = np.concatenate(hashes_of_blocks)
     # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
     # different identifiers can have the same hash. Between two equal identifiers there may be
     # a third one of this hash, so every one is compared with all before it.
     order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    equals_next = np.flatnonzero(ordered[:-1] == ordered[1:])
-    row_of: dict[str, int] = {}  # by identifier, of the identifiers that share their hash
-    for row in order[np.union1d(equals_next, equals_next + 1)].tolist():
-        name = _name_of_row(stored, row)
-        if name in row_of:
+    sorted_hashes = hashes[order]
+    equals_next = np.flatnonzero(sorted_hashes[:-1] == sorted_hashes[1:])
+    shares_hash = np.union1d(equals_next, equals_next + 1)  # positions in ``order``
+    row_of_identifier: dict[str, int] = {}
+    for row in order[shares_hash].tolist():
+        identifier = _read_identifier(stored, row)
+        if identifier in row_of_identifier:
             raise DataError(
-                f"{stored.where} must name each of the {n_rows} rows once. Rows {row_of[name]} and "
-                f"{row} are both {name!r:.80}. Rename them, or leave the identifiers out."
+                f"{stored.location} must name each of the {n_rows} rows once. Rows "
+                f"{row_of_identifier[identifier]} and {row} are both {identifier!r:.80}. Rename "
+                "them, or leave the identifiers out."
             )
-        row_of[name] = row
+        row_of_identifier[identifier] = row
 
 
-def _name_of_row(stored: StoredArray, row: int) -> str:
+def _read_identifier(stored: StoredArray, row: int) -> str:
     """Read the identifier of a row."""
-    (name,) = texts_of(stored.read(row, row + 1), stored.where)
-    return name
+    (identifier,) = array_to_texts(stored.read(row, row + 1), stored.location)
+    return identifier
 
 
 class Targets(NamedTuple):
@@ -683,28 +699,33 @@ def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
         unknown = np.full(min(n_rows, 1), UNKNOWN, np.int64)  # one value, or none without rows
         return Targets(values=unknown, value_of_row=np.zeros(n_rows, np.int64))
     is_vector = len(stored.shape) == 1
-    is_named = is_vector and stored.dtype.kind in TEXTS
+    is_named = is_vector and stored.dtype.kind in TEXT_KINDS
     if is_named:
         _require_names(stored)
-    elif not is_vector or stored.dtype.kind not in WHOLE:
+    elif not is_vector or stored.dtype.kind not in WHOLE_KINDS:
         raise DataError(
-            f"{stored.where} must hold one whole number per row (the number of a row of text), or "
-            f"one class name per row. Got {stored.dtype} of shape {stored.shape} instead."
+            f"{stored.location} must hold one whole number per row (the number of a row of text), "
+            f"or one class name per row. Got {stored.dtype} of shape {stored.shape} instead."
         )
-    of_blocks: list[Targets] = []
+    targets_of_blocks: list[Targets] = []
     for block in stored.blocks():
-        targets = np.array(texts_of(block, stored.where), np.str_) if is_named else block
+        targets = np.array(array_to_texts(block, stored.location), np.str_) if is_named else block
         values, value_of_row = np.unique(targets, return_inverse=True)
-        of_blocks.append(Targets(values, value_of_row))
-    if not of_blocks:
+        targets_of_blocks.append(Targets(values, value_of_row))
+    return _join_targets(targets_of_blocks)
+
+
+def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
+    """Join the targets of consecutive blocks of rows."""
+    if not targets_of_blocks:
         return Targets(values=np.empty(0, np.int64), value_of_row=np.empty(0, np.int64))
-    all_values = np.unique(np.concatenate([of_block.values for of_block in of_blocks]))
-    indices: list[NDArray[np.int64]] = []
-    for of_block in of_blocks:
+    all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
+    value_of_row: list[NDArray[np.int64]] = []
+    for targets in targets_of_blocks:
         # for each value of the block, its index among the values of all blocks
-        new_index = np.searchsorted(all_values, of_block.values)
-        indices.append(new_index[of_block.value_of_row])
-    return Targets(all_values, np.concatenate(indices))
+        new_index = np.searchsorted(all_values, targets.values)
+        value_of_row.append(new_index[targets.value_of_row])
+    return Targets(all_values, np.concatenate(value_of_row))
 
 
 def _leave_out(
@@ -715,28 +736,29 @@ def _leave_out(
     Returns the targets (N,) among these classes, the row numbers (K,) of their texts in ``text``,
     and their K names.
     """
-    inside = [i for i, name in enumerate(names) if name not in outside]
+    remaining = [number for number, name in enumerate(names) if name not in outside]
     n_texts = len(text)
-    if n_texts not in {len(names), len(inside)}:
+    if n_texts not in {len(names), len(remaining)}:
         raise DataError(
-            f"there must be one class name per row of text ({n_texts}, {text.where}). Got "
+            f"there must be one class name per row of text ({n_texts}, {text.location}). Got "
             f"{len(names)} names instead."
         )
-    if not inside:
+    if not remaining:
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
-    # new_label[i] is the label of class i in the store: its index in ``inside``, or OUTSIDE
+    # the label in the store of each class in the source; OUTSIDE if the class is left out
     new_label = np.full(len(names), OUTSIDE, np.int64)
-    new_label[inside] = np.arange(len(inside))
+    new_label[remaining] = np.arange(len(remaining))
     target = _index_targets(targets, names, outside)
     is_class = target >= 0
     target[is_class] = new_label[target[is_class]]
-    # ``text`` has a row for every name, or only a row for every class inside
+    # ``text`` has a row for every name, or only a row for every remaining class
     has_text_per_name = n_texts == len(names)
-    text_rows = torch.tensor(inside if has_text_per_name else range(n_texts))
+    text_rows = torch.tensor(remaining if has_text_per_name else range(n_texts))
+    remaining_names = [names[number] for number in remaining]
     # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
-    classes = check_class_names([names[i] for i in inside], n_candidates=len(inside)) or ()
+    classes = check_class_names(remaining_names, n_candidates=len(remaining)) or ()
     return target, text_rows, classes
 
 
@@ -744,13 +766,13 @@ def _index_targets(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
     """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is no class."""
-    index_of: dict[str, int] = {}
+    index_of_name: dict[str, int] = {}
     for i, name in enumerate(names):
-        index_of.setdefault(name, i)  # of classes with the same name, the first index
-    labels_outside = [name for name in outside if name not in index_of]
+        index_of_name.setdefault(name, i)  # of classes with the same name, the first index
+    labels_outside = [name for name in outside if name not in index_of_name]
     _require_used(labels_outside, targets, names)
     if targets.values.dtype.kind == "U":
-        indices = _indices_of_names(targets.values.tolist(), index_of, labels_outside)
+        indices = _indices_of_names(targets.values.tolist(), index_of_name, labels_outside)
     else:
         indices = _indices_of_numbers(targets.values, len(names), labels_outside)
     return indices[targets.value_of_row]
@@ -760,54 +782,57 @@ def _require_used(labels_outside: Sequence[str], targets: Targets, names: tuple[
     """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
     known_names = {"", *names}
     known_numbers = range(len(names))
-    beyond: list[str] = []  # targets that are no class
+    further_labels: list[str] = []  # targets that are no class
     for value in targets.values.tolist():
         if value not in known_names and value not in known_numbers:
-            beyond.append(str(value))
-    unknown = [name for name in labels_outside if name not in beyond]
-    if not unknown:
+            further_labels.append(str(value))
+    unused_labels = [label for label in labels_outside if label not in further_labels]
+    if not unused_labels:
         return
-    shown = [repr(name) for name in names[:10]]
-    if len(names) > 10:
-        shown.append("...")
-    more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
+    shown_names = [repr(name) for name in names[:MAX_LISTED]]
+    if len(names) > MAX_LISTED:
+        shown_names.append("...")
+    further_text = ""
+    if further_labels:
+        further_text = f"; labels beyond the classes are {', '.join(further_labels[:MAX_LISTED])}"
     raise UsageError(
-        f"there is no class or label {unknown[0]!r} for --outside. Classes are "
-        f"{', '.join(shown)}{more}."
+        f"there is no class or label {unused_labels[0]!r} for --outside. Classes are "
+        f"{', '.join(shown_names)}{further_text}."
     )
 
 
 def _indices_of_names(
-    values: Sequence[str], index_of: Mapping[str, int], labels_outside: Sequence[str]
+    values: Sequence[str], index_of_name: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
     """Return the index of each name, -1 if unknown, -2 if outside."""
-    known = {"": UNKNOWN, **index_of, **dict.fromkeys(labels_outside, OUTSIDE)}
+    index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
-        if value not in known:
+        if value not in index_of_value:
             raise DataError(
                 f"target has the label {value!r:.80}, which is no class. Add it to class_names and "
                 "text, or say with --outside that it is none of the classes."
             )
-    return np.array([known[value] for value in values], dtype=np.int64)
+    return np.array([index_of_value[value] for value in values], dtype=np.int64)
 
 
 def _indices_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
     """Check targets that are whole numbers, and return them with -2 in place of labels outside."""
-    may_be_class = np.array(
+    # ``--outside`` names values for which no class stands
+    is_not_named = np.array(
         [str(value) not in labels_outside for value in values.tolist()], dtype=bool
     )
     # ``is_outside`` marks values that are -2 in the source
     target, is_outside = check_targets(
-        values[may_be_class], n_rows=int(may_be_class.sum()), n_candidates=n_classes
+        values[is_not_named], n_rows=int(is_not_named.sum()), n_candidates=n_classes
     )
     indices = np.full(len(values), OUTSIDE, np.int64)
-    indices[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
+    indices[is_not_named] = torch.where(is_outside, OUTSIDE, target).numpy()
     return indices
 
 
-def _class_columns(
+def _read_class_columns(
     opened: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
     """Check the columns of the classes and of the model, and return them.
@@ -821,71 +846,71 @@ def _class_columns(
             continue
         if LOGITS in opened:
             raise DataError(
-                f"{opened[name].where} is compared with texts, and with logits there are no texts. "
-                "Leave it out."
+                f"{opened[name].location} is compared with texts, and with logits there are no "
+                "texts. Leave it out."
             )
         n_texts = len(opened["text"])
         # the number of image rows, here 0, is not compared, because no column of images is checked
-        values = check_columns({name: opened[name].whole()}, n_rows=0, n_texts=n_texts)[name]
+        values = check_columns({name: opened[name].read_whole()}, n_rows=0, n_texts=n_texts)[name]
         has_row_per_class = name in TEXT_COLUMNS
         columns[name] = values[text_rows] if has_row_per_class else values
     return columns
 
 
-def _describe(
-    content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
+def _describe_run(
+    source_arrays: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
     """Return the description of a run. All arrays are read once, for the fingerprint of the run."""
-    described: dict[str, object] = {
-        "dataset_fingerprint": content.fingerprint(),
-        "n_in": len(content.array_of_rows),
+    inputs: dict[str, object] = {
+        "dataset_fingerprint": source_arrays.fingerprint(),
+        "n_in": len(source_arrays.row_array),
         "space": asdict(space),
-        "names": content.names,
-        "folders": content.names if "target" in content.arrays else None,
+        "names": source_arrays.names,
+        "folders": source_arrays.names if "target" in source_arrays.arrays else None,
         "templates": (),
         "limits": {},
-        "outside": tuple(sorted(content.outside)),
+        "outside": tuple(sorted(source_arrays.outside)),
         "imported": imported.model_dump(),
         **settings,
     }
-    # ``where`` is a text such as "FILE.npz, array 'image'", or "FOLDER/image.npy"
-    source_path, _, _ = content.array_of_rows.where.partition(", array ")
+    # the location is a text such as "FILE.npz, array 'image'", or "FOLDER/image.npy"
+    source_path, _, _ = source_arrays.row_array.location.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
-    return describe_run(described, source.name or path.stem)
+    return describe_run(inputs, source.name or path.stem)
 
 
 def _write_store(
-    root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool
+    root: Path, run: Run, source_arrays: SourceArrays, budget: Budget, *, overwrite: bool
 ) -> None:
     """Write the missing parts and seal the store."""
     with StoreLedger.claim(root):
-        texts_and_columns = (content.text, content.class_columns)
-        run = begin(root, run, lambda: texts_and_columns, overwrite=overwrite)
+        texts_and_columns = (source_arrays.text, source_arrays.class_columns)
+        run = begin(root, run, make_classes=lambda: texts_and_columns, overwrite=overwrite)
         ledger = StoreLedger(root, run)
-        missing, done = ledger.survey()
-        if missing:
+        missing_parts, receipts = ledger.survey()
+        if missing_parts:
             # The manifest is removed before the first part is written, because a manifest states
             # that all parts are done.
             ledger.unseal()
-            require_room(root, run, missing)
+            require_disk_space(root, run, missing_parts)
         else:
             logger.info("%s is complete: there is nothing to do", root)
         with track("import", run.n_in, "rows") as task:
-            task.advance(sum(receipt.n_in for receipt in done))
+            task.advance(sum(receipt.n_in for receipt in receipts))
             n_errors = 0
-            for part in missing:
-                receipt = _write_part(ledger, part, content)
+            for part in missing_parts:
+                receipt = _write_part(ledger, part, source_arrays)
                 n_errors += receipt.n_error
                 task.advance(len(part), f"{n_errors} errors")
-            content.norms.warn("image")
+            source_arrays.norms.warn("image")
         ledger.clean()
         seal(ledger, budget)
 
 
-def _write_part(ledger: StoreLedger, part: Part, content: SourceArrays) -> Receipt:
+def _write_part(ledger: StoreLedger, part: Part, source_arrays: SourceArrays) -> Receipt:
     """Write a part in the number format of the store, and return its receipt."""
-    rows = content.rows(part)
+    rows = source_arrays.rows(part)
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in rows.arrays.items():
         rows.arrays[name] = [block.to(number_format) for block in blocks]

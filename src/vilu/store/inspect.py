@@ -21,10 +21,10 @@ from vilu.errors import OUTSIDE, UNKNOWN, ViLUError
 from vilu.store.ledger import require_hash
 from vilu.store.manifest import CAPTION, IMAGE, Receipt, Run
 from vilu.store.parts import (
-    ERRORS,
+    ERROR_SCHEMA,
     Part,
     StoreLedger,
-    holds_all,
+    has_all_positions,
     map_rows,
     metadata_schema,
     read_classes,
@@ -32,7 +32,7 @@ from vilu.store.parts import (
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-CHUNK = 8192  # number of rows checked at a time
+BLOCK_ROWS = 8192  # number of rows checked at a time
 
 
 @dataclass
@@ -69,8 +69,8 @@ class StoreReport:
         self.bytes += sum(info.bytes for info in receipt.files.values())
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Add the error that ends the block, if any, to ``problems``."""
+    def catch_problem(self) -> Iterator[None]:
+        """Add the error that ends the block, if any, to ``problems``. It is not raised."""
         try:
             yield
         except ViLUError as error:
@@ -81,10 +81,10 @@ class StoreReport:
         space = run.space
         model = f"{space.backbone or 'not known'}, {space.precision or 'precision not known'}"
         facts = {
-            "store": f"{self.store}, {self._state()}",
-            "images": self._images(),
+            "store": f"{self.store}, {self._state_text()}",
+            "images": self._images_text(),
             "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
-            "errors": self._errors(),
+            "errors": self._errors_text(),
             "data": f"{run.dataset}, split {run.split or 'not named'}",
         }
         if run.imported is not None:
@@ -95,42 +95,42 @@ class StoreReport:
         else:
             templates = ", ".join(map(repr, run.templates)) or "not known"
             facts["classes"] = f"{len(run.names)}, templates {templates}"
-            facts["labels"] = self._labels()
+            facts["labels"] = self._labels_text()
         if self.columns:
-            facts["columns"] = self._columns()
+            facts["columns"] = self._columns_text()
         facts["fingerprint"] = run.fingerprint
-        facts["problems"] = self._problems()
+        facts["problems"] = self._problems_text()
         return "\n".join(f"{name:<12} {fact}" for name, fact in facts.items())
 
-    def _state(self) -> str:
+    def _state_text(self) -> str:
         if self.sealed:
             return "complete"
         command = "`vilu embed`" if self.run.imported is None else "`vilu import`"
         return f"not complete: run {command} again"
 
-    def _images(self) -> str:
+    def _images_text(self) -> str:
         run = self.run
         total = f" from {run.shards} shards" if run.shards else f" of {run.n_in}"
         return f"{self.n_in}{total} in {self.parts_done} of {self.parts} parts"
 
-    def _errors(self) -> str:
+    def _errors_text(self) -> str:
         if not self.errors:
             return f"{self.n_error}"
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         return f"{self.n_error} ({kinds})"
 
-    def _columns(self) -> str:
+    def _columns_text(self) -> str:
         columns: list[str] = []
         for name, shape in self.columns.items():
             columns.append(f"{name} {' x '.join(map(str, shape))}")
         return ", ".join(columns)
 
-    def _problems(self) -> str:
+    def _problems_text(self) -> str:
         if self.problems:
             return "".join(f"\n  - {problem}" for problem in self.problems)
         return "none" if self.deep else "none; --deep reads every byte"
 
-    def _labels(self) -> str:
+    def _labels_text(self) -> str:
         n_rows = self.labels.total()
         counts = [f"{n} {kind} ({n / n_rows:.1%})" for kind, n in self.labels.items() if n]
         labels = ", ".join(counts) or "none"
@@ -169,9 +169,9 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     for part in ledger.parts:
         # in a store that is not complete, a part without a receipt is not done yet
         if is_sealed or (root / part.receipt).exists():
-            with report.noting():
+            with report.catch_problem():
                 _inspect_part(ledger, part, report)
-    with report.noting():
+    with report.catch_problem():
         if not run.captions:
             table, _ = read_classes(root, run)
             for name, info in table.columns.items():
@@ -196,7 +196,7 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
     if report.deep:
         for name, info in receipt.files.items():
             # every file is checked, even if another file is damaged
-            with report.noting():
+            with report.catch_problem():
                 require_hash(ledger.root / name, info.sha256, receipt.remedy)
         report.problems += list(_part_problems(ledger, part, receipt))
     if not ledger.run.captions:
@@ -223,41 +223,45 @@ def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterato
     if run.captions:
         names.append("caption")  # reading the column checks that it is text
     rows = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
-    errors = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
-    where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
+    errors = read_columns(root / part.errors, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
+    # how the sentences name the part
+    part_name = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
     row_positions = rows["position"].to_numpy()
     error_positions = errors["position"].to_numpy()
     all_positions = np.union1d(row_positions, error_positions)
-    if not holds_all(run, part, all_positions, receipt.n_in):
+    if not has_all_positions(run, part, all_positions, receipt.n_in):
         images = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
-        yield f"{where} does not hold every image {images} once."
+        yield f"{part_name} does not hold every image {images} once."
     elif np.any(np.diff(row_positions) <= 0):
-        yield f"{where} is not in the order of the images."
+        yield f"{part_name} is not in the order of the images."
     if Counter(errors["kind"].to_pylist()) != Counter(receipt.errors):
-        yield f"{where} has other kinds of errors than its receipt."
+        yield f"{part_name} has other kinds of errors than its receipt."
     if not run.captions:
-        yield from _label_problems(rows["label"].drop_null().to_numpy(), len(run.names), where)
+        labels = rows["label"].drop_null().to_numpy()
+        yield from _label_problems(labels, len(run.names), part_name)
     if len(rows["key"].unique()) != len(rows):
-        yield f"{where} has keys more than once."
+        yield f"{part_name} has keys more than once."
 
 
-def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> Iterator[str]:
-    """Yield a sentence if a label is invalid.
+def _label_problems(labels: NDArray[np.int64], n_classes: int, part_name: str) -> Iterator[str]:
+    """Yield a sentence about a part if a label is invalid.
 
     Valid labels are 0 to ``n_classes`` - 1, and -2 (outside). An unknown label is stored as null
     and not as -1, so -1 is invalid here.
     """
     is_valid = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < n_classes)
     if not is_valid.all():
-        yield f"{where} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
+        yield (
+            f"{part_name} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
+        )
 
 
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
     """Yield a sentence for each block with rows that are not finite or not of unit norm."""
     rows = map_rows(path, shape, dtype)
     expected = "finite" if name in UNNORMALISED_COLUMNS else "of unit norm"
-    for start in range(0, len(rows), CHUNK):
-        block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = torch.from_numpy(rows[start : start + BLOCK_ROWS].astype(np.float32))
         if name in UNNORMALISED_COLUMNS:
             is_good = torch.isfinite(block)
         else:

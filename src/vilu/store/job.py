@@ -23,20 +23,20 @@ from vilu.errors import StorageError
 from vilu.progress import Silence, Task
 from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, positions
-from vilu.store.pipeline import END, Decoded, Decoder, Encoder, place_records
+from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, possible_positions
+from vilu.store.pipeline import END, Decoded, Decoder, Encoder, records_with_positions
 from vilu.store.precision import check_precision
 from vilu.text import plural
 
 MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
 # message in the error rows of a part that was given up
-MESSAGE = (
+GIVE_UP_MESSAGE = (
     f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
     "given up"
 )
 
 
-def attempts(root: Path, part: Part) -> int:
+def count_attempts(root: Path, part: Part) -> int:
     """Return how many processes have a mark on a part: they died in it, or are still at work.
 
     A process that ends the part, or fails with an exception, removes its mark.
@@ -61,8 +61,8 @@ def forget_attempts(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-class Marks:
-    """The marks of this process on the parts that it has begun (``attempts``).
+class AttemptMarks:
+    """The marks of this process on the parts that it has begun (``count_attempts``).
 
     At the end of the ``with`` block, the marks are removed. If the process dies in the block, they
     stay.
@@ -72,7 +72,7 @@ class Marks:
         self._root = root
         self._begun: set[Part] = set()
 
-    def __enter__(self) -> Marks:
+    def __enter__(self) -> AttemptMarks:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,20 +99,20 @@ class Marks:
         self._begun.discard(part)
 
 
-def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
+def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartRows:
     """Return the content of a part that is given up: error rows, and no embeddings.
 
-    If ``listing`` is True, the images are listed without reading them, and every image gets an
-    error row of kind "crash" with its key. If ``listing`` is False, a process died while it listed
+    If ``may_list`` is True, the images are listed without reading them, and every image gets an
+    error row of kind "crash" with its key. If ``may_list`` is False, a process died while it listed
     the images. Then, or if listing raises an exception, the images are not known:
 
     - If parts are made of images, every position gets an error row of kind "crash".
     - If parts are made of shards, every shard gets one error row of kind "bad_shard", because the
       number of its images is unknown.
     """
-    if listing:
+    if may_list:
         try:
-            records = place_records(run, part, dataset)
+            records = records_with_positions(run, part, dataset)
             return _error_rows("crash", [(position, record.key) for position, record in records])
         # Listing may raise any exception, because these files have killed workers, and the reader
         # may be a plugin. The exception is logged, and the other parts are still done.
@@ -120,12 +120,12 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
             )
-    possible = positions(run, part)
+    positions = possible_positions(run, part)
     if run.shards:
-        first_positions = possible[::SHARD]  # of every shard of the part, its first position
-        keys = [f"shard {position // SHARD}" for position in first_positions]
-        return _error_rows("bad_shard", list(zip(first_positions, keys, strict=True)))
-    return _error_rows("crash", [(position, f"image {position}") for position in possible])
+        first_positions = positions[::SHARD]  # of every shard of the part, its first position
+        shards = [(position, f"shard {position // SHARD}") for position in first_positions]
+        return _error_rows("bad_shard", shards)
+    return _error_rows("crash", [(position, f"image {position}") for position in positions])
 
 
 def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
@@ -138,7 +138,7 @@ def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> Par
             stage="process",
             kind=kind,
             exception=None,
-            message=MESSAGE,
+            message=GIVE_UP_MESSAGE,
             bytes=None,
         )
         content.errors.append(error)
@@ -214,30 +214,29 @@ class EmbedJob:
         """
         if progress is None:
             progress = Silence()
-        fresh: list[Part] = []  # parts to be embedded together, one after the other
+        untried: list[Part] = []  # parts to be embedded together, one after the other
         for number in parts:
             part = self.ledger.parts[number]
             outcome = self.ledger.look_up(part)
             is_done = isinstance(outcome, Receipt)
-            deaths = 0 if is_done else attempts(self.root, part)
-            if not is_done and deaths == 0:
-                fresh.append(part)
+            n_deaths = 0 if is_done else count_attempts(self.root, part)
+            if not is_done and n_deaths == 0:
+                untried.append(part)
                 continue
-            # this part is not fresh; the fresh parts before it are done first, to keep the order
-            yield from self._embed(fresh, progress)
-            fresh = []
+            # the untried parts before this part are done first, to keep the order
+            yield from self._embed(untried, progress)
+            untried = []
             if isinstance(outcome, Receipt):
                 receipt = outcome
-            elif deaths < MAX_ATTEMPTS:
-                # A part in which a process died is embedded alone. So if another process dies in
-                # this part, no other part has a mark.
+            elif n_deaths < MAX_ATTEMPTS:
+                # alone, so that no other part has a mark if another process dies in this part
                 yield from self._embed([part], progress)
                 continue
             else:
-                receipt = self._give_up(part, deaths)
+                receipt = self._give_up(part, n_deaths)
             progress.advance(receipt.n_in)
             yield receipt
-        yield from self._embed(fresh, progress)
+        yield from self._embed(untried, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
         """Embed parts one after the other, and yield the receipt of each when it is written."""
@@ -254,23 +253,25 @@ class EmbedJob:
         )
         decoder = self._decoder(backbone)
         workers = self.workers or default_workers()
-        ahead = self.batch_size + workers  # maximum number of images decoded in advance
-        sources: dict[int, str] = {}  # fingerprint of the shards of each part, by its number
+        max_ahead = self.batch_size + workers  # maximum number of images decoded in advance
+        fingerprints: dict[int, str] = {}  # of the shards of each part, by its number
         with (
-            Marks(self.root) as marks,
-            in_threads(decoder, self._items(parts, marks, sources), workers, ahead) as outcomes,
+            AttemptMarks(self.root) as marks,
+            in_threads(
+                decoder, self._records(parts, marks, fingerprints), workers, max_ahead
+            ) as outcomes,
         ):
             for part in parts:
                 content = encoder.part(outcomes)
-                source = sources[part.number]
-                receipt = self.ledger.write_rows(part, content, self.batch_size, source)
+                fingerprint = fingerprints[part.number]
+                receipt = self.ledger.write_rows(part, content, self.batch_size, fingerprint)
                 # The mark is removed after the receipt is written. If the process dies in between,
                 # the mark stays on a part that is done, where it is ignored. In the other order, a
                 # part that kills its process during the writing would have no mark, and would be
                 # tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
-                self._say_animated(content)
+                self._log_animated(content)
                 yield receipt
 
     def _decoder(self, backbone: Backbone) -> Decoder:
@@ -291,16 +292,15 @@ class EmbedJob:
             ProvenanceError: If the two differ too much.
         """
         decoder = replace(self._decoder(backbone), views=None)
-        first_part = self.ledger.parts[:1]
 
-        def pixels() -> Iterator[Tensor]:
-            for part in first_part:
-                for item in place_records(self.run, part, self.dataset):
+        def first_pixels() -> Iterator[Tensor]:
+            for part in self.ledger.parts[:1]:  # no part if there are no images
+                for item in records_with_positions(self.run, part, self.dataset):
                     outcome = decoder(item)
                     if isinstance(outcome, Decoded):
                         yield outcome.pixels
 
-        check = check_precision(backbone, self.run, pixels(), self.batch_size)
+        check = check_precision(backbone, self.run, first_pixels(), self.batch_size)
         if check is not None:
             append_to_log(self.root, checked=asdict(check))
 
@@ -332,37 +332,37 @@ class EmbedJob:
             seconds,
         )
 
-    def _say_animated(self, content: PartRows) -> None:
+    def _log_animated(self, content: PartRows) -> None:
         """Log the number of animated images, of which only the first frame is used."""
         n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
         if n_animated:
             logger.info("%s: the first frame is used", plural(n_animated, "animated image"))
 
-    def _items(
-        self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]
+    def _records(
+        self, parts: Sequence[Part], marks: AttemptMarks, fingerprints: dict[int, str]
     ) -> Iterator[tuple[int, ImageRecord] | None]:
         """Yield the records of all parts with their positions, and ``END`` after each part.
 
-        Before its records, a part gets a mark, and its fingerprint is put into ``sources``.
+        Before its records, a part gets a mark, and its fingerprint is put into ``fingerprints``.
         """
         for part in parts:
             marks.begin(part)
             # The fingerprint is taken before the shards are read. So if a shard changes while it is
             # read, the next run notices the change.
-            sources[part.number] = self.ledger.source(part)
-            yield from place_records(self.run, part, self.dataset)
+            fingerprints[part.number] = self.ledger.source(part)
+            yield from records_with_positions(self.run, part, self.dataset)
             yield END
 
-    def _give_up(self, part: Part, deaths: int) -> Receipt:
-        """Write a part whose images are all errors."""
-        with Marks(self.root) as marks:
+    def _give_up(self, part: Part, n_deaths: int) -> Receipt:
+        """Write a part in which ``n_deaths`` processes died: its images are all errors."""
+        with AttemptMarks(self.root) as marks:
             # If listing the images kills this process, too, its mark stays. The next process then
             # sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.begin(part)
-            source = self.ledger.source(part)
-            has_died_in_listing = deaths > MAX_ATTEMPTS
-            content = give_up(self.run, part, self.dataset, listing=not has_died_in_listing)
-            receipt = self.ledger.write_rows(part, content, self.batch_size, source)
+            fingerprint = self.ledger.source(part)
+            has_died_in_listing = n_deaths > MAX_ATTEMPTS
+            content = given_up_rows(self.run, part, self.dataset, may_list=not has_died_in_listing)
+            receipt = self.ledger.write_rows(part, content, self.batch_size, fingerprint)
             marks.end(part)
         logger.warning(
             "part %d was given up after %d processes had died in it: its %d images are counted as "

@@ -26,21 +26,21 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import Reopened
-from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, default_workers, in_threads
+from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy
-from vilu.store.unreadable import or_damaged
+from vilu.store.unreadable import convert_damage_errors
 from vilu.validation import checked
 
-FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
+FOLDER_NAMES = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
 
 # pairs of image and caption files, where there is a single shard
-FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
-METADATA = "metadata"  # folder of the metadata
+FILE_NAMES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
+METADATA_FOLDER = "metadata"  # folder of the metadata
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
-    "or one of " + " and ".join(f"{image} + {text}" for image, text in FILES)
+    "or one of " + " and ".join(f"{image} + {text}" for image, text in FILE_NAMES)
 )
 """The layouts that are accepted, for messages."""
 
@@ -61,7 +61,7 @@ class Shard:
         counts = {self.image: n_images, self.text: n_texts}
         if self.metadata is not None:
             with (
-                or_damaged(self.metadata, "Fetch it again."),
+                convert_damage_errors(self.metadata, "Fetch it again."),
                 pq.ParquetFile(self.metadata) as file,
             ):
                 counts[self.metadata] = file.metadata.num_rows
@@ -123,24 +123,26 @@ def find_shards(root: Path) -> list[Shard]:
     Raises:
         DataError: If there is no shard, or a file of a shard is missing.
     """
-    for image_name, text_name in FILES:
+    for image_name, text_name in FILE_NAMES:
         image_file = root / image_name
         text_file = root / text_name
         if image_file.is_file() and text_file.is_file():
             return [Shard(image_file, text_file, None)]
-    home, image_folder, text_folder = _find_home(root)
-    images = _numbered_files(home / image_folder, ".npy")
-    texts = _numbered_files(home / text_folder, ".npy")
+    base_folder, image_folder, text_folder = _find_base_folder(root)
+    images = _numbered_files(base_folder / image_folder, ".npy")
+    texts = _numbered_files(base_folder / text_folder, ".npy")
     metadata: dict[int, Path] = {}
-    if (home / METADATA).is_dir():
-        metadata = _numbered_files(home / METADATA, ".parquet")
+    if (base_folder / METADATA_FOLDER).is_dir():
+        metadata = _numbered_files(base_folder / METADATA_FOLDER, ".parquet")
     numbers = sorted({*images, *texts, *metadata})
     if not numbers:
-        raise DataError(f"{home / image_folder} and {home / text_folder} hold no .npy file.")
-    files_of = {image_folder: images, text_folder: texts}
+        raise DataError(
+            f"{base_folder / image_folder} and {base_folder / text_folder} hold no .npy file."
+        )
+    files_of_folder = {image_folder: images, text_folder: texts}
     if metadata:
-        files_of[METADATA] = metadata
-    _require_partners(home, files_of, numbers)
+        files_of_folder[METADATA_FOLDER] = metadata
+    _require_partners(base_folder, files_of_folder, numbers)
     shards: list[Shard] = []
     for number in numbers:
         shards.append(Shard(images[number], texts[number], metadata.get(number)))
@@ -148,53 +150,56 @@ def find_shards(root: Path) -> list[Shard]:
 
 
 def _require_partners(
-    home: Path, files_of: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
+    base_folder: Path, files_of_folder: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
 ) -> None:
-    """Raise DataError where a folder has no file for one of the ``numbers``.
+    """Raise DataError if a folder has no file for one of the ``numbers``.
 
-    ``files_of`` has the files of each folder by number.
+    ``files_of_folder`` has the files of each folder by number.
     """
-    for folder, files in files_of.items():
+    for folder, files in files_of_folder.items():
         missing = [number for number in numbers if number not in files]
         if not missing:
             continue
         number = missing[0]
         # another folder has a file with this number, because ``numbers`` are those of all files
-        partner = next(files[number] for files in files_of.values() if number in files)
+        partner = next(files[number] for files in files_of_folder.values() if number in files)
         raise DataError(
-            f"{home / folder} has no file with number {number}, the partner of {partner}. Fetch it."
+            f"{base_folder / folder} has no file with number {number}, the partner of {partner}. "
+            "Fetch it."
         )
 
 
-def _find_home(root: Path) -> tuple[Path, str, str]:
+def _find_base_folder(root: Path) -> tuple[Path, str, str]:
     """Return the folder that holds the embeddings, and the names of its two folders for them.
 
     The folder is ``root``, or else the only sub-folder of ``root`` that has such folders. The first
     name is the folder of images, the second the folder of captions.
     """
-    entries = _entries(root)
-    homes: list[tuple[Path, str, str]] = []
+    entries = _sorted_entries(root)
+    base_folders: list[tuple[Path, str, str]] = []
     for folder in (root, *entries):
-        for image_folder, text_folder in FOLDERS:
+        for image_folder, text_folder in FOLDER_NAMES:
             if (folder / image_folder).is_dir() and (folder / text_folder).is_dir():
-                homes.append((folder, image_folder, text_folder))
-    if not homes:
+                base_folders.append((folder, image_folder, text_folder))
+    if not base_folders:
         names = ", ".join(path.name for path in entries[:8]) or "nothing"
         raise DataError(
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
         )
-    home, image_folder, text_folder = homes[0]  # ``root`` itself if it is in ``homes``
-    if home != root and len(homes) > 1:
-        splits = ", ".join(str(folder) for folder, _, _ in homes)
+    base_folder, image_folder, text_folder = base_folders[
+        0
+    ]  # ``root`` itself if it is in ``base_folders``
+    if base_folder != root and len(base_folders) > 1:
+        splits = ", ".join(str(folder) for folder, _, _ in base_folders)
         raise DataError(f"{root} has several splits. Give one of them: {splits}.")
-    return home, image_folder, text_folder
+    return base_folder, image_folder, text_folder
 
 
 def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     """Return the files of a folder by the number at the end of their names."""
     files: dict[int, Path] = {}
-    for path in _entries(folder):
+    for path in _sorted_entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
         match = re.search(r"[0-9]+$", path.stem)
@@ -213,7 +218,7 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     return files
 
 
-def _entries(folder: Path) -> list[Path]:
+def _sorted_entries(folder: Path) -> list[Path]:
     """Return the entries of a folder, sorted; DataError if it is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
@@ -221,12 +226,12 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
-CAPTIONS = ("caption", "TEXT")
+CAPTION_COLUMNS = ("caption", "TEXT")
 """Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
 
 # Maximum number of values in a block of rows. A thread checks one block at a time, and such a block
 # (4 MiB in float32) fits in the cache of a processor.
-SCAN_CELLS = 2**20
+MAX_BLOCK_CELLS = 2**20
 
 
 class LaionPairs(Reopened, MappedPairs):
@@ -281,7 +286,7 @@ class LaionPairs(Reopened, MappedPairs):
         shards = find_shards(root)
         width = _common_width(shards)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
-        self.seal = _hash_of_files(root, shards)
+        self.seal = _listing_hash(root, shards)
         self.options = {
             "pools": pools,
             "logit_scale": logit_scale,
@@ -304,12 +309,12 @@ class LaionPairs(Reopened, MappedPairs):
             pools=pools or Pools(),
             chosen=chosen,
         )
-        self._all_unit = False  # _row_status sets it to True if all rows have unit norm
-        self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
+        self._has_unit_norms = False  # _row_status sets it to True if all rows have unit norm
+        self.ids = RowNumbers(len(rows)) if chosen is None else ListedNumbers(chosen)
 
-    def _take(self, name: str, index: Tensor) -> Tensor:
-        rows = super()._take(name, index)
-        if self._all_unit:
+    def _take_rows(self, name: str, index: Tensor) -> Tensor:
+        rows = super()._take_rows(name, index)
+        if self._has_unit_norms:
             return rows
         unit_rows, _, _ = normalise_rows(rows)
         return unit_rows
@@ -321,11 +326,11 @@ class LaionPairs(Reopened, MappedPairs):
         Warns if some rows do not have unit norm.
         """
         status = np.full(len(self._rows), VALID, dtype=np.uint8)
-        norms_seen = _Norms()
+        norms_seen = _NormStatistics()
         workers = default_workers()
         with (
             track("Checking embeddings", 2 * len(status), "rows") as task,
-            in_threads(_check, self._blocks(), workers, 2 * workers) as results,
+            in_threads(_check_block, self._blocks(), workers, 2 * workers) as results,
         ):
             for start, block_status, norms in results:
                 # A row has one status for image and caption: the first one that is not VALID.
@@ -333,21 +338,22 @@ class LaionPairs(Reopened, MappedPairs):
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
                 norms_seen.add(norms[torch.from_numpy(block_status == VALID)])
                 task.advance(len(block_status))
-        self._all_unit = norms_seen.n_off == 0
-        if norms_seen.n_off:
+        self._has_unit_norms = norms_seen.n_not_unit == 0
+        if norms_seen.n_not_unit:
             warn_caller(
-                f"{norms_seen.n_off} of {2 * len(status)} image and caption rows of {self.path} "
+                f"{norms_seen.n_not_unit} of {2 * len(status)} image and caption rows of "
+                f"{self.path} "
                 f"are not of unit norm (norms {norms_seen.low:.3g} to {norms_seen.high:.3g}); they "
                 "are normalised when they are read."
             )
-        return status if self._chosen is None else status[self._chosen.numpy()]
+        return status if self._chosen_rows is None else status[self._chosen_rows.numpy()]
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield the blocks of all files: the number of the first row, and the (b, D) mapped rows.
 
         The mapped rows are read from the disk only when the block is checked.
         """
-        block_rows = max(SCAN_CELLS // self.space.embed_dim, 1)
+        block_rows = max(MAX_BLOCK_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
                 # mapped anew, so that the pages read are released together with this array
@@ -357,10 +363,10 @@ class LaionPairs(Reopened, MappedPairs):
 
 
 @dataclass
-class _Norms:
+class _NormStatistics:
     """Statistics of the norms of rows."""
 
-    n_off: int = 0  # number of norms that are not 1
+    n_not_unit: int = 0  # number of norms that are not 1
     low: float = np.inf  # smallest norm
     high: float = 0.0  # largest norm
 
@@ -369,7 +375,7 @@ class _Norms:
         if not len(norms):
             return
         is_off = (norms - 1).abs() > NORM_TOLERANCE
-        self.n_off += int(is_off.sum())
+        self.n_not_unit += int(is_off.sum())
         self.low = min(self.low, float(norms.min()))
         self.high = max(self.high, float(norms.max()))
 
@@ -386,15 +392,16 @@ def _common_width(shards: Sequence[Shard]) -> int:
     return first.width
 
 
-def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
+def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
     """Check a block of rows, and return the number of its first row, (b,) status and (b,) norms."""
     first_number, rows = block
-    native = rows.astype(rows.dtype.newbyteorder("="))  # torch accepts only the native byte order
-    status, norms = row_status(torch.from_numpy(native).float())
+    # torch accepts only the native byte order
+    native_rows = rows.astype(rows.dtype.newbyteorder("="))
+    status, norms = row_status(torch.from_numpy(native_rows).float())
     return first_number, status, norms
 
 
-def _hash_of_files(root: Path, shards: list[Shard]) -> str:
+def _listing_hash(root: Path, shards: list[Shard]) -> str:
     """Return a hash of names, sizes and times of modification of all files."""
     listing = ListingHash()
     for shard in shards:
@@ -425,4 +432,4 @@ def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int
         raise UsageError(
             f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
         )
-    return rows_of_fold(files, CAPTIONS, fold, sum(shard.n_rows for shard in shards))
+    return rows_of_fold(files, CAPTION_COLUMNS, fold, sum(shard.n_rows for shard in shards))

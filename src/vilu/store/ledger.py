@@ -50,14 +50,14 @@ from vilu.artifacts.paths import claim_folder, folder_entries, refuse_foreign_fi
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, Task, track
 
-OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
+RUN_FILE = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
 """Names of the files that a run writes.
 
 A receipt has digits and ``.json``. A file of ``Part.attempts`` has digits only.
 """
 
 RECEIPTS = "receipts"  # folder of the receipts
-ABSENT = "it is not there"  # reason that ``look_up`` returns for a part without a receipt
+NO_RECEIPT = "it is not there"  # reason that ``look_up`` returns for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ R = TypeVar("R", bound=AnyReceipt)
 class Ledger(ABC, Generic[P, R]):
     """The folder of a run, with the parts that are done and those that are to be done."""
 
-    what: ClassVar[str]  # name of this kind of folder, for messages
+    folder_kind: ClassVar[str]  # name of this kind of folder, for messages
     command: ClassVar[str]  # command that makes the folder, for messages
     activity: ClassVar[str]  # "scoring into": in messages, what the holder of the lock does
     kind: ClassVar[str | None] = None  # value of "kind" in run.json; None if there is no such field
@@ -131,7 +131,7 @@ class Ledger(ABC, Generic[P, R]):
         releases the lock if this process dies.
         """
         # The check comes first, so that a refusal does not leave a new folder behind.
-        cls.check_place(root)
+        cls.check_folder(root)
         with convert_os_errors(f"cannot write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
         # A driver is a process that begins and seals the folder. The lock keeps a second driver
@@ -141,7 +141,7 @@ class Ledger(ABC, Generic[P, R]):
             yield
 
     @classmethod
-    def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
+    def check_folder(cls, root: Path, *, overwrite: bool = False) -> None:
         """Refuse a folder that is not empty and holds no run of this kind.
 
         With ``overwrite``, a folder with files that no run writes is also refused.
@@ -152,14 +152,15 @@ class Ledger(ABC, Generic[P, R]):
         may_be_used = is_empty or cls.has_begun(root)
         if not may_be_used and (root / RUN).is_file():
             raise UsageError(
-                f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
+                f"{root / RUN} is of no {cls.folder_kind}, so nothing there is touched. Give a new "
+                "folder."
             )
         # ``may_be_used`` has already decided whether the folder is ours. So ``claim_folder`` need
         # not recognise single files, and refuses every file in a folder that may not be used.
-        claim_folder(root, cls.what, is_ours=lambda _: False, has_same_inputs=may_be_used)
+        claim_folder(root, cls.folder_kind, is_ours=lambda _: False, has_same_inputs=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
-            refuse_foreign_files(root, cls.what, cls._foreign_files(root))
+            refuse_foreign_files(root, cls.folder_kind, cls._foreign_files(root))
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
@@ -181,22 +182,22 @@ class Ledger(ABC, Generic[P, R]):
         for path in folder_entries(root):
             if path.name in run_folders and path.is_dir():
                 for file in folder_entries(path):
-                    if not OURS.fullmatch(file.name):
+                    if not RUN_FILE.fullmatch(file.name):
                         yield file
             elif path.name not in cls.documents:
                 yield path
 
     @classmethod
     def require_begun(cls, root: Path) -> None:
-        """Raise DataError where a folder has no ``run.json``."""
+        """Raise DataError if a folder has no ``run.json``."""
         if not (root / RUN).is_file():
             raise DataError(
-                f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`."
+                f"{root} is no {cls.folder_kind} (it has no {RUN}). Make one with `{cls.command}`."
             )
 
     @classmethod
     def require_sealed(cls, root: Path) -> None:
-        """Raise DataError where a folder has no ``run.json``, or is not complete."""
+        """Raise DataError if a folder has no ``run.json``, or is not complete."""
         cls.require_begun(root)
         # The manifest is written after the last part, so it shows that all parts are done.
         if not (root / MANIFEST).is_file():
@@ -243,10 +244,10 @@ class Ledger(ABC, Generic[P, R]):
 
     def clear(self) -> None:
         """Remove the files that a run wrote; UsageError for a folder that also has other files."""
-        self.check_place(self.root, overwrite=True)
+        self.check_folder(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a folder that is partly removed.
         self.unseal()
-        with convert_os_errors(f"cannot remove the old {self.what} in {self.root}"):
+        with convert_os_errors(f"cannot remove the old {self.folder_kind} in {self.root}"):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
@@ -286,7 +287,7 @@ class Ledger(ABC, Generic[P, R]):
         return receipt
 
     def _require_same_part(self, part: P, receipt: R) -> None:
-        """Raise StorageError where a receipt describes another part."""
+        """Raise StorageError if a receipt describes another part."""
         # With the receipt of another part, all later rows would get wrong numbers.
         stated, planned = self.stated_and_planned(part, receipt)
         described = (*stated, tuple(receipt.files))
@@ -298,30 +299,30 @@ class Ledger(ABC, Generic[P, R]):
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
-        """Raise StorageError where a file is missing or has another size than in its receipt."""
+        """Raise StorageError if a file is missing or has another size than in its receipt."""
         # The whole file was written before its receipt. But the folder may be an incomplete copy,
         # or someone may have removed the file later.
         path = self.root / name
         if not path.is_file():
             state = "is missing"
         else:
-            n_there = path.stat().st_size
-            if n_there == n_bytes:
+            n_present = path.stat().st_size
+            if n_present == n_bytes:
                 return
-            state = f"has {n_there} bytes"
+            state = f"has {n_present} bytes"
         raise StorageError(
             f"{path} {state}, its receipt says {n_bytes} bytes. "
             f"{self._receipt_type.remedy} to redo the part."
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
-        """Return the receipt of a part that is done, or else the reason why it is not.
+        """Return the receipt of a part that is done. If it is not done, return the reason why.
 
         With ``deep``, the files of the part are also compared with their hashes.
         """
         # The receipt is written last, so a part without a receipt is not done.
         if not (self.root / part.receipt).exists():
-            return ABSENT
+            return NO_RECEIPT
         try:
             receipt = self.receipt(part)
             if deep:
@@ -346,13 +347,14 @@ class Ledger(ABC, Generic[P, R]):
                     receipts.append(outcome)
                     continue
                 missing.append(part)
-                if outcome != ABSENT:
+                if outcome != NO_RECEIPT:
                     logger.warning("part %d is done again: %s", part.number, outcome)
         return missing, receipts
 
     def _survey_progress(self, *, deep: bool) -> AbstractContextManager[Task]:
-        """Return a progress bar where the survey will read files, else a silent substitute."""
-        if deep and any((self.root / part.receipt).exists() for part in self.parts):
+        """Return a progress bar if the survey will read files, otherwise a silent substitute."""
+        has_receipts = any((self.root / part.receipt).exists() for part in self.parts)
+        if deep and has_receipts:
             return track("Checking parts", len(self.parts), "parts")
         return nullcontext(Silence())
 
@@ -367,15 +369,24 @@ class Ledger(ABC, Generic[P, R]):
         return [self.receipt(part) for part in self.parts]
 
     def write(
-        self, part: P, payloads: Mapping[str, bytes], receipt_of: Callable[[dict[str, FileInfo]], R]
+        self,
+        part: P,
+        payloads: Mapping[str, bytes],
+        make_receipt: Callable[[dict[str, FileInfo]], R],
     ) -> R:
-        """Write the files of a part and then its receipt, each atomically."""
+        """Write the files of a part and then its receipt, each atomically.
+
+        Args:
+            part: The part.
+            payloads: Content of each file, by name.
+            make_receipt: Function that makes the receipt from size and hash of each file.
+        """
         infos: dict[str, FileInfo] = {}
         for name in part.files:
             infos[name] = write_hashed(self.root / name, payloads[name])
         # The receipt is written last. If the process is killed before, the part has no receipt and
         # is done again. A receipt that is written first could list files that do not exist.
-        receipt = receipt_of(infos)
+        receipt = make_receipt(infos)
         write_document(self.root / part.receipt, receipt)
         return receipt
 
@@ -384,7 +395,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove from a folder the temporary files that dead processes of a run left."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
-        is_temporary = match is not None and OURS.fullmatch(match["name"])
+        is_temporary = match is not None and RUN_FILE.fullmatch(match["name"])
         # Files of other programs are kept. Files that a living process (here or on another machine)
         # is still writing are kept, too.
         if is_temporary and is_leftover(path):
@@ -400,18 +411,20 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
-def require_hash(path: Path, sha256: str, again: str, document: str = "its receipt") -> None:
-    """Raise StorageError where the SHA-256 of a file is not ``sha256``.
+def require_hash(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> None:
+    """Raise StorageError if the SHA-256 of a file is not ``sha256``.
 
-    The message names the ``document`` that states the hash, and ends with the advice ``again``.
+    The message names the ``document`` that states the hash, and ends with the advice ``remedy``.
     """
     if file_hash(path) != sha256:
         raise StorageError(
-            f"{path} is damaged: its SHA-256 is not the one stated in {document}. {again}."
+            f"{path} is damaged: its SHA-256 is not the one stated in {document}. {remedy}."
         )
 
 
-_verified: set[tuple[int | str, ...]] = set()  # files whose hash was right (``require_hash_once``)
+_verified_files: set[tuple[int | str, ...]] = (
+    set()
+)  # files whose hash was right (``require_hash_once``)
 _lock = Lock()
 
 
@@ -434,7 +447,7 @@ def one_thread() -> Lock:
     return _lock
 
 
-def require_hash_once(path: Path, sha256: str, again: str, document: str = "its receipt") -> Path:
+def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
     """Check the hash of a file unless this process has done so before, and return its path.
 
     The file is read again only if its device, inode, size or times have changed. A change of the
@@ -447,29 +460,29 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
     # The lock is held while hashing. So if two threads open the same file, it is read only once.
     with one_thread():
-        if key not in _verified:
-            require_hash(path, sha256, again, document)
-            _verified.add(key)
+        if key not in _verified_files:
+            require_hash(path, sha256, remedy, document)
+            _verified_files.add(key)
     return path
 
 
 class CheckedFiles:
-    """The files of parts; a file is compared with the hash in its receipt before it is used.
+    """A function that takes the name of a file of a part, and returns its path.
 
-    The object is called with the name of a file. It compares the hash, and returns the path.
+    Before the path is returned, the file is compared with the hash in its receipt.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
         self._remedy = receipts[0].remedy if receipts else ""
-        self._sha256: dict[str, str] = {}  # hashes by name of the file
+        self._hash_of_file: dict[str, str] = {}  # SHA-256 by name of the file
         for receipt in receipts:
             for name, info in receipt.files.items():
-                self._sha256[name] = info.sha256
+                self._hash_of_file[name] = info.sha256
 
     def __call__(self, name: str) -> Path:
         """Return the path of the file ``name``; StorageError if the file is damaged."""
-        return require_hash_once(self._root / name, self._sha256[name], self._remedy)
+        return require_hash_once(self._root / name, self._hash_of_file[name], self._remedy)
 
 
 class Reopened:

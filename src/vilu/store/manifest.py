@@ -49,22 +49,25 @@ class Views(Model):
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
 
-    def of(self, image: Image.Image, key: str) -> list[Image.Image]:
-        """Return the V views of an image."""
+    def make_views(self, image: Image.Image, key: str) -> list[Image.Image]:
+        """Return the V views of an image. The key of the image decides how it is cropped."""
         views: list[Image.Image] = []
         for number in range(self.n):
-            area, left, top, mirror = _uniform(self.seed, number, key)
+            area, left, top, mirror = _uniform_numbers(self.seed, number, key)
             views.append(augment(image, area, left, top, mirror))
         return views
 
 
 def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
-    """Return a crop of an image, possibly mirrored, from four uniform numbers in [0, 1)."""
+    """Return a crop of an image, possibly mirrored. All four numbers are uniform in [0, 1).
+
+    They decide on the area, the left and the upper edge of the crop, and whether it is mirrored.
+    """
     share_of_area = MIN_AREA + (1 - MIN_AREA) * area
     share_of_side = math.sqrt(share_of_area)
     width = max(round(share_of_side * image.width), 1)
     height = max(round(share_of_side * image.height), 1)
-    # Of n possible offsets, the largest is n - 1. It is not exceeded, as ``left``, ``top`` are < 1.
+    # The n possible offsets are 0 to n - 1. The product is below n, because ``left`` is below 1.
     n_offsets_x = image.width - width + 1
     n_offsets_y = image.height - height + 1
     x = int(left * n_offsets_x)
@@ -75,7 +78,7 @@ def augment(image: Image.Image, area: float, left: float, top: float, mirror: fl
     return view
 
 
-def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
+def _uniform_numbers(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
     """Return four uniform numbers in [0, 1) for view ``number`` of the image ``key``, from a hash.
 
     Unlike a random generator, a hash gives the same numbers in every version of a library.
@@ -83,15 +86,15 @@ def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, flo
     text = f"{seed} {number} {key}"
     digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     # the 256 bits of the hash as four whole numbers of 64 bits
-    integers = np.frombuffer(digest_bytes, "<u8")
+    whole_numbers = np.frombuffer(digest_bytes, "<u8")
     # a float64 has 53 bits of precision, so the upper 53 bits are used: they need no rounding
-    upper_bits = integers >> np.uint64(11)
+    upper_bits = whole_numbers >> np.uint64(11)
     area, left, top, mirror = upper_bits * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
 
 
-CLASSES = "classes.json"  # file of the class table
-TEXT: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
+CLASSES_FILE = "classes.json"  # file of the class table
+TEXT_FILE: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
 IMAGE: Final = "img_emb"
 """Name of the array of image embeddings. An array of a column has the name of the column."""
 
@@ -101,7 +104,7 @@ CAPTION: Final = "text_emb"
 # ``run.json`` could ask for endless work.
 MAX_PARTS = 1_000_000
 
-SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
+SHARED_FIELDS = ("names", "folders", "templates", "features", "prompts", "negatives")
 """Names of the fields of ``Run`` that ``StoredClasses`` repeats."""
 
 ClassColumn = Literal[
@@ -215,7 +218,7 @@ class Inputs(StoreDocument):
         return self.imported is not None and ANSWER in self.imported.columns
 
     @property
-    def pictures(self) -> bool:
+    def has_picture_column(self) -> bool:
         """Whether the metadata have the column ``picture``: a digest of every image."""
         return self.imported is None
 
@@ -245,10 +248,10 @@ class Inputs(StoreDocument):
         new = inputs.identity()
         differences: list[str] = []
         for name in earlier | new:
-            was = earlier.get(name)
-            is_now = new.get(name)
-            if was != is_now:
-                differences.append(f"{name} was {was!r:.120} and is now {is_now!r:.120}")
+            old_value = earlier.get(name)
+            new_value = new.get(name)
+            if old_value != new_value:
+                differences.append(f"{name} was {old_value!r:.120} and is now {new_value!r:.120}")
         if differences:
             advice = "Give another output folder, or --overwrite to replace this one."
             if self.space.differs_by_decoding(inputs.space):
@@ -273,7 +276,7 @@ class Run(Inputs):
         return self
 
 
-class Counted(StoreDocument):
+class CountedDocument(StoreDocument):
     """Counts of images; every image is either a row or an error."""
 
     n_in: Count  # number of images
@@ -283,9 +286,9 @@ class Counted(StoreDocument):
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        adds_up = self.n_in == self.n_ok + self.n_error
+        images_add_up = self.n_in == self.n_ok + self.n_error
         kinds_add_up = self.n_error == sum(self.errors.values())
-        if not (adds_up and kinds_add_up):
+        if not images_add_up or not kinds_add_up:
             raise ValueError(
                 f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} "
                 f"({self.errors})"
@@ -299,7 +302,7 @@ class ArrayInfo(FileInfo):
     shape: tuple[Count, ...]
 
 
-class Receipt(AnyReceipt, Counted):
+class Receipt(AnyReceipt, CountedDocument):
     """``receipts/00000.json``, the receipt of a part, which is written after its other files.
 
     The part is done if its receipt exists and its files have the sizes in the receipt.
@@ -323,7 +326,7 @@ class StoredClasses(StoreDocument):
     folders: tuple[str, ...] | None  # class names as they are in the data set
     templates: tuple[str, ...]  # prompt templates; a class text is the normalised mean over them
     tokenizer: str | None  # description of the tokenizer
-    text_emb: Literal["text_emb/classes.npy"] = TEXT  # file of the (K, D) float32 text embeddings
+    text_emb: Literal["text_emb/classes.npy"] = TEXT_FILE  # file of (K, D) float32 embeddings
     text_file: FileInfo  # size and hash of the file that ``text_emb`` names
     features: int | None = None  # width of the image features, as in the run
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
@@ -339,15 +342,15 @@ class StoredClasses(StoreDocument):
         return self
 
     @classmethod
-    def of(
+    def from_files(
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
         """Return the class table of a run, from the files of its text embeddings and columns."""
-        shared = {name: getattr(run, name) for name in SHARED}
+        fields_of_run = {name: getattr(run, name) for name in SHARED_FIELDS}
         # The hash is computed from the other fields, so a draft without a hash is made first.
         # ``model_construct`` makes the draft without validation, which would refuse the draft.
         draft = cls.model_construct(
-            **shared,
+            **fields_of_run,
             tokenizer=run.space.tokenizer,
             text_file=text_file,
             columns=dict(columns or {}),
@@ -359,7 +362,7 @@ class StoredClasses(StoreDocument):
         return digest(self.model_dump(mode="json", exclude={"hash"}))
 
 
-class Manifest(Counted, Run):
+class Manifest(CountedDocument, Run):
     """``manifest.json``: it is written last, when the store is complete and in its error budget."""
 
     parts: Count  # number of parts

@@ -32,11 +32,11 @@ R = TypeVar("R")
 
 @contextmanager
 def in_threads(
-    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+    function: Callable[[T], R], items: Iterable[T], workers: int, max_ahead: int
 ) -> Iterator[Iterator[R]]:
     """Yield an iterator over the results of ``function`` for each item, in order.
 
-    Threads (``workers`` of them) compute at most ``ahead`` results in advance. When the block ends,
+    ``workers`` threads compute at most ``max_ahead`` results in advance. When the block ends,
     normally or by an exception, calls that have not started are cancelled.
     """
     pool = ThreadPoolExecutor(
@@ -47,7 +47,7 @@ def in_threads(
         pending: deque[Future[R]] = deque()
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
+            if len(pending) > max_ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -71,7 +71,7 @@ def _stay_on_one_core() -> None:
     threadpool_limits(1, user_api="openmp")
 
 
-def cores() -> int:
+def n_cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -80,15 +80,15 @@ def cores() -> int:
 
 def default_workers() -> int:
     """Return the default number of decoding threads: one per core, at most 16."""
-    return min(cores(), 16)
+    return min(n_cores(), 16)
 
 
 # Maximum number of parts mapped at a time. Each part needs a file descriptor, and many systems
 # allow only 1024 per process.
-OPEN_PARTS = 320
+MAX_OPEN_PARTS = 320
 
-PAGE = 4096  # bytes of a page of memory: reading a row reads at least one page
-MAX_RESIDENT = 2**28  # maximum number of bytes of mapped files that stay in memory
+PAGE_BYTES = 4096  # bytes of a page of memory: reading a row reads at least one page
+MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files that stay in memory
 
 # number of rows of a block in training (``shuffled_in_blocks``): 128 MiB in float16 at width 512
 BLOCK_ROWS = 2**17
@@ -100,7 +100,7 @@ N_READERS = 2
 Each thread computes on one core, since the work on a batch is too small for several cores.
 """
 
-AHEAD = 2  # number of batches read in advance
+N_BATCHES_AHEAD = 2  # number of batches read in advance
 
 
 class MappedParts:
@@ -111,8 +111,8 @@ class MappedParts:
         shapes: Shape of one row of each array, by name.
         open_part: Function that takes the name of an array and the number of a part, and returns
             the rows of the part in any float type.
-        most_open: Maximum number of parts mapped at a time.
-        most_resident: Maximum number of bytes of mapped files that stay in memory.
+        max_open_parts: Maximum number of parts mapped at a time.
+        max_resident_bytes: Maximum number of bytes of mapped files that stay in memory.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class MappedParts:
         shapes: Mapping[str, tuple[int, ...]],
         open_part: Callable[[str, int], NDArray[np.floating]],
         *,
-        most_open: int = OPEN_PARTS,
-        most_resident: int = MAX_RESIDENT,
+        max_open_parts: int = MAX_OPEN_PARTS,
+        max_resident_bytes: int = MAX_RESIDENT_BYTES,
     ) -> None:
-        self.most_open = most_open
-        self.most_resident = most_resident
+        self.max_open_parts = max_open_parts
+        self.max_resident_bytes = max_resident_bytes
         self.starts = starts
         self.shapes = shapes
         self.open_part = open_part
@@ -138,41 +138,42 @@ class MappedParts:
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """Return the (B, ...) float32 rows ``index`` (int64) of an array."""
-        wanted = index.numpy()
-        if wanted.size:
-            self._require_inside(int(wanted.min()), int(wanted.max()))
-        # order[bounds[p] : bounds[p + 1]] are the indices into ``wanted`` of the rows in part p
-        order = np.argsort(wanted, kind="stable")
-        bounds = np.searchsorted(wanted, self.starts, sorter=order)
+        row_numbers = index.numpy()
+        if row_numbers.size:
+            self._require_rows(int(row_numbers.min()), int(row_numbers.max()))
+        # the positions in ``index`` of the rows of part p are order[bounds[p] : bounds[p + 1]]
+        order = np.argsort(row_numbers, kind="stable")
+        bounds = np.searchsorted(row_numbers, self.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))
-        rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
-        # one part at a time, because more than ``most_open`` parts may be in use
+        rows = np.empty((len(row_numbers), *self.shapes[name]), self._widest)
+        # one part at a time, because more than ``max_open_parts`` parts may be in use
         for number in parts_in_use.tolist():
-            part = self._part(name, number)
-            in_part = order[bounds[number] : bounds[number + 1]]
+            part = self._map_part(name, number)
+            positions = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 # this part has a wider float type than all parts before, so ``rows`` gets its type
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
-            rows[in_part] = part[wanted[in_part] - self.starts[number]]
+            rows[positions] = part[row_numbers[positions] - self.starts[number]]
             row_bytes = part[:1].nbytes
-            bytes_per_row = max(PAGE, row_bytes)  # the system reads whole pages
-            self._touched_bytes += len(in_part) * bytes_per_row
+            bytes_per_row = max(PAGE_BYTES, row_bytes)  # the system reads whole pages
+            self._touched_bytes += len(positions) * bytes_per_row
         return torch.from_numpy(rows).float()  # many times faster than the conversion of NumPy
 
-    def _require_inside(self, least: int, most: int) -> None:
-        if least < 0 or most >= len(self):
-            raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {least} to {most}.")
+    def _require_rows(self, first: int, last: int) -> None:
+        """Raise IndexError unless there are rows with the numbers ``first`` to ``last``."""
+        if first < 0 or last >= len(self):
+            raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {first} to {last}.")
 
-    def _part(self, name: str, number: int) -> NDArray[np.floating]:
+    def _map_part(self, name: str, number: int) -> NDArray[np.floating]:
         """Return a mapped part. Several threads may call this method at the same time.
 
-        If ``most_open`` or ``most_resident`` is reached, all mapped parts are released first: to
-        close their files, and because pages read so far count as memory of this process.
+        If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
+        first. This closes their files. The pages read so far also count as memory of this process.
         """
         part = self._mapped.get((name, number))
-        is_full = part is None and len(self._mapped) >= self.most_open
-        if is_full or self._touched_bytes >= self.most_resident:
+        is_full = part is None and len(self._mapped) >= self.max_open_parts
+        if is_full or self._touched_bytes >= self.max_resident_bytes:
             # a new dictionary, since another thread may be using the old one
             self._mapped = {}
             self._touched_bytes = 0
@@ -189,12 +190,12 @@ class MappedSource(EmbeddingSource):
     def _map_parts(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
         """Yield the result of ``make`` for each part of the rows, in order.
 
-        Threads compute ``AHEAD`` results in advance.
+        Threads compute ``N_BATCHES_AHEAD`` results in advance.
         """
         if len(parts) < 2:
             yield from map(make, parts)
             return
-        with in_threads(make, parts, N_READERS, AHEAD) as results:
+        with in_threads(make, parts, N_READERS, N_BATCHES_AHEAD) as results:
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -223,9 +224,9 @@ def shuffled_in_blocks(
     blocks = rows.sort().values.tensor_split(n_blocks)
     order = torch.randperm(n_blocks, generator=generator)
     shuffled: list[Tensor] = []
-    for group in order.tensor_split(n_groups):
-        members = torch.cat([blocks[number] for number in group.tolist()])
-        shuffled.append(members[torch.randperm(len(members), generator=generator)])
+    for block_numbers in order.tensor_split(n_groups):
+        group = torch.cat([blocks[number] for number in block_numbers.tolist()])
+        shuffled.append(group[torch.randperm(len(group), generator=generator)])
     return torch.cat(shuffled)
 
 
@@ -260,7 +261,7 @@ class MappedPairs(PairSource, MappedSource):
         self.pool_size = pools.size
         self._rows = rows
         self._arrays = arrays
-        self._chosen = None if chosen is None else torch.from_numpy(chosen)
+        self._chosen_rows = None if chosen is None else torch.from_numpy(chosen)
         n_rows = len(rows) if chosen is None else len(chosen)
         # The target of a pair is an index into the candidates of its pool, so it exists only in a
         # batch. Here, the targets of all rows are unknown. ``expand`` stores the number only once.
@@ -269,12 +270,12 @@ class MappedPairs(PairSource, MappedSource):
     def picture_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm image embeddings."""
         image_array, _ = self._arrays
-        return self._take(image_array, index)
+        return self._take_rows(image_array, index)
 
     def caption_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm caption embeddings."""
         _, caption_array = self._arrays
-        return self._take(caption_array, index)
+        return self._take_rows(caption_array, index)
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -283,12 +284,12 @@ class MappedPairs(PairSource, MappedSource):
         require_full_pools(len(usable), self.pools.size, subject=str(self.path))
         return self._scoring_order(usable)
 
-    def _take(self, name: str, index: Tensor) -> Tensor:
-        stored = index if self._chosen is None else self._chosen[index]
-        return self._rows.take(name, stored)
+    def _take_rows(self, name: str, index: Tensor) -> Tensor:
+        stored_index = index if self._chosen_rows is None else self._chosen_rows[index]
+        return self._rows.take(name, stored_index)
 
 
-class ChosenNumbers(RowNumbers):
+class ListedNumbers(RowNumbers):
     """Identifiers that are row numbers in a list, so they identify no row of another source.
 
     The list may hold numbers or texts. For example, it holds the numbers that the rows of a fold
@@ -344,8 +345,8 @@ class PartStrings(Identifiers):
         for number, (start, stop) in enumerate(pairwise(self._starts)):
             strings = self._read(number)
             if self._rows is not None:
-                # the chosen rows of this part
-                first, end = np.searchsorted(self._rows, [start, stop])
-                index_in_part = self._rows[first:end] - start
+                # the chosen rows of this part are rows[begin:end] of the chosen rows
+                begin, end = np.searchsorted(self._rows, [start, stop])
+                index_in_part = self._rows[begin:end] - start
                 strings = strings.take(pa.array(index_in_part))
             yield from strings.to_pylist()

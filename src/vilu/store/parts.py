@@ -25,10 +25,10 @@ from vilu.embeddings.columns import ANSWER, COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.store.ledger import FileInfo, Ledger, one_thread, require_hash_once, write_hashed
 from vilu.store.manifest import (
-    CLASSES,
+    CLASSES_FILE,
     IMAGE,
-    SHARED,
-    TEXT,
+    SHARED_FIELDS,
+    TEXT_FILE,
     ArrayInfo,
     ClassColumn,
     ImageColumn,
@@ -36,7 +36,7 @@ from vilu.store.manifest import (
     Run,
     StoredClasses,
 )
-from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
+from vilu.store.unreadable import NPY_READING_ERRORS, convert_damage_errors
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Part:
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that the receipt lists, in the order in which they are written."""
-        first_array, *more_arrays = map(self.array, self.arrays)
-        return first_array, self.metadata, self.errors, *more_arrays
+        first_file, *further_files = [self.array(name) for name in self.arrays]
+        return first_file, self.metadata, self.errors, *further_files
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -98,7 +98,7 @@ def plan(run: Run) -> list[Part]:
     return parts
 
 
-def positions(run: Run, part: Part) -> range:
+def possible_positions(run: Run, part: Part) -> range:
     """Return the range of positions that the images of a part can have.
 
     With shards, there is no image at many of these positions (``SHARD``).
@@ -108,25 +108,25 @@ def positions(run: Run, part: Part) -> range:
     return range(part.start, part.stop)
 
 
-def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
-    """Whether the sorted positions ``at`` can be those of all ``n_in`` images of a part.
+def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64], n_in: int) -> bool:
+    """Whether ``sorted_positions`` can be those of all ``n_in`` images of a part.
 
-    Without shards, ``at`` must be all positions of the part. With shards, the positions in each
-    shard must begin at the first position of the shard and have no gap.
+    Without shards, they must be all positions of the part. With shards, the positions in each shard
+    must begin at the first position of the shard and have no gap.
     """
-    possible = positions(run, part)
+    expected = possible_positions(run, part)
     if not run.shards:
-        return np.array_equal(at, np.arange(possible.start, possible.stop))
-    if len(at) != n_in:
+        return np.array_equal(sorted_positions, np.arange(expected.start, expected.stop))
+    if len(sorted_positions) != n_in:
         return False
     if n_in == 0:
         return True
-    is_inside = int(at[0]) in possible and int(at[-1]) in possible
+    is_inside = int(sorted_positions[0]) in expected and int(sorted_positions[-1]) in expected
     # the first position of a shard is a multiple of SHARD
-    begins_shard = at % SHARD == 0
+    begins_shard = sorted_positions % SHARD == 0
     if not is_inside or not begins_shard[0]:
         return False
-    follows_previous = np.diff(at) == 1
+    follows_previous = np.diff(sorted_positions) == 1
     return bool(np.all(follows_previous | begins_shard[1:]))
 
 
@@ -136,13 +136,13 @@ class StoreLedger(Ledger[Part, Receipt]):
     ``data`` is the data set to be embedded; None where the store is only read or imported.
     """
 
-    what = "embedding store"
+    folder_kind = "embedding store"
     command = "vilu embed` or `vilu import"
     activity = "embedding into"
-    documents = (*Ledger.documents, CLASSES)
+    documents = (*Ledger.documents, CLASSES_FILE)
     # sub-folders that every store has
-    always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
-    folders = (*always, *get_args(ImageColumn), "columns")
+    required_folders = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
+    folders = (*required_folders, *get_args(ImageColumn), "columns")
 
     def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
         super().__init__(root, run.fingerprint, plan(run), Receipt)
@@ -168,7 +168,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return stated, planned
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
-        """Return the receipt of a part that is done, or else the reason why it is not.
+        """Return the receipt of a part that is done. If it is not done, return the reason why.
 
         A part whose shards have changed since it was written is not done.
         """
@@ -184,12 +184,12 @@ class StoreLedger(Ledger[Part, Receipt]):
         return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
 
     def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
-        """Write a part's rows and errors; ``source`` is the fingerprint of its shards."""
+        """Write the rows and errors of a part; ``source`` is the fingerprint of its shards."""
         n_ok = len(content.rows)
         n_error = len(content.errors)
-        kinds = Counter(error.kind for error in content.errors)
+        exceptions = Counter(error.kind for error in content.errors)
 
-        def receipt_of(files: dict[str, FileInfo]) -> Receipt:
+        def make_receipt(files: dict[str, FileInfo]) -> Receipt:
             return Receipt(
                 fingerprint=self.run.fingerprint,
                 part=part.number,
@@ -198,13 +198,13 @@ class StoreLedger(Ledger[Part, Receipt]):
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted(kinds.items())),
+                errors=dict(sorted(exceptions.items())),
                 files=files,
                 batch_size=batch_size,
                 source=source,
             )
 
-        return self.write(part, self._payloads(part, content), receipt_of)
+        return self.write(part, self._payloads(part, content), make_receipt)
 
     def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
         """Return the bytes of every file of a part, by name."""
@@ -214,7 +214,7 @@ class StoreLedger(Ledger[Part, Receipt]):
             rows = _join_blocks(name, blocks, (len(content.rows), *shape), self.run.dtype)
             payloads[part.array(name)] = _npy_bytes(rows)
         payloads[part.metadata] = _parquet_bytes(content.rows, metadata_schema(self.run))
-        payloads[part.errors] = _parquet_bytes(content.errors, ERRORS)
+        payloads[part.errors] = _parquet_bytes(content.errors, ERROR_SCHEMA)
         return payloads
 
 
@@ -222,18 +222,18 @@ INT8 = pa.int8()
 INT32 = pa.int32()
 INT64 = pa.int64()
 STRING = pa.string()
-OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}  # columns that may hold null
+NULLABLE_COLUMNS = {"label", "exif_orientation", "exception", "bytes"}  # columns that may hold null
 
 
-def _schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
+def _make_schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
     """Return the schema with columns of these types, by name."""
     fields: list[pa.Field] = []
     for name, column_type in types.items():
-        fields.append(pa.field(name, column_type, nullable=name in OPTIONAL))
+        fields.append(pa.field(name, column_type, nullable=name in NULLABLE_COLUMNS))
     return pa.schema(fields)
 
 
-METADATA = _schema(
+METADATA_SCHEMA = _make_schema(
     {
         "position": INT64,
         "key": STRING,
@@ -251,18 +251,18 @@ The number of the row in the store is not a column, because it depends on how ma
 earlier parts. These parts may not be written yet. The reader counts the rows.
 """
 
-# further column of the metadata where images have captions
+# further column of the metadata if images have captions
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
-# further column of the metadata where answers were given
+# further column of the metadata if answers of another model were imported
 ANSWER_FIELD = pa.field(ANSWER, INT32, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
 """Further column of the metadata: the first half of the SHA-256 of ``ImageRecord.content``.
 
-Only stores with ``Run.pictures`` have this column.
+Only stores with ``Run.has_picture_column`` have this column.
 """
 
-ERRORS = _schema(
+ERROR_SCHEMA = _make_schema(
     {
         "key": STRING,
         "position": INT64,
@@ -275,7 +275,7 @@ ERRORS = _schema(
 )
 """Columns of the error table; ``bytes`` is the encoded size of the image, if it could be read."""
 
-REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
+REDO_HINT = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 
 def metadata_schema(run: Run) -> pa.Schema:
@@ -284,14 +284,14 @@ def metadata_schema(run: Run) -> pa.Schema:
     An imported store has only position, key, label, and the answer if answers were given.
     """
     if run.imported is not None:
-        imported = [METADATA.field(name) for name in ("position", "key", "label")]
+        imported_fields = [METADATA_SCHEMA.field(name) for name in ("position", "key", "label")]
         if run.has_answers:
-            imported.append(ANSWER_FIELD)
-        return pa.schema(imported)
-    fields = list(METADATA)
+            imported_fields.append(ANSWER_FIELD)
+        return pa.schema(imported_fields)
+    fields = list(METADATA_SCHEMA)
     if run.captions:
         fields.append(CAPTION_FIELD)
-    if run.pictures:
+    if run.has_picture_column:
         fields.append(PICTURE_FIELD)
     return pa.schema(fields)
 
@@ -303,14 +303,14 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
     """
     # Headers are read by one thread at a time, because reading them in two threads can fail in
     # Python 3.11 (gh-106905, a bug of ast.literal_eval).
-    with or_damaged(path, hint, UNREADABLE_NPY), one_thread():
+    with convert_damage_errors(path, hint, NPY_READING_ERRORS), one_thread():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
     """Return the rows of an array of the store; StorageError on a wrong shape, dtype or order."""
-    rows, n_bytes = open_npy(path, REDO)
+    rows, n_bytes = open_npy(path, REDO_HINT)
     # both tuples: shape, dtype, whether the rows are in C order, number of bytes of data
     stored = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
@@ -318,28 +318,28 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
     if stored != expected:
         raise StorageError(
             f"{path} has (shape, dtype, C order, bytes of data) {stored}, the documents of the "
-            f"store say {expected}. {REDO}"
+            f"store say {expected}. {REDO_HINT}"
         )
     return rows
 
 
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
     """Return some columns of a parquet file; StorageError on a wrong number of rows or type."""
-    with or_damaged(path, REDO), pq.ParquetFile(path) as file:
+    with convert_damage_errors(path, REDO_HINT), pq.ParquetFile(path) as file:
         # checked before reading, because a forged file may state more rows than fit into memory
         if file.metadata.num_rows != n_rows:
             raise StorageError(
-                f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}"
+                f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO_HINT}"
             )
         table = file.read(columns=list(names))
         table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     if len(table) != n_rows:
-        raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
+        raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO_HINT}")
     expected = pa.schema([schema.field(name) for name in names])
     if not table.schema.equals(expected):
         raise StorageError(
             f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. "
-            f"{REDO}"
+            f"{REDO_HINT}"
         )
     return table
 
@@ -351,24 +351,25 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
         ProvenanceError: If the class table belongs to another run.
         StorageError: If a file is damaged.
     """
-    table = read_document(root / CLASSES, StoredClasses)
-    for name in SHARED:
+    table = read_document(root / CLASSES_FILE, StoredClasses)
+    for name in SHARED_FIELDS:
         if getattr(run, name) != getattr(table, name):
             raise ProvenanceError(
-                f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}."
+                f"{root / CLASSES_FILE} holds other classes, templates or columns than "
+                f"{root / RUN}."
             )
-    rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
-    hashes = {root / TEXT: table.text_file.sha256}
+    rows = map_rows(root / TEXT_FILE, (len(run.names), run.space.embed_dim), "float32")
+    hashes = {root / TEXT_FILE: table.text_file.sha256}
     for column, info in table.columns.items():
         if not _is_column_shape(run, column, info.shape):
             raise StorageError(
-                f"{root / CLASSES} is damaged: it says that {column} is of shape {info.shape}."
+                f"{root / CLASSES_FILE} is damaged: it says that {column} is of shape {info.shape}."
             )
         map_rows(column_path(root, column), info.shape, "float32")
         hashes[column_path(root, column)] = info.sha256
     # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
     for path, sha256 in hashes.items():
-        require_hash_once(path, sha256, table.remedy, CLASSES)
+        require_hash_once(path, sha256, table.remedy, CLASSES_FILE)
     text = torch.from_numpy(np.array(rows))
     if not run.has_texts:  # with logits the text embeddings are zeros, which are not usable
         return table, text
@@ -378,7 +379,7 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
     """Whether a column has the right number of dimensions, and a shape that fits the run."""
     n_dims, _ = COLUMNS[name]
-    return len(shape) == n_dims and has_shape(run, name, shape)
+    return len(shape) == n_dims and is_possible_shape(run, name, shape)
 
 
 def column_path(root: Path, name: ClassColumn) -> Path:
@@ -386,7 +387,7 @@ def column_path(root: Path, name: ClassColumn) -> Path:
     return root / "columns" / f"{name}.npy"
 
 
-def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
+def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
     """Whether ``shape`` fits a column of the classes or of the model in this run."""
     n_classes = len(run.names)
     dim = run.space.embed_dim
@@ -414,7 +415,7 @@ MESSAGE_LENGTH = 300  # longer messages are cut in the error table
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """The metadata that every row has; fields as in ``METADATA``."""
+    """The metadata that every row has; fields as in ``METADATA_SCHEMA``."""
 
     position: int
     key: str
@@ -443,7 +444,7 @@ class Row(LabelledRow):
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """An image without an embedding; fields as in ``ERRORS``."""
+    """An image without an embedding; fields as in ``ERROR_SCHEMA``."""
 
     key: str
     position: int
@@ -476,7 +477,7 @@ def write_classes(
     root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
 ) -> None:
     """Write the (K, D) float32 text embeddings, the columns, and finally the class table."""
-    text_file = write_hashed(root / TEXT, _npy_bytes(text.numpy().astype("<f4")))
+    text_file = write_hashed(root / TEXT_FILE, _npy_bytes(text.numpy().astype("<f4")))
     column_files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
         path = column_path(root, name)
@@ -485,7 +486,7 @@ def write_classes(
         info = write_hashed(path, _npy_bytes(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
     # the table is written last, because it states the hashes of the other files, like a receipt
-    write_document(root / CLASSES, StoredClasses.of(run, text_file, column_files))
+    write_document(root / CLASSES_FILE, StoredClasses.from_files(run, text_file, column_files))
 
 
 def _join_blocks(
@@ -514,13 +515,13 @@ def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) ->
     """Return the content of a Parquet file with these rows and the columns of the schema."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:
-        columns[name] = [_storable(getattr(row, name)) for row in rows]
+        columns[name] = [_escape_surrogates(getattr(row, name)) for row in rows]
     buffer = BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
+def _escape_surrogates(value: int | str | bytes | None) -> int | str | bytes | None:
     r"""Return the value. In a text, characters that UTF-8 cannot encode are escaped as ``\uNNNN``.
 
     Such characters are surrogates.

@@ -24,7 +24,15 @@ from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
 from vilu.store.manifest import CAPTION, IMAGE, Run, Views
-from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
+from vilu.store.parts import (
+    MESSAGE_LENGTH,
+    PICTURE_BYTES,
+    ErrorRow,
+    Part,
+    PartRows,
+    Row,
+    possible_positions,
+)
 
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the longest text that the model reads.
@@ -32,7 +40,7 @@ TEXT_TRUNCATED: Final = 1 << 16
 Smaller flags are those of ``ImageFlag``.
 """
 
-DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
+ROW_WORDS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 """Names of the arrays whose rows are normalised. For each, the word for a row in messages."""
 
 # Marks the end of a part, both among the records that go into the decoder and among the outcomes
@@ -40,8 +48,8 @@ DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 END: Final = None
 
 
-FEW_WAITS: Final = 0.1
-"""Largest share of the time that the model waits for photos, while it counts as the slower side."""
+MAX_WAIT_SHARE: Final = 0.1
+"""If the model waits for photos for a larger share of the time, the messages say so."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,10 @@ class Decoder:
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
         """Read and preprocess an image; an image that cannot be read gives an error row."""
         self._require_class(record)
-        reading = _Reading(record)
+        reader = _RecordReader(record)
         try:
-            whole = replace(record, read=reading.read)
-            image = read_image(whole, self.limits, jpeg_side=self.jpeg_side)
+            remembering_record = replace(record, read=reader.read)
+            image = read_image(remembering_record, self.limits, jpeg_side=self.jpeg_side)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause = error.__cause__ or error
@@ -97,7 +105,7 @@ class Decoder:
                 kind=error.kind,
                 exception=type(cause).__name__,
                 message=str(error)[:MESSAGE_LENGTH],
-                bytes=reading.size,
+                bytes=reader.size,
             )
         row = Row(
             position=position,
@@ -109,13 +117,14 @@ class Decoder:
             exif_orientation=image.exif_orientation,
             flags=int(image.flags),
             caption=caption,
-            picture=reading.picture,
+            picture=reader.picture,
         )
         pixels = self.preprocess(image.image)
         views: list[Tensor] = []
         if self.views is not None:
-            views = [self.preprocess(view) for view in self.views.of(image.image, record.key)]
-        return Decoded(row, pixels, reading.size or 0, tuple(views))
+            for view in self.views.make_views(image.image, record.key):
+                views.append(self.preprocess(view))
+        return Decoded(row, pixels, reader.size or 0, tuple(views))
 
     def _require_class(self, record: ImageRecord) -> None:
         """Raise DataError if the label is not a class; labels are ignored if there are captions."""
@@ -129,7 +138,7 @@ class Decoder:
             )
 
 
-class _Reading:
+class _RecordReader:
     """A reader of one record that remembers the size and the digest of what it has read."""
 
     def __init__(self, record: ImageRecord) -> None:
@@ -146,26 +155,28 @@ class _Reading:
         return data
 
 
-def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, ImageRecord]]:
+def records_with_positions(
+    run: Run, part: Part, dataset: ImageDataset
+) -> Iterator[tuple[int, ImageRecord]]:
     """Yield the records of a part with their positions.
 
     Raises:
         ValueError: If the data set returns too many or too few records, or wrong positions.
     """
-    possible = positions(run, part)
+    expected = possible_positions(run, part)
     records = dataset.records(part.start, part.stop)
     if not run.shards:
-        yield from zip(possible, records, strict=True)
+        yield from zip(expected, records, strict=True)
         return
     last_position = -1
     for record in records:
         position = record.position
         # positions must ascend, because the rows of a part are in the order of the images
-        if position is None or position not in possible or position <= last_position:
+        if position is None or position not in expected or position <= last_position:
             raise ValueError(
                 f"{dataset.source} gave {record.key} the position {position} after "
-                f"{last_position}; expected larger ones from {possible.start} to "
-                f"{possible.stop - 1}."
+                f"{last_position}; expected larger ones from {expected.start} to "
+                f"{expected.stop - 1}."
             )
         last_position = position
         yield position, record
@@ -200,48 +211,48 @@ class Encoder:
             n_images = self._encode(list(islice(until_end, self.batch_size)), content)
             if n_images == 0:
                 return content
-            self.task.advance(n_images, f"{self.n_errors} errors, {self._who_waits()}")
+            self.task.advance(n_images, f"{self.n_errors} errors, {self._waiting_text()}")
 
     def _next(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> Decoded | ErrorRow | None:
         """Return the next outcome, and note how long the model waited for it."""
-        asked = time.monotonic()
+        begun_waiting = time.monotonic()
         outcome = next(outcomes)
-        self.waited += time.monotonic() - asked
+        self.waited += time.monotonic() - begun_waiting
         return outcome
 
-    def _who_waits(self) -> str:
+    def _waiting_text(self) -> str:
         """Say which waits for the other: decoding for the model, or the model for decoding."""
         share = self.waited / max(time.monotonic() - self.begun, 1e-9)
-        if share > FEW_WAITS:
+        if share > MAX_WAIT_SHARE:
             return f"the model waits for photos {share:.0%} of the time"
         return "decoding waits for the model"
 
     def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
         """Add the rows and errors of a batch to ``content``; return the size of the batch."""
-        bad = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
-        good = [outcome for outcome in batch if isinstance(outcome, Decoded)]
-        if good:
-            bad += self._add_rows(good, content)
-        bad.sort(key=attrgetter("position"))
-        if bad and self.strict:
-            first = bad[0]
+        errors = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
+        images = [outcome for outcome in batch if isinstance(outcome, Decoded)]
+        if images:
+            errors += self._add_rows(images, content)
+        errors.sort(key=attrgetter("position"))
+        if errors and self.strict:
+            first = errors[0]
             raise DataError(
                 f"{first.key}: {first.kind} in stage {first.stage}: {first.message}. Mend the "
                 "image, or let bad images be set aside and counted with on_error='skip'."
             )
-        content.errors += bad
-        self.n_errors += len(bad)
+        content.errors += errors
+        self.n_errors += len(errors)
         return len(batch)
 
     def _add_rows(self, images: Sequence[Decoded], content: PartRows) -> list[ErrorRow]:
         """Add the rows of decoded images; return errors for embeddings that cannot be used."""
         arrays, status = self._run_model(images)
-        usable = torch.from_numpy(status == VALID)
+        is_usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
         for name, rows in arrays.items():
             blocks = content.arrays.setdefault(name, [])  # no blocks yet in the first batch
-            blocks.append(rows[usable].to(number_format))
-        bad: list[ErrorRow] = []
+            blocks.append(rows[is_usable].to(number_format))
+        errors: list[ErrorRow] = []
         for row, image, code in zip(self._metadata(images), images, status, strict=True):
             if code == VALID:
                 content.rows.append(row)
@@ -255,11 +266,11 @@ class Encoder:
                 message="the model gave an embedding that has no direction",
                 bytes=image.bytes,
             )
-            bad.append(error)
-        return bad
+            errors.append(error)
+        return errors
 
     def _metadata(self, batch: Sequence[Decoded]) -> list[Row]:
-        """Return the metadata of images, with a flag where the tokenizer shortens the caption."""
+        """Return the metadata of images. Captions that the tokenizer shortens get a flag."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
@@ -276,7 +287,7 @@ class Encoder:
         """Return arrays of images by name, and the worst status of each image (``STATUS``)."""
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
-        for name, row_name in DIRECTIONS.items():
+        for name, row_name in ROW_WORDS.items():
             if name in arrays:
                 arrays[name], status_in_array = _normalise(arrays[name], row_name)
                 status = np.maximum(status, status_in_array)
@@ -295,7 +306,7 @@ class Encoder:
         """Return the (B, ...) outputs of the model by name, not normalised."""
         model = self.backbone
         arrays: dict[str, Tensor] = {}
-        pixels = _stacked([image.pixels for image in batch])
+        pixels = _stack_images([image.pixels for image in batch])
         if "features" in self.arrays:
             arrays[IMAGE], arrays["features"] = model.encode_images_and_features(pixels)
         else:
@@ -303,15 +314,16 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # B tuples of V views become V tuples, each with one view of every image. Each of these
-            # is one forward pass, which is thus no larger than a batch of images.
-            by_view = zip(*(image.views for image in batch), strict=True)
-            rows = [model.encode_images(_stacked(views)) for views in by_view]
-            arrays["views"] = torch.stack(rows, dim=1)
+            # Each forward pass has one view of every image, so it is no larger than a batch.
+            view_rows: list[Tensor] = []
+            for number in range(len(batch[0].views)):
+                views = [image.views[number] for image in batch]
+                view_rows.append(model.encode_images(_stack_images(views)))
+            arrays["views"] = torch.stack(view_rows, dim=1)
         return arrays
 
 
-def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def _stack_images(images: list[Tensor]) -> Tensor:
     """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
     If the channels are last in the memory of the images, they are last in the memory of the stack,
@@ -324,8 +336,11 @@ def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image."""
-    # (B * V, D) views become one row each; (B, D) rows stay as they are
-    flat, status = unit_rows(rows.flatten(0, -2), row_name)
-    status_of_views = status.reshape(len(rows), -1)  # (B, V), or (B, 1)
-    return flat.view(rows.shape), status_of_views.max(axis=1)
+    """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image.
+
+    ``row_name`` is the word for a row in messages.
+    """
+    flat_rows = rows.flatten(0, -2)  # (B, D) or (B * V, D)
+    normalised, status = unit_rows(flat_rows, row_name)
+    status_of_views = status.reshape(len(rows), -1)  # (B, 1) or (B, V)
+    return normalised.view(rows.shape), status_of_views.max(axis=1)

@@ -17,13 +17,13 @@ from vilu.backbones.zeroshot import mean_texts
 from vilu.errors import ProvenanceError
 from vilu.store.manifest import Run
 
-CHECKED: Final = 64
+N_CHECKED_PHOTOS: Final = 64
 """Number of photos that are embedded in both precisions."""
 
-LEAST_COSINE: Final = 0.995
+MIN_COSINE: Final = 0.995
 """Least cosine of the two embeddings of a photo."""
 
-LEAST_EQUAL: Final = 0.98
+MIN_EQUAL_ANSWERS: Final = 0.98
 """Least share of photos with equal answers."""
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class PrecisionCheck:
         precision: The low precision.
         n: Number of photos.
         least_cosine: Least cosine of the two embeddings of a photo.
-        equal_answers: Share of photos with equal answers; None where captions take the place of
-            classes. The answers are those of the predictor if there is one, else zero-shot answers.
+        equal_answers: Share of photos with equal answers; None if captions take the place of
+            classes. The answers are those of the predictor. Without a predictor, they are zero-shot
+            answers.
         equal_decisions: Share of photos with equal decisions; None without a predictor.
         speedup: Processor time of the image tower in float32, divided by that in this precision;
             None if it was not measured.
@@ -53,16 +54,16 @@ class PrecisionCheck:
 
     @property
     def is_passed(self) -> bool:
-        """Whether the embeddings can stand beside those in float32."""
-        are_answers_equal = self.equal_answers is None or self.equal_answers >= LEAST_EQUAL
-        return self.least_cosine >= LEAST_COSINE and are_answers_equal
+        """Whether the embeddings are near enough to those in float32."""
+        are_answers_equal = self.equal_answers is None or self.equal_answers >= MIN_EQUAL_ANSWERS
+        return self.least_cosine >= MIN_COSINE and are_answers_equal
 
     @property
     def failure(self) -> str:
         """What a message says if the check is not passed."""
         return (
-            f"{self}. Needed are a cosine of {LEAST_COSINE} and {LEAST_EQUAL:.0%} equal answers. "
-            "Take --precision fp32 (in Python precision='fp32')."
+            f"{self}. Needed are a cosine of {MIN_COSINE} and {MIN_EQUAL_ANSWERS:.0%} equal "
+            "answers. Take --precision fp32 (in Python precision='fp32')."
         )
 
     def __str__(self) -> str:
@@ -81,8 +82,9 @@ def check_precision(
 ) -> PrecisionCheck | None:
     """Embed the first photos in the precision of the model and in float32, and compare.
 
-    ``pixels`` (3, H, W) are those of the photos. The result is None if the model is in float32,
-    states no precision, or is no ``DualEncoder``, which alone can be run in float32 as well.
+    ``pixels`` (3, H, W) are those of the photos. The result is None if the model is in float32 or
+    states no precision. It is also None if the model is no ``DualEncoder``: other models cannot be
+    run in float32 as well.
 
     Raises:
         ProvenanceError: If the two differ too much.
@@ -90,12 +92,13 @@ def check_precision(
     is_low = model.space.precision not in {None, "fp32"}
     if not is_low or not isinstance(model, DualEncoder):
         return None
-    chosen = list(islice(pixels, CHECKED))
-    if not chosen:
+    photos = list(islice(pixels, N_CHECKED_PHOTOS))
+    if not photos:
         return None
-    low, seconds = _encode(model, chosen, batch_size)
-    exact, seconds_exact = _encode(model.in_float32(), chosen, batch_size)
-    check = _compare(model, run, low, exact, speedup=seconds_exact / seconds)
+    low_rows, low_seconds = _encode(model, photos, batch_size)
+    float32_rows, float32_seconds = _encode(model.in_float32(), photos, batch_size)
+    speedup = float32_seconds / low_seconds
+    check = _compare(model, run, low_rows, float32_rows, speedup=speedup)
     logger.info("%s", check)
     if not check.is_passed:
         raise ProvenanceError(check.failure)
@@ -113,18 +116,19 @@ def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> tuple[
 
 
 def _compare(
-    model: DualEncoder, run: Run, low: Tensor, exact: Tensor, *, speedup: float
+    model: DualEncoder, run: Run, low_rows: Tensor, float32_rows: Tensor, *, speedup: float
 ) -> PrecisionCheck:
     """Compare unit-norm embeddings (N, D) in both precisions."""
     equal_answers = None
     if run.names:
         text = mean_texts(model, run.names, run.templates).cpu()
-        is_equal = (low @ text.T).argmax(dim=1) == (exact @ text.T).argmax(dim=1)
-        equal_answers = float(is_equal.float().mean())
+        low_answers = (low_rows @ text.T).argmax(dim=1)
+        float32_answers = (float32_rows @ text.T).argmax(dim=1)
+        equal_answers = float((low_answers == float32_answers).float().mean())
     return PrecisionCheck(
         precision=str(model.space.precision),
-        n=len(low),
-        least_cosine=float((low * exact).sum(dim=1).min()),
+        n=len(low_rows),
+        least_cosine=float((low_rows * float32_rows).sum(dim=1).min()),
         equal_answers=equal_answers,
         speedup=round(speedup, 2),
     )

@@ -27,10 +27,10 @@ from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import CheckedFiles, Reopened, content_hash
 from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
-from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
+from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
-    ERRORS,
-    REDO,
+    ERROR_SCHEMA,
+    REDO_HINT,
     Part,
     StoreLedger,
     column_path,
@@ -103,11 +103,12 @@ def open_source(
     return EmbeddingStore(root)
 
 
-class Sealed(Reopened):
+class SealedStore(Reopened):
     """The documents and the parts of a complete store, without its classes.
 
     The constructor checks documents, sizes, shapes and numbers of rows. The hash of a file is
-    compared with its receipt when the file is first read (``files``).
+    compared with its receipt when the file is first read, by ``files``, which returns the path of a
+    file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,30 +119,32 @@ class Sealed(Reopened):
         ledger = StoreLedger(path, self.manifest)
         self.parts = ledger.parts
         receipts = ledger.receipts()
-        self.require_seal(content_hash(receipts) == self.manifest.content)
+        self.require_agreement(content_hash(receipts) == self.manifest.content)
         for field in ("n_in", "n_ok", "n_error"):
             sum_of_parts = sum(getattr(receipt, field) for receipt in receipts)
-            self.require_seal(sum_of_parts == getattr(self.manifest, field))
+            self.require_agreement(sum_of_parts == getattr(self.manifest, field))
         self.files = CheckedFiles(path, receipts)
         self.n_errors = [receipt.n_error for receipt in receipts]
-        n_rows = [receipt.n_ok for receipt in receipts]
-        starts = np.cumsum([0, *n_rows], dtype=np.int64)
+        n_rows_of_parts = [receipt.n_ok for receipt in receipts]
+        starts = np.cumsum([0, *n_rows_of_parts], dtype=np.int64)
         self.rows = MappedParts(
-            starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
+            starts,
+            self.manifest.arrays,
+            open_part=partial(_map_part, ledger, starts, self.files),
         )
         # Every array is mapped once, to check its header. The files are located by
         # ``path.joinpath``, because ``self.files`` would also hash every file. A file is hashed
         # later, when a row in it is first read.
         for part in self.parts:
             for name in part.arrays:
-                _map_part(ledger, starts, find=path.joinpath, name=name, number=part.number)
+                _map_part(ledger, starts, find_file=path.joinpath, name=name, number=part.number)
 
     @property
-    def named(self) -> bool:
+    def has_names(self) -> bool:
         """Whether rows have identifiers. Imported rows may have only row numbers."""
         return self.manifest.imported is None or self.manifest.imported.ids
 
-    def require_seal(self, agrees: bool) -> None:
+    def require_agreement(self, agrees: bool) -> None:
         """Raise ProvenanceError if ``agrees`` is False: the manifest does not fit the folder."""
         if not agrees:
             raise ProvenanceError(
@@ -167,21 +170,21 @@ class Sealed(Reopened):
 
         Each part is read once. Without ``captions``, only the pictures are hashed.
         """
-        # In ``order``, rows of one part are neighbours: part p is at bounds[p] to bounds[p + 1].
+        # the rows of part p are those at the positions order[bounds[p] : bounds[p + 1]] of ``rows``
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))
         hashes = np.empty(len(rows), np.uint64)
         for number in parts_in_use.tolist():
-            in_part = order[bounds[number] : bounds[number + 1]]  # positions in ``rows``
-            index_in_part = pa.array(rows[in_part] - self.rows.starts[number])
-            hashes[in_part] = self._hashes(by, number, index_in_part, captions=captions)
+            positions = order[bounds[number] : bounds[number + 1]]
+            index_in_part = pa.array(rows[positions] - self.rows.starts[number])
+            hashes[positions] = self._hashes_in_part(by, number, index_in_part, captions=captions)
         return hashes
 
-    def _hashes(
+    def _hashes_in_part(
         self, by: Identity, number: int, index: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
-        """Return hashes (m,) of the rows ``index`` of part ``number``, as ``identities``."""
+        """Return hashes (m,) as ``identities`` does, of the rows ``index`` of part ``number``."""
         if by == "names":
             return hash_names(self.metadata("key", number).take(index).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
@@ -199,25 +202,26 @@ class Sealed(Reopened):
 def _map_part(
     ledger: StoreLedger,
     starts: NDArray[np.int64],
-    find: Callable[[str], Path],
+    find_file: Callable[[str], Path],
     name: str,
     number: int,
 ) -> NDArray[np.floating]:
     """Map array ``name`` of part ``number`` into memory.
 
-    ``find`` returns the path of a file from its name.
+    ``starts`` has the number of the first row of each part, and of the end. ``find_file`` is a
+    function from the name of a file to its path.
     """
     n_rows = int(starts[number + 1] - starts[number])
     shape = (n_rows, *ledger.run.arrays[name])
-    path = find(ledger.parts[number].array(name))
+    path = find_file(ledger.parts[number].array(name))
     return map_rows(path, shape, ledger.run.dtype)
 
 
 class StoredRows(EmbeddingSource):
     """A source of all or some rows of a store, which are identified by the store's metadata."""
 
-    _sealed: Sealed
-    _chosen: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
+    _sealed: SealedStore
+    _chosen_rows: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
@@ -234,16 +238,16 @@ class StoredRows(EmbeddingSource):
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
-        return self._sealed.identities(by, self._stored(index))
+        return self._sealed.identities(by, self._rows_in_store(index))
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         if "pictures" not in self.identified_by:
             return super()._picture_hashes(rows)
-        return self._sealed.identities("pictures", self._stored(rows), captions=False)
+        return self._sealed.identities("pictures", self._rows_in_store(rows), captions=False)
 
-    def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _rows_in_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Convert indices (M,) of rows in this source to indices in the whole store."""
-        return rows if self._chosen is None else self._chosen.numpy()[rows]
+        return rows if self._chosen_rows is None else self._chosen_rows.numpy()[rows]
 
 
 class EmbeddingStore(Reopened, StoredRows, MappedSource):
@@ -288,7 +292,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     @torch_defaults()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._sealed = Sealed(self.path)
+        self._sealed = SealedStore(self.path)
         self.manifest = self._sealed.manifest
         self.seal = self._sealed.seal
         if self.manifest.captions:
@@ -300,7 +304,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.stored_dtype = self.manifest.dtype
         self.class_names = self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
-        self._sealed.require_seal(self._classes.hash == self.manifest.classes)
+        self._sealed.require_agreement(self._classes.hash == self.manifest.classes)
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
         image_columns = frozenset(self.manifest.arrays) - {IMAGE}
         self.columns = image_columns | frozenset(self._classes.columns)
@@ -310,18 +314,18 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys()
-        if not self._sealed.named:
+        if not self._sealed.has_names:
             # The keys are only the numbers that the rows had in the imported arrays. So they are
             # marked as numbers, which identify no row of another source.
-            self.ids = ChosenNumbers(self._sealed.keys())
+            self.ids = ListedNumbers(self._sealed.keys())
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed.parts)
             answer = np.concatenate([np.empty(0, np.int64), *answers])
             self._columns = {ANSWER: torch.from_numpy(answer)}
             self.columns |= {ANSWER}
-        self._kept_classes = None
+        self._class_of_candidate = None
         if self.has_texts:
-            self._kept_classes = self._merge_equal_classes()
+            self._class_of_candidate = self._merge_equal_classes()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Return the (B, D) float32 image embeddings of the rows ``index``."""
@@ -337,17 +341,17 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
         has_row_per_class = name in TEXT_COLUMNS
-        if self._kept_classes is None or not has_row_per_class:
+        if self._class_of_candidate is None or not has_row_per_class:
             return values
         # classes with equal texts were merged, and one row is returned for each merged class
-        return values[self._kept_classes]
+        return values[self._class_of_candidate]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
         """Yield the key of every image without a row, and the kind of error, e.g. "truncated"."""
         for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
             if n_error:
                 path = self._sealed.files(part.errors)
-                table = read_columns(path, ERRORS, ["key", "kind"], n_error)
+                table = read_columns(path, ERROR_SCHEMA, ["key", "kind"], n_error)
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
@@ -359,7 +363,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if labels.min() < OUTSIDE or labels.max() >= self.n_candidates:
             raise StorageError(
                 f"{self.path / part.metadata} has labels from {labels.min()} to {labels.max()}, "
-                f"there are {self.n_candidates} classes. {REDO}"
+                f"there are {self.n_candidates} classes. {REDO_HINT}"
             )
         return labels
 
@@ -371,7 +375,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if len(answer) and (answer.min() < 0 or answer.max() >= n_classes):
             raise StorageError(
                 f"{self.path / part.metadata} has answers from {answer.min()} to {answer.max()}, "
-                f"there are {n_classes} classes. {REDO}"
+                f"there are {n_classes} classes. {REDO_HINT}"
             )
         return answer
 
@@ -400,7 +404,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     def __init__(
         self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
     ) -> None:
-        sealed = Sealed(Path(path))
+        sealed = SealedStore(Path(path))
         self.manifest = sealed.manifest
         self.seal = sealed.seal
         self.options = {"pools": pools, "fold": fold}  # arguments with which unpickling opens it
@@ -409,7 +413,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
             )
         has_class_table = bool(self.manifest.classes)
-        sealed.require_seal(not has_class_table)
+        sealed.require_agreement(not has_class_table)
         chosen = None if fold is None else _rows_of_fold(sealed, fold)
         super().__init__(
             sealed.path,
@@ -431,10 +435,10 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         """Return the rows ``index`` of column ``name`` of the images."""
         if name not in self.columns:
             return super().column(name, index)
-        return self._take(name, index)
+        return self._take_rows(name, index)
 
 
-def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
+def _rows_of_fold(sealed: SealedStore, fold: Fold) -> NDArray[np.int64]:
     """Return the ascending numbers (M,) of the rows whose caption is in a fold."""
     part_sizes = np.diff(sealed.rows.starts).tolist()
     parts = zip(sealed.parts, part_sizes, strict=True)

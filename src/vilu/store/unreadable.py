@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vilu.errors import StorageError, ViLUError
 
-UNREADABLE_NPY = (
+NPY_READING_ERRORS = (
     OSError,
     ValueError,
     OverflowError,
@@ -27,36 +27,36 @@ UNREADABLE_NPY = (
 NumPy parses the header as Python code. The last four exceptions come from this parser.
 """
 
-UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
+PARQUET_READING_ERRORS = (pa.ArrowException, OSError, ValueError)
 """Exceptions of pyarrow for a damaged file. ValueError also means that a name is not text."""
 
-NOT_THE_FILE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+SYSTEM_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 """Error codes that concern permissions or the system, not the content of the file."""
 
 
 @contextmanager
-def or_damaged(
+def convert_damage_errors(
     path: Path | str,
     hint: str,
-    kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET,
-    fault: type[ViLUError] = StorageError,
-    state: str = "damaged",
+    exceptions: tuple[type[Exception], ...] = PARQUET_READING_ERRORS,
+    error_class: type[ViLUError] = StorageError,
+    condition: str = "damaged",
 ) -> Iterator[None]:
-    """Turn the exceptions ``kinds`` in the block into the error ``fault``.
+    """Convert the ``exceptions`` of a library that reads a damaged file into ``error_class``.
 
-    The message says that the file is ``state``, and ends with the advice ``hint``. Errors that do
-    not concern the content (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
+    The message is "PATH is CONDITION: REASON. HINT". Errors that do not concern the content of the
+    file (``SYSTEM_ERRNOS``) become a StorageError with the message "cannot read PATH: REASON."
     """
     try:
         yield
     except ViLUError:
         raise
-    except kinds as error:
-        # Without file descriptors or memory, no file can be read, so this file may be undamaged.
-        if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
+    except exceptions as error:
+        # These errors say nothing about the content: without memory, no file can be read.
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
             advice = ""
             if error.errno == errno.EMFILE:
                 advice = " Raise the limit on open files: ulimit -n 4096."
             reason = os.strerror(error.errno)
             raise StorageError(f"cannot read {path}: {reason}.{advice}") from error
-        raise fault(f"{path} is {state}: {error}. {hint}") from error
+        raise error_class(f"{path} is {condition}: {error}. {hint}") from error

@@ -29,7 +29,7 @@ from vilu.store.executors.local import (
 )
 from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
-from vilu.store.mapped import cores
+from vilu.store.mapped import n_cores
 
 SHARED_MEMORY_BYTES = 2**28
 """Size of the shared memory of a Ray that vilu starts.
@@ -102,13 +102,13 @@ class RayExecutor:
             yield self._plan_for_running_ray()
             return
         address = os.environ.get("RAY_ADDRESS")
-        processes = self.processes or cores()
+        processes = self.processes or n_cores()
         if address:
             options: dict[str, object] = {"address": address}
         else:
             options = {
                 "address": "local",
-                "num_cpus": max(processes, cores()),
+                "num_cpus": max(processes, n_cores()),
                 "include_dashboard": False,
                 "object_store_memory": SHARED_MEMORY_BYTES,
             }
@@ -229,7 +229,7 @@ class SparkExecutor:
     name = "spark"
 
     def __init__(self, processes: int | None = None) -> None:
-        self.processes = check_processes(processes) or cores()
+        self.processes = check_processes(processes) or n_cores()
         self._spark = import_extra("pyspark", "spark")
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:

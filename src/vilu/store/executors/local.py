@@ -23,7 +23,7 @@ from vilu.process import keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
-from vilu.store.mapped import cores
+from vilu.store.mapped import n_cores
 from vilu.validation import require_at_least
 
 
@@ -123,7 +123,7 @@ def check_processes(processes: int | None) -> int | None:
 
 def threads_per_process(processes: int) -> int:
     """Return the number of cores for each of ``processes`` processes, at least 1."""
-    return max(1, cores() // processes)
+    return max(1, n_cores() // processes)
 
 
 def take_gpu(number: int) -> None:
@@ -159,7 +159,7 @@ class LocalExecutor:
     name = "local"
 
     def __init__(self, processes: int | None = None, max_deaths: int = MAX_DEATHS) -> None:
-        self.processes = check_processes(processes) or cores()
+        self.processes = check_processes(processes) or n_cores()
         self.max_deaths = max_deaths
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
