@@ -32,6 +32,7 @@ from mkdocs.structure.pages import Page
 
 import vilu
 from vilu.cli.app import app
+from vilu.cli.help import with_range_in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -283,8 +284,14 @@ def told(
         return
     lists: dict[str, list[str]] = {"argument": [], "option": []}
     for parameter in command.get_params(context):
-        if record := parameter.get_help_record(context):
-            lists[parameter.param_type_name].append(f"`{record[0]}`\n:   {plain(record[1])}\n")
+        record = parameter.get_help_record(context)
+        if record is None:
+            continue
+        name, words = record
+        if parameter.param_type_name == "argument":
+            name = parameter.metavar
+        entry = f"`{name}`\n:   {plain(with_range_in_words(words))}\n"
+        lists[parameter.param_type_name].append(entry)
     usage = command.get_usage(context).replace("Usage: ", "")
     text = [f"# {' '.join(names)}", plain(command.help or ""), f"```\n{usage}\n```"]
     for kind, entries in lists.items():

@@ -210,7 +210,7 @@ class Bars:
         class Speed(bars.ProgressColumn):
             def render(self, task: bars.Task) -> Text:
                 speed = task.finished_speed or task.speed or 0
-                return Text(f"{speed:,.0f} {task.fields['unit']}/s")
+                return Text(_speed(speed, task.fields["unit"]))
 
         progress = bars.Progress(
             bars.TextColumn("{task.description}"),
@@ -264,8 +264,15 @@ class LoggedTask:
         if self.note:
             note = f", {self.note}"
         count = f"{self.done:,.0f}"
-        rate = f"{self.done / seconds:,.0f} {self.unit}/s"
+        rate = _speed(self.done / seconds, self.unit)
         LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, rate, note)
+
+
+def _speed(speed: float, unit: str) -> str:
+    """A speed with its unit: "12 images/s", "0.2 cells/s"."""
+    if 0 < speed < 1:
+        return f"{speed:.1g} {unit}/s"
+    return f"{speed:,.0f} {unit}/s"
 
 
 class Lines:

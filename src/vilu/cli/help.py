@@ -122,11 +122,11 @@ class PanelledCommand(TyperCommand):
             else:
                 group = ARGUMENTS
                 name = str(parameter.metavar)
-            groups.setdefault(group, []).append((name, _with_range_in_words(text)))
+            groups.setdefault(group, []).append((name, with_range_in_words(text)))
         _write_groups(formatter, groups.items())
 
 
-def _with_range_in_words(text: str) -> str:
+def with_range_in_words(text: str) -> str:
     """The help of an option, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
     text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)  # a bound that nobody meets
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
