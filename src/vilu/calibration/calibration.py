@@ -163,10 +163,11 @@ class Calibration(Document):
                 "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
-        contradiction = calibration._contradiction()
-        if contradiction is not None:
+        # for example "it counts 30 calibration rows"
+        wrong_statement = calibration._contradiction()
+        if wrong_statement is not None:
             raise DataError(
-                f"{path} is damaged: {contradiction}, which does not follow from {ROWS}. "
+                f"{path} is damaged: {wrong_statement}, which does not follow from {ROWS}. "
                 f"{RECALIBRATE}."
             )
         return calibration

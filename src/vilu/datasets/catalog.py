@@ -212,7 +212,8 @@ def _refuse_root(source: Path | str, selection: Selection) -> None:
 def _refuse_captions(source: Path | str, selection: Selection) -> None:
     if selection.captions:
         raise UsageError(
-            f"{source} has no captions: only tables and tar files can. Leave --captions out."
+            f"{source} has no captions: only tables and tar files can have captions. "
+            "Leave --captions out."
         )
 
 
@@ -224,8 +225,9 @@ def _source_error(path: Path) -> UsageError | DataError:
     if not path.is_file():
         return DataError(f"{path} is no regular file. Expected {expected}.")
     suffixes = sorted({*TABLE_SUFFIXES, TAR_SUFFIX})
+    ending = f"ending in {path.suffix!r}" if path.suffix else "without an ending"
     return DataError(
-        f"{path} is a file ending in {path.suffix or 'nothing'!r}. "
+        f"{path} is a file {ending}. "
         f"Expected a folder of images, or a file ending in {', '.join(suffixes)}."
     )
 

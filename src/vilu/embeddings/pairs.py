@@ -258,6 +258,7 @@ class PairSource(EmbeddingSource):
             part = slice(start * size, stop * size)
             rows = index[part]
             if run_has_repeats:
+                # one batch per pool, without columns, as in a ``PooledBatch``
                 batches += [self._batch(pool, columns=()) for pool in rows.split(size)]
                 continue
             n_pools = stop - start
@@ -274,7 +275,10 @@ class PairSource(EmbeddingSource):
         return batches
 
     def _have_repeats(self, rows: Tensor) -> Tensor:
-        """Mask (P,) of pools in which rows (P * size, D) may be equal, judged by their keys."""
+        """Mask (P,) of the pools that may have equal rows; ``rows`` is (P * size, D).
+
+        Equal rows have equal keys. Rows with equal keys are seldom different.
+        """
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
         # after sorting, equal keys of a pool are neighbours
         equals_next = keys[:, :-1] == keys[:, 1:]

@@ -439,7 +439,7 @@ def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
     counts: dict[str, Any] = {}
     for name in COUNTS:
         counts[name] = round(fmean(getattr(row, name) for row in rows))
-    mean = replace(
+    without_value = replace(
         rows[0],
         seed=None,
         value=None,
@@ -453,12 +453,12 @@ def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
     )
     for row in rows:
         if row.value is None:
-            return replace(mean, why=f"seed {row.seed} of {len(rows)} seeds: {row.why}")
+            return replace(without_value, why=f"seed {row.seed} of {len(rows)} seeds: {row.why}")
     values = [row.value for row in rows if row.value is not None]
     value = fmean(values)
     spread = stdev(values)
     return replace(
-        mean,
+        without_value,
         value=value,
         ci_low=value - spread,
         ci_high=value + spread,

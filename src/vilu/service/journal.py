@@ -256,8 +256,8 @@ class Journal:
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # result() raises the exception of the previous save, if there was one. This is no
-        # ViLUError, which ``_save`` only logs.
+        # result() raises the exception of the previous save, if there was one. It is never a
+        # ViLUError, because ``_save`` catches and logs those.
         previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -274,7 +274,7 @@ class Journal:
         return_freed_memory()
 
     def _load_monitor(self) -> Monitor:
-        """The monitor in its saved state; a new monitor if there is no state, or a damaged one.
+        """The monitor in its saved state; a new one if the state is missing or damaged.
 
         A damaged state is set aside.
         """

@@ -14,14 +14,14 @@ NAMES: Final = ("first", "second")
 """Names of the predictors of a service: the main predictor, and the optional second one."""
 
 Scores = tuple[list[int], list[float]]
-"""Indices of the answers, and uncertainties, of some rows."""
+"""For some rows: the indices of their answers, and their uncertainties."""
 
 
 class LabelCounts(NamedTuple):
     """What became of the labels that a client sent, in the journal of one predictor."""
 
     n_new: int  # number of labels of rows that had no label before
-    unknown: list[str]  # ids of the client that no row of the journal has
+    unknown: list[str]  # row ids that the client sent, and that the journal does not have
 
 
 GuaranteeState = Literal["holds", "void", "none"]

@@ -263,7 +263,7 @@ def progress_of(
     max_risk: float,
     level: float,
 ) -> GuaranteeProgress:
-    """What the labels show about a predictor (``PhotoSplit.drawn_rows``).
+    """What the labels that count (``PhotoSplit.drawn_rows``) show about a predictor.
 
     Args:
         trial: Plan of the test of the predictor.

@@ -40,18 +40,18 @@ Which = Literal["asked", "review", "all"]
 class ReviewTask:
     """One photo to look at.
 
-    The label of a photo of the calibration side may come to count for a guarantee. Who sees the
-    model's answer tends to agree with it, so such a photo is blind: it has no answer here.
+    The label of a photo of the calibration side may count for a guarantee later. People who see the
+    model's answer tend to agree with it. So such a photo is blind: it has no answer here.
 
     Attributes:
         path: Path of the photo, as tables write it.
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
-        quantile: Share of the photos that are at most as doubtful; None if it is not known.
+        quantile: Share of the photos that are no more doubtful than this one; None if not known.
         runner_up: The second most likely answer.
         zero_shot: The zero-shot answer; None if it is the same as ``answer``.
         stream: Why the label was asked for. Photos that were not asked for have the stream
-            ``CHOSEN``, because their labels may be used in fits only.
+            "fit" (``CHOSEN``): their labels may be used in fits only.
         decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
         is_blind: Whether the model's answer is not shown.
     """

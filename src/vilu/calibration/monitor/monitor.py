@@ -639,6 +639,7 @@ class Monitor:
         self.rates[name] = self.rates[name].with_answers(events)
 
     def _acceptance(self) -> Acceptance | None:
+        """Shares of accepted answers at the calibration and since then; None without the first."""
         if self._coverage is None:
             return None
         n_scored = self.rows - self.unscored
