@@ -1,8 +1,8 @@
 """Whether guarantees hold that are looked at after every round of labels, for several predictors.
 
-    python -m benchmarks.look_guarantees [--runs 10000] [--worlds all ...]
+    python -m benchmarks.look_guarantees [--runs 10000] [--photos 2000] [--worlds all ...]
 
-A run is a folder of 2,000 calibration photos in a random order. Its labels come in twelve rounds
+A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels come in twelve rounds
 of 50. As in a triage, a predictor gets a plan from its scores alone, is tested after every round on
 the labels of all photos up to the first one without a label. The next predictor takes its turn one
 round after a certificate, or after six rounds without one. So the time of its turn depends on the
@@ -38,7 +38,6 @@ from vilu.triage.trial import Trial
 
 MAX_RISK: Final = 0.05
 DELTA: Final = 0.05
-N_PHOTOS: Final = 2_000
 N_ROUNDS: Final = 12
 ROUND: Final = 50
 PATIENCE: Final = 6
@@ -48,21 +47,17 @@ N_PREDICTORS: Final = 4
 CLAIMED: Final = 0.04
 """Largest uncertainty. It is low, so that much is planned to be accepted."""
 
-NONE: Final = np.zeros(N_PHOTOS, np.bool_)
 
-RANK: Final = (np.arange(N_PHOTOS) + 0.5) / N_PHOTOS
-
-
-def error_rates(world: str, number: int) -> Floats:
-    """(N,) probability that the answer at every rank of uncertainty is wrong."""
+def error_rates(world: str, number: int, quantile: Floats) -> Floats:
+    """(N,) probability that the answer of the photo at every quantile (N,) is wrong."""
     if world == "all":
-        return np.full(N_PHOTOS, 0.051)
+        return np.full(len(quantile), 0.051)
     if world == "beyond":
-        return np.where(RANK <= 1 / 2, 0.01, 0.4)
+        return np.where(quantile <= 1 / 2, 0.01, 0.4)
     if world == "later":
-        return np.full(N_PHOTOS, 0.01 if number == 0 else 0.051)
+        return np.full(len(quantile), 0.01 if number == 0 else 0.051)
     if world == "trusted":
-        return np.where(RANK <= 0.1, 0.06, 0.01)
+        return np.where(quantile <= 0.1, 0.06, 0.01)
     raise ValueError(f"no world is called {world!r}.")
 
 
@@ -70,17 +65,20 @@ class Predictor:
     """Scores and failures of all photos, and the risk of every threshold in the world."""
 
     def __init__(self, world: str, number: int, luck: Floats, rng: np.random.Generator) -> None:
-        rates = error_rates(world, number)
-        rank = rng.permutation(N_PHOTOS)
-        uncertainty = CLAIMED * RANK[rank]
+        n_photos = len(luck)
+        quantile = (np.arange(n_photos) + 0.5) / n_photos
+        rates = error_rates(world, number, quantile)
+        rank = rng.permutation(n_photos)
+        self.sorted_uncertainty = CLAIMED * quantile
+        uncertainty = self.sorted_uncertainty[rank]
         # The same photos are hard for all predictors.
         failure = (luck < rates[rank]).astype(np.int64)
         self.outcomes = Outcomes(uncertainty, failure, is_probability=True)
-        self.mean_rates = np.cumsum(rates) / np.arange(1, N_PHOTOS + 1)
+        self.mean_rates = np.cumsum(rates) / np.arange(1, n_photos + 1)
 
     def risk(self, threshold: float) -> float:
         """Risk of a threshold in the world."""
-        n_accepted = int((threshold >= CLAIMED * RANK).sum())
+        n_accepted = int((threshold >= self.sorted_uncertainty).sum())
         return float(self.mean_rates[n_accepted - 1])
 
 
@@ -108,21 +106,22 @@ def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
     )
 
 
-def run(world: str, rng: np.random.Generator) -> tuple[bool, int]:
+def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]:
     """Whether a run is broken, and how many limits were certified in it."""
-    luck = rng.random(N_PHOTOS)
+    none = np.zeros(n_photos, np.bool_)
+    luck = rng.random(n_photos)
     predictors = [Predictor(world, number, luck, rng) for number in range(N_PREDICTORS)]
-    position = rng.permutation(N_PHOTOS) * (POSITIONS // N_PHOTOS)
-    answered = NONE.copy()
+    position = rng.permutation(n_photos) * (POSITIONS // n_photos)
+    answered = none.copy()
     split = PhotoSplit(
-        usable=~NONE,
-        is_calibration=~NONE,
+        usable=~none,
+        is_calibration=~none,
         position=position,
         labelled=answered,
         answered=answered,
-        skipped=NONE,
-        unasked=NONE,
-        awaited=NONE,
+        skipped=none,
+        unasked=none,
+        awaited=none,
     )
     state = TriageState(settings={})
     number = 0
@@ -156,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for every world."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--photos", type=int, default=2_000)
     parser.add_argument("--worlds", nargs="+", default=["all", "beyond", "later", "trusted"])
     options = parser.parse_args(arguments)
     print("world | runs | broken | 95 % bound | certified limits")
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_broken = 0
         n_certified = 0
         for _ in range(options.runs):
-            is_broken, certified = run(world, rng)
+            is_broken, certified = run(world, options.photos, rng)
             n_broken += is_broken
             n_certified += certified
         share = n_broken / options.runs
