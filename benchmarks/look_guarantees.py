@@ -2,11 +2,11 @@
 
     python -m benchmarks.look_guarantees [--runs 10000] [--photos 2000] [--worlds all ...]
 
-A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels come in twelve rounds
-of 50. As in a triage, a predictor gets a plan from its scores alone, is tested after every round on
-the labels of all photos up to the first one without a label. The next predictor takes its turn one
-round after a certificate, or after six rounds without one. So the time of its turn depends on the
-labels, as in a triage.
+A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels come in
+twelve rounds of 50. As in a triage, a predictor gets a plan from its scores alone, and is tested
+after every round on the labels of all photos up to the first one without a label. The next
+predictor takes its turn one round after a certificate, or after six rounds without one. So the time
+of its turn depends on the labels, as in a triage.
 
 A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. That may
 happen to 5 % of the runs. Shown are the share of broken runs, its one-sided 95 % bound (Clopper and
