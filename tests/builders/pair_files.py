@@ -19,7 +19,7 @@ from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.store.ledger import FileInfo, content_hash
 from vilu.store.manifest import Inputs, Manifest, Receipt, Run
-from vilu.store.parts import PICTURE_BYTES, metadata_schema, plan
+from vilu.store.parts import PICTURE_BYTES, metadata_schema, plan_parts
 
 DIM = 8
 SPACE = EmbeddingSpace(
@@ -67,7 +67,7 @@ def write_store(
     run = Run(**fields, fingerprint=digest(Inputs(**fields).identity()), dataset="pets", vilu="0")
     arrays = {"img_emb": image, "text_emb": text, "features": features}
     receipts = []
-    for part in plan(run):
+    for part in plan_parts(run):
         kept = [i for i in range(part.start, part.stop) if i not in lost]
         for name in part.files:
             (root / name).parent.mkdir(parents=True, exist_ok=True)

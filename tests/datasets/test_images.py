@@ -32,8 +32,8 @@ from vilu.datasets.images import (
     BadImage,
     ImageLimits,
     decode_image,
+    detect_format,
     read_image,
-    sniff,
     stated_pixels,
 )
 from vilu.errors import DataError, UsageError, ViLUError
@@ -272,7 +272,7 @@ def test_only_bad_image_comes_out_of_damaged_files(name, filters):
 @settings(max_examples=200, deadline=None)
 def test_signature_followed_by_noise_is_never_an_image(name, noise):
     data = SEEDS[name.lower()][:16] + noise
-    assert sniff(data) == name
+    assert detect_format(data) == name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert outcome(data)[1] in {"decode_error", "truncated", "bomb", "bad_geometry"}

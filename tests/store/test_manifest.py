@@ -16,7 +16,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
 from vilu.store.ledger import FileInfo
 from vilu.store.manifest import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
-from vilu.store.parts import plan, possible_positions
+from vilu.store.parts import plan_parts, possible_positions
 
 SPACE = EmbeddingSpace(
     8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32"
@@ -104,13 +104,13 @@ def test_how_many_images_shards_hold_is_no_input():
     """Only reading them tells, so the run says 0 and the manifest what was counted."""
     run, counted = make_run(shards=7, n_in=0), make_run(shards=7, n_in=1234)
     assert run.fingerprint == counted.fingerprint
-    assert [(part.start, part.stop) for part in plan(make_run(shards=23))] == [
+    assert [(part.start, part.stop) for part in plan_parts(make_run(shards=23))] == [
         (0, 10),
         (10, 20),
         (20, 23),
     ]
-    assert possible_positions(run, plan(run)[0]) == range(7 * 2**32)
-    assert possible_positions(make_run(), plan(make_run())[2]) == range(20, 25)
+    assert possible_positions(run, plan_parts(run)[0]) == range(7 * 2**32)
+    assert possible_positions(make_run(), plan_parts(make_run())[2]) == range(20, 25)
 
 
 def test_documents_survive_json(tmp_path):
@@ -231,7 +231,7 @@ def test_differences_name_both_sides(tmp_path):
 
 @given(n=st.integers(0, 300), size=st.integers(1, 50))
 def test_parts_cover_every_image_once(n, size):
-    parts = plan(make_run(n_in=n, part_size=size))
+    parts = plan_parts(make_run(n_in=n, part_size=size))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
     assert all(len(part) == size for part in parts[:-1])
     assert [part.number for part in parts] == list(range(len(parts)))

@@ -203,7 +203,7 @@ def forge(root, n):
     from vilu.artifacts.hashing import digest
     from vilu.store.ledger import content_hash
     from vilu.store.manifest import Inputs, Manifest, Receipt, Run
-    from vilu.store.parts import plan
+    from vilu.store.parts import plan_parts
 
     old = read_document(root / "manifest.json", Manifest)
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}
@@ -211,7 +211,7 @@ def forge(root, n):
         Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity()
     )
     run = Run(**fields)
-    (part,) = plan(run)
+    (part,) = plan_parts(run)
     info = {
         name: {"bytes": (root / name).stat().st_size, "sha256": "0" * 64} for name in part.files
     }

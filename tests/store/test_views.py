@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 from scipy import stats
 
-from vilu.store.manifest import Views, _uniform_numbers, augment
+from vilu.store.manifest import Views, _uniform_numbers, make_view
 
 UNIT = st.floats(0, 1, exclude_max=True)
 SIDE = st.integers(1, 60)
@@ -24,7 +24,7 @@ def coordinates(width: int, height: int) -> Image.Image:
 
 @given(SIDE, SIDE, UNIT, UNIT, UNIT, UNIT)
 def test_a_view_is_a_crop_of_the_pictures_shape(width, height, area, left, top, mirror) -> None:
-    shown = np.asarray(augment(coordinates(width, height), area, left, top, mirror)).astype(int)
+    shown = np.asarray(make_view(coordinates(width, height), area, left, top, mirror)).astype(int)
     x, y = shown[0, :, 0], shown[:, 0, 1]
     assert (shown[:, :, 0] == x).all()
     assert (shown[:, :, 1] == y[:, None]).all()
@@ -48,7 +48,7 @@ def test_every_place_and_every_size_is_drawn() -> None:
         len(draws)
     )  # four standard errors of a correlation of zero
     corners = {
-        augment(coordinates(10, 10), 0, left, top, 0.9).getpixel((0, 0))[:2]
+        make_view(coordinates(10, 10), 0, left, top, 0.9).getpixel((0, 0))[:2]
         for _, left, top, _ in draws
     }
     assert corners == {(x, y) for x in range(4) for y in range(4)}  # crops of 7 x 7

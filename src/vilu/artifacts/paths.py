@@ -77,7 +77,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 }
 """Allowed suffixes of files, for kinds that have a fixed format."""
 
-INPUTS = "inputs"  # key of the digest of the inputs that a file was made from
+INPUTS_KEY = "inputs"  # key of the digest of the inputs that a file was made from
 
 TEXT_MARK = re.compile(
     rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
@@ -103,7 +103,7 @@ def inputs_entry(inputs: str | None) -> dict[str, str]:
     """The entry of a document or a table for the digest of its inputs; empty without a digest."""
     if not inputs:
         return {}
-    return {INPUTS: inputs}
+    return {INPUTS_KEY: inputs}
 
 
 def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
@@ -277,7 +277,7 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
     kind = KIND_OF_ENTRY.get(str(facts.get("kind")))
     if kind is None:
         return None
-    return KindAndInputs(kind, str(facts.get(INPUTS) or ""))
+    return KindAndInputs(kind, str(facts.get(INPUTS_KEY) or ""))
 
 
 def inputs_digest(*paths: Path, **settings: object) -> str:

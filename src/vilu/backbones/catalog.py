@@ -275,7 +275,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
 
 
-def _add(entry: object) -> bool:
+def _add_backbone(entry: object) -> bool:
     """Add ``entry`` if it is a backbone, and return whether it is a backbone."""
     if not isinstance(entry, NamedBackbone | BackboneKind):
         return False
@@ -283,7 +283,7 @@ def _add(entry: object) -> bool:
     return True
 
 
-ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add
+ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add_backbone
 
 
 def add_backbones(source: Path | str) -> list[str]:

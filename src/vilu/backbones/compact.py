@@ -28,7 +28,7 @@ from torch.nn import functional
 from vilu.artifacts.disk import file_hash
 from vilu.artifacts.hashing import bytes_hash
 from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
-from vilu.backbones.efficientnet import FEATURES, EfficientNetLite0
+from vilu.backbones.efficientnet import N_FEATURES, EfficientNetLite0
 from vilu.device import OwnGenerator
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
@@ -182,7 +182,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_head=image_head,
         text_tower=text_tower,
         truncates=truncates,
-        feature_dim=FEATURES,
+        feature_dim=N_FEATURES,
         text_cache_key=space.fingerprint,
         resize_to=size,
     )

@@ -16,10 +16,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 STEM_CHANNELS: Final = 32
 """Number of channels of the first convolution."""
 
-FEATURES: Final = 1280
+N_FEATURES: Final = 1280
 """Number of features of an image."""
 
-CLASSES: Final = 1000
+N_CLASSES: Final = 1000
 """Number of classes of the classifier, those of ImageNet-1k."""
 
 EPSILON: Final = 1e-3
@@ -115,7 +115,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features (B, ``FEATURES``) of images (B, 3, H, W), whose sides are multiples of 32.
+    """Features (B, ``N_FEATURES``) of images (B, 3, H, W), whose sides are multiples of 32.
 
     The classifier is not applied. Its weights are there, because the compact model uses them. The
     weights of all layers are in the order of the layers.
@@ -132,8 +132,8 @@ class EfficientNetLite0(nn.Module):
                 blocks.append(InvertedResidual(channels, stage, stride=stride))
                 channels = stage.channels
         self.blocks = nn.Sequential(*blocks)
-        self.last = Convolution(channels, FEATURES)
-        self.classifier = nn.Linear(FEATURES, CLASSES)
+        self.last = Convolution(channels, N_FEATURES)
+        self.classifier = nn.Linear(N_FEATURES, N_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images: the means of the last channels over the positions."""

@@ -122,7 +122,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
             outside=tuple(outside),
             follow_links=follow_links,
         )
-        images = _open(source, selection)
+        images = _open_any_source(source, selection)
     else:
         has_table_options = captions or where or root
         if has_table_options:
@@ -167,7 +167,7 @@ def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
     return ChosenImages(images, range(limit), {"limit": limit})
 
 
-def _open(source: Path | str, selection: Selection) -> ImageDataset:
+def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
     """Open a source that is a table, tar files, a folder with a layout, or a folder of images."""
     path = Path(source)
     # not Path.is_file, which raises an error if a pattern is too long for a file name

@@ -187,7 +187,7 @@ _SIGNATURES = [
 """Signatures of formats: position in the file, bytes at this position, and name of the format."""
 
 
-def sniff(data: bytes) -> str | None:
+def detect_format(data: bytes) -> str | None:
     """Return the name of the format of encoded bytes; None if they look like no image.
 
     The name is a key of ``OPENERS``, or the name of a format that is not decoded.
@@ -541,7 +541,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
         raise BadImage(
             "open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read"
         )
-    format_name = sniff(data)
+    format_name = detect_format(data)
     if format_name is None:
         raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of an unknown format")
     if format_name.startswith("RAW"):
@@ -570,7 +570,7 @@ def stated_pixels(data: bytes) -> int:
 
     0 if the header is damaged or the format is not decoded: ``decode_image`` refuses such data.
     """
-    opener = OPENERS.get(sniff(data) or "")
+    opener = OPENERS.get(detect_format(data) or "")
     if opener is None:
         return 0
     try:
@@ -634,7 +634,7 @@ def _orientation_and_flag(exif: object) -> tuple[int | None, ImageFlag]:
 MAX_CAPTION_BYTES: Final = 2**20
 """Longer captions are refused. Models read at most a few hundred bytes."""
 
-INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+INVISIBLE_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
 Category Cn (unassigned) is not included. In an old Python, it also has visible characters: all that
@@ -680,7 +680,7 @@ def decode_caption(data: bytes | None) -> str:
         raise BadImage(
             "text", "bad_text", f"the caption must be UTF-8: {error.reason} at byte {error.start}"
         ) from error
-    is_blank = all(unicodedata.category(character) in INVISIBLE for character in text)
+    is_blank = all(unicodedata.category(character) in INVISIBLE_CATEGORIES for character in text)
     if is_blank:
         raise BadImage("text", "empty_text", "the caption is blank")
     return text

@@ -46,7 +46,7 @@ def find_opener(folder: Path) -> Opener | None:
     return next(iter(openers.values()), None)
 
 
-def _add(layout: object) -> bool:
+def _add_layout(layout: object) -> bool:
     """Add a layout to the catalogue; return False if the object is not a layout."""
     if not isinstance(layout, FolderLayout):
         return False
@@ -56,4 +56,4 @@ def _add(layout: object) -> bool:
     return True
 
 
-ADDERS["a vilu.datasets.layouts.FolderLayout"] = _add
+ADDERS["a vilu.datasets.layouts.FolderLayout"] = _add_layout

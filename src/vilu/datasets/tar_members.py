@@ -14,7 +14,7 @@ from typing import BinaryIO, Final
 from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
-BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
+BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
 # Larger extension headers are refused. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
@@ -106,11 +106,11 @@ _TRUNCATION_HINT: Final = "members before the break are kept. Write or download 
 def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     """Return the header at a position; None at the end mark."""
     file.seek(position)
-    block = file.read(BLOCK)
+    block = file.read(BLOCK_BYTES)
     is_first = position == 0
     if is_first:
         _refuse_compressed(block)
-    is_end_mark = block == bytes(BLOCK)  # a block of zeros
+    is_end_mark = block == bytes(BLOCK_BYTES)  # a block of zeros
     if is_end_mark:
         # Most readers ignore members behind the end mark, as `cat a.tar b.tar` writes them.
         has_more = any(file.read(MAX_HEADER_BYTES))  # a byte that is not 0
@@ -124,7 +124,7 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     # An empty file is a truncated shard. Any other file that is shorter than a block is no tar
     # file, and _parse_header reports it.
     may_be_truncated = not is_first or block == b""
-    if len(block) < BLOCK and may_be_truncated:
+    if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
             "open",
             "truncated_shard",
@@ -164,13 +164,13 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -
     The data begin behind the header. In an old GNU sparse file, the blocks of the sparse map are
     between the header and the data.
     """
-    position = header_start + BLOCK
+    position = header_start + BLOCK_BYTES
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
     # the size in the header does not include the blocks of the sparse map, so they are skipped here
     flag_index = HEADER_FLAG_INDEX
-    while _has_flag(file, position - BLOCK, flag_index):
-        position += BLOCK
+    while _has_flag(file, position - BLOCK_BYTES, flag_index):
+        position += BLOCK_BYTES
         flag_index = SPARSE_MAP_FLAG_INDEX
     return position
 
@@ -184,8 +184,8 @@ SPARSE_MAP_FLAG_INDEX: Final = 504
 def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
     """Whether the byte at ``flag_index`` in the block at ``position`` is not 0."""
     file.seek(position)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
+    block = file.read(BLOCK_BYTES)
+    if len(block) < BLOCK_BYTES:
         raise BadImage(
             "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
         )
@@ -297,5 +297,5 @@ def _make_member(
 
 def _round_up_to_blocks(n_bytes: int) -> int:
     """Round a number of bytes up to whole blocks."""
-    n_blocks = (n_bytes + BLOCK - 1) // BLOCK
-    return n_blocks * BLOCK
+    n_blocks = (n_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
+    return n_blocks * BLOCK_BYTES

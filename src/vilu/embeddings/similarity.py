@@ -135,7 +135,7 @@ class RivalWeights:
 
     answer: Tensor  # (B, 1) int64 index of the answer
     answer_logit: Tensor  # (B,) logit l_a of the answer
-    logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE`` in the answer's column
+    logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE_LOGIT`` in the answer's column
     max_rival_logit: Tensor  # (B, 1) largest logit s of a rival
     weight: Tensor  # (B, K) weights e_j; 0 in the answer's column
     total: Tensor  # (B,) float64 sum of the weights
@@ -152,7 +152,7 @@ class RivalWeights:
         if answer is None:
             answer = logits.argmax(dim=1, keepdim=True)
         answer_logit = logits.gather(1, answer).squeeze(1)
-        rival_logits = logits.scatter(1, answer, NEGLIGIBLE)
+        rival_logits = logits.scatter(1, answer, NEGLIGIBLE_LOGIT)
         max_rival_logit = rival_logits.amax(dim=1, keepdim=True)
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
         weight = (rival_logits - max_rival_logit).mul_(LOG2_E / temperature).exp2_()
@@ -201,7 +201,7 @@ class RivalWeights:
         return ZeroShot(prediction, self.answer_logit, log_norm)
 
 
-NEGLIGIBLE = torch.finfo(torch.float32).min / 2
+NEGLIGIBLE_LOGIT = torch.finfo(torch.float32).min / 2
 """A logit below all other logits.
 
 It is finite, so that its product with a weight of 0 is 0. Minus infinity times 0 would be NaN.

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from vilu.artifacts.disk import convert_os_errors, make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
-from vilu.datasets.images import sniff, stated_pixels
+from vilu.datasets.images import detect_format, stated_pixels
 from vilu.embeddings.columns import DataKind
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
@@ -446,7 +446,7 @@ def _keep_images(
             could_be_decoded = bool(judgement.scores)
             if not could_be_decoded:
                 continue
-            suffix = (sniff(content) or "bin").lower()
+            suffix = (detect_format(content) or "bin").lower()
             path = folder / f"{judgement.row}.{suffix}"
             if not path.exists():
                 write_bytes(path, content)

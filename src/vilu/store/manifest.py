@@ -54,11 +54,13 @@ class Views(Model):
         views: list[Image.Image] = []
         for number in range(self.n):
             area, left, top, mirror = _uniform_numbers(self.seed, number, key)
-            views.append(augment(image, area, left, top, mirror))
+            views.append(make_view(image, area, left, top, mirror))
         return views
 
 
-def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
+def make_view(
+    image: Image.Image, area: float, left: float, top: float, mirror: float
+) -> Image.Image:
     """Return a crop of an image, possibly mirrored. All four numbers are uniform in [0, 1).
 
     They decide on the area, the left and the upper edge of the crop, and whether it is mirrored.

@@ -88,7 +88,7 @@ class Part:
         return self.stop - self.start
 
 
-def plan(run: Run) -> list[Part]:
+def plan_parts(run: Run) -> list[Part]:
     """Return all parts of a run, from the number of images (or shards) and the part size."""
     arrays = tuple(run.arrays)
     parts: list[Part] = []
@@ -145,7 +145,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     folders = (*required_folders, *get_args(ImageColumn), "columns")
 
     def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
-        super().__init__(root, run.fingerprint, plan(run), Receipt)
+        super().__init__(root, run.fingerprint, plan_parts(run), Receipt)
         self.run = run
         self.data = data
 

@@ -95,17 +95,19 @@ def check_precision(
     photos = list(islice(pixels, N_CHECKED_PHOTOS))
     if not photos:
         return None
-    low_rows, low_seconds = _encode(model, photos, batch_size)
-    float32_rows, float32_seconds = _encode(model.in_float32(), photos, batch_size)
+    low_rows, low_seconds = _encode_and_time(model, photos, batch_size)
+    float32_rows, float32_seconds = _encode_and_time(model.in_float32(), photos, batch_size)
     speedup = float32_seconds / low_seconds
-    check = _compare(model, run, low_rows, float32_rows, speedup=speedup)
+    check = _compare_precisions(model, run, low_rows, float32_rows, speedup=speedup)
     logger.info("%s", check)
     if not check.is_passed:
         raise ProvenanceError(check.failure)
     return check
 
 
-def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> tuple[Tensor, float]:
+def _encode_and_time(
+    model: DualEncoder, pixels: list[Tensor], batch_size: int
+) -> tuple[Tensor, float]:
     """Embeddings (N, D) of photos, and the seconds of processor time that they took."""
     model.encode_images(pixels[0][None])  # some models are assembled at their first use
     batches = torch.stack(pixels).split(batch_size)
@@ -115,7 +117,7 @@ def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> tuple[
     return rows, seconds
 
 
-def _compare(
+def _compare_precisions(
     model: DualEncoder, run: Run, low_rows: Tensor, float32_rows: Tensor, *, speedup: float
 ) -> PrecisionCheck:
     """Compare unit-norm embeddings (N, D) in both precisions."""

@@ -96,7 +96,7 @@ def require_free(entry: KnownDataset) -> None:
         )
 
 
-def _add(entry: object) -> bool:
+def _add_dataset(entry: object) -> bool:
     """Add a ``KnownDataset`` to the catalogue; return False for any other object."""
     if not isinstance(entry, KnownDataset):
         return False
@@ -104,7 +104,7 @@ def _add(entry: object) -> bool:
     return True
 
 
-ADDERS["a vilu.datasets.known.KnownDataset"] = _add
+ADDERS["a vilu.datasets.known.KnownDataset"] = _add_dataset
 
 
 ArchiveState = Literal["present", "right", "wrong"]
