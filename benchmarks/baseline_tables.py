@@ -97,7 +97,8 @@ def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) 
 
 def interval(resamples: Floats) -> str:
     """The 95 % interval of resampled means, in percent."""
-    low, high = 100 * np.nanpercentile(resamples, [2.5, 97.5])
+    ends = 100 * np.nanpercentile(resamples, [2.5, 97.5])
+    low, high = np.round(ends, 1) + 0.0  # no -0.0
     return f"[{low:.1f}, {high:.1f}]"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT
+from vilu_bench.studies.keep import render_file
 
 CELLS = Path("benchmarks") / "cells"
 TABLES = {
@@ -22,7 +23,7 @@ TABLES = {
         "benchmarks.baseline_tables",
         CELLS / "baselines.jsonl",
         "--divisions",
-        "1",
+        "4",
         "--without",
         "imagenet",
     ],
@@ -37,3 +38,12 @@ def test_a_table_of_the_docs_is_that_of_its_cells(page: str) -> None:
     assert len(rows) > 10
     written = (ROOT / page).read_text(encoding="utf-8").splitlines()
     assert [row for row in rows if row not in written] == []
+
+
+def test_the_page_of_the_learning_curve_is_that_of_its_kept_study(tmp_path: Path) -> None:
+    page = tmp_path / "learning-curve.md"
+    kept = ROOT / CELLS / "learning_curve.parquet"
+    intro = ROOT / CELLS / "learning_curve.md"
+    render_file(kept, page, "From how many labels ViLU pays", first=intro)
+    written = (ROOT / "docs" / "learning-curve.md").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == written
