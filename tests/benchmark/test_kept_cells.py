@@ -42,6 +42,8 @@ def test_a_table_of_the_docs_is_that_of_its_cells(page: str) -> None:
 
 def test_the_page_of_the_learning_curve_is_that_of_its_kept_study(tmp_path: Path) -> None:
     page = tmp_path / "learning-curve.md"
-    render_file(ROOT / CELLS / "learning_curve.parquet", page, "From how many labels ViLU pays")
+    kept = ROOT / CELLS / "learning_curve.parquet"
+    intro = "Made by `vilu benchmark learning_curve`."
+    render_file(kept, page, "From how many labels ViLU pays", intro)
     written = (ROOT / "docs" / "learning-curve.md").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == written
