@@ -268,10 +268,10 @@ def original_path(text: str) -> str:
 
     Examples:
         >>> import os
-        >>> from vilu.datasets.files import path_of
-        >>> os.fsencode(path_of(r"caf\xe9.jpg"))  # the escape becomes one byte
+        >>> from vilu.datasets.files import original_path
+        >>> os.fsencode(original_path(r"caf\xe9.jpg"))  # the escape becomes one byte
         b'caf\xe9.jpg'
-        >>> print(path_of(r"caf\x5cxe9.jpg"))  # the path contains a backslash
+        >>> print(original_path(r"caf\x5cxe9.jpg"))  # the path contains a backslash
         caf\xe9.jpg
     """
     if "\\x" not in text:
