@@ -43,7 +43,7 @@ def marked(cell: Measured, widening: float) -> Marked | None:
     if likely.probability is None:
         return None
     widened = likely.model_copy(update={"widening": widening})
-    is_likely = np.array(widened.rows_by_own_threshold(uncertainty), dtype=np.bool_)
+    is_likely = np.array(widened.flags_by_own_threshold(uncertainty), dtype=np.bool_)
     wrong = float(failure[is_likely].mean()) if is_likely.any() else np.nan
     hindsight = coverage_at_risk(uncertainty, failure, risk=MAX_RISK)
     return Marked(float(is_likely.mean()), wrong, hindsight)

@@ -524,7 +524,7 @@ class Selective(DecidingModel):
 
     @property
     def folder(self) -> Path:
-        """Temporary folder of this object, with its predictor, calibration and looks."""
+        """Temporary folder: the predictor, its calibration, and the count of looks at its rows."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
         if self._folder is None:

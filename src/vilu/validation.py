@@ -131,13 +131,13 @@ def describe_value(value: object) -> str:
     kind = _with_article(type(value).__name__)
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
-        return f"{kind} of shape {tuple(shape)}"
+        return f"{kind} of shape {tuple(shape)}"  # so that a ``torch.Size`` looks alike
     return kind
 
 
 def _with_article(name: str) -> str:
     """A name after "a" or "an"."""
-    article = "an" if name[0] in "AEIO" else "a"
+    article = "an" if name[0].lower() in "aeio" else "a"  # "u" mostly sounds as in "unit"
     return f"{article} {name}"
 
 

@@ -173,20 +173,26 @@ def render(
     title: Annotated[str, Option(help="Title of that file.")] = "Results",
     intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
     first: Annotated[
-        Path | None, path_option("Markdown file that is shown first, before that paragraph.")
+        Path | None, path_option("Markdown file whose text opens that file, before --intro.")
     ] = None,
     submitted: Annotated[
-        Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
+        Path | None,
+        path_option(
+            "Cells that `vilu submit` wrote. They are checked, and shown beside those of RUN."
+        ),
     ] = None,
     keep_in: Annotated[
         Path | None,
-        Option("--keep", help="Also write the studies as one small file, .parquet, to be kept."),
+        Option(
+            "--keep",
+            help="Also write the studies as one small .parquet file. It renders without RUN.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the tables and figures of finished studies again, from their cells alone.
 
-    Of a file of --keep, only the document is written.
+    If RUN is a file that --keep wrote, only the document and its figures are written.
     """
     from vilu_bench.studies.keep import keep, render_file
     from vilu_bench.studies.study import render_studies

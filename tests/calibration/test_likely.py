@@ -47,9 +47,9 @@ def test_the_threshold_is_where_the_mean_reaches_the_risk(
 def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
     of_fit = estimate().model_copy(update={"threshold": 0.02})
     uncertainty = np.array([0.01, 0.03, float("nan"), 0.2])
-    assert of_fit.rows_by_own_threshold(uncertainty) == [True, True, False, False]
-    assert of_fit.rows(uncertainty) == [True, False, False, False]
-    assert estimate().rows(uncertainty) == [False] * 4
+    assert of_fit.flags_by_own_threshold(uncertainty) == [True, True, False, False]
+    assert of_fit.flags_of_new(uncertainty) == [True, False, False, False]
+    assert estimate().flags_of_new(uncertainty) == [False] * 4
 
 
 @pytest.mark.parametrize("n_wrong", [LEAST_WRONG - 1, LEAST_WRONG])
@@ -60,9 +60,9 @@ def test_five_wrong_answers_are_needed(n_wrong: int) -> None:
     assert (likely.n, likely.n_wrong) == (100, n_wrong)
     has_estimate = n_wrong >= LEAST_WRONG
     assert (likely.probability is not None) is has_estimate
-    assert (likely.rows(u)[0] is True) is has_estimate
+    assert (likely.flags_of_new(u)[0] is True) is has_estimate
     if not has_estimate:
-        assert likely.rows(u) == [None] * 100
+        assert likely.flags_of_new(u) == [None] * 100
 
 
 def test_rows_that_cannot_be_judged_are_left_out() -> None:
@@ -81,7 +81,7 @@ def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
     both = alone.with_drawn(JudgedAnswers(u[3_000:], drawn), u)
     assert (both.n, both.n_wrong) == (alone.n, alone.n_wrong) == (3_000, chosen.sum())
     assert (both.n_drawn, both.n_drawn_wrong) == (3_000, drawn.sum())
-    assert both.rows(u).count(True) < 0.8 * alone.rows(u).count(True)
+    assert both.flags_of_new(u).count(True) < 0.8 * alone.flags_of_new(u).count(True)
     # the labels of the last draw take the place of those of the draw before
     nothing_drawn = JudgedAnswers(u[:0], drawn[:0])
     assert both.with_drawn(nothing_drawn, u) == alone
@@ -108,7 +108,7 @@ def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     u = rng.uniform(0.001, 0.2, size=25_000)
     failure = (rng.random(25_000) < u).astype(np.int64)
     likely = LikelyRight.estimate(JudgedAnswers(u[:5000], failure[:5000]), u[5000:], max_risk=0.05)
-    marked = np.array(likely.rows(u[5000:]))
+    marked = np.array(likely.flags_of_new(u[5000:]))
     expected = 0.05 / likely.widening
     # three standard errors of the rate, and 0.5 % for the calibrator
     assert failure[5000:][marked].mean() == pytest.approx(expected, abs=0.011)

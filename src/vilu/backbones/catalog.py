@@ -191,7 +191,8 @@ def load_backbone(
             float32.
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
-            Of other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or file may lie in it.
+            For other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or the file is taken from
+            this folder if it is there.
         full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, but no smaller than twice the size that the model resizes to.
 

@@ -65,7 +65,7 @@ class LikelyRight(Model):
         >>> u = np.linspace(0.01, 0.5, 100)  # the 80 most trusted answers are right
         >>> wrong = (np.arange(100) >= 80).astype(int)
         >>> likely = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
-        >>> likely.n_wrong, likely.rows(u).count(True) > 70
+        >>> likely.n_wrong, likely.flags_of_new(u).count(True) > 70
         (20, True)
     """
 
@@ -146,11 +146,11 @@ class LikelyRight(Model):
         possible_thresholds = ascending[is_last_of_equals & is_low_risk]
         return float(possible_thresholds[-1]) if len(possible_thresholds) else None
 
-    def rows_by_own_threshold(self, uncertainty: Floats) -> Flags:
+    def flags_by_own_threshold(self, uncertainty: Floats) -> Flags:
         """Whether each of these rows (N,) is likely right, by the threshold of these rows."""
         return self._flags(self.threshold_among(uncertainty), uncertainty)
 
-    def rows(self, uncertainty: Floats) -> Flags:
+    def flags_of_new(self, uncertainty: Floats) -> Flags:
         """Whether each of new rows (N,) is likely right, by the saved threshold."""
         return self._flags(self.threshold, uncertainty)
 

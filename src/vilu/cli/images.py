@@ -360,11 +360,14 @@ def embedded(
 
 
 USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""Next command for a split, by the beginning of its name. For other splits it is ``fit``."""
+"""Next command, by the beginning of the name of a split. For other names it is ``fit``."""
 
 
 def _following(output: Path, *names: str | None) -> str:
-    """The next command, by the first of the names (split, source, folder) that fits ``USES``."""
+    """The next command. The first name that begins as a key of ``USES`` decides.
+
+    ``names`` are those of the split and the source; the name of the folder comes last.
+    """
     use = "fit"
     for name in (*names, output.name):
         use_by_name = _use_by_name(name)

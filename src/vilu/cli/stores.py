@@ -48,7 +48,9 @@ Features = Annotated[
 ]
 Labels = Annotated[
     Path | None,
-    path_option("The array target: an .npy file, or text with one label per line.", "FILE"),
+    path_option(
+        "Labels (the array ``target``): an .npy file, or text with one label per line.", "FILE"
+    ),
 ]
 Answers = Annotated[
     Path | None,

@@ -430,7 +430,7 @@ class Guard:
         """
         device = self.predictor.device_
         columns = {name: arrays[name].float().to(device) for name in self.arrays}
-        image = columns.pop(IMAGE)  # all other arrays stay
+        image = columns.pop(IMAGE)  # ``columns`` keeps all other arrays
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         facts = {
             "is_probability": states_probability(self.predictor),
@@ -440,6 +440,7 @@ class Guard:
             self.predictor, source, facts, calibration=self.calibration, task=Silence()
         )
         runners_up: list[RunnersUp] = []
+        # there is one batch, because it has as many rows as the source
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
             runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
         likely = self._likely_flags(outcomes)
@@ -452,7 +453,7 @@ class Guard:
         """For every row, whether its answer is likely right; None if there is no estimate."""
         if self.likely is None:
             return [None] * len(outcomes)
-        return self.likely.rows(outcomes.uncertainty)
+        return self.likely.flags_of_new(outcomes.uncertainty)
 
     def _answer(
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None

@@ -28,7 +28,7 @@ LABELLED: Final = "labelled"
 """Decision about a photo whose label is known."""
 
 NO_GUARANTEE: Final = "no_guarantee"
-"""Reason of every decision of a predictor without a rule, which accepts no answer."""
+"""Reason of every decision if the predictor has no rule. Then no answer is accepted."""
 
 
 def answers_of(
@@ -50,7 +50,7 @@ def answers_of(
     runners_up = all_runners_up(photos, predictor)
     flags: Flags = [None] * len(photos)
     if likely is not None:
-        flags = likely.rows_by_own_threshold(unlabelled_scores(photos, outcomes, labels))
+        flags = likely.flags_by_own_threshold(unlabelled_scores(photos, outcomes, labels))
     quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):

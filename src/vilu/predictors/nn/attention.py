@@ -538,10 +538,10 @@ class Problem:
         """Minimise the objective by L-BFGS.
 
         Args:
-            weight: (N,) number of times that each row counts, of rows in memory. None: every row
-                counts once.
-            warm_start: An attention that was fitted to most of the rows. If the rows are streamed,
-                the search begins at its solution.
+            weight: (N,) number of times that each row counts; only for rows in memory. None: every
+                row counts once.
+            warm_start: An attention that was fitted to most of the rows. The search begins at its
+                weights if the rows are streamed. For rows in memory it has no effect.
         """
         shared_weights, class_weights = self._first_guess(warm_start)
         unknowns = [shared_weights]
