@@ -326,7 +326,7 @@ def main() -> None:
     guard = Guard(options.predictor, workers=1)
     words = [sys.executable, "-m", "vilu.cli", "-q", "serve", str(options.predictor)]
     with tempfile.TemporaryDirectory() as state, (Path(state) / "log").open("w") as log:
-        words += ["--port", "0", "--state", f"{state}/state", "--workers", "1"]
+        words += ["--port", "0", "--state", f"{state}/state"]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
             began = time.perf_counter()
             port = int(next(iter(server.stdout or ())).rpartition(":")[2])

@@ -165,7 +165,7 @@ def main() -> None:
         command += ["--plugin", options.plugin]
     command += ["serve", str(options.predictor)]
     with tempfile.TemporaryDirectory() as state, (Path(state) / "log").open("w") as log:
-        words = [*command, "--port", "0", "--state", f"{state}/state", "--workers", "1"]
+        words = [*command, "--port", "0", "--state", f"{state}/state"]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
             port = int(next(iter(server.stdout or ())).rpartition(":")[2])
             ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -141,3 +141,16 @@ def test_only_a_processor_that_gains_uses_it() -> None:
     is_used = isinstance(fast_products(torch.device("cpu")), ProductsByOneDNN)
     assert is_used == is_onednn_faster()
     assert not isinstance(fast_products(torch.device("meta")), ProductsByOneDNN)
+
+
+def test_arguments_have_the_names_of_torch(generator: torch.Generator) -> None:
+    rows = torch.randn(5, 7, generator=generator)
+    weight = torch.randn(4, 7, generator=generator)
+    pixels = torch.randn(2, 7, 3, 3, generator=generator)
+    kernel = weight[:, :, None, None]
+    with torch.inference_mode(), ProductsByOneDNN():
+        product = functional.linear(input=rows, weight=weight)
+        channels = functional.conv2d(input=pixels, weight=kernel)
+    expected = torch.einsum("nchw,kc->nkhw", pixels, weight)
+    torch.testing.assert_close(product, rows @ weight.T, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(channels, expected, atol=ROUNDING, rtol=0)

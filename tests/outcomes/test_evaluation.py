@@ -166,7 +166,7 @@ def test_rows_that_the_predictor_was_fitted_on_warn() -> None:
     failure = [1, 0] * 50
     fresh = Outcomes(np.arange(100.0), failure, method="a", provenance={"n_seen_in_fit": 0})
     fitted = replace(fresh, method="b", provenance={"n_seen_in_fit": 7})
-    with pytest.warns(UserWarning, match="fitted on at least 7 rows of b") as caught:
+    with pytest.warns(UserWarning, match="scored: at least 7 of them for b") as caught:
         evaluate([fresh, fitted], n_resamples=0)
     assert len(caught) == 1
 

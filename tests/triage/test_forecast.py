@@ -100,6 +100,16 @@ def test_a_forecast_is_at_least_one_round_ahead() -> None:
     assert [one.n_labels for one in further] == [400]
 
 
+@pytest.mark.parametrize(
+    ("n_labels", "budgets"), [(150, [200]), (160, [260]), (210, [260]), (255, [])]
+)
+def test_a_small_folder_has_a_forecast_until_a_round_labels_it_all(
+    n_labels: int, budgets: list[int]
+) -> None:
+    made = forecast(np.full(150, 1e-4), n_labels=n_labels)
+    assert [expected.n_labels for expected in made.expected] == budgets
+
+
 def test_another_risk_is_named_if_it_can_be_shown() -> None:
     text = str(forecast(np.full(1_000, 0.06)))
     assert "give --max-risk 0." in text

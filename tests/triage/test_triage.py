@@ -68,7 +68,7 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     assert scores.decision is not None
     with (
         pytest.warns(UserWarning, match="numbers rest on few answers"),
-        pytest.warns(UserWarning, match="the predictor was fitted on at least"),
+        pytest.warns(UserWarning, match="the predictor was fitted on some of the rows"),
     ):
         evaluate(scores, n_resamples=0)
     with pytest.raises(DataError, match="of these rows were used to fit the predictor"):

@@ -44,16 +44,20 @@ class ProductsByOneDNN(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(
+    input: Tensor,  # noqa: A002 - the name in torch
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Rows (..., F_in) times the transpose of weight (F_out, F_in), plus bias (F_out,)."""
-    if rows.dtype != torch.float32 or weight.dtype != torch.float32:
-        return functional.linear(rows, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    if input.dtype != torch.float32 or weight.dtype != torch.float32:
+        return functional.linear(input, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
 
 def _convolution(
-    channels: Tensor,
+    input: Tensor,  # noqa: A002 - the name in torch
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
@@ -62,15 +66,15 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor:
     """As ``functional.conv2d``; by oneDNN for images (B, C, H, W) and a kernel of one pixel."""
-    is_float32 = channels.dtype == weight.dtype == torch.float32
-    is_product = channels.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
+    is_float32 = input.dtype == weight.dtype == torch.float32
+    is_product = input.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
     is_plain = stride == (1, 1) and padding == (0, 0)  # as an ``nn.Conv2d`` passes its defaults
     if is_float32 and is_product and is_plain:
         product: Tensor = torch.ops.aten.mkldnn_convolution(
-            channels, weight, bias, padding, stride, dilation, groups
+            input, weight, bias, padding, stride, dilation, groups
         )
         return product
-    return functional.conv2d(channels, weight, bias, stride, padding, dilation, groups)
+    return functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[object]:

@@ -294,7 +294,7 @@ class Reading:
             if replace(self, clusters=None) != Reading():
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
-                    "read: --pool-size, --direction, --fold, --logit-scale and --second."
+                    "read, such as --second."
                 )
             return open_table(store, clusters=self.clusters)
         if self.clusters is not None:

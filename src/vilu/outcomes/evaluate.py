@@ -100,11 +100,11 @@ def evaluate(
         few_answers += _warnings_of_few(tally)
         repeats += _warnings_of_repeats(tally)
         if tally.n_seen_in_fit:
-            fitted_rows.append(f"at least {tally.n_seen_in_fit} rows of {_scores_name(tally)}")
+            fitted_rows.append(f"at least {tally.n_seen_in_fit} of them for {_scores_name(tally)}")
     if fitted_rows:
         warn_caller(
-            f"the predictor was fitted on {_join_sentences(fitted_rows)}. "
-            "Numbers of such rows are too good."
+            "the predictor was fitted on some of the rows that were scored: "
+            f"{_join_sentences(fitted_rows)}. Numbers of such rows are too good."
         )
     if few_answers:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"

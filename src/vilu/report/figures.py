@@ -62,29 +62,31 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
     A correct answer is a positive, and an accepted answer is predicted to be a positive.
     """
-    figure, axes = _draw_line_per_method(
-        outcomes, curve=roc_curve_points, note="FPR95 {:.1%}", metric=fpr_at_tpr
-    )
-    axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
-    axes.set(
-        xlabel="wrong answers accepted (false positive rate)",
-        ylabel="correct answers accepted (true positive rate)",
-    )
-    _legend_beside(axes)
+    with house_style():
+        figure, axes = _draw_line_per_method(
+            outcomes, curve=roc_curve_points, note="FPR95 {:.1%}", metric=fpr_at_tpr
+        )
+        axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
+        axes.set(
+            xlabel="wrong answers accepted (false positive rate)",
+            ylabel="correct answers accepted (true positive rate)",
+        )
+        _legend_beside(axes)
     return figure
 
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Draw the error rate among the accepted answers against the share of accepted answers."""
-    figure, axes = _draw_line_per_method(
-        outcomes, curve=risk_coverage_curve, note="AURC {:.3f}", metric=aurc
-    )
-    axes.set(
-        xlabel="coverage: share of the answers accepted",
-        ylabel="selective risk: error rate among them",
-    )
-    axes.set_ylim(bottom=0)
-    _legend_beside(axes)
+    with house_style():
+        figure, axes = _draw_line_per_method(
+            outcomes, curve=risk_coverage_curve, note="AURC {:.3f}", metric=aurc
+        )
+        axes.set(
+            xlabel="coverage: share of the answers accepted",
+            ylabel="selective risk: error rate among them",
+        )
+        axes.set_ylim(bottom=0)
+        _legend_beside(axes)
     return figure
 
 
@@ -106,16 +108,15 @@ def _draw_line_per_method(
         The figure and its axes.
     """
     looks = looks_of(method_outcomes.method or "" for method_outcomes in outcomes)
-    with house_style():
-        figure = new_figure(width=6.5, height=4)
-        axes = figure.add_subplot()
-        for method_outcomes in outcomes:
-            uncertainty, failure = evaluable_scores(method_outcomes)
-            look = looks[method_outcomes.method or ""]
-            value = metric(uncertainty, failure)
-            label = f"{method_outcomes.method}  ({note.format(value)})"
-            x, y = curve(uncertainty, failure)
-            axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
+    figure = new_figure(width=6.5, height=4)
+    axes = figure.add_subplot()
+    for method_outcomes in outcomes:
+        uncertainty, failure = evaluable_scores(method_outcomes)
+        look = looks[method_outcomes.method or ""]
+        value = metric(uncertainty, failure)
+        label = f"{method_outcomes.method}  ({note.format(value)})"
+        x, y = curve(uncertainty, failure)
+        axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
     return figure, axes
 
 

@@ -101,7 +101,8 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
 
     The limit is the largest up to which ``n`` labels are expected to show that the error rate is at
     most ``max_risk``. It always includes at least an eighth of the photos, and as many photos as
-    certify it if every answer is right: up to a lower limit nothing can be certified.
+    certify it for new photos if every answer is right. Up to a lower limit nothing can be
+    certified.
 
     Args:
         uncertainty: (N,) probabilities of failure; rows with NaN are left out.

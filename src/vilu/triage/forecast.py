@@ -148,7 +148,7 @@ class Forecast(Model):
             share_accepted: Share of the photos that the guarantee in force accepts.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
-        budgets = [n for n in _budgets(n_labels) if n < n_photos]
+        budgets = _budgets(n_labels, n_photos)
         expected: list[Expected] = []
         least = None
         if len(scores):
@@ -199,10 +199,19 @@ class Forecast(Model):
         )
 
 
-def _budgets(n_labels: int) -> list[int]:
-    """Numbers of labels in all, at least one round beyond the number that was given."""
-    larger_budgets = [n for n in BUDGETS if n >= n_labels + ROUND]
-    return larger_budgets or [n_labels + n for n in BUDGETS]
+def _budgets(n_labels: int, n_photos: int) -> list[int]:
+    """Numbers of labels in all, at least one round beyond the number that was given.
+
+    They are below the number of photos. None is left if a further round would label every photo.
+    """
+    least = n_labels + ROUND
+    if least >= n_photos:
+        return []
+    fixed_budgets = [n for n in BUDGETS if least <= n < n_photos]
+    if fixed_budgets:
+        return fixed_budgets
+    added_budgets = [n_labels + n for n in BUDGETS if n_labels + n < n_photos]
+    return added_budgets or [least]
 
 
 class _World:

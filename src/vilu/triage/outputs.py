@@ -483,11 +483,12 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     last = progress.looks.last  # index of the laxest threshold that is tested
     n_counted = int(accepted[last])
     counts = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
-    if progress.more is None:
-        return f"{counts} {_out_of_reach_in_words(progress)}"
-    needed = f"About {progress.more:,} more labels are needed at the present error rate"
     if not n_counted:
         counts = "no label counts for it yet."
+    if progress.more is None:
+        return f"{counts} {_out_of_reach_in_words(progress, n_counted)}"
+    needed = f"About {progress.more:,} more labels are needed at the present error rate"
+    if not n_counted:
         needed = f"About {progress.more:,} labels are needed if every answer is right"
     if progress.more > progress.n_left:
         return (
@@ -497,8 +498,16 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     return f"{counts} {needed}."
 
 
-def _out_of_reach_in_words(progress: GuaranteeProgress) -> str:
-    """What to do where no number of further labels would certify a threshold."""
+def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
+    """What to do where no number of further labels would certify a threshold.
+
+    ``n_counted`` labels count for it so far.
+    """
+    if not n_counted:
+        return (
+            "There are too few photos: even if every answer is right, their labels would not be "
+            "enough. Allow a larger risk (--max-risk), or add photos."
+        )
     if isinstance(progress.looks, ClosedLooks):
         return (
             "Too many of them are wrong, or too few photos are left, so no number of further "

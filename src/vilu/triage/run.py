@@ -322,11 +322,10 @@ def _result(
 ) -> TriageResult:
     predictor = load_predictor(run.present)
     calibration = Calibration.find(run.present)
-    outcomes = run.score(predictor, calibration)
     is_first_of_scene = None
     if progress is not None:
         is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
-    n_fit = 0 if state.trial is None else state.trial.n_fit
+    n_fit = _number_of_fit_labels(run, state, predictor)
     outcomes = run.score(predictor, calibration)
     # so that `vilu evaluate` and `vilu calibrate` know that the predictor learned from these labels
     seen = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
@@ -364,12 +363,22 @@ def likely_with_drawn(
     likely = LikelyRight.find(run.present)
     if likely is None or state.trial is None:
         return likely
+    if len(likely.failure) != likely.n:  # a file of a version that did not keep the answers
+        return likely
     split = run.split.for_predictor(predictor, run.photos)
     rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
     drawn = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
     with_drawn = likely.with_drawn(drawn, outcomes.uncertainty)
     with_drawn.save(run.present)
     return with_drawn
+
+
+def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
+    """Number of labels that the present predictor was fitted on, or an upper bound of it."""
+    if state.trial is not None:
+        return state.trial.n_fit
+    # without a calibration photo there is no trial, which would have the number
+    return len(run.split.fit_rows) if predictor.needs_labels else 0
 
 
 def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecast:
