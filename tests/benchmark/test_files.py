@@ -115,7 +115,7 @@ def test_a_study_that_comes_along_has_a_name() -> None:
     names = study_names()
     assert {"methods", "clip_row", "here/main", "paper/main"} <= set(names)
     assert not {"here", "paper", "clip"} & set(names)  # what the studies of a group share
-    assert len(names) == len(STUDIES) + 4  # those of no group
+    assert len(names) == len(STUDIES) + 3  # those of no group
     for name in names:
         (config,) = load_configs([name])
         assert config.name == name.rpartition("/")[2]
