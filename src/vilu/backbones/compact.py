@@ -43,7 +43,6 @@ ALLOWED_SIZES = range(64, 385, 32)  # heights and widths of pictures
 DEFAULT_SIZE = 224
 MAX_TOKENS = 256  # longer texts are cut off, as in the training of the sentence encoder
 ACTIVATION_CEILING = 6.0  # largest output of ReLU6
-PIXELS_IN_CACHE = 2 * 224 * 224  # pixels of a batch whose channels stay in the cache of a core
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +160,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     # So the model is assembled when one of these functions is called for the first time.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
-        tower = _assemble(files, device).tower
-        return torch.cat([tower(images) for images in _split_for_cache(channels_last)])
+        return _assemble(files, device).tower(channels_last)
 
     def image_head(features: Tensor) -> Tensor:
         rows: Tensor = _assemble(files, device).head(features)
@@ -186,23 +184,6 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         text_cache_key=space.fingerprint,
         resize_to=size,
     )
-
-
-def _split_for_cache(pixels: Tensor) -> tuple[Tensor, ...]:
-    """Split images (B, 3, H, W) into batches that the image tower runs one after the other.
-
-    On a CPU, the channels of a small batch stay in the caches between two layers: images of 224
-    pixels take half of the time. The batch grows with the number of threads, which share it.
-    Smaller images come in larger batches, because a layer has a fixed cost, too. Other devices take
-    all images at once.
-    """
-    if pixels.device.type != "cpu":
-        return (pixels,)
-    height, width = pixels.shape[-2:]
-    n_pixels = torch.get_num_threads() * PIXELS_IN_CACHE
-    n_images = max(1, n_pixels // (height * width))
-    batches: tuple[Tensor, ...] = pixels.split(n_images)
-    return batches
 
 
 def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
