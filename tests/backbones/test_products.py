@@ -35,6 +35,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def operations_of(layer: nn.Module, rows: torch.Tensor) -> set[str]:
+    """Names of the operations of torch that run while a layer is applied to rows."""
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        layer(rows)
+    return {event.key for event in profile.key_averages()}
+
+
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_products_are_those_of_torch(
@@ -77,15 +84,9 @@ def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
 ) -> None:
     layer = nn.Conv2d(7, 14, 1)
     channels = torch.randn(3, 7, 6, 6, generator=generator)
-
-    def names() -> set[str]:
-        with torch.profiler.profile() as profile, torch.inference_mode():
-            layer(channels)
-        return {event.key for event in profile.key_averages()}
-
-    assert "aten::mkldnn_convolution" not in names()
+    assert "aten::mkldnn_convolution" not in operations_of(layer, channels)
     with ProductsByOneDNN():
-        assert "aten::mkldnn_convolution" in names()
+        assert "aten::mkldnn_convolution" in operations_of(layer, channels)
 
 
 def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
@@ -102,15 +103,9 @@ def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
 def test_layers_run_by_onednn_in_the_mode_alone(generator: torch.Generator) -> None:
     layer = nn.Linear(7, 4)
     rows = torch.randn(3, 7, generator=generator)
-
-    def names() -> set[str]:
-        with torch.profiler.profile() as profile, torch.inference_mode():
-            layer(rows)
-        return {event.key for event in profile.key_averages()}
-
-    assert "mkldnn::_linear_pointwise" not in names()
+    assert "mkldnn::_linear_pointwise" not in operations_of(layer, rows)
     with ProductsByOneDNN():
-        assert "mkldnn::_linear_pointwise" in names()
+        assert "mkldnn::_linear_pointwise" in operations_of(layer, rows)
 
 
 def test_other_number_formats_are_left_to_torch(generator: torch.Generator) -> None:

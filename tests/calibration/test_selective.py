@@ -215,6 +215,23 @@ def fill_in(path: Path) -> None:
             writer.writerow(row | {"label": f"class {label}"})
 
 
+def label_until_calibrated(
+    model: vilu.Selective, store: EmbeddingStore, target: vilu.Target, folder: Path
+) -> list[Path]:
+    """Fill in the labels that a model asks for, until its target is met; return their files."""
+    files: list[Path] = []
+    while model.calibration is None:
+        file = folder / f"{len(files)}.csv"
+        model.next_labels(store, file, n=60, max_risk=target.max_risk, labels=files)
+        files.append(file)
+        with pytest.raises(DataError, match="of the labels that were asked for are missing"):
+            model.calibrate(store, target, labels=files)
+        fill_in(file)
+        with suppress(InfeasibleError):  # not shown yet, so more labels are asked for
+            model.calibrate(store, target, labels=files)
+    return files
+
+
 def test_labels_that_it_asks_for_one_after_another_make_its_guarantee(
     tmp_path: Path, store: EmbeddingStore
 ) -> None:
@@ -222,16 +239,8 @@ def test_labels_that_it_asks_for_one_after_another_make_its_guarantee(
     command = tmp_path / "p"
     model.predictor.save(command)
     target = vilu.Target(max_risk=0.2, method="anytime")
-    files: list[Path] = []
-    while model.calibration is None:
-        file = tmp_path / f"{len(files)}.csv"
-        model.next_labels(store, file, n=60, max_risk=0.2, labels=files)
-        files.append(file)
-        with pytest.raises(DataError, match="of the labels that were asked for are missing"):
-            model.calibrate(store, target, labels=files)
-        fill_in(file)
-        with suppress(InfeasibleError):  # not shown yet, so more labels are asked for
-            model.calibrate(store, target, labels=files)
+    files = label_until_calibrated(model, store, target, tmp_path)
+    assert model.calibration is not None
     by_command = ("calibrate", command, store.path, "--method", "anytime", "--max-risk", 0.2)
     run(*by_command, *(word for file in files for word in ("--labels", file)))
     assert model.calibration.rule == vilu.load(command).calibration.rule
@@ -248,14 +257,8 @@ def test_a_changed_label_takes_the_whole_calibration_back(
 ) -> None:
     model = fitted(toy_embeddings(600, k=3, seed=6, ids_from=10_000))
     target = vilu.Target(max_risk=0.2, method="anytime")
-    files: list[Path] = []
-    while model.calibration is None:
-        file = tmp_path / f"{len(files)}.csv"
-        model.next_labels(store, file, n=60, max_risk=0.2, labels=files)
-        files.append(file)
-        fill_in(file)
-        with suppress(InfeasibleError):
-            model.calibrate(store, target, labels=files)
+    files = label_until_calibrated(model, store, target, tmp_path)
+    assert model.calibration is not None
     assert model.vocabulary is not None
     for file in files:
         file.write_text(file.read_text().replace(",class 0", ",class 1"))

@@ -506,14 +506,20 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
         return {}
     try:
         metadata = parse_json(text or b"")  # ValueError for b"": pyarrow does not find the metadata
-        stated_digest = metadata.pop(SEAL, None)
-        actual_digest = table_digest(table, metadata)
-    # A damaged file raises one of these. ValueError: the metadata are no JSON. RecursionError: they
-    # are nested too deeply. ArrowNotImplementedError: pyarrow cannot convert the type of a column,
-    # because a flipped bit has changed the type.
-    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or JSON that is nested too deeply
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
+        ) from error
+    stated_digest = metadata.pop(SEAL, None)
+    try:
+        actual_digest = table_digest(table, metadata)
+    # A flipped bit in the footer can change the type of a column. pyarrow then finds values that do
+    # not fit the type (ArrowInvalid, a ValueError), or has no conversion for it
+    # (ArrowNotImplementedError, which is no ValueError). Metadata that could just be parsed may be
+    # nested too deeply to be written again (RecursionError).
+    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
         ) from error
     if stated_digest is not None and stated_digest != actual_digest:
         raise DataError(
