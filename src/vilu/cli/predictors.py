@@ -474,7 +474,8 @@ def score(
         )
     file: Path | None = output
     if is_folder:
-        file = None  # ``keeping`` checks nothing then, because ``score_parts`` checks the folder
+        # ``prepare_output`` checks nothing then, because ``score_parts`` checks the folder
+        file = None
     save_unless_done = console.prepare_output(
         file,
         "scores",

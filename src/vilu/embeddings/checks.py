@@ -365,7 +365,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
     """Check the K class names, none of which may be blank; return them as a tuple.
 
-    Classes with the same text may have the same name (``source.first_same``).
+    Classes with the same text may have the same name (``source.first_same_answer``).
     """
     if names is None:
         return None
