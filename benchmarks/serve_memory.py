@@ -17,9 +17,12 @@ Every reading has two numbers:
   away and bring them back, so this number moves without any request.
 - "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth shows here.
 
-The slope is the mean growth a row of the parts. Its upper bound is one-sided, of 95 %, by Student's
-t over the parts. A line is printed after every part, with the slope so far, so a run that is ended
-early is of use. Needs Linux.
+The slope is that of the least-squares line through all readings. Its upper bound is one-sided, of
+95 %, by Student's t. Two readings of a heap differ by megabytes in both directions, so the mean
+growth of the parts, which knows the first and the last reading only, has a bound three times as
+wide. The correlation of neighbouring residuals is printed, too: the bound is too low where it is
+above 0, and too high below. A line is printed after every part, so a run that is ended early is of
+use. Needs Linux.
 """
 
 from __future__ import annotations
@@ -100,14 +103,21 @@ def settled_memory_of(process: int) -> dict[str, int]:
 
 
 def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
-    """Growth a row in bytes, and its upper bound; ``n_rows`` came between two sizes."""
-    growth = np.diff(sizes) / n_rows
-    mean = float(growth.mean())
-    if len(growth) == 1:
-        return {"bytes a row": round(mean, 1)}
-    error = float(growth.std(ddof=1)) / len(growth) ** 0.5
-    upper = mean + float(stats.t.ppf(0.95, len(growth) - 1)) * error
-    return {"bytes a row": round(mean, 1), "upper bound": round(upper, 1)}
+    """Growth a row in bytes, and its upper bound; ``n_rows`` came between two sizes.
+
+    The dictionary has the bound only from three sizes on, and the correlation from four.
+    """
+    n_before = n_rows * np.arange(len(sizes))  # rows before each size was read
+    line = stats.linregress(n_before, sizes)
+    facts = {"bytes a row": round(float(line.slope), 1)}
+    if len(sizes) > 2:
+        quantile = float(stats.t.ppf(0.95, len(sizes) - 2))
+        facts["upper bound"] = round(float(line.slope + quantile * line.stderr), 1)
+    if len(sizes) > 3:
+        residuals = np.asarray(sizes) - line.intercept - line.slope * n_before
+        correlation = np.corrcoef(residuals[1:], residuals[:-1])[0, 1]
+        facts["correlation of residuals"] = round(float(correlation), 2)
+    return facts
 
 
 class Readings:
