@@ -20,13 +20,13 @@ TOOL = runpy.run_path(str(ROOT / "tools" / "clothes_head.py"))
 @pytest.mark.slow
 def test_a_pulled_head_answers(tmp_path: Path) -> None:
     photos = tmp_path / "few.parquet"
-    write_few_photos(photos, {"train": 200, "validation": 120, "test": 60})
+    write_few_photos(photos, {"train": 400, "validation": 300, "test": 60})
     head = TOOL["make"](photos, tmp_path / "work")
     push(head, str(tmp_path / "shelf" / "clothes"))
     run("pull", tmp_path / "shelf" / "clothes", "-o", "pulled", cwd=tmp_path)
     card = (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
     assert 'license: "cc0-1.0"' in card
-    assert "200 photos were fitted on and 120 calibrated on. Of 60" in card
+    assert "400 photos were fitted on and 300 calibrated on. Of 60" in card
     images = pq.read_table(photos)["image"][:3].to_pylist()
     for number, image in enumerate(images):
         (tmp_path / f"{number}.jpg").write_bytes(image)
