@@ -506,12 +506,12 @@ class Reopened:
         # The path is absolute, because the process that unpickles it may have another working
         # folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # The method ``without`` leaves rows out and sets ``_remaining``. No file says which rows
-        # remain, so the attributes that depend on them are pickled.
+        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file says
+        # which rows were left out, so the attributes that depend on them are pickled, too.
         attributes = vars(self)
-        if "_remaining" not in attributes:
+        if "_remaining_pairs" not in attributes:
             return reopen, arguments, None
-        names = ("_remaining", "usable_rows", "status")
+        names = ("_remaining_pairs", "usable_rows", "status")
         row_attributes = {name: attributes[name] for name in names}
         return reopen, arguments, row_attributes
 
