@@ -42,7 +42,7 @@ TEMPORARY = re.compile(
 Temporary names of older versions of vilu have no host hash.
 """
 
-# age in seconds after which a temporary file counts as abandoned, whichever process made it
+# A temporary file is treated as abandoned if it is older than this number of seconds.
 MAX_TEMPORARY_AGE = 24 * 3600.0
 
 # Maximum number of bytes that a temporary name takes from the final name. File systems allow 255
@@ -149,7 +149,7 @@ def advice_to_owner(error: OSError) -> str:
 
 
 def host_hash() -> str:
-    """Eight hex digits that identify this machine among those that share a file system."""
+    """Eight hex digits that identify this machine among the machines that share a file system."""
     name = socket.gethostname().encode("utf-8", "surrogateescape")
     return bytes_hash(name)[:8]
 

@@ -102,7 +102,7 @@ def read_json(
         seal: Key of the digest in the document. In ``predictor.json`` it is "fingerprint".
 
     Raises:
-        ProvenanceError: If the schema version is one that this vilu does not read.
+        ProvenanceError: If this vilu does not read the schema version.
     """
     try:
         content = parse_json(read_bounded(path, remedy, error_class))
@@ -132,15 +132,8 @@ def require_schema(
 ) -> None:
     """Raise if this vilu cannot read the schema version of a document or of a table.
 
-    Args:
-        path: The file, for messages.
-        content: Content of the document, or metadata of the table.
-        remedy: For messages: how to make the file again, such as "Run `vilu embed` again".
-        error_class: Exception to raise if the schema version is no whole number.
-        oldest: Lowest schema version that can be read. The highest is ``SCHEMA_VERSION``.
-
-    Raises:
-        ProvenanceError: If there is no schema version, or if it is too low or too high.
+    Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read. ``content`` is the content of the
+    document, or the metadata of the table. For the other parameters see ``read_json``.
     """
     version = content.get(SCHEMA)
     if version is None:
@@ -179,8 +172,8 @@ def parse_json(content: bytes) -> dict[str, Any]:
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
-        actual = type(document).__name__
-        raise ValueError(f"it holds no object, but {actual}")  # noqa: TRY004 - as json's own
+        actual_type = type(document).__name__
+        raise ValueError(f"it holds no object, but {actual_type}")  # noqa: TRY004 - as json's own
     return document
 
 
@@ -236,14 +229,14 @@ def first_error(error: ValidationError) -> str:
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
     """Write a JSON document atomically, and return its digest.
 
-    The file begins with the schema version and ends with the digest. It is UTF-8 and indented, and
-    the keys keep their order.
+    The file begins with the schema version and ends with the digest, whose key is ``seal``. It is
+    UTF-8 and indented, and the keys keep their order.
     """
     subject = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
     content.pop(seal, None)  # a document that was read and changed may have its earlier digest
-    # The digest must be that of the values that a reader will get. So the values are encoded and
-    # parsed, which turns a tuple into a list.
+    # The digest must be computed from the values that a reader will get. So the values are encoded
+    # and parsed, which turns a tuple into a list.
     document = json.loads(plain_json(content, subject=subject))
     document[seal] = digest(document)
     write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")

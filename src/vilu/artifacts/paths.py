@@ -124,7 +124,7 @@ class KindAndInputs(NamedTuple):
 
 
 def text_mark(kind: str, inputs: str) -> str:
-    """Last line of a text (HTML, Markdown), by which vilu recognises its own file."""
+    """Last line of a text (HTML, Markdown). It lets vilu recognise the file as its own."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
@@ -163,7 +163,7 @@ def claim_file(
                 f"{target} holds the {kind} of {which_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
-    _require_writable_folder(target.parent, target)
+    _require_writable_folder(target.parent, target=target)
     return False
 
 
@@ -178,13 +178,13 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 def _stated_inputs(target: Path, kind: Kind) -> str:
     """The digest of inputs that a file states; UsageError if the file is not of this kind."""
-    stated = kind_and_inputs(target)
-    if stated is None or stated.kind != kind:
+    statement = kind_and_inputs(target)
+    if statement is None or statement.kind != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
             "Give another file, or remove it."
         )
-    return stated.inputs
+    return statement.inputs
 
 
 def claim_folder(
@@ -230,7 +230,7 @@ def claim_folder(
             f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
     # A folder that does not exist can be made if its nearest existing parent can be written to.
-    _require_writable_folder(_first_existing(root), root / result_kind)
+    _require_writable_folder(_first_existing(root), target=root)
     return False
 
 

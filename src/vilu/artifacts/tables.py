@@ -54,10 +54,10 @@ MAX_COLUMNS = 10_000
 MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
-# A spreadsheet runs a cell as a formula if the cell starts with one of the characters in these
-# patterns. When a CSV file is written, such a cell (_FORMULA) gets an apostrophe before it, which
-# makes it a text. A cell that already has apostrophes before such a character gets one more. So
-# when the file is read, exactly one apostrophe is removed from each such cell (_QUOTED_FORMULA).
+# A spreadsheet runs a cell as a formula if the cell begins with one of the characters in brackets.
+# ``_FORMULA`` matches such a beginning, and also apostrophes before it. When a CSV file is written,
+# a cell that matches gets one more apostrophe, which makes it a text. When the file is read, this
+# apostrophe is removed from every cell that matches ``_QUOTED_FORMULA``.
 _FORMULA = r"^('*[=+\-@\t\r])"
 _QUOTED_FORMULA = r"^'('*[=+\-@\t\r])"
 
@@ -341,7 +341,7 @@ def parse_csv(
     lines: Iterable[str], source: str, delimiter: str = ","
 ) -> tuple[list[str], list[CsvRow]]:
     """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
-    # strict, or else an unclosed quote would take the rest of the file as one cell
+    # without ``strict``, an unclosed quote would make the remaining file one cell
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
@@ -382,18 +382,18 @@ def require_distinct_columns(
         first_cells: Cells of the first row, for the message.
     """
     counts = Counter(name for name in names if name.strip())
-    repeated = sorted(name for name, count in counts.items() if count > 1)
-    if not repeated:
+    repeated_names = sorted(name for name, count in counts.items() if count > 1)
+    if not repeated_names:
         return
     example_cells: list[str] = []
     for name, cell in zip(names, first_cells, strict=False):
-        if name == repeated[0]:
+        if name == repeated_names[0]:
             example_cells.append(repr(cell))
     example = ""
     if example_cells:
         example = f" The first row has {' and '.join(example_cells)} there."
     raise DataError(
-        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
+        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated_names)}.{example} "
         "Rename or remove all but one."
     )
 
@@ -406,10 +406,11 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
         names: Names of the columns.
         cells: The cells of the row.
     """
-    n_columns = len(names)
-    while n_columns and not names[n_columns - 1].strip():  # columns at the end without a name
-        n_columns -= 1
-    for index in range(n_columns, len(cells)):
+    n_named_columns = len(names)
+    # columns at the end that have no name are not counted
+    while n_named_columns and not names[n_named_columns - 1].strip():
+        n_named_columns -= 1
+    for index in range(n_named_columns, len(cells)):
         if not cells[index].strip():
             continue
         cell_before = ""
@@ -479,8 +480,8 @@ def require_width(path: str | Path, n_columns: int) -> None:
     """Raise DataError if a table has more than ``MAX_COLUMNS`` columns."""
     if n_columns > MAX_COLUMNS:
         raise DataError(
-            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. "
-            "Keep those that are needed."
+            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} columns are read. "
+            "Keep only the columns that are needed."
         )
 
 
@@ -506,6 +507,22 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: 
     return remove_apostrophes(table, text_columns)
 
 
+def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[str, object]) -> str:
+    """Return the digest of a table that was read; DataError if it is too damaged for a digest."""
+    import pyarrow as pa
+
+    try:
+        return table_digest(table, metadata)
+    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values that do
+    # not fit the type (ArrowInvalid, a ValueError), or it cannot convert the type
+    # (ArrowNotImplementedError, which is no ValueError). ``table_digest`` encodes the metadata,
+    # which may be nested too deeply for that, although they could be parsed (RecursionError).
+    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
+        ) from error
+
+
 def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
     """Check the digest of a table of vilu, and return its metadata; empty for any other table.
 
@@ -515,8 +532,6 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
         is_ours: Whether the footer of the file contains metadata of vilu. If pyarrow finds no
             metadata in such a table, the file is damaged.
     """
-    import pyarrow as pa
-
     all_metadata = table.schema.metadata or {}  # None in a table without metadata
     text = all_metadata.get(METADATA_KEY)
     if text is None and not is_ours:
@@ -529,16 +544,7 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
     stated_digest = metadata.pop(SEAL, None)
-    try:
-        actual_digest = table_digest(table, metadata)
-    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values that do
-    # not fit the type (ArrowInvalid, a ValueError), or it cannot convert the type
-    # (ArrowNotImplementedError, which is no ValueError). ``table_digest`` encodes the metadata,
-    # which may be nested too deeply for that, although they could be parsed (RecursionError).
-    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
-        ) from error
+    actual_digest = _digest_of_read_table(path, table, metadata)
     if stated_digest is not None and stated_digest != actual_digest:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its "
