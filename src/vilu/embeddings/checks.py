@@ -135,11 +135,11 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
     norms = torch.linalg.vector_norm(rows, dim=1)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norms > smallest_safe) & (norms < largest_safe)
-    unsafe = ~is_safe  # a norm of NaN is unsafe, too, because every comparison with NaN is false
-    if bool(unsafe.any()):
-        # A square that underflowed or overflowed in float32 does neither in float64.
+    is_unsafe = ~is_safe  # true also for a norm of NaN, because every comparison with NaN is false
+    if bool(is_unsafe.any()):
+        # In float64, no square of a float32 number underflows or overflows.
         norms = norms.double()
-        norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
+        norms[is_unsafe] = torch.linalg.vector_norm(rows[is_unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
     status[(norms == 0).numpy()] = ZERO_NORM
     status[~torch.isfinite(norms).numpy()] = NONFINITE
@@ -151,8 +151,8 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
     Rows that already have unit norm are not changed. If any row is changed, a warning is given.
     """
-    rows, status, norms = normalise_rows(as_matrix(values, name))
-    norms.warn(name)
+    rows, status, previous_norms = normalise_rows(as_matrix(values, name))
+    previous_norms.warn(name)
     return rows, status
 
 
@@ -195,15 +195,15 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     is_changed = is_usable & ((norms - 1).abs() > NORM_TOLERANCE)
     if not bool(is_changed.any()):
         return rows, status, Norms(n_rows=len(rows))
-    normalised = (rows / norms[:, None]).float()
-    normalised = torch.where(is_changed[:, None], normalised, rows)
+    normalised_rows = (rows / norms[:, None]).float()
+    normalised_rows = torch.where(is_changed[:, None], normalised_rows, rows)
     previous_norms = Norms(
         n_rows=len(rows),
         n_changed=int(is_changed.sum()),
         low=norms[is_usable].min().item(),
         high=norms[is_usable].max().item(),
     )
-    return normalised, status, previous_norms
+    return normalised_rows, status, previous_norms
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
@@ -240,8 +240,8 @@ def check_targets(
     unknown.
     """
     if values is None:
-        unknown = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
-        return unknown, torch.zeros(n_rows, dtype=torch.bool)
+        unknown_targets = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
+        return unknown_targets, torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(
@@ -326,13 +326,13 @@ def _indices_of_names(
         )
     index_of_name = dict(special_codes)
     index_of_name.update({name: index for index, name in enumerate(class_names)})
-    unknown = sorted({name for name in names if name not in index_of_name})
-    if unknown:
-        first_unknown = ", ".join(repr(name) for name in unknown[:5])
+    unknown_names = sorted({name for name in names if name not in index_of_name})
+    if unknown_names:
+        first_unknown = ", ".join(repr(name) for name in unknown_names[:5])
         raise DataError(
             f"{argument} must hold names of the {len(class_names)} candidates. "
             f"Got {first_unknown} too."
-            f"{nearest(unknown[0], class_names)} {_REMEDIES[argument]}"
+            f"{nearest(unknown_names[0], class_names)} {_REMEDIES[argument]}"
         )
     return np.array([index_of_name[name] for name in names], np.int64)
 
@@ -379,7 +379,7 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
         )
     for number, name in enumerate(names):
         if not name.strip():
-            raise DataError(f"class names must not be blank. Name {number} is.")
+            raise DataError(f"class names must not be blank. Name {number} is blank.")
     return names
 
 
@@ -397,7 +397,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """A sequence of row identifiers, each of which is made only when it is needed."""
+    """A sequence of row identifiers. Each identifier is made only when it is needed."""
 
     def __init__(self, n_rows: int) -> None:
         self._n_rows = n_rows
@@ -472,8 +472,8 @@ def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
 
     Because of the rounding, a row has the same hash whether it was stored in float32 or in float16.
     """
-    rounded = rows.half() + 0  # adding 0 turns -0 into 0
-    content = memoryview(rounded.numpy().astype("<f2").tobytes())
+    rounded_rows = rows.half() + 0  # adding 0 turns -0 into 0
+    content = memoryview(rounded_rows.numpy().astype("<f2").tobytes())
     row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
     starts = range(0, len(content), row_bytes)
     return hash_items(content[start : start + row_bytes] for start in starts)

@@ -35,7 +35,7 @@ def check_columns(
         n_texts: Number of candidates.
         width: Width of the embeddings; None or 0 if it is not known.
     """
-    checked = {}
+    checked_columns = {}
     for name, values in (columns or {}).items():
         if name not in COLUMNS:
             raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
@@ -54,8 +54,8 @@ def check_columns(
             raise DataError(
                 f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38)."
             )
-        checked[name] = tensor.view(array.shape)
-    return checked
+        checked_columns[name] = tensor.view(array.shape)
+    return checked_columns
 
 
 def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
@@ -76,9 +76,9 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
         )
 
 
-def _require_width(name: str, actual: int, width: int | None) -> None:
+def _require_width(name: str, actual_width: int, width: int | None) -> None:
     """Refuse a column that is not as wide as the embeddings; None or 0: their width is unknown."""
-    if width and actual != width:
+    if width and actual_width != width:
         raise DataError(
-            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."
+            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual_width}."
         )

@@ -65,7 +65,7 @@ MODEL_COLUMNS = {
     "text_projection": (2, "(D, F) last linear map of the VLM's text encoder"),
     "negatives": (
         2,
-        "(M, D) unit-norm embeddings of everyday words, none of which need be a class",
+        "(M, D) unit-norm embeddings of everyday words, which need not be classes",
     ),
 }
 """Columns of the model as a whole. Maps names to the number of dimensions and the meaning."""

@@ -118,26 +118,26 @@ def logit_space(width: int) -> EmbeddingSpace:
 
 
 def zero_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
-    """Zeros (K, D) in place of the embeddings of candidates."""
+    """Zeros (K, D), because candidates with logits have no embeddings."""
     return torch.zeros(n_candidates, space.embed_dim, dtype=torch.float32)
 
 
 def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
     """Convert logits (N, K) to float32 without changing the answer of any row."""
-    exact = as_array(logits, "logits")
-    rounded = as_matrix(exact, "logits", keep_direction=False)
-    if not len(rounded):
-        return rounded
-    answer = torch.from_numpy(exact.argmax(axis=1))
-    is_answer_changed = rounded.argmax(dim=1) != answer
-    is_finite = torch.isfinite(rounded).all(dim=1)
+    exact_logits = as_array(logits, "logits")
+    rounded_logits = as_matrix(exact_logits, "logits", keep_direction=False)
+    if not len(rounded_logits):
+        return rounded_logits
+    answer = torch.from_numpy(exact_logits.argmax(axis=1))
+    is_answer_changed = rounded_logits.argmax(dim=1) != answer
+    is_finite = torch.isfinite(rounded_logits).all(dim=1)
     changed_rows = (is_answer_changed & is_finite).nonzero().squeeze(1)
     # In these rows, rounding made the logit of an earlier candidate equal to the answer's logit.
     # The answer's logit is set to the next larger float32 number, so it is the largest again.
-    largest = rounded[changed_rows].amax(dim=1)
+    largest = rounded_logits[changed_rows].amax(dim=1)
     next_larger = torch.nextafter(largest, torch.tensor(torch.inf))
-    rounded[changed_rows, answer[changed_rows]] = next_larger
-    return rounded
+    rounded_logits[changed_rows, answer[changed_rows]] = next_larger
+    return rounded_logits
 
 
 def require_distinct_names(names: Sequence[str] | None) -> None:
@@ -147,11 +147,12 @@ def require_distinct_names(names: Sequence[str] | None) -> None:
     """
     if names is None or len(set(names)) == len(names):
         return
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated_names = sorted({name for name in names if names.count(name) > 1})
     raise DataError(
-        f"candidates with logits must have different names. Got {len(repeated)} names more than "
-        f"once, the first is {repeated[0]!r}. Rename it, or add up the probabilities of its "
-        "candidates: log(exp(a) + exp(b)) is the logit of both."
+        "candidates with logits must have different names. "
+        f"Got {len(repeated_names)} names more than once, the first is {repeated_names[0]!r}. "
+        "Rename it, or add up the probabilities of its candidates: log(exp(a) + exp(b)) is the "
+        "logit of both."
     )
 
 

@@ -167,8 +167,8 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
     """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If ``values`` are not a matrix of real numbers, or if their width is not that of
-            the space.
+        DataError: If ``values`` are not a matrix of real numbers, or if their width is not the
+            width of the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -208,11 +208,11 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     is_safe = (norm > smallest_safe) & (norm < largest_safe)
     # A row whose norm is not safe is first divided by its largest number, so that no square
     # overflows or underflows.
-    scaled = (rows / largest).float()
-    normalised_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    normalised = torch.where(is_safe, float32_rows / norm, normalised_scaled)
+    scaled_rows = (rows / largest).float()
+    normalised_scaled = scaled_rows / torch.linalg.vector_norm(scaled_rows, dim=1, keepdim=True)
+    normalised_rows = torch.where(is_safe, float32_rows / norm, normalised_scaled)
     has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
-    normalised = torch.where(has_unit_norm, float32_rows, normalised)
+    normalised_rows = torch.where(has_unit_norm, float32_rows, normalised_rows)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
     status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
-    return torch.where(is_usable, normalised, substitute), status.squeeze(1)
+    return torch.where(is_usable, normalised_rows, substitute), status.squeeze(1)

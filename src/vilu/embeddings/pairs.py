@@ -37,7 +37,7 @@ COSINE_BLOCK_ROWS = 1024
 @checked_fields
 @dataclass(frozen=True)
 class Pools:
-    """Rule by which image-caption pairs are grouped into pools.
+    """How image-caption pairs are grouped into pools.
 
     A row is matched only against the candidates of its own pool. So the pools decide how hard the
     problem is. The rule is recorded with the results. The pools do not depend on how pairs are
@@ -50,8 +50,8 @@ class Pools:
             the image of a caption is searched.
         hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
             ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
-        near_duplicates: Two captions of a pool count as the same answer if their cosine is at least
-            this number. None: only equal captions count as the same answer.
+        near_duplicates: Two captions of a pool are the same answer if their cosine is at least this
+            number. None: only equal captions are the same answer.
         seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
 
     Examples:
@@ -98,7 +98,7 @@ class PairSource(EmbeddingSource):
     a caption would come with features of its own image, which would reveal the right answer.
 
     Attributes:
-        pools: The rule by which the pairs are grouped into pools.
+        pools: How the pairs are grouped into pools.
     """
 
     class_names = None
@@ -186,37 +186,8 @@ class PairSource(EmbeddingSource):
         # for every row of the pool, the first row with the same image
         first_with_picture = first_equal(picture)
         if self.pools.direction == "text_to_image":
-            all_rows = torch.arange(len(index))
-            captions_differ = torch.equal(first_with_caption, all_rows)
-            pictures_differ = torch.equal(first_with_picture, all_rows)
-            matches = Matches(
-                query_of_pair=first_with_caption,
-                candidate_of_pair=first_with_picture,
-                pair_of_candidate=all_rows,
-                query_of_row=first_with_caption,
-            )
-            return Candidates(
-                text=picture,
-                target=all_rows,
-                matches=None if captions_differ and pictures_differ else matches,
-                row_of_candidate=index,
-            )
-        candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
-        equal_images_have_equal_captions = torch.equal(
-            first_with_caption[first_with_picture], first_with_caption
-        )
-        matches = Matches(
-            query_of_pair=first_with_picture,
-            candidate_of_pair=first_with_caption,
-            pair_of_candidate=candidate_rows,
-            query_of_row=first_with_picture,
-        )
-        return Candidates(
-            text=caption[candidate_rows],
-            target=target,
-            matches=None if equal_images_have_equal_captions else matches,
-            row_of_candidate=index[candidate_rows],
-        )
+            return _picture_candidates(picture, index, first_with_caption, first_with_picture)
+        return _caption_candidates(caption, index, first_with_caption, first_with_picture)
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
@@ -314,11 +285,11 @@ class PairSource(EmbeddingSource):
         if not is_left_out.any():
             return self
         is_kept = torch.from_numpy(~is_left_out)
-        remaining = self.pair_rows[is_kept[self.pair_rows]]
-        require_full_pools(len(remaining), self.pools.size, subject="what is left")
+        remaining_pairs = self.pair_rows[is_kept[self.pair_rows]]
+        require_full_pools(len(remaining_pairs), self.pools.size, subject="what is left")
         subset = copy.copy(self)
-        subset._remaining_pairs = remaining
-        subset.usable_rows = self._scoring_order(remaining)
+        subset._remaining_pairs = remaining_pairs
+        subset.usable_rows = self._scoring_order(remaining_pairs)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[subset.usable_rows.numpy()] = VALID
         # rows whose embedding is not usable keep their status
@@ -361,6 +332,59 @@ class PairSource(EmbeddingSource):
         return torch.cat(ordered_blocks)
 
 
+def _picture_candidates(
+    picture: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
+) -> Candidates:
+    """Candidates of a pool whose captions are matched against its images: all its images.
+
+    Args:
+        picture: (B, D) images of the pool.
+        index: (B,) row numbers in the source.
+        first_with_caption: (B,) for every row of the pool, the first row with the same caption.
+        first_with_picture: (B,) for every row of the pool, the first row with the same image.
+    """
+    all_rows = torch.arange(len(index))
+    captions_differ = torch.equal(first_with_caption, all_rows)
+    pictures_differ = torch.equal(first_with_picture, all_rows)
+    matches = None
+    if not (captions_differ and pictures_differ):
+        matches = Matches(
+            query_of_pair=first_with_caption,
+            candidate_of_pair=first_with_picture,
+            pair_of_candidate=all_rows,
+            query_of_row=first_with_caption,
+        )
+    return Candidates(text=picture, target=all_rows, matches=matches, row_of_candidate=index)
+
+
+def _caption_candidates(
+    caption: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
+) -> Candidates:
+    """Candidates of a pool whose images are matched against its captions: its distinct captions.
+
+    ``caption`` (B, D) has the captions of the pool. ``_picture_candidates`` documents the other
+    parameters.
+    """
+    candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
+    equal_images_have_equal_captions = torch.equal(
+        first_with_caption[first_with_picture], first_with_caption
+    )
+    matches = None
+    if not equal_images_have_equal_captions:
+        matches = Matches(
+            query_of_pair=first_with_picture,
+            candidate_of_pair=first_with_caption,
+            pair_of_candidate=candidate_rows,
+            query_of_row=first_with_picture,
+        )
+    return Candidates(
+        text=caption[candidate_rows],
+        target=target,
+        matches=matches,
+        row_of_candidate=index[candidate_rows],
+    )
+
+
 def equal_runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
     """Yield (start, stop, value) for each run of equal values: ``values[start:stop]``."""
     start = 0
@@ -378,7 +402,7 @@ class PseudoCaptions(PairSource):
 
     The images of all sources are joined and shuffled with the seed of ``pools``, so that a pool
     holds captions of all sources. Classes with the same name share one caption, whose text comes
-    from the first source that has the class. Classes with equal texts are the same answer, too.
+    from the first source that has the class. Classes with equal texts are also the same answer.
 
     Args:
         sources: Sources with shared candidates or image-caption pairs, all in one embedding space.
@@ -560,12 +584,9 @@ def class_captions(
 ) -> tuple[Tensor, Tensor]:
     """Texts (T, D) of all classes of all sources, and for every row the index (M,) of its text.
 
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
-    plus the number of classes, summed over all sources that are not pairs.
-
-    Args:
-        sources: The sources.
-        rows_of_sources: For each source, the indices of its rows. All these rows together are M.
+    ``rows_of_sources`` has the indices of some rows for each source, in total M rows. Text 0 is a
+    placeholder of zeros for rows of pairs, which have their own captions. So T is 1 plus the number
+    of classes, summed over all sources that are not pairs.
     """
     # A class number counts the classes of all sources. Number 0 is the placeholder.
     number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
@@ -584,8 +605,7 @@ def class_captions(
         if source.class_names is None:  # every class has its own text
             text_of_class += numbers
             continue
-        # If the name is new, it gets the number of this class. Otherwise it keeps the number of an
-        # earlier class.
+        # a new name gets the number of this class; a known name keeps the number that it has
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
@@ -682,10 +702,10 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
     This takes N D log(N / pool_size) operations and no matrix of similarities. N should be a
     multiple of the pool size. Otherwise the last pool is short.
     """
-    pending = [torch.arange(len(rows))]
+    pending_parts = [torch.arange(len(rows))]
     pools = []
-    while pending:
-        part = pending.pop()
+    while pending_parts:
+        part = pending_parts.pop()
         if len(part) <= pool_size:
             pools.append(part)
             continue
@@ -695,12 +715,12 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
         first_end = int((block @ block[drawn_row]).argmin())
         second_end = int((block @ block[first_end]).argmin())
         projection = block @ (block[first_end] - block[second_end])
-        ordered = part[projection.argsort(stable=True)]
+        ordered_rows = part[projection.argsort(stable=True)]
         n_pools = len(part) // pool_size
         middle = max(n_pools // 2, 1) * pool_size
         # the first half is appended last, because ``pop`` takes the last part
-        pending.append(ordered[middle:])
-        pending.append(ordered[:middle])
+        pending_parts.append(ordered_rows[middle:])
+        pending_parts.append(ordered_rows[:middle])
     return torch.cat(pools)
 
 

@@ -26,8 +26,8 @@ class Rows:
         index: (M,) int64 indices of the rows in the source.
         columns: Names of the columns that batches contain.
         unlabelled: Source of further rows without labels.
-        outside_rows: (E,) int64 indices of rows that belong to none of the classes. None: all
-            usable rows of which the source knows this.
+        outside_rows: (E,) int64 indices of rows that belong to none of the classes. None: the
+            usable rows that the source marks as outside.
         answers: Zero-shot answers of all N rows of the source, if they were computed before
             (``vilu.predictors.nn.train.with_zero_shot_answers``).
     """
@@ -47,8 +47,8 @@ class Rows:
         """
         if self.outside_rows is not None:
             return self.outside_rows
-        usable = self.source.usable_rows
-        return usable[self.source.outside[usable]]
+        usable_rows = self.source.usable_rows
+        return usable_rows[self.source.outside[usable_rows]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Number the P pictures of the rows from 0 to P - 1.

@@ -33,8 +33,8 @@ A tile of this size takes 16 MiB. So it is still in the cache when it is read a 
 TILE_ROWS = 1_024
 """Number of rows of a tile if there are at least 4,096 candidates.
 
-The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as that of a
-long, narrow tile.
+The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as the
+product of a long, narrow tile.
 """
 
 CACHED_CELLS = 2**19
@@ -45,7 +45,7 @@ not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""Number of columns, from the first on, from which ``row_keys`` computes the key of a row."""
+"""``row_keys`` computes the key of a row from this many columns, beginning with the first."""
 
 
 class ZeroShot(NamedTuple):
@@ -224,22 +224,24 @@ def first_equal(rows: Tensor) -> Tensor:
     """
     _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     has_repeated_key = key_count[key_number] > 1
-    repeated = has_repeated_key.nonzero().squeeze(1)  # indices of the rows with a repeated key
+    repeated_rows = has_repeated_key.nonzero().squeeze(
+        1
+    )  # indices of the rows with a repeated_rows key
     first = torch.arange(len(rows), device=rows.device)
-    if len(repeated):
-        _, group = torch.unique(rows[repeated], dim=0, return_inverse=True)
+    if len(repeated_rows):
+        _, group = torch.unique(rows[repeated_rows], dim=0, return_inverse=True)
         # ``scatter_reduce`` finds the lowest row index of each group. It also includes the numbers
         # it starts from in the minimum, so these must be larger than all indices.
-        upper_bounds = torch.full_like(repeated, len(rows))
-        lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated, "amin")
-        first[repeated] = lowest_of_group[group]
+        upper_bounds = torch.full_like(repeated_rows, len(rows))
+        lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated_rows, "amin")
+        first[repeated_rows] = lowest_of_group[group]
     return first
 
 
 def row_keys(rows: Tensor) -> Tensor:
     """Keys (N,) int64 of the rows (N, D) float32, computed from their first columns.
 
-    Equal rows have equal keys. Different rows may have equal keys, too.
+    Equal rows have equal keys. Different rows may also have equal keys.
     """
     first_columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
     # the four bytes of each float, read as a whole number
@@ -289,23 +291,23 @@ def row_blocks(
         yield slice(start, min(start + step, n_rows))
 
 
-def nearest_rows(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row (N, D), find the row of ``known`` (M, D) with which it has the largest cosine.
+def nearest_rows(rows: Tensor, known_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find for each row (N, D) the known row (M, D) with which it has the largest cosine.
 
-    Returns these cosines (N,), and the indices (N,) of the rows of ``known``. The cosines are
+    Returns the largest cosines (N,), and the indices (N,) of these known rows. The cosines are
     computed block by block, so memory is bounded.
     """
     # an exported graph must accept any number of rows, so it cannot split them into blocks
     if torch.compiler.is_exporting():
-        cosine, index = (rows @ known.T).max(dim=1)
+        cosine, index = (rows @ known_rows.T).max(dim=1)
         return cosine, index
     # Usually both are the candidates of the fit. Then each row is nearest to itself.
-    if torch.equal(rows, known):
+    if torch.equal(rows, known_rows):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
     indices = []
-    for block in row_blocks(n_rows=len(rows), n_candidates=len(known), size=len(rows)):
-        cosine, index = (rows[block] @ known.T).max(dim=1)
+    for block in row_blocks(n_rows=len(rows), n_candidates=len(known_rows), size=len(rows)):
+        cosine, index = (rows[block] @ known_rows.T).max(dim=1)
         cosines.append(cosine)
         indices.append(index)
     return torch.cat(cosines), torch.cat(indices)
@@ -347,7 +349,7 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
 def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
     """Merge the summaries of two ranges of candidates; ``left`` has the lower indices.
 
-    If the largest logits of a row are equal, its answer is that of ``left``.
+    If the largest logits of a row are equal, its answer is taken from ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
     return ZeroShot(
@@ -419,6 +421,8 @@ class Matches:
     def same_answer_mask(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether any query has both the candidate and the answer (B,) of the row."""
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
+        # the pairs with the answer, then all pairs of their queries, then all pairs with one of the
+        # candidates of these queries
         has_answer = self.candidate_of_pair == answered_candidate[:, None]
         shares_query = _in_same_group(has_answer, self.query_of_pair)
         is_same_answer = _in_same_group(shares_query, self.candidate_of_pair)

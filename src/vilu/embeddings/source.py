@@ -282,13 +282,13 @@ class Batch:
         """Return the same batch on another device."""
         if self.image.device == torch.device(device):
             return self
-        moved = {}
+        moved_tensors = {}
         for name in ("image", "text", "target", "index", "matches", "outside"):
             value = getattr(self, name)
             if value is not None:
-                moved[name] = value.to(device)
+                moved_tensors[name] = value.to(device)
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        batch = replace(self, **moved, columns=columns)
+        batch = replace(self, **moved_tensors, columns=columns)
         if self._has_answers:
             batch.answered(self.zero_shot.to(device))
         return batch
@@ -611,7 +611,7 @@ class EmbeddingSource(ABC):
 
         ``index`` selects entries only of a column with one entry per row. A column of candidates,
         or of the model as a whole, is returned with all its entries. If the source has pools, the
-        candidates are rows. Then a column of candidates has one entry per row, too.
+        candidates are rows. Then a column of candidates also has one entry per row.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -625,7 +625,7 @@ class EmbeddingSource(ABC):
             command = COLUMN_COMMANDS.get(name, "vilu embed")
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
         is_of_rows = name in ROW_COLUMNS
-        if self.pool_size is not None:  # the candidates are rows, too
+        if self.pool_size is not None:  # the candidates are also rows
             is_of_rows = is_of_rows or name in TEXT_COLUMNS
         if is_of_rows:
             return self._columns[name][index]
@@ -641,7 +641,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """Mask (N,) of the rows of which it is known that no candidate is right.
+        """Mask (N,) of rows that are known to have no right candidate.
 
         The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
@@ -658,7 +658,7 @@ class EmbeddingSource(ABC):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity by which rows can be found in another source, best first.
+        """Kinds of identity that can find the rows in another source, best first.
 
         Rows without a vector can be found only by name, because different pictures may have equal
         logits.
@@ -1016,9 +1016,11 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
     first_of_name = torch.tensor([first_index[name] for name in names])
     # cosine of every text with the first text that has the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
-    differing = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
-    if differing:
-        quoted_names = ", ".join(repr(name) for name in sorted({names[i] for i in differing}))
+    differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
+    if differing_indices:
+        quoted_names = ", ".join(
+            repr(name) for name in sorted({names[i] for i in differing_indices})
+        )
         raise DataError(
             f"classes of one name must have one text. Different texts: {quoted_names:.200}. "
             "Rename them, or give both the same row of text."

@@ -119,8 +119,8 @@ class EmbeddingSpace:
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
         """The space of the same model if it decodes JPEGs at a reduced size."""
-        full = self.with_full_jpegs
-        return replace(full, preprocess=f"{full.preprocess or ''}{REDUCED_JPEGS}")
+        full_space = self.with_full_jpegs
+        return replace(full_space, preprocess=f"{full_space.preprocess or ''}{REDUCED_JPEGS}")
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
         """Whether two spaces differ only by the size at which JPEGs are decoded."""

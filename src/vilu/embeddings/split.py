@@ -67,6 +67,16 @@ def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
     return first_row[group_of_row]
 
 
+def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Replace each identity -1 (the picture is in no other row) by an identity of its own."""
+    identity = picture.copy()
+    is_in_no_other_row = identity < 0
+    first_unused = identity.max(initial=-1) + 1
+    n_new_identities = np.count_nonzero(is_in_no_other_row)
+    identity[is_in_no_other_row] = first_unused + np.arange(n_new_identities)
+    return identity
+
+
 def part_of_rows(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
@@ -87,12 +97,7 @@ def part_of_rows(
         seed: Seed of the division.
     """
     rng = np.random.default_rng(seed)
-    identity = picture.copy()
-    is_in_no_other_row = identity < 0
-    # each of these pictures gets an identity that no other picture has
-    first_unused = identity.max(initial=-1) + 1
-    n_new_identities = np.count_nonzero(is_in_no_other_row)
-    identity[is_in_no_other_row] = first_unused + np.arange(n_new_identities)
+    identity = _distinct_identities(picture)
     _, first_row, picture_of_row = np.unique(identity, return_index=True, return_inverse=True)
     stratum_of_picture = stratum[first_row]
     borders = np.cumsum(shares)

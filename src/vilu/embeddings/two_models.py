@@ -23,7 +23,7 @@ MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
 class TwoModels(RowSubset):
     """The rows of one source, with embeddings of the same pictures by a second model.
 
-    All data are those of the first source, except two additional columns:
+    All data come from the first source, except two additional columns:
 
     - ``second_image`` (N, E): image embeddings by the second model.
     - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
@@ -119,11 +119,12 @@ def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.in
     identity_at_rank = sorted_identities[rank[is_in_range]]
     is_present[is_in_range] = identity_at_rank == first_identities[is_in_range]
     if not is_present.all():
-        missing = np.flatnonzero(~is_present)
+        missing_rows = np.flatnonzero(~is_present)
+        first_missing = first.ids[int(missing_rows[0])]
         raise DataError(
-            f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
-            f"source (compared by their {kind}), for example {first.ids[int(missing[0])]!r}. "
-            "Embed the same images with the second model."
+            f"{len(missing_rows)} of {len(first)} rows are not among the {len(second)} rows of the "
+            f"second source (compared by their {kind}), for example {first_missing!r}. Embed the "
+            "same images with the second model."
         )
     return np.asarray(order[rank], dtype=np.int64)
 
@@ -139,9 +140,9 @@ def _require_distinct_names(
         sorted_identities: Identities of all rows of the second source, sorted.
     """
     equals_next = sorted_identities[:-1] == sorted_identities[1:]
-    repeated = np.flatnonzero(equals_next)
-    if repeated.size:
-        name = second.ids[int(order[repeated[0]])]
+    repeated_positions = np.flatnonzero(equals_next)
+    if repeated_positions.size:
+        name = second.ids[int(order[repeated_positions[0]])]
         raise DataError(
             f"rows are found by their names, and the second source has {name!r} twice. Give "
             "every row a name of its own."
