@@ -72,7 +72,7 @@ def write_store(
         for name in part.files:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
         for name in part.arrays:
-            np.save(root / part.array(name), arrays[name][kept].astype("<f2"))
+            np.save(root / part.array_file(name), arrays[name][kept].astype("<f2"))
         rows = [
             {
                 "position": i,
@@ -87,8 +87,8 @@ def write_store(
             }
             for i in kept
         ]
-        pq.write_table(pa.Table.from_pylist(rows, metadata_schema(run)), root / part.metadata)
-        (root / part.errors).write_bytes(b"")
+        pq.write_table(pa.Table.from_pylist(rows, metadata_schema(run)), root / part.metadata_file)
+        (root / part.errors_file).write_bytes(b"")
         receipts.append(write_receipt(root, run, part, len(kept)))
     n_lost = n - sum(receipt.n_ok for receipt in receipts)
     counts = {
@@ -123,8 +123,8 @@ def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
         n_error=n_lost,
         errors={"decode": n_lost} if n_lost else {},
     )
-    (root / part.receipt).parent.mkdir(exist_ok=True)
-    write_document(root / part.receipt, receipt)
+    (root / part.receipt_file).parent.mkdir(exist_ok=True)
+    write_document(root / part.receipt_file, receipt)
     return receipt
 
 

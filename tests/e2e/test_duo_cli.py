@@ -91,10 +91,8 @@ def test_what_is_wrong_with_the_second_store_is_told(work: Path) -> None:
     assert "needs the column 'second_image'" in told
     assert "--second STORE" in told
     told = run(*command, "--second", work / "test64", code=3).stderr
-    assert (
-        "120 of 120 rows are not among the 60 of the second source (compared by their pictures)"
-        in told
-    )
+    assert "120 of 120 rows are not among the 60 rows of the second source" in told
+    assert "(compared by their pictures)" in told
     assert "is a predictor, where a store" in run(*command, "--second", work / "duo", code=2).stderr
     assert "does not exist" in run(*command, "--second", work / "nowhere", code=2).stderr
     assert (

@@ -97,7 +97,7 @@ def test_outside_rows_stay_outside() -> None:
 def test_rows_that_the_second_lacks_are_refused() -> None:
     with pytest.raises(
         DataError,
-        match=r"2 of 5 rows are not among the 6 of the second source .*names.* 'picture 7'",
+        match=r"2 of 5 rows are not among the 6 rows of the second source .*names.* 'picture 7'",
     ):
         TwoModels(model([1, 7, 2, 8, 3], 6, 1), model([0, 1, 2, 3, 4, 5], 3, 2))
     with pytest.raises(DataError, match="3 of 3 rows are not among the 0"):

@@ -194,7 +194,7 @@ def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
         ({"target": [0, 1, -3]}, "Got values from -3 to 1"),
         ({"class_names": ["a", "b"]}, r"one name per text row \(3\)"),
         ({"class_names": ["a", "b", "a"]}, "one name must have one text. Different texts: 'a'"),
-        ({"class_names": ["a", " ", "b"]}, "Name 1 is"),
+        ({"class_names": ["a", " ", "b"]}, "Name 1 is blank"),
         (
             {"columns": {"negatives": np.empty((0, 3))}},
             r"with one or more entries\. Got shape \(0, 3\)",

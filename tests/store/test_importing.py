@@ -107,7 +107,7 @@ def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
     folder = import_arrays(save(tmp_path / "folder", arrays()), tmp_path / "store", part_size=7)
     assert folder.manifest.fingerprint == made[0].manifest.fingerprint
     assert folder.manifest.content == made[0].manifest.content
-    assert folder.seal == made[0].seal or folder.manifest.dataset == "folder"
+    assert folder.folder_hash == made[0].folder_hash or folder.manifest.dataset == "folder"
 
 
 def test_again_does_nothing_and_other_inputs_are_refused(tmp_path: Path) -> None:
@@ -501,7 +501,7 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
         labels = _read_targets(stored, n)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert labels.values[labels.value_of_row].tolist() == target.tolist()
+    assert labels.values[labels.index_of_row].tolist() == target.tolist()
     assert target.nbytes == 8_000_000
     assert (
         peak < 2_000_000

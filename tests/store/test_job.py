@@ -23,7 +23,7 @@ from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
-from vilu.store.embed import begin, describe, embed, encode_classes
+from vilu.store.embed import begin_run, embed, encode_classes, plan_run
 from vilu.store.executors.local import Worker, pack_job, receipt_of
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob
@@ -45,9 +45,9 @@ def job_of(data, root, backbone=None, **settings):
         "dtype": "float16",
         "split": None,
     }
-    run = describe(data, backbone.space, **inputs | candidates | settings)
+    run = plan_run(data, backbone.space, **inputs | candidates | settings)
     root.mkdir(exist_ok=True)
-    run = begin(root, run, lambda: encode_classes(backbone, run))
+    run = begin_run(root, run, lambda: encode_classes(backbone, run))
     return EmbedJob(root, run, data, backbone, batch_size=4, workers=2)
 
 

@@ -215,8 +215,8 @@ def forge(root, n):
     info = {
         name: {"bytes": (root / name).stat().st_size, "sha256": "0" * 64} for name in part.files
     }
-    info[part.metadata]["sha256"] = file_hash(
-        root / part.metadata
+    info[part.metadata_file]["sha256"] = file_hash(
+        root / part.metadata_file
     )  # the only one that opening reads
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     receipt = Receipt(
@@ -231,7 +231,11 @@ def forge(root, n):
     manifest = Manifest(
         **fields | counts, parts=1, classes=old.classes, content=content_hash([receipt])
     )
-    for name, document in (("run.json", run), (part.receipt, receipt), ("manifest.json", manifest)):
+    for name, document in (
+        ("run.json", run),
+        (part.receipt_file, receipt),
+        ("manifest.json", manifest),
+    ):
         write_document(root / name, document)
 
 

@@ -264,7 +264,7 @@ def test_threads_that_ask_at_once_read_it_once(root, hashed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_process_that_was_forked_while_a_thread_hashed_goes_on(root):
-    with ledger._lock:
+    with ledger._single_thread_lock:
         child = os.fork()
         if not child:
             os._exit(0 if len(read_all(root)[0]) == N - 1 else 1)

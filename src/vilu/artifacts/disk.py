@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 # Log of durations, one JSON object per line. It differs between runs, and no result depends on it.
 LOG = "log.jsonl"
 
-# error numbers of network file systems that cannot sync a folder
+# error numbers by which a network file system says that it cannot sync a folder
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 TEMPORARY = re.compile(
@@ -42,7 +42,7 @@ TEMPORARY = re.compile(
 Temporary names of older versions of vilu have no host hash.
 """
 
-# age in seconds after which a temporary file counts as abandoned, whichever process made it
+# A temporary file is treated as abandoned if it is older than this number of seconds.
 MAX_TEMPORARY_AGE = 24 * 3600.0
 
 # Maximum number of bytes that a temporary name takes from the final name. File systems allow 255
@@ -65,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = target.with_name(f".{final_name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
     hint = "Give a folder that exists, is writable and has room."
     with convert_os_errors(f"cannot write {target}", hint=hint):
-        # pop, so that this process looks for leftovers of a final name only once
+        # ``pop`` removes the entry, so leftovers of each final name are searched only once
         earlier_files = temporary_paths(target.parent.absolute()).pop(final_name, ())
         for earlier_file in earlier_files:
             if is_leftover(earlier_file):
@@ -85,7 +85,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @lru_cache(maxsize=1024)
 def temporary_paths(folder: Path) -> dict[str, list[Path]]:
-    """Temporary files and folders in a folder, by their final name.
+    """Map each final name to the temporary files and folders that a folder has for it.
 
     The folder is listed only once per process, because listing 100,000 files is slow. Therefore
     temporary files that other processes make after the first call are not found.
@@ -94,7 +94,6 @@ def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match is not None:
-            # the first path with a final name begins a new list, and the others are added to it
             paths_of_name.setdefault(match["name"], []).append(path)
     return paths_of_name
 
@@ -106,8 +105,8 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
     The message is "FAILURE: REASON. HINT", where REASON is the message of the OSError.
 
     Args:
-        failure: What vilu cannot do then, such as "cannot read scores.parquet".
-        hint: What the user can do then, as a sentence.
+        failure: What failed, such as "cannot read scores.parquet".
+        hint: Advice for the user, as a sentence.
     """
     try:
         yield
@@ -127,16 +126,17 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
 
 
 def advice_to_owner(error: OSError) -> str:
-    """Sentences for the owner of a private file that may not be read; "" for other errors.
+    """Advice on how the owner of a private file lets others read it.
 
-    They begin with a space, because they follow the message of ``error``. A file is private if only
-    its owner may read it, or if it is in a folder that only the owner may open.
+    The advice is "" unless ``error`` says that the user may not read a private file. It begins with
+    a space, because it follows the message of ``error``. A file is private if only its owner may
+    read it, or if it is in a folder that only the owner may open.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
     try:
         is_private = Path(os.fsdecode(error.filename)).stat().st_mode & 0o077 == 0
-    except PermissionError:  # its folder may not be opened
+    except PermissionError:  # the user may not open the folder of the file
         is_private = True
     except OSError:
         return ""
@@ -149,17 +149,17 @@ def advice_to_owner(error: OSError) -> str:
 
 
 def host_hash() -> str:
-    """Eight hex digits that identify this machine among those that share a file system."""
+    """Eight hex digits that identify this machine among the machines that share a file system."""
     name = socket.gethostname().encode("utf-8", "surrogateescape")
     return bytes_hash(name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file has a temporary name, and its process has abandoned it.
+    """Whether a file has a temporary name, and the process that made the file has abandoned it.
 
-    A file is abandoned if its process ran on this machine and has ended. Whether a process of
-    another machine still runs cannot be checked from here. Therefore a file of any machine also
-    counts as abandoned if it was last changed more than a day ago.
+    A file is abandoned if its process ran on this machine and has ended. A process of another
+    machine cannot be checked from here. Therefore every temporary file that was last changed more
+    than a day ago is also treated as abandoned.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
@@ -170,7 +170,7 @@ def is_leftover(path: Path) -> bool:
         return False
     if age > MAX_TEMPORARY_AGE:
         return True
-    # a process number has a meaning only on the machine of the process
+    # the process number in the name can be checked only on the machine where the process ran
     is_of_this_machine = match["host"] == host_hash()
     return is_of_this_machine and not _is_alive(int(match["pid"]))
 
@@ -184,7 +184,7 @@ def _is_alive(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # the process is of another user, or this system has no /proc
+    except OSError:  # the process belongs to another user, or this system has no /proc
         return True
     # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
     _, _, after_name = stat.rpartition(b")")
@@ -215,9 +215,10 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""Pattern of the content of a holder file, which names the process that holds a lock.
+"""Pattern of the content of a holder file.
 
-If the process dies, the file stays until another process takes the lock.
+A holder file names the process that holds a lock. If the process dies, the file stays until another
+process takes the lock.
 """
 
 
@@ -241,10 +242,11 @@ def locked(
 
     Args:
         folder: The folder, which must exist.
-        activity: What the holder of the lock does with the folder, such as "embedding into".
+        activity: What the holder of the lock does with the folder, such as "embedding into". It is
+            ACTIVITY in the message.
         wait_seconds: Seconds to wait if another process holds the lock.
         lock_name: Name of the lock file. A folder may have several locks.
-        holder_kind: What the message calls the holder of the lock.
+        holder_kind: Noun for the holder of the lock. It is HOLDER_KIND in the message.
 
     Raises:
         BusyError: If another process still holds the lock after ``wait_seconds``.
@@ -271,9 +273,9 @@ def locked(
         _write_holder(holder_file, this_process)
         yield
     finally:
-        # The file is removed while this process still has the lock. After the release, the file
-        # could be that of the next holder. If the file names another process, the lock did not
-        # exclude that process, which may still be at work. So the file stays.
+        # The holder file is removed before the lock is released, because the next holder of the
+        # lock writes its own holder file. If the file names another process, the lock did not
+        # exclude that process, which may still be at work. Then the file stays.
         holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
@@ -282,7 +284,7 @@ def locked(
 
 
 def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
-    """Warn if a holder file names a process of another machine than ``host``."""
+    """Warn if a holder file names a process that does not run on this machine, ``host``."""
     holder = _read_holder(holder_file)
     if holder and holder["host"] != host:
         logger.warning(
@@ -295,9 +297,9 @@ def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
 
 
 def _write_holder(holder_file: Path, this_process: str) -> None:
-    """Write a holder file that names this process, in place of an earlier one."""
+    """Write a holder file that names this process; replace an earlier holder file."""
     holder = _read_holder(holder_file)
-    # the file is only read for messages, so the work goes on if the file cannot be written
+    # the file is read only for messages, so the work goes on if the file cannot be written
     with suppress(OSError):
         if holder:
             holder_file.unlink()
@@ -306,9 +308,9 @@ def _write_holder(holder_file: Path, this_process: str) -> None:
 
 
 def _read_holder(holder_file: Path) -> re.Match[str] | None:
-    """The match of ``HOLDER`` in a holder file; None if there is no such file or no match.
+    """Read which process holds the lock, or died while it held the lock.
 
-    The match names the process that holds the lock, or that died while it held the lock.
+    Returns the match of ``HOLDER`` in the holder file. None if there is no such file or no match.
     """
     try:
         with holder_file.open("rb") as handle:
@@ -318,9 +320,9 @@ def _read_holder(holder_file: Path) -> re.Match[str] | None:
 
 
 def cache_folder() -> Path:
-    """The folder of vilu in this user's cache, for files that can be made again.
+    """The folder of vilu in this user's cache, for files that vilu can make again.
 
-    The folder may not exist, and may be deleted at any time.
+    The folder may not exist, and users may delete it at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the XDG specification says to ignore a relative path

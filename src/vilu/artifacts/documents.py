@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 
 def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
-    """Digest of the content of a document, as ``without_version`` returns it."""
+    """Digest of the part of a document's content that ``without_version`` returns."""
     return digest(without_version(content, *excluded_keys))
 
 
 def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
-    """The content of a document, except the version of vilu and the keys in ``excluded_keys``."""
+    """Copy the content of a document without the version of vilu and without ``excluded_keys``."""
     excluded = {VERSION_KEY, *excluded_keys}
     return {key: value for key, value in content.items() if key not in excluded}
 
 
 VERSION_KEY: Final = "vilu"
-"""Key of the version of vilu that wrote a document. Versions are information, never compared."""
+"""Key of the version of vilu that wrote a document. It informs people, and is never compared."""
 
 SEAL: Final = "digest"
-"""Last key of a document. The value is the ``digest`` of the content without this key."""
+"""Last key of a document. Its value is the digest of all other entries (``hashing.digest``)."""
 
 SCHEMA: Final = "schema_version"
 """Key of the schema version, in every document and table of vilu."""
@@ -78,7 +78,7 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def read_document(path: Path, document_class: type[D]) -> D:
-    """Read a document of a class, and check its digest, its schema version and its fields."""
+    """Read a document, and check its digest, its schema version and the fields of its class."""
     remedy = document_class.remedy
     error_class = document_class.error_class
     content = read_json(path, remedy, error_class)
@@ -99,10 +99,10 @@ def read_json(
         path: The file.
         remedy: For messages: how to make the document again, such as "Run `vilu embed` again".
         error_class: Exception to raise if the document is missing or damaged.
-        seal: Key of the digest. In ``predictor.json`` it is "fingerprint".
+        seal: Key of the digest in the document. In ``predictor.json`` it is "fingerprint".
 
     Raises:
-        ProvenanceError: If the schema version is one that this vilu does not read.
+        ProvenanceError: If this vilu does not read the schema version.
     """
     try:
         content = parse_json(read_bounded(path, remedy, error_class))
@@ -130,10 +130,10 @@ def require_schema(
     *,
     oldest: int = SCHEMA_VERSION,
 ) -> None:
-    """Raise if the schema version of a document, or of a table, cannot be read.
+    """Raise if this vilu cannot read the schema version of a document or of a table.
 
     Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read. ``content`` is the content of the
-    document, or the metadata of the table. For the rest see ``read_json``.
+    document, or the metadata of the table. For the other parameters see ``read_json``.
     """
     version = content.get(SCHEMA)
     if version is None:
@@ -167,13 +167,13 @@ def parse_json(content: bytes) -> dict[str, Any]:
         parse_float=_parse_finite,
         parse_constant=_refuse_number,
     )
-    # The escapes \ud800 to \udfff are halves of characters. For a half alone, encoding as UTF-8
-    # raises a ValueError.
+    # The escapes \ud800 to \udfff are halves of characters. A half without its other half cannot be
+    # encoded as UTF-8: ``encode`` raises a ValueError.
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
-        actual = type(document).__name__
-        raise ValueError(f"it holds no object, but {actual}")  # noqa: TRY004 - as json's own
+        actual_type = type(document).__name__
+        raise ValueError(f"it holds no object, but {actual_type}")  # noqa: TRY004 - as json's own
     return document
 
 
@@ -202,8 +202,8 @@ def read_bounded(
 ) -> bytes:
     """Read a file of at most ``max_bytes``, by default ``MAX_DOCUMENT_BYTES``.
 
-    A larger file raises an ``error_class`` and is not read to its end. So does a missing file;
-    ``remedy`` says in the message how to make it.
+    If the file is missing or larger, ``error_class`` is raised. A larger file is not read to its
+    end. ``remedy`` tells in the message how to make a missing file.
     """
     if max_bytes is None:
         max_bytes = MAX_DOCUMENT_BYTES
@@ -219,7 +219,8 @@ def read_bounded(
 
 def first_error(error: ValidationError) -> str:
     """Describe the first error that pydantic found, on one line."""
-    first, *_ = error.errors(include_url=False, include_context=False)
+    errors = error.errors(include_url=False, include_context=False)
+    first = errors[0]
     field = ".".join(str(step) for step in first["loc"]) or "document"
     value = json.dumps(first["input"], default=str)
     return f"{field}: {first['msg']} (got {value:.80})"
@@ -228,18 +229,18 @@ def first_error(error: ValidationError) -> str:
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
     """Write a JSON document atomically, and return its digest.
 
-    The file begins with the schema version and ends with the digest. It is UTF-8 and indented, and
-    the keys keep their order.
+    The file begins with the schema version and ends with the digest, whose key is ``seal``. It is
+    UTF-8 and indented, and the keys keep their order.
     """
     subject = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
     content.pop(seal, None)  # a document that was read and changed may have its earlier digest
-    # encoded and parsed, so that the digest is that of the values as they will be read: a tuple
-    # becomes a list
-    plain = json.loads(plain_json(content, subject=subject))
-    plain[seal] = digest(plain)
-    write_bytes(path, plain_json(plain, subject=subject, indent=2) + b"\n")
-    return str(plain[seal])
+    # The digest must be computed from the values that a reader will get. So the values are encoded
+    # and parsed, which turns a tuple into a list.
+    document = json.loads(plain_json(content, subject=subject))
+    document[seal] = digest(document)
+    write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")
+    return str(document[seal])
 
 
 def append_to_log(folder: Path, **facts: object) -> None:
@@ -254,7 +255,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the facts of each line of a folder's log; a line that a crash cut off is left out."""
+    """Yield the facts in each line of a folder's log, without a line that a crash cut off."""
     path = folder / LOG
     lines: list[bytes] = []
     with convert_os_errors(f"cannot read {path}"):
@@ -282,9 +283,12 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def fill_dataclass(entry_class: type[Entry], values: Mapping[str, object], title: str) -> Entry:
-    """Make a dataclass from values by field name, after a check of names and types.
+    """Make an ``entry_class`` from the values of its fields, and check their names and types.
 
-    ``title`` is what messages call the entry, such as "backbone 'compact'".
+    Args:
+        entry_class: The dataclass.
+        values: Maps names of fields to their values.
+        title: What messages call the entry, such as "backbone 'compact'".
     """
     field_names = [field.name for field in fields(entry_class)]
     for name in values:

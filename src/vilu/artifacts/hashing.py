@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BLOCK_SIZE = 2**20
-"""Maximum number of entries of a tensor that are copied at once, to limit the memory of the copy.
+"""Maximum number of entries in a block of a tensor.
 
-A block has at least one row of the tensor, so a block of wide rows may be larger.
+A tensor is copied block by block, which limits the memory of the copy. A block has at least one row
+of the tensor, so a block of wide rows may be larger.
 """
 
 
@@ -66,19 +67,20 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors, in the order of their names."""
-    total = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for block in _blocks(tensor):
-            total.update(block)
-    return total.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in blocks of rows, each with about ``MAX_BLOCK_SIZE`` entries.
+    """Yield the bytes of a tensor, in blocks of rows with about ``MAX_BLOCK_SIZE`` entries.
 
-    So a tensor that repeats its rows (``Tensor.expand``) is not copied as a whole.
+    A tensor that repeats its rows (``Tensor.expand``) takes little memory. Block by block, it is
+    never copied as a whole.
     """
     import torch
 

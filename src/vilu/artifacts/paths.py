@@ -1,8 +1,9 @@
 """Checks of output paths, so that no file of a user is overwritten.
 
-A path is accepted if it is new, empty, or has the result of the same inputs. Any other path is
-refused. With ``--overwrite``, or when called as a library, vilu replaces files that it wrote
-itself. Files that vilu does not recognise as its own are never changed.
+A path is accepted if nothing is there yet, if it is an empty folder, or if it has the result of the
+same inputs. Any other path is refused. With ``--overwrite``, or when it is called as a library,
+vilu replaces files that it wrote itself. Files that vilu does not recognise as its own are never
+changed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ KIND_OF_ENTRY: dict[str, Kind] = {
     "label errors": "label errors",
     "kept studies": "kept studies",
 }
-"""Kind of a file, by the entry "kind" of a document or of the metadata of a table."""
+"""Maps the value of "kind", in a document or in a table's metadata, to the kind of the file."""
 
 KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
@@ -64,7 +65,7 @@ KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
     b"path,label,suggested,quality,is_error": "label errors",
     b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
-"""Kind of a CSV file, by its beginning; CSV files have no metadata."""
+"""Maps the beginning of a CSV file to its kind. CSV files have no metadata that state the kind."""
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
@@ -75,7 +76,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "monitor state": (".parquet",),
     "kept studies": (".parquet",),
 }
-"""Allowed suffixes of files, for kinds that have a fixed format."""
+"""Maps kinds of files that have a fixed format to the suffixes that are allowed."""
 
 INPUTS_KEY = "inputs"  # key of the digest of the inputs that a file was made from
 
@@ -88,7 +89,7 @@ The line has the kind of the text and the digest of its inputs.
 """
 
 KIND_OF_TEXT: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-"""Kind of a text, by the word in its last line."""
+"""Maps the word for the kind in a text's last line to the kind of the file."""
 
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
 r"""Pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file.
@@ -100,7 +101,7 @@ SEARCHED_BYTES = 4096  # bytes that are searched at the beginning and at the end
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
-    """The entry of a document or a table for the digest of its inputs; empty without a digest."""
+    """The entry with the digest of the inputs, for a document or a table; {} without a digest."""
     if not inputs:
         return {}
     return {INPUTS_KEY: inputs}
@@ -111,7 +112,7 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# pattern of a part of the names of locks and temporary files; these names also begin with a dot
+# Every name of a lock or of a temporary file has a part with this pattern, and begins with a dot.
 LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
 
 
@@ -123,7 +124,7 @@ class KindAndInputs(NamedTuple):
 
 
 def text_mark(kind: str, inputs: str) -> str:
-    """Last line of a text (HTML, Markdown), by which vilu recognises its own file."""
+    """Last line of a text (HTML, Markdown). It lets vilu recognise the file as its own."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
@@ -150,7 +151,7 @@ def claim_file(
     target = Path(path)
     _require_suffix(target, kind)
     if os.path.lexists(target):
-        stated_inputs = _require_kind(target, kind)
+        stated_inputs = _stated_inputs(target, kind)
         has_same_inputs = bool(inputs) and stated_inputs == inputs
         if has_same_inputs and not overwrite and _is_undamaged(target):
             return True
@@ -162,7 +163,7 @@ def claim_file(
                 f"{target} holds the {kind} of {which_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
-    _require_writable_folder(target.parent, target)
+    _require_writable_folder(target.parent, target=target)
     return False
 
 
@@ -175,15 +176,15 @@ def _require_suffix(target: Path, kind: Kind) -> None:
         )
 
 
-def _require_kind(target: Path, kind: Kind) -> str:
-    """Return the digest of the inputs of a file; UsageError if the file is not of this kind."""
-    stated = kind_and_inputs(target)
-    if stated is None or stated.kind != kind:
+def _stated_inputs(target: Path, kind: Kind) -> str:
+    """The digest of inputs that a file states; UsageError if the file is not of this kind."""
+    statement = kind_and_inputs(target)
+    if statement is None or statement.kind != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
             "Give another file, or remove it."
         )
-    return stated.inputs
+    return statement.inputs
 
 
 def claim_folder(
@@ -217,19 +218,19 @@ def claim_folder(
         raise UsageError(
             f"{root} is a file, so no {result_kind} can be put there. Give a new folder."
         )
-    present: list[Path] = []
+    entries: list[Path] = []
     if root.exists():
-        present = folder_entries(root)
-    if present and has_same_inputs and not overwrite:
+        entries = folder_entries(root)
+    if entries and has_same_inputs and not overwrite:
         return True
-    foreign = [path for path in present if not is_ours(path)]
-    refuse_foreign_files(root, result_kind, foreign)
-    if present and not overwrite:
+    foreign_paths = [path for path in entries if not is_ours(path)]
+    refuse_foreign_files(root, result_kind, foreign_paths)
+    if entries and not overwrite:
         raise UsageError(
             f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
     # A folder that does not exist can be made if its nearest existing parent can be written to.
-    _require_writable_folder(_first_existing(root), root / result_kind)
+    _require_writable_folder(_first_existing(root), target=root)
     return False
 
 
@@ -244,15 +245,16 @@ def _is_lock_or_temporary(name: str) -> bool:
     return name.startswith(".") and LOCK_OR_TEMPORARY.search(name) is not None
 
 
-def refuse_foreign_files(root: Path, result_kind: str, foreign: Iterable[Path]) -> None:
-    """Raise UsageError if there are ``foreign`` files: files in ``root`` of no result of this kind.
+def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[Path]) -> None:
+    """Raise UsageError if an output folder has foreign files.
 
     Args:
         root: The output folder.
         result_kind: The kind of result that the folder will have, for the message.
-        foreign: Paths of the files in ``root`` that belong to no such result.
+        foreign_paths: Paths of the foreign files: files in ``root`` that belong to no result of
+            this kind.
     """
-    first = min(foreign, default=None)
+    first = min(foreign_paths, default=None)
     if first is not None:
         raise UsageError(
             f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's "
@@ -261,7 +263,7 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign: Iterable[Path]) 
 
 
 def kind_and_inputs(path: Path) -> KindAndInputs | None:
-    """The kind of a file of vilu and the digest of its inputs; None for any other file."""
+    """The kind that a file of vilu states, and the digest of its inputs; None for other files."""
     if not path.is_file():
         return None
     with convert_os_errors(f"cannot read {path}"):
@@ -271,7 +273,7 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
         elif suffix == ".json":
             facts = _document_content(path)
         else:
-            return _kind_by_text(path)
+            return _kind_by_bytes(path)
     if facts is None:
         return None
     kind = KIND_OF_ENTRY.get(str(facts.get("kind")))
@@ -282,14 +284,15 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
 
 def inputs_digest(*paths: Path, **settings: object) -> str:
     """Digest of the files that a command reads, and of the settings of the command."""
-    return digest([[content_identity(path) for path in paths], settings])
+    identities = [content_identity(path) for path in paths]
+    return digest([identities, settings])
 
 
 def content_identity(path: Path) -> object:
     """A JSON value that identifies the content of a file or folder.
 
-    - A JSON document that states which version of vilu wrote it: the content of the document. The
-      version and the document's own digest are not included.
+    - A JSON document that states which version of vilu wrote it: the content of the document,
+      without this version and without the document's own digest.
     - A Parquet table of vilu: the digest in the metadata of the table.
     - Any other file: the SHA-256 of its bytes.
     - A folder with documents of vilu (``predictor.json``, ...): names and contents of these
@@ -300,8 +303,8 @@ def content_identity(path: Path) -> object:
     is_document_of_vilu = content is not None and VERSION_KEY in content
     if is_document_of_vilu:
         return _document_identity(path)
-    if path.is_file():  # a table of vilu, or any other file: the function handles both
-        return _file_digest(path)
+    if path.is_file():
+        return _table_or_file_digest(path)
     documents: list[object] = []
     for name in ("predictor.json", "risk.json", RUN, MANIFEST):
         if (path / name).is_file():
@@ -320,7 +323,7 @@ def _list_files(folder: Path) -> list[object]:
     return listing
 
 
-def _file_digest(path: Path) -> object:
+def _table_or_file_digest(path: Path) -> object:
     """The digest in the metadata of a Parquet table of vilu; for any other file, its SHA-256."""
     if path.suffix.lower() == ".parquet":
         with convert_os_errors(f"cannot read {path}"):
@@ -333,7 +336,7 @@ def _file_digest(path: Path) -> object:
 def _document_identity(path: Path) -> object:
     """The content of a document, without the version of vilu and the document's own digest.
 
-    For a damaged document, the SHA-256 of the file.
+    If the document is damaged, it is the SHA-256 of the file.
     """
     content = _document_content(path)
     if content is None:
@@ -364,11 +367,11 @@ def _table_metadata(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _kind_by_text(path: Path) -> KindAndInputs | None:
-    """Kind and inputs of a file, by the text at its beginning or at its end.
+def _kind_by_bytes(path: Path) -> KindAndInputs | None:
+    """Recognise a file of vilu by the bytes at its beginning or at its end.
 
-    A CSV file is recognised by its header, and any other file by a mark at its end. None if the
-    file has neither.
+    A CSV file is recognised by its header, and any other file by a mark at its end. Returns None if
+    the file has neither.
     """
     with path.open("rb") as handle:
         start = handle.read(SEARCHED_BYTES)
@@ -377,7 +380,7 @@ def _kind_by_text(path: Path) -> KindAndInputs | None:
         end = handle.read()
     for header, kind in KIND_OF_CSV_HEADER.items():
         if start.startswith(header):
-            return KindAndInputs(kind, "")
+            return KindAndInputs(kind, inputs="")
     onnx_match = ONNX_MARK.search(end)
     if onnx_match:
         return KindAndInputs("ONNX export", onnx_match["inputs"].decode())
@@ -385,14 +388,14 @@ def _kind_by_text(path: Path) -> KindAndInputs | None:
     if text_match:
         kind_of_text = KIND_OF_TEXT[text_match["kind"]]
         return KindAndInputs(kind_of_text, text_match["inputs"].decode())
-    # a page without the mark, and so without a digest of its inputs
+    # a page of vilu without the mark, which would have the digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
-        return KindAndInputs("page", "")
+        return KindAndInputs("page", inputs="")
     return None
 
 
 def _is_undamaged(path: Path) -> bool:
-    """Whether the content of a file matches its digest; True for kinds of files without digest."""
+    """Whether the content of a file matches its digest; True for files that have no digest."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -400,7 +403,7 @@ def _is_undamaged(path: Path) -> bool:
         elif suffix == ".parquet":
             read_table(path, text_columns=())
     except ViLUError as error:
-        # the message of the error begins with the path
+        # the message of the error names the file
         logger.warning("it is made again: %s", error)
         return False
     return True
@@ -425,8 +428,8 @@ def _require_writable_folder(folder: Path, target: Path) -> None:
         raise UsageError(
             f"cannot write {target}: the folder {folder} {problem}. Make it, or give another place."
         )
-    # By default, os.access checks the rights of the user who started the process. Where the system
-    # can, check those of the user as whom the process acts (the effective user).
+    # By default, os.access checks the rights of the user who started the process. If the system can
+    # do it, the rights of the effective user are checked: the user as whom the process acts.
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

@@ -30,8 +30,8 @@ METADATA_KEY = b"vilu"
 METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL)
 """Pattern of the metadata of vilu in the footer of a Parquet file.
 
-A flipped bit in the key or the length of the metadata hides the metadata from pyarrow. This pattern
-still finds them.
+If a bit in the key or in the length of the metadata is flipped, pyarrow does not find the metadata.
+This pattern still finds them.
 """
 
 REMEDIES: Final = {
@@ -40,12 +40,13 @@ REMEDIES: Final = {
     "monitor": "Begin a new monitor with `vilu monitor`",
     "label errors": "Run `vilu audit-labels` again",
 }
-"""For messages: how to make a table again, by its kind."""
+"""Maps the kind of a table to the advice in messages: how to make the table again."""
 
 OLDEST_VERSIONS: Final = {"labels": 1}
-"""Lowest schema version that is read, by kind of table; by default ``SCHEMA_VERSION``.
+"""Maps the kind of a table to the lowest schema version that is read.
 
-Labels are the work of people, so tables of labels of all versions are read.
+For all kinds that are not here, it is ``SCHEMA_VERSION``. Labels are the work of people, so tables
+of labels are read whatever their version.
 """
 
 MAX_COLUMNS = 10_000
@@ -53,10 +54,10 @@ MAX_COLUMNS = 10_000
 MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
-# A spreadsheet runs a cell as a formula if the cell starts with one of the characters in these
-# patterns. When a CSV file is written, such a cell (_FORMULA) gets an apostrophe before it, which
-# makes it a text. A cell that already has apostrophes before such a character gets one more. So
-# when the file is read, exactly one apostrophe is removed from each such cell (_QUOTED_FORMULA).
+# A spreadsheet runs a cell as a formula if the cell begins with one of the characters in brackets.
+# ``_FORMULA`` matches such a beginning, and also apostrophes before it. When a CSV file is written,
+# a cell that matches gets one more apostrophe, which makes it a text. When the file is read, this
+# apostrophe is removed from every cell that matches ``_QUOTED_FORMULA``.
 _FORMULA = r"^('*[=+\-@\t\r])"
 _QUOTED_FORMULA = r"^'('*[=+\-@\t\r])"
 
@@ -82,7 +83,7 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
 
     table = pa.table(dict(columns))
     text_columns = [column.name for column in table.schema if pa.types.is_string(column.type)]
-    # puts an apostrophe before the cell, which is group 1 of the pattern
+    # group 1 of the pattern is the beginning of the cell, which gets an apostrophe before it
     table = _replace_in_texts(table, text_columns, pattern=_FORMULA, replacement=r"'\1")
     buffer = BytesIO()
     header = StringIO()
@@ -111,25 +112,26 @@ def parquet_bytes(
     content = parse_json(plain_json({SCHEMA: SCHEMA_VERSION, **metadata}))
     content[SEAL] = table_digest(table, content)
     buffer = BytesIO()
-    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
-    repetitive = [name for name in table.column_names if _is_repetitive(table[name])]
+    sealed_table = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
+    repetitive_columns = [name for name in table.column_names if _is_repetitive(table[name])]
     pyarrow.parquet.write_table(
-        sealed,
+        sealed_table,
         buffer,
         compression=compression,
         write_page_checksum=True,
-        use_dictionary=repetitive,
+        use_dictionary=repetitive_columns,
     )
     return buffer.getvalue()
 
 
-SAMPLE_SIZE = 1_024  # number of values of a column that ``_is_repetitive`` looks at
+SAMPLE_SIZE = 1_024  # number of values at the beginning of a column, for ``_is_repetitive``
 
 
 def _is_repetitive(column: pa.ChunkedArray) -> bool:
     """Whether at most half of the first values of a column are distinct.
 
-    Only for such columns a dictionary of the values saves time and space.
+    Parquet can write a dictionary of the distinct values of a column. It saves time and space only
+    if the values repeat.
     """
     import pyarrow.compute as pc
 
@@ -162,14 +164,14 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     if column.null_count:
         for chunk in column.chunks:
             sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
-        # the bytes stored for a null are undefined, so a fixed value replaces them before hashing
+        # the bytes that Arrow stores for a null are undefined, so a fixed value replaces them
         fixed_value = "" if is_text else pa.scalar(0).cast(column.type)
         column = pc.fill_null(column, fixed_value)
     if not is_text:
         for chunk in column.chunks:
             sha256.update(chunk.to_numpy())
         return sha256.hexdigest()
-    # hash the lengths, too: texts ["ab", "c"] and ["a", "bc"] have the same bytes
+    # hash the lengths, too, because the texts ["ab", "c"] and ["a", "bc"] have the same bytes
     for chunk in column.chunks:
         sha256.update(pc.binary_length(chunk).to_numpy())
     for chunk in column.chunks:
@@ -185,7 +187,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     if not len(chunk) or content is None:
         return memoryview(b"")
     # String i of the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
-    # be a slice of the buffers, which begins at the string number ``chunk.offset``.
+    # be a slice of them, whose first string is string number ``chunk.offset`` of the buffers.
     all_offsets = np.frombuffer(offsets, np.int32)
     start = all_offsets[chunk.offset]
     end = all_offsets[chunk.offset + len(chunk)]
@@ -195,7 +197,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
 def _replace_in_texts(
     table: pa.Table, text_columns: Collection[str], *, pattern: str, replacement: str
 ) -> pa.Table:
-    """Return a table with a regular expression replaced in some columns of texts."""
+    """Return a table in which a regular expression is replaced in some columns of texts."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
@@ -222,10 +224,10 @@ def read_table(
     Args:
         path: The file.
         text_columns: Names of columns that are read as text, even if they look like numbers.
-        delimiter: What stands between the columns of a CSV file.
+        delimiter: Character between the columns of a CSV file.
 
     Raises:
-        DataError: If the file is damaged, or is no such table.
+        DataError: If the file is damaged, or is no Parquet or CSV table.
         StorageError: If the file does not exist or cannot be opened.
         ProvenanceError: If vilu wrote the table with a schema version that this vilu does not read.
     """
@@ -278,9 +280,15 @@ def _footer(source: pa.NativeFile) -> bytes:
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) -> pa.ChunkedArray:
-    """Return a column as an Arrow type: ``type_name`` is "float64", "int64", "string" or another.
+    """Return the column ``name`` of a table, converted to another Arrow type.
 
-    If the table has no such column, all values are null. ``path`` is only for messages.
+    If the table has no such column, all values are null.
+
+    Args:
+        path: The file of the table, for messages.
+        table: The table.
+        name: Name of the column.
+        type_name: Name of the Arrow type, such as "float64", "int64" or "string".
     """
     import pyarrow as pa
 
@@ -296,7 +304,9 @@ def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) ->
 
 
 class CsvRow(dict[str, str]):
-    """The cells of a row as text, by column; missing cells at the end of a row are "".
+    """A row of a CSV file: maps each column to the text of the cell.
+
+    If the row ends early, the cells that are missing are "".
 
     Attributes:
         line: Line of the file on which the row begins, counted from 1.
@@ -331,30 +341,31 @@ def parse_csv(
     lines: Iterable[str], source: str, delimiter: str = ","
 ) -> tuple[list[str], list[CsvRow]]:
     """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
-    # strict, or else an unclosed quote would take the rest of the file as one cell
+    # without ``strict``, an unclosed quote would make the remaining file one cell
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
         names = next(reader, [])
-        last_line = reader.line_num  # a row may have several lines, if its cells have line breaks
+        last_line = reader.line_num  # last line of the row that was read last
         for cells in reader:
             line = last_line + 1
-            last_line = reader.line_num
-            if not rows:  # checked only now, so that the message can show the first row's cells
+            last_line = reader.line_num  # more than ``line`` if a cell has line breaks
+            if not rows:  # checked only now, because the message shows the cells of the first row
                 require_distinct_columns(f"{source} line 1", names, cells)
             _require_named_columns(f"{source} line {line}", names, cells)
             if not cells:
                 continue
             texts = [re.sub(_QUOTED_FORMULA, r"\1", cell) for cell in cells]
             missing_texts = [""] * (len(names) - len(cells))  # empty if no cells are missing
-            # strict=False leaves out cells without a column. They are empty: see the check above.
+            # strict=False leaves out cells without a column, which are empty: see the check above
             text_of_column = dict(zip(names, texts + missing_texts, strict=False))
             rows.append(CsvRow(text_of_column, line, ends_early=bool(missing_texts)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
         ) from error
-    require_distinct_columns(f"{source} line 1", names)  # not checked above if there are no rows
+    if not rows:  # the names of the columns were not checked above
+        require_distinct_columns(f"{source} line 1", names)
     return names, rows
 
 
@@ -366,23 +377,23 @@ def require_distinct_columns(
     Columns without a name are not checked: spreadsheets add empty columns, and pandas an index.
 
     Args:
-        location: The file, or the line of the file, with which the message begins.
+        location: The beginning of the message: the file, or a line of the file.
         names: Names of the columns.
         first_cells: Cells of the first row, for the message.
     """
     counts = Counter(name for name in names if name.strip())
-    repeated = sorted(name for name, count in counts.items() if count > 1)
-    if not repeated:
+    repeated_names = sorted(name for name, count in counts.items() if count > 1)
+    if not repeated_names:
         return
     example_cells: list[str] = []
     for name, cell in zip(names, first_cells, strict=False):
-        if name == repeated[0]:
+        if name == repeated_names[0]:
             example_cells.append(repr(cell))
     example = ""
     if example_cells:
         example = f" The first row has {' and '.join(example_cells)} there."
     raise DataError(
-        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
+        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated_names)}.{example} "
         "Rename or remove all but one."
     )
 
@@ -390,12 +401,16 @@ def require_distinct_columns(
 def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[str]) -> None:
     """Raise DataError if a row has a text to the right of the last named column.
 
-    The message begins with ``location``, which is the line of the file.
+    Args:
+        location: The beginning of the message: the line of the file.
+        names: Names of the columns.
+        cells: The cells of the row.
     """
-    n_columns = len(names)
-    while n_columns and not names[n_columns - 1].strip():  # columns at the end without a name
-        n_columns -= 1
-    for index in range(n_columns, len(cells)):
+    n_named_columns = len(names)
+    # columns at the end that have no name are not counted
+    while n_named_columns and not names[n_named_columns - 1].strip():
+        n_named_columns -= 1
+    for index in range(n_named_columns, len(cells)):
         if not cells[index].strip():
             continue
         cell_before = ""
@@ -409,8 +424,8 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     """Read the column names of a CSV file, without reading more than the beginning of the file."""
-    # The file is decoded in blocks, which also contain rows. Invalid UTF-8 in a row is escaped here
-    # and refused when the rows are read.
+    # Python decodes a file in blocks, and the first block also contains rows. Invalid UTF-8 in a
+    # row is escaped here, and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(_lines_of_limited_length(file, path), delimiter=delimiter)
         names = next(reader, [])
@@ -434,8 +449,8 @@ def read_columns(
 
     Args:
         source: The file.
-        types: Types of some columns, by name. Arrow infers the types of all other columns.
-        delimiter: What stands between the columns.
+        types: Maps names of columns to their types. Arrow infers the types of all other columns.
+        delimiter: Character between the columns.
         convert_options: Further options of ``pyarrow.csv.ConvertOptions``.
     """
     import pyarrow.csv
@@ -465,8 +480,8 @@ def require_width(path: str | Path, n_columns: int) -> None:
     """Raise DataError if a table has more than ``MAX_COLUMNS`` columns."""
     if n_columns > MAX_COLUMNS:
         raise DataError(
-            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. "
-            "Keep those that are needed."
+            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} columns are read. "
+            "Keep only the columns that are needed."
         )
 
 
@@ -492,35 +507,44 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: 
     return remove_apostrophes(table, text_columns)
 
 
-def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
-    """The metadata of a table of vilu, after a check of the digest; empty for any other table.
-
-    ``is_ours`` says that the footer contains metadata of vilu. If pyarrow finds no metadata in such
-    a table, the file is damaged.
-    """
+def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[str, object]) -> str:
+    """Return the digest of a table that was read; DataError if it is too damaged for a digest."""
     import pyarrow as pa
 
+    try:
+        return table_digest(table, metadata)
+    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values that do
+    # not fit the type (ArrowInvalid, a ValueError), or it cannot convert the type
+    # (ArrowNotImplementedError, which is no ValueError). ``table_digest`` encodes the metadata,
+    # which may be nested too deeply for that, although they could be parsed (RecursionError).
+    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
+        ) from error
+
+
+def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
+    """Check the digest of a table of vilu, and return its metadata; empty for any other table.
+
+    Args:
+        path: The file, for messages.
+        table: The table, as pyarrow has read it.
+        is_ours: Whether the footer of the file contains metadata of vilu. If pyarrow finds no
+            metadata in such a table, the file is damaged.
+    """
     all_metadata = table.schema.metadata or {}  # None in a table without metadata
     text = all_metadata.get(METADATA_KEY)
     if text is None and not is_ours:
         return {}
     try:
-        metadata = parse_json(text or b"")  # ValueError for b"": pyarrow does not find the metadata
+        # if pyarrow does not find the metadata, b"" is parsed, which raises a ValueError
+        metadata = parse_json(text or b"")
     except (ValueError, RecursionError) as error:  # no JSON, or JSON that is nested too deeply
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
     stated_digest = metadata.pop(SEAL, None)
-    try:
-        actual_digest = table_digest(table, metadata)
-    # A flipped bit in the footer can change the type of a column. pyarrow then finds values that do
-    # not fit the type (ArrowInvalid, a ValueError), or has no conversion for it
-    # (ArrowNotImplementedError, which is no ValueError). Metadata that could just be parsed may be
-    # nested too deeply to be written again (RecursionError).
-    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
-        ) from error
+    actual_digest = _digest_of_read_table(path, table, metadata)
     if stated_digest is not None and stated_digest != actual_digest:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its "

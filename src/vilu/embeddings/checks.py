@@ -1,4 +1,4 @@
-"""Checks of the arrays, names and identifiers of users, and hashes of rows.
+"""Checks of arrays, names and identifiers that users give, and hashes of rows.
 
 Every check raises a DataError that says what is wrong.
 """
@@ -27,20 +27,20 @@ NONFINITE = 1
 ZERO_NORM = 2
 SHORT_POOL = 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
-"""Names of the status codes of rows, by code.
+"""Name of each status code of a row. The code is the index of the name.
 
-"short_pool": the embedding is usable, but the row belongs to no full pool.
+"short_pool" means that the embedding is usable, but the row belongs to no full pool.
 """
 
 NORM_TOLERANCE = 1e-3
-"""A norm counts as 1 if it differs from 1 by at most this number.
+"""A row has unit norm if its norm differs from 1 by at most this number.
 
-Rounding to float16 changes a norm of 1 by less.
+Rounding the numbers of a row to float16 changes a norm of 1 by less.
 """
 SAFE_NORMS = (1e-15, 1e15)
-"""A norm that is computed in float32 is right if it is between these bounds.
+"""A norm that was computed in float32 is right if it is between these bounds.
 
-If the norm is outside of the bounds, a square may have underflowed or overflowed.
+For a norm outside of the bounds, the square of a number may have underflowed or overflowed.
 """
 SAFE_VALUES = (1e-30, 1e30)
 """Float32 keeps the direction of a row whose largest number is between these bounds."""
@@ -57,7 +57,7 @@ _REAL_OR_COMPLEX = {torch.float64, torch.float32, torch.float16, torch.complex64
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _UNSIGNED_OR_BOOL = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
 NUMPY_TYPES = _REAL_OR_COMPLEX | _SIGNED | _UNSIGNED_OR_BOOL
-"""Data types of torch that numpy has, too."""
+"""Data types of torch that numpy also has."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
@@ -100,7 +100,7 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Scale those rows of an array (N, D) whose numbers float32 cannot hold.
+    """Scale the rows of an array (N, D) that have numbers which float32 cannot hold.
 
     Scaling keeps the direction of a row.
     """
@@ -112,17 +112,15 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     needs_scaling = has_direction & ~is_safe
     if not needs_scaling.any():
         return array
-    # the range of the largest numbers of these rows
-    low = largest[needs_scaling].min()
-    high = largest[needs_scaling].max()
+    largest_of_scaled = largest[needs_scaling]  # largest number of each row that is scaled
     warn_caller(
         f"{np.count_nonzero(needs_scaling)} of {len(array)} {name} rows hold numbers that float32 "
-        f"cannot hold (largest numbers {low:.3g} to {high:.3g}). These rows were scaled, which "
-        "changes no cosine."
+        f"cannot hold (largest numbers {largest_of_scaled.min():.3g} to "
+        f"{largest_of_scaled.max():.3g}). These rows were scaled, which changes no cosine."
     )
-    # A row is scaled by the power of two that brings its largest number into [1/2, 1). A power of
-    # two changes the exponent only, so no digit is lost.
-    _, exponents = np.frexp(largest[needs_scaling])
+    # A row is divided by the power of two that brings its largest number into [1/2, 1). A power of
+    # two changes only the exponents of the numbers, so no digit is lost.
+    _, exponents = np.frexp(largest_of_scaled)
     exponent_column = exponents[:, None]
     array = array.copy()
     array[needs_scaling] = np.ldexp(array[needs_scaling], -exponent_column)
@@ -137,11 +135,11 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
     norms = torch.linalg.vector_norm(rows, dim=1)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norms > smallest_safe) & (norms < largest_safe)
-    unsafe = ~is_safe  # a norm of NaN is unsafe, too, because every comparison with NaN is false
-    if bool(unsafe.any()):
-        # A square that underflowed or overflowed in float32 does neither in float64.
+    is_unsafe = ~is_safe  # true also for a norm of NaN, because every comparison with NaN is false
+    if bool(is_unsafe.any()):
+        # In float64, no square of a float32 number underflows or overflows.
         norms = norms.double()
-        norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
+        norms[is_unsafe] = torch.linalg.vector_norm(rows[is_unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
     status[(norms == 0).numpy()] = ZERO_NORM
     status[~torch.isfinite(norms).numpy()] = NONFINITE
@@ -149,23 +147,26 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows, and return them as (N, D) float32 with their status codes (N,).
+    """Normalise rows; return them as (N, D) float32, and their status codes (N,).
 
-    Rows that already have unit norm are not changed. If rows are changed, a warning is given.
+    Rows that already have unit norm are not changed. If any row is changed, a warning is given.
     """
-    rows, status, norms = normalise_rows(as_matrix(values, name))
-    norms.warn(name)
+    rows, status, previous_norms = normalise_rows(as_matrix(values, name))
+    previous_norms.warn(name)
     return rows, status
 
 
 @dataclass
 class Norms:
-    """Range of the norms of the usable rows, and the number of rows that were normalised."""
+    """The norms that rows had before they were normalised: a summary for a warning.
+
+    The range is known only if a row was normalised. Otherwise ``low`` is infinite, and ``high`` 0.
+    """
 
     n_rows: int = 0  # number of all rows
     n_changed: int = 0  # number of rows that did not have unit norm and were normalised
-    low: float = math.inf  # smallest norm
-    high: float = 0.0  # largest norm
+    low: float = math.inf  # smallest norm of a usable row
+    high: float = 0.0  # largest norm of a usable row
 
     def __add__(self, other: Norms) -> Norms:
         return Norms(
@@ -185,7 +186,7 @@ class Norms:
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Normalise rows; return them (N, D), their status codes (N,), and their previous norms.
+    """Normalise rows; return them (N, D), their status codes (N,), and a summary of their norms.
 
     Rows that already have unit norm, and rows that are not usable, are not changed.
     """
@@ -194,19 +195,19 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     is_changed = is_usable & ((norms - 1).abs() > NORM_TOLERANCE)
     if not bool(is_changed.any()):
         return rows, status, Norms(n_rows=len(rows))
-    normalised = (rows / norms[:, None]).float()
-    normalised = torch.where(is_changed[:, None], normalised, rows)
-    range_and_numbers = Norms(
+    normalised_rows = (rows / norms[:, None]).float()
+    normalised_rows = torch.where(is_changed[:, None], normalised_rows, rows)
+    previous_norms = Norms(
         n_rows=len(rows),
         n_changed=int(is_changed.sum()),
         low=norms[is_usable].min().item(),
         high=norms[is_usable].max().item(),
     )
-    return normalised, status, range_and_numbers
+    return normalised_rows, status, previous_norms
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """Normalise rows (N, D), all of which must be usable.
+    """Normalise rows (N, D). There must be a row, and every row must be usable.
 
     Raises:
         DataError: If there is no row, or if a row is not usable.
@@ -231,15 +232,16 @@ def check_targets(
     n_candidates: int,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Check targets; return them (N,) as int64, and a mask (N,) of rows of none of the classes.
+    """Check targets; return them (N,) as int64, and a mask (N,) of rows outside all classes.
 
-    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row of none of
-    the classes has the target -2 or "(outside)". The returned target of such a row is -1, so the
-    returned targets are from -1 to K - 1. If ``values`` is None, all targets are unknown.
+    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row that belongs
+    to none of the classes has the target -2 or "(outside)". For such a row, the returned target is
+    -1. So the returned targets are from -1 to K - 1. If ``values`` is None, all targets are
+    unknown.
     """
     if values is None:
-        unknown = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
-        return unknown, torch.zeros(n_rows, dtype=torch.bool)
+        unknown_targets = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
+        return unknown_targets, torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(
@@ -314,9 +316,9 @@ def _indices_of_names(
 
     Args:
         names: Names that a user gave.
-        argument: The argument that holds them, for messages: "target" or "answer".
-        class_names: Names of the candidates; None if they have none, which raises a DataError.
-        special_codes: Codes of further names that are allowed, although they are no candidates.
+        argument: The argument that the user gave them for: "target" or "answer".
+        class_names: Names of the candidates. None: they have no names, which raises a DataError.
+        special_codes: Maps names that are allowed, although they are no candidates, to their codes.
     """
     if class_names is None:
         raise DataError(
@@ -324,26 +326,26 @@ def _indices_of_names(
         )
     index_of_name = dict(special_codes)
     index_of_name.update({name: index for index, name in enumerate(class_names)})
-    unknown = sorted({name for name in names if name not in index_of_name})
-    if unknown:
-        first_unknown = ", ".join(repr(name) for name in unknown[:5])
+    unknown_names = sorted({name for name in names if name not in index_of_name})
+    if unknown_names:
+        first_unknown = ", ".join(repr(name) for name in unknown_names[:5])
         raise DataError(
             f"{argument} must hold names of the {len(class_names)} candidates. "
             f"Got {first_unknown} too."
-            f"{nearest(unknown[0], class_names)} {_REMEDIES[argument]}"
+            f"{nearest(unknown_names[0], class_names)} {_REMEDIES[argument]}"
         )
     return np.array([index_of_name[name] for name in names], np.int64)
 
 
 _REMEDIES = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
-    "answer": ("Such an answer cannot be judged. Add the candidate, or leave these rows out."),
+    "answer": "Such an answer cannot be judged. Add the candidate, or leave these rows out.",
 }
-"""What a user can do about a name that is no candidate, by the argument that holds the name."""
+"""Maps the argument with a name that is no candidate to the advice in the message."""
 
 
 def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor:
-    """Check indices (M,) of ``n_items`` items: whole numbers from 0 on; return them as int64.
+    """Check that ``values`` (M,) are indices of ``n_items`` items, and return them as int64.
 
     Messages call the indices ``name``.
     """
@@ -363,7 +365,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """Check the K class names, none of which may be blank; return them as a tuple.
+    """Check the number of class names, and that none is blank; return them as a tuple.
 
     Classes with the same text may have the same name (``source.first_same_answer``).
     """
@@ -377,12 +379,12 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
         )
     for number, name in enumerate(names):
         if not name.strip():
-            raise DataError(f"class names must not be blank. Name {number} is.")
+            raise DataError(f"class names must not be blank. Name {number} is blank.")
     return names
 
 
 def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
-    """Check the number of row identifiers; by default the row numbers are the identifiers."""
+    """Check the number of row identifiers; if ``ids`` is None, return the row numbers instead."""
     if ids is None:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
@@ -395,7 +397,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """A sequence of row identifiers, each of which is made only when it is needed."""
+    """A sequence of row identifiers. Each identifier is made only when it is needed."""
 
     def __init__(self, n_rows: int) -> None:
         self._n_rows = n_rows
@@ -417,8 +419,8 @@ class Identifiers(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        # For a slice, this is a range of row numbers. For an index, it is one row number, which is
-        # not negative even if the index is.
+        # Indexing a range with a slice gives a range of row numbers. Indexing it with a number
+        # gives one row number, and converts a negative index.
         row_or_rows = range(len(self))[index]
         if isinstance(row_or_rows, range):
             return self._identifiers(row_or_rows)
@@ -470,8 +472,8 @@ def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
 
     Because of the rounding, a row has the same hash whether it was stored in float32 or in float16.
     """
-    rounded = rows.half() + 0  # adding 0 turns -0 into 0
-    content = memoryview(rounded.numpy().astype("<f2").tobytes())
+    rounded_rows = rows.half() + 0  # adding 0 turns -0 into 0
+    content = memoryview(rounded_rows.numpy().astype("<f2").tobytes())
     row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
     starts = range(0, len(content), row_bytes)
     return hash_items(content[start : start + row_bytes] for start in starts)

@@ -1,4 +1,4 @@
-"""Checks of the columns of users, which ``vilu.embeddings.columns`` defines."""
+"""Checks of columns that users give (``vilu.embeddings.columns`` defines the columns)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_columns(
         n_texts: Number of candidates.
         width: Width of the embeddings; None or 0 if it is not known.
     """
-    checked = {}
+    checked_columns = {}
     for name, values in (columns or {}).items():
         if name not in COLUMNS:
             raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
@@ -54,31 +54,31 @@ def check_columns(
             raise DataError(
                 f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38)."
             )
-        checked[name] = tensor.view(array.shape)
-    return checked
+        checked_columns[name] = tensor.view(array.shape)
+    return checked_columns
 
 
 def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
     """Refuse a column with a wrong number of dimensions, or a wrong number of entries."""
     n_dims, meaning = COLUMNS[name]
     n_entries = shape[0] if shape else 0
-    expected: int | str = n_rows if name in IMAGE_COLUMNS else n_texts
-    has_entries = n_entries == expected
+    expected_entries: int | str = n_rows if name in IMAGE_COLUMNS else n_texts
+    has_right_length = n_entries == expected_entries
     if name in MODEL_COLUMNS:
-        expected = "one or more"
-        has_entries = n_entries > 0
-    has_dims = len(shape) == n_dims
+        expected_entries = "one or more"
+        has_right_length = n_entries > 0
+    has_right_dims = len(shape) == n_dims
     has_empty_entries = 0 in shape[1:]
-    if not has_dims or not has_entries or has_empty_entries:
+    if not has_right_dims or not has_right_length or has_empty_entries:
         raise DataError(
-            f"column {name!r} must be {meaning}, with {expected} entries. "
+            f"column {name!r} must be {meaning}, with {expected_entries} entries. "
             f"Got shape {shape} instead."
         )
 
 
-def _require_width(name: str, actual: int, width: int | None) -> None:
-    """Refuse a column of another width than the embeddings have, if their width is known."""
-    if width and actual != width:
+def _require_width(name: str, actual_width: int, width: int | None) -> None:
+    """Refuse a column that is not as wide as the embeddings; None or 0: their width is unknown."""
+    if width and actual_width != width:
         raise DataError(
-            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."
+            f"column {name!r} must be of the width of the embeddings, {width}. Got {actual_width}."
         )

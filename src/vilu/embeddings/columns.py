@@ -16,12 +16,12 @@ IMAGE_COLUMNS = {
         "(N, E) embeddings by a second model, whose products with second_text are its logits",
     ),
 }
-"""Columns with one entry per image, by name: number of dimensions and meaning of each column."""
+"""Columns with one entry per image. Maps names to the number of dimensions and the meaning."""
 
 ANSWER = "answer"
-"""Name of the column (N,) int64 of answers of another model, as indices of candidates.
+"""Name of the column (N,) int64 with the answers of another model, as indices of candidates.
 
-If a source has this column, these answers are judged in place of the zero-shot answers.
+If a source has this column, predictors judge these answers and not the zero-shot answers.
 """
 
 DataKind = Literal["embeddings", "answers"]
@@ -30,19 +30,19 @@ DataKind = Literal["embeddings", "answers"]
 AnswerKind = Literal["zero_shot", "adapted", "given"]
 """Which answer is judged.
 
-"zero_shot" is the zero-shot answer, "adapted" the likeliest candidate under the posterior of the
-method, "given" the answer in the column "answer" of the data.
+"zero_shot" is the zero-shot answer. "adapted" is the likeliest candidate under the posterior of the
+method. "given" is the answer in the column "answer" of the data.
 """
 
 LOGITS = "logits"
-"""Name of the column (N, K) float32 of logits that another classifier has computed.
+"""Name of the column (N, K) float32 with logits that another classifier has computed.
 
 If a source has this column, its candidates have no embeddings, and these are the logits of its
 rows.
 """
 
 NUMBERS = "numbers"
-"""Name of the column (N, C) float64 with the C columns of numbers of a table of answers."""
+"""Name of the column (N, C) float64 of a table of answers: its C columns that hold numbers."""
 
 ROW_COLUMNS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
 """Names of all columns with one entry per row."""
@@ -58,20 +58,20 @@ TEXT_COLUMNS = {
         "(K, E) embeddings of the candidates by a second model, times its logit scale",
     ),
 }
-"""Columns with one entry per candidate, by name: number of dimensions and meaning of each."""
+"""Columns with one entry per candidate. Maps names to the number of dimensions and the meaning."""
 
 MODEL_COLUMNS = {
     "image_projection": (2, "(D, F) last linear map of the VLM's image encoder"),
     "text_projection": (2, "(D, F) last linear map of the VLM's text encoder"),
     "negatives": (
         2,
-        "(M, D) unit-norm embeddings of everyday words, none of which need be a class",
+        "(M, D) unit-norm embeddings of everyday words, which need not be classes",
     ),
 }
-"""Columns of the model as a whole, by name: number of dimensions and meaning of each."""
+"""Columns of the model as a whole. Maps names to the number of dimensions and the meaning."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
-"""All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``: dimensions and meaning of each."""
+"""All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``. Maps names as the three tables above."""
 
 UNIT_NORM_COLUMNS = frozenset({"views", "prompts", "negatives"})
 """Columns that are normalised to unit norm, because they are compared with the embeddings."""
@@ -90,8 +90,8 @@ COLUMN_COMMANDS = {
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
-"""Command or call that makes each column, by the name of the column.
+"""Maps the name of a column to the command that makes it, or to a command and a call.
 
-A message quotes the text in backticks: "Make it with `vilu embed --features`." So a text with a
-command and a call has only the two backticks between them.
+Messages put backticks around the text: "Make it with `vilu embed --features`." Therefore a text
+with a command and a call has a closing and an opening backtick only between the two.
 """

@@ -26,13 +26,13 @@ def near_copies(
     cosine: float = NEAR_COPY,
     block_rows: int = COSINE_BLOCK_ROWS,
 ) -> NDArray[np.int64]:
-    """Group near copies: for every row the index (M,) of the first row of its group.
+    """Group near copies: for every row the position (M,) of the first row of its group.
 
-    An index is a position in ``rows`` (M,). Rows with the same index are one group.
+    A position is an index of ``rows`` (M,). Rows with the same position are one group.
 
-    A row is compared with the first row of every group, in order. It joins the first group where
-    the two rows are near copies. If there is no such group, the row starts a new group. So two rows
-    of a group need not be near copies of each other (``group_leaders``). For an image-caption pair
+    A row is compared with the first row of every group, in order. It joins the first group whose
+    first row is its near copy. If there is no such group, the row starts a new group. So two rows
+    of a group need not be near copies of each other (``group_leaders``). Of an image-caption pair,
     only the image is compared. The cosines are computed block by block, but all M embeddings are
     in memory.
 
@@ -40,7 +40,7 @@ def near_copies(
         source: Source of the rows.
         rows: Indices of usable rows. Their order decides which row is the first of a group.
         cosine: Two rows are near copies if their cosine is at least this number.
-        block_rows: Number of rows that are compared with as many other rows at a time.
+        block_rows: Number of rows in a block. The cosines of two blocks are computed together.
 
     Examples:
         >>> import numpy as np, vilu

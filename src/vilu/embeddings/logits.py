@@ -32,16 +32,16 @@ from vilu.validation import checked
 class LogitEmbeddings(EmbeddingSource):
     """Rows with K logits each, from any classifier, and optionally a vector of each row.
 
-    The logits may be those of a ResNet, of a fine-tuned CLIP, of SigLIP with its bias, or the
-    decision function of scikit-learn. The answer of a row is the candidate with the largest logit,
-    the first of equal logits. Methods that use only logits can score these rows. With ``features``,
+    The logits may come from a ResNet, a fine-tuned CLIP, SigLIP with its bias, or the decision
+    function of scikit-learn. The answer of a row is the candidate with the largest logit, the first
+    of equal logits. Methods that use only logits can score these rows. With ``features``,
     methods that use a vector of each row can score them, too (``vilu_plus``). Methods that need
     embeddings of the candidates refuse these rows.
 
     Args:
         logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32 and
-            not normalised. Logits that differ in the array may be equal in float32. The answer is
-            the candidate with the largest logit of the array even then.
+            not normalised. Logits that differ in the array may be equal in float32. Even then, the
+            answer is the candidate with the largest logit in the array.
         features: (N, D) vectors of the rows, for example the inputs of the classifier's last layer.
             They are normalised to unit norm. None: the rows have no vector.
         target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of
@@ -118,26 +118,26 @@ def logit_space(width: int) -> EmbeddingSpace:
 
 
 def zero_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
-    """Zeros (K, D) in place of the embeddings of candidates."""
+    """Zeros (K, D), because candidates with logits have no embeddings."""
     return torch.zeros(n_candidates, space.embed_dim, dtype=torch.float32)
 
 
 def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
-    """Convert logits (N, K) to float32. The answer of every row stays the same."""
-    exact = as_array(logits, "logits")
-    rounded = as_matrix(exact, "logits", keep_direction=False)
-    if not len(rounded):
-        return rounded
-    answer = torch.from_numpy(exact.argmax(axis=1))
-    has_other_answer = rounded.argmax(dim=1) != answer
-    is_finite = torch.isfinite(rounded).all(dim=1)
-    changed_rows = (has_other_answer & is_finite).nonzero().squeeze(1)
-    # In these rows, rounding made the logit of an earlier candidate equal to that of the answer.
-    # The logit of the answer becomes the next larger float32 number, so it is the largest again.
-    largest = rounded[changed_rows].amax(dim=1)
+    """Convert logits (N, K) to float32 without changing the answer of any row."""
+    exact_logits = as_array(logits, "logits")
+    rounded_logits = as_matrix(exact_logits, "logits", keep_direction=False)
+    if not len(rounded_logits):
+        return rounded_logits
+    answer = torch.from_numpy(exact_logits.argmax(axis=1))
+    is_answer_changed = rounded_logits.argmax(dim=1) != answer
+    is_finite = torch.isfinite(rounded_logits).all(dim=1)
+    changed_rows = (is_answer_changed & is_finite).nonzero().squeeze(1)
+    # In these rows, rounding made the logit of an earlier candidate equal to the answer's logit.
+    # The answer's logit is set to the next larger float32 number, so it is the largest again.
+    largest = rounded_logits[changed_rows].amax(dim=1)
     next_larger = torch.nextafter(largest, torch.tensor(torch.inf))
-    rounded[changed_rows, answer[changed_rows]] = next_larger
-    return rounded
+    rounded_logits[changed_rows, answer[changed_rows]] = next_larger
+    return rounded_logits
 
 
 def require_distinct_names(names: Sequence[str] | None) -> None:
@@ -147,11 +147,12 @@ def require_distinct_names(names: Sequence[str] | None) -> None:
     """
     if names is None or len(set(names)) == len(names):
         return
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated_names = sorted({name for name in names if names.count(name) > 1})
     raise DataError(
-        f"candidates with logits must have different names. Got {len(repeated)} names more than "
-        f"once, the first is {repeated[0]!r}. Rename it, or add up the probabilities of its "
-        "candidates: log(exp(a) + exp(b)) is the logit of both."
+        "candidates with logits must have different names. "
+        f"Got {len(repeated_names)} names more than once, the first is {repeated_names[0]!r}. "
+        "Rename it, or add up the probabilities of its candidates: log(exp(a) + exp(b)) is the "
+        "logit of both."
     )
 
 

@@ -104,12 +104,8 @@ class Embeddings(EmbeddingSource):
             logit_scale=float(logit_scale),
             logit_bias=float(logit_bias),
         )
-        for name, rows in (("image", self.image), ("text", self.text)):
-            if rows.shape[1] != self.space.embed_dim:
-                raise DataError(
-                    f"image and text must share one width. Got {self.space.embed_dim}, "
-                    f"but {name} has {rows.shape[1]}."
-                )
+        self._require_width("image", self.image)
+        self._require_width("text", self.text)
         self.class_names = check_class_names(class_names, len(self.text))
         self.target, self.outside = check_targets(
             target,
@@ -118,10 +114,10 @@ class Embeddings(EmbeddingSource):
             class_names=self.class_names,
         )
         self.ids = check_ids(ids, len(self.image))
-        unchecked = dict(columns or {})
-        answer = unchecked.pop(ANSWER, None)
+        columns_without_answer = dict(columns or {})
+        answer = columns_without_answer.pop(ANSWER, None)
         self._columns = check_columns(
-            unchecked,
+            columns_without_answer,
             n_rows=len(self.image),
             n_texts=len(self.text),
             width=self.image.shape[1],
@@ -139,6 +135,14 @@ class Embeddings(EmbeddingSource):
             for name in TEXT_COLUMNS:
                 if name in self._columns:
                     self._columns[name] = self._columns[name][class_of_candidate]
+
+    def _require_width(self, name: str, rows: Tensor) -> None:
+        """Raise DataError if the array ``name`` does not have the width of the space."""
+        if rows.shape[1] != self.space.embed_dim:
+            raise DataError(
+                f"image and text must share one width. Got {self.space.embed_dim}, "
+                f"but {name} has {rows.shape[1]}."
+            )
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Rows (B, D) of ``image``.

@@ -1,4 +1,4 @@
-"""Image embeddings without labels, on the device where they are."""
+"""Image embeddings without labels that stay on their device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class NewImages(EmbeddingSource):
         class_names: K names.
         columns: Columns of rows, of candidates and of the model (``vilu.embeddings.columns``).
         ids: N identifiers; by default the row numbers.
-        dtype: Number format to which the rows are rounded, as in a store. None: no rounding.
+        dtype: Number format to which the rows are rounded, as in a store. None: they are not
+            rounded.
     """
 
     def __init__(
@@ -105,9 +106,9 @@ class NewImages(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity of the rows; none if the images are on another device than the CPU.
+        """Kinds of identity of the rows; there are none if the images are not on the CPU.
 
-        Hashes of such images would need a copy of the embeddings in the memory of the CPU.
+        To hash images on another device, their embeddings would have to be copied to the CPU.
         """
         return super().identified_by if self.is_on_cpu else ()
 
@@ -131,7 +132,7 @@ class NewImages(EmbeddingSource):
     def _select_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """Select the rows (B, ...) of ``rows`` (N, ...) by their indices ``index`` (B,).
 
-        ``index`` is on the CPU, so it can be compared without waiting for the device of ``rows``.
+        ``index`` is on the CPU, so it is compared here without waiting for the device of ``rows``.
         """
         are_consecutive = len(index) > 0 and bool((index.diff() == 1).all())
         if are_consecutive:
@@ -157,7 +158,7 @@ class NewImages(EmbeddingSource):
             logit_bias=self.space.logit_bias,
             columns={name: self.column(name, index) for name in columns},
         )
-        # set the cached property of the batch, so that it is not computed for every batch
+        # The cached property of the batch is set here, so that no batch has to compute it.
         batch.__dict__["first_equal"] = self._first_equal
         return batch
 
@@ -166,8 +167,8 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
     """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If ``values`` are not a matrix of real numbers, or if their width is not that of
-            the space.
+        DataError: If ``values`` are not a matrix of real numbers, or if their width is not the
+            width of the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -195,8 +196,8 @@ def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
 def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     """Normalise rows (N, D) on their device; return them in float32, and their status codes (N,).
 
-    ``vilu.embeddings.checks.unit_rows`` does the same on the CPU, with two differences. Here a row
-    that is not usable is replaced by ``substitute`` (D,), and no warning is given.
+    ``vilu.embeddings.checks.unit_rows`` does the same on the CPU. There are two differences: here,
+    ``substitute`` (D,) replaces a row that is not usable, and no warning is given.
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
     is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
@@ -205,12 +206,13 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(float32_rows, dim=1, keepdim=True)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norm > smallest_safe) & (norm < largest_safe)
-    # Other rows are divided by their largest number, so that no square overflows or underflows.
-    scaled = (rows / largest).float()
-    normalised_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    normalised = torch.where(is_safe, float32_rows / norm, normalised_scaled)
+    # A row whose norm is not safe is first divided by its largest number, so that no square
+    # overflows or underflows.
+    scaled_rows = (rows / largest).float()
+    normalised_scaled = scaled_rows / torch.linalg.vector_norm(scaled_rows, dim=1, keepdim=True)
+    normalised_rows = torch.where(is_safe, float32_rows / norm, normalised_scaled)
     has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
-    normalised = torch.where(has_unit_norm, float32_rows, normalised)
+    normalised_rows = torch.where(has_unit_norm, float32_rows, normalised_rows)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
     status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
-    return torch.where(is_usable, normalised, substitute), status.squeeze(1)
+    return torch.where(is_usable, normalised_rows, substitute), status.squeeze(1)

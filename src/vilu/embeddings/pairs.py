@@ -27,7 +27,7 @@ Direction = Literal["image_to_text", "text_to_image"]
 MAX_HARD_ROWS = 2**17
 """Maximum number of rows that are sorted into hard pools together.
 
-The captions of so many rows are in memory at the same time: 256 MiB at a width of 512.
+Their captions are in memory at the same time: 256 MiB at a width of 512.
 """
 
 COSINE_BLOCK_ROWS = 1024
@@ -37,10 +37,10 @@ COSINE_BLOCK_ROWS = 1024
 @checked_fields
 @dataclass(frozen=True)
 class Pools:
-    """Rule by which image-caption pairs are grouped into pools.
+    """How image-caption pairs are grouped into pools.
 
     A row is matched only against the candidates of its own pool. So the pools decide how hard the
-    problem is. The rule is recorded with the results, and the pools do not depend on how pairs are
+    problem is. The rule is recorded with the results. The pools do not depend on how pairs are
     loaded.
 
     Attributes:
@@ -50,8 +50,8 @@ class Pools:
             the image of a caption is searched.
         hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
             ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
-        near_duplicates: Two captions of a pool count as the same answer if their cosine is at least
-            this number. None: only equal captions count as the same answer.
+        near_duplicates: Two captions of a pool are the same answer if their cosine is at least this
+            number. None: only equal captions are the same answer.
         seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
 
     Examples:
@@ -89,22 +89,22 @@ class PairSource(EmbeddingSource):
 
     An image with several captions is in several rows, once with each caption. With "image_to_text"
     all its captions in the pool are right. With "text_to_image" all equal images are right. So an
-    answer is right if any row of the pool has the image and the caption (``Matches``).
+    answer is right if any row of the pool has the image together with the caption (``Matches``).
 
-    The query of a row is what is matched: its image with "image_to_text", its caption with
-    "text_to_image". Columns of images belong to the queries, and columns of candidates to the
-    candidates. So with "text_to_image" the column "features" holds features of captions, and
-    "text_features" holds features of images. Otherwise a caption would come with features of its
-    own image, and these would reveal the right answer.
+    Every row has a query that is matched against the candidates. With "image_to_text" the query is
+    the image of the row, with "text_to_image" the caption. Columns of images belong to the queries,
+    and columns of candidates belong to the candidates. So with "text_to_image" the column
+    "features" holds features of captions, and "text_features" holds features of images. Otherwise
+    a caption would come with features of its own image, which would reveal the right answer.
 
     Attributes:
-        pools: The rule by which the pairs are grouped into pools.
+        pools: How the pairs are grouped into pools.
     """
 
     class_names = None
     pools: Pools
     # (M,) ascending indices of the pairs that remain after ``without``; None: all usable pairs
-    _remaining: Tensor | None = None
+    _remaining_pairs: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -114,15 +114,15 @@ class PairSource(EmbeddingSource):
     @property
     def pair_rows(self) -> Tensor:
         """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
-        if self._remaining is not None:
-            return self._remaining
+        if self._remaining_pairs is not None:
+            return self._remaining_pairs
         return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """Status codes (N,); usable rows that belong to no full pool have the code of "short_pool".
+        """Status codes (N,). A usable row that belongs to no full pool has the code "short_pool".
 
-        The order of the pools is computed, because it decides which rows belong to no full pool.
+        To know these rows, the order of the pools is computed.
         """
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
@@ -130,7 +130,7 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """Status codes (N,) of the embeddings alone, without regard to pools; by default all 0."""
+        """Status codes (N,) of the embeddings alone, whatever the pools; by default all are 0."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod
@@ -162,7 +162,7 @@ class PairSource(EmbeddingSource):
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         return hash_row_blocks(torch.from_numpy(rows), self.picture_rows)
 
-    def _content(self, index: Tensor) -> Tensor:
+    def _hashed_numbers(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
 
     @torch_defaults()
@@ -181,43 +181,21 @@ class PairSource(EmbeddingSource):
         """
         caption = self.caption_rows(index)
         picture = self.picture_rows(index)
-        # for every row, the first row with the same caption, and the first with the same image
-        caption_row = group_leaders(caption, self.pools.near_duplicates)
-        picture_row = first_equal(picture)
+        # for every row of the pool, the first row with the same caption
+        first_with_caption = group_leaders(caption, self.pools.near_duplicates)
+        # for every row of the pool, the first row with the same image
+        first_with_picture = first_equal(picture)
         if self.pools.direction == "text_to_image":
-            own_row = torch.arange(len(index))
-            all_differ = torch.equal(caption_row, own_row) and torch.equal(picture_row, own_row)
-            matches = Matches(
-                query_of_pair=caption_row,
-                candidate_of_pair=picture_row,
-                pair_of_candidate=own_row,
-                query_of_row=caption_row,
-            )
-            return Candidates(
-                text=picture,
-                target=own_row,
-                matches=None if all_differ else matches,
-                row_of_candidate=index,
-            )
-        distinct_rows, target = torch.unique(caption_row, return_inverse=True)
-        equal_images_have_equal_captions = torch.equal(caption_row[picture_row], caption_row)
-        matches = Matches(
-            query_of_pair=picture_row,
-            candidate_of_pair=caption_row,
-            pair_of_candidate=distinct_rows,
-            query_of_row=picture_row,
-        )
-        return Candidates(
-            text=caption[distinct_rows],
-            target=target,
-            matches=None if equal_images_have_equal_captions else matches,
-            row_of_candidate=index[distinct_rows],
-        )
+            return _picture_candidates(picture, index, first_with_caption, first_with_picture)
+        return _caption_candidates(caption, index, first_with_caption, first_with_picture)
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """As ``EmbeddingSource.many``; a pool with possibly equal rows is a batch of its own."""
+        """Yield batches as ``EmbeddingSource.many`` does.
+
+        A pool that may have equal rows is a batch of its own.
+        """
         n_rows_together = self._n_rows_in_whole_pools(size)
         batch_holds_one_pool = n_rows_together <= self.pools.size
         has_near_duplicates = self.pools.near_duplicates is not None
@@ -239,29 +217,29 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def _pooled_batches(self, index: Tensor) -> list[Batch]:
-        """The rows ``index`` of whole pools, as batches.
+        """Batches of the rows ``index``, which fill whole pools.
 
-        Consecutive pools without repeats are one batch. A pool in which rows may be equal is a
+        Consecutive pools without equal rows are one batch. A pool that may have equal rows is a
         batch of its own.
         """
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
-        has_repeats = self._have_repeats(caption) | self._have_repeats(picture)
+        may_repeat = self._may_have_equal_rows(caption) | self._may_have_equal_rows(picture)
         image = picture
         text = caption
         if self.pools.direction == "text_to_image":
             image = caption
             text = picture
         batches: list[Batch] = []
-        for start, stop, run_has_repeats in equal_runs(has_repeats.tolist()):
-            part = slice(start * size, stop * size)
+        for first_pool, end_pool, pools_may_repeat in equal_runs(may_repeat.tolist()):
+            part = slice(first_pool * size, end_pool * size)
             rows = index[part]
-            if run_has_repeats:
-                # one batch per pool, without columns, as in a ``PooledBatch``
+            if pools_may_repeat:
+                # one batch per pool; like a ``PooledBatch``, it has no columns
                 batches += [self._batch(pool, columns=()) for pool in rows.split(size)]
                 continue
-            n_pools = stop - start
+            n_pools = end_pool - first_pool
             batch = PooledBatch(
                 image=image[part],
                 text=text[part].view(n_pools, size, -1),
@@ -274,10 +252,11 @@ class PairSource(EmbeddingSource):
             batches.append(batch)
         return batches
 
-    def _have_repeats(self, rows: Tensor) -> Tensor:
+    def _may_have_equal_rows(self, rows: Tensor) -> Tensor:
         """Mask (P,) of the pools that may have equal rows; ``rows`` is (P * size, D).
 
-        Equal rows have equal keys. Rows with equal keys are seldom different.
+        Only the keys of the rows are compared. Equal rows have equal keys, and different rows
+        seldom have equal keys.
         """
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
         # after sorting, equal keys of a pool are neighbours
@@ -306,11 +285,11 @@ class PairSource(EmbeddingSource):
         if not is_left_out.any():
             return self
         is_kept = torch.from_numpy(~is_left_out)
-        remaining = self.pair_rows[is_kept[self.pair_rows]]
-        require_full_pools(len(remaining), self.pools.size, subject="what is left")
+        remaining_pairs = self.pair_rows[is_kept[self.pair_rows]]
+        require_full_pools(len(remaining_pairs), self.pools.size, subject="what is left")
         subset = copy.copy(self)
-        subset._remaining = remaining
-        subset.usable_rows = self._scoring_order(remaining)
+        subset._remaining_pairs = remaining_pairs
+        subset.usable_rows = self._scoring_order(remaining_pairs)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[subset.usable_rows.numpy()] = VALID
         # rows whose embedding is not usable keep their status
@@ -353,8 +332,61 @@ class PairSource(EmbeddingSource):
         return torch.cat(ordered_blocks)
 
 
+def _picture_candidates(
+    picture: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
+) -> Candidates:
+    """Candidates of a pool whose captions are matched against its images: all its images.
+
+    Args:
+        picture: (B, D) images of the pool.
+        index: (B,) row numbers in the source.
+        first_with_caption: (B,) for every row of the pool, the first row with the same caption.
+        first_with_picture: (B,) for every row of the pool, the first row with the same image.
+    """
+    all_rows = torch.arange(len(index))
+    captions_differ = torch.equal(first_with_caption, all_rows)
+    pictures_differ = torch.equal(first_with_picture, all_rows)
+    matches = None
+    if not (captions_differ and pictures_differ):
+        matches = Matches(
+            query_of_pair=first_with_caption,
+            candidate_of_pair=first_with_picture,
+            pair_of_candidate=all_rows,
+            query_of_row=first_with_caption,
+        )
+    return Candidates(text=picture, target=all_rows, matches=matches, row_of_candidate=index)
+
+
+def _caption_candidates(
+    caption: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
+) -> Candidates:
+    """Candidates of a pool whose images are matched against its captions: its distinct captions.
+
+    ``caption`` (B, D) has the captions of the pool. ``_picture_candidates`` documents the other
+    parameters.
+    """
+    candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
+    equal_images_have_equal_captions = torch.equal(
+        first_with_caption[first_with_picture], first_with_caption
+    )
+    matches = None
+    if not equal_images_have_equal_captions:
+        matches = Matches(
+            query_of_pair=first_with_picture,
+            candidate_of_pair=first_with_caption,
+            pair_of_candidate=candidate_rows,
+            query_of_row=first_with_picture,
+        )
+    return Candidates(
+        text=caption[candidate_rows],
+        target=target,
+        matches=matches,
+        row_of_candidate=index[candidate_rows],
+    )
+
+
 def equal_runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, stop, value) of each run of equal values, which is ``values[start:stop]``."""
+    """Yield (start, stop, value) for each run of equal values: ``values[start:stop]``."""
     start = 0
     for value, group in itertools.groupby(values):
         stop = start + len(list(group))
@@ -370,7 +402,7 @@ class PseudoCaptions(PairSource):
 
     The images of all sources are joined and shuffled with the seed of ``pools``, so that a pool
     holds captions of all sources. Classes with the same name share one caption, whose text comes
-    from the first source that has the class. Classes with equal texts are the same answer, too.
+    from the first source that has the class. Classes with equal texts are also the same answer.
 
     Args:
         sources: Sources with shared candidates or image-caption pairs, all in one embedding space.
@@ -416,12 +448,14 @@ class PseudoCaptions(PairSource):
         self.space = sources[0].space
         rows_of_sources = [labelled_rows(source) for source in sources]
         n_rows_of_sources = torch.tensor([len(rows) for rows in rows_of_sources])
-        # for every row, the number of its source, and its row number in that source
+        # for every row, the number of its source: 0 for all rows of source 0, then 1, ...
         self._source_of_row = torch.repeat_interleave(n_rows_of_sources)
+        # for every row, its row number in its source
         self._row_in_source = torch.cat(rows_of_sources)
         n_rows = len(self._row_in_source)
         require_full_pools(n_rows, self.pool_size, subject="the union of the labelled rows")
-        # the class texts, and for every row the index of its text: 0 if its source has captions
+        # the texts of the classes, and for every row the index of its text; this index is 0 if the
+        # source of the row has captions
         self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
         self.target = torch.arange(n_rows) % self.pool_size
         if any(isinstance(source.ids, RowNumbers) for source in sources):
@@ -465,7 +499,7 @@ class PseudoCaptions(PairSource):
         """
         if by == "names":
             return super().identities(by, rows)
-        index = self._positions(rows)
+        index = self._as_index(rows)
         identities = np.empty(len(index), np.uint64)
         for number, source in enumerate(self.sources):
             positions, source_rows = self._find_rows_of_source(number, index)
@@ -550,11 +584,11 @@ def class_captions(
 ) -> tuple[Tensor, Tensor]:
     """Texts (T, D) of all classes of all sources, and for every row the index (M,) of its text.
 
-    The rows are those of ``rows_of_sources``, which has the indices of some rows for each source.
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
-    plus the number of classes, summed over all sources that are not pairs.
+    ``rows_of_sources`` has the indices of some rows for each source, in total M rows. Text 0 is a
+    placeholder of zeros for rows of pairs, which have their own captions. So T is 1 plus the number
+    of classes, summed over all sources that are not pairs.
     """
-    # Class numbers are counted over all sources. Number 0 is the placeholder.
+    # A class number counts the classes of all sources. Number 0 is the placeholder.
     number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
@@ -571,7 +605,7 @@ def class_captions(
         if source.class_names is None:  # every class has its own text
             text_of_class += numbers
             continue
-        # A new name gets the number of this class. A known name has that of an earlier class.
+        # a new name gets the number of this class; a known name keeps the number that it has
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
@@ -580,13 +614,13 @@ def class_captions(
 def group_leaders(
     rows: Tensor, cosine: float | None = None, block_rows: int = COSINE_BLOCK_ROWS
 ) -> Tensor:
-    """For every unit-norm row, the index (N,) int64 of the leader of its group of similar rows.
+    """Group similar unit-norm rows: for every row the index (N,) int64 of its group's leader.
 
     Without ``cosine``, the leader is the first row that equals the row.
 
-    With ``cosine``, rows are visited in order. A row joins the first leader with which it has at
-    least this cosine. If there is no such leader, the row becomes a leader itself. So two rows that
-    are near a third row, but not near each other, need not be in one group.
+    With ``cosine``, rows are visited in order. A row joins the group of the first leader with which
+    it has at least this cosine. If there is no such leader, the row becomes a leader itself. So two
+    rows that are near a third row, but not near each other, need not be in one group.
 
     The time is proportional to N times the number of leaders. The cosines are computed in blocks of
     ``block_rows`` rows and as many leaders.
@@ -594,10 +628,10 @@ def group_leaders(
     first = first_equal(rows)
     if cosine is None:
         return first
-    distinct = first.unique()
+    distinct_rows = first.unique()
     leader_of_row = torch.arange(len(rows))
-    leaders = distinct[:0]  # no leader yet
-    for block in distinct.split(block_rows):
+    leaders = distinct_rows[:0]  # no leader yet
+    for block in distinct_rows.split(block_rows):
         leader = _first_leaders_near(rows, block, leaders.split(block_rows), cosine)
         has_leader = leader >= 0
         leader_of_row[block[has_leader]] = leader[has_leader]
@@ -614,8 +648,12 @@ def _first_leaders_near(
 ) -> Tensor:
     """For each row of a block, the index (B,) of the first leader near it; -1 if no leader is near.
 
-    ``block`` (B,) holds indices of ``rows``. The ``leader_tiles`` hold the indices of all leaders.
-    The block is compared with one tile at a time.
+    Args:
+        rows: (N, D) all rows.
+        block: (B,) indices of the rows that look for a leader.
+        leader_tiles: Indices of all leaders, in tiles. The block is compared with one tile at a
+            time.
+        cosine: Two rows are near each other if their cosine is at least this number.
     """
     leader = torch.full_like(block, -1)
     for tile in leader_tiles:
@@ -636,22 +674,24 @@ def _greedy_leaders(are_near: Tensor) -> Tensor:
     A row that is near no earlier leader is a leader itself. ``are_near`` (N, N) says which rows are
     near each other.
     """
-    relation = are_near.numpy()
-    if not len(relation):
+    is_near = are_near.numpy()
+    n_rows = len(is_near)
+    if not n_rows:
         return torch.arange(0)
-    np.fill_diagonal(relation, val=True)
-    is_leader = np.ones(len(relation), dtype=bool)
-    # Only rows that are near an earlier row can have a leader. Usually these are few.
-    first_near = relation.argmax(axis=1)  # argmax of a boolean row: the index of its first True
-    for row in np.flatnonzero(first_near < np.arange(len(relation))):
-        near_leaders = relation[row, :row] & is_leader[:row]
-        is_leader[row] = not near_leaders.any()
-    relation &= is_leader  # only columns of leaders remain, so that argmax finds the first leader
-    return torch.from_numpy(relation.argmax(axis=1))
+    np.fill_diagonal(is_near, val=True)
+    is_leader = np.ones(n_rows, dtype=bool)
+    # Only a row that is near an earlier row can have another row as its leader. Usually such rows
+    # are few.
+    first_near = is_near.argmax(axis=1)  # argmax of a boolean row is the index of its first True
+    for row in np.flatnonzero(first_near < np.arange(n_rows)):
+        is_near_leader = is_near[row, :row] & is_leader[:row]
+        is_leader[row] = not is_near_leader.any()
+    is_near &= is_leader  # clears the columns of rows that are no leaders
+    return torch.from_numpy(is_near.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """Order (N,) of the rows in which the rows of each pool are similar: hard negatives.
+    """Order (N,) of the rows in which each pool gets similar rows: hard negatives.
 
     1. The generator draws a row. Two ends are chosen that are far apart: the row farthest from the
        drawn row, and the row farthest from this first end.
@@ -662,10 +702,10 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
     This takes N D log(N / pool_size) operations and no matrix of similarities. N should be a
     multiple of the pool size. Otherwise the last pool is short.
     """
-    pending = [torch.arange(len(rows))]
+    pending_parts = [torch.arange(len(rows))]
     pools = []
-    while pending:
-        part = pending.pop()
+    while pending_parts:
+        part = pending_parts.pop()
         if len(part) <= pool_size:
             pools.append(part)
             continue
@@ -675,12 +715,12 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
         first_end = int((block @ block[drawn_row]).argmin())
         second_end = int((block @ block[first_end]).argmin())
         projection = block @ (block[first_end] - block[second_end])
-        ordered = part[projection.argsort(stable=True)]
+        ordered_rows = part[projection.argsort(stable=True)]
         n_pools = len(part) // pool_size
         middle = max(n_pools // 2, 1) * pool_size
         # the first half is appended last, because ``pop`` takes the last part
-        pending.append(ordered[middle:])
-        pending.append(ordered[:middle])
+        pending_parts.append(ordered_rows[middle:])
+        pending_parts.append(ordered_rows[:middle])
     return torch.cat(pools)
 
 

@@ -26,8 +26,8 @@ class Rows:
         index: (M,) int64 indices of the rows in the source.
         columns: Names of the columns that batches contain.
         unlabelled: Source of further rows without labels.
-        outside_rows: (E,) int64 indices of rows of none of the classes. None: all usable rows of
-            the source that are known to be of none of the classes.
+        outside_rows: (E,) int64 indices of rows that belong to none of the classes. None: the
+            usable rows that the source marks as outside.
         answers: Zero-shot answers of all N rows of the source, if they were computed before
             (``vilu.predictors.nn.train.with_zero_shot_answers``).
     """
@@ -41,21 +41,21 @@ class Rows:
 
     @property
     def outside(self) -> Tensor:
-        """Indices (E,) int64 of rows of none of the classes.
+        """Indices (E,) int64 of rows that belong to none of the classes: ``outside_rows``.
 
-        If ``outside_rows`` is None, they are the usable rows of the source that are known to be of
-        none of the classes.
+        If ``outside_rows`` is None, they are the usable rows that the source marks as outside.
         """
         if self.outside_rows is not None:
             return self.outside_rows
-        usable = self.source.usable_rows
-        return usable[self.source.outside[usable]]
+        usable_rows = self.source.usable_rows
+        return usable_rows[self.source.outside[usable_rows]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """Number the P pictures of the rows.
+        """Number the P pictures of the rows from 0 to P - 1.
 
-        Returns two tensors: for every picture the position (P,) in ``index`` of its first row,
-        ascending, and for every row its picture number (M,), from 0 to P - 1.
+        Returns two tensors. The first has, for every picture, the position (P,) in ``index`` of its
+        first row; the positions ascend. The second has, for every row, the number (M,) of its
+        picture.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
         # for every row, the position of the first row of the same picture
@@ -83,7 +83,7 @@ class Rows:
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
-        """Give the batch the zero-shot answers of its rows, if ``answers`` has them; return it."""
+        """Set the zero-shot answers of a batch if they were computed before; return the batch."""
         if self.answers is None:
             return batch
         return batch.answered(self.answers.take(batch.index))

@@ -1,6 +1,7 @@
-"""Zero-shot answers without the matrix of all similarities, and which answers are right in a pool.
+"""Zero-shot answers, and which answers are right in a pool.
 
-The similarities are computed in float32, tile by tile, and the summaries of the tiles are merged.
+The matrix of all similarities is never in memory. It is computed in float32, tile by tile, and the
+summaries of the tiles are merged.
 Shapes: B images, K candidate texts, D embedding width.
 """
 
@@ -19,38 +20,38 @@ from torch import Tensor
 MAX_CELLS = 2**24
 """Maximum number of logits (rows times candidates) of a batch.
 
-So many logits take 64 MiB in float32. A method that uses the logits may need several times as much
-memory for its float64 copies.
+They take 64 MiB in float32. A method that uses the logits may need several times as much memory for
+float64 copies.
 """
 
 TILE_CELLS = 2**22
 """Maximum number of similarities in memory at a time, if only their summary is needed.
 
-A tile of this size takes 16 MiB. It is still in the cache when it is read a second time.
+A tile of this size takes 16 MiB. So it is still in the cache when it is read a second time.
 """
 
 TILE_ROWS = 1_024
 """Number of rows of a tile if there are at least 4,096 candidates.
 
-The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as that of a
-long, narrow tile.
+The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as the
+product of a long, narrow tile.
 """
 
 CACHED_CELLS = 2**19
 """Number of logits that stay in the cache together with results of the same size.
 
-So many logits take 2 MiB. With fewer logits, the matrix products are slow. With more, the results
-do not stay in the cache.
+They take 2 MiB. With fewer logits, the matrix products are slow. With more logits, the results do
+not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""Number of columns at the beginning of a row from which ``row_keys`` computes a key."""
+"""``row_keys`` computes the key of a row from this many columns, beginning with the first."""
 
 
 class ZeroShot(NamedTuple):
     """Summary of the logits (B, K): the answers, the largest logits and the log-normalisers."""
 
-    prediction: Tensor  # (B,) int64 candidate of the largest logit; among equal logits the lowest
+    prediction: Tensor  # (B,) int64 candidate with the largest logit, the first of equal logits
     max_logit: Tensor  # (B,) float32 largest logit
     log_norm: Tensor  # (B,) float32 log sum_j exp(logit_j)
 
@@ -70,7 +71,9 @@ class ZeroShot(NamedTuple):
     def to(self, device: torch.device | str) -> ZeroShot:
         """Copy the summary to another device."""
         return ZeroShot(
-            self.prediction.to(device), self.max_logit.to(device), self.log_norm.to(device)
+            prediction=self.prediction.to(device),
+            max_logit=self.max_logit.to(device),
+            log_norm=self.log_norm.to(device),
         )
 
 
@@ -88,15 +91,16 @@ def zero_shot(
     They are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and the
     result, at most one tile of ``tile_cells`` numbers is in memory.
 
-    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. With it, every answer
-    is replaced by the first candidate that equals the answer. Otherwise the winner among equal
-    candidates would depend on the size of the tiles, because a matrix product rounds differently at
-    the edge of a block.
+    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. It is used to replace
+    every answer by the first candidate that equals the answer. Without this step, the answer among
+    equal candidates would depend on the size of the tiles, because a matrix product rounds
+    differently at the edge of a block.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
-    # with this number of rows, a tile of all candidates has about four columns per row
+    # With this number of rows, a tile of all candidates is four times as wide as high. With more
+    # than 4,096 candidates it would be wider, so its columns are limited below.
     rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
     wanted_rows = max(rows_in_cache(n_candidates), rows_of_wide_tile)
     n_rows = min(wanted_rows, tile_cells)
@@ -130,7 +134,8 @@ class RivalWeights:
 
     A small 1 - p is computed from the odds, because the subtraction would lose its digits.
 
-    ``answer_logit``, ``logits``, ``second`` and ``weight`` have the number format of the logits.
+    ``answer_logit``, ``logits``, ``max_rival_logit`` and ``weight`` have the number format of the
+    logits from which they are computed.
     """
 
     answer: Tensor  # (B, 1) int64 index of the answer
@@ -198,7 +203,7 @@ class RivalWeights:
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
         log_norm = self.answer_logit + torch.log1p(self.odds).to(self.answer_logit)
         prediction = first_equal_text[self.answer.squeeze(1)]
-        return ZeroShot(prediction, self.answer_logit, log_norm)
+        return ZeroShot(prediction, max_logit=self.answer_logit, log_norm=log_norm)
 
 
 NEGLIGIBLE_LOGIT = torch.finfo(torch.float32).min / 2
@@ -215,31 +220,34 @@ def first_equal(rows: Tensor) -> Tensor:
     """For every row (N, D) float32, the index (N,) int64 of the first row that equals it.
 
     ``torch.unique`` of all rows would also find the groups of equal rows. But it sorts whole rows,
-    which is slow. Here only rows whose key occurs more than once are sorted.
+    which is slow. Here, only the rows that share their key with another row are sorted.
     """
     _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     has_repeated_key = key_count[key_number] > 1
-    repeated = has_repeated_key.nonzero().squeeze(1)  # indices of the rows with a repeated key
+    repeated_rows = has_repeated_key.nonzero().squeeze(
+        1
+    )  # indices of the rows with a repeated_rows key
     first = torch.arange(len(rows), device=rows.device)
-    if len(repeated):
-        _, group = torch.unique(rows[repeated], dim=0, return_inverse=True)
-        # The lowest index of each group is the least of its indices and len(rows), which is above
-        # all of them.
-        upper_bounds = torch.full_like(repeated, len(rows))
-        lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated, "amin")
-        first[repeated] = lowest_of_group[group]
+    if len(repeated_rows):
+        _, group = torch.unique(rows[repeated_rows], dim=0, return_inverse=True)
+        # ``scatter_reduce`` finds the lowest row index of each group. It also includes the numbers
+        # it starts from in the minimum, so these must be larger than all indices.
+        upper_bounds = torch.full_like(repeated_rows, len(rows))
+        lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated_rows, "amin")
+        first[repeated_rows] = lowest_of_group[group]
     return first
 
 
 def row_keys(rows: Tensor) -> Tensor:
     """Keys (N,) int64 of the rows (N, D) float32, computed from their first columns.
 
-    Equal rows have equal keys. Different rows may have equal keys, too.
+    Equal rows have equal keys. Different rows may also have equal keys.
     """
     first_columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
-    # the four bytes of each float as a whole number
+    # the four bytes of each float, read as a whole number
     whole_numbers = first_columns.view(torch.int32).long()
-    # Each column has another factor, so that the same numbers in another order give another key.
+    # each column has a factor of its own, so that the same numbers in another order give another
+    # key
     factors = 31 ** torch.arange(whole_numbers.shape[1], device=rows.device)
     return (whole_numbers * factors).sum(dim=1)
 
@@ -262,9 +270,9 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def rows_in_cache(n_candidates: int) -> int:
-    """Number of rows whose logits fit into the cache, from 256 to 32,768.
+    """Number of rows whose logits fit into the cache, but at least 256 and at most 32,768.
 
-    A matrix product of fewer rows would be slow.
+    A matrix product of fewer than 256 rows would be slow.
     """
     n_fitting = CACHED_CELLS // max(n_candidates, 1)
     return min(max(n_fitting, 256), 32_768)
@@ -283,23 +291,23 @@ def row_blocks(
         yield slice(start, min(start + step, n_rows))
 
 
-def nearest_rows(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the known row (M, D) that has the largest cosine with each row (N, D).
+def nearest_rows(rows: Tensor, known_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find for each row (N, D) the known row (M, D) with which it has the largest cosine.
 
     Returns the largest cosines (N,), and the indices (N,) of these known rows. The cosines are
     computed block by block, so memory is bounded.
     """
-    # an exported graph is for any number of rows, so it cannot split them into blocks
+    # an exported graph must accept any number of rows, so it cannot split them into blocks
     if torch.compiler.is_exporting():
-        cosine, index = (rows @ known.T).max(dim=1)
+        cosine, index = (rows @ known_rows.T).max(dim=1)
         return cosine, index
-    # Usually the rows are the candidates of the fit. Then each row is nearest to itself.
-    if torch.equal(rows, known):
+    # Usually both are the candidates of the fit. Then each row is nearest to itself.
+    if torch.equal(rows, known_rows):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
     indices = []
-    for block in row_blocks(n_rows=len(rows), n_candidates=len(known), size=len(rows)):
-        cosine, index = (rows[block] @ known.T).max(dim=1)
+    for block in row_blocks(n_rows=len(rows), n_candidates=len(known_rows), size=len(rows)):
+        cosine, index = (rows[block] @ known_rows.T).max(dim=1)
         cosines.append(cosine)
         indices.append(index)
     return torch.cat(cosines), torch.cat(indices)
@@ -318,7 +326,7 @@ def _summaries_of_tiles(
 ) -> Iterator[ZeroShot]:
     """Yield the summary of every tile of ``n_columns`` texts.
 
-    The logits of a tile are in no variable here, so those of one tile are in memory at a time.
+    No variable holds the logits of a tile. So they are freed before the next tile is computed.
     """
     for number, texts in enumerate(text.split(n_columns)):
         yield _summary_of_tile(
@@ -331,13 +339,17 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
     # but its documentation does not say which of equal values it takes.
     column = logits.argmax(dim=1)
-    return ZeroShot(column + first_candidate, logits.amax(dim=1), logits.logsumexp(dim=1))
+    return ZeroShot(
+        prediction=column + first_candidate,
+        max_logit=logits.amax(dim=1),
+        log_norm=logits.logsumexp(dim=1),
+    )
 
 
 def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
     """Merge the summaries of two ranges of candidates; ``left`` has the lower indices.
 
-    If the largest logits of a row are equal, its answer is that of ``left``.
+    If the largest logits of a row are equal, its answer is taken from ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
     return ZeroShot(
@@ -359,16 +371,16 @@ class Matches:
     """Which candidates of a pool are right for its rows.
 
     A pool consists of M pairs of a query and a candidate. Several pairs may have the same query,
-    and several may have the same candidate. A candidate is right for a query if one of the pairs
-    has both. So if image A has the captions 1 and 2, and image B has the captions 2 and 3, caption
-    2 is right for both images, and caption 3 is wrong for image A.
+    and several pairs may have the same candidate. A candidate is right for a query if one of the
+    pairs has both. For example, let image A have the captions 1 and 2, and image B the captions 2
+    and 3. Then caption 2 is right for both images, and caption 3 is wrong for image A.
 
-    A query is identified by the first pair that has it, and so is a candidate.
+    The index of the first pair with a query identifies the query. A candidate is identified alike.
 
     Attributes:
         query_of_pair: (M,) int64: for every pair, the first pair with the same query.
         candidate_of_pair: (M,) int64: for every pair, the first pair with the same candidate.
-        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair it comes from.
+        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair that it is from.
         query_of_row: (B,) int64: for every row of the batch, the first pair with its query.
     """
 
@@ -391,10 +403,11 @@ class Matches:
         )
 
     def are_right(self, answer: Tensor) -> Tensor:
-        """Mask (B,): whether the answer (B,) of every row is right. Nothing holds B x K numbers."""
+        """Mask (B,): whether the answer (B,) of every row is right. No B x K array is made."""
         n_pairs = len(self.query_of_pair)
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
-        # query and candidate as one number: an answer is right if its number is that of a pair
+        # A query and a candidate are encoded as one number. An answer is right if some pair has
+        # the number of the row's query and the answered candidate.
         pair_numbers = self.query_of_pair * n_pairs + self.candidate_of_pair
         answer_numbers = self.query_of_row * n_pairs + answered_candidate
         return torch.isin(answer_numbers, pair_numbers)
@@ -408,6 +421,8 @@ class Matches:
     def same_answer_mask(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether any query has both the candidate and the answer (B,) of the row."""
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
+        # the pairs with the answer, then all pairs of their queries, then all pairs with one of the
+        # candidates of these queries
         has_answer = self.candidate_of_pair == answered_candidate[:, None]
         shares_query = _in_same_group(has_answer, self.query_of_pair)
         is_same_answer = _in_same_group(shares_query, self.candidate_of_pair)
@@ -415,11 +430,11 @@ class Matches:
 
 
 def _in_same_group(is_chosen: Tensor, group: Tensor) -> Tensor:
-    """Mask (B, M) of the pairs that are in one group with a chosen pair.
+    """Mask (B, M) of the pairs whose group has a chosen pair.
 
     Args:
         is_chosen: (B, M) mask of the chosen pairs.
-        group: (M,) group of each pair, which is the index of the first pair of the group.
+        group: (M,) group of each pair. A group is identified by the index of its first pair.
     """
     row, pair = is_chosen.nonzero(as_tuple=True)
     is_group_chosen = torch.zeros_like(is_chosen)

@@ -1,4 +1,4 @@
-"""Data that predictors use: a source of embeddings, batches of its rows, selections of rows."""
+"""Data that predictors use: a source of embeddings, batches of its rows, and views of its rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ HASH_BLOCK_ROWS = 2**14
 """Number of rows whose embeddings are hashed together."""
 
 SAME_TEXT_COSINE = 0.999
-"""The texts of two classes of one name count as equal if their cosine is at least this number.
+"""Two classes of one name have the same text if the cosine of their texts is at least this number.
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
@@ -70,7 +70,8 @@ class Candidates:
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
     matches: Matches | None = None  # None: only the target of a row is right
-    # (K,) int64: for every candidate, its row in the source. None: all rows share the candidates.
+    # (K,) int64: for every candidate, the row of the source from which it comes. None: all rows
+    # share the candidates.
     row_of_candidate: Tensor | None = None
 
 
@@ -79,8 +80,8 @@ class Batch:
     """Some images with the candidate texts for them, all in float32 on one device.
 
     The candidates are the prompts of K classes, or the captions of a pool. In both cases all rows
-    share the candidates, and a target is the index of a candidate. If texts are matched against
-    images, ``image`` holds the texts and ``text`` holds the images.
+    of the batch share the candidates, and a target is the index of a candidate. If captions are
+    matched against images, ``image`` holds the captions and ``text`` holds the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
@@ -150,7 +151,7 @@ class Batch:
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """For every candidate, the index (K,) int64 of the first with an equal embedding."""
+        """For every candidate, the index (K,) int64 of the first candidate with its embedding."""
         return first_equal(self.text)
 
     @property
@@ -197,7 +198,7 @@ class Batch:
         return log_probability.masked_fill(self.outside, -torch.inf)
 
     def _target_log_probability(self) -> Tensor:
-        """As ``target_log_probability``, without regard to ``outside``."""
+        """As ``target_log_probability``, but as if no row were outside."""
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.matches is not None:
@@ -260,8 +261,8 @@ class Batch:
         """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
 
         Captions of one image are the same answer, and so are images of one caption. All images and
-        captions of the pool are compared, not only those of the row itself. The image or caption of
-        the row alone would reveal the right answer.
+        captions of the pool are compared. If only the image or the caption of the row were
+        compared, the mask would reveal the right answer.
 
         Examples:
             >>> import torch, vilu
@@ -281,13 +282,13 @@ class Batch:
         """Return the same batch on another device."""
         if self.image.device == torch.device(device):
             return self
-        moved = {}
+        moved_tensors = {}
         for name in ("image", "text", "target", "index", "matches", "outside"):
             value = getattr(self, name)
             if value is not None:
-                moved[name] = value.to(device)
+                moved_tensors[name] = value.to(device)
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        batch = replace(self, **moved, columns=columns)
+        batch = replace(self, **moved_tensors, columns=columns)
         if self._has_answers:
             batch.answered(self.zero_shot.to(device))
         return batch
@@ -314,11 +315,11 @@ class Batch:
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the slice of rows and the batch of each pool: here one pool of all rows."""
+        """Yield the slice of rows and the batch of each pool. Here, all rows are one pool."""
         yield slice(0, len(self.index)), self
 
     def judging(self, answer: Tensor) -> Batch:
-        """Return the same batch with answers (B,) to judge in place of the zero-shot answers.
+        """Return the same batch, where the answers (B,) are judged and not the zero-shot answers.
 
         Examples:
             >>> import torch, vilu
@@ -353,7 +354,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class WholeLogits(Batch):
-    """A batch whose logits are all in memory, and no two of whose candidates are equal."""
+    """A batch whose logits are all in memory, and whose candidates all differ."""
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -362,7 +363,7 @@ class WholeLogits(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """For every candidate, the index (K,) int64 of the first with an equal embedding.
+        """For every candidate, the index (K,) int64 of the first candidate with its embedding.
 
         Here this is the index of the candidate itself, because all candidates differ.
         """
@@ -437,9 +438,12 @@ class PooledBatch(WholeLogits):
 class EmbeddingSource(ABC):
     """Rows of image embeddings with their candidate texts, on which predictors fit and score.
 
-    Methods of vilu and of other packages read the rows: by ``batches`` to score, by ``many`` to
-    score by the logits alone, by ``shuffled`` and ``steps`` to train, by ``candidates`` for the
-    texts, and by ``identified_by`` with ``identities`` to find rows again.
+    Methods of vilu and of other packages read the rows through these methods:
+
+    - ``batches`` to score, and ``many`` to score by the logits alone;
+    - ``shuffled`` and ``steps`` to train;
+    - ``candidates`` to get the texts;
+    - ``identified_by`` and ``identities`` to find the same rows in another source.
 
     Attributes:
         space: The embedding space.
@@ -447,15 +451,15 @@ class EmbeddingSource(ABC):
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
         target: (N,) int64 index of the right candidate of every row; -1 where unknown.
         text: (K, D) candidates, if they are shared by all rows.
-        cluster: (N,) names of the clusters of the rows. The answers to the rows of a cluster may be
+        cluster: (N,) name of the cluster of every row. The answers to the rows of a cluster may be
             wrong together. None: no clusters are known.
-        answer_numbers: (N,) numbers of the answers of rows in clusters, if answers are no
-            candidates. Equal answers have equal numbers. None: there are no such answers.
+        answer_numbers: (N,) number of the answer of every row, if there are clusters and answers
+            are no candidates. Equal answers have equal numbers. None: there are no such numbers.
         pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
             the candidates are shared by all rows.
         columns: Names of the available columns (``vilu.embeddings.columns``).
-        candidate_of: int64 index of the candidate of every original class. Classes with equal texts
-            were merged into one candidate. None if all texts were different.
+        candidate_of: For every original class, the int64 index of its candidate. Classes with equal
+            texts were merged into one candidate. None if all texts were different.
         second: A second source (``vilu.embeddings.two_models``): the same rows and possibly further
             rows, embedded by a second model. None if there is no second model.
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
@@ -503,7 +507,8 @@ class EmbeddingSource(ABC):
     def _merge_equal_classes(self) -> Tensor | None:
         """Merge classes with the same text into one candidate.
 
-        Returns the class (K,) int64 from which each candidate is taken; None if no class is merged.
+        Returns for each candidate the number (K,) int64 of the class that it is taken from. None if
+        no class is merged.
         """
         first_class = first_same_answer(self.text, self.class_names)
         class_of_candidate: Tensor
@@ -606,7 +611,7 @@ class EmbeddingSource(ABC):
 
         ``index`` selects entries only of a column with one entry per row. A column of candidates,
         or of the model as a whole, is returned with all its entries. If the source has pools, the
-        candidates are rows. Then a column of candidates has one entry per row, too.
+        candidates are rows. Then a column of candidates also has one entry per row.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -620,7 +625,7 @@ class EmbeddingSource(ABC):
             command = COLUMN_COMMANDS.get(name, "vilu embed")
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
         is_of_rows = name in ROW_COLUMNS
-        if self.pool_size is not None:  # the candidates are rows, too
+        if self.pool_size is not None:  # the candidates are also rows
             is_of_rows = is_of_rows or name in TEXT_COLUMNS
         if is_of_rows:
             return self._columns[name][index]
@@ -636,7 +641,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """Mask (N,) of the rows of which it is known that no candidate is right.
+        """Mask (N,) of rows that are known to have no right candidate.
 
         The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
@@ -653,7 +658,7 @@ class EmbeddingSource(ABC):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity by which rows can be found in another source, best first.
+        """Kinds of identity that can find the rows in another source, best first.
 
         Rows without a vector can be found only by name, because different pictures may have equal
         logits.
@@ -687,9 +692,9 @@ class EmbeddingSource(ABC):
             if rows is None:
                 return hash_names(self.ids)
             return hash_names(self.ids[row] for row in rows.tolist())
-        return hash_row_blocks(self._positions(rows), self._content)
+        return hash_row_blocks(self._as_index(rows), self._hashed_numbers)
 
-    def _positions(self, rows: NDArray[np.int64] | None) -> Tensor:
+    def _as_index(self, rows: NDArray[np.int64] | None) -> Tensor:
         """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
         if rows is not None:
             return torch.from_numpy(rows)
@@ -711,14 +716,14 @@ class EmbeddingSource(ABC):
             >>> first == second, second == third
             (True, False)
         """
-        positions = rows
-        if positions is None:
-            positions = np.arange(len(self))
+        index = rows
+        if index is None:
+            index = np.arange(len(self))
         if not self.has_vectors:
-            return np.full(len(positions), UNKNOWN)
-        # without their highest bit, the hashes are from 0 to 2^63 - 1
-        hashes = self._picture_hashes(positions) & np.uint64(np.iinfo(np.int64).max)
-        has_embedding = np.isin(self.status[positions], (VALID, SHORT_POOL))
+            return np.full(len(index), UNKNOWN)
+        # the highest bit of each hash is cleared, so that it is from 0 to 2^63 - 1
+        hashes = self._picture_hashes(index) & np.uint64(np.iinfo(np.int64).max)
+        has_embedding = np.isin(self.status[index], (VALID, SHORT_POOL))
         return np.where(has_embedding, hashes.astype(np.int64), UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -728,8 +733,8 @@ class EmbeddingSource(ABC):
             by = "pictures"
         return self.identities(by, rows)
 
-    def _content(self, index: Tensor) -> Tensor:
-        """Numbers (B, ...) of every row, whose hash is the "embeddings" identity of the row."""
+    def _hashed_numbers(self, index: Tensor) -> Tensor:
+        """Numbers (B, ...) of the rows. Their hashes are the "embeddings" identities."""
         return self.image_rows(index)
 
     @checked
@@ -797,10 +802,10 @@ class EmbeddingSource(ABC):
         return self.take(np.flatnonzero(~is_left_out))
 
     def inseparable(self) -> NDArray[np.int64]:
-        """Numbers (N,) of groups of rows. A division must put all rows of a group into one part.
+        """For every row, the number (N,) of its group. A split must not divide a group.
 
-        Rows of one picture are a group. If the rows have clusters, rows that are connected by
-        clusters and pictures are a group.
+        Rows of one picture are a group. If the rows have clusters, all rows that clusters and
+        pictures connect are a group.
 
         Examples:
             >>> import vilu
@@ -878,9 +883,9 @@ class EmbeddingSource(ABC):
         ``rows`` are indices; by default they are all usable rows. All logits of a batch fit into
         memory (``similarity.MAX_CELLS``).
 
-        If the source has pools, consecutive ``rows`` form a pool. The rows of a pool may be spread
-        over several batches, each of which has all candidates of the pool, because their number is
-        part of the problem. The last rows are left out if they do not fill a pool.
+        If the source has pools, consecutive ``rows`` form a pool. Several batches may share the
+        rows of a pool. Each of them has all candidates of the pool, because their number is part of
+        the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
@@ -926,10 +931,10 @@ class EmbeddingSource(ABC):
         return self.batches(size, rows=rows, columns=columns)
 
     def _map_parts(
-        self, make: Callable[[Tensor], Result], parts: Sequence[Tensor]
+        self, function: Callable[[Tensor], Result], parts: Sequence[Tensor]
     ) -> Iterator[Result]:
-        """Yield ``make(part)`` for each part of the row indices, in order."""
-        return map(make, parts)
+        """Yield ``function(part)`` for each part of the row indices, in order."""
+        return map(function, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         """The rows ``index`` as a batch, with the named ``columns``."""
@@ -975,19 +980,22 @@ def warn_once(message: str) -> None:
 def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
     """Message that lists the merged classes.
 
-    ``first_class`` has, for every class, the number of the first class that is the same answer.
+    Args:
+        names: Names of the classes.
+        first_class: For every class, the number of the first class that is the same answer.
     """
-    merged = [number for number, first in enumerate(first_class) if first != number]
-    examples = []
-    for number in merged[:5]:
+    merged_classes = [number for number, first in enumerate(first_class) if first != number]
+    example_texts = []
+    for number in merged_classes[:5]:
         first = first_class[number]
-        examples.append(f"{names[number]!r} ({number}) is {names[first]!r} ({first})")
-    and_more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
-    n_candidates = len(first_class) - len(merged)
+        example_texts.append(f"{names[number]!r} ({number}) is {names[first]!r} ({first})")
+    n_merged = len(merged_classes)
+    and_more = f" and {n_merged - 5} more" if n_merged > 5 else ""
+    n_candidates = len(first_class) - n_merged
     return (
-        f"{len(merged)} of {len(first_class)} classes have the text of an earlier one: "
-        f"{', '.join(examples)}{and_more}. Equal candidates are one answer, so there are "
-        f"{n_candidates}, numbered anew."
+        f"{n_merged} of {len(first_class)} classes have the text of an earlier one: "
+        f"{', '.join(example_texts)}{and_more}. Equal candidates are one answer, so "
+        f"{n_candidates} candidates remain, which are numbered anew."
     )
 
 
@@ -1004,13 +1012,15 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
         return first
     first_index: dict[str, int] = {}
     for i, name in enumerate(names):
-        first_index.setdefault(name, i)  # a name that is there already keeps its first index
+        first_index.setdefault(name, i)  # a repeated name keeps its first index
     first_of_name = torch.tensor([first_index[name] for name in names])
     # cosine of every text with the first text that has the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
-    differing = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
-    if differing:
-        quoted_names = ", ".join(repr(name) for name in sorted({names[i] for i in differing}))
+    differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
+    if differing_indices:
+        quoted_names = ", ".join(
+            repr(name) for name in sorted({names[i] for i in differing_indices})
+        )
         raise DataError(
             f"classes of one name must have one text. Different texts: {quoted_names:.200}. "
             "Rename them, or give both the same row of text."
@@ -1057,7 +1067,7 @@ class RowSubset(EmbeddingSource):
 
         Rows of a class that is not kept get an unknown target.
         """
-        # One entry per candidate, and a last entry for unknown targets: the index -1 selects it.
+        # One entry per candidate, and a last entry for unknown targets: -1 indexes the last entry.
         new_target_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
         new_target_of[classes] = torch.arange(len(classes), device="cpu")
         self.target = new_target_of[self.target]
@@ -1116,7 +1126,7 @@ class SubsetIds(Identifiers):
         is_chosen[self._rows] = True
         # one pass in stored order, because identifiers on disk are read part by part
         ids_in_stored_order = list(compress(self._ids, is_chosen))
-        # for every row, the position of its identifier in ``ids_in_stored_order``
+        # for every row of the subset, the position of its identifier in ``ids_in_stored_order``
         _, position_of_row = self._rows.unique(return_inverse=True)
         return (ids_in_stored_order[position] for position in position_of_row.tolist())
 

@@ -11,15 +11,15 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 
 LOGARITHM_RANGE = (4.0, 5.0)
-"""A logit scale between these numbers is refused, because it is probably a logarithm of a scale.
+"""A logit scale between these numbers is refused, because it is probably the logarithm of a scale.
 
-Models have the logarithm as a parameter. Released models have scales of 50 to 150: CLIP 100
-(logarithm 4.605), SigLIP 112 to 118 (4.72 to 4.77). None has a scale of 4 to 5, with which the
-probabilities of 1,000 classes would be nearly equal.
+The learned parameter of a model is the logarithm. Released models have scales of 50 to 150: CLIP
+100 (logarithm 4.605), SigLIP 112 to 118 (logarithms 4.72 to 4.77). No model has a scale of 4 to 5:
+it would make the probabilities of 1,000 classes nearly equal.
 """
 
 REDUCED_JPEGS: Final = "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
-"""End of the description of a preprocessing whose JPEGs are decoded at a reduced size."""
+"""Last words in the description of a preprocessing that decodes JPEGs at a reduced size."""
 
 FULL_DECODE_ADVICE: Final = (
     "Only one of them decodes JPEGs at a reduced size, which is the default now. Give "
@@ -29,7 +29,7 @@ FULL_DECODE_ADVICE: Final = (
 """Advice for two spaces that differ only by the size at which JPEGs are decoded."""
 
 PROVENANCE_FIELDS = ("backbone", "weights", "preprocess", "tokenizer")
-"""Attributes that are compared only if something is known about both models.
+"""Attributes of two spaces that are compared only if something is known about both models.
 
 The precision is not compared. If it is not float32, `vilu embed` has compared the embeddings with
 those in float32 (``vilu.store.precision``).
@@ -106,21 +106,21 @@ class EmbeddingSpace:
 
     @property
     def reduces_jpegs(self) -> bool:
-        """Whether JPEGs are decoded at a reduced size, as the preprocessing says."""
+        """Whether the preprocessing decodes JPEGs at a reduced size."""
         return self.preprocess is not None and self.preprocess.endswith(REDUCED_JPEGS)
 
     @property
     def with_full_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model with JPEGs that are decoded in full."""
+        """The space of the same model if it decodes JPEGs in full."""
         if self.preprocess is None:
             return self
         return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS))
 
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model with JPEGs that are decoded at a reduced size."""
-        full = self.with_full_jpegs
-        return replace(full, preprocess=f"{full.preprocess or ''}{REDUCED_JPEGS}")
+        """The space of the same model if it decodes JPEGs at a reduced size."""
+        full_space = self.with_full_jpegs
+        return replace(full_space, preprocess=f"{full_space.preprocess or ''}{REDUCED_JPEGS}")
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
         """Whether two spaces differ only by the size at which JPEGs are decoded."""

@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from vilu.errors import UsageError
 
-Rows = TypeVar("Rows")
+PartType = TypeVar("PartType")
 
 ROUNDING_TOLERANCE = 1e-9
-"""Tolerance of rounding errors: the sum of the shares may exceed 1 by this number."""
+"""The sum of the shares may exceed 1 by this number, because it may have rounding errors."""
 
 
-class SplitParts(NamedTuple, Generic[Rows]):
+class SplitParts(NamedTuple, Generic[PartType]):
     """The parts of a source: rows to fit on, rows to calibrate on, and rows to test on."""
 
-    fit: Rows
-    calibration: Rows
-    test: Rows
+    fit: PartType
+    calibration: PartType
+    test: PartType
 
 
 def require_shares(shares: Sequence[float]) -> None:
@@ -35,59 +35,69 @@ def require_shares(shares: Sequence[float]) -> None:
 
 
 def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers (N,) of groups of rows that are connected by a cluster or by a picture.
+    """For every row, the number (N,) of its group: rows that clusters or pictures connect.
 
-    A group may have several clusters, because copies of one picture may lie in two of them.
+    A group may have several clusters, because two clusters may have copies of one picture.
 
     Args:
-        cluster: (N,) numbers of the clusters of the rows.
-        picture: (N,) identities of the pictures. -1: the picture is in no other row.
+        cluster: (N,) number of the cluster of every row.
+        picture: (N,) identity of the picture of every row. -1: the picture is in no other row.
     """
     # imported here to keep `import vilu` fast
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # every row is connected with the first row of its cluster, and with that of its picture
+    # The rows are the nodes of a graph. Each row has an edge to the first row of its cluster, and
+    # to the first row with its picture.
     n_rows = len(cluster)
-    has_picture = picture >= 0
-    start = np.concatenate([np.arange(n_rows), np.flatnonzero(has_picture)])
-    end = np.concatenate([_first_rows(cluster), _first_rows(picture)[has_picture]])
-    graph = coo_array((np.ones(len(start)), (start, end)), shape=(n_rows, n_rows))
+    may_share_picture = picture >= 0
+    first_row_with_picture = _first_rows(picture)[may_share_picture]
+    edge_start = np.concatenate([np.arange(n_rows), np.flatnonzero(may_share_picture)])
+    edge_end = np.concatenate([_first_rows(cluster), first_row_with_picture])
+    weights = np.ones(len(edge_start))
+    graph = coo_array((weights, (edge_start, edge_end)), shape=(n_rows, n_rows))
     group: NDArray[np.int32]
     _, group = connected_components(graph, directed=False)
     return group.astype(np.int64)
 
 
 def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every row, the first row (N,) of its group."""
+    """For every row, the index (N,) of the first row in its group; ``group`` (N,) are numbers."""
     _, first_row, group_of_row = np.unique(group, return_index=True, return_inverse=True)
     return first_row[group_of_row]
+
+
+def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Replace each identity -1 (the picture is in no other row) by an identity of its own."""
+    identity = picture.copy()
+    is_in_no_other_row = identity < 0
+    first_unused = identity.max(initial=-1) + 1
+    n_new_identities = np.count_nonzero(is_in_no_other_row)
+    identity[is_in_no_other_row] = first_unused + np.arange(n_new_identities)
+    return identity
 
 
 def part_of_rows(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
-    """Number (N,) of the part of every row, from 0.
+    """For every row, the number (N,) of its part, from 0.
 
-    A row that is in no part has the number of parts, for example 3 if there are three parts.
+    A row that is in no part gets a number that no part has: 3 if there are three parts.
 
     Rows of one picture are in one part. The m pictures of a stratum are shuffled. With one random
-    offset o in [0, 1), picture i is put at the quantile (i + o) / m. The cumulative shares are the
-    borders of the parts between these quantiles. So every part gets its share of every stratum, up
-    to one picture. On average it gets exactly its share, however few pictures the stratum has.
+    offset o in [0, 1), picture i gets the quantile (i + o) / m. The cumulative shares are the
+    borders between the parts, so a quantile decides the part. Every part gets its share of every
+    stratum, up to one picture. On average it gets exactly its share, even of a stratum with very
+    few pictures.
 
     Args:
-        picture: (N,) identities of the pictures. -1: the picture is in no other row.
-        stratum: (N,) classes of the rows. A picture is in the stratum of its first row.
-        shares: Shares of the parts.
+        picture: (N,) identity of the picture of every row. -1: the picture is in no other row.
+        stratum: (N,) class of every row. A picture is in the stratum of its first row.
+        shares: Share of each part.
         seed: Seed of the division.
     """
     rng = np.random.default_rng(seed)
-    identity = picture.copy()
-    is_alone = identity < 0
-    # a picture that is in no other row gets an identity that no other picture has
-    first_unused = identity.max(initial=-1) + 1
-    identity[is_alone] = first_unused + np.arange(np.count_nonzero(is_alone))
+    identity = _distinct_identities(picture)
     _, first_row, picture_of_row = np.unique(identity, return_index=True, return_inverse=True)
     stratum_of_picture = stratum[first_row]
     borders = np.cumsum(shares)
@@ -101,8 +111,8 @@ def part_of_rows(
         part_of_picture[pictures] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING_TOLERANCE
     if parts_have_all_rows:
-        # Rounding may have put a quantile above the last border. Its picture is put into the last
-        # part that is not empty.
+        # Rounding may have made a quantile larger than the last border. The picture of this
+        # quantile is put into the last part that is not empty.
         nonempty_parts = np.flatnonzero(np.asarray(shares) > 0)
         part_of_picture = np.minimum(part_of_picture, nonempty_parts.max())
     return part_of_picture[picture_of_row]

@@ -23,7 +23,7 @@ MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
 class TwoModels(RowSubset):
     """The rows of one source, with embeddings of the same pictures by a second model.
 
-    All data are those of the first source, except two additional columns:
+    All data come from the first source, except two additional columns:
 
     - ``second_image`` (N, E): image embeddings by the second model.
     - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
@@ -39,11 +39,11 @@ class TwoModels(RowSubset):
 
     Args:
         first: Source of the model whose failures are to be predicted, usually the larger model.
-        second: Source of the other model.
+        second: Source of the second model.
 
     Attributes:
         first: The source of the model whose failures are to be predicted.
-        second: The source of the other model.
+        second: The source of the second model.
 
     Raises:
         UsageError: If a source has captions. Each model has its own pools of captions, so the rows
@@ -103,7 +103,7 @@ class TwoModels(RowSubset):
 
 
 def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """For every row of the first source, its index (N,) in the second source."""
+    """For every row of the first source, the index (N,) of the same row in the second source."""
     kind = _common_identity(first, second)
     first_identities = first.identities(kind)
     second_identities = second.identities(kind)
@@ -111,19 +111,20 @@ def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.in
     sorted_identities = second_identities[order]
     if kind == "names":
         _require_distinct_names(second, order, sorted_identities)
-    # The rank of an identity is its position in ``sorted_identities``. If the identity is missing,
-    # the rank is the position where it would be inserted, which may be after the last entry.
+    # The rank of an identity is its position in ``sorted_identities``. If the identity is missing
+    # there, the rank is the position where it would be inserted, which may be after the last entry.
     rank = np.searchsorted(sorted_identities, first_identities)
     is_in_range = rank < len(sorted_identities)
     is_present = np.zeros(len(first), dtype=bool)
     identity_at_rank = sorted_identities[rank[is_in_range]]
     is_present[is_in_range] = identity_at_rank == first_identities[is_in_range]
     if not is_present.all():
-        missing = np.flatnonzero(~is_present)
+        missing_rows = np.flatnonzero(~is_present)
+        first_missing = first.ids[int(missing_rows[0])]
         raise DataError(
-            f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
-            f"source (compared by their {kind}), for example {first.ids[int(missing[0])]!r}. "
-            "Embed the same images with the second model."
+            f"{len(missing_rows)} of {len(first)} rows are not among the {len(second)} rows of the "
+            f"second source (compared by their {kind}), for example {first_missing!r}. Embed the "
+            "same images with the second model."
         )
     return np.asarray(order[rank], dtype=np.int64)
 
@@ -133,12 +134,15 @@ def _require_distinct_names(
 ) -> None:
     """Raise DataError if two rows of the second source have the same name.
 
-    ``order`` are the row numbers that sort the identities, and ``sorted_identities`` are sorted.
+    Args:
+        second: The second source.
+        order: Row numbers of the second source, in the order of ``sorted_identities``.
+        sorted_identities: Identities of all rows of the second source, sorted.
     """
     equals_next = sorted_identities[:-1] == sorted_identities[1:]
-    repeated = np.flatnonzero(equals_next)
-    if repeated.size:
-        name = second.ids[int(order[repeated[0]])]
+    repeated_positions = np.flatnonzero(equals_next)
+    if repeated_positions.size:
+        name = second.ids[int(order[repeated_positions[0]])]
         raise DataError(
             f"rows are found by their names, and the second source has {name!r} twice. Give "
             "every row a name of its own."

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from vilu.errors import ProvenanceError
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow, PartRows
-from vilu.store.pipeline import END, Decoded, Encoder
+from vilu.store.pipeline import END, Encoder, PreparedImage
 from vilu.store.precision import N_CHECKED_PHOTOS, PrecisionCheck
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class FirstPhotos:
     _pairs: list[PhotoPair] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)  # several threads may use a guard at once
 
-    def compare(self, batch: Sequence[Decoded | ErrorRow | None], low_rows: PartRows) -> None:
+    def compare(self, batch: Sequence[PreparedImage | ErrorRow | None], low_rows: PartRows) -> None:
         """Compare the photos of a batch, whose embeddings in the low precision are ``low_rows``.
 
         Raises:
@@ -77,9 +77,9 @@ class FirstPhotos:
             if self.must_pass and not self.check.is_passed:
                 raise ProvenanceError(self.check.failure)
 
-    def _add(self, batch: Sequence[Decoded | ErrorRow | None], low_rows: PartRows) -> None:
+    def _add(self, batch: Sequence[PreparedImage | ErrorRow | None], low_rows: PartRows) -> None:
         """Add the photos of a batch, and make the check when there are enough of them."""
-        float32_rows = self.encoder.part(iter([*batch, END]))
+        float32_rows = self.encoder.encode_part(iter([*batch, END]))
         float32_photos = self._photos_by_position(float32_rows)
         for position, (embedding, answer) in self._photos_by_position(low_rows).items():
             if position not in float32_photos:

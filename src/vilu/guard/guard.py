@@ -41,7 +41,7 @@ from vilu.store.job import BackboneSpec
 from vilu.store.manifest import IMAGE
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, PartRows
-from vilu.store.pipeline import END, Decoded, Decoder, Encoder
+from vilu.store.pipeline import END, Decoder, Encoder, PreparedImage
 from vilu.validation import checked, require_at_least
 
 MAX_RUNNERS_UP: Final = 2
@@ -120,9 +120,9 @@ class ImageModel:
     decoder: Decoder
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
 
-    def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
+    def embed(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> PartRows:
         """Embed decoded images; bad images are listed apart from the rows."""
-        content = self.encoder.part(iter([*batch, END]))  # ``END`` closes the only part
+        content = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the only part
         if self.first_photos is not None:
             self.first_photos.compare(batch, content)
         return content
@@ -390,7 +390,7 @@ class Guard:
                 yield from self._answer_batch(batch)
                 batch = list(islice(decoded, self.batch_size))
 
-    def _answer_batch(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
+    def _answer_batch(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> list[Answer]:
         """Answers about decoded images, in the order of the images."""
         content = self.model.embed(batch)
         answers: dict[int, Answer] = {}

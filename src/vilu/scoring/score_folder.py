@@ -26,11 +26,11 @@ from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING_VALUE, OPTIONAL_COLUMNS, Outcomes, Tally, facts_of
 from vilu.store.ledger import (
     AnyReceipt,
-    CheckedFiles,
     Count,
     FileInfo,
+    FileVerifier,
     Ledger,
-    Reopened,
+    PickledByPath,
     content_hash,
 )
 from vilu.validation import checked
@@ -114,7 +114,7 @@ class ScorePart(Model):
         return f"histograms/histogram_{self.number:05d}.parquet"
 
     @property
-    def receipt(self) -> str:
+    def receipt_file(self) -> str:
         """File of the receipt, which is written last."""
         return f"receipts/{self.number:05d}.json"
 
@@ -298,7 +298,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
     The histograms are checked against the receipt of the part.
     """
-    files = CheckedFiles(root, [receipt])  # compares the bytes of a file with the receipt
+    files = FileVerifier(root, [receipt])  # compares the bytes of a file with the receipt
     path = files(receipt.part.histogram_file)
     table, metadata = read_table(path, ())
     histogram = _histogram_of(path, table, metadata)
@@ -386,7 +386,7 @@ COMPARED_AT_ONCE = 2**24
 """About how many picture identities are compared at once. They take 128 MB."""
 
 
-class ScoreFolder(Reopened):
+class ScoreFolder(PickledByPath):
     """Folder of scores that ``score_parts`` wrote; ``vilu.evaluate`` accepts it like ``Outcomes``.
 
     Opening a folder reads its documents, and checks that every file exists and has the right size.
@@ -424,7 +424,7 @@ class ScoreFolder(Reopened):
                 f"{self.path / MANIFEST} seals other parts than the folder holds. {RERUN_ADVICE}."
             )
         self.counts: Counts = manifest.counts
-        self.seal = digest(manifest.model_dump(mode="json"))
+        self.folder_hash = digest(manifest.model_dump(mode="json"))
 
     def __len__(self) -> int:
         return self.run.n_in
@@ -527,7 +527,7 @@ class ScoreFolder(Reopened):
 
     def _evaluable_parts(self) -> Iterator[EvaluableRows]:
         """Yield the evaluable rows of each part."""
-        files = CheckedFiles(self.path, self._receipts)
+        files = FileVerifier(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores_file)
             part = Outcomes.load(path)
@@ -550,7 +550,7 @@ class ScoreFolder(Reopened):
             DataError: If a file is no table of outcomes, or if the parts do not hold every row of
                 the data once.
         """
-        files = CheckedFiles(self.path, self._receipts)
+        files = FileVerifier(self.path, self._receipts)
         paths = [files(receipt.part.scores_file) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
         rows = []

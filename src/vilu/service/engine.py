@@ -35,7 +35,7 @@ from vilu.predictors.persistence.files import SavedModel
 from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, ServiceState, row_id
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
-from vilu.store.pipeline import Decoded
+from vilu.store.pipeline import PreparedImage
 from vilu.text import plural
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Waiting:
 
     row: str
     position: int  # number of the image among all images that this service has decoded
-    item: Decoded | ErrorRow
+    item: PreparedImage | ErrorRow
     judgement: Future[Judgement]
 
 
@@ -246,7 +246,7 @@ class Engine:
         try:
             item = self.guard.model.decoder((position, record_of(position, content)))
             picture = content
-            if isinstance(item, Decoded):
+            if isinstance(item, PreparedImage):
                 # 16 bits tell the 256 levels of a colour apart, and need half of the time to hash
                 picture = item.pixels.half().numpy().tobytes()
             row = row_id(request, index, hashlib.sha256(content).digest(), picture)

@@ -1,4 +1,4 @@
-"""Read arrays of an ``.npz`` file or a folder of ``.npy`` files, in blocks of rows.
+"""Read the arrays of an ``.npz`` file, or of a folder of ``.npy`` files, in blocks of rows.
 
 The files are not trusted, so everything in them is checked before it is used.
 """
@@ -33,24 +33,24 @@ NPZ_READING_ERRORS = (
     EOFError,
     RuntimeError,
 )
-"""Exceptions of reading a damaged zip file or its arrays.
+"""Exceptions that can occur while a damaged zip file, or an array in it, is read.
 
 ``zipfile`` raises RuntimeError if the content is encrypted.
 """
 
-READ_BYTES = 2**24  # bytes read at a time
+READ_BYTES = 2**24  # number of bytes that are read at a time
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
 """Endings of the names of text files, which have one entry per line and no header."""
 
 # Limits against zip bombs, which are small files that decompress to very many bytes. An array of at
-# most ``SMALL_BYTES`` is accepted, whatever its compressed size. A larger array may have at most
-# ``MAX_COMPRESSION`` times its compressed size. Embeddings stay below this limit, since compression
-# makes them hardly smaller.
+# most ``SMALL_BYTES`` is accepted, whatever its compressed size. A larger array is accepted if it
+# is at most ``MAX_COMPRESSION`` times as large as its compressed size. Embeddings stay below this
+# limit, because compression hardly makes them smaller.
 SMALL_BYTES = 2**28
 MAX_COMPRESSION = 100
 
-# First and last surrogate. Surrogates are Unicode codes that stand for no character.
+# First and last surrogate. Surrogates are Unicode codes that are no characters.
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
 MAX_NAME_CHARACTERS = 2**16  # maximum number of characters of a name
@@ -62,10 +62,11 @@ class StoredArray:
     """An array in a file. Opening reads only the header. Rows are read when they are needed.
 
     Args:
-        location: Name of the file, or of the file and the member of a zip file, for messages.
+        location: What messages call the array: the name of the file, and for a zip file also the
+            name of the array in it.
         handle: The open file, at the beginning of the array.
-        n_bytes: Size of the file, or of the uncompressed member.
-        read_bytes: Number of bytes read at a time.
+        n_bytes: Size of the file, or of the uncompressed array in a zip file.
+        read_bytes: Number of bytes that are read at a time.
     """
 
     def __init__(
@@ -82,16 +83,19 @@ class StoredArray:
                     "numpy.save."
                 )
             self.shape, self._is_fortran_order, self.dtype = HEADER_READERS[version](handle)
-            self._start = handle.tell()
+            self._content_start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
                 f"{location} holds Python objects, which only pickle could read, and pickle runs "
                 "what a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
-        self._require_content(n_bytes - self._start)
+        self._require_content(n_bytes - self._content_start)
 
     def _require_content(self, n_present: int) -> None:
-        """Raise DataError unless the header states the size of the ``n_present`` bytes after it."""
+        """Raise DataError unless exactly the array that the header states follows the header.
+
+        ``n_present`` is the number of bytes after the header.
+        """
         has_valid_shape = min(self.shape, default=0) >= 0  # no size may be negative
         has_valid_type = self.dtype.itemsize > 0
         if has_valid_shape and has_valid_type and self.n_bytes == n_present:
@@ -114,7 +118,7 @@ class StoredArray:
         """Size of a row in bytes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def require_rows(self) -> None:
+    def require_c_order(self) -> None:
         """Raise DataError if the rows are not stored one after the other (C order)."""
         is_vector = len(self.shape) <= 1  # a vector is the same in Fortran order and in C order
         if self._is_fortran_order and not is_vector:
@@ -124,7 +128,10 @@ class StoredArray:
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the rows start ... stop - 1. The array must be in C order (``require_rows``)."""
+        """Return the rows ``start`` to ``stop - 1``. The array must be in C order.
+
+        ``require_c_order`` checks the order.
+        """
         n_rows = stop - start
         content = self._read_content(start=start * self._row_bytes, count=n_rows * self._row_bytes)
         return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
@@ -139,13 +146,13 @@ class StoredArray:
     def read_whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
         content = self._read_content(start=0, count=self.n_bytes)
-        flat = np.frombuffer(content, self.dtype)
-        return flat.reshape(self.shape, order="F" if self._is_fortran_order else "C")
+        flat_values = np.frombuffer(content, self.dtype)
+        return flat_values.reshape(self.shape, order="F" if self._is_fortran_order else "C")
 
     def hash(self, advance: Callable[[int], object]) -> str:
-        """Return a hash of type, shape and content.
+        """Return a hash of the array's type, shape and content.
 
-        ``advance`` is called with the number of bytes of each block that was read.
+        After each block that was read, ``advance`` is called with the number of its bytes.
         """
         header = repr((self.dtype.str, self.shape, self._is_fortran_order)).encode()
         running_hash = blake2b(header, digest_size=16)
@@ -155,8 +162,8 @@ class StoredArray:
             running_hash.update(block)
             advance(len(block))
         with convert_reading_errors(self.location):
-            # No byte may follow the content. In a zip file, this read also reaches the end of the
-            # member, where ``zipfile`` verifies its checksum.
+            # No byte may follow the content. In a zip file, ``zipfile`` verifies the checksum of
+            # the array when this read reaches its end.
             if self._handle.read(1):
                 raise DataError(
                     f"{self.location} has more bytes than its header says. Write it again."
@@ -166,13 +173,13 @@ class StoredArray:
     def _read_content(self, start: int, count: int) -> bytearray:
         """Return ``count`` bytes of the content from ``start`` on.
 
-        The header may state a wrong size. Therefore no memory is allocated in advance: ``content``
-        grows with every block that was read.
+        The header may state a wrong size. Therefore no memory is allocated in advance, and
+        ``content`` grows with every block that was read.
         """
         content = bytearray()
         with convert_reading_errors(self.location):
-            if self._handle.tell() != self._start + start:
-                self._handle.seek(self._start + start)
+            if self._handle.tell() != self._content_start + start:
+                self._handle.seek(self._content_start + start)
             while len(content) < count:
                 block = self._handle.read(min(self.read_bytes, count - len(content)))
                 if not block:
@@ -184,17 +191,20 @@ class StoredArray:
 
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""Shape, whether the array is in Fortran order, and dtype."""
+"""What a header states: the shape, whether the array is in Fortran order, and the dtype."""
 
 HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""Functions that read the header of a ``.npy`` file, by version of the format."""
+"""Maps the version of the ``.npy`` format to the function that reads its header."""
 
 
 def convert_reading_errors(location: str) -> AbstractContextManager[None]:
-    """Convert exceptions of a damaged file in the block into a DataError with its ``location``."""
+    """Convert exceptions that a damaged file causes in the block into a DataError.
+
+    The message of the DataError names the ``location`` of the array.
+    """
     return convert_damage_errors(
         location,
         hint="Write it again with numpy.save.",
@@ -205,13 +215,15 @@ def convert_reading_errors(location: str) -> AbstractContextManager[None]:
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder, by name. The end of its ``with`` block closes all files.
+    """The arrays of a file or a folder, by name.
+
+    It is used as a context manager, and closes all files at the end of the ``with`` block.
 
     Args:
         path: The file or folder. None: all arrays are in ``files``.
-        files: Further arrays by name, each in an ``.npy`` file, or as text with one entry per line.
-            They replace arrays of the same name.
-        read_bytes: Number of bytes read at a time.
+        files: Maps names of further arrays to their files. A file is an ``.npy`` file, or a text
+            with one entry per line. These arrays replace arrays of the same name.
+        read_bytes: Number of bytes that are read at a time.
     """
 
     def __init__(
@@ -228,12 +240,13 @@ class Arrays(ExitStack):
         path_of_name = {name: Path(file) for name, file in (files or {}).items()}
         if path is None and not path_of_name:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
-        # path that messages name: the source, or else the first of ``files``
+        # the path that messages name: ``path`` if it is given, or else the first of ``files``
         self.path = next(iter(path_of_name.values())) if path is None else Path(path)
         if path is not None:
             with convert_reading_errors(str(path)):
                 self._open_source()
-        self._members.update(path_of_name)  # replaces arrays of the source with the same names
+        # arrays in ``files`` replace arrays of the source with the same names
+        self._members.update(path_of_name)
 
     def _open_source(self) -> None:
         """Find the arrays of the file or folder."""
@@ -265,7 +278,7 @@ class Arrays(ExitStack):
 
     def _open_member(self, member: zipfile.ZipInfo, location: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
-        # ``_zip`` is only compared for the type checker: if there are members, it is never None
+        # ``_zip`` is never None if there are members. The type checker needs the comparison.
         if self._zip is None or is_encrypted:
             raise DataError(f"{location} is encrypted. Write it again without a password.")
         with convert_reading_errors(location):
@@ -280,13 +293,14 @@ class Arrays(ExitStack):
         max_bytes = max(SMALL_BYTES, MAX_COMPRESSION * member.compress_size)
         if member.file_size > max_bytes:
             raise DataError(
-                f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
-                f"{member.file_size:,}. Embeddings never compress so well, so it is not read."
+                f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes would "
+                f"become {member.file_size:,} bytes. Embeddings never compress so well, so the "
+                "array is not read."
             )
 
 
 def _npy_of_lines(file: Path) -> bytes:
-    """Return the content of a ``.npy`` file with the lines of a text file as its entries.
+    """Convert a text file to the content of a ``.npy`` file, where each line is an entry.
 
     Empty lines at the end of the text file are left out.
     """
@@ -297,12 +311,12 @@ def _npy_of_lines(file: Path) -> bytes:
 
 
 def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Return the ``.npy`` files of a folder by name."""
+    """Map the name of each array in a folder to its ``.npy`` file."""
     files: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
-        # reading a pipe or a device may never end
+        # a pipe or a device is refused, because reading it may never end
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
         files[path.stem] = path
@@ -315,7 +329,7 @@ def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Return the arrays of an ``.npz`` file by name."""
+    """Map the name of each array in an ``.npz`` file to its zip entry."""
     if not path.is_file():
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
@@ -335,9 +349,11 @@ def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
-    """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts.
+    """Convert an array of texts, UTF-8 bytes or whole numbers to a list of texts.
 
-    The message of a DataError begins with ``location``, which names the array.
+    Raises:
+        DataError: If the array holds anything else. The message begins with ``location``, which
+            names the array.
     """
     if values.dtype.kind not in TEXT_KINDS:
         raise DataError(
@@ -354,10 +370,10 @@ def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
 
 
 def _require_characters(values: NDArray[Any], location: str) -> None:
-    """Raise DataError if an array of texts holds codes that stand for no character.
+    """Raise DataError if an array of texts holds a code that is no character.
 
-    NumPy accepts any code. UTF-8 cannot encode a surrogate, and no string can hold a larger code
-    than ``sys.maxunicode``.
+    NumPy accepts any code. But UTF-8 cannot encode a surrogate, and no string of Python can hold a
+    code above ``sys.maxunicode``.
     """
     # NumPy stores every character as a code of 32 bits
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)

@@ -31,7 +31,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
-from vilu.store.ledger import CheckedFiles, content_hash
+from vilu.store.ledger import FileVerifier, content_hash
 from vilu.store.manifest import (
     CLASSES_FILE,
     ClassColumn,
@@ -54,7 +54,7 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 PART_IMAGES = 4096  # default number of images per part
 PART_SHARDS = 10  # default number of shards per part
-SIZE_FACTOR = 1.05  # size of a store with all its files, divided by the size of its vectors
+SIZE_FACTOR = 1.05  # a store with all its files is at most this many times as large as its vectors
 
 LOCK_WAIT_SECONDS = 600.0
 """Seconds for which a process waits for the lock of a store that several processes share.
@@ -77,9 +77,9 @@ class ExtraColumns:
 
     Attributes:
         features: Whether to store the input of the image tower's last map (column ``features``). If
-            the last maps of both towers are linear, the maps are stored, too (columns
-            ``image_projection`` and ``text_projection``). With a single template, the input of the
-            text tower's last map is also stored (column ``text_features``).
+            the last maps of both towers are linear, both maps are also stored (columns
+            ``image_projection`` and ``text_projection``). If there is only one template, the input
+            of the text tower's last map is stored as well (column ``text_features``).
         views: Number of augmented views of each image to embed, as the column ``views``.
         seed: Seed of the views.
         prompts: Templates in which to embed every class, as the column ``prompts``.
@@ -132,8 +132,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     If the images have captions, the captions are the candidates. They are stored with the images.
 
     The process can be killed at any moment. Finished parts stay, and after the next run the store
-    has the same bytes as after a run without interruption. With V views, memory holds at most
-    (V + 1) ``batch_size`` images, and the V + 1 embeddings of every image of a part.
+    has the same bytes as after a run without interruption. With V views per image, memory holds at
+    most (V + 1) ``batch_size`` images, and V + 1 embeddings of every image of a part.
 
     Args:
         dataset: The images.
@@ -204,9 +204,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     require_files(dataset, budget.max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     settings: dict[str, Any] = {"limits": asdict(limits), "dtype": dtype, "split": split}
-    settings |= _check_candidates(dataset, names, templates, columns)
-    settings |= _image_columns(model, columns)
-    run = describe(dataset, model.space, part_size=part_size, **settings)
+    settings |= _candidate_settings(dataset, names, templates, columns)
+    settings |= _image_column_settings(model, columns)
+    run = plan_run(dataset, model.space, part_size=part_size, **settings)
     job = EmbedJob(
         root,
         run,
@@ -218,16 +218,17 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         limits=limits,
     )
     if not shared:
-        _drive_alone(job, model, executor, budget, overwrite=overwrite)
-    elif not _drive_shared(job, model, executor, budget):
+        _embed_alone(job, model, executor, budget, overwrite=overwrite)
+    elif not _embed_shared(job, model, executor, budget):
         return None  # other processes are still at work
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
 
-def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
-    """Return the settings of the run for the columns "features" and "views".
+def _image_column_settings(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
+    """Return the settings "features" and "views" of the run.
 
-    The setting of "features" is their width. A column that is not stored has the setting None.
+    "features" is the width of the column, and "views" has the number and the seed of the views. If
+    a column is not stored, its setting is None.
     """
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
@@ -256,34 +257,37 @@ class Budget:
     accepts_bad_shards: bool  # whether bad shards are accepted
 
 
-def _drive_alone(
+def _embed_alone(
     job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool
 ) -> None:
-    """Do the missing parts and seal the store, holding the lock from beginning to end."""
+    """Embed the missing parts and seal the store. The lock is held from beginning to end."""
     with StoreLedger.claim(job.root):
         job = _begin_job(job, model, overwrite=overwrite)
         forget_attempts(job.root)
         missing_parts, receipts = job.ledger.survey()
-        _prepare(job, missing_parts, model)
-        _do_parts(job, executor, missing_parts, receipts)
+        _prepare_store(job, missing_parts, model)
+        _embed_parts(job, executor, missing_parts, receipts)
         job.ledger.clean()
         seal(job.ledger, budget)
 
 
-def _drive_shared(
+def _embed_shared(
     job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget
 ) -> bool:
-    """Do the parts of this process; return True if this process was the last and sealed the store.
+    """Embed the parts of this process into a store that several processes share.
 
-    The lock is held at the beginning and at the end, but not while parts are done. So the processes
-    do parts at the same time, but only one of them begins the store, and only one seals it.
+    Returns True if all parts are done. Then this process has sealed the store.
+
+    The lock is held at the beginning and at the end, but not while parts are embedded. So all
+    processes embed parts at the same time, but only one of them begins the store, and only one
+    seals it.
     """
     with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         job = _begin_job(job, model, overwrite=False)
         # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
         missing_parts, receipts = job.ledger.survey(deep=False)
-        _prepare(job, missing_parts, model)
-    _do_parts(job, executor, missing_parts, receipts)
+        _prepare_store(job, missing_parts, model)
+    _embed_parts(job, executor, missing_parts, receipts)
     with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         missing_parts, _ = job.ledger.survey(deep=False)
         if missing_parts:
@@ -304,30 +308,30 @@ def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
     def make_classes() -> Classes:
         return encode_classes(model, job.run)
 
-    run = begin(job.root, job.run, make_classes, overwrite=overwrite)
+    run = begin_run(job.root, job.run, make_classes, overwrite=overwrite)
     return replace(job, run=run)
 
 
-def _prepare(job: EmbedJob, missing_parts: Sequence[Part], model: Backbone) -> None:
+def _prepare_store(job: EmbedJob, missing_parts: Sequence[Part], model: Backbone) -> None:
     """Prepare a store for the writing of missing parts, if there are any."""
     if not missing_parts:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
-    # A manifest states that all parts are done, so it is removed before a missing part is written.
+    # a manifest states that all parts are done, so it is removed before a missing part is written
     job.ledger.unseal()
     require_disk_space(job.root, job.run, missing_parts)
     job.check_precision(model)
 
 
-def _do_parts(
+def _embed_parts(
     job: EmbedJob,
     executor: Executor | None,
     missing_parts: Sequence[Part],
     receipts: Sequence[Receipt],
 ) -> None:
-    """Do the missing parts, in this process or by an executor, and show the progress.
+    """Embed the missing parts, in this process or by an executor, and show the progress.
 
-    ``receipts`` are those of the parts that are done already.
+    ``receipts`` are the receipts of the parts that were done before.
     """
     if receipts and missing_parts:
         n_done = len(receipts)
@@ -338,8 +342,8 @@ def _do_parts(
     with track("embed", n_images, "images") as progress:
         progress.advance(sum(receipt.n_in for receipt in receipts))
         if executor is None:
-            # The job does a part whenever its next receipt is asked for, and shows the progress
-            # after each batch. The receipts are not needed here.
+            # The loop makes the job embed one part after the other. The job itself shows the
+            # progress after each batch. Its receipts are not needed here.
             for _ in job.process_all(numbers, progress):
                 pass
             return
@@ -349,7 +353,7 @@ def _do_parts(
             progress.advance(receipt.n_in, f"{n_errors} errors")
 
 
-def _check_candidates(
+def _candidate_settings(
     dataset: ImageDataset,
     names: Sequence[str],
     templates: Sequence[str] | None,
@@ -376,8 +380,8 @@ def _check_candidates(
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    words = tuple(dict.fromkeys(columns.negatives))  # each word once, in their order
-    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
+    words = tuple(dict.fromkeys(columns.negatives))  # each word once, in the order of the user
+    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
     return {
         "names": check_class_names(names, n_candidates=len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
@@ -396,14 +400,14 @@ def _require_no_classes(dataset: ImageDataset, settings: Mapping[str, object]) -
         )
 
 
-def describe(
+def plan_run(
     dataset: ImageDataset,
     space: EmbeddingSpace,
     *,
     part_size: int | None = None,
     **settings: object,
 ) -> Run:
-    """Return the description of a run that embeds a data set in the space of a model."""
+    """Return the run that embeds a data set in the space of a model."""
     if isinstance(dataset, ShardedDataset):
         # the number of images is unknown before the shards are read
         sizes = {"n_in": 0, "shards": len(dataset)}
@@ -422,11 +426,11 @@ def describe(
         **settings,
     }
     base_name = Path(dataset.source).name
-    return describe_run(inputs, base_name or dataset.source)
+    return make_run(inputs, base_name or dataset.source)
 
 
-def describe_run(settings: Mapping[str, object], dataset: str) -> Run:
-    """Return the run whose inputs are ``settings``; ``dataset`` is ``Run.dataset``."""
+def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
+    """Return the run with the inputs ``settings``. ``dataset_name`` becomes ``Run.dataset``."""
     try:
         inputs = Inputs.model_validate(settings)
     except ValidationError as error:
@@ -435,14 +439,14 @@ def describe_run(settings: Mapping[str, object], dataset: str) -> Run:
         ) from error
     further_fields = {
         "fingerprint": digest(inputs.identity()),
-        "dataset": dataset,
+        "dataset": dataset_name,
         "vilu": version("vilu"),
     }
     return Run.model_validate({**dict(inputs), **further_fields})
 
 
 Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
-"""(K, D) text embeddings of the classes, and the columns of the classes and of the model."""
+"""Text embeddings (K, D) of the classes, and the columns of the classes and of the model."""
 
 
 def encode_classes(backbone: Backbone, run: Run) -> Classes:
@@ -451,19 +455,25 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
     return text, class_columns(backbone, run)
 
 
-def begin(
+def begin_run(
     root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
 ) -> Run:
-    """Resume the run in a folder or begin a new one, and write missing files of the classes.
+    """Resume the run in a folder or begin a new run, and write the files of the classes if missing.
 
-    Return the run that is in the folder. Nothing is written or removed before ``make_classes`` has
+    Returns the run that is in the folder. Nothing is written or removed before ``make_classes`` has
     returned. So if the model refuses the settings, no new store is left behind, and an old store
     is unchanged.
+
+    Args:
+        root: The folder.
+        run: The run with the inputs of the user. A run that is resumed must have the same inputs.
+        make_classes: Function that computes the texts and the columns of the classes.
+        overwrite: Whether to replace the run in the folder.
     """
     if (root / RUN).is_file() and not overwrite:
-        earlier = read_document(root / RUN, Run)
-        earlier.require_match(run, root)
-        run = earlier
+        earlier_run = read_document(root / RUN, Run)
+        earlier_run.require_match(run, root)
+        run = earlier_run
     classes = None
     if not run.captions:
         must_make_classes = overwrite or not _has_classes(root, run)
@@ -478,7 +488,7 @@ def begin(
 
 
 def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> None:
-    """Raise StorageError if the disk has no room for the vectors and 5 % more for other files."""
+    """Raise StorageError unless the disk has space for the vectors, and 5 % for other files."""
     if run.shards:  # the number of images is unknown before the shards are read
         return
     n_rows = sum(len(part) for part in missing_parts)
@@ -493,12 +503,12 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
         )
 
 
-SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors of a whole shard
+SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors that concern a shard
 MAX_LISTED = 5  # maximum number of bad shards that a message names
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
-    """Write the manifest if all parts are done and the losses are within the budget.
+    """Write the manifest of a store whose parts are all done.
 
     Raises:
         DataError: If the losses exceed the budget. All parts stay, and the message says how to seal
@@ -536,59 +546,59 @@ def _check_budget(
     n_ok: int,
     budget: Budget,
 ) -> None:
-    """Refuse more losses than the budget allows; warn of bad shards, and if there are no images.
+    """Raise DataError if the losses exceed the budget. Warn of bad shards, or if there is no image.
 
-    The error row of a bad shard stands for an unknown number of images. Therefore, it does not
-    count in the share of images that failed.
+    The error row of a bad shard represents an unknown number of images. Therefore it is left out of
+    the share of images that failed.
 
     Args:
         ledger: The folder of the store.
         receipts: Receipts of all parts.
-        errors: Number of error rows by kind.
-        n_ok: Number of rows.
+        errors: Maps each kind of error to its number of error rows.
+        n_ok: Number of embedded images.
         budget: The largest losses that are accepted.
     """
     image_errors = Counter(errors)
     for kind in SHARD_ERROR_KINDS:
         del image_errors[kind]  # a Counter accepts a key that it does not have
     n_images = n_ok + image_errors.total()
-    bad_shards = _bad_shards_sentence(ledger, receipts)
-    if bad_shards and not budget.accepts_bad_shards:
+    sentence_on_shards = _bad_shards_sentence(ledger, receipts)
+    if sentence_on_shards and not budget.accepts_bad_shards:
         raise DataError(
-            f"{bad_shards} The other {n_ok} images are kept. Write or download these shards again "
-            "and repeat the command, which does only their parts again. Or accept the loss with "
-            "--allow-bad-shards."
+            f"{sentence_on_shards} The other {n_ok} images are kept. Write or download these "
+            "shards again and repeat the command, which does only their parts again. Or accept the "
+            "loss with --allow-bad-shards."
         )
     if n_images and image_errors.total() / n_images > budget.max_error_rate:
         raise DataError(
             _too_many_errors_message(ledger.root, n_images, image_errors, budget.max_error_rate)
         )
-    if bad_shards:
-        warn_caller(f"{bad_shards} That is accepted (--allow-bad-shards).")
+    if sentence_on_shards:
+        warn_caller(f"{sentence_on_shards} This is accepted (--allow-bad-shards).")
     if not n_images:
         warn_caller(f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.")
 
 
 def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     """Return a sentence that names the bad shards; "" if there are none."""
-    shards: list[str] = []
+    shard_texts: list[str] = []
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if SHARD_ERROR_KINDS.isdisjoint(receipt.errors):
             continue
-        verify_file = CheckedFiles(ledger.root, [receipt])
-        path = verify_file(part.errors)
+        verify_file = FileVerifier(ledger.root, [receipt])
+        path = verify_file(part.errors_file)
         table = read_columns(path, ERROR_SCHEMA, ["key", "kind", "message"], receipt.n_error)
         for row in table.to_pylist():
             if row["kind"] in SHARD_ERROR_KINDS:
-                shards.append(f"{row['key']} ({row['message']})")
-    if not shards:
+                shard_texts.append(f"{row['key']} ({row['message']})")
+    if not shard_texts:
         return ""
-    first_shards = "; ".join(shards[:MAX_LISTED])
-    n_more = len(shards) - MAX_LISTED
+    first_shards = "; ".join(shard_texts[:MAX_LISTED])
+    n_more = len(shard_texts) - MAX_LISTED
     and_more = f" and {n_more} more" if n_more > 0 else ""
     return (
-        f"{len(shards)} of {ledger.run.shards} shards cannot be read to the end, and how many "
-        f"images that costs is unknown: {first_shards}{and_more}."
+        f"{len(shard_texts)} of {ledger.run.shards} shards cannot be read to the end, so an "
+        f"unknown number of images is lost: {first_shards}{and_more}."
     )
 
 
@@ -607,15 +617,15 @@ def _has_classes(root: Path, run: Run) -> bool:
 def _too_many_errors_message(
     root: Path, n_in: int, errors: Counter[str], max_error_rate: float
 ) -> str:
-    """Return the message that too many images failed. It names a rate that would accept them."""
+    """Return the message that too many images failed. It names a rate that accepts these errors."""
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
     # rounded up, because a lower rate would fail again
     sufficient_rate = math.ceil(share * 1000) / 1000
     return (
-        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most "
-        f"{max_error_rate:.2%} may: {kinds}. They are listed in {root / 'errors'}. The other "
-        f"{n_in - n_error} are kept; to accept that, repeat with --max-error-rate "
-        f"{sufficient_rate:g} (nothing is computed again)."
+        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded ({kinds}). At most "
+        f"{max_error_rate:.2%} of the images may fail. The failed images are listed in "
+        f"{root / 'errors'}, and the other {n_in - n_error} images are kept. To accept the "
+        f"failures, repeat with --max-error-rate {sufficient_rate:g}; nothing is computed again."
     )

@@ -21,18 +21,19 @@ from vilu.store.unreadable import convert_damage_errors
 
 Fold = Literal["train", "validation", "test"]
 
-# Upper ends of the folds in [0, 1). Captions are split into 60 % train, 10 % validation, 30 % test.
+# Every caption has a fraction in [0, 1) (``fold_of``). A fraction below ``TRAIN_END`` means "train"
+# (60 % of all captions), a larger one below ``VALIDATION_END`` means "validation" (10 %).
 TRAIN_END = 0.6
 VALIDATION_END = 0.7
-READ_ROWS = 2**16  # number of captions read at a time
+READ_ROWS = 2**16  # number of captions that are read at a time
 
 
 def fold_of(caption: str) -> Fold:
     """Return the fold of a caption.
 
-    The BLAKE2b hash of the caption (8 bytes, read as a whole number) divided by 2**64 is a number
-    in [0, 1), which is compared with the ends of the folds. White space at the beginning and at the
-    end of the caption is ignored.
+    The BLAKE2b hash of the caption has 8 bytes. Read as a whole number and divided by 2**64, it is
+    a fraction in [0, 1), which decides the fold. White space at the beginning and at the end of the
+    caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -54,12 +55,16 @@ def rows_of_fold(
 ) -> NDArray[np.int64]:
     """Return the (M,) ascending numbers of the rows whose caption is in a fold.
 
-    ``files`` are metadata files, each with its number of rows, and ``n_rows`` is the number of rows
-    of all files. The column of captions is the first of ``names`` that a file has. A row without a
-    caption is in the fold of the caption "".
+    A row without a caption is in the fold of the caption "".
+
+    Args:
+        files: Metadata files, each with its number of rows.
+        names: Possible names of the column of captions. The first that a file has is used.
+        fold: The fold.
+        n_rows: Number of rows of all files.
     """
-    numbers = [np.empty(0, np.int64)]  # not an empty list, which np.concatenate refuses
-    start = 0
+    numbers = [np.empty(0, np.int64)]  # np.concatenate refuses an empty list
+    start = 0  # number of the first row of the next block
     with track("Sorting captions into folds", n_rows, "rows") as task:
         for path, n_file_rows in files:
             for captions in read_captions(path, names, n_file_rows):
@@ -73,8 +78,13 @@ def rows_of_fold(
 def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
     """Yield the captions of a metadata file, in blocks.
 
-    The column of captions is the first of ``names`` that the file has. StorageError if the file
-    does not have ``n_rows`` rows.
+    Args:
+        path: The file.
+        names: Possible names of the column of captions. The first that the file has is used.
+        n_rows: Number of rows that the file must have.
+
+    Raises:
+        StorageError: If the file is damaged, or has another number of rows.
     """
     remedy = "Restore the file, or embed the images again."
     n_read = 0
@@ -89,14 +99,14 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    """Return the first of the columns ``names`` that a file has."""
-    present = [name for name in names if name in schema.names]
-    if not present:
+    """Return the first of ``names`` that is the name of a column in the file."""
+    existing_names = [name for name in names if name in schema.names]
+    if not existing_names:
         raise UsageError(
             f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold "
             "out."
         )
-    name = present[0]
+    name = existing_names[0]
     column_type = schema.field(name).type
     is_text = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
     if not is_text:

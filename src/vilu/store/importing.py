@@ -49,7 +49,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_NAME_CHARACTERS, Arrays, StoredArray, array_to_texts
-from vilu.store.embed import Budget, begin, describe_run, require_disk_space, seal
+from vilu.store.embed import Budget, begin_run, make_run, require_disk_space, seal
 from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
 from vilu.store.parts import (
     ErrorRow,
@@ -72,10 +72,10 @@ ARRAY_NAMES = (
 """Names of the arrays that are read. An array may have another name in the source."""
 
 SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
-"""Arrays that belong to the embedding space."""
+"""Names of the arrays that belong to the embedding space."""
 ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
-"""Arrays with one entry per image row."""
-# Sets of kinds of NumPy's types (``dtype.kind``), one letter per kind.
+"""Names of the arrays with one entry per image row."""
+# Kinds of NumPy's types, one letter per kind (``dtype.kind``)
 NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
@@ -113,8 +113,8 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     class. An unknown target is -1 or "". The target -2 (``vilu.OUTSIDE``) means that the image
     belongs to none of the classes.
 
-    In place of ``image`` and ``text`` there may be ``logits`` (N, K) and ``features`` (N, D), as
-    for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) holds answers of another model:
+    A source may have ``logits`` (N, K) and ``features`` (N, D) instead of ``image`` and ``text``,
+    as for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) has answers of another model:
     row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge them.
 
     Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
@@ -138,7 +138,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             models cannot be combined.
         origin: Where the arrays come from, for people; recorded in the store.
         split: Name of the split; recorded in the store.
-        dtype: Number format of the stored rows; by default that of ``image``, but not float64.
+        dtype: Number format of the stored rows; by default float16 if ``image`` has it, or float32.
         part_size: Rows per part. One part is in memory, and a kill loses at most one part.
         max_error_rate: Largest share of unusable rows with which the store is sealed.
         overwrite: Whether to replace a store in ``output``.
@@ -147,7 +147,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
             in the source, or if ``output`` holds something else than a store.
         ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
-        DataError: If an array is missing, damaged, of Python objects, or does not fit the rest.
+        DataError: If an array is missing, damaged, of Python objects, or does not fit the others.
         StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
@@ -175,12 +175,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             class_names=class_names,
             outside=tuple(dict.fromkeys(outside)),  # each name once, in their order
         )
-        run = _describe_run(
+        run = _plan_run(
             source_arrays,
-            source_arrays.space(logit_scale, logit_bias, model),
+            source_arrays.make_space(logit_scale, logit_bias, model),
             source_arrays.describe_import(origin),
             split=split,
-            dtype=source_arrays.number_format(dtype),
+            dtype=source_arrays.choose_number_format(dtype),
             part_size=part_size,
         )
         _require_shapes(source_arrays, run)
@@ -202,18 +202,19 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """The arrays of a source, all checked except for the numbers in the rows of the images.
+    """The open arrays of a source. Everything is checked except the numbers in the image rows.
 
-    ``arrays`` are open. ``rows`` reads and checks the rows of one part.
+    ``read_rows`` reads and checks the rows of one part.
     """
 
-    arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``ARRAY_NAMES``
-    target: NDArray[np.int64]  # (N,) label of each row; -1 if unknown, -2 if of none of the classes
+    # all arrays that are used; the keys are names in ``ARRAY_NAMES``
+    arrays: dict[str, StoredArray]
+    target: NDArray[np.int64]  # (N,) label of each row; -1 is unknown, -2 is none of the classes
     names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
     outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
-    norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
+    norms: Norms = field(default_factory=Norms)  # norms of the rows that were read so far
     # (N,) answers of another model, as numbers of classes; None if there are no answers
     answer: NDArray[np.int64] | None = None
 
@@ -228,7 +229,7 @@ class SourceArrays:
         return _embedding_width(self.arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """Return the shape of one row of each column of the images, by name."""
+        """Map the name of each column of the images to the shape of one row."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
             if name in self.arrays:
@@ -236,16 +237,20 @@ class SourceArrays:
         return shapes
 
     def describe_import(self, origin: str | None) -> Imported:
-        """Return what the store records about these arrays, with their ``origin`` for people."""
+        """Return what the store records about these arrays. ``origin`` is a text for people."""
         return Imported(columns=self.row_shapes(), ids="ids" in self.arrays, source=origin)
 
-    def space(
+    def make_space(
         self, logit_scale: float | None, logit_bias: float | None, model: str | None
     ) -> EmbeddingSpace:
-        """The embedding space. Flags of the user replace the numbers in the source."""
+        """Return the embedding space.
+
+        ``logit_scale`` and ``logit_bias`` are the choices of the user. If one of them is None, the
+        number in the source is used.
+        """
         if LOGITS not in self.arrays:
-            scale = self.number("logit_scale", logit_scale)
-            bias = self.number("logit_bias", logit_bias)
+            scale = self._scale_or_bias("logit_scale", logit_scale)
+            bias = self._scale_or_bias("logit_bias", logit_bias)
             return EmbeddingSpace(self.width, scale, bias, backbone=model)
         if logit_scale is not None or logit_bias is not None:
             raise UsageError(
@@ -254,10 +259,10 @@ class SourceArrays:
             )
         return replace(logit_space(self.width), backbone=model)
 
-    def number_format(
+    def choose_number_format(
         self, user_format: Literal["float16", "float32"] | None
     ) -> Literal["float16", "float32"]:
-        """Number format of the stored rows; ``user_format`` is the choice of the user, if any.
+        """Return the number format of the stored rows: ``user_format``, unless it is None.
 
         By default, the rows have the number format of the images. Logits are always float32.
         """
@@ -274,28 +279,28 @@ class SourceArrays:
         has_float16 = dtype.kind == "f" and dtype.itemsize == 2  # in any byte order
         return "float16" if has_float16 else "float32"
 
-    def number(self, name: str, user_value: float | None) -> float:
+    def _scale_or_bias(self, name: str, user_value: float | None) -> float:
         """Return ``user_value``, or if it is None the number in the array ``name``.
 
         ``name`` is "logit_scale" or "logit_bias".
         """
-        stored = self.arrays.get(name)
-        if stored is None:
+        array = self.arrays.get(name)
+        if array is None:
             if user_value is None:
                 raise UsageError(
                     f"the arrays have no {name}, which makes a cosine a logit and cannot be "
                     f"guessed. Give --{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale "
-                    "100 --logit-bias 0; of other models the scale is the exponential of the "
-                    "learned parameter, and only those of SigLIP's kind have a bias. Or save both "
-                    "as arrays of these names."
+                    "100 --logit-bias 0; for other models the scale is the exponential of the "
+                    "learned parameter, and only models like SigLIP have a bias. Or save both as "
+                    "arrays with these names."
                 )
             return float(user_value)
-        if stored.dtype.kind not in NUMBER_KINDS or np.prod(stored.shape) != 1:
+        if array.dtype.kind not in NUMBER_KINDS or np.prod(array.shape) != 1:
             raise DataError(
-                f"{stored.location} must be one number. Got {stored.dtype} of shape {stored.shape} "
+                f"{array.location} must be one number. Got {array.dtype} of shape {array.shape} "
                 "instead."
             )
-        (number,) = stored.read_whole().reshape(-1).tolist()
+        (number,) = array.read_whole().reshape(-1).tolist()
         if user_value is None:
             return float(number)
         if float(number) != user_value:
@@ -317,44 +322,53 @@ class SourceArrays:
 
             return digest({name: array.hash(advance) for name, array in hashed_arrays.items()})
 
-    def rows(self, part: Part) -> PartRows:
+    def read_rows(self, part: Part) -> PartRows:
         """Read the rows of a part, and return the usable rows and the errors."""
-        part_rows = PartRows()
         status = np.full(len(part), VALID, np.uint8)
-        blocks: dict[str, Tensor] = {}
+        rows_of_array: dict[str, Tensor] = {}
         for name in part.arrays:
             # the store names the array of image embeddings ``IMAGE``, and the source "image"
-            stored = self.arrays["image" if name == IMAGE else name]
-            block = stored.read(part.start, part.stop)
-            blocks[name], status_in_array, norms = _normalise(name, block)
-            # of the status codes that a row has in several arrays, the highest is kept
+            name_in_source = "image" if name == IMAGE else name
+            block = self.arrays[name_in_source].read(part.start, part.stop)
+            rows_of_array[name], status_in_array, norms = _normalise(name, block)
+            # a row that has several status codes gets the highest of them
             status = np.maximum(status, status_in_array)
             # Norms are collected for a warning. With logits, "image" holds features, which may have
             # any norm, so there is no warning about them.
             if LOGITS not in self.arrays:
                 self.norms += norms
-        keys = self._keys(part)
+        part_rows = self._metadata(part, status)
+        is_usable = torch.from_numpy(status == VALID)
+        for name, rows in rows_of_array.items():
+            # ``PartRows`` has a list of blocks for each array; here all rows are one block
+            part_rows.arrays[name] = [rows[is_usable]]
+        return part_rows
+
+    def _metadata(self, part: Part, status: NDArray[np.uint8]) -> PartRows:
+        """Return the metadata of a part's usable rows and the errors of its other rows; no arrays.
+
+        ``status`` (n,) has the status code of each row of the part.
+        """
+        part_rows = PartRows()
+        row_keys = self._row_keys(part)
         labels = self.target[part.start : part.stop].tolist()
         positions = range(part.start, part.stop)
-        rows = zip(positions, keys, labels, status, strict=True)
+        rows = zip(positions, row_keys, labels, status, strict=True)
         for position, key, label, status_of_row in rows:
             if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
-                part_rows.rows.append(self._row(position, key, known_label))
+                part_rows.rows.append(self._labelled_row(position, key, known_label))
             else:
                 part_rows.errors.append(_error_row(position, key, STATUS[status_of_row]))
-        is_usable = torch.from_numpy(status == VALID)
-        for name, embeddings in blocks.items():
-            part_rows.arrays[name] = [embeddings[is_usable]]
         return part_rows
 
-    def _row(self, position: int, key: str, label: int | None) -> LabelledRow:
-        """The metadata of a row, including another model's answer if answers were imported."""
+    def _labelled_row(self, position: int, key: str, label: int | None) -> LabelledRow:
+        """Return the metadata of a row, with another model's answer if answers were imported."""
         if self.answer is None:
             return LabelledRow(position, key, label)
-        return RowWithAnswer(position, key, label, int(self.answer[position]))
+        return RowWithAnswer(position, key, label, answer=int(self.answer[position]))
 
-    def _keys(self, part: Part) -> list[str]:
+    def _row_keys(self, part: Part) -> list[str]:
         """Return the identifiers of the rows of a part, or their numbers if there are none."""
         ids = self.arrays.get("ids")
         if ids is None:
@@ -363,7 +377,7 @@ class SourceArrays:
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
-    """Return the error of a row that cannot be used."""
+    """Return the error of a row that cannot be used. ``kind`` is the name of its status code."""
     return ErrorRow(
         key=key,
         position=position,
@@ -376,10 +390,11 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Return the rows to be stored, the status code of each image, and the original norms.
+    """Normalise a block of rows, unless the column ``name`` may have any norm.
 
-    Columns that may have any norm are not normalised, and their norms are not returned. The status
-    code of an image with several views is the highest status code of its views.
+    Returns the rows to be stored, the status code of each image, and a summary of the original
+    norms. The summary is empty for a column that may have any norm. The status code of an image
+    with several views is the highest status code of its views.
     """
     may_have_any_norm = name in UNNORMALISED_COLUMNS
     if name == LOGITS:
@@ -395,7 +410,7 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     # in ``rows``, every view of an image is a row
     rows, status, norms = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
-    # VALID is the smallest code, so an image is valid only if all its views are.
+    # VALID is the smallest code, so an image is valid only if all its views are valid
     status_of_images = status_of_views.max(axis=1, initial=VALID)
     return rows.view(block.shape), status_of_images, norms
 
@@ -408,102 +423,126 @@ def _read_source(
 ) -> SourceArrays:
     """Open the arrays of a source, and check everything except the numbers in the image rows.
 
-    The arguments are those of ``import_arrays``. In this function, ``names`` are the classes in the
-    source. ``classes`` are the classes in the store, which lack the classes ``outside``.
+    ``keys``, ``class_names`` and ``outside`` are arguments of ``import_arrays``.
     """
-    opened = _open_arrays(arrays, keys)
+    opened_arrays = _open_arrays(arrays, keys)
     for name in ("image", LOGITS):
-        if name in opened:
-            _require_matrix(opened[name])
-    n_rows = len(_row_array(opened))
+        if name in opened_arrays:
+            _require_matrix(opened_arrays[name])
+    n_rows = len(_row_array(opened_arrays))
     for name in ROW_ARRAYS:
-        if name in opened and len(opened[name]) != n_rows:
+        if name not in opened_arrays:
+            continue
+        array = opened_arrays[name]
+        if len(array) != n_rows:
             raise DataError(
-                f"{opened[name].location} must have one entry per image row ({n_rows}). Got shape "
-                f"{opened[name].shape} instead."
+                f"{array.location} must have one entry per image row ({n_rows}). Got shape "
+                f"{array.shape} instead."
             )
-    _check_columns(opened, _embedding_width(opened))
-    names = _read_class_names(opened.get("class_names"), class_names)
-    targets = _read_targets(opened.get("target"), n_rows)
-    if LOGITS in opened:
-        target, text_rows, classes = _classes_of_logits(targets, names, outside, opened[LOGITS])
-        text = zero_texts(len(classes), logit_space(_embedding_width(opened)))
+    _check_columns(opened_arrays, _embedding_width(opened_arrays))
+    source_names = _read_class_names(opened_arrays.get("class_names"), class_names)
+    targets = _read_targets(opened_arrays.get("target"), n_rows)
+    if LOGITS in opened_arrays:
+        classes = _classes_with_logits(targets, source_names, outside, opened_arrays[LOGITS])
+        text = zero_texts(len(classes.names), logit_space(_embedding_width(opened_arrays)))
     else:
-        target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
-        text = _read_texts(opened, text_rows, classes)
-    _check_ids(opened.get("ids"), n_rows)
-    columns = _read_class_columns(opened, text_rows)
-    answer = _read_answers(opened.get(ANSWER), n_rows, names, classes)
+        classes = _classes_with_texts(targets, source_names, outside, opened_arrays["text"])
+        text = _read_texts(opened_arrays, classes.text_rows, classes.names)
+    _check_ids(opened_arrays.get("ids"), n_rows)
     return SourceArrays(
-        arrays=opened,
-        target=target,
-        names=classes,
+        arrays=opened_arrays,
+        target=classes.target,
+        names=classes.names,
         text=text,
-        class_columns=columns,
+        class_columns=_read_class_columns(opened_arrays, classes.text_rows),
         outside=outside,
-        answer=answer,
+        answer=_read_answers(opened_arrays.get(ANSWER), n_rows, source_names, classes.names),
     )
 
 
-def _row_array(opened: Mapping[str, StoredArray]) -> StoredArray:
-    """The array that decides the number of rows: image embeddings, or logits if there are none."""
-    if "image" in opened:
-        return opened["image"]
-    return opened[LOGITS]
+def _row_array(opened_arrays: Mapping[str, StoredArray]) -> StoredArray:
+    """Return the array that decides the number of rows: image embeddings, or else logits."""
+    if "image" in opened_arrays:
+        return opened_arrays["image"]
+    return opened_arrays[LOGITS]
 
 
-def _embedding_width(opened: Mapping[str, StoredArray]) -> int:
+def _embedding_width(opened_arrays: Mapping[str, StoredArray]) -> int:
     """Width of the embeddings; 0 if the rows have only logits."""
-    if "image" not in opened:
+    if "image" not in opened_arrays:
         return 0
-    return opened["image"].shape[1]
+    return opened_arrays["image"].shape[1]
 
 
 def _read_texts(
-    opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequence[str]
+    opened_arrays: Mapping[str, StoredArray], text_rows: Tensor, store_names: Sequence[str]
 ) -> Tensor:
-    """Check the texts of the classes, and return them (K, D) with unit norm."""
-    text = require_usable(opened["text"].read_whole(), "text")[text_rows]
-    if text.shape[1] != _embedding_width(opened):
+    """Check the texts of the classes in the store, and return them (K, D) with unit norm.
+
+    Args:
+        opened_arrays: The open arrays.
+        text_rows: (K,) for each class in the store, its row number in the array ``text``.
+        store_names: Names of the K classes in the store.
+    """
+    image_array = opened_arrays["image"]
+    text_array = opened_arrays["text"]
+    text = require_usable(text_array.read_whole(), "text")[text_rows]
+    image_width = _embedding_width(opened_arrays)
+    if text.shape[1] != image_width:
         raise DataError(
-            f"image and text must share one width. Got {_embedding_width(opened)} "
-            f"({opened['image'].location}) and {text.shape[1]} ({opened['text'].location})."
+            f"image and text must share one width. Got {image_width} ({image_array.location}) and "
+            f"{text.shape[1]} ({text_array.location})."
         )
-    first_same_answer(text, classes)  # raises DataError if classes of one name have different texts
+    # raises DataError if classes of one name have different texts
+    first_same_answer(text, store_names)
     return text
 
 
 def _read_answers(
-    stored: StoredArray | None, n_rows: int, names: Sequence[str], classes: Sequence[str]
+    array: StoredArray | None, n_rows: int, source_names: Sequence[str], store_names: Sequence[str]
 ) -> NDArray[np.int64] | None:
-    """Return the answers (N,) as numbers of classes of the store; None if there is no array.
+    """Return the answers (N,) as numbers of classes in the store; None if there is no array.
 
-    In the array, an answer is the number or the name of a class in the source. ``names`` are the
-    classes in the source. ``classes`` are the classes in the store, where some may be left out.
+    In the array, an answer is the number or the name of a class in the source.
+
+    Args:
+        array: The array ``answer``, if there is one.
+        n_rows: Number of rows.
+        source_names: Names of the classes in the source.
+        store_names: Names of the classes in the store, which may lack classes of the source.
     """
-    if stored is None:
+    if array is None:
         return None
-    answers_in_source = _read_targets(stored, n_rows)
-    values = answers_in_source.values
+    answers = _read_targets(array, n_rows)
+    values = answers.values
     if values.dtype.kind in WHOLE_KINDS:
+        # numbers in the source become names, because the store may number the classes anew
         numbers = check_answers(
-            values, n_rows=len(values), class_names=None, n_candidates=len(names)
+            values, n_rows=len(values), class_names=None, n_candidates=len(source_names)
         )
-        values = np.array([names[number] for number in numbers.tolist()], dtype=np.str_)
+        values = np.array([source_names[number] for number in numbers.tolist()], dtype=np.str_)
     class_of_value = check_answers(
-        values, n_rows=len(values), class_names=classes, n_candidates=len(classes)
+        values, n_rows=len(values), class_names=store_names, n_candidates=len(store_names)
     ).numpy()
-    answers: NDArray[np.int64] = class_of_value[answers_in_source.value_of_row]
-    return answers
+    class_of_row: NDArray[np.int64] = class_of_value[answers.index_of_row]
+    return class_of_row
 
 
-def _classes_of_logits(
+class StoreClasses(NamedTuple):
+    """The K classes that the store has, and the targets of the rows among these classes."""
+
+    names: tuple[str, ...]  # names of the classes
+    text_rows: Tensor  # (K,) for each class, its row number in the array ``text``
+    target: NDArray[np.int64]  # (N,) label of each row; -1 is unknown, -2 is none of the classes
+
+
+def _classes_with_logits(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
-) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Return the same as ``_leave_out``, for a source with logits.
+) -> StoreClasses:
+    """Return the classes of a source with logits: all classes ``names`` of the source.
 
-    Each class must have a column of logits, and no class is left out. So ``outside`` may only have
-    labels that are no class.
+    Each class must have a column of logits, and no class can be left out. So the labels in
+    ``outside`` must not be classes.
     """
     n_logits = logits.shape[1]
     if n_logits != len(names):
@@ -511,56 +550,48 @@ def _classes_of_logits(
             f"there must be one class name per logit ({n_logits}, {logits.location}). Got "
             f"{len(names)} names instead."
         )
-    if set(outside) & set(names):
+    classes_outside = set(outside) & set(names)
+    if classes_outside:
         raise UsageError(
             "classes with logits can be answers, so they cannot be outside. Leave their logits "
             "out, or use --outside for labels beyond the classes only."
         )
     require_distinct_names(names)
     target = _index_targets(targets, names, outside)
-    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
-    classes = check_class_names(names, n_candidates=len(names)) or ()
-    return target, torch.arange(len(names)), classes
+    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
+    checked_names = check_class_names(names, n_candidates=len(names)) or ()
+    return StoreClasses(checked_names, text_rows=torch.arange(len(names)), target=target)
 
 
-def _require_matrix(image: StoredArray) -> None:
-    """Raise DataError if the images are not a matrix of numbers."""
-    is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
-    if image.dtype.kind not in NUMBER_KINDS or not is_matrix:
+def _require_matrix(array: StoredArray) -> None:
+    """Raise DataError if an array is not a matrix of numbers."""
+    is_matrix = len(array.shape) == 2 and array.shape[1] >= 1
+    if array.dtype.kind not in NUMBER_KINDS or not is_matrix:
         raise DataError(
-            f"{image.location} must be a matrix (rows, width) of numbers. Got {image.dtype} of "
-            f"shape {image.shape}."
+            f"{array.location} must be a matrix (rows, width) of numbers. Got {array.dtype} of "
+            f"shape {array.shape}."
         )
 
 
 def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """Open the arrays of a source, and return them by the names in ``ARRAY_NAMES``.
+    """Open the arrays of a source, and map their names in ``ARRAY_NAMES`` to the open arrays.
 
-    ``keys`` has an entry for each array that has another name in the source: the name in the
-    source, by the name in ``ARRAY_NAMES``.
+    The key of an array is its name in the source. ``keys`` maps names in ``ARRAY_NAMES`` to keys.
+    An array that is not in ``keys`` has its name as its key.
     """
-    unknown = sorted(keys.keys() - set(ARRAY_NAMES))
-    if unknown:
+    unknown_names = sorted(keys.keys() - set(ARRAY_NAMES))
+    if unknown_names:
         raise UsageError(
-            f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(ARRAY_NAMES)}."
+            f"{unknown_names[0]!r} is no array that is imported. Give one of "
+            f"{', '.join(ARRAY_NAMES)}."
         )
-    # the name of every array in the source (its key), by its name in ``ARRAY_NAMES``
     key_of_name = {name: keys.get(name, name) for name in ARRAY_NAMES}
     required_names = ["image", "text"]
     if key_of_name[LOGITS] in arrays.names:
         required_names = [LOGITS]
-        if key_of_name["text"] in arrays.names:
-            raise DataError(
-                f"{arrays.path} has the arrays {key_of_name['text']!r} and "
-                f"{key_of_name[LOGITS]!r}. Logits take the place of texts: leave one of them out."
-            )
-        if key_of_name["image"] not in arrays.names:
-            # With logits, the array ``features`` has the vectors of the rows. So it is read as
-            # ``image``, and nothing is read as ``features``: no array has the name "".
-            key_of_name["image"] = key_of_name["features"]
-            key_of_name["features"] = ""
+        _adapt_keys_to_logits(arrays, key_of_name)
     required_keys = [key_of_name[name] for name in required_names]
-    _require_present(arrays, key_of_name, [*required_keys, *keys.values()])
+    _require_keys(arrays, key_of_name, [*required_keys, *keys.values()])
     used_keys = {name: key for name, key in key_of_name.items() if key in arrays.names}
     unused_keys = sorted(set(arrays.names) - set(used_keys.values()))
     if unused_keys:
@@ -573,21 +604,37 @@ def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]
         # is refused. Arrays with one number or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
-    opened = {name: arrays.open(key) for name, key in used_keys.items()}
+    opened_arrays = {name: arrays.open(key) for name, key in used_keys.items()}
     for name in ("class_names", *ROW_ARRAYS):
-        if name in opened:
-            opened[name].require_rows()
-    return opened
+        if name in opened_arrays:
+            opened_arrays[name].require_c_order()
+    return opened_arrays
 
 
-def _require_present(
+def _adapt_keys_to_logits(arrays: Arrays, key_of_name: dict[str, str]) -> None:
+    """Change ``key_of_name`` for a source with logits, which must have no texts.
+
+    With logits, the array ``features`` has the vectors of the rows. So it is read as ``image``,
+    unless there is an array ``image``.
+    """
+    if key_of_name["text"] in arrays.names:
+        raise DataError(
+            f"{arrays.path} has the arrays {key_of_name['text']!r} and {key_of_name[LOGITS]!r}. "
+            "Logits replace texts: leave one of them out."
+        )
+    if key_of_name["image"] not in arrays.names:
+        key_of_name["image"] = key_of_name["features"]
+        key_of_name["features"] = ""  # no array has this key, so nothing is read as ``features``
+
+
+def _require_keys(
     arrays: Arrays, key_of_name: Mapping[str, str], required_keys: Sequence[str]
 ) -> None:
     """Raise DataError if the source lacks an array.
 
     Args:
         arrays: The arrays of the source.
-        key_of_name: The key of an array in the source, by the name of the array in ``ARRAY_NAMES``.
+        key_of_name: Maps names in ``ARRAY_NAMES`` to the keys of the arrays in the source.
         required_keys: Keys that the source must have.
     """
     missing_keys = [key for key in required_keys if key not in arrays.names]
@@ -602,17 +649,17 @@ def _require_present(
     )
 
 
-def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
+def _check_columns(opened_arrays: Mapping[str, StoredArray], width: int) -> None:
     """Raise DataError if texts or columns have a wrong type or shape, or no entries.
 
     ``width`` is the width of the embeddings.
     """
-    # number of dimensions and meaning of each array, by name
-    expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
-    for name, (n_dims, meaning) in expected.items():
-        if name not in opened:
+    # maps the name of an array to its number of dimensions and its meaning
+    expected_arrays = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
+    for name, (n_dims, meaning) in expected_arrays.items():
+        if name not in opened_arrays:
             continue
-        column = opened[name]
+        column = opened_arrays[name]
         sizes = column.shape
         if name in IMAGE_COLUMNS:  # the number of rows may be 0
             sizes = column.shape[1:]
@@ -629,182 +676,189 @@ def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
             )
 
 
-def _read_class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the class names: the user's ``names``, or if they are None those in the source."""
-    if names is not None:
-        return tuple(names)
-    if stored is None:
+def _read_class_names(
+    array: StoredArray | None, user_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return ``user_names``, or if they are None the class names in the array ``class_names``."""
+    if user_names is not None:
+        return tuple(user_names)
+    if array is None:
         raise UsageError(
             "the arrays have no class names. Save an array class_names, name the array that has "
             "them (--key class_names=NAME), or give --classes FILE with one name per line."
         )
-    _require_names(stored)
-    return tuple(array_to_texts(stored.read_whole(), stored.location))
+    _require_short_texts(array)
+    return tuple(array_to_texts(array.read_whole(), array.location))
 
 
-def _require_names(stored: StoredArray) -> None:
+def _require_short_texts(array: StoredArray) -> None:
     """Raise DataError if an array is not a vector of short texts."""
     max_bytes = 4 * MAX_NAME_CHARACTERS  # NumPy stores a character in 4 bytes
-    if len(stored.shape) != 1 or stored.dtype.itemsize > max_bytes:
+    if len(array.shape) != 1 or array.dtype.itemsize > max_bytes:
         raise DataError(
-            f"{stored.location} must be a vector of texts of at most {MAX_NAME_CHARACTERS:,} "
-            f"characters. Got {stored.dtype} of shape {stored.shape} instead."
+            f"{array.location} must be a vector of texts of at most {MAX_NAME_CHARACTERS:,} "
+            f"characters. Got {array.dtype} of shape {array.shape} instead."
         )
 
 
-def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
+def _check_ids(array: StoredArray | None, n_rows: int) -> None:
     """Raise DataError if an identifier occurs twice."""
-    if stored is None:
+    if array is None:
         return
-    _require_names(stored)
-    hashes_of_blocks = [np.empty(0, np.uint64)]  # not an empty list, which concatenate refuses
-    for block in stored.blocks():
-        hashes_of_blocks.append(hash_names(array_to_texts(block, stored.location)))
+    _require_short_texts(array)
+    hashes_of_blocks = [np.empty(0, np.uint64)]  # np.concatenate refuses an empty list
+    for block in array.blocks():
+        hashes_of_blocks.append(hash_names(array_to_texts(block, array.location)))
     hashes = np.concatenate(hashes_of_blocks)
-    # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
-    # different identifiers can have the same hash. Between two equal identifiers there may be
-    # a third one of this hash, so every one is compared with all before it.
+    # After sorting, equal hashes are neighbours.
     order = np.argsort(hashes, kind="stable")
     sorted_hashes = hashes[order]
     equals_next = np.flatnonzero(sorted_hashes[:-1] == sorted_hashes[1:])
     shares_hash = np.union1d(equals_next, equals_next + 1)  # positions in ``order``
+    # Different identifiers can have the same hash. So the identifiers of these rows are read, and
+    # each of them is compared with all of them that were read before.
     row_of_identifier: dict[str, int] = {}
     for row in order[shares_hash].tolist():
-        identifier = _read_identifier(stored, row)
+        identifier = _read_identifier(array, row)
         if identifier in row_of_identifier:
             raise DataError(
-                f"{stored.location} must name each of the {n_rows} rows once. Rows "
+                f"{array.location} must name each of the {n_rows} rows once. Rows "
                 f"{row_of_identifier[identifier]} and {row} are both {identifier!r:.80}. Rename "
                 "them, or leave the identifiers out."
             )
         row_of_identifier[identifier] = row
 
 
-def _read_identifier(stored: StoredArray, row: int) -> str:
+def _read_identifier(array: StoredArray, row: int) -> str:
     """Read the identifier of a row."""
-    (identifier,) = array_to_texts(stored.read(row, row + 1), stored.location)
+    (identifier,) = array_to_texts(array.read(row, row + 1), array.location)
     return identifier
 
 
 class Targets(NamedTuple):
-    """Targets as they are in the source, with every distinct value once in memory."""
+    """Targets as they are in the source. Every distinct target is in memory only once."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
-    value_of_row: NDArray[np.int64]  # (N,) for each row, the index of its target in ``values``
+    index_of_row: NDArray[np.int64]  # (N,) for each row, the index of its target in ``values``
 
 
-def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
+def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
     """Read the targets of ``n_rows`` rows in blocks; all are unknown if there is no array."""
-    if stored is None:
-        unknown = np.full(min(n_rows, 1), UNKNOWN, np.int64)  # one value, or none without rows
-        return Targets(values=unknown, value_of_row=np.zeros(n_rows, np.int64))
-    is_vector = len(stored.shape) == 1
-    is_named = is_vector and stored.dtype.kind in TEXT_KINDS
-    if is_named:
-        _require_names(stored)
-    elif not is_vector or stored.dtype.kind not in WHOLE_KINDS:
+    if array is None:
+        n_values = min(n_rows, 1)  # all rows have the same value; without rows there is no value
+        unknown_target = np.full(n_values, UNKNOWN, np.int64)
+        return Targets(values=unknown_target, index_of_row=np.zeros(n_rows, np.int64))
+    is_vector = len(array.shape) == 1
+    holds_names = is_vector and array.dtype.kind in TEXT_KINDS
+    if holds_names:
+        _require_short_texts(array)
+    elif not is_vector or array.dtype.kind not in WHOLE_KINDS:
         raise DataError(
-            f"{stored.location} must hold one whole number per row (the number of a row of text), "
-            f"or one class name per row. Got {stored.dtype} of shape {stored.shape} instead."
+            f"{array.location} must hold one whole number per row (the number of a row of text), "
+            f"or one class name per row. Got {array.dtype} of shape {array.shape} instead."
         )
     targets_of_blocks: list[Targets] = []
-    for block in stored.blocks():
-        targets = np.array(array_to_texts(block, stored.location), np.str_) if is_named else block
-        values, value_of_row = np.unique(targets, return_inverse=True)
-        targets_of_blocks.append(Targets(values, value_of_row))
+    for block in array.blocks():
+        targets = block
+        if holds_names:
+            targets = np.array(array_to_texts(block, array.location), np.str_)
+        values, index_of_row = np.unique(targets, return_inverse=True)
+        targets_of_blocks.append(Targets(values, index_of_row))
     return _join_targets(targets_of_blocks)
 
 
 def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
     """Join the targets of consecutive blocks of rows."""
     if not targets_of_blocks:
-        return Targets(values=np.empty(0, np.int64), value_of_row=np.empty(0, np.int64))
+        return Targets(values=np.empty(0, np.int64), index_of_row=np.empty(0, np.int64))
     all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
-    value_of_row: list[NDArray[np.int64]] = []
+    index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
         # for each value of the block, its index among the values of all blocks
         new_index = np.searchsorted(all_values, targets.values)
-        value_of_row.append(new_index[targets.value_of_row])
-    return Targets(all_values, np.concatenate(value_of_row))
+        index_of_row.append(new_index[targets.index_of_row])
+    return Targets(all_values, np.concatenate(index_of_row))
 
 
-def _leave_out(
-    outside: tuple[str, ...], names: tuple[str, ...], targets: Targets, text: StoredArray
-) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Leave out the classes in ``outside``, so that K classes remain.
-
-    Returns the targets (N,) among these classes, the row numbers (K,) of their texts in ``text``,
-    and their K names.
-    """
-    remaining = [number for number, name in enumerate(names) if name not in outside]
+def _classes_with_texts(
+    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
+) -> StoreClasses:
+    """Return the classes of a source with texts: the classes ``names`` that are not ``outside``."""
+    remaining_numbers = [number for number, name in enumerate(names) if name not in outside]
     n_texts = len(text)
-    if n_texts not in {len(names), len(remaining)}:
+    if n_texts not in {len(names), len(remaining_numbers)}:
         raise DataError(
             f"there must be one class name per row of text ({n_texts}, {text.location}). Got "
             f"{len(names)} names instead."
         )
-    if not remaining:
+    if not remaining_numbers:
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
     # the label in the store of each class in the source; OUTSIDE if the class is left out
     new_label = np.full(len(names), OUTSIDE, np.int64)
-    new_label[remaining] = np.arange(len(remaining))
+    new_label[remaining_numbers] = np.arange(len(remaining_numbers))
     target = _index_targets(targets, names, outside)
     is_class = target >= 0
     target[is_class] = new_label[target[is_class]]
     # ``text`` has a row for every name, or only a row for every remaining class
     has_text_per_name = n_texts == len(names)
-    text_rows = torch.tensor(remaining if has_text_per_name else range(n_texts))
-    remaining_names = [names[number] for number in remaining]
-    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
-    classes = check_class_names(remaining_names, n_candidates=len(remaining)) or ()
-    return target, text_rows, classes
+    text_rows = torch.tensor(remaining_numbers if has_text_per_name else range(n_texts))
+    remaining_names = [names[number] for number in remaining_numbers]
+    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
+    checked_names = check_class_names(remaining_names, n_candidates=len(remaining_numbers)) or ()
+    return StoreClasses(checked_names, text_rows=text_rows, target=target)
 
 
 def _index_targets(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is no class."""
+    """Return targets (N,) int64: the index in ``names``, -1 if unknown, -2 if it is no class."""
     index_of_name: dict[str, int] = {}
     for i, name in enumerate(names):
-        index_of_name.setdefault(name, i)  # of classes with the same name, the first index
+        index_of_name.setdefault(name, i)  # a repeated name keeps its first index
     labels_outside = [name for name in outside if name not in index_of_name]
-    _require_used(labels_outside, targets, names)
+    _require_used_labels(labels_outside, targets, names)
     if targets.values.dtype.kind == "U":
         indices = _indices_of_names(targets.values.tolist(), index_of_name, labels_outside)
     else:
         indices = _indices_of_numbers(targets.values, len(names), labels_outside)
-    return indices[targets.value_of_row]
+    return indices[targets.index_of_row]
 
 
-def _require_used(labels_outside: Sequence[str], targets: Targets, names: tuple[str, ...]) -> None:
+def _require_used_labels(
+    labels_outside: Sequence[str], targets: Targets, names: tuple[str, ...]
+) -> None:
     """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
     known_names = {"", *names}
     known_numbers = range(len(names))
-    further_labels: list[str] = []  # targets that are no class
+    labels_beyond_classes: list[str] = []  # targets that are no class
     for value in targets.values.tolist():
         if value not in known_names and value not in known_numbers:
-            further_labels.append(str(value))
-    unused_labels = [label for label in labels_outside if label not in further_labels]
+            labels_beyond_classes.append(str(value))
+    unused_labels = [label for label in labels_outside if label not in labels_beyond_classes]
     if not unused_labels:
         return
     shown_names = [repr(name) for name in names[:MAX_LISTED]]
     if len(names) > MAX_LISTED:
         shown_names.append("...")
-    further_text = ""
-    if further_labels:
-        further_text = f"; labels beyond the classes are {', '.join(further_labels[:MAX_LISTED])}"
-    raise UsageError(
-        f"there is no class or label {unused_labels[0]!r} for --outside. Classes are "
-        f"{', '.join(shown_names)}{further_text}."
-    )
+    choices = f"Classes are {', '.join(shown_names)}"
+    if labels_beyond_classes:
+        shown_labels = ", ".join(labels_beyond_classes[:MAX_LISTED])
+        choices = f"{choices}; labels beyond the classes are {shown_labels}"
+    raise UsageError(f"there is no class or label {unused_labels[0]!r} for --outside. {choices}.")
 
 
 def _indices_of_names(
     values: Sequence[str], index_of_name: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return the index of each name, -1 if unknown, -2 if outside."""
+    """Return the index (n,) of each name: -1 if it is "" (unknown), -2 if it is a label outside.
+
+    Args:
+        values: Names from the source.
+        index_of_name: Maps names of classes to their indices.
+        labels_outside: Labels that are none of the classes.
+    """
     index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
         if value not in index_of_value:
@@ -818,49 +872,54 @@ def _indices_of_names(
 def _indices_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Check targets that are whole numbers, and return them with -2 in place of labels outside."""
-    # ``--outside`` names values for which no class stands
-    is_not_named = np.array(
-        [str(value) not in labels_outside for value in values.tolist()], dtype=bool
-    )
-    # ``is_outside`` marks values that are -2 in the source
+    """Check targets that are whole numbers. Return them (n,), but -2 for every label outside."""
+    is_label_outside = np.array([str(value) in labels_outside for value in values.tolist()], bool)
+    is_checked = ~is_label_outside
+    # ``is_outside`` marks the targets that are -2 in the source
     target, is_outside = check_targets(
-        values[is_not_named], n_rows=int(is_not_named.sum()), n_candidates=n_classes
+        values[is_checked], n_rows=int(is_checked.sum()), n_candidates=n_classes
     )
     indices = np.full(len(values), OUTSIDE, np.int64)
-    indices[is_not_named] = torch.where(is_outside, OUTSIDE, target).numpy()
+    indices[is_checked] = torch.where(is_outside, OUTSIDE, target).numpy()
     return indices
 
 
 def _read_class_columns(
-    opened: Mapping[str, StoredArray], text_rows: Tensor
+    opened_arrays: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
     """Check the columns of the classes and of the model, and return them.
 
-    Of the columns of the classes, the rows ``text_rows`` are returned. Columns that must have unit
-    norm are normalised.
+    Columns that must have unit norm are normalised. A column of the classes is returned without
+    the classes that are left out: ``text_rows`` (K,) are its rows that remain.
     """
     columns: dict[ClassColumn, Tensor] = {}
     for name in get_args(ClassColumn):
-        if name not in opened:
+        if name not in opened_arrays:
             continue
-        if LOGITS in opened:
+        array = opened_arrays[name]
+        if LOGITS in opened_arrays:
             raise DataError(
-                f"{opened[name].location} is compared with texts, and with logits there are no "
-                "texts. Leave it out."
+                f"{array.location} is compared with texts, and with logits there are no texts. "
+                "Leave it out."
             )
-        n_texts = len(opened["text"])
-        # the number of image rows, here 0, is not compared, because no column of images is checked
-        values = check_columns({name: opened[name].read_whole()}, n_rows=0, n_texts=n_texts)[name]
+        # n_rows has no effect, because it concerns only columns of images
+        checked_columns = check_columns(
+            {name: array.read_whole()}, n_rows=0, n_texts=len(opened_arrays["text"])
+        )
+        columns[name] = checked_columns[name]
         has_row_per_class = name in TEXT_COLUMNS
-        columns[name] = values[text_rows] if has_row_per_class else values
+        if has_row_per_class:
+            columns[name] = columns[name][text_rows]
     return columns
 
 
-def _describe_run(
+def _plan_run(
     source_arrays: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """Return the description of a run. All arrays are read once, for the fingerprint of the run."""
+    """Return the run that imports these arrays.
+
+    All arrays are read once, because their hash is part of the run's fingerprint.
+    """
     inputs: dict[str, object] = {
         "dataset_fingerprint": source_arrays.fingerprint(),
         "n_in": len(source_arrays.row_array),
@@ -877,7 +936,7 @@ def _describe_run(
     source_path, _, _ = source_arrays.row_array.location.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
-    return describe_run(inputs, source.name or path.stem)
+    return make_run(inputs, source.name or path.stem)
 
 
 def _write_store(
@@ -885,8 +944,8 @@ def _write_store(
 ) -> None:
     """Write the missing parts and seal the store."""
     with StoreLedger.claim(root):
-        texts_and_columns = (source_arrays.text, source_arrays.class_columns)
-        run = begin(root, run, make_classes=lambda: texts_and_columns, overwrite=overwrite)
+        classes = (source_arrays.text, source_arrays.class_columns)
+        run = begin_run(root, run, make_classes=lambda: classes, overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing_parts, receipts = ledger.survey()
         if missing_parts:
@@ -910,8 +969,8 @@ def _write_store(
 
 def _write_part(ledger: StoreLedger, part: Part, source_arrays: SourceArrays) -> Receipt:
     """Write a part in the number format of the store, and return its receipt."""
-    rows = source_arrays.rows(part)
+    rows = source_arrays.read_rows(part)
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in rows.arrays.items():
         rows.arrays[name] = [block.to(number_format) for block in blocks]
-    return ledger.write_rows(part, rows, batch_size=len(part), source="")
+    return ledger.write_rows(part, rows, batch_size=len(part), shard_fingerprint="")

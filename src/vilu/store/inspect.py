@@ -53,14 +53,14 @@ class StoreReport:
     # number of rows whose label is a class ("inside"), none of the classes ("outside"), or
     # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # shape of each column, by name; for a column of the images, the shape of one row
+    # name of each column -> its shape; for a column of the images, the shape of one row
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the parts that are done
     # one sentence for each damage; empty if nothing is damaged
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
-        """Add the counts of a part."""
+        """Add the counts in the receipt of a part."""
         self.parts_done += 1
         self.n_in += receipt.n_in
         self.n_ok += receipt.n_ok
@@ -70,7 +70,7 @@ class StoreReport:
 
     @contextmanager
     def catch_problem(self) -> Iterator[None]:
-        """Add the error that ends the block, if any, to ``problems``. It is not raised."""
+        """If an error ends the block, add its message to ``problems`` and do not raise it."""
         try:
             yield
         except ViLUError as error:
@@ -110,8 +110,11 @@ class StoreReport:
 
     def _images_text(self) -> str:
         run = self.run
-        total = f" from {run.shards} shards" if run.shards else f" of {run.n_in}"
-        return f"{self.n_in}{total} in {self.parts_done} of {self.parts} parts"
+        if run.shards:
+            images = f"{self.n_in} from {run.shards} shards"
+        else:
+            images = f"{self.n_in} of {run.n_in}"
+        return f"{images} in {self.parts_done} of {self.parts} parts"
 
     def _errors_text(self) -> str:
         if not self.errors:
@@ -146,10 +149,10 @@ class StoreReport:
 
 
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
-    """Describe a store, complete or not. Damage is listed in the report and not raised.
+    """Describe a store, whether or not it is complete. Damage is listed in the report.
 
     If ``deep`` is True, all files are read, and their hashes, norms, labels and keys are checked.
-    Then it is also checked that every image is either a row or an error.
+    It is also checked that every image is either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
@@ -168,7 +171,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
             report.columns[name] = shape
     for part in ledger.parts:
         # in a store that is not complete, a part without a receipt is not done yet
-        if is_sealed or (root / part.receipt).exists():
+        if is_sealed or (root / part.receipt_file).exists():
             with report.catch_problem():
                 _inspect_part(ledger, part, report)
     with report.catch_problem():
@@ -182,7 +185,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
 
 
 def _try_to_open(root: Path, run: Run) -> None:
-    """Open a store as a user does, which raises an error if something is wrong with it."""
+    """Open a store as a user does. This raises an error if the store is damaged."""
     if run.captions:
         CaptionStore(root)
     else:
@@ -190,7 +193,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part and its damage to the report; raise the error of its receipt, if it has one."""
+    """Add a part and its damage to the report; an error in its receipt is raised."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -206,26 +209,31 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
     """Return the number of rows of a part by label: "inside", "outside" or "unknown"."""
     schema = metadata_schema(ledger.run)
-    table = read_columns(ledger.root / part.metadata, schema, ["label"], receipt.n_ok)
+    table = read_columns(ledger.root / part.metadata_file, schema, ["label"], receipt.n_ok)
     labels = table["label"]
-    known = labels.drop_null().to_numpy()
-    n_outside = int(np.count_nonzero(known == OUTSIDE))
-    return {"inside": len(known) - n_outside, "outside": n_outside, "unknown": labels.null_count}
+    known_labels = labels.drop_null().to_numpy()
+    n_outside = int(np.count_nonzero(known_labels == OUTSIDE))
+    return {
+        "inside": len(known_labels) - n_outside,
+        "outside": n_outside,
+        "unknown": labels.null_count,
+    }
 
 
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
     """Yield a sentence for each error in the content of a part."""
-    root = ledger.root
     run = ledger.run
-    for name, shape in run.arrays.items():
-        yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
+    for name, row_shape in run.arrays.items():
+        path = ledger.root / part.array_file(name)
+        yield from _array_problems(path, name, (receipt.n_ok, *row_shape), run.dtype)
     names = ["position", "key", "label"]
     if run.captions:
-        names.append("caption")  # reading the column checks that it is text
-    rows = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
-    errors = read_columns(root / part.errors, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
-    # how the sentences name the part
-    part_name = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
+        names.append("caption")  # not used below, but reading the column checks that it is text
+    metadata_path = ledger.root / part.metadata_file
+    errors_path = ledger.root / part.errors_file
+    rows = read_columns(metadata_path, metadata_schema(run), names, receipt.n_ok)
+    errors = read_columns(errors_path, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
+    part_name = f"part {part.number} ({metadata_path}, {errors_path})"  # for the sentences
     row_positions = rows["position"].to_numpy()
     error_positions = errors["position"].to_numpy()
     all_positions = np.union1d(row_positions, error_positions)
@@ -259,7 +267,7 @@ def _label_problems(labels: NDArray[np.int64], n_classes: int, part_name: str) -
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
     """Yield a sentence for each block with rows that are not finite or not of unit norm."""
     rows = map_rows(path, shape, dtype)
-    expected = "finite" if name in UNNORMALISED_COLUMNS else "of unit norm"
+    requirement = "finite" if name in UNNORMALISED_COLUMNS else "of unit norm"
     for start in range(0, len(rows), BLOCK_ROWS):
         block = torch.from_numpy(rows[start : start + BLOCK_ROWS].astype(np.float32))
         if name in UNNORMALISED_COLUMNS:
@@ -271,5 +279,5 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
         is_good_row = is_good.reshape(len(block), -1).all(dim=1)
         n_bad = int((~is_good_row).sum())
         if n_bad:
-            last = start + len(block) - 1
-            yield f"{path} has {n_bad} rows from {start} to {last} that are not {expected}."
+            last_row = start + len(block) - 1
+            yield f"{path} has {n_bad} rows from {start} to {last_row} that are not {requirement}."

@@ -1,4 +1,4 @@
-"""Embed the parts of a store, count failed attempts, and give up parts that kill processes."""
+"""Embed the parts of a store, count the processes that die in a part, and give such a part up."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vilu.progress import Silence, Task
 from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, possible_positions
-from vilu.store.pipeline import END, Decoded, Decoder, Encoder, records_with_positions
+from vilu.store.pipeline import END, Decoder, Encoder, PreparedImage, records_with_positions
 from vilu.store.precision import check_precision
 from vilu.text import plural
 
-MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
+MAX_ATTEMPTS = 3  # when this many processes have died in a part, the part is given up
 # message in the error rows of a part that was given up
 GIVE_UP_MESSAGE = (
     f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
@@ -37,11 +37,12 @@ GIVE_UP_MESSAGE = (
 
 
 def count_attempts(root: Path, part: Part) -> int:
-    """Return how many processes have a mark on a part: they died in it, or are still at work.
+    """Return how many processes have a mark on a part.
 
-    A process that ends the part, or fails with an exception, removes its mark.
+    Such a process died while it worked on the part, or is still at work. A process that finishes
+    the part, or fails with an exception, removes its mark.
     """
-    path = root / part.attempts
+    path = root / part.attempts_file
     with convert_os_errors(f"cannot read {path}"):
         try:
             # A mark is one byte of the file. Appending one byte is atomic, so no mark is lost if
@@ -52,7 +53,7 @@ def count_attempts(root: Path, part: Part) -> int:
 
 
 def forget_attempts(root: Path) -> None:
-    """Remove the marks of all parts. To be called only if no other process works on the store."""
+    """Remove the marks on all parts. No other process may be at work on the store meanwhile."""
     folder = root / "attempts"
     with convert_os_errors(f"cannot clean {folder}"):
         if not folder.is_dir():
@@ -70,41 +71,42 @@ class AttemptMarks:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._begun: set[Part] = set()
+        self._begun_parts: set[Part] = set()
 
     def __enter__(self) -> AttemptMarks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A mark that cannot be removed costs at most one more try of the part. The error must not
+        # If a mark cannot be removed, the part may be given up one try earlier. This error must not
         # hide the exception that ended the block.
         with suppress(StorageError):
-            for part in tuple(self._begun):
+            for part in tuple(self._begun_parts):
                 self.end(part)
 
     def begin(self, part: Part) -> None:
-        """Leave a mark on a part, before the work on it begins."""
-        path = self._root / part.attempts
+        """Put a mark on a part, before the work on it begins."""
+        path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
-        self._begun.add(part)
+        self._begun_parts.add(part)
 
     def end(self, part: Part) -> None:
-        """Remove all marks on a part, also those of processes that died in it before."""
-        path = self._root / part.attempts
+        """Remove all marks on a part, including the marks of processes that died in it."""
+        path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.unlink(missing_ok=True)
-        self._begun.discard(part)
+        self._begun_parts.discard(part)
 
 
 def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartRows:
     """Return the content of a part that is given up: error rows, and no embeddings.
 
     If ``may_list`` is True, the images are listed without reading them, and every image gets an
-    error row of kind "crash" with its key. If ``may_list`` is False, a process died while it listed
-    the images. Then, or if listing raises an exception, the images are not known:
+    error row of kind "crash" with its key. If ``may_list`` is False, the images are not listed,
+    because a process died while it listed them. Then, and also if listing raises an exception, the
+    images are not known:
 
     - If parts are made of images, every position gets an error row of kind "crash".
     - If parts are made of shards, every shard gets one error row of kind "bad_shard", because the
@@ -122,14 +124,14 @@ def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool
             )
     positions = possible_positions(run, part)
     if run.shards:
-        first_positions = positions[::SHARD]  # of every shard of the part, its first position
+        first_positions = positions[::SHARD]  # the first position of every shard of the part
         shards = [(position, f"shard {position // SHARD}") for position in first_positions]
         return _error_rows("bad_shard", shards)
     return _error_rows("crash", [(position, f"image {position}") for position in positions])
 
 
 def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
-    """Return a part with an error row for every position and its key, and without embeddings."""
+    """Return the content of a part that has an error row for each position, and no embeddings."""
     content = PartRows()
     for position, key in positions_and_keys:
         error = ErrorRow(
@@ -150,7 +152,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The name and the options with which each worker process loads the model, once."""
+    """The name and the options of a model. Each worker process loads the model with them, once.
+
+    The fields are parameters of ``load_backbone``.
+    """
 
     name: str
     device: str = "auto"
@@ -179,71 +184,104 @@ def _load(spec: BackboneSpec) -> Backbone:
 class EmbedJob:
     """Everything that a process needs to embed any part of a run.
 
-    ``vilu.store.embed.embed`` documents the fields. A job can be pickled if its data set and its
-    model can.
+    A job can be pickled if its data set and its model can be pickled.
     """
 
-    root: Path
-    run: Run
+    root: Path  # folder of the store
+    run: Run  # the run, which has all inputs
     dataset: ImageDataset
     backbone: BackboneSpec | Backbone
-    batch_size: int = 32
-    workers: int | None = None
-    strict: bool = False
-    limits: ImageLimits = DEFAULT_LIMITS
+    batch_size: int = 32  # images per forward pass
+    workers: int | None = None  # number of decoding threads; None: one per core, at most 16
+    strict: bool = False  # whether the job stops at the first bad image
+    limits: ImageLimits = DEFAULT_LIMITS  # limits of size and shape; other images are bad
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """The folder of the store, with the parts that are done and those that are to be done."""
+        """The folder of the store, with finished parts and parts that are still to be done."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
-        """Embed a part, write it and return its receipt. A part that is done is not done again.
+        """Embed and write a part unless it is done, and return its receipt.
 
-        The bytes of a part depend only on its images, the model and the batch size. So any process
-        may do the part, at any time, and more than once. A part in which ``MAX_ATTEMPTS`` processes
-        died is given up, and its images become error rows.
+        ``part`` is the number of the part. The bytes of a part depend only on its images, the model
+        and the batch size. So any process may do the part, at any time, and more than once. If
+        ``MAX_ATTEMPTS`` processes have died in a part, the part is given up, and its images become
+        error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """Do several parts like ``process``, in order, and yield their receipts.
+        """Do several parts as ``process`` does, in order, and yield their receipts.
 
-        The first images of a part are decoded while the part before it is still being embedded.
+        ``parts`` are the numbers of the parts. The first images of a part are decoded while the
+        part before it is still being embedded.
         """
         if progress is None:
             progress = Silence()
-        untried: list[Part] = []  # parts to be embedded together, one after the other
+        untried_parts: list[Part] = []  # they are embedded together, one after the other
         for number in parts:
             part = self.ledger.parts[number]
             outcome = self.ledger.look_up(part)
             is_done = isinstance(outcome, Receipt)
             n_deaths = 0 if is_done else count_attempts(self.root, part)
             if not is_done and n_deaths == 0:
-                untried.append(part)
+                untried_parts.append(part)
                 continue
-            # the untried parts before this part are done first, to keep the order
-            yield from self._embed(untried, progress)
-            untried = []
+            # to keep the order, the untried parts before this part are done first
+            yield from self._embed(untried_parts, progress)
+            untried_parts = []
             if isinstance(outcome, Receipt):
                 receipt = outcome
             elif n_deaths < MAX_ATTEMPTS:
-                # alone, so that no other part has a mark if another process dies in this part
+                # it is embedded alone, so that no other part has a mark if this process dies, too
                 yield from self._embed([part], progress)
                 continue
             else:
                 receipt = self._give_up(part, n_deaths)
             progress.advance(receipt.n_in)
             yield receipt
-        yield from self._embed(untried, progress)
+        yield from self._embed(untried_parts, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
-        """Embed parts one after the other, and yield the receipt of each when it is written."""
+        """Embed parts one after the other, and yield each receipt as soon as it is written."""
         if not parts:
             return
         backbone = self._load_backbone()
-        encoder = Encoder(
+        encoder = self._encoder(backbone, progress)
+        decoder = self._decoder(backbone)
+        workers = self.workers or default_workers()
+        fingerprints: dict[int, str] = {}  # number of a part -> fingerprint of its shards
+        with (
+            AttemptMarks(self.root) as marks,
+            in_threads(
+                decoder,
+                self._records(parts, marks, fingerprints),
+                workers=workers,
+                max_ahead=self.batch_size + workers,
+            ) as outcomes,
+        ):
+            for part in parts:
+                content = encoder.encode_part(outcomes)
+                receipt = self.ledger.write_rows(
+                    part,
+                    content,
+                    batch_size=self.batch_size,
+                    shard_fingerprint=fingerprints[part.number],
+                )
+                # The mark is removed after the receipt is written. If the process dies in between,
+                # a part that is done keeps a mark, which is ignored. If the mark were removed
+                # first, a part that kills its process during the writing would have no mark, and
+                # would be tried for ever.
+                marks.end(part)
+                self._log(part, receipt, content)
+                self._log_animated(content)
+                yield receipt
+
+    def _encoder(self, backbone: Backbone, progress: Task) -> Encoder:
+        """Return the encoder that runs a backbone over images."""
+        return Encoder(
             backbone=backbone,
             batch_size=self.batch_size,
             strict=self.strict,
@@ -251,31 +289,9 @@ class EmbedJob:
             arrays=self.run.arrays,
             dtype=self.run.dtype,
         )
-        decoder = self._decoder(backbone)
-        workers = self.workers or default_workers()
-        max_ahead = self.batch_size + workers  # maximum number of images decoded in advance
-        fingerprints: dict[int, str] = {}  # of the shards of each part, by its number
-        with (
-            AttemptMarks(self.root) as marks,
-            in_threads(
-                decoder, self._records(parts, marks, fingerprints), workers, max_ahead
-            ) as outcomes,
-        ):
-            for part in parts:
-                content = encoder.part(outcomes)
-                fingerprint = fingerprints[part.number]
-                receipt = self.ledger.write_rows(part, content, self.batch_size, fingerprint)
-                # The mark is removed after the receipt is written. If the process dies in between,
-                # the mark stays on a part that is done, where it is ignored. In the other order, a
-                # part that kills its process during the writing would have no mark, and would be
-                # tried for ever.
-                marks.end(part)
-                self._log(part, receipt, content)
-                self._log_animated(content)
-                yield receipt
 
     def _decoder(self, backbone: Backbone) -> Decoder:
-        """The decoder of the images, for a backbone."""
+        """Return the decoder that prepares images for a backbone."""
         return Decoder(
             preprocess=backbone.preprocess,
             limits=self.limits,
@@ -286,18 +302,20 @@ class EmbedJob:
         )
 
     def check_precision(self, backbone: Backbone) -> None:
-        """Compare the first photos with float32 if the model has a lower precision, and log it.
+        """If the model has a lower precision than float32, compare both on the first photos.
+
+        The result is written into the log of the store.
 
         Raises:
-            ProvenanceError: If the two differ too much.
+            ProvenanceError: If embeddings or answers differ too much.
         """
         decoder = replace(self._decoder(backbone), views=None)
 
         def first_pixels() -> Iterator[Tensor]:
-            for part in self.ledger.parts[:1]:  # no part if there are no images
+            for part in self.ledger.parts[:1]:  # the first part; there is none without images
                 for item in records_with_positions(self.run, part, self.dataset):
                     outcome = decoder(item)
-                    if isinstance(outcome, Decoded):
+                    if isinstance(outcome, PreparedImage):
                         yield outcome.pixels
 
         check = check_precision(backbone, self.run, first_pixels(), self.batch_size)
@@ -305,7 +323,7 @@ class EmbedJob:
             append_to_log(self.root, checked=asdict(check))
 
     def _load_backbone(self) -> Backbone:
-        """Return the model; ProvenanceError if it is not the model that the run began with."""
+        """Return the model; ProvenanceError if it is not the model with which the run began."""
         backbone = self.backbone
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
@@ -315,8 +333,8 @@ class EmbedJob:
         return backbone
 
     def _log(self, part: Part, receipt: Receipt, content: PartRows) -> None:
-        """Log a finished part, to the log of the store and to the log of the process."""
-        seconds = round(time.monotonic() - content.started, 3)
+        """Write a finished part into the log of the store and into the log of the process."""
+        seconds = round(time.monotonic() - content.started_at, 3)
         append_to_log(
             self.root,
             part=part.number,
@@ -343,26 +361,34 @@ class EmbedJob:
     ) -> Iterator[tuple[int, ImageRecord] | None]:
         """Yield the records of all parts with their positions, and ``END`` after each part.
 
-        Before its records, a part gets a mark, and its fingerprint is put into ``fingerprints``.
+        Before the records of a part are read, the part gets a mark, and the fingerprint of its
+        shards is put into ``fingerprints``.
         """
         for part in parts:
             marks.begin(part)
-            # The fingerprint is taken before the shards are read. So if a shard changes while it is
-            # read, the next run notices the change.
-            fingerprints[part.number] = self.ledger.source(part)
+            # The fingerprint is computed before the shards are read. So if a shard changes while it
+            # is read, the next run notices the change.
+            fingerprints[part.number] = self.ledger.shard_fingerprint(part)
             yield from records_with_positions(self.run, part, self.dataset)
             yield END
 
     def _give_up(self, part: Part, n_deaths: int) -> Receipt:
-        """Write a part in which ``n_deaths`` processes died: its images are all errors."""
+        """Write a part in which ``n_deaths`` processes died: all its images become errors."""
         with AttemptMarks(self.root) as marks:
-            # If listing the images kills this process, too, its mark stays. The next process then
+            # If listing the images also kills this process, its mark stays. Then the next process
             # sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.begin(part)
-            fingerprint = self.ledger.source(part)
-            has_died_in_listing = n_deaths > MAX_ATTEMPTS
-            content = given_up_rows(self.run, part, self.dataset, may_list=not has_died_in_listing)
-            receipt = self.ledger.write_rows(part, content, self.batch_size, fingerprint)
+            shard_fingerprint = self.ledger.shard_fingerprint(part)
+            listing_killed_process = n_deaths > MAX_ATTEMPTS
+            content = given_up_rows(
+                self.run, part, self.dataset, may_list=not listing_killed_process
+            )
+            receipt = self.ledger.write_rows(
+                part,
+                content,
+                batch_size=self.batch_size,
+                shard_fingerprint=shard_fingerprint,
+            )
             marks.end(part)
         logger.warning(
             "part %d was given up after %d processes had died in it: its %d images are counted as "
@@ -370,7 +396,7 @@ class EmbedJob:
             part.number,
             MAX_ATTEMPTS,
             receipt.n_error,
-            self.root / part.receipt,
+            self.root / part.receipt_file,
         )
         return receipt
 
@@ -378,9 +404,10 @@ class EmbedJob:
 class Executor(Protocol):
     """An object that decides where and when the parts of a job are done.
 
-    The job decides what a part contains. ``EmbedJob.process`` is deterministic and idempotent, and
-    gives up a part that keeps killing its process. So an executor may do a part twice, even at the
-    same time. After the death of a worker, it only has to try the part again.
+    The job decides what a part contains. ``EmbedJob.process`` is deterministic and idempotent. So
+    an executor may do a part twice, even at the same time. ``EmbedJob.process`` also gives up a
+    part that keeps killing its process. So after the death of a worker, an executor only has to try
+    the part again.
     """
 
     name: str
@@ -388,5 +415,6 @@ class Executor(Protocol):
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipt of each part as soon as the part is done, in any order.
 
-        An executor that shares the work with other processes does only its own parts.
+        ``parts`` are the numbers of the parts. An executor that shares the work with other
+        processes does only its own parts.
         """

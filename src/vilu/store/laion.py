@@ -25,18 +25,18 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
-from vilu.store.ledger import Reopened
+from vilu.store.ledger import PickledByPath
 from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy
 from vilu.store.unreadable import convert_damage_errors
 from vilu.validation import checked
 
 FOLDER_NAMES = (("img_emb", "text_emb"), ("images", "texts"))
-"""Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
+"""Names of the folders of image and caption embeddings: clip-retrieval's, and LAION's."""
 
-# pairs of image and caption files, where there is a single shard
+# names of the image file and the caption file, if there is a single shard
 FILE_NAMES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
-METADATA_FOLDER = "metadata"  # folder of the metadata
+METADATA_FOLDER = "metadata"  # name of the folder of the metadata
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
@@ -49,24 +49,24 @@ LAYOUTS = (
 class Shard:
     """Files whose rows belong together: row i of each file belongs to the same pair."""
 
-    image: Path  # (n, D) image embeddings
-    text: Path  # (n, D) caption embeddings
-    metadata: Path | None  # file with n rows of metadata, if any
+    image: Path  # file of (n, D) image embeddings
+    text: Path  # file of (n, D) caption embeddings
+    metadata: Path | None  # file with n rows of metadata, if there is one
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Shape (n, D), from the headers of all files; ProvenanceError if they disagree."""
         n_images, image_width = map_matrix(self.image).shape
         n_texts, text_width = map_matrix(self.text).shape
-        counts = {self.image: n_images, self.text: n_texts}
+        n_rows_of_file = {self.image: n_images, self.text: n_texts}
         if self.metadata is not None:
             with (
                 convert_damage_errors(self.metadata, "Fetch it again."),
                 pq.ParquetFile(self.metadata) as file,
             ):
-                counts[self.metadata] = file.metadata.num_rows
-        if len(set(counts.values())) > 1:
-            facts = ", ".join(f"{path} has {count}" for path, count in counts.items())
+                n_rows_of_file[self.metadata] = file.metadata.num_rows
+        if len(set(n_rows_of_file.values())) > 1:
+            facts = ", ".join(f"{path} has {n_rows}" for path, n_rows in n_rows_of_file.items())
             raise ProvenanceError(
                 f"partners must have the same number of rows. {facts}. Embed or fetch them again."
             )
@@ -154,14 +154,17 @@ def _require_partners(
 ) -> None:
     """Raise DataError if a folder has no file for one of the ``numbers``.
 
-    ``files_of_folder`` has the files of each folder by number.
+    Args:
+        base_folder: The folder that has the folders of ``files_of_folder``.
+        files_of_folder: Maps the name of each folder to its files, by the number in their names.
+        numbers: All numbers that occur in any of the folders.
     """
     for folder, files in files_of_folder.items():
-        missing = [number for number in numbers if number not in files]
-        if not missing:
+        missing_numbers = [number for number in numbers if number not in files]
+        if not missing_numbers:
             continue
-        number = missing[0]
-        # another folder has a file with this number, because ``numbers`` are those of all files
+        number = missing_numbers[0]
+        # some other folder has a file with this number, because the number occurs in a folder
         partner = next(files[number] for files in files_of_folder.values() if number in files)
         raise DataError(
             f"{base_folder / folder} has no file with number {number}, the partner of {partner}. "
@@ -170,10 +173,13 @@ def _require_partners(
 
 
 def _find_base_folder(root: Path) -> tuple[Path, str, str]:
-    """Return the folder that holds the embeddings, and the names of its two folders for them.
+    """Find the folder with the embeddings: ``root``, or else a sub-folder of ``root``.
 
-    The folder is ``root``, or else the only sub-folder of ``root`` that has such folders. The first
-    name is the folder of images, the second the folder of captions.
+    Returns the folder, the name of its folder of image embeddings, and the name of its folder of
+    caption embeddings.
+
+    Raises:
+        DataError: If there is no such folder, or if several sub-folders are such folders.
     """
     entries = _sorted_entries(root)
     base_folders: list[tuple[Path, str, str]] = []
@@ -187,9 +193,8 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
         )
-    base_folder, image_folder, text_folder = base_folders[
-        0
-    ]  # ``root`` itself if it is in ``base_folders``
+    # if ``root`` itself has embeddings, it comes first
+    base_folder, image_folder, text_folder = base_folders[0]
     if base_folder != root and len(base_folders) > 1:
         splits = ", ".join(str(folder) for folder, _, _ in base_folders)
         raise DataError(f"{root} has several splits. Give one of them: {splits}.")
@@ -197,7 +202,7 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
 
 
 def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
-    """Return the files of a folder by the number at the end of their names."""
+    """Map the number at the end of each file's name to the file, for all files in a folder."""
     files: dict[int, Path] = {}
     for path in _sorted_entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
@@ -227,41 +232,41 @@ def _sorted_entries(folder: Path) -> list[Path]:
 
 
 CAPTION_COLUMNS = ("caption", "TEXT")
-"""Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
+"""Names of the column of captions in the metadata: clip-retrieval's name, and LAION's."""
 
-# Maximum number of values in a block of rows. A thread checks one block at a time, and such a block
-# (4 MiB in float32) fits in the cache of a processor.
+# Maximum number of values in a block of rows. A thread checks one block at a time. A block takes 4
+# MiB in float32, which fits into the cache of a processor.
 MAX_BLOCK_CELLS = 2**20
 
 
-class LaionPairs(Reopened, MappedPairs):
+class LaionPairs(PickledByPath, MappedPairs):
     """Image-caption pairs from shards of embeddings.
 
     Row i of an image file belongs to row i of its text file.
 
-    There are four layouts. In the first three, the numbers in file names may have any width. The
-    fourth layout has a single shard::
+    There are four layouts. In the first three, the numbers in file names may have any number of
+    digits. The fourth layout has a single shard::
 
         img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy [+ metadata/metadata_0000.parquet]
         images/img_emb_0.npy + texts/text_emb_0.npy [+ metadata/metadata_0.parquet]
         train/images/0.npy + train/texts/0.npy
         images.npy + texts.npy, or img_emb.npy + text_emb.npy
 
-    Opening reads headers only. To find the usable rows, all rows are read once in blocks, when the
-    usable rows are first needed. This takes about as long as reading the files. The status of each
-    row is kept in memory (1 byte per row), and nothing is written into the folder. Rows that do not
-    have unit norm are normalised whenever they are read. A warning tells how many such rows there
-    are.
+    Opening reads headers only. When the usable rows are first needed, all rows are read once, in
+    blocks. This takes about as long as reading the files. The status of each row is kept in memory
+    (1 byte per row), and nothing is written into the folder. Rows that do not have unit norm are
+    normalised whenever they are read. A warning says how many such rows there are.
 
     Rows are identified by their embeddings, because different data sets use the same keys in their
     metadata. ``ids`` are the numbers of the rows over all shards.
 
-    These files have no receipts, so changed numbers in them are not noticed. The object is pickled
-    as its path, like a store. A shard with another size or time of modification counts as changed.
+    These files have no receipts, so a change of the numbers in them is not noticed. The object is
+    pickled as its path, like a store. When it is unpickled, a shard is taken as changed if its size
+    or its time of modification differs.
 
-    Arguments are those of ``CaptionStore``. In addition, ``logit_scale`` multiplies the cosine (100
-    for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs metadata with
-    captions.
+    The arguments are the same as for ``CaptionStore``, and two more: ``logit_scale`` multiplies the
+    cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
+    metadata with captions.
 
     Raises:
         DataError: If the folder has another layout, or a file has no partner or does not hold a
@@ -286,14 +291,14 @@ class LaionPairs(Reopened, MappedPairs):
         shards = find_shards(root)
         width = _common_width(shards)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
-        self.seal = _listing_hash(root, shards)
+        self.folder_hash = _listing_hash(root, shards)
         self.options = {
             "pools": pools,
             "logit_scale": logit_scale,
             "logit_bias": logit_bias,
             "fold": fold,
         }
-        chosen = None if fold is None else _rows_of_fold(root, shards, fold)
+        chosen_rows = None if fold is None else _rows_of_fold(root, shards, fold)
         n_rows = [shard.n_rows for shard in shards]
         starts = np.cumsum([0, *n_rows], dtype=np.int64)
         rows = MappedParts(
@@ -307,10 +312,10 @@ class LaionPairs(Reopened, MappedPairs):
             arrays=("image", "text"),
             space=space,
             pools=pools or Pools(),
-            chosen=chosen,
+            chosen_rows=chosen_rows,
         )
         self._has_unit_norms = False  # _row_status sets it to True if all rows have unit norm
-        self.ids = RowNumbers(len(rows)) if chosen is None else ListedNumbers(chosen)
+        self.ids = RowNumbers(len(rows)) if chosen_rows is None else ListedNumbers(chosen_rows)
 
     def _take_rows(self, name: str, index: Tensor) -> Tensor:
         rows = super()._take_rows(name, index)
@@ -330,10 +335,13 @@ class LaionPairs(Reopened, MappedPairs):
         workers = default_workers()
         with (
             track("Checking embeddings", 2 * len(status), "rows") as task,
-            in_threads(_check_block, self._blocks(), workers, 2 * workers) as results,
+            in_threads(
+                _check_block, self._blocks(), workers=workers, max_ahead=2 * workers
+            ) as results,
         ):
             for start, block_status, norms in results:
-                # A row has one status for image and caption: the first one that is not VALID.
+                # A row has one status code for its image and its caption: the first code that is
+                # not VALID.
                 status_so_far = status[start : start + len(block_status)]
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
                 norms_seen.add(norms[torch.from_numpy(block_status == VALID)])
@@ -349,14 +357,15 @@ class LaionPairs(Reopened, MappedPairs):
         return status if self._chosen_rows is None else status[self._chosen_rows.numpy()]
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Yield the blocks of all files: the number of the first row, and the (b, D) mapped rows.
+        """Yield all rows of all files in blocks: the number of the first row, and the rows (b, D).
 
-        The mapped rows are read from the disk only when the block is checked.
+        The rows are mapped. They are read from the disk only when the block is checked.
         """
         block_rows = max(MAX_BLOCK_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                # mapped anew, so that the pages read are released together with this array
+                # The part is mapped anew and not shared. So the pages that were read are released
+                # together with this array.
                 part = self._rows.open_part(name, number)
                 for start in range(0, len(part), block_rows):
                     yield first + start, part[start : start + block_rows]
@@ -374,8 +383,8 @@ class _NormStatistics:
         """Add the norms of more rows."""
         if not len(norms):
             return
-        is_off = (norms - 1).abs() > NORM_TOLERANCE
-        self.n_not_unit += int(is_off.sum())
+        is_not_unit = (norms - 1).abs() > NORM_TOLERANCE
+        self.n_not_unit += int(is_not_unit.sum())
         self.low = min(self.low, float(norms.min()))
         self.high = max(self.high, float(norms.max()))
 
@@ -393,7 +402,10 @@ def _common_width(shards: Sequence[Shard]) -> int:
 
 
 def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
-    """Check a block of rows, and return the number of its first row, (b,) status and (b,) norms."""
+    """Return the number of a block's first row, and the status codes (b,) and norms (b,).
+
+    ``block`` has the number of its first row, and the rows (b, D).
+    """
     first_number, rows = block
     # torch accepts only the native byte order
     native_rows = rows.astype(rows.dtype.newbyteorder("="))

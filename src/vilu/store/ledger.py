@@ -4,8 +4,8 @@ A run is the work of one command, and a part is a fixed share of its rows. The f
 this order:
 
 1. ``run.json`` describes the run.
-2. Each part has its own files, and then a receipt with the sizes and hashes of these files. A part
-   counts as done only if its receipt exists and the sizes agree.
+2. For each part, its files are written, and then a receipt with their sizes and hashes. A part is
+   done only if its receipt exists and its files have these sizes.
 3. ``manifest.json`` marks the folder as complete (sealed).
 
 Every file is written atomically. If the process is killed, only the unfinished part is lost.
@@ -53,11 +53,11 @@ from vilu.progress import Silence, Task, track
 RUN_FILE = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
 """Names of the files that a run writes.
 
-A receipt has digits and ``.json``. A file of ``Part.attempts`` has digits only.
+The name of a receipt is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
 
-RECEIPTS = "receipts"  # folder of the receipts
-NO_RECEIPT = "it is not there"  # reason that ``look_up`` returns for a part without a receipt
+RECEIPTS = "receipts"  # name of the folder of the receipts
+NO_RECEIPT = "it is not there"  # what ``look_up`` returns for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class AnyPart(Protocol):
         """Number of the part, from 0."""
 
     @property
-    def receipt(self) -> str:
+    def receipt_file(self) -> str:
         """Name of the receipt file, which is written after the other files."""
 
     @property
@@ -91,8 +91,8 @@ class AnyPart(Protocol):
 class AnyReceipt(Document):
     """Sizes and hashes of the files of a part.
 
-    Every subclass defines ``fingerprint`` and ``files`` itself, because the order of the fields is
-    the order in its JSON file.
+    Every subclass defines ``fingerprint`` and ``files`` itself, because the order in which it
+    defines its fields is their order in the JSON file.
     """
 
     if TYPE_CHECKING:
@@ -105,11 +105,11 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """The folder of a run, with the parts that are done and those that are to be done."""
+    """The folder of a run, with finished parts and parts that are still to be done."""
 
-    folder_kind: ClassVar[str]  # name of this kind of folder, for messages
+    folder_kind: ClassVar[str]  # what messages call such a folder
     command: ClassVar[str]  # command that makes the folder, for messages
-    activity: ClassVar[str]  # "scoring into": in messages, what the holder of the lock does
+    activity: ClassVar[str]  # what the holder of the lock does, for messages: "scoring into"
     kind: ClassVar[str | None] = None  # value of "kind" in run.json; None if there is no such field
     documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)  # files directly in the folder
     folders: ClassVar[tuple[str, ...]]  # all sub-folders that a run can have
@@ -127,27 +127,27 @@ class Ledger(ABC, Generic[P, R]):
     def claim(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         """Make the folder, and hold its lock in the block.
 
-        If another process holds the lock, wait for at most ``wait_seconds``. The system
-        releases the lock if this process dies.
+        If another process holds the lock, wait for at most ``wait_seconds``. The system releases
+        the lock if this process dies.
         """
-        # The check comes first, so that a refusal does not leave a new folder behind.
+        # checked before the folder is made, so that a refusal leaves no new folder behind
         cls.check_folder(root)
         with convert_os_errors(f"cannot write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        # A driver is a process that begins and seals the folder. The lock keeps a second driver
-        # from sealing, unsealing or clearing it at the same time. Parts need no lock, since every
-        # process would write the same bytes.
+        # A driver is a process that begins and seals the folder. Because of the lock, no second
+        # driver can seal, unseal or clear the folder at the same time. Parts need no lock, since
+        # every process would write the same bytes.
         with locked(root, activity=cls.activity, wait_seconds=wait_seconds):
             yield
 
     @classmethod
     def check_folder(cls, root: Path, *, overwrite: bool = False) -> None:
-        """Refuse a folder that is not empty and holds no run of this kind.
+        """Raise UsageError if a folder is not empty and has no run of this kind.
 
         With ``overwrite``, a folder with files that no run writes is also refused.
         """
         # The folder is searched for any file before it is searched for run.json. In the other
-        # order, another process could begin a run in between, and its files would count as foreign.
+        # order, another process could begin a run in between, and its files would be refused.
         is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
         if not may_be_used and (root / RUN).is_file():
@@ -155,8 +155,9 @@ class Ledger(ABC, Generic[P, R]):
                 f"{root / RUN} is of no {cls.folder_kind}, so nothing there is touched. Give a new "
                 "folder."
             )
-        # ``may_be_used`` has already decided whether the folder is ours. So ``claim_folder`` need
-        # not recognise single files, and refuses every file in a folder that may not be used.
+        # ``may_be_used`` already says whether the folder is ours. So ``claim_folder`` does not have
+        # to recognise files. ``has_same_inputs`` makes it accept a folder that may be used, and
+        # ``is_ours`` makes it refuse every file in any other folder.
         claim_folder(root, cls.folder_kind, is_ours=lambda _: False, has_same_inputs=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
@@ -164,13 +165,13 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
-        """Whether a folder has a ``run.json`` that is of a run of this kind, or is damaged."""
+        """Whether a folder has a ``run.json`` of a run of this kind, or a damaged ``run.json``."""
         if not (root / RUN).is_file():
             return False
         try:
             content = parse_json(read_bounded(root / RUN, "Give another folder", DataError))
         except (ValueError, RecursionError):
-            # True, because the next reader reports the damage. False would lead to the wrong
+            # The file is damaged, which its next reader reports. False would lead to the wrong
             # message that the run is of another kind.
             return True
         return content.get("kind") == cls.kind
@@ -202,12 +203,12 @@ class Ledger(ABC, Generic[P, R]):
         # The manifest is written after the last part, so it shows that all parts are done.
         if not (root / MANIFEST).is_file():
             raise DataError(
-                f"{root} is not complete. Run the same `{cls.made_by(root)}` again: it goes on "
+                f"{root} is not complete. Run the same `{cls.command_of(root)}` again: it goes on "
                 "where it stopped."
             )
 
     @classmethod
-    def made_by(cls, root: Path) -> str:  # noqa: ARG003 - a subclass reads the folder
+    def command_of(cls, root: Path) -> str:  # noqa: ARG003 - a subclass reads the folder
         """Return the command that began a folder."""
         return cls.command
 
@@ -261,21 +262,21 @@ class Ledger(ABC, Generic[P, R]):
     def stated_and_planned(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return two tuples: what the receipt states about a part, and what the run planned for it.
+        """Return what the receipt states about its part, and what the run planned for ``part``.
 
-        They are equal if the receipt belongs to this part.
+        The two tuples are equal if the receipt belongs to this part.
         """
 
     def receipt(self, part: P) -> R:
-        """Return the receipt of a part whose files all exist with the right sizes.
+        """Return the receipt of a part, whose files must exist with the right sizes.
 
         Raises:
             StorageError: If the receipt is damaged, or a file is missing or has another size.
             ProvenanceError: If the receipt belongs to another run.
         """
-        path = self.root / part.receipt
+        path = self.root / part.receipt_file
         receipt = read_document(path, self._receipt_type)
-        # An intact receipt may have been copied from another folder, whose run had other inputs.
+        # an undamaged receipt may have been copied from another folder, whose run had other inputs
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
@@ -288,20 +289,20 @@ class Ledger(ABC, Generic[P, R]):
 
     def _require_same_part(self, part: P, receipt: R) -> None:
         """Raise StorageError if a receipt describes another part."""
-        # With the receipt of another part, all later rows would get wrong numbers.
-        stated, planned = self.stated_and_planned(part, receipt)
-        described = (*stated, tuple(receipt.files))
-        expected = (*planned, part.files)
-        if described != expected:
+        # with the number of rows of another part, all later rows would get wrong row numbers
+        stated_facts, planned_facts = self.stated_and_planned(part, receipt)
+        described_part = (*stated_facts, tuple(receipt.files))
+        expected_part = (*planned_facts, part.files)
+        if described_part != expected_part:
             raise StorageError(
-                f"{self.root / part.receipt} is damaged: it describes {described}, expected "
-                f"{expected}. {self._receipt_type.remedy}."
+                f"{self.root / part.receipt_file} is damaged: it describes {described_part}, "
+                f"expected {expected_part}. {self._receipt_type.remedy}."
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
         """Raise StorageError if a file is missing or has another size than in its receipt."""
         # The whole file was written before its receipt. But the folder may be an incomplete copy,
-        # or someone may have removed the file later.
+        # or someone may have changed or removed the file later.
         path = self.root / name
         if not path.is_file():
             state = "is missing"
@@ -316,18 +317,18 @@ class Ledger(ABC, Generic[P, R]):
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
-        """Return the receipt of a part that is done. If it is not done, return the reason why.
+        """Return the receipt of a part that is done. If the part is not done, return the reason.
 
         With ``deep``, the files of the part are also compared with their hashes.
         """
-        # The receipt is written last, so a part without a receipt is not done.
-        if not (self.root / part.receipt).exists():
+        # the receipt is written last, so a part without a receipt is not done
+        if not (self.root / part.receipt_file).exists():
             return NO_RECEIPT
         try:
             receipt = self.receipt(part)
             if deep:
-                # hashes, because a damaged disk can change bytes without changing sizes
-                verify_file = CheckedFiles(self.root, [receipt])
+                # a damaged disk can change bytes without changing sizes
+                verify_file = FileVerifier(self.root, [receipt])
                 for name in part.files:
                     verify_file(name)
         except ViLUError as error:
@@ -336,8 +337,11 @@ class Ledger(ABC, Generic[P, R]):
         return receipt
 
     def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
-        """Return the parts to be done, and the receipts of the parts that are done."""
-        missing: list[P] = []
+        """Return the parts that are still to be done, and the receipts of the parts that are done.
+
+        ``deep`` is passed on to ``look_up``.
+        """
+        missing_parts: list[P] = []
         receipts: list[R] = []
         with self._survey_progress(deep=deep) as task:
             for part in self.parts:
@@ -346,14 +350,14 @@ class Ledger(ABC, Generic[P, R]):
                 if not isinstance(outcome, str):
                     receipts.append(outcome)
                     continue
-                missing.append(part)
+                missing_parts.append(part)
                 if outcome != NO_RECEIPT:
                     logger.warning("part %d is done again: %s", part.number, outcome)
-        return missing, receipts
+        return missing_parts, receipts
 
     def _survey_progress(self, *, deep: bool) -> AbstractContextManager[Task]:
         """Return a progress bar if the survey will read files, otherwise a silent substitute."""
-        has_receipts = any((self.root / part.receipt).exists() for part in self.parts)
+        has_receipts = any((self.root / part.receipt_file).exists() for part in self.parts)
         if deep and has_receipts:
             return track("Checking parts", len(self.parts), "parts")
         return nullcontext(Silence())
@@ -378,16 +382,18 @@ class Ledger(ABC, Generic[P, R]):
 
         Args:
             part: The part.
-            payloads: Content of each file, by name.
-            make_receipt: Function that makes the receipt from size and hash of each file.
+            payloads: Maps the name of each file to its content.
+            make_receipt: Function that makes the receipt. Its argument maps the name of each file
+                to its size and hash.
         """
         infos: dict[str, FileInfo] = {}
         for name in part.files:
             infos[name] = write_hashed(self.root / name, payloads[name])
-        # The receipt is written last. If the process is killed before, the part has no receipt and
-        # is done again. A receipt that is written first could list files that do not exist.
+        # The receipt is written last. If the process is killed before that, the part has no receipt
+        # and is done again. If the receipt were written first, it could list files that do not
+        # exist.
         receipt = make_receipt(infos)
-        write_document(self.root / part.receipt, receipt)
+        write_document(self.root / part.receipt_file, receipt)
         return receipt
 
 
@@ -396,25 +402,29 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         is_temporary = match is not None and RUN_FILE.fullmatch(match["name"])
-        # Files of other programs are kept. Files that a living process (here or on another machine)
-        # is still writing are kept, too.
+        # Files of other programs stay, and so do files that a living process (here or on another
+        # machine) is still writing.
         if is_temporary and is_leftover(path):
-            # missing_ok, because another process may have removed the file in the meantime
+            # another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
-    """Write a file atomically, and return size and hash of ``payload``."""
+    """Write ``payload`` into a file atomically, and return its size and hash."""
     write_bytes(path, payload)
-    # The hash is computed from ``payload`` and not from the file. So a later comparison with the
-    # file reveals errors in writing.
+    # The hash is computed from ``payload`` and not from the file. So if writing damaged the file, a
+    # later comparison with the hash reveals it.
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
 def require_hash(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> None:
     """Raise StorageError if the SHA-256 of a file is not ``sha256``.
 
-    The message names the ``document`` that states the hash, and ends with the advice ``remedy``.
+    Args:
+        path: The file.
+        sha256: The expected hash.
+        remedy: For messages: how to make the file again.
+        document: For messages: the document that states the hash.
     """
     if file_hash(path) != sha256:
         raise StorageError(
@@ -422,118 +432,128 @@ def require_hash(path: Path, sha256: str, remedy: str, document: str = "its rece
         )
 
 
-_verified_files: set[tuple[int | str, ...]] = (
-    set()
-)  # files whose hash was right (``require_hash_once``)
-_lock = Lock()
+# identities of the files whose hash was right (``require_hash_once``)
+_verified_files: set[tuple[int | str, ...]] = set()
+_single_thread_lock = Lock()
 
 
-def _unlock_in_child() -> None:
-    # A fork copies a held lock, but not the thread that holds it. In the child the lock would never
-    # be released, so the child gets a new lock.
-    global _lock  # noqa: PLW0603 - the lock belongs to the whole process
-    _lock = Lock()
+def _replace_lock_in_child() -> None:
+    # A fork copies a lock that is held, but not the thread that holds it. In the child nobody could
+    # release the lock, so the child gets a new lock.
+    global _single_thread_lock  # noqa: PLW0603 - the lock belongs to the whole process
+    _single_thread_lock = Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_in_child)
+    os.register_at_fork(after_in_child=_replace_lock_in_child)
 
 
-def one_thread() -> Lock:
-    """Return the lock for work that only one thread may do at a time.
+def single_thread_lock() -> Lock:
+    """Return the lock for work that only one thread of this process may do at a time.
 
-    A forked child gets a lock that is not held.
+    A process that was forked from this process gets a lock of its own, which is not held.
     """
-    return _lock
+    return _single_thread_lock
 
 
 def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
-    """Check the hash of a file unless this process has done so before, and return its path.
+    """Check the hash of a file, unless this process has checked it before, and return its path.
 
-    The file is read again only if its device, inode, size or times have changed. A change of the
-    file after it was opened is not noticed. Threads may call this function at the same time.
+    A file is hashed again only if its device, inode, size or times have changed. A change of the
+    file after it was opened is not noticed. Threads may call this function at the same time. The
+    arguments are those of ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
         state = path.stat()
-    # The file is identified by its inode. Its path is not enough, because another file can have
-    # taken its place at this path.
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
+    # The path does not identify a file, because another file may have replaced it. The inode does.
+    times = (state.st_mtime_ns, state.st_ctime_ns)
+    identity = (state.st_dev, state.st_ino, state.st_size, *times, sha256)
     # The lock is held while hashing. So if two threads open the same file, it is read only once.
-    with one_thread():
-        if key not in _verified_files:
+    with single_thread_lock():
+        if identity not in _verified_files:
             require_hash(path, sha256, remedy, document)
-            _verified_files.add(key)
+            _verified_files.add(identity)
     return path
 
 
-class CheckedFiles:
-    """A function that takes the name of a file of a part, and returns its path.
+class FileVerifier:
+    """A function that verifies a file of a part, and returns its path.
 
-    Before the path is returned, the file is compared with the hash in its receipt.
+    It takes the name of the file, and compares the file with the hash in its receipt.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
         self._remedy = receipts[0].remedy if receipts else ""
-        self._hash_of_file: dict[str, str] = {}  # SHA-256 by name of the file
+        self._hash_of_file: dict[str, str] = {}  # name of a file -> its SHA-256
         for receipt in receipts:
             for name, info in receipt.files.items():
                 self._hash_of_file[name] = info.sha256
 
     def __call__(self, name: str) -> Path:
-        """Return the path of the file ``name``; StorageError if the file is damaged."""
+        """Verify the file ``name``, and return its path; StorageError if the file is damaged."""
         return require_hash_once(self._root / name, self._hash_of_file[name], self._remedy)
 
 
-class Reopened:
+class PickledByPath:
     """Base of objects that read a folder and are pickled as the path of the folder.
 
     Unpickling opens the folder again. It raises ProvenanceError if the folder has changed since.
 
     Attributes:
         path: The folder.
-        seal: Hash of the content of the folder. Another hash shows that the folder has changed.
+        folder_hash: Hash of the content of the folder. If it differs, the folder has changed.
         options: Keyword arguments with which the folder was opened, besides its path.
     """
 
     path: Path
-    seal: str
+    folder_hash: str
     options: Mapping[str, object] = {}
 
     def __reduce__(
         self,
-    ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
+    ) -> tuple[Callable[..., PickledByPath], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute, because the process that unpickles it may have another working
         # folder.
-        arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # The method ``without`` leaves rows out and sets ``_remaining``. No file says which rows
-        # remain, so the attributes that depend on them are pickled.
+        arguments = (type(self), self.path.absolute(), dict(self.options), self.folder_hash)
+        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file
+        # says which rows were left out, so the attributes that depend on them are pickled, too.
         attributes = vars(self)
-        if "_remaining" not in attributes:
+        if "_remaining_pairs" not in attributes:
             return reopen, arguments, None
-        names = ("_remaining", "usable_rows", "status")
+        names = ("_remaining_pairs", "usable_rows", "status")
         row_attributes = {name: attributes[name] for name in names}
         return reopen, arguments, row_attributes
 
 
 def reopen(
-    open_folder: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str
-) -> Reopened:
-    """Open the folder of a pickled object again; ProvenanceError if the folder has changed."""
-    reopened = open_folder(path, **options)
+    open_folder: Callable[..., PickledByPath],
+    path: Path,
+    options: Mapping[str, object],
+    pickled_hash: str,
+) -> PickledByPath:
+    """Open the folder of a pickled object again; ProvenanceError if the folder has changed.
+
+    Args:
+        open_folder: The class of the object.
+        path: The folder.
+        options: Keyword arguments of the class.
+        pickled_hash: ``folder_hash`` of the object when it was pickled.
+    """
+    reader = open_folder(path, **options)
     # Without this check, a worker could read other rows than the process that started it.
-    if reopened.seal != seal:
+    if reader.folder_hash != pickled_hash:
         raise ProvenanceError(
-            f"{path} has changed since it was pickled: its fingerprint was {seal} and is now "
-            f"{reopened.seal}. Open it again and repeat what was begun with it."
+            f"{path} has changed since it was pickled: its fingerprint was {pickled_hash} and is "
+            f"now {reader.folder_hash}. Open it again and repeat what was begun with it."
         )
-    return reopened
+    return reader
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
     """Return one hash of the hashes of all files, in the order of the parts."""
-    # The manifest holds this hash. It reveals a part that was copied from another run with the same
-    # inputs: such a part has a right receipt, but its numbers can differ by rounding.
+    # The manifest has this hash. It reveals a part that was copied from another run with the same
+    # inputs: the receipt of such a part is right, but rounding may have given other numbers.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

@@ -1,4 +1,4 @@
-"""The JSON files of a store: run with its inputs, receipts, class table and manifest."""
+"""The JSON files of a store: the run with its inputs, receipts, the class table, the manifest."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class StoreDocument(Document):
     remedy = "Run `vilu embed` (or `vilu import`) again"
 
 
-MIN_AREA = 0.5  # smallest share of the area of an image that a view shows
+MIN_AREA = 0.5  # a view shows at least this share of the area of an image
 
 
 class Views(Model):
     """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
 
     A crop has the aspect ratio of the image, so that the preprocessing treats both alike. The share
-    of the area that it shows is uniform in [1/2, 1], and its position is uniform. View v of an
-    image depends only on the key of the image, on v and on the seed.
+    of the image's area that a crop shows is uniform in [1/2, 1], and its position is uniform. View
+    v of an image depends only on the key of the image, on v and on the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of views per image, V
     seed: int = 0  # seed of the views
-    # description of the random crops, a fixed text; part of the inputs of a store
+    # fixed text that describes the random crops; it is part of the inputs of a store
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
@@ -53,37 +53,44 @@ class Views(Model):
         """Return the V views of an image. The key of the image decides how it is cropped."""
         views: list[Image.Image] = []
         for number in range(self.n):
-            area, left, top, mirror = _uniform_numbers(self.seed, number, key)
-            views.append(make_view(image, area, left, top, mirror))
+            area_draw, left_draw, top_draw, mirror_draw = _uniform_numbers(self.seed, number, key)
+            views.append(make_view(image, area_draw, left_draw, top_draw, mirror_draw))
         return views
 
 
 def make_view(
-    image: Image.Image, area: float, left: float, top: float, mirror: float
+    image: Image.Image, area_draw: float, left_draw: float, top_draw: float, mirror_draw: float
 ) -> Image.Image:
-    """Return a crop of an image, possibly mirrored. All four numbers are uniform in [0, 1).
+    """Return a crop of an image, possibly mirrored. All four draws are uniform in [0, 1).
 
-    They decide on the area, the left and the upper edge of the crop, and whether it is mirrored.
+    Args:
+        image: The image.
+        area_draw: Decides the area of the crop.
+        left_draw: Decides the left edge of the crop.
+        top_draw: Decides the upper edge of the crop.
+        mirror_draw: The crop is mirrored if this number is below 1/2.
     """
-    share_of_area = MIN_AREA + (1 - MIN_AREA) * area
+    share_of_area = MIN_AREA + (1 - MIN_AREA) * area_draw
     share_of_side = math.sqrt(share_of_area)
     width = max(round(share_of_side * image.width), 1)
     height = max(round(share_of_side * image.height), 1)
-    # The n possible offsets are 0 to n - 1. The product is below n, because ``left`` is below 1.
+    # The n possible offsets are 0 to n - 1. The product of n and a draw is below n, because a draw
+    # is below 1.
     n_offsets_x = image.width - width + 1
     n_offsets_y = image.height - height + 1
-    x = int(left * n_offsets_x)
-    y = int(top * n_offsets_y)
+    x = int(left_draw * n_offsets_x)
+    y = int(top_draw * n_offsets_y)
     view = image.crop((x, y, x + width, y + height))
-    if mirror < 0.5:
+    if mirror_draw < 0.5:
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return view
 
 
 def _uniform_numbers(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
-    """Return four uniform numbers in [0, 1) for view ``number`` of the image ``key``, from a hash.
+    """Return four uniform numbers in [0, 1) for view ``number`` of the image with the key ``key``.
 
-    Unlike a random generator, a hash gives the same numbers in every version of a library.
+    They come from a hash. Unlike a random generator, a hash gives the same numbers in every version
+    of a library.
     """
     text = f"{seed} {number} {key}"
     digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
@@ -98,7 +105,7 @@ def _uniform_numbers(seed: int, number: int, key: str) -> tuple[float, float, fl
 CLASSES_FILE = "classes.json"  # file of the class table
 TEXT_FILE: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
 IMAGE: Final = "img_emb"
-"""Name of the array of image embeddings. An array of a column has the name of the column."""
+"""Name of the array of image embeddings. The array of a column has the name of the column."""
 
 # name of the array of caption embeddings, in stores with captions
 CAPTION: Final = "text_emb"
@@ -107,20 +114,20 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 
 SHARED_FIELDS = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""Names of the fields of ``Run`` that ``StoredClasses`` repeats."""
+"""Names of the fields that ``Run`` and ``StoredClasses`` both have, with equal values."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
 """Columns of the classes and of the model, each in a file of its own."""
 ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
-"""Columns with one entry per row: "answer" is a column of the metadata, the others are arrays."""
+"""Columns with one entry per image. "answer" is a column of the metadata, the rest are arrays."""
 
 
 class Imported(Model):
     """Facts about embeddings that were imported, not computed by vilu."""
 
-    # shape of one row of every imported column of the images, by name
+    # name of every imported column of the images -> shape of one row
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
@@ -132,16 +139,16 @@ class Imported(Model):
 class Inputs(StoreDocument):
     """Everything that decides what a store holds. Its hash is the fingerprint of the run.
 
-    Batch size, device and number of threads are no inputs, for two reasons. They change values only
-    by rounding, and a run that ran out of memory must be able to resume with smaller batches.
+    Batch size, device and number of threads are no inputs. They change values only by rounding, and
+    a run that ran out of memory must be able to resume with smaller batches.
     """
 
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    # number of images, readable or not; 0 with shards, where the number is known only at the end
-    # (``Manifest.n_in``)
+    # number of images, whether or not they can be read; 0 if there are shards, because then the
+    # number is known only at the end (``Manifest.n_in``)
     n_in: Count
     split: str | None  # name of the split, if any
-    space: EmbeddingSpace  # the embedding space and what is known about the model
+    space: EmbeddingSpace  # the embedding space, with what is known about the model
     # the K class names as written in the prompts; empty if captions are the candidates
     names: tuple[str, ...]
     # the K class names as they are in the data set; None if the data set has no labels
@@ -179,22 +186,22 @@ class Inputs(StoreDocument):
         class_fields = (self.names, self.folders, self.templates, self.prompts, self.negatives)
         if self.captions and any(class_fields):
             raise ValueError(
-                "with captions there are no classes, so no names, templates, prompts or negatives "
-                "either"
+                "with captions there are no classes, so there can be no names, templates, prompts "
+                "or negatives"
             )
         return self
 
     @property
     def extent(self) -> int:
-        """Number of shards if parts are made of shards, else number of images."""
+        """Number of shards if parts are made of shards, or else number of images."""
         return self.shards or self.n_in
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one row of each array of the images, by name; image embeddings come first."""
+        """Maps each array of the images to the shape of one row; image embeddings come first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {}
-        if dim > 0:  # 0: the rows have logits alone
+        if dim > 0:  # 0 means that the rows have logits and no embeddings
             shapes[IMAGE] = (dim,)
         if self.imported is not None:
             for name, shape in self.imported.columns.items():
@@ -229,29 +236,32 @@ class Inputs(StoreDocument):
 
         For example, "space.weights" is the field ``weights`` of ``space``.
         """
-        # only the fields of ``Inputs``, and not those that subclasses such as ``Run`` add
-        covered = set(Inputs.model_fields)
+        # only fields of ``Inputs``; fields that subclasses such as ``Run`` add are not covered
+        covered_names = set(Inputs.model_fields)
         if self.shards:
-            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. The
-            # field is left out, so that run and manifest have the same fingerprint.
-            covered.remove("n_in")
-        flat: dict[str, object] = {}
-        for name, value in self.model_dump(mode="json", include=covered).items():
+            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. It is
+            # left out, so that the run and the manifest have the same fingerprint.
+            covered_names.remove("n_in")
+        flat_fields: dict[str, object] = {}
+        for name, value in self.model_dump(mode="json", include=covered_names).items():
             if not isinstance(value, dict):
-                flat[name] = value
+                flat_fields[name] = value
                 continue
             for nested_name, nested_value in value.items():
-                flat[f"{name}.{nested_name}"] = nested_value
-        return flat
+                flat_fields[f"{name}.{nested_name}"] = nested_value
+        return flat_fields
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError if ``inputs`` differ from these, from which ``store`` was made."""
-        earlier = self.identity()
-        new = inputs.identity()
+        """Raise ProvenanceError if ``inputs`` differ from the inputs from which a store was made.
+
+        The store was made from the inputs ``self``. Its path ``store`` is for the message.
+        """
+        old_fields = self.identity()
+        new_fields = inputs.identity()
         differences: list[str] = []
-        for name in earlier | new:
-            old_value = earlier.get(name)
-            new_value = new.get(name)
+        for name in old_fields | new_fields:
+            old_value = old_fields.get(name)
+            new_value = new_fields.get(name)
             if old_value != new_value:
                 differences.append(f"{name} was {old_value!r:.120} and is now {new_value!r:.120}")
         if differences:
@@ -274,17 +284,17 @@ class Run(Inputs):
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
         if self.fingerprint != digest(self.identity()):
-            raise ValueError("the fingerprint is not that of the inputs beside it")
+            raise ValueError("the fingerprint does not match the inputs")
         return self
 
 
 class CountedDocument(StoreDocument):
-    """Counts of images; every image is either a row or an error."""
+    """Counts of images. Every image is either a row or an error."""
 
     n_in: Count  # number of images
     n_ok: Count  # number of rows
     n_error: Count  # number of errors
-    errors: dict[str, Count]  # number of errors by kind
+    errors: dict[str, Count]  # kind of error -> number of errors
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -299,24 +309,24 @@ class CountedDocument(StoreDocument):
 
 
 class ArrayInfo(FileInfo):
-    """Size and SHA-256 of a file of a float32 array, and the shape of the array."""
+    """Size and SHA-256 of the file of a float32 array, and the shape of the array."""
 
     shape: tuple[Count, ...]
 
 
 class Receipt(AnyReceipt, CountedDocument):
-    """``receipts/00000.json``, the receipt of a part, which is written after its other files.
+    """``receipts/00000.json``, the receipt of a part. It is written after the files of the part.
 
-    The part is done if its receipt exists and its files have the sizes in the receipt.
+    A part is done if its receipt exists and its files have the sizes in the receipt.
     """
 
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
     start: Count  # position of its first image, or number of its first shard
     stop: Count  # position after its last image, or number after its last shard
-    files: dict[str, FileInfo]  # files of the part by name
+    files: dict[str, FileInfo]  # name of each file of the part -> its size and hash
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # fingerprint of the shards of the part before they were read
+    # fingerprint that the shards of the part had before they were read
     # (``ShardedDataset.shard_fingerprint``); empty if parts are made of images
     source: str = ""
 
@@ -326,7 +336,8 @@ class StoredClasses(StoreDocument):
 
     names: tuple[str, ...]  # class names as written in the prompts
     folders: tuple[str, ...] | None  # class names as they are in the data set
-    templates: tuple[str, ...]  # prompt templates; a class text is the normalised mean over them
+    # prompt templates; the text of a class is the normalised mean of its prompts
+    templates: tuple[str, ...]
     tokenizer: str | None  # description of the tokenizer
     text_emb: Literal["text_emb/classes.npy"] = TEXT_FILE  # file of (K, D) float32 embeddings
     text_file: FileInfo  # size and hash of the file that ``text_emb`` names
@@ -340,7 +351,7 @@ class StoredClasses(StoreDocument):
     @model_validator(mode="after")
     def _check_hash(self) -> Self:
         if self.hash != self.digest():
-            raise ValueError("the hash is not that of the classes beside it")
+            raise ValueError("the hash does not match the other fields")
         return self
 
     @classmethod
@@ -350,7 +361,7 @@ class StoredClasses(StoreDocument):
         """Return the class table of a run, from the files of its text embeddings and columns."""
         fields_of_run = {name: getattr(run, name) for name in SHARED_FIELDS}
         # The hash is computed from the other fields, so a draft without a hash is made first.
-        # ``model_construct`` makes the draft without validation, which would refuse the draft.
+        # ``model_construct`` does not validate the draft: validation would refuse it.
         draft = cls.model_construct(
             **fields_of_run,
             tokenizer=run.space.tokenizer,
@@ -365,18 +376,21 @@ class StoredClasses(StoreDocument):
 
 
 class Manifest(CountedDocument, Run):
-    """``manifest.json``: it is written last, when the store is complete and in its error budget."""
+    """``manifest.json``, which is written last, when the store is complete.
+
+    It is written only if the losses of the store are within the budget.
+    """
 
     parts: Count  # number of parts
-    classes: str  # hash of the class table; empty where captions are the candidates
-    content: str  # one hash of the hashes of all files of the parts (``content_hash``)
+    classes: str  # hash of the class table; empty if captions are the candidates
+    content: str  # one hash of the hashes of all files of all parts (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute the float32 columns of the classes and of the model that a run asks for."""
+    """Compute the columns of the classes and of the model that a run asks for, in float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)  # (K, P, D)
@@ -393,8 +407,8 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     """Return the last linear maps of both towers, and the input of the text tower's last map.
 
-    This input is the column ``text_features``. It is left out if there are several templates. If
-    the last map of a tower is not linear, the result is empty.
+    The input is the column ``text_features``. It is left out if there are several templates. If the
+    last map of a tower is not linear, there are no columns.
     """
     if backbone.projections is None:
         logger.info(

@@ -34,23 +34,28 @@ R = TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], workers: int, max_ahead: int
 ) -> Iterator[Iterator[R]]:
-    """Yield an iterator over the results of ``function`` for each item, in order.
+    """Call ``function`` in threads for each item, and yield an iterator over the results, in order.
 
-    ``workers`` threads compute at most ``max_ahead`` results in advance. When the block ends,
-    normally or by an exception, calls that have not started are cancelled.
+    When the block ends, normally or by an exception, calls that have not started are cancelled.
+
+    Args:
+        function: The function.
+        items: Its arguments.
+        workers: Number of threads.
+        max_ahead: Maximum number of results that are computed before they are needed.
     """
     pool = ThreadPoolExecutor(
         workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
     )
 
     def results() -> Iterator[R]:
-        pending: deque[Future[R]] = deque()
+        pending_futures: deque[Future[R]] = deque()
         for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > max_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            pending_futures.append(pool.submit(function, item))
+            if len(pending_futures) > max_ahead:
+                yield pending_futures.popleft().result()
+        while pending_futures:
+            yield pending_futures.popleft().result()
 
     try:
         yield results()
@@ -62,11 +67,11 @@ def _stay_on_one_core() -> None:
     """Limit the tensor operations of the calling thread to one core.
 
     Otherwise, each decoding thread would start several OpenMP threads, which would compete with the
-    threads of the model. The limit of OpenMP concerns one thread; ``torch.set_num_threads`` would
-    change the whole process.
+    threads of the model. The limit of OpenMP is set for one thread. ``torch.set_num_threads`` would
+    set it for the whole process.
     """
-    # At its first use in a thread, torch sets the limit of this thread itself. This call makes
-    # torch do so now, and not later, when it would replace the limit that is set below.
+    # At its first use in a thread, torch itself sets the limit of this thread. This call makes
+    # torch do so now. Otherwise torch would later replace the limit that is set below.
     torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
@@ -83,24 +88,25 @@ def default_workers() -> int:
     return min(n_cores(), 16)
 
 
-# Maximum number of parts mapped at a time. Each part needs a file descriptor, and many systems
-# allow only 1024 per process.
+# Maximum number of parts that are mapped at a time. Each part needs a file descriptor, and many
+# systems allow only 1024 file descriptors per process.
 MAX_OPEN_PARTS = 320
 
-PAGE_BYTES = 4096  # bytes of a page of memory: reading a row reads at least one page
+PAGE_BYTES = 4096  # size of a page of memory: reading a row reads at least one page
 MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files that stay in memory
 
-# number of rows of a block in training (``shuffled_in_blocks``): 128 MiB in float16 at width 512
+# Number of rows of a block in training (``shuffled_in_blocks``). A block takes 128 MiB in float16
+# at width 512.
 BLOCK_ROWS = 2**17
 GROUP_BLOCKS = 8  # number of blocks whose rows are shuffled together
 
 N_READERS = 2
 """Number of threads that read batches in advance, while an earlier batch is used.
 
-Each thread computes on one core, since the work on a batch is too small for several cores.
+Each thread uses one core, since the work on a batch is too small for several cores.
 """
 
-N_BATCHES_AHEAD = 2  # number of batches read in advance
+N_BATCHES_AHEAD = 2  # number of batches that are read in advance
 
 
 class MappedParts:
@@ -108,10 +114,10 @@ class MappedParts:
 
     Args:
         starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
-        shapes: Shape of one row of each array, by name.
+        shapes: Maps the name of each array to the shape of one row.
         open_part: Function that takes the name of an array and the number of a part, and returns
             the rows of the part in any float type.
-        max_open_parts: Maximum number of parts mapped at a time.
+        max_open_parts: Maximum number of parts that are mapped at a time.
         max_resident_bytes: Maximum number of bytes of mapped files that stay in memory.
     """
 
@@ -130,7 +136,7 @@ class MappedParts:
         self.shapes = shapes
         self.open_part = open_part
         self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._touched_bytes = 0  # size of the pages read since all parts were last released
+        self._touched_bytes = 0  # size of the pages that were read since the last release of parts
         self._widest = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
@@ -151,14 +157,14 @@ class MappedParts:
             part = self._map_part(name, number)
             positions = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
-                # this part has a wider float type than all parts before, so ``rows`` gets its type
+                # this part has a wider float type than all earlier parts, so ``rows`` gets its type
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
             rows[positions] = part[row_numbers[positions] - self.starts[number]]
             row_bytes = part[:1].nbytes
-            bytes_per_row = max(PAGE_BYTES, row_bytes)  # the system reads whole pages
-            self._touched_bytes += len(positions) * bytes_per_row
-        return torch.from_numpy(rows).float()  # many times faster than the conversion of NumPy
+            touched_bytes_per_row = max(PAGE_BYTES, row_bytes)  # the system reads whole pages
+            self._touched_bytes += len(positions) * touched_bytes_per_row
+        return torch.from_numpy(rows).float()  # torch converts many times faster than NumPy
 
     def _require_rows(self, first: int, last: int) -> None:
         """Raise IndexError unless there are rows with the numbers ``first`` to ``last``."""
@@ -169,12 +175,13 @@ class MappedParts:
         """Return a mapped part. Several threads may call this method at the same time.
 
         If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
-        first. This closes their files. The pages read so far also count as memory of this process.
+        first. This closes their files, and frees the pages that were read, which are memory of this
+        process.
         """
         part = self._mapped.get((name, number))
         is_full = part is None and len(self._mapped) >= self.max_open_parts
         if is_full or self._touched_bytes >= self.max_resident_bytes:
-            # a new dictionary, since another thread may be using the old one
+            # the dictionary is replaced and not cleared, since another thread may be using it
             self._mapped = {}
             self._touched_bytes = 0
             part = None
@@ -187,15 +194,15 @@ class MappedParts:
 class MappedSource(EmbeddingSource):
     """A source whose rows are in files, in the order of their numbers."""
 
-    def _map_parts(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
-        """Yield the result of ``make`` for each part of the rows, in order.
+    def _map_parts(self, function: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
+        """Yield ``function(part)`` for each part of the row indices, in order.
 
         Threads compute ``N_BATCHES_AHEAD`` results in advance.
         """
         if len(parts) < 2:
-            yield from map(make, parts)
+            yield from map(function, parts)
             return
-        with in_threads(make, parts, N_READERS, N_BATCHES_AHEAD) as results:
+        with in_threads(function, parts, workers=N_READERS, max_ahead=N_BATCHES_AHEAD) as results:
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,7 +213,7 @@ class MappedSource(EmbeddingSource):
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """Return the rows in a random order that uses at most ``GROUP_BLOCKS`` blocks at a time.
+    """Return the rows in a random order, for which memory needs ``GROUP_BLOCKS`` blocks at a time.
 
     A block is about ``block_rows`` rows that are near each other on the disk. It is read once.
 
@@ -223,27 +230,27 @@ def shuffled_in_blocks(
     n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
     blocks = rows.sort().values.tensor_split(n_blocks)
     order = torch.randperm(n_blocks, generator=generator)
-    shuffled: list[Tensor] = []
+    shuffled_groups: list[Tensor] = []
     for block_numbers in order.tensor_split(n_groups):
         group = torch.cat([blocks[number] for number in block_numbers.tolist()])
-        shuffled.append(group[torch.randperm(len(group), generator=generator)])
-    return torch.cat(shuffled)
+        shuffled_groups.append(group[torch.randperm(len(group), generator=generator)])
+    return torch.cat(shuffled_groups)
 
 
 class MappedPairs(PairSource, MappedSource):
     """Image-caption pairs in memory-mapped parts; only the vectors of a batch or block are loaded.
 
-    Memory holds three numbers per row: the index in the order of the pools and the index in the
-    fold (8 bytes each), and the status (1 byte). Rows that remain after the last full pool have the
-    status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
+    Memory holds three numbers per row: its position in the order of the pools and its number in the
+    store (8 bytes each), and its status (1 byte). Rows that remain after the last full pool have
+    the status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
 
     Args:
         path: Folder, for messages.
         rows: The arrays of all rows.
-        arrays: Names in ``rows`` of the array of images and of the array of captions.
+        arrays: Names of two arrays in ``rows``: the images and the captions.
         space: Space of both embeddings.
         pools: How the pools are made.
-        chosen: (M,) ascending numbers of the rows that belong to this source; None for all rows.
+        chosen_rows: (M,) ascending numbers of the rows that belong to this source. None: all rows.
     """
 
     def __init__(
@@ -253,7 +260,7 @@ class MappedPairs(PairSource, MappedSource):
         arrays: tuple[str, str],
         space: EmbeddingSpace,
         pools: Pools,
-        chosen: NDArray[np.int64] | None,
+        chosen_rows: NDArray[np.int64] | None,
     ) -> None:
         self.path = path
         self.space = space
@@ -261,10 +268,11 @@ class MappedPairs(PairSource, MappedSource):
         self.pool_size = pools.size
         self._rows = rows
         self._arrays = arrays
-        self._chosen_rows = None if chosen is None else torch.from_numpy(chosen)
-        n_rows = len(rows) if chosen is None else len(chosen)
-        # The target of a pair is an index into the candidates of its pool, so it exists only in a
-        # batch. Here, the targets of all rows are unknown. ``expand`` stores the number only once.
+        self._chosen_rows = None if chosen_rows is None else torch.from_numpy(chosen_rows)
+        n_rows = len(rows) if chosen_rows is None else len(chosen_rows)
+        # The target of a pair is an index of the candidates of its pool, so it exists only in a
+        # batch. Here, the targets of all rows are unknown. ``expand`` keeps a single number in
+        # memory.
         self.target = torch.tensor(UNKNOWN).expand(n_rows)
 
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -280,9 +288,9 @@ class MappedPairs(PairSource, MappedSource):
     @cached_property
     def usable_rows(self) -> Tensor:
         """(M,) indices of the usable rows in full pools, in the order of the pools."""
-        usable = self.pair_rows
-        require_full_pools(len(usable), self.pools.size, subject=str(self.path))
-        return self._scoring_order(usable)
+        usable_pairs = self.pair_rows
+        require_full_pools(len(usable_pairs), self.pools.size, subject=str(self.path))
+        return self._scoring_order(usable_pairs)
 
     def _take_rows(self, name: str, index: Tensor) -> Tensor:
         stored_index = index if self._chosen_rows is None else self._chosen_rows[index]
@@ -303,7 +311,7 @@ class ListedNumbers(RowNumbers):
     def _identifier(self, row: int) -> str:
         return str(self._numbers[row])
 
-    # the method of RowNumbers would return the indices of the rows, and not the numbers in the list
+    # the method of RowNumbers would return the row indices and not the numbers in the list
     _identifiers = Identifiers._identifiers
 
     def __iter__(self) -> Iterator[str]:
@@ -314,38 +322,39 @@ class PartStrings(Identifiers):
     """Identifiers that are stored in files, and read part by part when they are needed.
 
     Args:
-        starts: (P + 1,) number of the first row of every part, and the number of rows at the end.
-        read: Function that takes the number of a part, and returns the strings of its rows.
-        rows: (M,) ascending numbers of the rows to which these identifiers are limited; None for
-            all rows.
+        starts: (P + 1,) number of the first row of each of the P parts, and the number of rows at
+            the end.
+        read_part: Function that takes the number of a part, and returns the strings of its rows.
+        rows: (M,) ascending numbers of the rows whose identifiers these are. None: all rows.
     """
 
     def __init__(
         self,
         starts: NDArray[np.int64],
-        read: Callable[[int], pa.Array],
+        read_part: Callable[[int], pa.Array],
         rows: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(int(starts[-1]) if rows is None else len(rows))
         self._starts = starts
         self._rows = rows
-        self._read = lru_cache(16)(read)  # keeps the strings of the last 16 parts
+        self._read_part = lru_cache(16)(read_part)  # keeps the strings of the last 16 parts
 
     def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
-        return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
+        return PartStrings, (self._starts, self._read_part.__wrapped__, self._rows)
 
     def _identifier(self, row: int) -> str:
         stored_row = row if self._rows is None else int(self._rows[row])
-        part = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
-        strings = self._read(part)
-        index_in_part = stored_row - int(self._starts[part])
+        # number of the part that has the row: the last part that does not begin after it
+        number = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
+        strings = self._read_part(number)
+        index_in_part = stored_row - int(self._starts[number])
         return str(strings[index_in_part].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for number, (start, stop) in enumerate(pairwise(self._starts)):
-            strings = self._read(number)
+            strings = self._read_part(number)
             if self._rows is not None:
-                # the chosen rows of this part are rows[begin:end] of the chosen rows
+                # the rows of this part are self._rows[begin:end]
                 begin, end = np.searchsorted(self._rows, [start, stop])
                 index_in_part = self._rows[begin:end] - start
                 strings = strings.take(pa.array(index_in_part))

@@ -23,7 +23,7 @@ from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import ANSWER, COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.ledger import FileInfo, Ledger, one_thread, require_hash_once, write_hashed
+from vilu.store.ledger import FileInfo, Ledger, require_hash_once, single_thread_lock, write_hashed
 from vilu.store.manifest import (
     CLASSES_FILE,
     IMAGE,
@@ -41,7 +41,7 @@ from vilu.store.unreadable import NPY_READING_ERRORS, convert_damage_errors
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the data set: images (or shards) ``start`` ... ``stop - 1``, with its file names.
+    """A part of the data set: the images (or shards) ``start`` to ``stop - 1``, and its file names.
 
     File names follow LAION's layout, so that its tools can read the vectors and the metadata.
     """
@@ -51,28 +51,28 @@ class Part:
     stop: int  # position after the last image, or number after the last shard
     arrays: tuple[str, ...] = (IMAGE,)  # names of the arrays of the images
 
-    def array(self, name: str) -> str:
-        """File of the (n_ok, ...) rows of an array: one row per embedded image."""
+    def array_file(self, name: str) -> str:
+        """File of the array ``name``, whose rows (n_ok, ...) belong to the embedded images."""
         return f"{name}/{name}_{self.number:05d}.npy"
 
     @property
-    def metadata(self) -> str:
-        """File of the metadata: one row per embedding, in the same order."""
+    def metadata_file(self) -> str:
+        """File of the metadata: one row per embedded image, in the order of the arrays."""
         return f"metadata/metadata_{self.number:05d}.parquet"
 
     @property
-    def errors(self) -> str:
+    def errors_file(self) -> str:
         """File of the errors: one row per image without an embedding."""
         return f"errors/errors_{self.number:05d}.parquet"
 
     @property
-    def receipt(self) -> str:
+    def receipt_file(self) -> str:
         """File of the receipt, which is written after all other files of the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
-    def attempts(self) -> str:
-        """File with one byte for each process that began the part and has not ended it.
+    def attempts_file(self) -> str:
+        """File with one byte for each process that has begun the part and not finished it.
 
         Such a process is still at work, or it died while it worked on the part.
         """
@@ -81,8 +81,8 @@ class Part:
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that the receipt lists, in the order in which they are written."""
-        first_file, *further_files = [self.array(name) for name in self.arrays]
-        return first_file, self.metadata, self.errors, *further_files
+        first_file, *further_files = [self.array_file(name) for name in self.arrays]
+        return first_file, self.metadata_file, self.errors_file, *further_files
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -101,7 +101,7 @@ def plan_parts(run: Run) -> list[Part]:
 def possible_positions(run: Run, part: Part) -> range:
     """Return the range of positions that the images of a part can have.
 
-    With shards, there is no image at many of these positions (``SHARD``).
+    With shards, many of these positions have no image (``SHARD``).
     """
     if run.shards:
         return range(part.start * SHARD, part.stop * SHARD)
@@ -109,35 +109,39 @@ def possible_positions(run: Run, part: Part) -> range:
 
 
 def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64], n_in: int) -> bool:
-    """Whether ``sorted_positions`` can be those of all ``n_in`` images of a part.
+    """Whether ``sorted_positions`` can be the positions of all ``n_in`` images of a part.
 
     Without shards, they must be all positions of the part. With shards, the positions in each shard
     must begin at the first position of the shard and have no gap.
     """
-    expected = possible_positions(run, part)
+    position_range = possible_positions(run, part)
     if not run.shards:
-        return np.array_equal(sorted_positions, np.arange(expected.start, expected.stop))
+        return np.array_equal(
+            sorted_positions, np.arange(position_range.start, position_range.stop)
+        )
     if len(sorted_positions) != n_in:
         return False
     if n_in == 0:
         return True
-    is_inside = int(sorted_positions[0]) in expected and int(sorted_positions[-1]) in expected
+    first_position = int(sorted_positions[0])
+    last_position = int(sorted_positions[-1])
+    are_possible = first_position in position_range and last_position in position_range
     # the first position of a shard is a multiple of SHARD
     begins_shard = sorted_positions % SHARD == 0
-    if not is_inside or not begins_shard[0]:
+    if not are_possible or not begins_shard[0]:
         return False
     follows_previous = np.diff(sorted_positions) == 1
     return bool(np.all(follows_previous | begins_shard[1:]))
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """The folder of a store, with the parts that are done and those that are to be done.
+    """The folder of a store, with finished parts and parts that are still to be done.
 
-    ``data`` is the data set to be embedded; None where the store is only read or imported.
+    ``data`` is the data set that is embedded. None: the store is only read, or it is imported.
     """
 
     folder_kind = "embedding store"
-    command = "vilu embed` or `vilu import"
+    command = "vilu embed` or `vilu import"  # messages put backticks around it
     activity = "embedding into"
     documents = (*Ledger.documents, CLASSES_FILE)
     # sub-folders that every store has
@@ -150,7 +154,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         self.data = data
 
     @classmethod
-    def made_by(cls, root: Path) -> str:
+    def command_of(cls, root: Path) -> str:
         """Return the command that began the store, according to its ``run.json``."""
         run = read_document(root / RUN, Run)
         return "vilu embed" if run.imported is None else "vilu import"
@@ -162,32 +166,38 @@ class StoreLedger(Ledger[Part, Receipt]):
 
         With shards, the plan has no number of images, so it is taken from the receipt.
         """
-        n_in = receipt.n_in if self.run.shards else len(part)
-        stated = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
-        planned = (part.number, part.start, part.stop, n_in)
-        return stated, planned
+        n_planned = receipt.n_in if self.run.shards else len(part)
+        stated_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
+        planned_facts = (part.number, part.start, part.stop, n_planned)
+        return stated_facts, planned_facts
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
-        """Return the receipt of a part that is done. If it is not done, return the reason why.
+        """Return the receipt of a part that is done. If the part is not done, return the reason.
 
-        A part whose shards have changed since it was written is not done.
+        If the shards of a part have changed since the part was written, the part is not done.
         """
         outcome = super().look_up(part, deep=deep)
-        if isinstance(outcome, Receipt) and outcome.source != self.source(part):
+        if isinstance(outcome, Receipt) and outcome.source != self.shard_fingerprint(part):
             return "its shards have changed"
         return outcome
 
-    def source(self, part: Part) -> str:
-        """Return the present fingerprint of a part's shards; "" for a data set without shards."""
+    def shard_fingerprint(self, part: Part) -> str:
+        """Return the fingerprint that a part's shards have now; "" if there are no shards."""
         if not self.run.shards:
             return ""
         return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
 
-    def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
-        """Write the rows and errors of a part; ``source`` is the fingerprint of its shards."""
+    def write_rows(
+        self, part: Part, content: PartRows, batch_size: int, shard_fingerprint: str
+    ) -> Receipt:
+        """Write the rows and errors of a part, and return its receipt.
+
+        ``batch_size`` is the number of images per forward pass. ``shard_fingerprint`` is what the
+        method of this name returned before the shards were read.
+        """
         n_ok = len(content.rows)
         n_error = len(content.errors)
-        exceptions = Counter(error.kind for error in content.errors)
+        kinds_of_errors = Counter(error.kind for error in content.errors)
 
         def make_receipt(files: dict[str, FileInfo]) -> Receipt:
             return Receipt(
@@ -198,23 +208,23 @@ class StoreLedger(Ledger[Part, Receipt]):
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted(exceptions.items())),
+                errors=dict(sorted(kinds_of_errors.items())),
                 files=files,
                 batch_size=batch_size,
-                source=source,
+                source=shard_fingerprint,
             )
 
         return self.write(part, self._payloads(part, content), make_receipt)
 
     def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
-        """Return the bytes of every file of a part, by name."""
+        """Map the name of every file of a part to its bytes."""
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.arrays.items():
-            blocks = content.arrays.get(name, [])  # no blocks if all images failed
+            blocks = content.arrays.get(name, [])  # if all images failed, there are no blocks
             rows = _join_blocks(name, blocks, (len(content.rows), *shape), self.run.dtype)
-            payloads[part.array(name)] = _npy_bytes(rows)
-        payloads[part.metadata] = _parquet_bytes(content.rows, metadata_schema(self.run))
-        payloads[part.errors] = _parquet_bytes(content.errors, ERROR_SCHEMA)
+            payloads[part.array_file(name)] = _npy_bytes(rows)
+        payloads[part.metadata_file] = _parquet_bytes(content.rows, metadata_schema(self.run))
+        payloads[part.errors_file] = _parquet_bytes(content.errors, ERROR_SCHEMA)
         return payloads
 
 
@@ -226,7 +236,7 @@ NULLABLE_COLUMNS = {"label", "exif_orientation", "exception", "bytes"}  # column
 
 
 def _make_schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Return the schema with columns of these types, by name."""
+    """Return a schema. ``types`` maps the names of its columns to their types."""
     fields: list[pa.Field] = []
     for name, column_type in types.items():
         fields.append(pa.field(name, column_type, nullable=name in NULLABLE_COLUMNS))
@@ -247,8 +257,8 @@ METADATA_SCHEMA = _make_schema(
 )
 """Columns of the metadata. ``position`` is the position of the image in the data set.
 
-The number of the row in the store is not a column, because it depends on how many images failed in
-earlier parts. These parts may not be written yet. The reader counts the rows.
+The number of the row in the store is not a column. It depends on how many images failed in earlier
+parts, which may not be written yet. So the reader counts the rows.
 """
 
 # further column of the metadata if images have captions
@@ -257,9 +267,9 @@ CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 ANSWER_FIELD = pa.field(ANSWER, INT32, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
-"""Further column of the metadata: the first half of the SHA-256 of ``ImageRecord.content``.
+"""Further column of the metadata, if ``Run.has_picture_column`` is true.
 
-Only stores with ``Run.has_picture_column`` have this column.
+It has the first half of the SHA-256 of ``ImageRecord.content``.
 """
 
 ERROR_SCHEMA = _make_schema(
@@ -273,15 +283,15 @@ ERROR_SCHEMA = _make_schema(
         "bytes": INT64,
     }
 )
-"""Columns of the error table; ``bytes`` is the encoded size of the image, if it could be read."""
+"""Columns of the error table. ``bytes`` is the encoded size of the image, if it could be read."""
 
 REDO_HINT = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 
 def metadata_schema(run: Run) -> pa.Schema:
-    """Return the columns of the metadata.
+    """Return the columns of the metadata in the store of a run.
 
-    An imported store has only position, key, label, and the answer if answers were given.
+    An imported store has only position, key and label, and also the answer if there are answers.
     """
     if run.imported is not None:
         imported_fields = [METADATA_SCHEMA.field(name) for name in ("position", "key", "label")]
@@ -297,34 +307,39 @@ def metadata_schema(run: Run) -> pa.Schema:
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
-    """Return the array of a ``.npy`` file, memory-mapped, and the number of bytes of its data.
+    """Map the array of a ``.npy`` file into memory; also return the number of bytes of its data.
 
-    Only the header is read.
+    Only the header is read. ``hint`` is the advice in the message if the file is damaged.
     """
-    # Headers are read by one thread at a time, because reading them in two threads can fail in
-    # Python 3.11 (gh-106905, a bug of ast.literal_eval).
-    with convert_damage_errors(path, hint, NPY_READING_ERRORS), one_thread():
+    # Only one thread at a time may read headers: reading them in two threads can fail in Python
+    # 3.11 (gh-106905, a bug of ast.literal_eval).
+    with convert_damage_errors(path, hint, NPY_READING_ERRORS), single_thread_lock():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """Return the rows of an array of the store; StorageError on a wrong shape, dtype or order."""
+    """Map an array of the store into memory; StorageError on a wrong shape, dtype or order."""
     rows, n_bytes = open_npy(path, REDO_HINT)
-    # both tuples: shape, dtype, whether the rows are in C order, number of bytes of data
-    stored = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
+    # facts about the array: shape, dtype, whether the rows are in C order, number of bytes of data
+    stored_facts = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
-    expected = (shape, little_endian, True, rows.nbytes)
-    if stored != expected:
+    expected_facts = (shape, little_endian, True, rows.nbytes)
+    if stored_facts != expected_facts:
         raise StorageError(
-            f"{path} has (shape, dtype, C order, bytes of data) {stored}, the documents of the "
-            f"store say {expected}. {REDO_HINT}"
+            f"{path} has (shape, dtype, C order, bytes of data) {stored_facts}, the documents of "
+            f"the store say {expected_facts}. {REDO_HINT}"
         )
     return rows
 
 
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
-    """Return some columns of a parquet file; StorageError on a wrong number of rows or type."""
+    """Return the columns ``names`` of a Parquet file.
+
+    Raises:
+        StorageError: If the file is damaged, does not have ``n_rows`` rows, or if a column has
+            another type than in ``schema``.
+    """
     with convert_damage_errors(path, REDO_HINT), pq.ParquetFile(path) as file:
         # checked before reading, because a forged file may state more rows than fit into memory
         if file.metadata.num_rows != n_rows:
@@ -335,11 +350,11 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
         table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO_HINT}")
-    expected = pa.schema([schema.field(name) for name in names])
-    if not table.schema.equals(expected):
+    expected_schema = pa.schema([schema.field(name) for name in names])
+    if not table.schema.equals(expected_schema):
         raise StorageError(
-            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. "
-            f"{REDO_HINT}"
+            f"{path} has columns {table.schema.to_string()!r}, expected "
+            f"{expected_schema.to_string()!r}. {REDO_HINT}"
         )
     return table
 
@@ -359,16 +374,16 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
                 f"{root / RUN}."
             )
     rows = map_rows(root / TEXT_FILE, (len(run.names), run.space.embed_dim), "float32")
-    hashes = {root / TEXT_FILE: table.text_file.sha256}
+    hash_of_file = {root / TEXT_FILE: table.text_file.sha256}
     for column, info in table.columns.items():
         if not _is_column_shape(run, column, info.shape):
             raise StorageError(
                 f"{root / CLASSES_FILE} is damaged: it says that {column} is of shape {info.shape}."
             )
         map_rows(column_path(root, column), info.shape, "float32")
-        hashes[column_path(root, column)] = info.sha256
+        hash_of_file[column_path(root, column)] = info.sha256
     # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
-    for path, sha256 in hashes.items():
+    for path, sha256 in hash_of_file.items():
         require_hash_once(path, sha256, table.remedy, CLASSES_FILE)
     text = torch.from_numpy(np.array(rows))
     if not run.has_texts:  # with logits the text embeddings are zeros, which are not usable
@@ -388,16 +403,16 @@ def column_path(root: Path, name: ClassColumn) -> Path:
 
 
 def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether ``shape`` fits a column of the classes or of the model in this run."""
+    """Whether the column ``name`` of the classes or of the model can have ``shape`` in this run."""
     n_classes = len(run.names)
     dim = run.space.embed_dim
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
     if run.imported is not None:
-        # an imported run does not list prompts and words, so any number of them fits
+        # an imported run does not list prompts and words, so any number of them is possible
         n_prompts = shape[1]
         n_words = shape[0]
-    # the first sizes of each column; the run does not determine the sizes after them
+    # the first sizes in the shape of each column; the run does not determine the other sizes
     first_sizes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
         "text_features": (n_classes,),
@@ -406,11 +421,11 @@ def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bo
         "image_projection": (dim,),
         "text_projection": (dim,),
     }
-    expected = first_sizes[name]
-    return shape[: len(expected)] == expected
+    expected_sizes = first_sizes[name]
+    return shape[: len(expected_sizes)] == expected_sizes
 
 
-MESSAGE_LENGTH = 300  # longer messages are cut in the error table
+MESSAGE_LENGTH = 300  # longer messages are shortened in the error table
 
 
 @dataclass(frozen=True)
@@ -460,17 +475,17 @@ class PartRows:
     """The content of a part: arrays and metadata of embedded images, and errors of failed images.
 
     Attributes:
-        arrays: Rows of each array, in the order of ``rows``. Under the name of the array, there is
-            a list of blocks (n, ...) of its rows.
+        arrays: Maps the name of each array to its rows, which are a list of blocks (n, ...). They
+            are in the order of ``rows``.
         rows: Metadata of the embedded images.
         errors: Errors of the failed images.
-        started: Time at which the part was begun, on the monotonic clock.
+        started_at: When the part was begun, in seconds of the monotonic clock.
     """
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: list[LabelledRow] = field(default_factory=list)
     errors: list[ErrorRow] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
 
 
 def write_classes(
@@ -485,14 +500,21 @@ def write_classes(
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
         info = write_hashed(path, _npy_bytes(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
-    # the table is written last, because it states the hashes of the other files, like a receipt
+    # like a receipt, the table states the hashes of the other files, so it is written last
     write_document(root / CLASSES_FILE, StoredClasses.from_files(run, text_file, column_files))
 
 
 def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Return the blocks of rows as one little-endian array; DataError if a number is not finite."""
+    """Join the blocks of rows to one little-endian array; DataError if a number is not finite.
+
+    Args:
+        name: Name of the array, for the message.
+        blocks: The blocks.
+        shape: Shape of the array.
+        dtype: Number format of the array.
+    """
     rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
@@ -505,14 +527,14 @@ def _join_blocks(
 
 
 def _npy_bytes(array: NDArray[np.floating]) -> bytes:
-    """Return the content of a ``.npy`` file with this array."""
+    """Encode an array as a ``.npy`` file."""
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
-    """Return the content of a Parquet file with these rows and the columns of the schema."""
+    """Encode rows as a Parquet file with the columns of a schema."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:
         columns[name] = [_escape_surrogates(getattr(row, name)) for row in rows]
@@ -522,9 +544,9 @@ def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) ->
 
 
 def _escape_surrogates(value: int | str | bytes | None) -> int | str | bytes | None:
-    r"""Return the value. In a text, characters that UTF-8 cannot encode are escaped as ``\uNNNN``.
+    r"""Return the value. If it is a text, its surrogates are escaped as ``\uNNNN``.
 
-    Such characters are surrogates.
+    UTF-8 cannot encode surrogates.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Turn image records into rows: ``Decoder`` is called in many threads, ``Encoder`` in one."""
+"""Make rows from image records: ``Decoder`` is called in many threads, ``Encoder`` in one."""
 
 from __future__ import annotations
 
@@ -37,48 +37,49 @@ from vilu.store.parts import (
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the longest text that the model reads.
 
-Smaller flags are those of ``ImageFlag``.
+Smaller flags are defined in ``ImageFlag``.
 """
 
 ROW_WORDS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
-"""Names of the arrays whose rows are normalised. For each, the word for a row in messages."""
+"""Maps each array whose rows are normalised to the word for a row in messages."""
 
-# Marks the end of a part, both among the records that go into the decoder and among the outcomes
-# that come out of it.
+# The end of a part, among the records that go into the decoder and among the outcomes that come out
+# of it.
 END: Final = None
 
 
 MAX_WAIT_SHARE: Final = 0.1
-"""If the model waits for photos for a larger share of the time, the messages say so."""
+"""If the model waits for photos for a larger share of the time, the progress text says so."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An image ready for the model."""
+class PreparedImage:
+    """An image that is ready for the model."""
 
-    row: Row  # metadata
+    row: Row  # metadata of the image
     pixels: Tensor  # (3, H, W) float32
     bytes: int  # encoded size of the image
-    views: tuple[Tensor, ...] = ()  # pixels of the views, (3, H, W) float32 each
+    views: tuple[Tensor, ...] = ()  # pixels (3, H, W) float32 of each view
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A function that reads, decodes and preprocesses one image.
 
-    The outcome is a ``Decoded``, or an error row if the image is bad.
+    The outcome is a ``PreparedImage``, or an error row if the image is bad.
     """
 
     preprocess: Callable[[Image.Image], Tensor]  # returns (3, H, W) float32 pixels
-    limits: ImageLimits
-    n_classes: int
-    views: Views | None = None  # augmented views to make of each image, if any
+    limits: ImageLimits  # limits of size and shape; other images are bad
+    n_classes: int  # number of classes, to check labels
+    views: Views | None = None  # augmented views that are made of each image, if any
     captions: bool = False  # whether to read captions
-    # least shorter side at which JPEGs may be decoded; None to decode them in full
+    # JPEGs are decoded at a reduced size whose shorter side has at least this number of pixels;
+    # None: JPEGs are decoded in full
     jpeg_side: int | None = None
 
-    def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
-        """Return the outcome for a position and its record, and ``END`` for ``END``.
+    def __call__(self, item: tuple[int, ImageRecord] | None) -> PreparedImage | ErrorRow | None:
+        """Return the outcome for a position and its record; return ``END`` for ``END``.
 
         Raises:
             DataError: If the label of the image is not a class.
@@ -88,13 +89,13 @@ class Decoder:
         position, record = item
         return self._decode(position, record)
 
-    def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
-        """Read and preprocess an image; an image that cannot be read gives an error row."""
+    def _decode(self, position: int, record: ImageRecord) -> PreparedImage | ErrorRow:
+        """Read and preprocess an image; return an error row if the image cannot be read."""
         self._require_class(record)
         reader = _RecordReader(record)
         try:
-            remembering_record = replace(record, read=reader.read)
-            image = read_image(remembering_record, self.limits, jpeg_side=self.jpeg_side)
+            observed_record = replace(record, read=reader.read)
+            image = read_image(observed_record, self.limits, jpeg_side=self.jpeg_side)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause = error.__cause__ or error
@@ -124,10 +125,10 @@ class Decoder:
         if self.views is not None:
             for view in self.views.make_views(image.image, record.key):
                 views.append(self.preprocess(view))
-        return Decoded(row, pixels, reader.size or 0, tuple(views))
+        return PreparedImage(row, pixels, reader.size or 0, tuple(views))
 
     def _require_class(self, record: ImageRecord) -> None:
-        """Raise DataError if the label is not a class; labels are ignored if there are captions."""
+        """Raise DataError if the label is no class. If there are captions, labels are ignored."""
         label = record.label
         has_class = label is not None and label != OUTSIDE
         if self.captions or not has_class:
@@ -139,7 +140,7 @@ class Decoder:
 
 
 class _RecordReader:
-    """A reader of one record that remembers the size and the digest of what it has read."""
+    """A reader of one record. It remembers the size and the digest of the bytes that it read."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
@@ -150,8 +151,8 @@ class _RecordReader:
         """Return the bytes of the record."""
         data = self._record.read()
         self.size = len(data)
-        content = data if self._record.content is None else self._record.content()
-        self.picture = sha256(content).digest()[:PICTURE_BYTES]
+        hashed_content = data if self._record.content is None else self._record.content()
+        self.picture = sha256(hashed_content).digest()[:PICTURE_BYTES]
         return data
 
 
@@ -163,20 +164,20 @@ def records_with_positions(
     Raises:
         ValueError: If the data set returns too many or too few records, or wrong positions.
     """
-    expected = possible_positions(run, part)
+    position_range = possible_positions(run, part)
     records = dataset.records(part.start, part.stop)
     if not run.shards:
-        yield from zip(expected, records, strict=True)
+        yield from zip(position_range, records, strict=True)
         return
     last_position = -1
     for record in records:
         position = record.position
         # positions must ascend, because the rows of a part are in the order of the images
-        if position is None or position not in expected or position <= last_position:
+        if position is None or position not in position_range or position <= last_position:
             raise ValueError(
                 f"{dataset.source} gave {record.key} the position {position} after "
-                f"{last_position}; expected larger ones from {expected.start} to "
-                f"{expected.stop - 1}."
+                f"{last_position}; expected larger ones from {position_range.start} to "
+                f"{position_range.stop - 1}."
             )
         last_position = position
         yield position, record
@@ -186,51 +187,58 @@ def records_with_positions(
 class Encoder:
     """Runs the model over batches of decoded images, which is the last step to the rows.
 
-    A batch never contains images of two parts, and a bad image is not replaced by another one. So
-    a part that is done again has the same batches, and gives the same bytes. Numbers too large for
-    ``dtype`` become infinite.
+    A batch never has images of two parts, and a bad image leaves its batch smaller. So a part that
+    is done again has the same batches, and gives the same bytes. Numbers too large for ``dtype``
+    become infinite.
     """
 
-    backbone: Backbone
-    batch_size: int
+    backbone: Backbone  # the model
+    batch_size: int  # images per forward pass
     strict: bool  # whether the first bad image raises DataError; if not, it becomes an error row
     task: Task  # progress bar of the images
-    arrays: Mapping[str, tuple[int, ...]]  # shape of one row of each array of the images, by name
+    arrays: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of one row
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
-    begun: float = field(default_factory=time.monotonic)
-    waited: float = 0.0  # seconds that the model has waited for decoded images
+    begun_at: float = field(default_factory=time.monotonic)  # seconds of the monotonic clock
+    seconds_waited: float = 0.0  # seconds that the model has waited for decoded images
 
-    def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
-        """Encode the outcomes up to the next ``END``; if ``strict``, DataError for a bad image."""
+    def encode_part(self, outcomes: Iterator[PreparedImage | ErrorRow | None]) -> PartRows:
+        """Encode the images of a part: the outcomes up to the next ``END``.
+
+        Raises:
+            DataError: If ``strict`` is true and an image is bad.
+        """
         content = PartRows()
         # iter(function, END) calls the function until it returns END
-        until_end: Iterator[Decoded | ErrorRow] = iter(partial(self._next, outcomes), END)
+        next_outcome = partial(self._next, outcomes)
+        outcomes_of_part: Iterator[PreparedImage | ErrorRow] = iter(next_outcome, END)
         while True:
-            # The batch is in no variable. So its memory is freed before the next batch is read.
-            n_images = self._encode(list(islice(until_end, self.batch_size)), content)
+            # No variable holds the batch. So its memory is freed before the next batch is read.
+            n_images = self._encode(list(islice(outcomes_of_part, self.batch_size)), content)
             if n_images == 0:
                 return content
             self.task.advance(n_images, f"{self.n_errors} errors, {self._waiting_text()}")
 
-    def _next(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> Decoded | ErrorRow | None:
-        """Return the next outcome, and note how long the model waited for it."""
-        begun_waiting = time.monotonic()
+    def _next(
+        self, outcomes: Iterator[PreparedImage | ErrorRow | None]
+    ) -> PreparedImage | ErrorRow | None:
+        """Return the next outcome, and add the time for which the model waited for it."""
+        wait_begun_at = time.monotonic()
         outcome = next(outcomes)
-        self.waited += time.monotonic() - begun_waiting
+        self.seconds_waited += time.monotonic() - wait_begun_at
         return outcome
 
     def _waiting_text(self) -> str:
-        """Say which waits for the other: decoding for the model, or the model for decoding."""
-        share = self.waited / max(time.monotonic() - self.begun, 1e-9)
+        """Say whether decoding waits for the model, or the model for decoding."""
+        share = self.seconds_waited / max(time.monotonic() - self.begun_at, 1e-9)
         if share > MAX_WAIT_SHARE:
             return f"the model waits for photos {share:.0%} of the time"
         return "decoding waits for the model"
 
-    def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
-        """Add the rows and errors of a batch to ``content``; return the size of the batch."""
+    def _encode(self, batch: Sequence[PreparedImage | ErrorRow], content: PartRows) -> int:
+        """Add the rows and errors of a batch to ``content``, and return the size of the batch."""
         errors = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
-        images = [outcome for outcome in batch if isinstance(outcome, Decoded)]
+        images = [outcome for outcome in batch if isinstance(outcome, PreparedImage)]
         if images:
             errors += self._add_rows(images, content)
         errors.sort(key=attrgetter("position"))
@@ -244,13 +252,13 @@ class Encoder:
         self.n_errors += len(errors)
         return len(batch)
 
-    def _add_rows(self, images: Sequence[Decoded], content: PartRows) -> list[ErrorRow]:
-        """Add the rows of decoded images; return errors for embeddings that cannot be used."""
+    def _add_rows(self, images: Sequence[PreparedImage], content: PartRows) -> list[ErrorRow]:
+        """Add the rows of images to ``content``; return errors for unusable embeddings."""
         arrays, status = self._run_model(images)
         is_usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
         for name, rows in arrays.items():
-            blocks = content.arrays.setdefault(name, [])  # no blocks yet in the first batch
+            blocks = content.arrays.setdefault(name, [])  # a new list in the first batch
             blocks.append(rows[is_usable].to(number_format))
         errors: list[ErrorRow] = []
         for row, image, code in zip(self._metadata(images), images, status, strict=True):
@@ -269,22 +277,24 @@ class Encoder:
             errors.append(error)
         return errors
 
-    def _metadata(self, batch: Sequence[Decoded]) -> list[Row]:
-        """Return the metadata of images. Captions that the tokenizer shortens get a flag."""
+    def _metadata(self, batch: Sequence[PreparedImage]) -> list[Row]:
+        """Return the metadata of images. An image whose caption the tokenizer cuts gets a flag."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
         are_truncated = self.backbone.truncates([row.caption or "" for row in rows])
-        flagged: list[Row] = []
+        flagged_rows: list[Row] = []
         for row, is_truncated in zip(rows, are_truncated, strict=True):
             flags = row.flags
             if is_truncated:
                 flags |= TEXT_TRUNCATED
-            flagged.append(replace(row, flags=flags))
-        return flagged
+            flagged_rows.append(replace(row, flags=flags))
+        return flagged_rows
 
-    def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """Return arrays of images by name, and the worst status of each image (``STATUS``)."""
+    def _run_model(
+        self, batch: Sequence[PreparedImage]
+    ) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
+        """Run the model; return arrays by name, and the worst status code (B,) of each image."""
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
         for name, row_name in ROW_WORDS.items():
@@ -302,8 +312,8 @@ class Encoder:
             status[~is_finite] = NONFINITE
         return arrays, status
 
-    def _forward(self, batch: Sequence[Decoded]) -> dict[str, Tensor]:
-        """Return the (B, ...) outputs of the model by name, not normalised."""
+    def _forward(self, batch: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        """Map the name of each array to the outputs (B, ...) of the model, not normalised."""
         model = self.backbone
         arrays: dict[str, Tensor] = {}
         pixels = _stack_images([image.pixels for image in batch])
@@ -314,7 +324,7 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # Each forward pass has one view of every image, so it is no larger than a batch.
+            # each forward pass has one view of every image, so it is no larger than a batch
             view_rows: list[Tensor] = []
             for number in range(len(batch[0].views)):
                 views = [image.views[number] for image in batch]
@@ -326,8 +336,8 @@ class Encoder:
 def _stack_images(images: list[Tensor]) -> Tensor:
     """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
-    If the channels are last in the memory of the images, they are last in the memory of the stack,
-    too, because moving them takes time.
+    If the channels are last in the memory of the images, they stay last in the memory of the stack,
+    because moving them would take time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -336,11 +346,11 @@ def _stack_images(images: list[Tensor]) -> Tensor:
 
 
 def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image.
+    """Normalise rows (B, D), or views (B, V, D); return also the worst status code of each image.
 
     ``row_name`` is the word for a row in messages.
     """
     flat_rows = rows.flatten(0, -2)  # (B, D) or (B * V, D)
-    normalised, status = unit_rows(flat_rows, row_name)
+    normalised_rows, status = unit_rows(flat_rows, row_name)
     status_of_views = status.reshape(len(rows), -1)  # (B, 1) or (B, V)
-    return normalised.view(rows.shape), status_of_views.max(axis=1)
+    return normalised_rows.view(rows.shape), status_of_views.max(axis=1)

@@ -1,4 +1,4 @@
-"""Compare embeddings in a low precision with those in float32, on the user's own photos."""
+"""Compare embeddings in a low precision with embeddings in float32, on the user's own photos."""
 
 from __future__ import annotations
 
@@ -21,28 +21,27 @@ N_CHECKED_PHOTOS: Final = 64
 """Number of photos that are embedded in both precisions."""
 
 MIN_COSINE: Final = 0.995
-"""Least cosine of the two embeddings of a photo."""
+"""A check is passed only if the two embeddings of every photo have at least this cosine."""
 
 MIN_EQUAL_ANSWERS: Final = 0.98
-"""Least share of photos with equal answers."""
+"""A check is passed only if at least this share of photos has equal answers."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PrecisionCheck:
-    """How far embeddings in a low precision are from those in float32.
+    """How far embeddings in a low precision are from embeddings in float32.
 
     Attributes:
         precision: The low precision.
         n: Number of photos.
-        least_cosine: Least cosine of the two embeddings of a photo.
-        equal_answers: Share of photos with equal answers; None if captions take the place of
-            classes. The answers are those of the predictor. Without a predictor, they are zero-shot
-            answers.
+        least_cosine: Least cosine between the two embeddings of a photo.
+        equal_answers: Share of photos with equal answers of the predictor. Without a predictor, the
+            zero-shot answers are compared. None if there are captions and no classes.
         equal_decisions: Share of photos with equal decisions; None without a predictor.
-        speedup: Processor time of the image tower in float32, divided by that in this precision;
-            None if it was not measured.
+        speedup: Processor time of the image tower in float32, divided by its time in the low
+            precision; None if it was not measured.
     """
 
     precision: str
@@ -54,13 +53,13 @@ class PrecisionCheck:
 
     @property
     def is_passed(self) -> bool:
-        """Whether the embeddings are near enough to those in float32."""
+        """Whether the embeddings are near enough to the embeddings in float32."""
         are_answers_equal = self.equal_answers is None or self.equal_answers >= MIN_EQUAL_ANSWERS
         return self.least_cosine >= MIN_COSINE and are_answers_equal
 
     @property
     def failure(self) -> str:
-        """What a message says if the check is not passed."""
+        """The message if the check is not passed."""
         return (
             f"{self}. Needed are a cosine of {MIN_COSINE} and {MIN_EQUAL_ANSWERS:.0%} equal "
             "answers. Take --precision fp32 (in Python precision='fp32')."
@@ -82,12 +81,14 @@ def check_precision(
 ) -> PrecisionCheck | None:
     """Embed the first photos in the precision of the model and in float32, and compare.
 
-    ``pixels`` (3, H, W) are those of the photos. The result is None if the model is in float32 or
-    states no precision. It is also None if the model is no ``DualEncoder``: other models cannot be
-    run in float32 as well.
+    ``pixels`` are the pixels (3, H, W) of each photo.
+
+    Returns None if there is nothing to compare: if the model is in float32 or states no precision,
+    if there are no photos, or if the model is no ``DualEncoder``, because vilu can run only a
+    ``DualEncoder`` in float32 as well.
 
     Raises:
-        ProvenanceError: If the two differ too much.
+        ProvenanceError: If the embeddings or the answers differ too much.
     """
     is_low = model.space.precision not in {None, "fp32"}
     if not is_low or not isinstance(model, DualEncoder):
@@ -108,19 +109,23 @@ def check_precision(
 def _encode_and_time(
     model: DualEncoder, pixels: list[Tensor], batch_size: int
 ) -> tuple[Tensor, float]:
-    """Embeddings (N, D) of photos, and the seconds of processor time that they took."""
-    model.encode_images(pixels[0][None])  # some models are assembled at their first use
+    """Embeddings (N, D) of photos, and the seconds of processor time that the model needed."""
+    model.encode_images(pixels[0][None])  # not timed, because a model may be built at its first use
     batches = torch.stack(pixels).split(batch_size)
     begun = time.process_time()
     rows = torch.cat([model.encode_images(batch) for batch in batches])
-    seconds = max(time.process_time() - begun, 1e-9)  # a clock may stand still for a small model
+    # for a small model, the clock may show the same time before and after
+    seconds = max(time.process_time() - begun, 1e-9)
     return rows, seconds
 
 
 def _compare_precisions(
     model: DualEncoder, run: Run, low_rows: Tensor, float32_rows: Tensor, *, speedup: float
 ) -> PrecisionCheck:
-    """Compare unit-norm embeddings (N, D) in both precisions."""
+    """Compare unit-norm embeddings (N, D) in the low precision with embeddings in float32.
+
+    ``speedup`` becomes ``PrecisionCheck.speedup``.
+    """
     equal_answers = None
     if run.names:
         text = mean_texts(model, run.names, run.templates).cpu()

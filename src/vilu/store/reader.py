@@ -25,7 +25,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
-from vilu.store.ledger import CheckedFiles, Reopened, content_hash
+from vilu.store.ledger import FileVerifier, PickledByPath, content_hash
 from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
@@ -103,38 +103,37 @@ def open_source(
     return EmbeddingStore(root)
 
 
-class SealedStore(Reopened):
+class SealedStore(PickledByPath):
     """The documents and the parts of a complete store, without its classes.
 
-    The constructor checks documents, sizes, shapes and numbers of rows. The hash of a file is
-    compared with its receipt when the file is first read, by ``files``, which returns the path of a
-    file.
+    The constructor checks documents, sizes, shapes and numbers of rows. When a file is first read,
+    ``verify_file`` compares its hash with the receipt, and returns the path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         StoreLedger.require_sealed(path)
         self.path = path
         self.manifest = read_document(path / MANIFEST, Manifest)
-        self.seal = digest(self.manifest.model_dump(mode="json"))
+        self.folder_hash = digest(self.manifest.model_dump(mode="json"))
         ledger = StoreLedger(path, self.manifest)
         self.parts = ledger.parts
         receipts = ledger.receipts()
         self.require_agreement(content_hash(receipts) == self.manifest.content)
-        for field in ("n_in", "n_ok", "n_error"):
-            sum_of_parts = sum(getattr(receipt, field) for receipt in receipts)
-            self.require_agreement(sum_of_parts == getattr(self.manifest, field))
-        self.files = CheckedFiles(path, receipts)
+        for count_name in ("n_in", "n_ok", "n_error"):
+            sum_of_parts = sum(getattr(receipt, count_name) for receipt in receipts)
+            self.require_agreement(sum_of_parts == getattr(self.manifest, count_name))
+        self.verify_file = FileVerifier(path, receipts)
         self.n_errors = [receipt.n_error for receipt in receipts]
         n_rows_of_parts = [receipt.n_ok for receipt in receipts]
         starts = np.cumsum([0, *n_rows_of_parts], dtype=np.int64)
         self.rows = MappedParts(
             starts,
             self.manifest.arrays,
-            open_part=partial(_map_part, ledger, starts, self.files),
+            open_part=partial(_map_part, ledger, starts, self.verify_file),
         )
-        # Every array is mapped once, to check its header. The files are located by
-        # ``path.joinpath``, because ``self.files`` would also hash every file. A file is hashed
-        # later, when a row in it is first read.
+        # Every array is mapped once, to check its header. ``path.joinpath`` finds the files,
+        # because ``verify_file`` would also hash every file. A file is hashed later, when a row in
+        # it is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, find_file=path.joinpath, name=name, number=part.number)
@@ -155,7 +154,7 @@ class SealedStore(Reopened):
     def metadata(self, name: str, number: int) -> pa.Array:
         """Return column ``name`` of the metadata of part ``number``."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        path = self.files(self.parts[number].metadata)
+        path = self.verify_file(self.parts[number].metadata_file)
         table = read_columns(path, metadata_schema(self.manifest), [name], n_rows)
         return table[name].combine_chunks()
 
@@ -166,11 +165,16 @@ class SealedStore(Reopened):
     def identities(
         self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
     ) -> NDArray[np.uint64]:
-        """Return hashes (M,) of the M ``rows``: of their keys, or of their pictures and captions.
+        """Return hashes (M,) of some rows: of their keys, or of their pictures and captions.
 
-        Each part is read once. Without ``captions``, only the pictures are hashed.
+        Each part is read once.
+
+        Args:
+            by: "names" to hash the keys, "pictures" to hash the pictures and captions.
+            rows: (M,) numbers of the rows in the store.
+            captions: Whether the captions, if there are any, are hashed with the pictures.
         """
-        # the rows of part p are those at the positions order[bounds[p] : bounds[p + 1]] of ``rows``
+        # the rows of part p are at the positions order[bounds[p] : bounds[p + 1]] of ``rows``
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))
@@ -184,13 +188,16 @@ class SealedStore(Reopened):
     def _hashes_in_part(
         self, by: Identity, number: int, index: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
-        """Return hashes (m,) as ``identities`` does, of the rows ``index`` of part ``number``."""
+        """Return hashes (m,) as ``identities`` does, but of the rows ``index`` in one part.
+
+        ``number`` is the number of the part.
+        """
         if by == "names":
             return hash_names(self.metadata("key", number).take(index).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
         has_captions = self.manifest.captions and captions
         if not has_captions:
-            # The column "picture" has hashes of pictures, which only have to be shortened.
+            # the column "picture" has hashes of pictures, of which only the first bytes are used
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
@@ -208,19 +215,23 @@ def _map_part(
 ) -> NDArray[np.floating]:
     """Map array ``name`` of part ``number`` into memory.
 
-    ``starts`` has the number of the first row of each part, and of the end. ``find_file`` is a
-    function from the name of a file to its path.
+    Args:
+        ledger: The folder of the store.
+        starts: (P + 1,) number of the first row of each of the P parts, and the number of rows.
+        find_file: Function that takes the name of a file, and returns its path.
+        name: Name of the array.
+        number: Number of the part.
     """
     n_rows = int(starts[number + 1] - starts[number])
     shape = (n_rows, *ledger.run.arrays[name])
-    path = find_file(ledger.parts[number].array(name))
+    path = find_file(ledger.parts[number].array_file(name))
     return map_rows(path, shape, ledger.run.dtype)
 
 
 class StoredRows(EmbeddingSource):
-    """A source of all or some rows of a store, which are identified by the store's metadata."""
+    """A source of all rows of a store, or of some. The metadata of the store identify the rows."""
 
-    _sealed: SealedStore
+    _sealed_store: SealedStore
     _chosen_rows: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
@@ -229,7 +240,7 @@ class StoredRows(EmbeddingSource):
 
         Imported rows have no picture. Their kinds are "embeddings", and "names" if there are names.
         """
-        if self._sealed.manifest.imported is not None:
+        if self._sealed_store.manifest.imported is not None:
             return super().identified_by
         return ("pictures", "names")
 
@@ -238,19 +249,19 @@ class StoredRows(EmbeddingSource):
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
-        return self._sealed.identities(by, self._rows_in_store(index))
+        return self._sealed_store.identities(by, self._rows_in_store(index))
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         if "pictures" not in self.identified_by:
             return super()._picture_hashes(rows)
-        return self._sealed.identities("pictures", self._rows_in_store(rows), captions=False)
+        return self._sealed_store.identities("pictures", self._rows_in_store(rows), captions=False)
 
     def _rows_in_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Convert indices (M,) of rows in this source to indices in the whole store."""
         return rows if self._chosen_rows is None else self._chosen_rows.numpy()[rows]
 
 
-class EmbeddingStore(Reopened, StoredRows, MappedSource):
+class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
     """A sealed store of images and classes; predictors use it like ``Embeddings`` in memory.
 
     The constructor checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part
@@ -292,9 +303,9 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     @torch_defaults()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._sealed = SealedStore(self.path)
-        self.manifest = self._sealed.manifest
-        self.seal = self._sealed.seal
+        self._sealed_store = SealedStore(self.path)
+        self.manifest = self._sealed_store.manifest
+        self.folder_hash = self._sealed_store.folder_hash
         if self.manifest.captions:
             raise DataError(
                 f"{path} has captions and no classes. Open it with vilu.open_source, which takes "
@@ -304,22 +315,22 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.stored_dtype = self.manifest.dtype
         self.class_names = self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
-        self._sealed.require_agreement(self._classes.hash == self.manifest.classes)
+        self._sealed_store.require_agreement(self._classes.hash == self.manifest.classes)
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
         image_columns = frozenset(self.manifest.arrays) - {IMAGE}
         self.columns = image_columns | frozenset(self._classes.columns)
-        labels_of_parts = map(self._read_labels, self._sealed.parts)
+        labels_of_parts = map(self._read_labels, self._sealed_store.parts)
         labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels_of_parts]))
-        # A row with the label -2 (outside) has the target -1, and is marked in ``outside``.
+        # a row with the label -2 (outside) gets the target -1, and is marked in ``outside``
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
-        self.ids = self._sealed.keys()
-        if not self._sealed.has_names:
-            # The keys are only the numbers that the rows had in the imported arrays. So they are
-            # marked as numbers, which identify no row of another source.
-            self.ids = ListedNumbers(self._sealed.keys())
+        self.ids = self._sealed_store.keys()
+        if not self._sealed_store.has_names:
+            # The keys are the numbers that the rows had in the imported arrays. ``ListedNumbers``
+            # marks them as numbers, which identify no row of another source.
+            self.ids = ListedNumbers(self._sealed_store.keys())
         if self.manifest.has_answers:
-            answers = map(self._read_answers, self._sealed.parts)
+            answers = map(self._read_answers, self._sealed_store.parts)
             answer = np.concatenate([np.empty(0, np.int64), *answers])
             self._columns = {ANSWER: torch.from_numpy(answer)}
             self.columns |= {ANSWER}
@@ -331,51 +342,53 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         """Return the (B, D) float32 image embeddings of the rows ``index``."""
         if not self.has_vectors:
             return torch.zeros(len(index), 0, dtype=torch.float32)
-        return self._sealed.rows.take(IMAGE, index)
+        return self._sealed_store.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``. If it is a column of the images, return the rows ``index``."""
         if name == ANSWER or name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.arrays:
-            return self._sealed.rows.take(name, index)
+            return self._sealed_store.rows.take(name, index)
         values = self._class_column(name)
         has_row_per_class = name in TEXT_COLUMNS
         if self._class_of_candidate is None or not has_row_per_class:
             return values
-        # classes with equal texts were merged, and one row is returned for each merged class
+        # classes with equal texts were merged, and the column has one row for each candidate then
         return values[self._class_of_candidate]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Yield the key of every image without a row, and the kind of error, e.g. "truncated"."""
-        for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
+        """Yield the key of every image without a row, and its kind of error, e.g. "truncated"."""
+        for part, n_error in zip(
+            self._sealed_store.parts, self._sealed_store.n_errors, strict=True
+        ):
             if n_error:
-                path = self._sealed.files(part.errors)
+                path = self._sealed_store.verify_file(part.errors_file)
                 table = read_columns(path, ERROR_SCHEMA, ["key", "kind"], n_error)
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
         """Return the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
-        column: pa.Array = self._sealed.metadata("label", part.number)
+        column: pa.Array = self._sealed_store.metadata("label", part.number)
         labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
         if not len(labels):
             return labels
         if labels.min() < OUTSIDE or labels.max() >= self.n_candidates:
             raise StorageError(
-                f"{self.path / part.metadata} has labels from {labels.min()} to {labels.max()}, "
-                f"there are {self.n_candidates} classes. {REDO_HINT}"
+                f"{self.path / part.metadata_file} has labels from {labels.min()} to "
+                f"{labels.max()}, there are {self.n_candidates} classes. {REDO_HINT}"
             )
         return labels
 
     def _read_answers(self, part: Part) -> NDArray[np.int64]:
         """Return the imported answers of a part. StorageError if an answer is no class."""
-        column: pa.Array = self._sealed.metadata(ANSWER, part.number)
+        column: pa.Array = self._sealed_store.metadata(ANSWER, part.number)
         answer = np.asarray(column, dtype=np.int64)
         n_classes = len(self.manifest.names)
         if len(answer) and (answer.min() < 0 or answer.max() >= n_classes):
             raise StorageError(
-                f"{self.path / part.metadata} has answers from {answer.min()} to {answer.max()}, "
-                f"there are {n_classes} classes. {REDO_HINT}"
+                f"{self.path / part.metadata_file} has answers from {answer.min()} to "
+                f"{answer.max()}, there are {n_classes} classes. {REDO_HINT}"
             )
         return answer
 
@@ -383,15 +396,16 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
     """Read a column of the classes or of the model, and check its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
-    # the number of image rows, here 0, is not compared, because no column of images is checked
-    return check_columns({name: values}, n_rows=0, n_texts=len(classes.names))[name]
+    # n_rows has no effect, because it concerns only columns of images
+    checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(classes.names))
+    return checked_columns[name]
 
 
-class CaptionStore(Reopened, StoredRows, MappedPairs):
+class CaptionStore(PickledByPath, StoredRows, MappedPairs):
     """A sealed store of images with captions; predictors use it like ``PairEmbeddings`` in memory.
 
-    Checks, pickling and errors are those of ``EmbeddingStore``, except that a store of classes
-    raises DataError here.
+    Checks, pickling and errors are as in ``EmbeddingStore``, except that a store of classes raises
+    DataError here.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -404,32 +418,32 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     def __init__(
         self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None
     ) -> None:
-        sealed = SealedStore(Path(path))
-        self.manifest = sealed.manifest
-        self.seal = sealed.seal
-        self.options = {"pools": pools, "fold": fold}  # arguments with which unpickling opens it
+        sealed_store = SealedStore(Path(path))
+        self.manifest = sealed_store.manifest
+        self.folder_hash = sealed_store.folder_hash
+        self.options = {"pools": pools, "fold": fold}  # unpickling opens the store with these
         if not self.manifest.captions:
             raise DataError(
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
             )
         has_class_table = bool(self.manifest.classes)
-        sealed.require_agreement(not has_class_table)
-        chosen = None if fold is None else _rows_of_fold(sealed, fold)
+        sealed_store.require_agreement(not has_class_table)
+        chosen_rows = None if fold is None else _rows_of_fold(sealed_store, fold)
         super().__init__(
-            sealed.path,
-            sealed.rows,
+            sealed_store.path,
+            sealed_store.rows,
             arrays=(IMAGE, CAPTION),
             space=self.manifest.space,
             pools=pools or Pools(),
-            chosen=chosen,
+            chosen_rows=chosen_rows,
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
             # Columns belong to images. In the other direction, the images are the candidates of a
             # caption, and a column of the right image would reveal which image is the answer.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
-        self.ids = sealed.keys(chosen)
-        self._sealed = sealed
+        self.ids = sealed_store.keys(chosen_rows)
+        self._sealed_store = sealed_store
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return the rows ``index`` of column ``name`` of the images."""
@@ -438,9 +452,9 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         return self._take_rows(name, index)
 
 
-def _rows_of_fold(sealed: SealedStore, fold: Fold) -> NDArray[np.int64]:
+def _rows_of_fold(sealed_store: SealedStore, fold: Fold) -> NDArray[np.int64]:
     """Return the ascending numbers (M,) of the rows whose caption is in a fold."""
-    part_sizes = np.diff(sealed.rows.starts).tolist()
-    parts = zip(sealed.parts, part_sizes, strict=True)
-    files = ((sealed.files(part.metadata), n_rows) for part, n_rows in parts)
-    return rows_of_fold(files, ("caption",), fold, len(sealed.rows))
+    part_sizes = np.diff(sealed_store.rows.starts).tolist()
+    parts = zip(sealed_store.parts, part_sizes, strict=True)
+    files = ((sealed_store.verify_file(part.metadata_file), n_rows) for part, n_rows in parts)
+    return rows_of_fold(files, ("caption",), fold, len(sealed_store.rows))

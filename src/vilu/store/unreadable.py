@@ -1,4 +1,4 @@
-"""Turn the exceptions of unreadable files into errors of vilu."""
+"""Convert the exceptions that unreadable files cause into errors of vilu."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ NPY_READING_ERRORS = (
     RecursionError,
     MemoryError,
 )
-"""Exceptions of NumPy for a damaged file.
+"""Exceptions that NumPy raises for a damaged file.
 
 NumPy parses the header as Python code. The last four exceptions come from this parser.
 """
 
 PARQUET_READING_ERRORS = (pa.ArrowException, OSError, ValueError)
-"""Exceptions of pyarrow for a damaged file. ValueError also means that a name is not text."""
+"""Exceptions that pyarrow raises for a damaged file.
+
+A ValueError may also mean that the name of a column is not text.
+"""
 
 SYSTEM_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
-"""Error codes that concern permissions or the system, not the content of the file."""
+"""Error codes of problems with permissions or with the system, not with the content of a file."""
 
 
 @contextmanager
@@ -42,17 +45,19 @@ def convert_damage_errors(
     error_class: type[ViLUError] = StorageError,
     condition: str = "damaged",
 ) -> Iterator[None]:
-    """Convert the ``exceptions`` of a library that reads a damaged file into ``error_class``.
+    """Convert ``exceptions``, which a library raises for a damaged file, into ``error_class``.
 
-    The message is "PATH is CONDITION: REASON. HINT". Errors that do not concern the content of the
-    file (``SYSTEM_ERRNOS``) become a StorageError with the message "cannot read PATH: REASON."
+    The message is "PATH is CONDITION: REASON. HINT", where REASON is the message of the exception.
+    HINT is a sentence of advice. An error that does not concern the content of the file
+    (``SYSTEM_ERRNOS``) becomes a StorageError with the message "cannot read PATH: REASON."
     """
     try:
         yield
     except ViLUError:
         raise
     except exceptions as error:
-        # These errors say nothing about the content: without memory, no file can be read.
+        # Such an error says nothing about the content. For example, no file can be read without
+        # memory.
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
             advice = ""
             if error.errno == errno.EMFILE:

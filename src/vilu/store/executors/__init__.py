@@ -22,8 +22,8 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
     Args:
         name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one
             of several that torchrun or Slurm started).
-        processes: Number of workers. By default, one per core of this machine. On a Ray cluster,
-            the default is as many as fit. Must be None for "rank".
+        processes: Number of workers. By default, there is one per core of this machine, and on a
+            Ray cluster as many as fit. It must be None for "rank".
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:

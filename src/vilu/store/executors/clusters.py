@@ -34,7 +34,8 @@ from vilu.store.mapped import n_cores
 SHARED_MEMORY_BYTES = 2**28
 """Size of the shared memory of a Ray that vilu starts.
 
-It holds only part numbers, receipts and the job. Ray writes to disk what does not fit.
+The shared memory holds only part numbers, receipts and the job. If something does not fit, Ray
+writes it to disk.
 """
 
 
@@ -47,8 +48,9 @@ class RayExecutor:
     that is done twice is still stored once, because its files have fixed names. Deaths of actors
     are not counted here, because the job gives up a part that keeps crashing.
 
-    Without ``processes``, a Ray on this machine has one actor per core. A cluster has one actor per
-    GPU, or one per core if it has no GPU.
+    ``processes`` is the number of actors. If it is None, a Ray that is started here has one actor
+    per core of this machine. A Ray that is running already has one actor per GPU, or one per core
+    if there is no GPU.
     """
 
     name = "ray"
@@ -68,7 +70,8 @@ class RayExecutor:
             closing(self._outcome_rows(job, parts, plan)) as rows,
         ):
             while True:
-                with quiet():  # not around the yield, because messages of the caller must be shown
+                # ``quiet`` is not around the yield, because messages of the caller must be shown
+                with quiet():
                     row = next(rows, None)
                 if row is None:
                     return
@@ -77,9 +80,9 @@ class RayExecutor:
     def _outcome_rows(
         self, job: EmbedJob, parts: Sequence[int], plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield a row with the outcome of each part, in the order in which Ray returns them.
+        """Yield a row with the outcome of each part, in the order in which Ray returns the rows.
 
-        Closing this generator ends the threads of Ray Data. They must end before Ray is shut down.
+        Closing this generator ends the threads of Ray Data, which must end before Ray is shut down.
         """
         items = [{"part": part} for part in parts]
         dataset = self._data.from_items(items, override_num_blocks=len(items))
@@ -97,7 +100,7 @@ class RayExecutor:
 
     @contextmanager
     def _running_ray(self) -> Iterator[_ActorPlan]:
-        """Yield the plan of the actors; if Ray is not running yet, it runs during the block."""
+        """Yield the plan of the actors. If Ray is not running yet, it is started for the block."""
         if self._ray.is_initialized():
             yield self._plan_for_running_ray()
             return
@@ -132,15 +135,15 @@ class RayExecutor:
         If some machines have GPUs, actors run only on these machines.
         """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        with_gpu = [machine for machine in machines if machine.get("GPU")]
-        with_cpu = [machine for machine in machines if machine.get("CPU")]
-        resource = "GPU" if with_gpu else "CPU"
-        usable = with_gpu or with_cpu
-        n_that_fit = int(sum(machine[resource] for machine in usable))
+        gpu_machines = [machine for machine in machines if machine.get("GPU")]
+        cpu_machines = [machine for machine in machines if machine.get("CPU")]
+        resource = "GPU" if gpu_machines else "CPU"
+        used_machines = gpu_machines or cpu_machines
+        n_that_fit = int(sum(machine[resource] for machine in used_machines))
         n_actors = self.processes or max(1, n_that_fit)
-        actors_per_machine = math.ceil(n_actors / max(1, len(usable)))
-        # the machine with the fewest cores decides, because an actor must fit on any machine
-        fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
+        actors_per_machine = math.ceil(n_actors / max(1, len(used_machines)))
+        # an actor must fit on any machine, so the machine with the fewest cores decides
+        fewest_cores = int(min((machine.get("CPU", 1) for machine in used_machines), default=1))
         threads = max(1, fewest_cores // actors_per_machine)
         return _ActorPlan(
             n_actors=n_actors,
@@ -149,7 +152,7 @@ class RayExecutor:
         )
 
     def _gpus_per_actor(self, n_actors: int) -> float | None:
-        """Return the GPUs per actor: 1, or 1/n if n actors share a GPU; None without GPUs."""
+        """Return the number of GPUs per actor: 1, or 1/n if n actors share a GPU; None: no GPUs."""
         n_gpus = int(self._ray.cluster_resources().get("GPU", 0))
         if n_gpus == 0:
             return None
@@ -160,22 +163,24 @@ class RayExecutor:
         """Change settings of Ray Data in the block."""
         with quiet():
             context = self._data.DataContext.get_current()
-        wanted = {
+        settings = {
             "enable_progress_bars": False,
             # no time limit, because a part may take hours
             "execution_no_progress_timeout_s": -1,
             # several deaths are allowed, because actors may die while a machine starts
             "max_consecutive_actor_init_deaths": 5,
         }
-        # some versions of Ray lack some of these settings
-        available = {name: value for name, value in wanted.items() if hasattr(context, name)}
-        with temporarily_set(context, **available), _log_only_errors("ray.data"):
+        # a version of Ray may lack some of these settings
+        existing_settings = {
+            name: value for name, value in settings.items() if hasattr(context, name)
+        }
+        with temporarily_set(context, **existing_settings), _log_only_errors("ray.data"):
             yield
 
 
 @contextmanager
 def _log_only_errors(library: str) -> Iterator[None]:
-    """Drop the log lines of a library below ERROR in the block, also those of its own threads."""
+    """In the block, drop log lines of a library below ERROR, also from threads of the library."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -187,11 +192,11 @@ def _log_only_errors(library: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ActorPlan:
-    """How many actors there are, and what each may use."""
+    """How many actors there are, and how many threads and GPUs each of them may use."""
 
     n_actors: int
     threads_per_actor: int
-    gpus_per_actor: float | None  # 1/n if n actors share a GPU; None without GPUs
+    gpus_per_actor: float | None  # 1/n if n actors share a GPU; None if there are no GPUs
 
 
 class _Actor:
@@ -203,17 +208,17 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do the part whose number is in the batch, and return a batch with its outcome."""
         (part,) = batch["part"]
-        outcome = self._worker.outcome(int(part))
+        outcome = self._worker.do_part(int(part))
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-# Number of failures of one task after which Spark ends the run, if vilu started Spark. The number
-# is larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
+# If vilu started Spark, Spark ends the run after this number of failures of one task. The number is
+# larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
-# environment variable that ``spark-submit`` sets; then Spark has the settings of ``spark-submit``
+# environment variable that ``spark-submit`` sets; if it is set, Spark has settings already
 SPARK_SUBMIT_VARIABLE = "PYSPARK_GATEWAY_PORT"
 POLL_SECONDS = 0.05  # time between checks for new receipts
-_workers: dict[str, Worker] = {}  # the only worker of this Python process, by the hash of its job
+_workers: dict[str, Worker] = {}  # hash of a job -> the only worker of this Python process
 
 
 class SparkExecutor:
@@ -222,8 +227,8 @@ class SparkExecutor:
     Each Python worker process keeps the job and loads the model once. An active ``SparkContext``,
     or the context of ``spark-submit``, is used and left running. Otherwise, Spark is started on
     this machine and stopped at the end. Spark may do a part twice (retry, speculation). The part is
-    still stored once, because its files have fixed names. Receipts are sent through an accumulator,
-    which Spark updates once per part when its task has succeeded.
+    still stored once, because its files have fixed names. Receipts are sent through an accumulator.
+    Spark updates it once per part, when the task of the part has succeeded.
     """
 
     name = "spark"
@@ -250,9 +255,9 @@ class SparkExecutor:
                 # the loop goes on until all receipts are taken.
                 while spark_job.is_running_after_poll() or n_taken < len(outcomes.value):
                     new_outcomes = outcomes.value[n_taken:]
-                    for packed in new_outcomes:
+                    for outcome in new_outcomes:
                         n_taken += 1
-                        yield receipt_of(packed)
+                        yield receipt_of(outcome)
                 spark_job.check(n_taken, len(parts))
             finally:
                 spark_job.cancel()
@@ -264,19 +269,19 @@ class SparkExecutor:
 
         The context is the active one, or a new one that is stopped at the end of the block.
         """
-        active = self._spark.SparkContext._active_spark_context
-        if active is None and SPARK_SUBMIT_VARIABLE in os.environ:
-            active = self._spark.SparkContext.getOrCreate()
-        if active is not None:
-            yield active, int(active.getConf().get("spark.task.cpus", "1"))
+        active_context = self._spark.SparkContext._active_spark_context
+        if active_context is None and SPARK_SUBMIT_VARIABLE in os.environ:
+            active_context = self._spark.SparkContext.getOrCreate()
+        if active_context is not None:
+            yield active_context, int(active_context.getConf().get("spark.task.cpus", "1"))
             return
-        context = self._start()
+        context = self._start_spark()
         try:
             yield context, threads_per_process(self.processes)
         finally:
             context.stop()
 
-    def _start(self) -> Any:  # noqa: ANN401 - PySpark's
+    def _start_spark(self) -> Any:  # noqa: ANN401 - PySpark's
         """Start Spark on this machine, and return its context."""
         settings = {
             "spark.master": f"local[{self.processes},{MAX_FAILURES}]",
@@ -299,9 +304,14 @@ class SparkExecutor:
 
 
 class _SparkJob:
-    """All tasks as one job of Spark, in a separate thread so that receipts can be read meanwhile.
+    """All tasks as one job of Spark, which starts at once in a separate thread.
 
-    ``tasks`` is the RDD with one task per part. The job starts at once.
+    So receipts can be read while the job is running.
+
+    Args:
+        spark: The module ``pyspark``.
+        context: The Spark context.
+        tasks: The RDD with one task per part.
     """
 
     def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
@@ -313,11 +323,13 @@ class _SparkJob:
         self._thread.start()
 
     def _collect(self) -> None:
+        """Run all tasks. This is the function of the thread."""
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        # Any exception, because the job runs the model and the reader of the user, and an exception
-        # that ends this thread would only be printed. check() raises it in the main thread.
+        # Any exception is caught, because the job runs the model and the reader of the user. An
+        # exception that ended this thread would only be printed. check() raises it in the main
+        # thread.
         except Exception as error:  # noqa: BLE001
             self._error = error
 
@@ -345,20 +357,22 @@ class _SparkJob:
 
 
 class _OutcomeLists:
-    """The rule by which an accumulator joins lists of outcomes (PySpark's ``AccumulatorParam``)."""
+    """How an accumulator joins lists of outcomes (an ``AccumulatorParam`` of PySpark)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
         """Return the value with which each task begins: an empty list."""
         return []
 
-    def addInPlace(self, total: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802
-        """Append the outcomes of one more task."""
-        total += more
-        return total
+    def addInPlace(  # noqa: N802 - PySpark's name
+        self, outcomes: list[bytes], new_outcomes: list[bytes]
+    ) -> list[bytes]:
+        """Append the outcomes of another task, and return the whole list."""
+        outcomes += new_outcomes
+        return outcomes
 
 
 def _spark_error_line(error: Exception) -> str:
-    """Return the line of a Java stack trace that names the error."""
+    """Return the line that names the error in a message with a Java stack trace."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -374,9 +388,13 @@ def _run_task(
     outcomes: Any,  # noqa: ANN401 - PySpark's
     part: int,
 ) -> None:
-    """Do a part in a Python worker of Spark, and add its outcome to the accumulator ``outcomes``.
+    """Do a part in a Python worker of Spark.
 
-    ``broadcast`` holds the packed job, and ``job_hash`` is its hash.
+    Args:
+        broadcast: Broadcast variable with the packed job.
+        job_hash: Hash of the packed job.
+        outcomes: Accumulator to which the outcome of the part is added.
+        part: Number of the part.
     """
     from pyspark import TaskContext
 
@@ -387,7 +405,7 @@ def _run_task(
             take_gpu(int(gpu.addresses[0]))
         _workers.clear()
         _workers[job_hash] = Worker(broadcast.value)
-        # PySpark collects garbage after every task. With torch imported, this would take 0.2 s, but
-        # frozen objects are not searched.
+        # PySpark collects garbage after every task, which would take 0.2 s with torch imported.
+        # Objects that are frozen are not searched.
         gc.freeze()
-    outcomes.add([_workers[job_hash].outcome(part)])
+    outcomes.add([_workers[job_hash].do_part(part)])

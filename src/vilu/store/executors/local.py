@@ -30,49 +30,53 @@ from vilu.validation import require_at_least
 class Worker:
     """The object in a worker process that does parts of one job.
 
-    The job is unpickled when the first part arrives, and the model is loaded once. The process has
-    no other work. So the worker also loads plugins, and sets the number of threads and the use of
-    memory for the whole process.
+    The job is unpickled when the first part arrives, and the model is loaded once. The process does
+    nothing but this job. So the worker also loads plugins, and sets the number of threads and the
+    use of memory for the whole process.
     """
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
         self._job: EmbedJob | None = None
 
-    def outcome(self, part: int) -> bytes:
-        """Do a part, and return its receipt or the exception that it raised, pickled."""
+    def do_part(self, part: int) -> bytes:
+        """Do a part, and return its outcome: the receipt or the exception that was raised, pickled.
+
+        ``part`` is the number of the part.
+        """
         try:
             if self._job is None:
                 self._job = self._unpack_job()
             return pickle.dumps(self._job.process(part))
-        # Any exception, because the model and the reader may be those of a plugin. An exception
-        # would end this process without a message. So the driver gets it as bytes, and raises it.
+        # Any exception is caught, because the model or the reader may come from a plugin. It would
+        # end this process without a message. So the driver gets the exception as bytes, and raises
+        # it.
         except Exception as error:  # noqa: BLE001
             return _pack_error(error)
 
     def _unpack_job(self) -> EmbedJob:
         """Unpickle the job, and set up the process: plugins, number of threads, use of memory."""
-        packed: PackedJob = pickle.loads(self._payload)  # noqa: S301 - from our own driver
-        for module in packed.plugins:
+        packed_job: PackedJob = pickle.loads(self._payload)  # noqa: S301 - from our own driver
+        for module in packed_job.plugins:
             load_plugin(module)
-        torch.set_num_threads(packed.threads)
+        torch.set_num_threads(packed_job.threads)
         keep_freed_memory()
         self._payload = b""
-        return packed.job
+        return packed_job.job
 
 
 @dataclass(frozen=True)
 class PackedJob:
     """What the driver sends to a worker: plugins to load, number of threads, and the job."""
 
-    plugins: Sequence[str]
-    threads: int
+    plugins: Sequence[str]  # names of modules
+    threads: int  # number of threads for tensors
     job: EmbedJob
 
 
-def receipt_of(packed: bytes) -> Receipt:
-    """Return the receipt in an outcome of ``Worker``, or raise the exception in the outcome."""
-    outcome = pickle.loads(packed)  # noqa: S301 - from our own worker
+def receipt_of(packed_outcome: bytes) -> Receipt:
+    """Return the receipt in an outcome of ``Worker.do_part``; raise the exception if it has one."""
+    outcome = pickle.loads(packed_outcome)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
     if not isinstance(outcome, Receipt):
@@ -83,7 +87,7 @@ def receipt_of(packed: bytes) -> Receipt:
 def pack_job(job: EmbedJob, threads: int) -> bytes:
     """Return the pickled ``PackedJob`` of a job, for workers with ``threads`` threads for tensors.
 
-    The number of decoding threads is the same, unless ``job.workers`` is set.
+    Unless ``job.workers`` is set, a worker also has ``threads`` threads for decoding.
     """
     job_of_worker = replace(job, workers=job.workers or threads)
     try:
@@ -96,49 +100,52 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
 
 
 def _pack_error(error: Exception) -> bytes:
-    """Return the pickle of an exception, with the traceback as a note if it is not a ViLUError.
+    """Pickle an exception.
 
-    The note is needed because pickles hold no tracebacks.
+    An exception that is no ViLUError gets its traceback as a note, because pickles have no
+    tracebacks.
     """
     if not isinstance(error, ViLUError):
         error.add_note("".join(traceback.format_exception(error)))
     try:
-        packed = pickle.dumps(error)
-        # unpickled as a test, because a class whose __init__ takes more than a message fails here
-        pickle.loads(packed)  # noqa: S301 - our own bytes
-    # Pickling and unpickling run methods of a class that is not ours, which may raise any
-    # exception. The driver then gets the original exception as text.
+        packed_error = pickle.dumps(error)
+        # It is unpickled as a test, which fails for a class whose __init__ takes more than a
+        # message.
+        pickle.loads(packed_error)  # noqa: S301 - our own bytes
+    # Pickling and unpickling run methods of a class that is not ours, and these may raise any
+    # exception. Then the driver gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
         return pickle.dumps(RuntimeError(text))
-    return packed
+    return packed_error
 
 
 def check_processes(processes: int | None) -> int | None:
-    """Check and return the number of processes. None means the executor's own default."""
+    """Check the number of processes, and return it. None means the default of the executor."""
     if processes is not None:
         require_at_least("processes", processes, 1)
     return processes
 
 
 def threads_per_process(processes: int) -> int:
-    """Return the number of cores for each of ``processes`` processes, at least 1."""
+    """Return the number of threads of each process: an equal share of the cores, at least 1."""
     return max(1, n_cores() // processes)
 
 
 def take_gpu(number: int) -> None:
-    """Let the device "cuda" be the GPU ``number`` modulo the number of GPUs, if there are GPUs."""
+    """If there are n GPUs, make GPU number ``number`` modulo n the device "cuda"."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# Number of workers that may die in the same part before the run ends. A job gives up a part after
-# fewer deaths (MAX_ATTEMPTS).
+# If this many workers have died in the same part, the run ends. A job gives up a part after fewer
+# deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-READY = b""  # message of a worker that has started and has no outcome yet
-GRACE_SECONDS = 5.0  # time that a worker may take to end before it is killed
-# advice if workers die before their first part, and if they die in a part
+READY = b""  # message of a worker that has started and waits for the job
+GRACE_SECONDS = 5.0  # a worker that is asked to end is killed after this time
+# advice if workers die before their first part
 HINT_MAIN = "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
+# advice if workers die in a part
 HINT_MEMORY = (
     "Finished parts are kept. If memory ran out, take fewer processes or a smaller batch size."
 )
@@ -151,9 +158,9 @@ class LocalExecutor:
 
     The driver (this process) has a pipe to each worker process. Through the pipe, the driver sends
     the job and then part numbers, and the worker sends receipts. Workers are started with "spawn",
-    because a fork would lose threads and keep held locks. Workers share no lock. So killing a
-    worker affects only its unfinished part, which another worker does again. When the driver dies,
-    its workers end at once.
+    because a forked process would lack the threads of the driver, but have copies of its locks,
+    which may be held. Workers share no lock. So if a worker is killed, only its unfinished part is
+    lost, which another worker does again. When the driver dies, its workers end at once.
     """
 
     name = "local"
@@ -172,13 +179,16 @@ class LocalExecutor:
 
 
 class _Process:
-    """A worker process as the driver sees it: its pipe, and the part that it is doing."""
+    """A worker process as the driver sees it: its pipe, and the part that it is doing.
+
+    ``number`` is the number of the worker among all workers of a run.
+    """
 
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part: int | None = None  # part that the process is doing; None if it is idle
-        self.ready = False  # whether the process has started and got the job
+        self.part: int | None = None  # number of the part that the process is doing; None if idle
+        self.has_job = False  # whether the process has started and got the job
         self.pipe, worker_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
             target=_run_worker, args=(worker_end, number), daemon=True
@@ -186,12 +196,15 @@ class _Process:
         try:
             self.process.start()
         finally:
-            # The pipe signals the death of the worker only when all copies of the worker's end are
-            # closed, so the driver's copy is closed here.
+            # The pipe signals the death of the worker only when all copies of the worker's end of
+            # the pipe are closed. So the driver closes its copy.
             worker_end.close()
 
     def end(self) -> int | None:
-        """Close the pipe, wait for the end of the process or kill it, and return its exit code."""
+        """Close the pipe, which ends the process, and return the exit code.
+
+        If the process is still running after ``GRACE_SECONDS``, it is killed.
+        """
         self.pipe.close()
         self.process.join(GRACE_SECONDS)
         if self.process.exitcode is None:
@@ -208,27 +221,27 @@ class _Pool:
     ) -> None:
         self.max_deaths = max_deaths
         self.payload = pack_job(job, threads_per_process(processes))
-        self.waiting = deque(parts)
-        self.size = min(processes, len(parts))
-        self.workers: dict[object, _Process] = {}  # workers by their pipe
-        # number of deaths by part; None counts deaths of workers that had no part yet
+        self.waiting_parts = deque(parts)
+        self.max_workers = min(processes, len(parts))
+        self.workers: dict[object, _Process] = {}  # pipe -> the worker at its other end
+        # part number -> number of workers that died in it; None -> those that had no part yet
         self.deaths: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
         """Yield the receipts in the order in which they arrive."""
-        while self.waiting or self._n_busy():
+        while self.waiting_parts or self._n_busy():
             self._start_workers()
-            self._assign()
+            self._assign_parts()
             pipes = [worker.pipe for worker in self.workers.values()]
             for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
-                if worker is None:  # the worker has died, and _assign has removed it meanwhile
+                if worker is None:  # the worker has died, and _assign_parts has removed it
                     continue
                 outcome = self._receive(worker)
                 if outcome is not None:
-                    # The worker gets a new part before the yield, because the caller may take a
-                    # while with the receipt.
-                    self._assign()
+                    # The worker gets a new part before the yield, because the caller may need some
+                    # time for the receipt.
+                    self._assign_parts()
                     yield receipt_of(outcome)
 
     def stop(self) -> None:
@@ -247,31 +260,31 @@ class _Pool:
         return sum(worker.part is not None for worker in self.workers.values())
 
     def _start_workers(self) -> None:
-        """Start workers until there is one for each part that is not done, or ``size`` of them."""
-        n_parts_left = self._n_busy() + len(self.waiting)
-        n_wanted = min(self.size, n_parts_left)
+        """Start workers: one for each part that is not done, but at most ``max_workers``."""
+        n_parts_left = self._n_busy() + len(self.waiting_parts)
+        n_wanted = min(self.max_workers, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
-        # A new worker takes the number of a dead worker, and so also its GPU (``take_gpu``).
-        free_numbers = sorted(set(range(self.size)) - used_numbers)
+        # a new worker gets the number of a dead worker, and so also its GPU (``take_gpu``)
+        free_numbers = sorted(set(range(self.max_workers)) - used_numbers)
         for number in free_numbers[:n_missing]:
             worker = _Process(number)
             self.workers[worker.pipe] = worker
 
-    def _assign(self) -> None:
+    def _assign_parts(self) -> None:
         """Send waiting parts to idle workers."""
-        # a copy of the values, because _remove_dead removes a worker from the dictionary
+        # a copy of the values, because _remove_dead_worker removes a worker from the dictionary
         for worker in list(self.workers.values()):
-            is_idle = worker.ready and worker.part is None
+            is_idle = worker.has_job and worker.part is None
             if not is_idle:
                 continue
-            if not self.waiting:
+            if not self.waiting_parts:
                 return
-            worker.part = self.waiting.popleft()
+            worker.part = self.waiting_parts.popleft()
             try:
                 worker.pipe.send(worker.part)
             except OSError:
-                self._remove_dead(worker)
+                self._remove_dead_worker(worker)
 
     def _receive(self, worker: _Process) -> bytes | None:
         """Return the outcome that a worker sends; None if it has just started, or has died."""
@@ -280,27 +293,28 @@ class _Pool:
             if message == READY:
                 # the job is sent once, and only after the worker has started
                 worker.pipe.send_bytes(self.payload)
-                worker.ready = True
+                worker.has_job = True
                 return None
         except (EOFError, OSError):
-            self._remove_dead(worker)
+            self._remove_dead_worker(worker)
             return None
         worker.part = None
         return message
 
-    def _remove_dead(self, worker: _Process) -> None:
-        """Remove a dead worker and put its part back into the queue.
+    def _remove_dead_worker(self, worker: _Process) -> None:
+        """Remove a dead worker, and put its part back into the queue.
 
         Raises:
-            StorageError: If ``max_deaths`` workers died in this part, or before their first part.
+            StorageError: If ``max_deaths`` workers have died in this part, or before their first
+                part.
         """
         del self.workers[worker.pipe]
         part = worker.part
         self.deaths[part] += 1
         if part is not None:
-            self.waiting.appendleft(part)
+            self.waiting_parts.appendleft(part)
         moment = "before its first part" if part is None else f"in part {part}"
-        cause = _name_exit_code(worker.end())
+        cause = _describe_exit_code(worker.end())
         logger.warning(
             "worker %d ended %s with %s; another one goes on", worker.number, moment, cause
         )
@@ -314,17 +328,21 @@ class _Pool:
         )
 
 
-def _name_exit_code(exit_code: int | None) -> str:
-    """Return "exit code N", or the name of the signal by which the process was ended."""
-    # Python states a signal as minus its number
+def _describe_exit_code(exit_code: int | None) -> str:
+    """Return "exit code N", or the name of the signal that ended the process."""
+    # if a signal ended the process, the exit code is minus the number of the signal
     if exit_code is not None and exit_code < 0:
         return f"signal {signal.Signals(-exit_code).name}"
     return f"exit code {exit_code}"
 
 
 def _run_worker(pipe: Connection, number: int) -> None:
-    """Run a worker: receive part numbers and send outcomes until the driver closes the pipe."""
-    # Ctrl-C reaches all processes of the terminal. A worker ignores it, because the driver ends it.
+    """Run a worker: receive part numbers and send outcomes until the driver closes the pipe.
+
+    ``number`` is the number of the worker.
+    """
+    # Ctrl-C reaches all processes of the terminal. A worker ignores it, because the driver ends
+    # the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # sys.exit runs the ``finally`` blocks, which remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -335,7 +353,7 @@ def _run_worker(pipe: Connection, number: int) -> None:
         worker = Worker(pipe.recv_bytes())
         while True:
             part = pipe.recv()
-            pipe.send_bytes(worker.outcome(part))
+            pipe.send_bytes(worker.do_part(part))
     except (EOFError, OSError):
         return
 
@@ -351,7 +369,7 @@ def end_with_driver() -> None:
         os._exit(1)
 
 
-# environment variables that state the rank and the number of ranks
+# names of the environment variables that state the rank and the number of ranks
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
 # environment variables of a Slurm job array: index of this job, number of jobs, smallest index
@@ -380,42 +398,42 @@ class Rank:
         ``array_index * SLURM_NTASKS + SLURM_PROCID``, where ``array_index`` is the index of the job
         in its job array (0 without an array).
         """
-        torchrun = _read_rank(environment, *TORCHRUN_VARIABLES)
-        task = _read_rank(environment, *SLURM_VARIABLES)
-        if torchrun is not None:
-            return torchrun
-        array = _read_array_rank(environment)
-        if task is None and array is None:
+        rank_of_torchrun = _read_rank(environment, *TORCHRUN_VARIABLES)
+        rank_in_job = _read_rank(environment, *SLURM_VARIABLES)
+        if rank_of_torchrun is not None:
+            return rank_of_torchrun
+        rank_in_array = _read_array_rank(environment)
+        if rank_in_job is None and rank_in_array is None:
             raise UsageError(
                 "the rank executor needs to know which process this is: start it with torchrun "
                 "(RANK, WORLD_SIZE), with srun (SLURM_PROCID, SLURM_NTASKS) or as a Slurm job "
                 "array (SLURM_ARRAY_TASK_ID, _COUNT, _MIN). Found none of these variables."
             )
-        alone = cls(rank=0, world=1)
-        if task is None:
-            task = alone
-        if array is None:
-            array = alone
+        only_rank = cls(rank=0, world=1)
+        if rank_in_job is None:
+            rank_in_job = only_rank
+        if rank_in_array is None:
+            rank_in_array = only_rank
         return cls(
-            rank=array.rank * task.world + task.rank,
-            world=array.world * task.world,
+            rank=rank_in_array.rank * rank_in_job.world + rank_in_job.rank,
+            world=rank_in_array.world * rank_in_job.world,
         )
 
 
 class RankExecutor:
     """An executor that does the parts with ``number % world == rank`` in this process.
 
-    The condition uses the number of a part, not its index among the missing parts. So no part is
-    left out when processes begin at different times and see different parts missing.
+    The number is the number of the part in the run, not its index among the missing parts. So no
+    part is left out if processes begin at different times, when different parts are missing.
     """
 
     name = "rank"
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        own = Rank.from_environment(environment)
-        self.rank = own.rank
-        self.world = own.world
-        # number of this process on its machine, from torchrun, or else from Slurm
+        own_rank = Rank.from_environment(environment)
+        self.rank = own_rank.rank
+        self.world = own_rank.world
+        # variables with the number of this process on its machine: of torchrun, or else of Slurm
         for name in ("LOCAL_RANK", "SLURM_LOCALID"):
             if name in environment:
                 take_gpu(_parse_number(name, environment[name]))
@@ -429,13 +447,13 @@ class RankExecutor:
 
 
 def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
-    """Return the rank that two environment variables state; None if neither is set."""
-    present = [name for name in (rank_name, world_name) if name in environment]
-    if not present:
+    """Return the rank that two environment variables state; None if neither variable is set."""
+    set_names = [name for name in (rank_name, world_name) if name in environment]
+    if not set_names:
         return None
-    if len(present) == 1:
+    if len(set_names) == 1:
         raise UsageError(
-            f"{rank_name} and {world_name} must be set together. Found {present[0]} alone."
+            f"{rank_name} and {world_name} must be set together. Found {set_names[0]} alone."
         )
     rank = _parse_number(rank_name, environment[rank_name])
     world = _parse_number(world_name, environment[world_name])
@@ -444,12 +462,13 @@ def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) 
 
 def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
     """Return the index of this job in its Slurm job array as a rank; None without an array."""
-    missing = sorted(set(ARRAY_VARIABLES) - environment.keys())
-    if len(missing) == len(ARRAY_VARIABLES):
+    missing_names = sorted(set(ARRAY_VARIABLES) - environment.keys())
+    if len(missing_names) == len(ARRAY_VARIABLES):
         return None
-    if missing:
+    if missing_names:
         raise UsageError(
-            f"{', '.join(ARRAY_VARIABLES)} must be set together. Missing: {', '.join(missing)}."
+            f"{', '.join(ARRAY_VARIABLES)} must be set together. Missing: "
+            f"{', '.join(missing_names)}."
         )
     index, count, smallest = (_parse_number(name, environment[name]) for name in ARRAY_VARIABLES)
     step_text = environment.get("SLURM_ARRAY_TASK_STEP", "1")
@@ -468,7 +487,7 @@ def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
 
 
 def _parse_number(name: str, text: str) -> int:
-    """Return the whole number ``text`` of the environment variable ``name``, from 0 on."""
+    """Parse ``text``, the value of the environment variable ``name``, as a whole number from 0."""
     if not text.isdecimal():
         raise UsageError(f"{name} must be a whole number from 0. Got {text!r} instead.")
     return int(text)
