@@ -38,7 +38,10 @@ After a kill, the next start reads at most about this many rows again.
 
 
 CODES_OF_TABLE: Final = {"1": 0, "0": 1}
-"""Codes of the labels of a table's answers: they say themselves whether the answer is right."""
+"""Maps a label of an answer of a table to its code: "1" is a right answer, "0" a wrong one.
+
+The code is the failure of the answer: 0 if the answer is right, 1 if it is wrong.
+"""
 
 
 class Journal:
@@ -135,7 +138,7 @@ class Journal:
         """Write the labels of rows; a row keeps its first label.
 
         Args:
-            labels: Names of classes, or "(outside)", by the id of the row.
+            labels: Maps the id of a row to the name of its class, or to "(outside)".
 
         Raises:
             DataError: If a label is neither a class nor "(outside)".
@@ -189,7 +192,8 @@ class Journal:
                 if number is None or self._rows.label_of(number) is None:
                     raise DataError(f"the row {key:.60} has no label that could be corrected.")
                 corrected[number] = code
-            # A saved state counts the wrong labels. After a crash, all is read again without it.
+            # The saved state of the monitor has counted the wrong labels. Without this file, a
+            # restart after a crash reads all rows and labels again.
             self._saving.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)
@@ -211,15 +215,15 @@ class Journal:
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """Code of every label, by the id of the row."""
+        """Map the id of every row to the code of its label."""
         codes = self._codes
         unknown = sorted(set(labels.values()) - codes.keys())
         if unknown:
-            examples = f"{', '.join(unknown[:5])!r:.200}"
-            allowed = f"no class and not {OUTSIDE_NAME}"
+            first_unknown = f"{', '.join(unknown[:5])!r:.200}"
+            fault = f"no class and not {OUTSIDE_NAME}"
             if codes is CODES_OF_TABLE:
-                allowed = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown)} labels are {allowed}: {examples}.")
+                fault = "neither 1 (right) nor 0 (wrong)"
+            raise DataError(f"{len(unknown)} labels are {fault}: {first_unknown}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -293,7 +297,7 @@ class Journal:
         """Give new rows numbers after those that the monitor has seen; warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
-        self._rows.number_above(n_seen)
+        self._rows.skip_numbers_to(n_seen)
         if n_seen > n_stored:
             logger.warning(
                 "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on after "
@@ -311,7 +315,9 @@ class Journal:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen = rows[-1].n
             rows = self._rows.rows_after(self._last_seen)
-        self._last_seen = self._rows.ends.n  # the last rows may be of pictures seen before
+        # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves them
+        # out, but the monitor need not ask for them again.
+        self._last_seen = self._rows.ends.n
 
     def _take_in_labels(self, *, after: int) -> None:
         """Let the monitor take in the labels after number ``after``, in the order of arrival."""
@@ -333,7 +339,7 @@ class Journal:
         failure = target.copy()
         if labels is not None:
             target = np.array(labels, dtype=np.int64)
-            failure = target  # a label of a table says itself whether the answer is wrong
+            failure = target  # right for tables, where the code of a label is the failure
             if has_classes:
                 failure = (answer != target).astype(np.int64)
         return Outcomes(

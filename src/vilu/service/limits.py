@@ -1,4 +1,4 @@
-"""Limits for clients: host names, keys and their scopes, sizes of requests, room, and time."""
+"""Limits for clients: host names, keys and their scopes, sizes and number of requests, and time."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 """Host names of this machine for itself."""
 
-OPEN: Final = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key; "/" is the page, which asks the user for the key."""
+OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
+"""Paths that need no key. "/" is the page, which asks the user for the key itself."""
 
-PROBLEM: Final = "application/problem+json"
+PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
@@ -44,32 +44,33 @@ MAX_DRAINED_BYTES: Final = 2**20
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
 
-IMAGES: Final = "/v1/answers"
-"""Path of requests with encoded images, whose bodies may be longer than all others."""
+IMAGES_PATH: Final = "/v1/answers"
+"""Path of requests with encoded images. Their bodies may be longer than any other body."""
 
-WORK: Final = frozenset({IMAGES, "/v1/scores"})
+WORK_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
 """Paths of requests with images or rows, which count towards the queue (``InProgress``)."""
 
-OTHERS: Final = 16
+MAX_OTHER_REQUESTS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
-LARGEST_BODIES: Final = 4
-"""All bodies in progress together may be as long as this number of bodies of maximum length."""
+MAX_TOTAL_BODIES: Final = 4
+"""Maximum length of all bodies in progress together, as a multiple of ``ClientLimits.body``."""
 
-CONNECTIONS: Final = 512
+MAX_CONNECTIONS: Final = 512
 """Maximum number of open connections."""
 
-RETRY: Final = {"Retry-After": "1"}
+RETRY_HEADER: Final = {"Retry-After": "1"}
 """Header of a refusal: the same request may be sent again after a second."""
 
 KeyScope = Literal["ask", "label", "admin"]
-"""What a key allows: ask about images and rows, give labels, or correct labels and switch."""
+"""What a key allows: "ask": ask about images and rows; "label": send labels; "admin": correct
+labels, and choose the predictor that answers."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
 """All scopes. A key has all of them, unless its line in the file of keys names some."""
 
-SCOPE_OF: Final[dict[str, KeyScope]] = {
-    IMAGES: "ask",
+SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
+    IMAGES_PATH: "ask",
     "/v1/scores": "ask",
     "/v1/labels": "label",
     "/v1/corrections": "admin",
@@ -99,7 +100,7 @@ class ClientLimits:
 
     Attributes:
         hosts: Allowed names in the Host header, without a port.
-        tls_hosts: Those of the names whose pages come with https, through a proxy.
+        tls_hosts: The names in ``hosts`` that a proxy serves with https.
         keys: A client must send one of these keys. Empty: no key needed.
         queue: Maximum number of images in progress; further requests get 429.
         body: Maximum length of a body with images, in bytes.
@@ -125,7 +126,7 @@ class ClientLimits:
 
     def longest_body(self, path: str) -> int:
         """Maximum length of the body of a request to this path, in bytes."""
-        if path == IMAGES:
+        if path == IMAGES_PATH:
             return self.body
         return min(self.json, self.body)
 
@@ -216,7 +217,7 @@ class Gate:
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id
         scope["state"]["images"] = 0
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         answer = _Answer(send, request_id, self.is_closing)
         try:
             self._admit(scope, headers)
@@ -229,13 +230,13 @@ class Gate:
             if not answer.has_begun:
                 await self._refuse(refused, receive, answer)
         finally:
-            self._log(scope, answer.status, time.perf_counter() - began)
+            self._log(scope, answer.status, seconds=time.perf_counter() - start_time)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
         _require_one_length(headers)
         self._require_host(headers)
-        if self.limits.keys and scope["path"] not in OPEN:
+        if self.limits.keys and scope["path"] not in OPEN_PATHS:
             self._require_key(scope, headers)
 
     @contextmanager
@@ -244,7 +245,7 @@ class Gate:
         if scope["method"] != "POST":
             yield
             return
-        n_bytes = self._length(scope["path"], headers)
+        n_bytes = self._body_bytes(scope["path"], headers)
         with self.in_progress.admit(scope["path"], n_bytes) as admission:
             scope["state"]["admission"] = admission
             yield
@@ -274,24 +275,29 @@ class Gate:
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Refuse a request without a key (401), or with a key that does not allow it (403)."""
-        bearer, _, key = headers.get(b"authorization", b"").partition(b" ")
+        auth_scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
         matches = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
-        if bearer.lower() != b"bearer" or not matches:
+        if auth_scheme.lower() != b"bearer" or not matches:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "give a key: Authorization: Bearer KEY.",
                 **{"WWW-Authenticate": "Bearer"},
             )
-        needed = SCOPE_OF.get(scope["path"]) if scope["method"] == "POST" else None
-        if needed is None or any(needed in known.scopes for known in matches):
+        needed_scope = None
+        if scope["method"] == "POST":
+            needed_scope = SCOPE_OF_PATH.get(scope["path"])
+        if needed_scope is None or any(needed_scope in known.scopes for known in matches):
             return
-        raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed!r}.")
+        raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
-    def _length(self, path: str, headers: dict[bytes, bytes]) -> int:
-        """Number of bytes of a body; the largest number if the head does not state it."""
+    def _body_bytes(self, path: str, headers: dict[bytes, bytes]) -> int:
+        """Number of bytes of a body; Refused (413) if the body is too long.
+
+        If the head does not state the number, this is the maximum for the path.
+        """
         longest = self.limits.longest_body(path)
         if b"transfer-encoding" in headers:
             return longest
@@ -311,7 +317,11 @@ class Gate:
         refusal.
         """
         body = problem(refused.status, refused.detail)
-        headers = {"content-type": PROBLEM, "content-length": str(len(body)), **refused.headers}
+        headers = {
+            "content-type": PROBLEM_TYPE,
+            "content-length": str(len(body)),
+            **refused.headers,
+        }
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -430,71 +440,72 @@ def too_many_in_progress(what: str) -> Refused:
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"the service has too many {what} in progress. Repeat the request after a second.",
-        **RETRY,
+        **RETRY_HEADER,
     )
 
 
 def require_at_most(n: int, limit: int, what: str) -> None:
-    """Raise Refused (413) if a request has more than ``limit`` of something."""
+    """Raise Refused (413) if a request has ``n`` of ``what`` (such as "images") above ``limit``."""
     if n > limit:
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"a request may have {limit:,} {what}. Found {n:,}; send several requests.",
+            f"a request may have at most {limit:,} {what}. Found {n:,}; send several requests.",
         )
 
 
 class InProgress:
     """What is in progress: requests, the bytes of their bodies, and their images.
 
-    A request counts from before its body is read until after its answer.
+    A request is in progress from the time before its body is read until its answer is sent.
 
     Attributes:
-        n_working: Number of requests with images or rows.
-        n_others: Number of other requests with a body.
-        n_bytes: Number of bytes of all these bodies, whether they have arrived or not.
+        n_work_requests: Number of requests with images or rows (``WORK_PATHS``).
+        n_other_requests: Number of other requests with a body.
+        n_bytes: Number of bytes of all bodies, whether they have arrived or not.
         n_images: Number of images and rows of the requests whose bodies have arrived.
     """
 
     def __init__(self, limits: ClientLimits) -> None:
         self.limits = limits
-        self.n_working = 0
-        self.n_others = 0
+        self.n_work_requests = 0
+        self.n_other_requests = 0
         self.n_bytes = 0
         self.n_images = 0
 
     @property
     def most_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
-        return LARGEST_BODIES * self.limits.body
+        return MAX_TOTAL_BODIES * self.limits.body
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
-        """A block during which a request is in progress; Refused (429) if there is no room."""
-        is_work = path in WORK
+        """A block during which a request is in progress; Refused (429) if too much is already."""
+        is_work = path in WORK_PATHS
         if self.n_bytes + n_bytes > self.most_bytes:
             raise too_many_in_progress("bytes")
-        # Requests whose bodies have not arrived yet count as one image each, which is the least.
-        least_images = max(self.n_working, self.n_images)
-        if is_work and least_images >= self.limits.queue:
+        # The number of images is known only after a body has arrived. But each of these requests
+        # has at least one image.
+        min_images = max(self.n_work_requests, self.n_images)
+        if is_work and min_images >= self.limits.queue:
             raise too_many_in_progress("images")
-        if not is_work and self.n_others >= OTHERS:
+        if not is_work and self.n_other_requests >= MAX_OTHER_REQUESTS:
             raise too_many_in_progress("requests")
         admission = Admission(self)
         self.n_bytes += n_bytes
-        self.n_working += is_work
-        self.n_others += not is_work
+        self.n_work_requests += is_work
+        self.n_other_requests += not is_work
         try:
             yield admission
         finally:
             self.n_bytes -= n_bytes
-            self.n_working -= is_work
-            self.n_others -= not is_work
+            self.n_work_requests -= is_work
+            self.n_other_requests -= not is_work
             self.n_images -= admission.n_images
 
 
 @dataclass
 class Admission:
-    """A request that is in progress, with its images."""
+    """A request that is in progress, with its number of images (0 until its body has arrived)."""
 
     in_progress: InProgress
     n_images: int = 0
@@ -502,10 +513,11 @@ class Admission:
     def take_images(self, n: int) -> None:
         """Count the images of this request as in progress; Refused (429) if they are too many.
 
-        A request with more images than the queue holds is admitted if no other image is there.
+        A request with more images than ``ClientLimits.queue`` is admitted if no image of another
+        request is in progress.
         """
-        has_others = self.in_progress.n_images > 0
-        if has_others and self.in_progress.n_images + n > self.in_progress.limits.queue:
+        has_other_images = self.in_progress.n_images > 0
+        if has_other_images and self.in_progress.n_images + n > self.in_progress.limits.queue:
             raise too_many_in_progress("images")
         self.n_images = n
         self.in_progress.n_images += n
@@ -522,7 +534,8 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 def _require_one_length(headers: dict[bytes, bytes]) -> None:
     """Refuse a request that states the end of its body in two ways, and close its connection.
 
-    A proxy may see another end than this service, so that the rest looks like a second request.
+    A proxy may follow the other header and see the end somewhere else. Then the proxy and this
+    service disagree about where the next request begins (request smuggling).
     """
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise Refused(

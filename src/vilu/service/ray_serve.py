@@ -111,7 +111,7 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Numbers of replicas.
+        replicas: Minimum and maximum number of replicas.
 
     Returns:
         The URL, and the journals that all replicas share.
@@ -120,11 +120,11 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
     journals = _journals_in_actor(setup)
 
     modules = plugins()
-    is_on_this_machine_alone = os.environ.get(RAY_CLUSTERS) == "0"
+    uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build() -> Gate:
         """Build the application with a model; every replica is a process that calls this."""
-        if is_on_this_machine_alone:
+        if uses_one_machine:
             listen_to_this_machine_alone()
         for module in modules:
             load_plugin(module)
@@ -150,9 +150,9 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
 def listen_to_this_machine_alone() -> None:
     """Let gRPC servers of this process listen at 127.0.0.1, whatever addresses they name.
 
-    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, also
-    if Ray itself listens to this machine alone. It asks for no key, and it reads pickles. Call this
-    before the port is opened, in a process that is nothing but a replica.
+    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, even
+    if Ray itself listens at 127.0.0.1 only. At this port it asks for no key, and it reads pickles.
+    Call this before the port is opened, in a process that is only a replica.
     """
     server: Any = import_extra("grpc.aio._server", "serve-ray").Server
     listen = server.add_insecure_port
@@ -168,9 +168,9 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     """Start an actor with the journals, and verify them."""
     ray = import_extra("ray", "serve-ray")
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a
-    # shared disk. The journals need one call at a time (max_concurrency).
-    as_actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
-    actor = as_actor(LocalJournals).remote(setup.state, setup.predictors)
+    # shared disk. -1 means without a limit. The journals need one call at a time (max_concurrency).
+    make_remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
+    actor = make_remote(LocalJournals).remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
     journals.state()  # raises the error of the actor if its journals could not be opened
     return journals
@@ -195,7 +195,7 @@ def serve_ray(
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Numbers of replicas.
+        replicas: Minimum and maximum number of replicas.
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
@@ -221,16 +221,16 @@ def serve_ray(
             url, journals = begin(setup, host, port, replicas)
             announce(url)
             announce("ready")
-            number = _wait_for_signal()
+            signal_number = _wait_for_signal()
             serve.delete(APPLICATION_NAME)
             journals.close()
         finally:
             serve.shutdown()
             ray.shutdown()
     # The exception is raised here and not in a signal handler, since Ray replaces such handlers.
-    if number == signal.SIGINT:
+    if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + signal_number)
 
 
 def _wait_for_signal() -> int:
