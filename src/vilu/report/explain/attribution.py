@@ -65,10 +65,13 @@ class Attribution:
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions that the predictor's own class defines, or else those of any method."""
+    """The coalitions that the class of the predictor defines itself.
+
+    If it defines none, they are the coalitions of ``FailurePredictor``, which fit every method.
+    """
     if predictor.constant_ is not None:
         raise NoAttribution(
-            f"this {predictor.name} is a constant, fitted where there was nothing to learn"
+            f"this {predictor.name} gives all rows one score, because its fit had nothing to learn"
         )
     # Coalitions of a parent class are not used, because the class may compute its score in another
     # way than its parent.
@@ -79,7 +82,7 @@ def coalitions_of(predictor: FailurePredictor) -> Coalitions:
 
 
 class Attributor:
-    """Attributions of one predictor's scores, in comparison with drawn background rows.
+    """Computes attributions of a predictor's scores, in comparison with drawn background rows.
 
     Args:
         predictor: The predictor.

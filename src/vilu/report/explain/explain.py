@@ -44,7 +44,7 @@ def require_json(path: str | Path) -> None:
 class Findings:
     """Results that can be printed as text and saved as JSON."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # kind of results, which a saved file states
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON values, with the schema version and the kind."""
@@ -56,7 +56,7 @@ class Findings:
         An existing explanation at this path is replaced. Any other file is never replaced.
 
         Raises:
-            UsageError: If the suffix is not ``.json``, or if a file exists at this path that is no
+            UsageError: If the suffix is not ``.json``, or if the path is a file that is no
                 explanation.
             StorageError: If the file cannot be written.
         """
@@ -66,7 +66,7 @@ class Findings:
 
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
-    """Format the first rows as a table. A last line counts the other rows, which ``noun`` names."""
+    """Format the first rows as a table; a last line counts the other rows and calls them ``noun``."""
     return [
         *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
         *more_line(len(rows), MAX_ROWS_SHOWN, noun),
@@ -293,7 +293,7 @@ def _attributor(
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """The attributor with a sentence about it; or None, with the reason why there is none."""
+    """The attributor with a text about it; or None, with the reason why there is no attributor."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -303,7 +303,13 @@ def _attributor(
         rows_to_leave_out = torch.empty(0, dtype=torch.int64)
         kind_of_rows = "training"
     try:
-        attributor = Attributor(predictor, source, depth.background, depth.seed, rows_to_leave_out)
+        attributor = Attributor(
+            predictor,
+            source,
+            n_rows=depth.background,
+            seed=depth.seed,
+            rows_to_leave_out=rows_to_leave_out,
+        )
     except NoAttribution as reason:
         return None, f"left out: {reason}"
     background = f"{attributor.n_background} {kind_of_rows} rows"
@@ -362,8 +368,9 @@ def _explain_batch(
     """Yield the explanations of a batch's rows, in order."""
     batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
-    n_leaders = min(depth.candidates, len(batch.text))
-    weight, leader = k_largest(weights.compute(batch).cpu(), n_leaders)
+    n_competitors = min(depth.candidates, len(batch.text))
+    # (B, L) each: the candidates of largest weight, and their weights
+    leader_weights, leaders = k_largest(weights.compute(batch).cpu(), n_competitors)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
@@ -382,7 +389,7 @@ def _explain_batch(
             uncertainty=float(scores[i]),
             truth=names.name_of(row, truth[i]) if is_labelled else None,
             wrong=bool(failure[i]) if is_judged else None,
-            competitors=_competitors(row, names, leader[i], weight[i], posterior[i]),
+            competitors=_competitors(row, names, leaders[i], leader_weights[i], posterior[i]),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[i],
@@ -391,21 +398,21 @@ def _explain_batch(
 
 
 def _competitors(
-    row: int, names: Names, leader: Tensor, weight: Tensor, posterior: Tensor
+    row: int, names: Names, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
     """The candidates of largest weight of one row, with their names.
 
     Args:
         row: Position of the row.
         names: Names of the candidates.
-        leader: (L,) candidates of largest weight, the largest first.
-        weight: (L,) weights of these candidates.
+        leaders: (L,) candidates of largest weight, the largest first.
+        leader_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.
     """
     competitors = []
-    for candidate, candidate_weight in zip(leader.tolist(), weight.tolist(), strict=True):
+    for candidate, weight in zip(leaders.tolist(), leader_weights.tolist(), strict=True):
         name = names.name_of(row, candidate)
-        competitors.append(Competitor(name, candidate_weight, float(posterior[candidate])))
+        competitors.append(Competitor(name, weight, float(posterior[candidate])))
     return tuple(competitors)
 
 
@@ -430,9 +437,9 @@ def _with_neighbours(
     to_skip: RowsToSkip | None = None
     if kind_of_identity is not None:
         to_skip = RowsToSkip(kind_of_identity, data.identities(kind_of_identity, rows))
-    near = TrainingRows(train).near(images, to_skip, depth.neighbours)
+    neighbours = TrainingRows(train).find_neighbours(images, to_skip, n=depth.neighbours)
     with_neighbours = []
-    for explanation, (failures, successes) in zip(explanations, near, strict=True):
+    for explanation, (failures, successes) in zip(explanations, neighbours, strict=True):
         with_neighbours.append(
             replace(explanation, failures=tuple(failures), successes=tuple(successes))
         )
@@ -445,6 +452,6 @@ def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows:
     if len(overlap):
         warn_caller(
             f"{overlap.in_words('explained rows')} were used to fit this {predictor.name}: "
-            "their scores say little about new images.",
+            "the scores of these rows say little about new images.",
         )
     return len(overlap)

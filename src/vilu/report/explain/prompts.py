@@ -1,4 +1,4 @@
-"""Accuracy that a better text embedding of each class would gain, at most."""
+"""The largest gain of accuracy that a better text embedding of a class could bring."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARES_OF_MEAN = (0.0, 0.1)
 MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
 """All pairs (m, kappa) that are tried."""
 
-FOLDS = 5
+FOLDS = 5  # default number of folds
 MIN_FOLDS = 3  # one to measure on, one to choose the mix on, and at least one to fit the means on
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -108,12 +108,12 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
        is measured with means that leave out both f and g.
 
     The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
-    2005), with half a row added to each cell. It covers the sampling of the measured rows. It does
-    not cover that other rows would have given other means.
+    2005), with half a row added to each cell. It accounts for the sampling of the measured rows. It
+    does not account for the means: other rows would have given other means.
 
-    The gain is a bound for work on prompts and no guarantee: the new texts are made from images,
-    and perhaps no wording has such an embedding. A small gain does show that the text of the class
-    is not the cause of its failures.
+    The gain is an upper bound for work on prompts and no guarantee. The new texts are made from
+    images, and perhaps no wording has such an embedding. But a small gain shows that the text of
+    the class is not the cause of its failures.
 
     Raises:
         UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.
@@ -141,11 +141,11 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     fold_of_picture[order] = torch.arange(n_pictures) % folds
     fold = torch.empty(len(data), dtype=torch.int64)
     fold[rows] = fold_of_picture[picture]
-    means = _Means(data, rows, fold, folds)
+    means = _ClassMeans(data, rows, fold, folds)
     changes = []
     with track("better texts", len(rows), "rows") as task:
         for measured_fold in range(folds):
-            # for every fold, the texts that are learned without it and without ``measured_fold``
+            # for every fold, the texts that are made without it and without ``measured_fold``
             texts_without_fold = [
                 means.better_texts(text, {measured_fold, left_out}) for left_out in range(folds)
             ]
@@ -158,7 +158,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Usable labelled rows (N,), their number per class (K,), and the failures per class (K,)."""
+    """Labelled usable rows (N,), and per class the number of rows (K,) and of failures (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -179,7 +179,7 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
     return rows, n, failures
 
 
-class _Means:
+class _ClassMeans:
     """Class means of the images of some folds, from sums over each fold and class.
 
     Attributes:
@@ -219,8 +219,9 @@ class _Means:
 class Rivals(NamedTuple):
     """For each row and class, the strongest other class.
 
-    A class whose text is replaced becomes the answer of a row if it beats this rival. The rival is
-    the current answer, or the runner-up for the class that is the current answer.
+    A class whose text is replaced becomes the answer of a row if it beats this rival. For most
+    classes the rival is the current answer of the row. For the current answer itself, the rival is
+    the runner-up.
     """
 
     class_index: Tensor  # (B, K) int64 class index of the rival
@@ -293,7 +294,7 @@ def _changes(
 
 
 def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) rows saved and (K,) rows lost, with the best mix for each fold and class.
+    """Numbers of rows saved (K,) and rows lost (K,), with the best mix for each fold and class.
 
     For fold g, the best mix of a class is the mix with the largest gain (saved minus lost rows) on
     the other folds. If this gain is not above 0, the text of the class stays as it is in fold g, so
@@ -304,9 +305,8 @@ def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
             [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
     own_changes = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
-    changes_of_others = (
-        changes.sum(dim=0) - own_changes
-    )  # entry g is the sum over all folds f but g
+    # entry g is the sum over all folds f except g
+    changes_of_others = changes.sum(dim=0) - own_changes
     saved_on_others, lost_on_others = changes_of_others.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
@@ -320,18 +320,18 @@ def _gains_in_order(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
     """Yield the gains of all classes, the largest gain first."""
-    total = int(n.sum())
+    n_rows = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         n_saved = int(saved[c])
         n_lost = int(lost[c])
-        low, high = paired_interval(n_saved, n_lost, total)
+        low, high = paired_interval(n_saved, n_lost, n_rows)
         yield PromptGain(
             name=class_name(data.class_names, c),
             n=int(n[c]),
             failures=int(failures[c]),
             saved=n_saved,
             lost=n_lost,
-            gain=(n_saved - n_lost) / total,
+            gain=(n_saved - n_lost) / n_rows,
             low=low,
             high=high,
         )
