@@ -73,10 +73,10 @@ def estimate(
 
     source = reading.open_with_second(data)
     _refuse_labels_chosen_to_fit(source)
-    model = _scoring_predictor(source, data, predictor)
+    scoring_predictor = _find_predictor(source, data, predictor)
     if labels is not None:
-        source = _label_rows(source, labels)
-    outcomes = _score_unused_rows(model, source, data, with_classes=classes)
+        source = _with_labels_of_files(source, labels)
+    outcomes = _score_unused_rows(scoring_predictor, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
     console.print_result(facts, _estimates_in_words(estimates, confidence))
@@ -104,7 +104,7 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
         )
 
 
-def _scoring_predictor(
+def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
     """The predictor that scores the rows: a saved one, or the only column of scores of a table."""
@@ -122,8 +122,8 @@ def _scoring_predictor(
     )
 
 
-def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
-    """All rows of a store, with the labels of files."""
+def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
+    """All rows of a store. A row has a label only if the files have a label for it."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels
 
@@ -136,7 +136,7 @@ def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
 
 
 def _score_unused_rows(
-    model: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
+    predictor: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
     """Score the rows that were not used to fit the predictor.
 
@@ -146,8 +146,8 @@ def _score_unused_rows(
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
 
-    is_fresh = model.unseen(source, "estimated")
-    outcomes = score_unseen(model, source, is_fresh, dataset=data.name)
+    is_unused = predictor.unseen(source, "estimated")
+    outcomes = score_unseen(predictor, source, is_unused, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
         return scores.with_classes(outcomes, source)
     return outcomes

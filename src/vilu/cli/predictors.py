@@ -154,7 +154,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     with ExitStack() as stack:
         processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
         defaults: dict[str, object] = {"seed": seed, "device": device}
-        setting_texts = _with_answer(settings or [], answer)
+        setting_texts = _add_answer_setting(settings or [], answer)
         cls = find_method(method or _default_method(stores))
         predictor = _new_predictor(cls, defaults, setting_texts, init)
         predictor.check_answer()
@@ -176,7 +176,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             *files_of(*stores),
             *(labels or ()),
             *console.present_paths(validation, init, unlabelled),
-            *reading.read,
+            *reading.named_paths,
         ]
         inputs = storage.inputs_of_fit(
             predictor, input_paths, reading=reading.settings, **digest_flags
@@ -252,7 +252,7 @@ def _flags_of_fit(
 
 
 def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """Text for the closing line of a command: the command that scores with the predictor."""
+    """End of the closing line of a command: the command that scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -266,7 +266,7 @@ def _new_predictor(
 
     Args:
         cls: Its class.
-        defaults: Values of parameters; those that the class does not have are left out.
+        defaults: Values of parameters; parameters that the class does not have are left out.
         settings: The values KEY=VALUE of --set.
         init: Folder of a predictor from whose weights it starts; None: it starts from scratch.
     """
@@ -282,8 +282,8 @@ def _new_predictor(
     return initialise(cls, load_predictor(init), values)
 
 
-def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, and the flag --answer as one more setting."""
+def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[str]:
+    """The settings of --set, and if the flag --answer is given, one more setting for it."""
     if answer is None:
         return settings
     for setting in settings:
@@ -295,16 +295,16 @@ def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
     return [*settings, f"answer={answer}"]
 
 
-def _require_answer(
-    folder: Path, judged_answer: AnswerKind, asked_answer: AnswerKind | None
+def _require_judged_answer(
+    folder: Path, judged_answer: AnswerKind, wanted_answer: AnswerKind | None
 ) -> None:
-    """Raise UsageError if --answer asks for other answers than the predictor judges."""
-    if asked_answer is None or asked_answer == judged_answer:
+    """Raise UsageError if --answer wants other answers than the predictor judges."""
+    if wanted_answer is None or wanted_answer == judged_answer:
         return
     raise UsageError(
         f"the predictor in {folder} judges {judged_answer} answers, and --answer asks for "
-        f"{asked_answer}. Leave --answer out, or fit a predictor with `vilu fit --answer "
-        f"{asked_answer}`."
+        f"{wanted_answer}. Leave --answer out, or fit a predictor with `vilu fit --answer "
+        f"{wanted_answer}`."
     )
 
 
@@ -314,20 +314,20 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    users = []  # methods that use --unlabelled
-    without_labels = []  # methods that are fitted on rows without labels
+    using_methods = []  # methods that use --unlabelled
+    label_free_methods = []  # methods that are fitted on rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
-            users.append(method.name)
+            using_methods.append(method.name)
         if method.needs_fit and not method.needs_labels:
-            without_labels.append(method.name)
-    if cls.name in without_labels:
+            label_free_methods.append(method.name)
+    if cls.name in label_free_methods:
         alternative = f"or give them as the STORE to fit {cls.name} on"
     else:
-        alternative = f"or fit {_method_names(without_labels)} with them as the STORE"
+        alternative = f"or fit {_method_names(label_free_methods)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_method_names(users)}, {alternative}."
+        f"{_method_names(using_methods)}, {alternative}."
     )
 
 
@@ -367,9 +367,9 @@ def _open_training_set(
     seed: int,
     pseudo: bool,
 ) -> EmbeddingSource:
-    """The training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
+    """Open the training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
 
-    With files of ``labels``, the rows are only those that have a label.
+    With files of ``labels``, only the rows that have a label in these files are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
@@ -387,7 +387,8 @@ def _open_training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # With --pseudo, a store has classes and no pools. ``PseudoCaptions`` makes the pools below.
+    # With --pseudo, a store has classes and is opened without pools. ``PseudoCaptions`` makes the
+    # pools at the end.
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
@@ -474,17 +475,17 @@ def score(
         )
     file: Path | None = output
     if is_folder:
-        # ``prepare_output`` checks nothing then, because ``score_parts`` checks the folder
+        # With None, ``prepare_output`` checks nothing. ``score_parts`` checks the folder.
         file = None
     save_unless_done = console.prepare_output(
         file,
         "scores",
-        [predictor, *files_of(store), *reading.read],
+        [predictor, *files_of(store), *reading.named_paths],
         overwrite=overwrite,
         reading=reading.settings,
     )
     loaded_predictor = load_predictor(predictor)
-    _require_answer(predictor, loaded_predictor.answer, answer)
+    _require_judged_answer(predictor, loaded_predictor.answer, answer)
     data = reading.open_with_second(store)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
@@ -540,7 +541,8 @@ def evaluate(
     from vilu.tables.scores import scores_in
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
-    if clusters is not None:  # this flag is newer than the digest, which stays the same without it
+    # This flag is newer than the digest. If it is not given, the digest must not change.
+    if clusters is not None:
         settings["clusters"] = clusters
     save_unless_done = console.prepare_output(
         output, "results", files_of(*scores), overwrite=overwrite, **settings
@@ -637,7 +639,7 @@ DrawFile = Annotated[
     Path | None,
     path_option(
         "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
-        "draw are tested once. --max-risk is that of the draw unless it is given.",
+        "draw are tested once. [without --max-risk, the risk of the draw is used]",
         metavar="FILE",
         rich_help_panel=GUARANTEE,
     ),
@@ -764,15 +766,16 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
-        # The only argument is a table, which the command line has put in place of the predictor.
+        # The only argument is a table. The command line has passed it as ``predictor``, the first
+        # of the two arguments.
         store = predictor
-        predictor = _predictor_of_one_score(store, output, reading, overwrite=overwrite)
+        predictor = _write_predictor_of_only_score(store, output, reading, overwrite=overwrite)
     elif output is not None:
         raise UsageError(
             "-o is for a table that is calibrated without a predictor. With a predictor the result "
             "is written into its folder. Leave -o out."
         )
-    _require_answer(predictor, load_predictor(predictor).answer, answer)
+    _require_judged_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_with_second(store)
     if isinstance(data, AnswerTable):
         data = data.for_purpose("calibration")
@@ -794,7 +797,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     if drawn_below is not None:
         calibration = _calibrate_by_draw(
-            predictor, data, target, labels, drawn_below, overwrite=overwrite
+            predictor, data, target, labels, draw_file=drawn_below, overwrite=overwrite
         )
     elif method == "anytime":
         calibration = _calibrate_at_any_time(
@@ -809,10 +812,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_score_hint(predictor, data.holds)}")
 
 
-def _predictor_of_one_score(
+def _write_predictor_of_only_score(
     table: Path, output: Path | None, reading: Reading, *, overwrite: bool
 ) -> Path:
-    """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
+    """Write the predictor that uses the only score of a table; returns its folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import method_of_only_score
     from vilu.tables.read import is_table, open_table
@@ -867,20 +870,23 @@ def _calibrate_by_draw(
     data: EmbeddingSource,
     target: Target,
     labels: list[Path] | None,
-    table: Path,
     *,
+    draw_file: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate by a draw of `vilu next --for-guarantee`, whose file ``table`` is filled in."""
+    """Calibrate on the rows of ``draw_file``, which `vilu next --for-guarantee` has drawn.
+
+    The user has filled in the labels in this file.
+    """
     from vilu.triage.drawn import calibrate_by_draw
 
     if labels is not None:
         raise UsageError(
-            f"--drawn-below takes its labels from {table}. Leave --labels out, and fill in the "
+            f"--drawn-below takes its labels from {draw_file}. Leave --labels out, and fill in the "
             "column label of that file."
         )
     return calibrate_by_draw(
-        predictor, _store_with_classes(data), table, target, overwrite=overwrite
+        predictor, _store_with_classes(data), draw_file, target, overwrite=overwrite
     )
 
 
@@ -894,7 +900,7 @@ def _calibrate_once(
     reading: Reading,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate once on a fixed set of rows, with the labels of the store or of files."""
+    """Calibrate once on a fixed set of rows, with the labels of the store or of label files."""
     from vilu.calibration.procedure import calibrate_predictor
     from vilu.triage.store_labels import picked_at_random
 
@@ -923,7 +929,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _calibration_in_words(calibration: Calibration) -> str:
-    """Lines about the probabilities, and about the decisions and label sets if there are any."""
+    """Lines about the probabilities, and about the rule and the label sets if there are any."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability

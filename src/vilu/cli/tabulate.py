@@ -94,7 +94,7 @@ def logits_(
         "answers",
         _require_files(logits, labels, classes),
         overwrite=overwrite,
-        # Without this, the digest of a file would be the same whether it has labels or class names.
+        # Without this, the digest would be the same whether a file has labels or class names.
         has_labels=labels is not None,
     )
     arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
@@ -147,7 +147,7 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """The whole arrays in files, by name; names without a file are left out."""
+    """Read the arrays of files; the result maps a name to its array, if the name has a file."""
     from vilu.store.arrays import Arrays, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -172,8 +172,8 @@ def _write_and_report(
     missed_text = ""
     if converted.missed_share is not None:
         missed_text = (
-            f"; {converted.n_missed:,} of {converted.n_wanted:,} that are there have no row "
-            f"({converted.missed_share:.1%}), and no guarantee covers them"
+            f"; {converted.n_missed:,} of the {converted.n_wanted:,} true words or objects have no "
+            f"row ({converted.missed_share:.1%}), and no guarantee covers them"
         )
     n_known = converted.n_known
     next_step(

@@ -66,7 +66,7 @@ class Findings:
 
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
-    """Format the first rows as a table; a last line counts the other rows and calls them ``noun``."""
+    """Format the first rows as a table. If there are more, a last line counts them as ``noun``."""
     return [
         *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
         *more_line(len(rows), MAX_ROWS_SHOWN, noun),
