@@ -178,13 +178,13 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             *console.present_paths(validation, init, unlabelled),
             *reading.named_paths,
         ]
-        inputs = storage.inputs_of_fit(
+        input_digest = storage.inputs_of_fit(
             predictor, input_paths, reading=reading.settings, **digest_flags
         )
-        is_fitted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
+        is_fitted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
         if is_fitted:
             if processes.is_leader:
-                _drop_checkpoints(stack, predictor, output, inputs)
+                _drop_checkpoints(stack, predictor, output, input_digest)
                 console.print_outputs(output)
                 console.nothing_to_do(output)
             return
@@ -193,9 +193,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         unlabelled_rows = _open_optional(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            checkpoints.write_fit_digest(inputs)
+            checkpoints.write_fit_digest(input_digest)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
-        predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
+        predictor.notes_ |= {**candidates_of(train), "inputs": input_digest}
         if no_sample:
             predictor.sample_ = None
         if not processes.is_leader:
@@ -424,7 +424,7 @@ def _checkpoints(
 
 
 def _drop_checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
+    stack: ExitStack, predictor: FailurePredictor, output: Path, input_digest: str
 ) -> None:
     """Remove the checkpoints of a fit that was killed after it wrote its predictor.
 
@@ -435,7 +435,7 @@ def _drop_checkpoints(
     checkpoints = _checkpoints(stack, predictor, output)
     if checkpoints is None:
         return
-    is_of_this_fit = checkpoints.read_fit_digest() == inputs
+    is_of_this_fit = checkpoints.read_fit_digest() == input_digest
     is_empty = not checkpoints.runs()
     if is_of_this_fit or is_empty:
         checkpoints.remove()
@@ -585,14 +585,14 @@ def convert(
     from vilu.predictors.persistence import storage
     from vilu.predictors.persistence.convert import convert_official
 
-    inputs = inputs_digest(checkpoint, logit_scale=logit_scale)
-    is_converted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
+    input_digest = inputs_digest(checkpoint, logit_scale=logit_scale)
+    is_converted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
         console.nothing_to_do(output)
         return
     predictor = convert_official(checkpoint, logit_scale)
-    predictor.notes_["inputs"] = inputs
+    predictor.notes_["inputs"] = input_digest
     predictor.save(output)
     console.print_outputs(output)
     next_step(f"a {predictor.name} head; {_score_hint(output)}")
@@ -828,10 +828,10 @@ def _write_predictor_of_only_score(
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
     predictor = method_of_only_score(open_table(table, clusters=reading.clusters))
-    inputs = storage.inputs_of_fit(predictor, [])
-    is_done = storage.claim_output_folder(output, inputs, overwrite=overwrite)
-    if not is_done:
-        predictor.notes_["inputs"] = inputs
+    input_digest = storage.inputs_of_fit(predictor, [])
+    is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
+    if not is_written:
+        predictor.notes_["inputs"] = input_digest
         predictor.save(output)
     return output
 

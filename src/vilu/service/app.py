@@ -281,9 +281,10 @@ class Service:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY_HEADER) from None
 
     async def labels(self, request: Request) -> Response:
-        """Take labels of answered rows, for the audit of the guarantee; a picture counts once.
+        """Take labels of answered rows, for the audit of the guarantee.
 
-        If a row has another label already, the request is refused, and nothing of it is written.
+        Equal pictures count once in the audit. If a row already has another label, the request is
+        refused, and none of its labels is written.
         """
         engine = self.loaded_engine
         body = await read_json(request, LabelsIn, limit=self.limits.images, what="labels")
@@ -312,7 +313,7 @@ class Service:
         return _json({"audited": audits})
 
     async def corrections(self, request: Request) -> Response:
-        """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
+        """Replace wrong labels. The journal keeps old and new labels; the monitor counts again."""
         engine = self.loaded_engine
         # a correction has two labels: the present one and the right one
         max_labels = 2 * self.limits.images

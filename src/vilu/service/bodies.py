@@ -276,7 +276,8 @@ class InMemoryParser(MultiPartParser):
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close all files of the parser; returns whether the form was complete."""
-        # ``files`` lacks a file that has no end in the form. Only the parser has such a file.
+        # The parser has all files that begin in the form. ``files`` has the files that also end in
+        # it, and these are fewer if the form was cut off within a file.
         begun_files = self._files_to_close_on_error
         for file in begun_files:
             file.close()

@@ -137,9 +137,9 @@ class Engine:
     1. A pool of threads decodes images when they arrive.
     2. One thread runs the model. It takes all images that are decoded so far, at most
        ``guard.batch_size``. So batches grow with the load, and no image waits for a batch to fill.
-    3. Another thread writes rows to the journals. The rows of a request are written once all of
-       them are judged, so a request that was given up leaves no rows. Requests that are ready at
-       the same time are written together.
+    3. Another thread writes rows to the journals. The rows of a request are written as soon as all
+       of them are judged. So a request that was given up leaves no rows. Requests that are ready
+       at the same time are written together.
 
     Args:
         guard: The model with the first predictor.
@@ -183,8 +183,8 @@ class Engine:
             return second
         raise UsageError(
             f"{second.folder} needs {', '.join(second.arrays)} of an image as "
-            f"{second.vocabulary.dtype}, the first predictor {', '.join(first.arrays)} as "
-            f"{first.vocabulary.dtype}. Serve {second.folder} by itself."
+            f"{second.vocabulary.dtype}, and the first predictor needs {', '.join(first.arrays)} "
+            f"as {first.vocabulary.dtype}. Serve {second.folder} by itself."
         )
 
     def submit_images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
@@ -206,7 +206,7 @@ class Engine:
         return sum(self.guard.model.widths.values())
 
     def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
-        """Check the rows of a client, and convert them to arrays as the model makes them.
+        """Check the rows of a client, and convert them to arrays like those of the model.
 
         Args:
             content: The rows under the key "embeddings"; their features, or None, under "features".
@@ -247,7 +247,7 @@ class Engine:
     def _decode(
         self, request: str, index: int, content: bytes, judgement: Future[Judgement]
     ) -> None:
-        """Decode an image, and schedule a run of the model."""
+        """Decode an image, add it to the waiting images, and schedule a run of the model."""
         if judgement.cancelled():  # the request was given up
             return
         position = next(self._positions)
@@ -316,8 +316,8 @@ class Engine:
 
     def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
         """Judgements about decoded images, in their order; bad images have no scores."""
-        embedded = self.guard.model.embed([waiting.item for waiting in batch])
-        ids = {waiting.position: waiting.row for waiting in batch}
+        embedded = self.guard.model.embed([image.item for image in batch])
+        ids = {image.position: image.row for image in batch}
         judgements: dict[int, Judgement] = {}
         for error in embedded.errors:
             row = ids[error.position]
@@ -331,7 +331,7 @@ class Engine:
             readable_ids = [ids[position] for position in positions]
             new_judgements = self._judge_rows(join_arrays(embedded), readable_ids)
             judgements.update(zip(positions, new_judgements, strict=True))
-        return [judgements[waiting.position] for waiting in batch]
+        return [judgements[image.position] for image in batch]
 
     def _judge_rows(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
         """Judgements about rows of embeddings by all predictors."""

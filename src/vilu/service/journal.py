@@ -335,13 +335,14 @@ class Journal:
         calibration = self.monitor.calibration
         has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
-        target = np.full(len(rows), UNKNOWN, dtype=np.int64)
-        failure = target.copy()
-        if labels is not None:
-            target = np.array(labels, dtype=np.int64)
-            failure = target  # right for tables, where the code of a label is the failure
-            if has_classes:
-                failure = (answer != target).astype(np.int64)
+        unknown = np.full(len(rows), UNKNOWN, dtype=np.int64)
+        target = unknown if labels is None else np.array(labels, dtype=np.int64)
+        if labels is None:
+            failure = unknown
+        elif has_classes:
+            failure = (answer != target).astype(np.int64)
+        else:
+            failure = target  # the code of a label of a table is the failure (``CODES_OF_TABLE``)
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,

@@ -473,7 +473,7 @@ class InProgress:
         self.n_images = 0
 
     @property
-    def most_bytes(self) -> int:
+    def max_total_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
         return MAX_TOTAL_BODIES * self.limits.body
 
@@ -481,7 +481,7 @@ class InProgress:
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
         """A block during which a request is in progress; Refused (429) if too much is already."""
         is_work = path in WORK_PATHS
-        if self.n_bytes + n_bytes > self.most_bytes:
+        if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
         # The number of images is known only after a body has arrived. But each of these requests
         # has at least one image.
@@ -491,15 +491,17 @@ class InProgress:
         if not is_work and self.n_other_requests >= MAX_OTHER_REQUESTS:
             raise too_many_in_progress("requests")
         admission = Admission(self)
+        n_work = 1 if is_work else 0
+        n_other = 1 - n_work
         self.n_bytes += n_bytes
-        self.n_work_requests += is_work
-        self.n_other_requests += not is_work
+        self.n_work_requests += n_work
+        self.n_other_requests += n_other
         try:
             yield admission
         finally:
             self.n_bytes -= n_bytes
-            self.n_work_requests -= is_work
-            self.n_other_requests -= not is_work
+            self.n_work_requests -= n_work
+            self.n_other_requests -= n_other
             self.n_images -= admission.n_images
 
 

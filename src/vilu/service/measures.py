@@ -130,7 +130,7 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "vilu_bytes_under_way_limit",
             "Maximum number of bytes in progress; further requests get 429.",
-            self.in_progress.most_bytes,
+            self.in_progress.max_total_bytes,
         )
         engine = self.get_engine()
         if engine is None:

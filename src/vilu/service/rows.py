@@ -247,6 +247,7 @@ class RowFile:
             self._table.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             self._table.executescript(TABLES)
         paths = (self.path, folder / WAL)
+        # what the files are now, to notice later that a file was replaced
         self._identities = {path: _identity(path) for path in paths}
 
     def skip_numbers_to(self, n: int) -> None:
@@ -259,7 +260,7 @@ class RowFile:
     @property
     def is_lost(self) -> bool:
         """Whether the file was removed or replaced while it was open; then no row can be kept."""
-        return any(_identity(path) != before for path, before in self._identities.items())
+        return any(_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
         """Write the rows whose ids are not in the file yet; they are on disk when this returns.
@@ -482,7 +483,7 @@ class RowFile:
         names_aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
         with convert_os_errors(f"cannot write {self.path}"):
             new_path.replace(self.path)
-        n_noted = "an unknown number of" if noted is None else f"{noted.n:,}"
+        noted_text = "an unknown number of" if noted is None else f"{noted.n:,}"
         logger.warning(
             "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s rows "
             "are intact. Those are kept, with %s labels. The old files are set aside as %s.",
@@ -490,7 +491,7 @@ class RowFile:
             ROWS,
             WAL,
             ENDS,
-            n_noted,
+            noted_text,
             f"{n_rows:,}",
             f"{ends.came:,}",
             ", ".join(names_aside),
@@ -501,24 +502,26 @@ class RowFile:
         """Copy the unbroken chains to a new file; returns its ends and its number of rows."""
         ends = self._empty_ends
         n_rows = 0
-        new_table = sqlite3.connect(new_path, isolation_level=None)
-        with self._sqlite_errors(), closing(new_table) as target:
-            target.executescript(TABLES)
+        with (
+            self._sqlite_errors(),
+            closing(sqlite3.connect(new_path, isolation_level=None)) as new_table,
+        ):
+            new_table.executescript(TABLES)
             if not self.path.exists():
                 return ends, n_rows
-            target.execute("BEGIN")
+            new_table.execute("BEGIN")
             with self._until_damage(), closing(_open_to_read(self.path)) as table:
                 for n, key, *numbers, digest in _rows_that_follow(table, ends.row_digest):
                     row = (n, key.decode(), *numbers, digest)
-                    target.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                    new_table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
                     ends = replace(ends, n=n, row_digest=digest)
                     n_rows += 1
             with self._until_damage(), closing(_open_to_read(self.path)) as table:
                 for _, n, label, _, table_name in _labels_that_follow(table, ends.label_digest):
                     # a label is copied only if its row was copied
-                    if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
-                        ends = _insert_label(target, table_name, n, label, ends)
-            target.execute("COMMIT")
+                    if new_table.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
+                        ends = _insert_label(new_table, table_name, n, label, ends)
+            new_table.execute("COMMIT")
         return ends, n_rows
 
 

@@ -239,8 +239,8 @@ def _bind_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
-    # asyncio turns off Nagle's algorithm only where the socket states TCP. With it, the end of an
-    # answer waits 40 ms for the client to acknowledge the head.
+    # asyncio turns off Nagle's algorithm only if the socket states TCP. With Nagle's algorithm, the
+    # end of an answer would wait 40 ms until the client has acknowledged the head.
     bound_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

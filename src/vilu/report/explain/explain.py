@@ -25,7 +25,7 @@ from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, RowsToSkip, TrainingRows, Weights, weights_of
-from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
+from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, truths
 from vilu.text import aligned, more_line, shown
 from vilu.validation import checked
 
@@ -346,7 +346,7 @@ def _explain_without_neighbours(
 ) -> list[_Explained]:
     """Explain rows without neighbours, in the order of ``rows``."""
     explained_of_row: dict[int, _Explained] = {}
-    names = Names(data)
+    names = CandidateNames(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
         for scored_batch in scored_rows(predictor, data, rows):
@@ -360,7 +360,7 @@ def _explain_without_neighbours(
 
 def _explain_batch(
     scored_batch: ScoredBatch,
-    names: Names,
+    names: CandidateNames,
     weights: Weights,
     depth: Depth,
     attributor: Attributor | None,
@@ -398,13 +398,13 @@ def _explain_batch(
 
 
 def _competitors(
-    row: int, names: Names, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
+    row: int, names: CandidateNames, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
     """The candidates of largest weight of one row, with their names.
 
     Args:
         row: Position of the row.
-        names: Names of the candidates.
+        names: CandidateNames of the candidates.
         leaders: (L,) candidates of largest weight, the largest first.
         leader_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.

@@ -143,18 +143,17 @@ def risk_map(
         )
     require_between("coverage", coverage, "(0, 1]")
     prediction = _judged_answers(outcomes)
-    is_counted = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
-    is_judged = is_counted & (outcomes.failure != UNKNOWN)
-    labelled = bool(is_judged.any())
-    if labelled:
-        is_counted = is_judged
+    is_scored = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
+    is_scored_and_labelled = is_scored & (outcomes.failure != UNKNOWN)
+    labelled = bool(is_scored_and_labelled.any())
     right_class = _true_or_competing_class(outcomes, competitor, labelled=labelled)
-    rows = np.flatnonzero(is_counted)
+    # if any row has a label, only the rows with a label are counted
+    rows = np.flatnonzero(is_scored_and_labelled if labelled else is_scored)
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
     uncertainty = outcomes.uncertainty[rows]
-    failure = outcomes.failure if labelled else _require_probability(outcomes)
-    weight = failure[rows].astype(np.float64)
+    weight_of_all = outcomes.failure if labelled else _require_probability(outcomes)
+    weight = weight_of_all[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
     confusions = _confusions(
         prediction[rows],
@@ -263,7 +262,7 @@ def _confusions(
         uncertainty: (N,) uncertainty.
         weight: (N,) 1 for a failure, 0 for a success; without labels the probability of failure.
         accepted: (N,) acceptance of each row, as ``acceptance`` returns it.
-        names: Names of the classes; None if they have no names.
+        names: CandidateNames of the classes; None if they have no names.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)

@@ -173,8 +173,8 @@ def truths(batch: Batch) -> Tensor:
     return batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
-class Names:
-    """Names of candidates: the class name, or for a caption the key of its image-caption pair."""
+class CandidateNames:
+    """CandidateNames of candidates: the class name, or for a caption the key of its image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
