@@ -53,7 +53,10 @@ def check(path: Path) -> Iterator[Artefact]:
         yield _check_predictor(path)
         return
     if (path / RUN).is_file():
-        yield _check_store(path) if is_store(path) else _check_scores(path)
+        if is_store(path):
+            yield _check_store(path)
+        else:
+            yield _check_scores(path)
         return
     artefact = _recognised_by_plugin(path)
     if artefact is not None:

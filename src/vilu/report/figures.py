@@ -288,7 +288,7 @@ def _curve_panels(
     title: str,
     draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
-    """Make one plot per panel, and let ``draw`` fill it. Lines of one label look the same."""
+    """Make one plot per panel, and let ``draw`` fill it. Lines with one label have one look."""
     looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
@@ -345,28 +345,29 @@ LABEL_HEIGHT = 0.065
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
     """Move the heights of labels apart, so that they differ by at least ``gap``.
 
-    Heights that are too close form a group. A group is centred on the mean of its heights, and
-    groups that then overlap are joined. The result has the lowest label first.
+    Heights and gap are shares of the height of the plot. Labels that are too close form a group. A
+    group is centred on the mean of its heights, and groups that then overlap are joined. The result
+    has the lowest label first.
     """
-    groups: list[list[str]] = []
+    groups: list[list[str]] = []  # the labels of each group; groups and labels from low to high
     for label in sorted(heights, key=lambda label: heights[label]):
         groups.append([label])
         while len(groups) > 1 and _are_too_close(groups[-2], groups[-1], heights, gap):
-            upper = groups.pop()
-            groups[-1] += upper
-    spaced = {}
+            upper_group = groups.pop()
+            groups[-1] += upper_group
+    spaced_heights = {}
     for group in groups:
-        start = _lowest_height(group, heights, gap)
+        lowest_height = _lowest_height(group, heights, gap)
         for number, label in enumerate(group):
-            spaced[label] = start + number * gap
-    return spaced
+            spaced_heights[label] = lowest_height + number * gap
+    return spaced_heights
 
 
 def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
     """Height of the lowest label of a group that is centred on the mean of its heights.
 
-    A group that would reach above the plot (1.0) or below it (0.0) is moved into it. A group that
-    is higher than the plot ends at its top.
+    A group that would reach above the plot (1.0) or below it (0.0) is moved into the plot. If the
+    group is higher than the plot, its highest label is at the top of the plot.
     """
     centre = sum(heights[label] for label in group) / len(group)
     extent = gap * (len(group) - 1)

@@ -399,8 +399,8 @@ class Service:
 
     async def metrics(self) -> Response:
         """The metrics in Prometheus' text format."""
-        content, kind = await asyncio.to_thread(self.measures.exposed)
-        return Response(content, media_type=kind)
+        content, media_type = await asyncio.to_thread(self.measures.render)
+        return Response(content, media_type=media_type)
 
     async def _write_error_response(self, _: Request, error: Exception) -> Response:
         """The refusal after rows could not be written; only the log names the file."""

@@ -177,28 +177,28 @@ class Journal:
                 )
 
     def correct(self, labels: Mapping[str, str]) -> None:
-        """Replace the labels of rows that have one; the file keeps the replaced ones, too.
+        """Replace the labels of rows that have a label; the file keeps the replaced labels, too.
 
-        All rows and labels are read again, so that the monitor counts the right labels alone.
+        Then a new monitor takes in all rows and labels, so that it counts only the right labels.
 
         Raises:
             DataError: If a label is neither a class nor "(outside)", or if a row has no label.
         """
         codes = self._codes_of(labels)
         with self._writing():
-            corrected: dict[int, int] = {}
+            corrections: dict[int, int] = {}
             for key, code in codes.items():
                 number = self._rows.number(key)
                 if number is None or self._rows.label_of(number) is None:
                     raise DataError(f"the row {key:.60} has no label that could be corrected.")
-                corrected[number] = code
-            # The saved state of the monitor has counted the wrong labels. Without this file, a
-            # restart after a crash reads all rows and labels again.
+                corrections[number] = code
+            # The saved state of the monitor has counted the wrong labels, so the state is removed.
+            # If the service crashes now, the next start reads all rows and labels again.
             self._saving.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)
-            self._rows.add_corrections(corrected)
-            logger.warning("%d labels of %s were corrected.", len(corrected), self.folder)
+            self._rows.add_corrections(corrections)
+            logger.warning("%d labels of %s were corrected.", len(corrections), self.folder)
             self.monitor = self._new_monitor()
             self._last_seen = 0
             self._take_in_all()
@@ -217,13 +217,13 @@ class Journal:
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
         """Map the id of every row to the code of its label."""
         codes = self._codes
-        unknown = sorted(set(labels.values()) - codes.keys())
-        if unknown:
-            first_unknown = f"{', '.join(unknown[:5])!r:.200}"
-            fault = f"no class and not {OUTSIDE_NAME}"
+        unknown_labels = sorted(set(labels.values()) - codes.keys())
+        if unknown_labels:
+            first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
+            fault = f"neither a class nor {OUTSIDE_NAME}"
             if codes is CODES_OF_TABLE:
                 fault = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown)} labels are {fault}: {first_unknown}.")
+            raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -260,8 +260,8 @@ class Journal:
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # result() raises the exception of the previous save, if there was one. It is never a
-        # ViLUError, because ``_save`` catches and logs those.
+        # result() raises the exception of the previous save, if there was one. The exception is
+        # never a ViLUError, because ``_save`` logs every ViLUError.
         previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -294,7 +294,7 @@ class Journal:
         return self._new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
-        """Give new rows numbers after those that the monitor has seen; warn if rows are missing."""
+        """Number new rows after all rows that the monitor has seen; warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
         self._rows.skip_numbers_to(n_seen)

@@ -96,7 +96,7 @@ class Measures:
         for answer in answers:
             self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
 
-    def exposed(self) -> tuple[bytes, str]:
+    def render(self) -> tuple[bytes, str]:
         """The metrics in Prometheus' text format, and the content type of this text."""
         return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
 

@@ -394,16 +394,18 @@ class RowFile:
 
     def _checked_ends(self) -> Ends:
         """The ends of the chains; damaged files are set aside and repaired first."""
-        noted = self._noted_ends()
+        noted_ends = self._noted_ends()
         if not self.path.exists():
-            is_new = noted is None or noted == self._empty_ends
-            return self._empty_ends if is_new else self._repair(noted)
+            has_noted_nothing = noted_ends is None or noted_ends == self._empty_ends
+            if has_noted_nothing:  # the journal is new
+                return self._empty_ends
+            return self._repair(noted_ends)
         self._require_version()
         self._add_missing_tables()
-        ends, is_whole = self._survey(noted or self._empty_ends)
-        if noted is None and ends != self._empty_ends:
+        ends, is_whole = self._survey(noted_ends or self._empty_ends)
+        if noted_ends is None and ends != self._empty_ends:
             is_whole = False  # there are rows, but the file of ends is missing or damaged
-        return ends if is_whole else self._repair(noted)
+        return ends if is_whole else self._repair(noted_ends)
 
     def _noted_ends(self) -> Ends | None:
         """The ends in the file ``rows.ends``; None if it is missing or damaged."""

@@ -46,7 +46,7 @@ class TimedProtocol(H11Protocol):
         """Begin to wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
         super().connection_made(cast("asyncio.Transport", transport))
-        max_connections = most_connections()
+        max_connections = connection_limit()
         if len(self.connections) > max_connections:
             self._close_with(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -103,7 +103,7 @@ class TimedProtocol(H11Protocol):
         self.transport.close()
 
 
-def most_connections() -> int:
+def connection_limit() -> int:
     """Maximum number of open connections: at most half of the files that this process may open.
 
     Every connection is an open file for the operating system. The other half is left for the files

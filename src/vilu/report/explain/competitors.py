@@ -145,7 +145,7 @@ class NearRow(NamedTuple):
 
 
 class AnswerAndTruth(NamedTuple):
-    """CandidateNames of the zero-shot answer to a training row, and of the right answer."""
+    """Names of the zero-shot answer to a training row, and of the right answer."""
 
     answer: str
     truth: str

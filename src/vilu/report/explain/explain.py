@@ -78,7 +78,7 @@ class Competitor:
     """One of the candidates with the largest weights; the answer itself can be among them."""
 
     name: str  # name of the class, or for a caption the key of its image-caption pair
-    weight: float  # weight of the candidate by the method; see ``Explanations.weights``
+    weight: float  # weight that the method gives the candidate; see ``Explanations.weights``
     posterior: float  # zero-shot probability of the candidate
 
 
@@ -271,7 +271,7 @@ def explain(
         neighbours = f"of {len(train)} training rows"
         if predictor.answer != "zero_shot":
             neighbours += ", right or wrong by their zero-shot answers"
-    attributor, attribution = _attributor(predictor, data, train, chosen_rows, depth)
+    attributor, attribution = _make_attributor(predictor, data, train, chosen_rows, depth)
     explained_rows = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
     return Explanations(
         rows=tuple(_with_neighbours(explained_rows, data, train, depth)),
@@ -286,14 +286,14 @@ def explain(
     )
 
 
-def _attributor(
+def _make_attributor(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """The attributor with a text about it; or None, with the reason why there is no attributor."""
+    """Make the attributor, and a text about it; or None, and the reason why there is none."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -319,15 +319,15 @@ def _attributor(
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
     """Positions of the ``n`` rows of largest uncertainty, in descending order of uncertainty.
 
-    Of rows of equal uncertainty the lowest position comes first. Rows without a score are left out,
-    so there may be fewer than ``n`` positions.
+    If rows have equal uncertainty, the lowest position comes first. Rows without a score are left
+    out, so there may be fewer than ``n`` positions.
     """
     uncertainty = predictor.predict_uncertainty(data)
-    scored = np.flatnonzero(np.isfinite(uncertainty))
-    if not len(scored):
+    rows_with_score = np.flatnonzero(np.isfinite(uncertainty))
+    if not len(rows_with_score):
         raise DataError(f"none of the {len(data)} rows has a score to explain.")
-    order = np.argsort(-uncertainty[scored], kind="stable")
-    return torch.from_numpy(scored[order[:n]])
+    order = np.argsort(-uncertainty[rows_with_score], kind="stable")
+    return torch.from_numpy(rows_with_score[order[:n]])
 
 
 class _Explained(NamedTuple):
@@ -404,7 +404,7 @@ def _competitors(
 
     Args:
         row: Position of the row.
-        names: CandidateNames of the candidates.
+        names: Names of the candidates.
         leaders: (L,) candidates of largest weight, the largest first.
         leader_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.

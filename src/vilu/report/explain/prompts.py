@@ -111,9 +111,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     2005), with half a row added to each cell. It accounts for the sampling of the measured rows. It
     does not account for the means: other rows would have given other means.
 
-    The gain is an upper bound for work on prompts and no guarantee. The new texts are made from
-    images, and perhaps no wording has such an embedding. But a small gain shows that the text of
-    the class is not the cause of its failures.
+    In practice the gain is the most that work on prompts can bring, and it is no guarantee. The new
+    texts are made from images, and perhaps no wording has such an embedding. But a small gain shows
+    that the text of the class is not the cause of its failures.
 
     Raises:
         UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.

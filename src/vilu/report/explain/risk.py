@@ -262,7 +262,7 @@ def _confusions(
         uncertainty: (N,) uncertainty.
         weight: (N,) 1 for a failure, 0 for a success; without labels the probability of failure.
         accepted: (N,) acceptance of each row, as ``acceptance`` returns it.
-        names: CandidateNames of the classes; None if they have no names.
+        names: Names of the classes; None if they have no names.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)

@@ -174,7 +174,7 @@ def truths(batch: Batch) -> Tensor:
 
 
 class CandidateNames:
-    """CandidateNames of candidates: the class name, or for a caption the key of its image-caption pair."""
+    """Names of candidates: the class name, or for a caption the key of its image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data

@@ -91,10 +91,10 @@ class Chart:
         return " ".join(points)
 
     def area(self, line: Line) -> str:
-        """The points of a line and of the horizontal axis below, for ``<polygon points>``."""
-        first = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
-        last = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
-        return f"{first} {self.points(line)} {last}"
+        """The corners of the area between a line and the horizontal axis, for ``<polygon>``."""
+        below_first_point = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
+        below_last_point = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
+        return f"{below_first_point} {self.points(line)} {below_last_point}"
 
 
 def round_percent(value: float) -> str:
