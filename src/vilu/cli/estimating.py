@@ -65,9 +65,8 @@ def estimate(
     """Estimate how often the answers are wrong, from labels of a few rows drawn at random.
 
     The scores of all rows make the interval shorter than labels alone would (prediction-powered
-    inference). The labelled rows must be a random sample: labels that `vilu next` asked for, or
-    that a person chose, are refused as far as that can be seen. The shares are those of the rows
-    of DATA.
+    inference). The labelled rows must be a random sample. Labels that `vilu next` asked for, or
+    that a person chose, are refused if the files show it. The estimates are about the rows of DATA.
     """
     from vilu.calibration.estimates import estimate as estimate_outcomes
 

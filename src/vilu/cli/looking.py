@@ -241,7 +241,8 @@ Batches = Annotated[
 LateLabels = Annotated[
     list[Path] | None,
     path_option(
-        "Scores of rows monitored before, with failures that were not known then; repeatable."
+        "Scores of rows that were monitored before, and whose failures are known only now; "
+        "repeatable."
     ),
 ]
 StateFile = Annotated[

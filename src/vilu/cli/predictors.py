@@ -164,9 +164,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             _require_use_of_labels(predictor, pseudo=pseudo)
         digest_flags = _flags_of_fit(
             stores,
-            left_out=[validation is None, init is None],
-            n_shots=shots,
-            seed=seed,
+            has_validation=validation is not None,
+            has_init=init is not None,
+            shots_and_seed=None if shots is None else [shots, seed],
             pseudo=pseudo,
             has_unlabelled=unlabelled is not None,
             has_labels=bool(labels),
@@ -184,14 +184,14 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         is_fitted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
         if is_fitted:
             if processes.is_leader:
-                _drop_checkpoints(stack, predictor, output, input_digest)
+                _remove_old_checkpoints(stack, predictor, output, input_digest)
                 console.print_outputs(output)
                 console.nothing_to_do(output)
             return
         train = _open_training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
-        validation_rows = _open_optional(reading, validation, "validation")
+        validation_rows = _open_optional(reading, validation, role="validation")
         unlabelled_rows = _open_optional(reading, unlabelled)
-        checkpoints = _checkpoints(stack, predictor, output)
+        checkpoints = _open_checkpoints(stack, predictor, output)
         if checkpoints is not None:
             checkpoints.write_fit_digest(input_digest)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
@@ -221,23 +221,19 @@ def _default_method(stores: list[Path]) -> str:
 def _flags_of_fit(
     stores: list[Path],
     *,
-    left_out: list[bool],
-    n_shots: int | None,
-    seed: int,
+    has_validation: bool,
+    has_init: bool,
+    shots_and_seed: list[int] | None,
     pseudo: bool,
     has_unlabelled: bool,
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit.
-
-    ``left_out`` says for --validation and for --init whether the flag is absent.
-    """
-    # The key is called "with", although its values say what was left out. With another key, the
-    # digests of all fits would change.
-    flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
-    if n_shots is not None:
-        flags["shots"] = [n_shots, seed]
+    """Flags for the digest of a fit."""
+    # The key is called "with", although its values say which flag was left out. With another key,
+    # the digests of all fits would change.
+    flags_left_out = [not has_validation, not has_init]
+    flags: dict[str, object] = {"with": flags_left_out, "shots": shots_and_seed, "pseudo": False}
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
     # These flags are newer than the digest. They are only added if they were given, so that the
@@ -268,7 +264,7 @@ def _new_predictor(
         cls: Its class.
         defaults: Values of parameters; parameters that the class does not have are left out.
         settings: The values KEY=VALUE of --set.
-        init: Folder of a predictor from whose weights it starts; None: it starts from scratch.
+        init: Folder of a predictor. The new predictor starts from its weights; None: from scratch.
     """
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
@@ -410,10 +406,10 @@ def _open_training_set(
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores])
 
 
-def _checkpoints(
+def _open_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
-    """Checkpoints next to the output; None if the predictor is not trained in steps."""
+    """Open the checkpoints next to the output; None if the predictor is not trained in steps."""
     from vilu.predictors.nn.checkpoint import checkpointing
     from vilu.predictors.vilu.head import HeadPredictor
 
@@ -423,7 +419,7 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, resume=True))
 
 
-def _drop_checkpoints(
+def _remove_old_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, input_digest: str
 ) -> None:
     """Remove the checkpoints of a fit that was killed after it wrote its predictor.
@@ -432,7 +428,7 @@ def _drop_checkpoints(
     """
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
-    checkpoints = _checkpoints(stack, predictor, output)
+    checkpoints = _open_checkpoints(stack, predictor, output)
     if checkpoints is None:
         return
     is_of_this_fit = checkpoints.read_fit_digest() == input_digest

@@ -60,7 +60,7 @@ class EmbeddingsIn(BaseModel):
         return len(self.embeddings)
 
     def content(self) -> dict[str, Any]:
-        """The rows by name."""
+        """The rows under the keys that ``Engine.check_rows`` reads."""
         return {"embeddings": self.embeddings, "features": self.features}
 
 
@@ -74,7 +74,7 @@ class RowsIn(BaseModel):
     ]
     numbers: Annotated[
         dict[str, list[FiniteFloat]],
-        Field(description="B numbers by the name of the column, such as score_confidence."),
+        Field(description="Maps the name of a column, such as score_confidence, to B numbers."),
     ]
     features: Annotated[
         list[list[FiniteFloat]] | None,
@@ -89,7 +89,7 @@ class RowsIn(BaseModel):
         return len(self.id)
 
     def content(self) -> dict[str, Any]:
-        """The columns by name."""
+        """Maps the name of a column to its values."""
         columns: dict[str, Any] = {**self.numbers, "id": self.id}
         if self.features is not None:
             columns["features"] = self.features
@@ -104,8 +104,8 @@ class LabelsIn(BaseModel):
         dict[str, str],
         Field(
             min_length=1,
-            description='Name of the class, or "(outside)", by the row of the answer. For answers '
-            'of a table: "1" if the answer is right, "0" if it is wrong.',
+            description='Maps the row of an answer to the name of its class, or to "(outside)". '
+            'For answers of a table: to "1" if the answer is right, to "0" if it is wrong.',
         ),
     ]
 

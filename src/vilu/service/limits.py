@@ -220,8 +220,8 @@ class Gate:
         start_time = time.perf_counter()
         answer = _Answer(send, request_id, self.is_closing)
         try:
-            self._admit(scope, headers)
-            with self._counted(scope, headers):
+            self._check_head(scope, headers)
+            with self._in_progress_with_body(scope, headers):
                 deadline = asyncio.get_running_loop().time() + self.limits.upload
                 longest = self.limits.longest_body(scope["path"])
                 body = _Body(receive, longest, self.limits.upload, deadline)
@@ -232,7 +232,7 @@ class Gate:
         finally:
             self._log(scope, answer.status, seconds=time.perf_counter() - start_time)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
         _require_one_length(headers)
         self._require_host(headers)
@@ -240,9 +240,10 @@ class Gate:
             self._require_key(scope, headers)
 
     @contextmanager
-    def _counted(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """A block during which a request with a body counts as in progress."""
-        if scope["method"] != "POST":
+    def _in_progress_with_body(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
+        """A block during which a request counts as in progress, if it has a body."""
+        has_body = scope["method"] == "POST"
+        if not has_body:
             yield
             return
         n_bytes = self._body_bytes(scope["path"], headers)

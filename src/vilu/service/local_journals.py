@@ -36,7 +36,7 @@ class LocalJournals:
     Args:
         folder: Folder that is kept between restarts. It holds a folder for every journal, and
             ``serving.json``.
-        predictors: Folders of the predictors by name.
+        predictors: Maps the name of a predictor to its folder.
 
     Raises:
         UsageError: If two names are the same predictor, or if the predictor that answered before

@@ -47,7 +47,7 @@ class MeasuredEngine(Protocol):
 
     @property
     def served(self) -> Mapping[str, ServedPredictor]:
-        """The predictors by name."""
+        """Maps the name of a predictor to the predictor."""
 
 
 class Measures:
