@@ -310,7 +310,7 @@ def nothing_to_do(output: Path) -> None:
 
 
 Write = Callable[[Path, str], None]
-"""Function that writes a result to a path. The text is the digest of the inputs of the result."""
+"""Function ``write(path, inputs)`` that writes a result; ``inputs`` is the digest of its inputs."""
 
 
 def prepare_output(
@@ -331,9 +331,9 @@ def prepare_output(
         **settings: All other values that the result depends on.
 
     Returns:
-        A function that gets a function ``write(path, inputs)``, where ``inputs`` is the digest of
-        ``input_paths`` and ``settings``. It calls ``write``, but not if there is no output file, or
-        if the file already has the result of the same inputs.
+        The function ``save_unless_done(write)``. It calls ``write(path, inputs)``, where ``inputs``
+        is the digest of ``input_paths`` and ``settings``. It does nothing if there is no output
+        file, or if the file already has the result of the same inputs.
     """
     inputs = ""
     is_done = False

@@ -124,7 +124,7 @@ class ClientLimits:
     upload: float = 30.0
     answer: float = 60.0
 
-    def longest_body(self, path: str) -> int:
+    def max_body_bytes(self, path: str) -> int:
         """Maximum length of the body of a request to this path, in bytes."""
         if path == IMAGES_PATH:
             return self.body
@@ -166,8 +166,8 @@ def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
         return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
     unknown = ", ".join(sorted(scope_names - KEY_SCOPES))
     raise UsageError(
-        f"{path} gives a key the scopes {unknown!r:.60}. The scopes are "
-        f"{', '.join(get_args(KeyScope))}; each key stands on its own line."
+        f"{path} has a key with unknown scopes: {unknown!r:.60}. The scopes are "
+        f"{', '.join(get_args(KeyScope))}. Write every key on its own line."
     )
 
 
@@ -218,13 +218,13 @@ class Gate:
         scope["state"]["request_id"] = request_id
         scope["state"]["images"] = 0
         start_time = time.perf_counter()
-        answer = _Answer(send, request_id, self.is_closing)
+        answer = _AnswerSender(send, request_id, self.is_closing)
         try:
             self._check_head(scope, headers)
             with self._in_progress_with_body(scope, headers):
                 deadline = asyncio.get_running_loop().time() + self.limits.upload
-                longest = self.limits.longest_body(scope["path"])
-                body = _Body(receive, longest, self.limits.upload, deadline)
+                max_bytes = self.limits.max_body_bytes(scope["path"])
+                body = _BodyReceiver(receive, max_bytes, self.limits.upload, deadline)
                 await self.app(scope, body, answer)
         except Refused as refused:
             if not answer.has_begun:
@@ -275,13 +275,13 @@ class Gate:
             )
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse a request without a key (401), or with a key that does not allow it (403)."""
+        """Refuse a request without a key (401), or with a key that does not allow this (403)."""
         auth_scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
-        matches = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
-        if auth_scheme.lower() != b"bearer" or not matches:
+        matching_keys = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
+        if auth_scheme.lower() != b"bearer" or not matching_keys:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "give a key: Authorization: Bearer KEY.",
@@ -290,7 +290,7 @@ class Gate:
         needed_scope = None
         if scope["method"] == "POST":
             needed_scope = SCOPE_OF_PATH.get(scope["path"])
-        if needed_scope is None or any(needed_scope in known.scopes for known in matches):
+        if needed_scope is None or any(needed_scope in known.scopes for known in matching_keys):
             return
         raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
@@ -299,15 +299,15 @@ class Gate:
 
         If the head does not state the number, this is the maximum for the path.
         """
-        longest = self.limits.longest_body(path)
+        max_bytes = self.limits.max_body_bytes(path)
         if b"transfer-encoding" in headers:
-            return longest
+            return max_bytes
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) <= longest:
+        if length.isdigit() and int(length) <= max_bytes:
             return int(length)
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the body must be at most {longest:,} bytes. Send fewer or smaller images, rows or "
+            f"the body must be at most {max_bytes:,} bytes. Send fewer or smaller images, rows or "
             "labels.",
         )
 
@@ -354,7 +354,7 @@ class Gate:
 
 
 @dataclass
-class _Answer:
+class _AnswerSender:
     """Sends the answer to a request with the headers of the service, and notes its status."""
 
     send: Send
@@ -393,12 +393,12 @@ class _Answer:
 
 
 @dataclass
-class _Body:
+class _BodyReceiver:
     """Receives the body of a request; raises Refused if it is too long or comes too slowly."""
 
     receive: Receive
-    longest: int  # maximum length in bytes
-    upload: float  # seconds in which the body must arrive
+    max_bytes: int  # maximum length in bytes
+    seconds: float  # time in which the body must arrive
     deadline: float  # time on the clock of the event loop at which the body must be complete
     n_read: int = 0  # number of bytes received so far
     is_whole: bool = False  # whether the body is complete
@@ -413,14 +413,14 @@ class _Body:
         except TimeoutError:
             raise Refused(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"the body was not complete after {self.upload:g} seconds.",
+                f"the body was not complete after {self.seconds:g} seconds.",
             ) from None
         self.n_read += len(message.get("body", b""))
         self.is_whole = not message.get("more_body", False)
-        if self.n_read > self.longest:
+        if self.n_read > self.max_bytes:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {self.longest:,} bytes.",
+                f"the body must be at most {self.max_bytes:,} bytes.",
             )
         return message
 
@@ -480,12 +480,12 @@ class InProgress:
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
-        """A block during which a request is in progress; Refused (429) if too much is already."""
+        """A block during which a request is in progress; Refused (429) if too many are already."""
         is_work = path in WORK_PATHS
         if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
-        # The number of images is known only after a body has arrived. But each of these requests
-        # has at least one image.
+        # The number of images is known only after a body has arrived. But every request of
+        # ``n_work_requests`` has at least one image or row.
         min_images = max(self.n_work_requests, self.n_images)
         if is_work and min_images >= self.limits.queue:
             raise too_many_in_progress("images")

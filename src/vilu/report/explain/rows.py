@@ -111,7 +111,11 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) distinct positions of rows, in the order of their numbers or keys in ``wanted``."""
+    """(M,) positions of the rows that ``wanted`` names by number or key, in this order, each once.
+
+    Raises:
+        DataError: If a row does not exist or has no score.
+    """
     keys = {number_or_key for number_or_key in wanted if isinstance(number_or_key, str)}
     rows_by_key = _rows_by_key(data, keys)
     rows: list[int] = []

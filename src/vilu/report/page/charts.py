@@ -281,7 +281,7 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 def _largest_risk(coverage: Floats, risk: Floats) -> float:
     """The largest risk of a curve, without its noisy beginning at coverages below 5 %."""
-    is_steady = (coverage >= 0.05) | (coverage == 1)
+    is_steady = coverage >= 0.05
     return float(risk[is_steady].max())
 
 
@@ -352,7 +352,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         key=f"histogram-{number}",
         title=title,
         explanation=(
-            "Right answers and wrong ones by their uncertainty, each in shares of their kind."
+            "Right and wrong answers by their uncertainty; the bars of each kind add up to 100 %."
         ),
         x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
         y=Axis("% of its kind", "share", low=0.0, high=_axis_end(largest_share)),
