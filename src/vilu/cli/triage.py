@@ -423,8 +423,8 @@ def _labelling_advice(questions: AnswerTable, output: Path) -> str:
         clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
     return (
         f"{plural(len(questions), 'answer')}{clusters_text} to label: write 1 or 0 into the column "
-        f"correct. `vilu fit {output}` and `vilu calibrate PREDICTOR {output}` each take the rows "
-        "that are for them."
+        f"correct. `vilu fit {output}` takes the rows to fit on, and `vilu calibrate PREDICTOR "
+        f"{output}` takes the rows to calibrate on."
     )
 
 

@@ -288,7 +288,7 @@ def _curve_panels(
     title: str,
     draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
-    """Make one plot per panel, and let ``draw`` fill it. Lines with one label have one look."""
+    """Make one plot per panel; ``draw`` fills it. Lines with the same label look the same."""
     looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))

@@ -38,9 +38,10 @@ After a kill, the next start reads at most about this many rows again.
 
 
 CODES_OF_TABLE: Final = {"1": 0, "0": 1}
-"""Maps a label of an answer of a table to its code: "1" is a right answer, "0" a wrong one.
+"""Maps a label of an answer of a table to its code.
 
-The code is the failure of the answer: 0 if the answer is right, 1 if it is wrong.
+A label says whether the answer is right: "1" for yes, "0" for no. The code is the failure: 0 for a
+right answer, 1 for a wrong one.
 """
 
 
@@ -103,19 +104,22 @@ class Journal:
 
         Rows without a score (uncertainty NaN) are left out.
         """
-        scored = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
+        scored_indices = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
         with self._writing():
             self._rows.add(
-                [ids[index] for index in scored],
-                [answers[index] for index in scored],
-                [uncertainty[index] for index in scored],
+                [ids[index] for index in scored_indices],
+                [answers[index] for index in scored_indices],
+                [uncertainty[index] for index in scored_indices],
             )
             self._take_in_rows()
             self._update_status()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A block that writes to the file, alone; notes whether the file could be written."""
+        """A block that writes to the file, while no other thread uses the file.
+
+        Afterwards ``is_writable`` says whether the file could be written.
+        """
         with self._lock:
             try:
                 yield

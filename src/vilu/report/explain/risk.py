@@ -237,11 +237,11 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
     n_accepted = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
-    last = n_accepted - 1
-    threshold = float(np.partition(uncertainty, last)[last])
+    last_accepted = n_accepted - 1  # index in ascending order of uncertainty
+    threshold = float(np.partition(uncertainty, last_accepted)[last_accepted])
     accepted = (uncertainty < threshold).astype(np.float64)
-    tied = uncertainty == threshold
-    accepted[tied] = (n_accepted - accepted.sum()) / np.count_nonzero(tied)
+    is_tied = uncertainty == threshold
+    accepted[is_tied] = (n_accepted - accepted.sum()) / np.count_nonzero(is_tied)
     return accepted, threshold
 
 
