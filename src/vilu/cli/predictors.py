@@ -145,7 +145,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from the last checkpoint, which is next to OUTPUT. Under torchrun, all processes train heads
     together; the result does not depend on the number of processes.
     """
-    from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.seen import candidates_of
     from vilu.predictors.nn.processes import world
     from vilu.predictors.persistence import storage
@@ -153,11 +152,12 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
     with ExitStack() as stack:
         processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
-        defaults: dict[str, object] = {"seed": seed, "device": device}
-        setting_texts = _add_answer_setting(settings or [], answer)
-        cls = find_method(method or _default_method(stores))
-        predictor = _new_predictor(cls, defaults, setting_texts, init)
-        predictor.check_answer()
+        predictor = _new_predictor(
+            method or _default_method(stores),
+            {"seed": seed, "device": device},
+            _add_answer_setting(settings or [], answer),
+            init,
+        )
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         if labels:
@@ -256,26 +256,31 @@ def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
 
 
 def _new_predictor(
-    cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
+    method: str, defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
     """Make the predictor to fit.
 
     Args:
-        cls: Its class.
-        defaults: Values of parameters; parameters that the class does not have are left out.
+        method: Name of the method.
+        defaults: Values of parameters; parameters that the method does not have are left out.
         settings: The values KEY=VALUE of --set.
         init: Folder of a predictor. The new predictor starts from its weights; None: from scratch.
     """
+    from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
 
+    cls = find_method(method)
     known_parameters = parameters(cls)
     values = {key: value for key, value in defaults.items() if key in known_parameters}
     values |= parse_settings(settings)
     if init is None:
-        return build(cls, values)
-    return initialise(cls, load_predictor(init), values)
+        predictor = build(cls, values)
+    else:
+        predictor = initialise(cls, load_predictor(init), values)
+    predictor.check_answer()
+    return predictor
 
 
 def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[str]:

@@ -430,11 +430,11 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
     lengths = {len(row) for row in rows}
     if len(rows) == n_rows and lengths == {width}:
         return
-    found = plural(len(rows), "row")
+    shape_text = plural(len(rows), "row")
     if rows:
-        found = f"{found} of {min(lengths)} to {max(lengths)}"
+        shape_text += f" of {min(lengths)} to {max(lengths)} numbers"
     raise DataError(
-        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. Found {found} numbers."
+        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. Found {shape_text}."
     )
 
 
