@@ -34,7 +34,7 @@ Logits = Annotated[
     Path | None,
     path_option(
         "Logits (N, K) of any classifier in place of texts: an .npy file.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]
@@ -42,21 +42,22 @@ Features = Annotated[
     Path | None,
     path_option(
         "With --logits: vectors (N, D) of the rows, an .npy file.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]
 Labels = Annotated[
     Path | None,
     path_option(
-        "Labels (the array ``target``): an .npy file, or text with one label per line.", "FILE"
+        "Labels (the array ``target``): an .npy file, or text with one label per line.",
+        metavar="FILE",
     ),
 ]
 Answers = Annotated[
     Path | None,
     path_option(
         "Answers of another model, for --answer given: an .npy file, or text with one per line.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]

@@ -23,12 +23,14 @@ TableFile = Annotated[
 def completions_(
     run: Annotated[
         Path,
-        path_argument("A JSONL file with one completion per line, in OpenAI's format.", "RUN"),
+        path_argument(
+            "A JSONL file with one completion per line, in OpenAI's format.", metavar="RUN"
+        ),
     ],
     output: TableFile,
     truth: Annotated[
         Path | None,
-        path_option("Right answers: a CSV file with the columns id and truth.", "FILE"),
+        path_option("Right answers: a CSV file with the columns id and truth.", metavar="FILE"),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -49,8 +51,10 @@ def completions_(
 
 
 def detections_(
-    results: Annotated[Path, path_argument("Detections in COCO's format.", "RESULTS")],
-    annotations: Annotated[Path, path_argument("Annotations in COCO's format.", "ANNOTATIONS")],
+    results: Annotated[Path, path_argument("Detections in COCO's format.", metavar="RESULTS")],
+    annotations: Annotated[
+        Path, path_argument("Annotations in COCO's format.", metavar="ANNOTATIONS")
+    ],
     output: TableFile,
     min_iou: Annotated[float, Option(help="Least overlap of a right detection.")] = 0.5,
     overwrite: Overwrite = False,
@@ -71,14 +75,14 @@ def detections_(
 
 
 def logits_(
-    logits: Annotated[Path, path_argument("Logits (N, K): an .npy file.", "LOGITS")],
+    logits: Annotated[Path, path_argument("Logits (N, K): an .npy file.", metavar="LOGITS")],
     output: TableFile,
     labels: Annotated[
         Path | None,
-        path_option("True classes (N,): an .npy file, or text with one per line.", "FILE"),
+        path_option("True classes (N,): an .npy file, or text with one per line.", metavar="FILE"),
     ] = None,
     classes: Annotated[
-        Path | None, path_option("Names of the K classes, one per line.", "FILE")
+        Path | None, path_option("Names of the K classes, one per line.", metavar="FILE")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -103,15 +107,20 @@ def logits_(
 
 
 def words_(
-    pages: Annotated[list[Path], path_argument("TSV files of Tesseract, one per picture.", "PAGE")],
+    pages: Annotated[
+        list[Path], path_argument("TSV files of Tesseract, one per picture.", metavar="PAGE")
+    ],
     output: TableFile,
     truth: Annotated[
         Path | None,
         path_option(
-            "True words: a CSV file with the columns page, text, left, top, width, height.", "FILE"
+            "True words: a CSV file with the columns page, text, left, top, width, height.",
+            metavar="FILE",
         ),
     ] = None,
-    dictionary: Annotated[Path | None, path_option("Known words, one per line.", "FILE")] = None,
+    dictionary: Annotated[
+        Path | None, path_option("Known words, one per line.", metavar="FILE")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Words that Tesseract read.

@@ -223,7 +223,7 @@ class Engine:
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
             rows = from_client[name]
-            _require_shape(name, rows, len(embeddings), width)
+            _require_shape(name, rows, n_rows=len(embeddings), width=width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
                 array = _unit_rows(array)
@@ -425,7 +425,7 @@ def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
     return [row.tobytes() for row in joined_rows]
 
 
-def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) -> None:
+def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: int) -> None:
     """Raise DataError if ``rows`` are not ``n_rows`` rows of ``width`` numbers."""
     lengths = {len(row) for row in rows}
     if len(rows) == n_rows and lengths == {width}:

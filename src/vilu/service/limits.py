@@ -145,15 +145,17 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
     Raises:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
     """
-    content = read_bounded(path, "Give a file of keys", UsageError, 2**20)
-    lines = [line.split() for line in content.splitlines() if line.strip()]
-    lengths = [len(key) for key, *_ in lines]
-    if not lines or min(lengths) < 16:
+    content = read_bounded(
+        path, remedy="Give a file of keys", error_class=UsageError, max_bytes=2**20
+    )
+    words_of_lines = [line.split() for line in content.splitlines() if line.strip()]
+    key_lengths = [len(key) for key, *_ in words_of_lines]
+    if not key_lengths or min(key_lengths) < 16:
         raise UsageError(
             f"{path} must hold one key on every line, each of at least 16 characters. Found "
-            f"{len(lines)} keys."
+            f"{len(key_lengths)} keys."
         )
-    return frozenset(_client_key(path, key, *scopes) for key, *scopes in lines)
+    return frozenset(_client_key(path, key, *scopes) for key, *scopes in words_of_lines)
 
 
 def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
@@ -270,8 +272,8 @@ class Gate:
         if origin is not None and origin.strip().lower() != own_origin:
             raise Refused(
                 HTTPStatus.FORBIDDEN,
-                "a page of another site may not use this service. If a proxy gives it TLS, allow "
-                "its name with --allow-host https://NAME.",
+                "a page of another site may not use this service. If a proxy serves this page with "
+                "TLS, allow the name of the proxy with --allow-host https://NAME.",
             )
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:

@@ -87,18 +87,18 @@ class RemoteJournals:
 class Replicas(NamedTuple):
     """Minimum and maximum number of replicas."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
 
 def replicas_of(text: str) -> Replicas:
     """The numbers of replicas in a text such as "2" or "1:8"."""
-    first, _, second = text.partition(":")
+    minimum_text, _, maximum_text = text.partition(":")
     with suppress(ValueError):  # a text that is no number raises the error below
-        least = int(first)
-        most = int(second or first)
-        if 1 <= least <= most:
-            return Replicas(least, most)
+        minimum = int(minimum_text)
+        maximum = int(maximum_text or minimum_text)
+        if 1 <= minimum <= maximum:
+            return Replicas(minimum, maximum)
     raise UsageError(
         f"--replicas is a number, or a minimum and a maximum such as 1:8. Got {text!r:.40} instead."
     )
@@ -178,9 +178,9 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
 
 def _replica_options(replicas: Replicas) -> dict[str, Any]:
     """Options of a deployment for its number of replicas."""
-    if replicas.least == replicas.most:
-        return {"num_replicas": replicas.least}
-    limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+    if replicas.minimum == replicas.maximum:
+        return {"num_replicas": replicas.minimum}
+    limits = {"min_replicas": replicas.minimum, "max_replicas": replicas.maximum}
     return {"autoscaling_config": limits}
 
 
