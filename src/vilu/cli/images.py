@@ -228,7 +228,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         classes=classes,
         captions=captions,
         outside=outside or (),
-        where=console.parse_pairs("--where", where, "COLUMN=VALUE"),
+        where=console.parse_pairs("--where", where, form="COLUMN=VALUE"),
         dataset=dataset,
         root=root,
         follow_links=follow_links,

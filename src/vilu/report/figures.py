@@ -36,9 +36,16 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             uncertainty_of_correct = uncertainty[failure == 0]
             uncertainty_of_wrong = uncertainty[failure == 1]
             _draw_share_bars(
-                axes, uncertainty_of_correct, edges, "answer correct", CORRECT, hatch=None
+                axes,
+                uncertainty_of_correct,
+                edges,
+                label="answer correct",
+                colour=CORRECT,
+                hatch=None,
             )
-            _draw_share_bars(axes, uncertainty_of_wrong, edges, "answer wrong", WRONG, hatch="///")
+            _draw_share_bars(
+                axes, uncertainty_of_wrong, edges, label="answer wrong", colour=WRONG, hatch="///"
+            )
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -48,7 +55,7 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 
 
 def _draw_share_bars(
-    axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
+    axes: Axes, values: Floats, edges: list[float], *, label: str, colour: str, hatch: str | None
 ) -> None:
     """Draw a histogram whose bars are percentages of ``values``."""
     percent_per_value = np.full(len(values), 100 / max(len(values), 1))

@@ -217,7 +217,7 @@ class Service:
         engine = self.loaded_engine
         n_numbers = self.limits.images * engine.numbers_per_row
         body = await read_json(request, BODIES[engine.kind], limit=n_numbers, what="numbers")
-        require_at_most(body.n_rows, self.limits.images, body.what)
+        require_at_most(body.n_rows, self.limits.images, what=body.what)
         try:
             rows = await asyncio.to_thread(engine.check_rows, body.content())
         except DataError as error:
@@ -419,7 +419,7 @@ class Service:
             image_pixels = stated_pixels(content)
             if image_pixels <= self.limits.pixels:
                 total_pixels += image_pixels
-        require_at_most(total_pixels, self.limits.request_pixels, "pixels")
+        require_at_most(total_pixels, self.limits.request_pixels, what="pixels")
 
 
 def _answer_body(reply: Reply) -> AnswerOut:

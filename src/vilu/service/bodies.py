@@ -237,7 +237,7 @@ async def read_json(request: Request, kind: type[Body], *, limit: int, what: str
     n_values = count_values(content)
     if n_values > limit and kind in {LabelsIn, CorrectionsIn}:
         n_values = await asyncio.to_thread(count_labels, content, limit)
-    require_at_most(n_values, limit, what)
+    require_at_most(n_values, limit, what=what)
     try:
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
@@ -251,7 +251,7 @@ async def read_images(request: Request, limit: int) -> list[bytes]:
     """Read the encoded images, at most ``limit``, of a form or of a JSON body."""
     if content_type(request) == FORM:
         images = await _read_form(request)
-        require_at_most(len(images), limit, "images")
+        require_at_most(len(images), limit, what="images")
         return images
     body = await read_json(request, ImagesIn, limit=limit, what="images")
     return await asyncio.to_thread(_from_base64, body.images)

@@ -145,9 +145,8 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
     Raises:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
     """
-    content = read_bounded(
-        path, remedy="Give a file of keys", error_class=UsageError, max_bytes=2**20
-    )
+    max_bytes = 2**20
+    content = read_bounded(path, "Give a file of keys", UsageError, max_bytes)
     words_of_lines = [line.split() for line in content.splitlines() if line.strip()]
     key_lengths = [len(key) for key, *_ in words_of_lines]
     if not key_lengths or min(key_lengths) < 16:

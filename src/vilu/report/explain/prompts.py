@@ -80,7 +80,7 @@ class PromptGains(Findings):
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, "classes")])
+        return "\n".join([head, "", *first_lines(heading, cells, noun="classes")])
 
 
 @checked

@@ -91,7 +91,7 @@ class RiskMap(Findings):
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
         heading = ("answered", title_of_right_class, failures, *measures)
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, "confusions")])
+        return "\n".join([head, "", *first_lines(heading, cells, noun="confusions")])
 
 
 @checked

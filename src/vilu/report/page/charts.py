@@ -271,8 +271,8 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
             "Error rate among the answers that are accepted, against the share that is accepted; "
             "lower is better."
         ),
-        x=Axis("accepted, % of all answers", "coverage", low=0.0, high=1.0),
-        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_axis_end(largest_risk)),
+        x=Axis("accepted, % of all answers", name="coverage", low=0.0, high=1.0),
+        y=Axis("wrong, % of the accepted", name="errors", low=0.0, high=_axis_end(largest_risk)),
         lines=_thin_lines(methods, curves),
         marker=(n_accepted / len(failure), risk_of_choice),
         guide=guide,
@@ -306,8 +306,8 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
             "Share of the right answers that is accepted, against the share of the wrong ones; "
             "higher is better."
         ),
-        x=Axis("wrong answers accepted, %", "wrong accepted", low=0.0, high=1.0),
-        y=Axis("right answers accepted, %", "right accepted", low=0.0, high=1.0),
+        x=Axis("wrong answers accepted, %", name="wrong accepted", low=0.0, high=1.0),
+        y=Axis("right answers accepted, %", name="right accepted", low=0.0, high=1.0),
         lines=_thin_lines(methods, curves),
         marker=(wrong_accepted, right_accepted),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
@@ -354,8 +354,8 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         explanation=(
             "Right and wrong answers by their uncertainty; the bars of each kind add up to 100 %."
         ),
-        x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
-        y=Axis("% of its kind", "share", low=0.0, high=_axis_end(largest_share)),
+        x=Axis("uncertainty", name="uncertainty", low=low, high=high, percent=False),
+        y=Axis("% of its kind", name="share", low=0.0, high=_axis_end(largest_share)),
         lines=tuple(lines),
         marker=marker,
     )
@@ -402,8 +402,8 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
             "Share of wrong answers against the failure probability that was stated, in bins; "
             "bars: 95 % intervals."
         ),
-        x=Axis("failure probability stated, %", "stated", low=0.0, high=1.0),
-        y=Axis("answers that are wrong, %", "found", low=0.0, high=1.0),
+        x=Axis("failure probability stated, %", name="stated", low=0.0, high=1.0),
+        y=Axis("answers that are wrong, %", name="found", low=0.0, high=1.0),
         lines=tuple(reversed(lines)),
         guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
     )
