@@ -197,7 +197,7 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(command)
-    def run(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
+    def run_with_message(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
         name = command_name(command)
         wanted_kinds: Mapping[str, str] = INPUT_KINDS.get(name, {})
         if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command of another package
@@ -213,7 +213,7 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
                 complain("stopped", _stop_message(command, values))
             raise
 
-    return run
+    return run_with_message
 
 
 def command_name(command: Callable[..., None]) -> str:

@@ -266,6 +266,7 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
     def decode_photos(rows: Ints) -> list[Photo]:
+        """The photos in these rows, with the answers of the model."""
         pictures = []
         for answer in photo_answers(outcomes, rows):
             image = decode_image(files[answer.key]()).image

@@ -236,6 +236,7 @@ def curves(
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+        """Draw the lines of a panel, with a tick at every x of a line."""
         ticks: set[float] = set()
         for line in panel.lines:
             _draw_line_in_band(axis, line, looks[line.label])
@@ -264,6 +265,7 @@ def scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+        """Draw the points of a panel, and a least-squares line if the x of a series differ."""
         last_values = {}
         for line in panel.lines:
             look = looks[line.label]

@@ -158,6 +158,7 @@ class Service:
         body: type[BaseModel],
         answer: type[BaseModel] | None = None,
     ) -> None:
+        """Let ``route`` answer POST requests; ``body`` and ``answer`` are described in OpenAPI."""
         self.api.add_api_route(
             path,
             route,
@@ -175,6 +176,7 @@ class Service:
         responses: Responses | None = None,
         include_in_schema: bool = True,
     ) -> None:
+        """Let ``route`` answer GET requests."""
         self.api.add_api_route(
             path,
             route,

@@ -381,6 +381,7 @@ class _AnswerSender:
         await self.send(message)
 
     def _headers(self) -> dict[bytes, bytes]:
+        """The headers that the service adds to every answer."""
         headers = {
             b"x-request-id": self.request_id.encode(),
             b"x-content-type-options": b"nosniff",

@@ -43,6 +43,7 @@ class RemoteJournals:
         self._actor = actor
 
     def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - depends on method
+        """Call a method of the actor. An error of vilu in the actor is raised here as it is."""
         ray = import_extra("ray", "serve-ray")
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))

@@ -354,6 +354,7 @@ class RowFile:
         os.close(self._ends_file)
 
     def _require_in_place(self) -> None:
+        """Raise StorageError if the file was removed or replaced."""
         if self.is_lost:
             raise StorageError(
                 f"{self.path} was removed or replaced while it was in use, so no row can be kept. "
@@ -377,7 +378,8 @@ class RowFile:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._table:  # commits at the end; rolls back after an exception
+        """A block whose changes are written together at its end; after an exception, none is."""
+        with self._table:
             self._table.execute("BEGIN IMMEDIATE")
             yield
 
@@ -555,11 +557,13 @@ def _insert_label(
 def _row_digest(
     previous_digest: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
 ) -> bytes:
+    """Digest of a row: of its content, and of the digest of the previous row of the chain."""
     content = previous_digest + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _label_digest(previous_digest: bytes, came: int, n: int, label: int) -> bytes:
+    """Digest of the label of row n, and of the digest of the previous label of the chain."""
     content = previous_digest + LABEL_NUMBERS.pack(came, n, label)
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 

@@ -112,6 +112,7 @@ def _table_engine(setup: Setup, journals: Journals) -> Engine:
 
 
 def _grey_picture() -> bytes:
+    """A grey picture as PNG, to test the model with."""
     content = BytesIO()
     Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")
     return content.getvalue()

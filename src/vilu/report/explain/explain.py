@@ -171,9 +171,10 @@ def _answer_line(row: Explanation) -> str:
 
 
 def _attribution_line(attribution: Attribution, unit: str | None) -> str:
+    """The score as a sum of the mean background score and the part of every group of inputs."""
     parts = [f" {value:+.2f} {name}" for name, value in attribution.parts.items()]
-    total = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
-    return f"  {unit}  {total}{''.join(parts)}"
+    score_and_mean = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
+    return f"  {unit}  {score_and_mean}{''.join(parts)}"
 
 
 def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
@@ -185,6 +186,7 @@ def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[
 
 
 def _neighbour_text(row: Neighbour) -> str:
+    """The line of a neighbour. It has the truth only if the answer is wrong."""
     text = f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}"
     if row.answer != row.truth:
         text += f", true {shown(row.truth)}"
