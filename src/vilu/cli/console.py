@@ -436,7 +436,13 @@ def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or
 
 
 def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
-    """Raise UsageError for an empty path, or for a folder of another kind than expected."""
+    """Raise UsageError for an empty path, or for a folder of another kind than expected.
+
+    Args:
+        command: Name of the command.
+        values: The values of its parameters.
+        wanted_kinds: Maps a parameter to the kind of input that it expects.
+    """
     # An empty argument gives the same ``Path()`` as the argument ".". Only the command line tells
     # which of the two was given.
     may_be_empty = Path() in values.values() or values.get("source") == ""

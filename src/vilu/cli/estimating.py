@@ -106,7 +106,10 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
 def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
-    """The predictor that scores the rows: a saved one, or the only column of scores of a table."""
+    """The predictor that scores the rows: a saved one, or the only column of scores of a table.
+
+    ``data`` is the path of ``source``, which an error message names.
+    """
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.methods import method_of_only_score
     from vilu.tables.table import AnswerTable
@@ -139,7 +142,8 @@ def _score_unused_rows(
 ) -> Outcomes:
     """Score the rows that were not used to fit the predictor.
 
-    With ``with_classes``, the texts of the answers of a table become its classes.
+    The name of the path ``data`` becomes the name of the data set. With ``with_classes``, the texts
+    of the answers of a table become its classes.
     """
     from vilu.scoring.score import score_unseen
     from vilu.tables import scores

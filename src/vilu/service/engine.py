@@ -247,7 +247,14 @@ class Engine:
     def _decode(
         self, request: str, index: int, content: bytes, judgement: Future[Judgement]
     ) -> None:
-        """Decode an image, add it to the waiting images, and schedule a run of the model."""
+        """Decode an image, add it to the waiting images, and schedule a run of the model.
+
+        Args:
+            request: Id of the request.
+            index: Index of the image in the request.
+            content: The encoded image.
+            judgement: Where the judgement about the image will be set.
+        """
         if judgement.cancelled():  # the request was given up
             return
         position = next(self._positions)

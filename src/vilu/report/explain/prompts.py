@@ -191,6 +191,12 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
 class _ClassMeans:
     """Sums of images over each fold and class, from which class means over some folds are made.
 
+    Args:
+        data: The source of the rows.
+        rows: Positions of the labelled rows.
+        fold: (len(data),) number of the fold of each of these rows.
+        folds: Number of folds.
+
     Attributes:
         image_sum: (folds, K, D) float64 sum of the unit-norm images of each fold and class.
         n_images: (folds, K) float64 number of images in each sum.
@@ -329,7 +335,15 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
 def _gains_in_order(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
-    """Yield the gains of all classes, the largest gain first."""
+    """Yield the gains of all classes, the largest gain first.
+
+    Args:
+        data: The source of the rows, with the names of the classes.
+        n: (K,) number of labelled rows of each class.
+        failures: (K,) number of these rows whose current answer is wrong.
+        saved: (K,) number of rows whose answer becomes right with the better text of a class.
+        lost: (K,) number of rows whose answer becomes wrong with the better text of a class.
+    """
     n_rows = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         n_saved = int(saved[c])
