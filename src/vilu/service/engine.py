@@ -32,7 +32,14 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel
-from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, ServiceState, row_id
+from vilu.service.journals import (
+    PREDICTOR_NAMES,
+    GuaranteeState,
+    Journals,
+    Scores,
+    ServiceState,
+    row_id,
+)
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
@@ -159,9 +166,9 @@ class Engine:
     ) -> None:
         self.guard = guard
         self.journals = journals
-        self.served = {NAMES[0]: Served(guard)}
+        self.served = {PREDICTOR_NAMES[0]: Served(guard)}
         if second is not None:
-            self.served[NAMES[1]] = Served(self._open_second(second))
+            self.served[PREDICTOR_NAMES[1]] = Served(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
         self._positions = count()  # numbers of the images in the order of their decoding
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten

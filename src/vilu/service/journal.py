@@ -197,7 +197,8 @@ class Journal:
                     raise DataError(f"the row {key:.60} has no label that could be corrected.")
                 corrections[number] = code
             # The saved state of the monitor has counted the wrong labels, so the state is removed.
-            # If the service crashes now, the next start reads all rows and labels again.
+            # If the service crashes now, the next start reads all rows and labels again. A save
+            # that is in progress must end first, because it would write the file again.
             self._saving.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError
 
-NAMES: Final = ("first", "second")
+PREDICTOR_NAMES: Final = ("first", "second")
 """Names of the predictors of a service: the main predictor, and the optional second one."""
 
 Scores = tuple[list[int], list[float]]

@@ -14,7 +14,7 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
-from vilu.service.journals import NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
+from vilu.service.journals import PREDICTOR_NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
 
 SERVING: Final = "serving.json"
 """Name of the file of ``AnsweringPredictor``."""
@@ -59,10 +59,10 @@ class LocalJournals:
             self._journals[name] = Journal(folder / journal_name, predictor)
 
     def _last_answering(self) -> str:
-        """Name of the predictor that answered before the last stop; ``NAMES[0]`` at first."""
+        """Name of the predictor that answered before the last stop; ``PREDICTOR_NAMES[0]`` at first."""
         path = self.folder / SERVING
         if not path.is_file():
-            return NAMES[0]
+            return PREDICTOR_NAMES[0]
         wanted_fingerprint = read_document(path, AnsweringPredictor).answers
         for name, fingerprint in self.fingerprints.items():
             if fingerprint == wanted_fingerprint:
