@@ -116,7 +116,7 @@ def common(
         Option(
             "--plugin",
             metavar="MODULE",
-            help="Import a module that registers methods, before the command; repeatable.",
+            help="Import this module, which registers methods, before the command; repeatable.",
         ),
     ] = None,
     umask: Annotated[

@@ -41,8 +41,8 @@ Source = Annotated[
     str,
     typer.Argument(
         help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as "
-        "'DIR/{000..099}.tar'; see `vilu list datasets`. With --dataset: the folder that holds "
-        "data sets, or that one."
+        "'DIR/{000..099}.tar'; see `vilu list datasets`. With --dataset: the folder of this data "
+        "set, or a folder of data sets."
     ),
 ]
 DatasetName = Annotated[
@@ -78,8 +78,8 @@ Root = Annotated[
 Prompts = Annotated[
     list[str] | None,
     Option(
-        help="Also keep the text embeddings of every class in each of these prompts, not averaged; "
-        "written as --template.",
+        help="Also store the text embeddings of every class in each of these prompts, without an "
+        "average over prompts. The form is that of --template.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -114,7 +114,7 @@ Processes = Annotated[
     Option(
         min=1,
         max=MAX_WORKERS,
-        help="Processes of the executor. [one per core, or what the cluster has]",
+        help="Processes of the executor. [one per core, or all that the cluster offers]",
         rich_help_panel=SPEED,
     ),
 ]

@@ -71,7 +71,10 @@ SeedOfExplanation = Annotated[
 ]
 SummaryFlag = Annotated[
     bool,
-    Option("--summary", help="All rows: which confusions cost the most, which texts to improve."),
+    Option(
+        "--summary",
+        help="For all rows, show which confusions cost the most and which texts to improve.",
+    ),
 ]
 AcceptedShare = Annotated[
     float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
@@ -472,7 +475,7 @@ PageFile = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
     str | None,
     Option(
-        help="Main method of the page. [the calibrated one, else vilu_plus, vilu, or the first]"
+        help="Main method of the page. [the calibrated method, else vilu_plus, vilu, or the first]"
     ),
 ]
 CalibratedPredictor = Annotated[

@@ -697,8 +697,8 @@ LargestCluster = Annotated[
     int | None,
     Option(
         min=1,
-        help="For ratio: rows of larger clusters are left for review; choose it without a look at "
-        "the labels. [the size of the largest cluster]",
+        help="For ratio: largest size of a cluster; rows of larger clusters are left for review. "
+        "Choose it without a look at the labels. [the size of the largest cluster]",
         rich_help_panel=GUARANTEE,
     ),
 ]

@@ -59,7 +59,7 @@ class LocalJournals:
             self._journals[name] = Journal(folder / journal_name, predictor)
 
     def _last_answering(self) -> str:
-        """Name of the predictor that answered before the last stop; ``PREDICTOR_NAMES[0]`` at first."""
+        """Name of the predictor that answered before the last stop; at first the main predictor."""
         path = self.folder / SERVING
         if not path.is_file():
             return PREDICTOR_NAMES[0]
