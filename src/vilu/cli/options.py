@@ -89,8 +89,8 @@ Backbone = Annotated[
 Models = Annotated[
     Path | None,
     path_option(
-        "Folder to read backbones from instead of the model hub. It has a sub-folder for each named "
-        "backbone, or the folder or file of your own weights.",
+        "Folder to read backbones from instead of the model hub. It has a sub-folder for each "
+        "named backbone, or the folder or file of your own weights.",
         metavar="DIR",
         rich_help_panel=MODEL,
     ),
