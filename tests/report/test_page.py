@@ -104,10 +104,10 @@ def test_thinning_keeps_the_chosen_threshold_and_both_ends(chosen: float) -> Non
     points = operating_points(scores, failure, chosen, 0)
     assert len(points.threshold) <= 500
     assert points.threshold[points.start] == chosen
-    assert points.accepted[points.start] == np.sum(scores <= chosen)
-    assert points.wrong[points.start] == np.sum(failure[scores <= chosen])
-    assert (points.accepted[0], points.accepted[-1]) == (0, 20_000)
-    assert np.diff(points.accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
+    assert points.n_accepted[points.start] == np.sum(scores <= chosen)
+    assert points.n_wrong[points.start] == np.sum(failure[scores <= chosen])
+    assert (points.n_accepted[0], points.n_accepted[-1]) == (0, 20_000)
+    assert np.diff(points.n_accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
 
 
 def test_without_one_threshold_the_slider_accepts_as_many() -> None:

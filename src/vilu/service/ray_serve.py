@@ -105,7 +105,7 @@ def replicas_of(text: str) -> Replicas:
     )
 
 
-def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
+def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
     """Start the service in the Ray cluster that this process is connected to.
 
     Args:
@@ -219,7 +219,7 @@ def serve_ray(
             ignore_reinit_error=True,
         )
         try:
-            url, journals = begin(setup, host, port, replicas)
+            url, journals = deploy(setup, host, port, replicas)
             announce(url)
             announce("ready")
             signal_number = _wait_for_signal()
@@ -236,16 +236,16 @@ def serve_ray(
 
 def _wait_for_signal() -> int:
     """Wait for SIGTERM or SIGINT, and return the number of the signal."""
-    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def put_number(number: int, _: object) -> None:
-        arrived.put(number)
+        signal_numbers.put(number)
 
     previous_handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         previous_handlers[number] = signal.signal(number, put_number)
     try:
-        return arrived.get()
+        return signal_numbers.get()
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -44,13 +44,15 @@ from vilu.validation import checked
 if TYPE_CHECKING:
     from jinja2 import Template
 
-BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+DIRECTION_MARKS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 """Characters that change the direction of the text around them.
 
 Joiners are not in this set, because some scripts and emoji need them.
 """
 
-HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+HARMFUL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that a page escapes: controls, surrogates and line breaks."""
 
 MAX_NAME_CHARACTERS = 60  # maximum number of characters of a name in the page
@@ -215,7 +217,7 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    tip = partial(shortened, most=MAX_TOOLTIP_CHARACTERS)
+    tip = partial(shortened, max_characters=MAX_TOOLTIP_CHARACTERS)
     environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound_in_percent)
     environment.filters.update(count="{:,}".format, score=format_score, round_pct=round_percent)
     template: Template = environment.get_template(name)
@@ -238,26 +240,28 @@ def _default_title(outcomes: Outcomes) -> str:
 
 def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
     """The numbers in the text of the page."""
-    rows = outcomes.evaluable
-    failure = outcomes.failure[rows]
-    accepted = choice.accepted[rows]
+    is_evaluable = outcomes.evaluable
+    failure = outcomes.failure[is_evaluable]
+    accepted = choice.accepted[is_evaluable]
     target = max_risk if choice.max_risk is None else choice.max_risk
     hindsight_choice = choose_by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
     rows_per_independent = scores.rows_per_independent
     has_score = np.isfinite(outcomes.uncertainty)
+    n_accepted = int(accepted.sum())
+    n_outside = int(outcomes.outside[is_evaluable].sum())
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
         "failures": Rate(int(failure.sum()), len(failure), rows_per_independent),
-        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), rows_per_independent),
-        "accepted": Rate(int(accepted.sum()), len(failure), rows_per_independent),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), rows_per_independent),
+        "outside": Rate(n_outside, len(failure), rows_per_independent),
+        "accepted": Rate(n_accepted, len(failure), rows_per_independent),
+        "wrong": Rate(int(failure[accepted].sum()), n_accepted, rows_per_independent),
         "target": target,
         # the share of answers that could be accepted if the threshold were chosen with hindsight
-        "reachable": float(hindsight_choice.accepted[rows].mean()),
-        "n_unlabelled": int(np.count_nonzero(has_score & ~rows)),
+        "reachable": float(hindsight_choice.accepted[is_evaluable].mean()),
+        "n_unlabelled": int(np.count_nonzero(has_score & ~is_evaluable)),
         "n_unusable": int(np.count_nonzero(~has_score)),
     }
 
@@ -303,8 +307,8 @@ def _gallery(
     for row in rows:
         cards[row] = make_card(outcomes, choice, row, pictures.get(row), rivals.get(row, ()))
     gallery = {}
-    for name, section in sections.items():
-        gallery[name] = [cards[row] for row in section]
+    for name, rows_of_section in sections.items():
+        gallery[name] = [cards[row] for row in rows_of_section]
     return gallery
 
 
@@ -367,8 +371,8 @@ class Points:
     """The P thresholds that the slider of the page can select."""
 
     threshold: Floats  # (P,) ascending, the first is -inf
-    accepted: Ints  # (P,) number of rows that each threshold accepts
-    wrong: Ints  # (P,) number of accepted rows that are wrong
+    n_accepted: Ints  # (P,) number of rows that each threshold accepts
+    n_wrong: Ints  # (P,) number of these rows that are wrong
     # index of the chosen threshold; if no single threshold decides which rows are accepted, index
     # of the threshold that accepts about the same number of rows
     start: int
@@ -406,12 +410,12 @@ def operating_points(
     if chosen_threshold is not None:
         thresholds = np.union1d(thresholds, [chosen_threshold])
     thresholds = np.concatenate([[-np.inf], thresholds])
-    accepted = np.searchsorted(ascending_scores, thresholds, side="right")
+    n_below = np.searchsorted(ascending_scores, thresholds, side="right")
     if chosen_threshold is None:
-        start = int(np.argmin(np.abs(accepted - n_accepted)))
+        start = int(np.argmin(np.abs(n_below - n_accepted)))
     else:
         start = int(np.searchsorted(thresholds, chosen_threshold))
-    return Points(thresholds, accepted, wrong=n_wrong_of_first[accepted], start=start)
+    return Points(thresholds, n_accepted=n_below, n_wrong=n_wrong_of_first[n_below], start=start)
 
 
 def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
@@ -422,8 +426,8 @@ def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str
     exact = choice.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
-        "accepted": points.accepted.tolist(),
-        "wrong": points.wrong.tolist(),
+        "accepted": points.n_accepted.tolist(),
+        "wrong": points.n_wrong.tolist(),
         "start": points.start,
         "exact": exact,
         "n": len(failure),
@@ -453,15 +457,19 @@ def harmless(text: str) -> str:
     safe = ""
     # no more characters are ever shown; one more says that the text has to be shortened
     for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
-        is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
+        is_harmful = (
+            character in DIRECTION_MARKS or unicodedata.category(character) in HARMFUL_CATEGORIES
+        )
         safe += f"\\u{ord(character):04x}" if is_harmful else character
     return safe
 
 
-def shortened(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
-    """Escape a text with ``harmless``, and shorten it to at most ``most`` characters."""
+def shortened(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
+    """Escape a text with ``harmless``, and shorten it to at most ``max_characters``."""
     safe = harmless(text)
-    return safe if len(safe) <= most else f"{safe[: most - 1]}…"
+    if len(safe) <= max_characters:
+        return safe
+    return f"{safe[: max_characters - 1]}…"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -51,7 +51,7 @@ class Choice:
     max_risk: float | None  # target for the error rate; None if the target was another quantity
     # sentence that states the guarantee for later answers; None if there is no guarantee
     guarantee: str | None = None
-    # thresholds by group, for a rule with thresholds
+    # maps a group of rows to its threshold; empty for a rule without thresholds
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
@@ -71,7 +71,8 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
         none_accepted = np.zeros(len(outcomes), dtype=np.bool_)
         return Choice(none_accepted, threshold=None, max_risk=max_risk)
     threshold = float(counts.value[is_low_enough].max())
-    return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
+    is_accepted = outcomes.uncertainty <= threshold
+    return Choice(is_accepted, threshold=threshold, max_risk=max_risk)
 
 
 def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
@@ -102,7 +103,13 @@ def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
         # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as
         # a threshold at the largest accepted uncertainty.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
-        return Choice(accepted, threshold, rule.max_risk, first_line, facts=calibrated.facts)
+        return Choice(
+            accepted,
+            threshold=threshold,
+            max_risk=rule.max_risk,
+            guarantee=first_line,
+            facts=calibrated.facts,
+        )
     is_one_threshold = rule.grouped_by is None and rule.floor is None
     return Choice(
         accepted=accepted,
