@@ -159,7 +159,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         if train is not None:
             training_rows = reading.open(train, role="train")
         explanations = explain_rows(loaded_predictor, data, training_rows, rows, n=n, depth=depth)
-        has_summary = data.pool_size is None  # captions have no classes, which a summary is about
+        has_summary = data.pool_size is None  # a summary is about classes, and captions have none
         result = _rows_in_words(explanations, command, has_summary=has_summary)
     save_unless_done(lambda path, inputs: write_with_inputs(path, result.facts, inputs))
     console.print_result(result.facts, printable(result.text, "\n"))
@@ -200,7 +200,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """The output without --summary. ``command`` is the same command, to which it can be added."""
+    """The output without --summary. ``command`` is the same command, as the user could repeat it."""
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"
@@ -220,9 +220,9 @@ def _compute_summary(
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
     # Pictures of none of the classes have no label, but every answer to them is a failure.
-    has_failures = has_labels or bool(outcomes.outside.any())
+    has_known_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
-    if not has_failures:
+    if not has_known_failures:
         competitor = strongest_competitor(predictor, data)
     risk = risk_map(outcomes, competitor, coverage=coverage)
     gains = None
@@ -323,7 +323,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        open_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
+        loaded_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
         # The state is no part of the digest, because this command changes the state.
         inputs = inputs_digest(
             predictor, *files_of(*new_paths, *late_paths), n_new=len(new_paths), **settings
@@ -340,7 +340,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             is_late = number >= len(new_paths)
             outcomes = _load_scores(path, predictor)
             batch = _monitor_file(
-                open_monitor,
+                loaded_monitor,
                 path,
                 outcomes,
                 shuffle_seed=shuffle_seed,
@@ -352,7 +352,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         facts = {
             "predictor": str(predictor),
             "batches": batches,
-            **open_monitor.status.model_dump(mode="json"),
+            **loaded_monitor.status.model_dump(mode="json"),
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
@@ -360,9 +360,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         # The state is saved last. If the report cannot be written, the next run counts the same
         # rows again.
         if state is not None:
-            open_monitor.save(state)
-    console.print_result(document, str(open_monitor.status))
-    if open_monitor.status.alarm:
+            loaded_monitor.save(state)
+    console.print_result(document, str(loaded_monitor.status))
+    if loaded_monitor.status.alarm:
         raise typer.Exit(ALARM_EXIT_CODE)
     if state is not None:
         next_step(
@@ -405,7 +405,7 @@ def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, se
 
 
 def _monitor_file(
-    open_monitor: Monitor,
+    loaded_monitor: Monitor,
     path: Path,
     outcomes: Outcomes,
     *,
@@ -416,7 +416,7 @@ def _monitor_file(
     """Give the rows of a file to a monitor, and return the entry of the report for this file.
 
     Args:
-        open_monitor: The monitor.
+        loaded_monitor: The monitor.
         path: The file.
         outcomes: Its rows.
         shuffle_seed: Seed that shuffles the rows; None: they are not shuffled.
@@ -429,22 +429,22 @@ def _monitor_file(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    n_repeated_before = open_monitor.repeated
+    n_repeated_before = loaded_monitor.repeated
     if shuffle_seed is not None:
-        rng = np.random.default_rng([shuffle_seed, open_monitor.rows])
+        rng = np.random.default_rng([shuffle_seed, loaded_monitor.rows])
         outcomes = outcomes.take(rng.permutation(len(outcomes)))
     has_known_order = in_order or shuffle_seed is not None
     try:
         if is_late:
-            status = open_monitor.audit(outcomes)
+            status = loaded_monitor.audit(outcomes)
         else:
-            status = open_monitor.update(outcomes, in_order=has_known_order)
+            status = loaded_monitor.update(outcomes, in_order=has_known_order)
     except (DataError, ProvenanceError) as error:
         raise type(error)(f"{path}: {error}") from error
     return {
         "scores": str(path),
         "rows": status.rows,
-        "repeated": open_monitor.repeated - n_repeated_before,
+        "repeated": loaded_monitor.repeated - n_repeated_before,
         "verdict": status.verdict,
     }
 
