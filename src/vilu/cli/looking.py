@@ -186,7 +186,7 @@ def _answers_in_words(
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
-    """The output with --summary. ``command`` is the same command without --summary."""
+    """The output with --summary. ``command`` is the same command without its flags."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -200,7 +200,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """The output without --summary. ``command`` is the same command, as the user could repeat it."""
+    """The output without --summary. ``command`` is the same command without its flags."""
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"
