@@ -582,12 +582,13 @@ def labels(
 ) -> None:
     """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    A triage gives all its labels, also those of classes that no longer exist. Prints the file,
+    A triage gives all its labels, also the labels of classes that no longer exist. Prints the file,
     which `--labels` of `vilu triage`, `fit`, `calibrate` and `audit-labels` reads.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
 
+    # both map the path of a photo: to its label, and to the stream that the label belongs to
     labels_by_path, stream_of = read_done(done)
     n_labels = write_labels(labels_by_path, output, scores, stream_of)
     console.print_outputs(output)

@@ -343,7 +343,7 @@ class Journal:
         unknown = np.full(len(rows), UNKNOWN, dtype=np.int64)
         target = unknown if labels is None else np.array(labels, dtype=np.int64)
         if labels is None:
-            failure = unknown
+            failure = unknown.copy()
         elif has_classes:
             failure = (answer != target).astype(np.int64)
         else:
