@@ -168,8 +168,8 @@ def _require_packages() -> None:
 
 def demo_key(photos: Path, seed: int) -> str:
     """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
-    weights = [metadata.version(package) for package in WEIGHTS]
-    return digest([weights, file_hash(photos), seed])
+    versions_of_weights = [metadata.version(package) for package in WEIGHTS]
+    return digest([versions_of_weights, file_hash(photos), seed])
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
@@ -373,8 +373,8 @@ def describe(
         risks.append(f"{scored.method} {risk:.1%}")
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(vilu_plus.failure)} test photos "
-        f"it has never been trained on and is wrong on {vilu_plus.failure.mean():.1%} of them.",
-        "Accepting only the half that a method trusts most, this share is still wrong: "
+        f"that it was never trained on. It is wrong on {vilu_plus.failure.mean():.1%} of them.",
+        "Of the half of the answers that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
         str(compare(vilu_plus, vilu)),
         str(compare(vilu_plus, mcm)),

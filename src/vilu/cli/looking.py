@@ -427,7 +427,8 @@ def _monitor_file(
 
     if shuffle_seed is not None and in_order:
         raise UsageError(
-            "--shuffle is for rows without an order of arrival, --in-order for those that have one."
+            "--shuffle is for rows without an order of arrival, and --in-order is for rows that "
+            "have one. Give only one of them."
         )
     n_repeated_before = loaded_monitor.repeated
     if shuffle_seed is not None:

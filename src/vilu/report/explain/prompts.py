@@ -326,9 +326,9 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     saved_on_others, lost_on_others = changes_of_others.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
-    at_best_mix = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
+    changes_at_best = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
     gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
-    saved, lost = (at_best_mix * gains_anything).sum(dim=(0, 1))
+    saved, lost = (changes_at_best * gains_anything).sum(dim=(0, 1))
     return saved, lost
 
 
