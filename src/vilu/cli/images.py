@@ -325,7 +325,7 @@ def _is_compact(backbone: str) -> bool:
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates of the flags, which give names of sets or texts; None without such flags."""
+    """The templates that the flags give, by a name or as texts; None without such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:

@@ -393,7 +393,8 @@ def _open_training_set(
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
-        source = reading.with_second(reading.open_with_pools(pools_of_store, store))
+        source = reading.open_with_pools(pools_of_store, store)
+        source = reading.with_second(source)
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
         if isinstance(source, AnswerTable):
