@@ -177,7 +177,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     _require_service(executor)
     from vilu.service.limits import log_access
-    from vilu.service.server import Hosted
+    from vilu.service.server import HostedService
     from vilu.service.setup import Setup
 
     _require_protection(host, key_file, allow_host)
@@ -208,7 +208,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     log_access()
     if executor == "local":
-        Hosted(setup, host, port, _announce).run()
+        HostedService(setup, host, port, _announce).run()
         return
     from vilu.service.ray_serve import replicas_of, serve_ray
 

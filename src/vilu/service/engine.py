@@ -112,8 +112,8 @@ class WaitingImage:
     judgement: Future[Judgement]  # where the judgement about the image will be set
 
 
-class Served:
-    """A predictor that judges every image."""
+class ServedPredictor:
+    """A predictor of the service. It judges every image."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -166,9 +166,9 @@ class Engine:
     ) -> None:
         self.guard = guard
         self.journals = journals
-        self.served = {PREDICTOR_NAMES[0]: Served(guard)}
+        self.served = {PREDICTOR_NAMES[0]: ServedPredictor(guard)}
         if second is not None:
-            self.served[PREDICTOR_NAMES[1]] = Served(self._open_second(second))
+            self.served[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
         self._positions = count()  # numbers of the images in the order of their decoding
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten

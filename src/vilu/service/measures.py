@@ -32,8 +32,8 @@ class CountedAnswer(Protocol):
         """Why the answer is not accepted; None if it is."""
 
 
-class ServedPredictor(Protocol):
-    """A predictor that is served."""
+class MeasuredPredictor(Protocol):
+    """The part of a served predictor that the gauges read."""
 
     fingerprint: str
 
@@ -46,7 +46,7 @@ class MeasuredEngine(Protocol):
         """The journals, which hold the states of the guarantees."""
 
     @property
-    def served(self) -> Mapping[str, ServedPredictor]:
+    def served(self) -> Mapping[str, MeasuredPredictor]:
         """Maps the name of a predictor to the predictor."""
 
 

@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
             self._on_listening()
 
 
-class Hosted:
+class HostedService:
     """A service at an address of this machine.
 
     Args:

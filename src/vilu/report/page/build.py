@@ -31,7 +31,7 @@ from vilu.report.figures import evaluable_scores
 from vilu.report.page import charts
 from vilu.report.page.charts import Chart, Rate, class_rows, round_percent
 from vilu.report.page.choice import (
-    Calibrated,
+    CalibratedRule,
     Choice,
     choose_by_hindsight,
     choose_by_rule,
@@ -88,7 +88,7 @@ def report_page(
     outcomes: Sequence[Outcomes],
     *,
     main: str | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: CalibratedRule | None = None,
     max_risk: float = MAX_RISK,
     images: ImageDataset | None = None,
     embeddings: EmbeddingSource | None = None,

@@ -27,8 +27,8 @@ from vilu.validation import require_between
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A calibration that ``vilu calibrate`` wrote into the folder of a predictor."""
+class CalibratedRule:
+    """The rule of a calibration, which ``vilu calibrate`` wrote into the folder of a predictor."""
 
     rule: Rule  # decides for each answer: accept or review
     # name of the calibrated predictor; None if unknown
@@ -75,7 +75,7 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     return Choice(is_accepted, threshold=threshold, max_risk=max_risk)
 
 
-def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
+def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
     """Choose the rows that a calibrated rule accepts.
 
     The outcomes must be of the method that the rule was calibrated for.
@@ -138,7 +138,7 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
         )
 
 
-def read_calibrated(folder: str | Path) -> Calibrated:
+def read_calibrated(folder: str | Path) -> CalibratedRule:
     """Read the rule that ``vilu calibrate`` wrote into the folder of a predictor."""
     calibration = Calibration.load(folder)
     if calibration.rule is None:
@@ -147,7 +147,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
     facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})
-    return Calibrated(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
+    return CalibratedRule(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
 
 
 PREFERRED_METHODS = ("vilu_plus", "vilu")
