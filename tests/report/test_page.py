@@ -140,7 +140,7 @@ def test_rules_accept_as_they_say() -> None:
     choice = choose_by_rule(one, CalibratedRule(rule, "vilu_plus", facts={"source": "cafe"}))
     assert np.array_equal(choice.accepted, one.uncertainty <= rule.threshold)
     page = report_page([one], calibrated=CalibratedRule(rule, facts={"source": "cafe"}))
-    assert "CalibratedRule on other rows" in page
+    assert "Calibrated on other rows" in page
     assert "with confidence 95% at most 20.00%" in page
     assert "cafe" in page
     assert data_of(page)["threshold"][data_of(page)["start"]] == rule.threshold
