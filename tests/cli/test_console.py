@@ -24,7 +24,7 @@ def test_lines_show_count_total_rate_and_note(
     clock = iter([0.0, 5.0, 20.0, 20.0, 25.0, 27.0, 30.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO, "vilu")
-    with reporting(console.Lines()), track("embed", 100, "images") as task:
+    with reporting(console.LogReporter()), track("embed", 100, "images") as task:
         task.advance(10)
         task.advance(30, "2 errors")
         task.advance(20)
@@ -35,7 +35,7 @@ def test_lines_show_count_total_rate_and_note(
 
 
 def test_bars_draw_to_stderr_and_stop(capsys: pytest.CaptureFixture[str]) -> None:
-    with reporting(console.Bars()), track("embed", 4, "images") as task:
+    with reporting(console.BarReporter()), track("embed", 4, "images") as task:
         task.advance(4)
     out, err = capsys.readouterr()
     assert out == ""
@@ -85,11 +85,11 @@ def test_a_bar_within_a_bar_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> 
     """Rich refuses two at a time;
     a model that embeds captions encodes texts within the task of the images.
     """
-    with reporting(console.Bars()), track("embed", 4, "images") as task:
+    with reporting(console.BarReporter()), track("embed", 4, "images") as task:
         with track("encode texts", 2, "texts") as inner:
             inner.advance(2)
         task.advance(4)
-    with reporting(console.Bars()), track("again", 1, "steps") as task:
+    with reporting(console.BarReporter()), track("again", 1, "steps") as task:
         task.advance(1)
     err = capsys.readouterr().err
     assert "4/4" in err

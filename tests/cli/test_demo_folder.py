@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vilu.cli.demo import N_PHOTOS_TO_SORT, SORTED_CLASSES, write_folder
-from vilu.cli.demo_command import check_accepted, write_answers
+from vilu.cli.demo_command import accepted_in_words, write_asked_labels
 from vilu.triage.labels import SKIPPED
 
 
@@ -28,7 +28,7 @@ def asked(tmp_path: Path) -> Path:
 
 
 def test_the_labels_that_are_asked_for_are_given(asked: Path) -> None:
-    given = write_answers(asked, "given.csv")
+    given = write_asked_labels(asked, "given.csv")
     assert labels_of(given) == {"b.jpg": "dress", "mine.jpg": SKIPPED}
 
 
@@ -37,7 +37,7 @@ def test_accepted_answers_are_judged_by_the_labels_of_the_data(asked: Path) -> N
         "path,answer,decision\na.jpg,shoe,accept\nb.jpg,dress,labelled\n"
         "c.jpg,dress,accept\nmine.jpg,dress,accept\n"
     )
-    assert "Of the 2 accepted answers 1 are wrong" in check_accepted(asked)
+    assert "Of the 2 accepted answers 1 are wrong" in accepted_in_words(asked)
 
 
 def test_another_seed_leaves_no_photo_of_the_one_before(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import httpx
 from tests.command import run
 from vilu.cli import demo
 from vilu.service.limits import ClientLimits
-from vilu.service.server import Hosted
+from vilu.service.server import HostedService
 from vilu.service.setup import Setup
 
 SECONDS = 60  # until a service is ready, or has stopped
@@ -60,7 +60,7 @@ def served(predictor: Path) -> Iterator[str]:
             is_ready.set()
 
     setup = Setup(predictor, None, predictor.with_suffix(".serving"), ClientLimits(), None)
-    host = Hosted(setup, "127.0.0.1", 0, listen)
+    host = HostedService(setup, "127.0.0.1", 0, listen)
     thread = threading.Thread(target=host.run, daemon=True)
     thread.start()
     if not is_ready.wait(SECONDS):

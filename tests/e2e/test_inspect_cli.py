@@ -69,6 +69,6 @@ def test_a_damaged_document_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_none_of_ours(tmp_path: Path) -> None:
-    assert "is none of ours" in run("inspect", tmp_path, code=3).stderr
+    assert "is no output of vilu" in run("inspect", tmp_path, code=3).stderr
     (tmp_path / "notes.txt").write_text("x")
     assert "cannot be checked by itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr

@@ -205,7 +205,7 @@ def test_rows_in_no_order_are_shuffled_on_request(
         app(arguments, standalone_mode=False)
     assert not (tmp_path / "st.parquet").exists()
     assert app([*arguments[:-2], "--in-order"], standalone_mode=False) == 8
-    with pytest.raises(UsageError, match="--in-order for those that have one"):
+    with pytest.raises(UsageError, match="--in-order is for rows that have one"):
         app([*arguments, "--in-order", "--shuffle"], standalone_mode=False)
     capsys.readouterr()
     command("monitor", work / "mcm", tmp_path / "sorted.parquet", "--shuffle", "--json")

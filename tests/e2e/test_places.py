@@ -430,7 +430,7 @@ def test_the_library_replaces_what_is_ours_and_nothing_else(tmp_path: Path) -> N
     ],
 )
 def test_hints_can_be_pasted_and_fit_the_split(output: str, split: str | None, said: str) -> None:
-    from vilu.cli.images import _following
+    from vilu.cli.images import next_command
 
-    assert _following(Path(output), split, "photos") == said
+    assert next_command(Path(output), split, "photos") == said
     assert np.isclose(len(shlex.split(said)), len(said.split()), atol=4)

@@ -26,7 +26,7 @@ from vilu.report.page import build
 from vilu.report.page.build import operating_points
 from vilu.report.page.charts import Rate, class_rows, round_ticks, thin_points
 from vilu.report.page.choice import (
-    Calibrated,
+    CalibratedRule,
     choose_by_hindsight,
     choose_by_rule,
     choose_main,
@@ -104,10 +104,10 @@ def test_thinning_keeps_the_chosen_threshold_and_both_ends(chosen: float) -> Non
     points = operating_points(scores, failure, chosen, 0)
     assert len(points.threshold) <= 500
     assert points.threshold[points.start] == chosen
-    assert points.accepted[points.start] == np.sum(scores <= chosen)
-    assert points.wrong[points.start] == np.sum(failure[scores <= chosen])
-    assert (points.accepted[0], points.accepted[-1]) == (0, 20_000)
-    assert np.diff(points.accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
+    assert points.n_accepted[points.start] == np.sum(scores <= chosen)
+    assert points.n_wrong[points.start] == np.sum(failure[scores <= chosen])
+    assert (points.n_accepted[0], points.n_accepted[-1]) == (0, 20_000)
+    assert np.diff(points.n_accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
 
 
 def test_without_one_threshold_the_slider_accepts_as_many() -> None:
@@ -137,9 +137,9 @@ def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:
 def test_rules_accept_as_they_say() -> None:
     one = outcomes_of()
     rule = certify(outcomes_of(seed=5), max_risk=0.2)
-    choice = choose_by_rule(one, Calibrated(rule, "vilu_plus", facts={"source": "cafe"}))
+    choice = choose_by_rule(one, CalibratedRule(rule, "vilu_plus", facts={"source": "cafe"}))
     assert np.array_equal(choice.accepted, one.uncertainty <= rule.threshold)
-    page = report_page([one], calibrated=Calibrated(rule, facts={"source": "cafe"}))
+    page = report_page([one], calibrated=CalibratedRule(rule, facts={"source": "cafe"}))
     assert "Calibrated on other rows" in page
     assert "with confidence 95% at most 20.00%" in page
     assert "cafe" in page
@@ -151,14 +151,14 @@ def test_rules_accept_as_they_say() -> None:
             "thresholds": {"": {**rule.thresholds[""].model_dump(), "floor": 0.1}},
         }
     )
-    choice = choose_by_rule(one, Calibrated(floored, "vilu_plus"))
+    choice = choose_by_rule(one, CalibratedRule(floored, "vilu_plus"))
     assert np.array_equal(
         choice.accepted, (one.uncertainty > 0.1) & (one.uncertainty <= rule.threshold)
     )
     assert choice.threshold is None
     assert re.search(
         r"<dt>Threshold</dt><dd>0\.1\d* to 0\.\d+</dd>",
-        report_page([one], calibrated=Calibrated(floored)),
+        report_page([one], calibrated=CalibratedRule(floored)),
     )
 
     grouped = certify(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
@@ -166,26 +166,26 @@ def test_rules_accept_as_they_say() -> None:
     by_hand = [
         limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)
     ]
-    choice = choose_by_rule(one, Calibrated(grouped))
+    choice = choose_by_rule(one, CalibratedRule(grouped))
     assert choice.accepted.tolist() == by_hand
     assert choice.threshold is None
-    assert not data_of(report_page([one], calibrated=Calibrated(grouped)))["exact"]
+    assert not data_of(report_page([one], calibrated=CalibratedRule(grouped)))["exact"]
 
     of_batches = certify(outcomes_of(seed=5), max_risk=0.2, method="selection")
-    batch = choose_by_rule(one, Calibrated(of_batches))
+    batch = choose_by_rule(one, CalibratedRule(of_batches))
     assert batch.accepted.any()
     assert np.array_equal(batch.accepted, one.uncertainty <= batch.threshold)
 
     with pytest.raises(ProvenanceError, match="'mcm'"):
-        choose_by_rule(one, Calibrated(rule, "mcm"))
+        choose_by_rule(one, CalibratedRule(rule, "mcm"))
     decided = dataclasses.replace(one, provenance={"risk": "beef"})
     with pytest.raises(ProvenanceError, match="'beef'"):
-        choose_by_rule(decided, Calibrated(rule, risk="cafe"))
+        choose_by_rule(decided, CalibratedRule(rule, fingerprint="cafe"))
 
 
 def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:
     rule = certify(outcomes_of(40, seed=5), max_risk=0.01)
-    page = report_page([outcomes_of()], calibrated=Calibrated(rule))
+    page = report_page([outcomes_of()], calibrated=CalibratedRule(rule))
     assert "nothing is accepted" in page
     assert str(rule.thresholds[""].why) in page.replace("&gt;", ">")
     assert data_of(page)["start"] == 0
@@ -319,7 +319,7 @@ def test_hostile_names_are_harmless() -> None:
         for _, attributes in read.elements
         for key in attributes
     )
-    assert not set(page) & (build.BIDI | {"\x00"})
+    assert not set(page) & (build.DIRECTION_MARKS | {"\x00"})
     assert "x" * 301 not in page
     assert "\\u202e" in page
     assert len(page) < 400_000

@@ -24,7 +24,7 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset
 from tests.command import command, run
 from tests.faults.bed import FRAME
 from vilu.service.limits import ClientLimits
-from vilu.service.server import Hosted
+from vilu.service.server import HostedService
 from vilu.service.setup import Setup
 from vilu.store.embed import embed
 from vilu.store.job import BackboneSpec
@@ -90,7 +90,7 @@ def hosted(
     access, before = logging.getLogger("vilu.access"), logging.getLogger("vilu.access").level
     access.addHandler(handler)
     access.setLevel(logging.INFO)
-    host = Hosted(
+    host = HostedService(
         Setup(first, second, state, ClientLimits(**more), keep, workers=2, **size),
         "127.0.0.1",
         0,

@@ -800,7 +800,7 @@ def test_the_page_says_what_is_guaranteed_in_every_state(
         assert now["guarantee"] == state
         assert now["in_words"].startswith(words)
         assert "it nothing" not in now["in_words"]
-        assert 'by("guarantee").textContent = now.in_words' in page
+        assert 'byId("guarantee").textContent = answering.in_words' in page
 
 
 def test_a_service_guards_adapted_answers_and_names_the_zero_shot_ones(

@@ -89,7 +89,7 @@ def test_room_is_taken_at_the_head(
 def test_more_connections_than_the_limit_are_closed(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilu.service.server.CONNECTIONS", 5)
+    monkeypatch.setattr("vilu.service.server.MAX_CONNECTIONS", 5)
     with hosted(predictors[0], tmp_path / "s") as running:
         idle = [connected(running.url) for _ in range(5)]
         with connected(running.url) as connection:

@@ -47,7 +47,7 @@ def test_detections_name_what_was_missed(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(json.dumps(known))
     command = ["tabulate", "detections", "results.json", "truth.json", "-o"]
     done = run(*command, "t.parquet", cwd=tmp_path)
-    assert "1 of 2 that are there have no row (50.0%), and no guarantee covers" in done.stderr
+    assert "1 of the 2 true words or objects have no row (50.0%), and no" in done.stderr
     table = vilu.open_table(tmp_path / "t.parquet")
     assert (table.correct.tolist(), table.group, table.cluster) == ([1], ("cat",), ("1",))
     run(*command, "strict.csv", "--min-iou", "0.7", cwd=tmp_path)
@@ -87,7 +87,7 @@ def test_words_of_pages(tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text("Cat\ndog\n")
     options = ["--truth", "truth.csv", "--dictionary", "known.txt", "-o", "t.csv"]
     done = run("tabulate", "words", "one.tsv", "two.tsv", *options, cwd=tmp_path)
-    assert "1 of 3 that are there have no row (33.3%)" in done.stderr
+    assert "1 of the 3 true words or objects have no row (33.3%)" in done.stderr
     table = vilu.open_table(tmp_path / "t.csv")
     assert table.correct.tolist() == [1, 0]
     assert table.numbers["in_dictionary"].tolist() == [1, 0]

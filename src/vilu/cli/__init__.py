@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """The stream itself; or, in place of None, a stream to nowhere.
+    """Return the stream itself; or, if it is None, a stream that writes to nowhere.
 
     Python sets ``sys.stderr`` to None if the caller closed it, as a shell does for ``2>&-``.
     """
@@ -157,14 +157,14 @@ def _misuse_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name 
 
 
 def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer exports no name for it
-    """The question whether a similar option or value was meant; "" if there is none."""
+    """The question whether a similar option or value was meant; "" if nothing is similar."""
     similar_options = getattr(error, "possibilities", None)
     if similar_options:
         return nearest(error.option_name, similar_options)
-    choice = UNKNOWN_CHOICE.search(message)
-    if choice is not None:
-        known_values = QUOTED_VALUE.findall(choice["known"])
-        return nearest(choice["given"], known_values, cutoff=0.5)
+    unknown_choice = UNKNOWN_CHOICE.search(message)
+    if unknown_choice is not None:
+        known_values = QUOTED_VALUE.findall(unknown_choice["known"])
+        return nearest(unknown_choice["given"], known_values, cutoff=0.5)
     return ""
 
 
@@ -181,10 +181,10 @@ def _memory_limit_sentence() -> str:
         return ""
     import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY:
+    max_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if max_bytes == resource.RLIM_INFINITY:
         return ""
-    return f" `ulimit -v` allows this process {soft // 2**20:,} MiB."
+    return f" `ulimit -v` allows this process {max_bytes // 2**20:,} MiB."
 
 
 def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
@@ -198,7 +198,8 @@ def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports n
     if number is None:
         sys.__unraisablehook__(failure)
     else:
-        # after a short time, so that the main thread has left the code that lost the exception
+        # It is sent after a short time, when the main thread has left the code that lost the
+        # exception.
         threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 
 

@@ -79,7 +79,7 @@ PRIVATE_COMMANDS: Final = frozenset(
 """Commands whose files hold paths of photos and labels. By default no other user may read them."""
 
 OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
-"""How a umask is written."""
+"""Form of a umask."""
 
 
 def show_version(value: bool) -> None:
@@ -116,7 +116,7 @@ def common(
         Option(
             "--plugin",
             metavar="MODULE",
-            help="Import a module that registers methods, before the command; repeatable.",
+            help="Import this module, which registers methods, before the command; repeatable.",
         ),
     ] = None,
     umask: Annotated[
@@ -139,8 +139,8 @@ def common(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(UsageError.exit_code)
-    speech = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
-    context.with_resource(with_output_flags(speech))
+    flags_before_command = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
+    context.with_resource(with_output_flags(flags_before_command))
     _set_umask(context, umask)
     if context.invoked_subcommand == "serve":
         use_one_heap()  # before a plug-in may import pyarrow
@@ -159,17 +159,17 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*, verbose: bool, quiet: bool, as_json: bool, **values: Any) -> None:  # noqa: ANN401
-        flags_after = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
-        with with_output_flags(OUTPUT_FLAGS.get() | flags_after):
+        flags_after_command = OutputFlags(verbose=verbose, quiet=quiet, as_json=as_json)
+        with with_output_flags(OUTPUT_FLAGS.get() | flags_after_command):
             command(**values)
 
     flags = {"verbose": Verbose, "quiet": Quiet, "as_json": AsJson}
     parameters = list(signature(command, eval_str=True).parameters.values())
-    clashing = [parameter.name for parameter in parameters if parameter.name in flags]
-    if clashing:
+    clashing_names = [parameter.name for parameter in parameters if parameter.name in flags]
+    if clashing_names:
         raise UsageError(
             f"the command {command.__name__} has parameters that every command of vilu gets: "
-            f"{', '.join(clashing)}. Leave them out."
+            f"{', '.join(clashing_names)}. Leave them out."
         )
     for name, annotation in flags.items():
         parameters.append(
@@ -180,7 +180,7 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _set_umask(context: typer.Context, umask: str | None) -> None:
-    """Set which rights new files do not get, until the command ends."""
+    """Set the rights that new files do not get; the end of the command restores the old umask."""
     if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
     mask = "077" if umask is None else umask
@@ -191,13 +191,13 @@ def _set_umask(context: typer.Context, umask: str | None) -> None:
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command: check its input paths, and print a message when Ctrl-C or SIGTERM stops it.
+    """Wrap a command: check its input paths, and print a message if Ctrl-C or SIGTERM stops it.
 
-    The message says what the same command would do if it were run again.
+    The message says what happens if the user runs the same command again.
     """
 
     @wraps(command)
-    def run(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
+    def run_with_message(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
         name = command_name(command)
         wanted_kinds: Mapping[str, str] = INPUT_KINDS.get(name, {})
         if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command of another package
@@ -213,7 +213,7 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
                 complain("stopped", _stop_message(command, values))
             raise
 
-    return run
+    return run_with_message
 
 
 def command_name(command: Callable[..., None]) -> str:
@@ -222,7 +222,7 @@ def command_name(command: Callable[..., None]) -> str:
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Message of a stopped command: which results are there, and what the same command would do."""
+    """Message of a stopped command: which results exist, and what the same command would do."""
     name = command_name(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE
@@ -251,7 +251,7 @@ COMMANDS: Final[Mapping[str, tuple[Callable[..., None], ...]]] = {
     SHARING: (serve, export, push, pull, convert),
     LOOKING_UP: (inspect, list_),
 }
-"""The commands by their group, in the order of `vilu --help`."""
+"""Maps a group of commands to its commands. Both are in the order of `vilu --help`."""
 
 
 def add_command(
@@ -287,7 +287,7 @@ COMMAND_GROUP: Final = "vilu.commands"
 
 
 def command_that_raises(error: UsageError) -> Callable[[], None]:
-    """A command that raises ``error``; it stands in place of one that cannot be imported."""
+    """A command that raises ``error``; it replaces a command that cannot be imported."""
 
     def command() -> None:
         raise error
@@ -297,7 +297,7 @@ def command_that_raises(error: UsageError) -> Callable[[], None]:
 
 
 ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Settings of a command that only raises an error."""
+"""Settings of a command that only raises an error, whatever arguments the user gives."""
 
 
 def add_plugin_command(entry: EntryPoint) -> None:

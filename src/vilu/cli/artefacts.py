@@ -53,7 +53,10 @@ def check(path: Path) -> Iterator[Artefact]:
         yield _check_predictor(path)
         return
     if (path / RUN).is_file():
-        yield _check_store(path) if is_store(path) else _check_scores(path)
+        if is_store(path):
+            yield _check_store(path)
+        else:
+            yield _check_scores(path)
         return
     artefact = _recognised_by_plugin(path)
     if artefact is not None:
@@ -64,15 +67,15 @@ def check(path: Path) -> Iterator[Artefact]:
     files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
     if not files:
         raise DataError(
-            f"{path} is none of ours: it has no store, predictor, scores, results, or run of a "
-            "benchmark."
+            f"{path} is no output of vilu: it has no store, predictor, scores, results, or run of "
+            "a benchmark."
         )
     for file in files:
         yield check_file(file)
 
 
 def _recognised_by_plugin(path: Path) -> Artefact | None:
-    """The artefact at a path, as another package recognises it; None if no package does."""
+    """The artefact at a path, if another package recognises it; else None."""
     for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)

@@ -26,6 +26,7 @@ CELLS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
 
 NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
+"""Closing line if no data set has a name, since vilu-bench is not installed."""
 
 FACTS = (
     "name",
@@ -148,7 +149,7 @@ def _presence_in_brief(presence: Presence) -> dict[str, str]:
         counts.append(f"{name} {_count_text(split)}")
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
-    # each text once, in the same order, without empty texts
+    # keeps the order, and leaves out repeated and empty texts
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
     if presence.folder is not None:
@@ -292,9 +293,9 @@ def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
     better = "lower"
     if metric.higher_is_better:
         better = "higher"
-    of_what = "any score"
+    measured_quantity = "any score"
     if metric.of_probability:
-        of_what = "probability"
+        measured_quantity = "probability"
     computed: str = metric.wanted
     if metric.question != "failure":  # the metric needs pictures of none of the classes
         computed = "with outside rows"
@@ -302,7 +303,7 @@ def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
         "name": name,
         "title": metric.title,
         "better": better,
-        "of": of_what,
+        "of": measured_quantity,
         "computed": computed,
         "convention": metric.convention,
     }

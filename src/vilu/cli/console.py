@@ -44,8 +44,8 @@ def complain(level: str, message: str) -> None:
         sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
 
 
-class Escaping(logging.Formatter):
-    """Log formatter that escapes control characters, so that no name can control the terminal."""
+class EscapingFormatter(logging.Formatter):
+    """Log formatter that escapes control characters, so that no file name controls the terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Format the message on one line. A traceback that follows the message is not escaped."""
@@ -67,7 +67,8 @@ class CarefulOutput:
     def write(self, text: str) -> int:
         """Write a text. Characters that the encoding lacks are escaped."""
         if text == "":
-            # Typer writes "" to test the stream, and would hide an error of this test.
+            # Typer writes "" to test the stream, and ignores an error of this test. The error must
+            # come when a real text is written.
             return 0
         with self._errors_of_vilu():
             try:
@@ -89,8 +90,8 @@ class CarefulOutput:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                # Send the text that is still in the buffer to nowhere. Otherwise Python would write
-                # it at the exit, and fail again.
+                # From now on, the stream writes to nowhere. Otherwise Python would write the rest
+                # of the buffer at the exit, and fail again.
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
@@ -163,7 +164,7 @@ def set_verbosity(flags: OutputFlags) -> None:
     elif flags.quiet:
         level = logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(Escaping("vilu: %(message)s"))
+    handler.setFormatter(EscapingFormatter("vilu: %(message)s"))
     LOG.handlers[:] = [handler]
     LOG.setLevel(level)
 
@@ -173,8 +174,8 @@ def make_reporter(*, quiet: bool) -> Reporter:
     if quiet:
         return Silence()
     if sys.stderr.isatty():
-        return Bars()
-    return Lines()
+        return BarReporter()
+    return LogReporter()
 
 
 class Bar:
@@ -191,7 +192,7 @@ class Bar:
         self.progress.update(self.id, advance=steps, note=note)
 
 
-class Bars:
+class BarReporter:
     """Reporter that shows a progress bar with count, rate and time left.
 
     The bar is on the screen only while its task runs.
@@ -210,7 +211,7 @@ class Bars:
         class Speed(bars.ProgressColumn):
             def render(self, task: bars.Task) -> Text:
                 speed = task.finished_speed or task.speed or 0
-                return Text(_speed(speed, task.fields["unit"]))
+                return Text(_format_speed(speed, task.fields["unit"]))
 
         progress = bars.Progress(
             bars.TextColumn("{task.description}"),
@@ -239,43 +240,43 @@ class LoggedTask:
         self.description = description
         self.total = total
         self.unit = unit
-        self.done = 0.0  # number of steps that are done
-        self.logged_done = 0.0  # value of ``done`` in the last progress line
+        self.n_done = 0.0  # number of steps that are done
+        self.n_logged = 0.0  # value of ``n_done`` in the last progress line
         self.note = ""
-        self.started = time.monotonic()
-        self.logged = self.started  # time of the last progress line
+        self.start_time = time.monotonic()
+        self.log_time = self.start_time  # time of the last progress line
 
     def advance(self, steps: float, note: str = "") -> None:
         """Count the steps, and log the count if the last progress line is ten seconds old."""
-        self.done += steps
+        self.n_done += steps
         self.note = note
-        if time.monotonic() - self.logged >= LOG_EVERY:
+        if time.monotonic() - self.log_time >= LOG_EVERY:
             self.log()
 
     def log(self) -> None:
         """Log the count and the rate."""
-        self.logged = time.monotonic()
-        self.logged_done = self.done
-        seconds = max(self.logged - self.started, 1e-9)
+        self.log_time = time.monotonic()
+        self.n_logged = self.n_done
+        seconds = max(self.log_time - self.start_time, 1e-9)
         total = ""
         if self.total is not None:
             total = f"/{self.total:,.0f}"
         note = ""
         if self.note:
             note = f", {self.note}"
-        count = f"{self.done:,.0f}"
-        rate = _speed(self.done / seconds, self.unit)
-        LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, rate, note)
+        count = f"{self.n_done:,.0f}"
+        speed = _format_speed(self.n_done / seconds, self.unit)
+        LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, speed, note)
 
 
-def _speed(speed: float, unit: str) -> str:
+def _format_speed(speed: float, unit: str) -> str:
     """A speed with its unit: "12 images/s", "0.2 cells/s"."""
     if 0 < speed < 1:
         return f"{speed:.1g} {unit}/s"
     return f"{speed:,.0f} {unit}/s"
 
 
-class Lines:
+class LogReporter:
     """Reporter that logs progress lines, for output that is no terminal."""
 
     def start(self, description: str, total: float | None, unit: str) -> LoggedTask:
@@ -283,11 +284,11 @@ class Lines:
         return LoggedTask(description, total, unit)
 
     def finish(self, task: Task) -> None:
-        """Log the final count, unless it is logged already or the task took under two seconds."""
+        """Log the final count, unless it was logged already or the task took under two seconds."""
         if not isinstance(task, LoggedTask):
             return
-        is_logged = task.done == task.logged_done
-        seconds = time.monotonic() - task.started
+        is_logged = task.n_done == task.n_logged
+        seconds = time.monotonic() - task.start_time
         if seconds > 2 and not is_logged:
             task.log()
 
@@ -309,7 +310,7 @@ def nothing_to_do(output: Path) -> None:
 
 
 Write = Callable[[Path, str], None]
-"""Function that writes a result to a path. The text is the digest of the inputs of the result."""
+"""Function ``write(path, inputs)`` that writes a result; ``inputs`` is the digest of its inputs."""
 
 
 def prepare_output(
@@ -330,9 +331,9 @@ def prepare_output(
         **settings: All other values that the result depends on.
 
     Returns:
-        A function that gets a function ``write(path, inputs)``, where ``inputs`` is the digest of
-        ``input_paths`` and ``settings``. It calls ``write``, but not if there is no output file, or
-        if the file already has the result of the same inputs.
+        The function ``save_unless_done(write)``. It calls ``write(path, inputs)``, where ``inputs``
+        is the digest of ``input_paths`` and ``settings``. It does nothing if there is no output
+        file, or if the file already has the result of the same inputs.
     """
     inputs = ""
     is_done = False
@@ -354,29 +355,29 @@ def prepare_output(
     return save_unless_done
 
 
-# Kinds of input, in the words of the messages.
+# Kinds of input, as messages name them.
 STORE = "a store of embeddings"
 PREDICTOR = "a predictor"
 SCORES = "scores"
 STUDIES = "the output of a benchmark"
-# Inputs by parameter, which are the same for several commands.
-PAIR = {"predictor": PREDICTOR, "store": STORE}
-WITH_SECOND = {**PAIR, "second": STORE}
+# For parameters that several commands have, the kinds of their inputs.
+PREDICTOR_AND_STORE = {"predictor": PREDICTOR, "store": STORE}
+WITH_SECOND_STORE = {**PREDICTOR_AND_STORE, "second": STORE}
 INPUT_KINDS: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
     "import": {"source": "arrays"},
     "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR, "second": STORE},
-    "calibrate": WITH_SECOND,
-    "score": WITH_SECOND,
-    "explain": {**WITH_SECOND, "train": STORE},
+    "calibrate": WITH_SECOND_STORE,
+    "score": WITH_SECOND_STORE,
+    "explain": {**WITH_SECOND_STORE, "train": STORE},
     "evaluate": {"scores": SCORES},
     "estimate": {"data": STORE, "predictor": PREDICTOR, "second": STORE},
     "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
-    "report": {"run": SCORES, **PAIR},
+    "report": {"run": SCORES, **PREDICTOR_AND_STORE},
     "export": {"predictor": PREDICTOR},
     "push": {"predictor": PREDICTOR},
 }
-"""Kinds of input that a command expects, by command and by parameter.
+"""For every command, maps its parameters to the kinds of input that they expect.
 
 A message names the inputs in this order: the arguments of a command come before its options.
 """
@@ -384,13 +385,13 @@ A message names the inputs in this order: the arguments of a command come before
 Command = TypeVar("Command", bound=Callable[..., None])
 
 INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
-"""The same for commands of other packages, by the name of the function and by parameter.
+"""The same for commands of other packages. A key is the name of a command's function.
 
 The decorator ``wants_inputs`` adds the entries.
 """
 
 RESUMABLE: set[str] = set()
-"""Commands that continue their work if they are run again, by the names of their functions.
+"""Names of the functions of commands that continue their work if they are run again.
 
 The decorator ``resumable`` adds the names.
 """
@@ -413,7 +414,7 @@ def resumable(command: Command) -> Command:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a folder of vilu, by the names of its files; None for any other path."""
+    """The kind of a folder of vilu, which its files show; None for any other path."""
     if (path / "predictor.json").is_file():
         return PREDICTOR
     if (path / "run.json").is_file():
@@ -435,7 +436,13 @@ def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or
 
 
 def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
-    """Raise UsageError for an empty path, or for a folder of another kind than expected."""
+    """Raise UsageError for an empty path, or for a folder of another kind than expected.
+
+    Args:
+        command: Name of the command.
+        values: The values of its parameters.
+        wanted_kinds: Maps a parameter to the kind of input that it expects.
+    """
     # An empty argument gives the same ``Path()`` as the argument ".". Only the command line tells
     # which of the two was given.
     may_be_empty = Path() in values.values() or values.get("source") == ""
@@ -444,7 +451,7 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
     wrong_paths = []
-    kind_pairs = set()  # of every wrong path, the kind that is wanted and the kind that it is
+    kind_pairs = set()  # for every wrong path, the kind that is wanted and its actual kind
     for parameter, wanted_kind in wanted_kinds.items():
         for path in _paths_in(values.get(parameter)):
             kind = kind_of(path)
@@ -461,7 +468,7 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
 def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
     """Parse the values NAME=KEY of a repeatable option into a dictionary.
 
-    ``form`` is how messages write such a value.
+    ``form`` is the form of a value in messages.
     """
     pairs: dict[str, str] = {}
     for text in texts or ():
@@ -502,8 +509,8 @@ def print_outputs(*outputs: Path | str) -> None:
 def format_columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Format rows with equal keys as an aligned table; "" if there is no row.
 
-    The keys in ``below`` have no column. Instead, each of their cells that is not empty gets a line
-    of its own below its row.
+    The keys in ``below`` have no column. Instead, each of their cells has its own line below the
+    row, unless the cell is empty.
     """
     if not rows:
         return ""

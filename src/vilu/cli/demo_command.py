@@ -21,7 +21,7 @@ N_LABELS_TO_FIT: Final = 60
 """Number of labels that the triage asks for first, to fit on."""
 
 N_LABELS_TO_TEST: Final = 140
-"""Number of labels that the triage asks for then, of photos drawn at random for a guarantee."""
+"""Number of labels that the triage asks for next, of photos drawn at random for a guarantee."""
 
 
 @console.resumable
@@ -46,9 +46,9 @@ def demo(
 
 
 def sort_folder(output: Path, seed: int) -> str:
-    """Sort the folder of the demo, and say what was planned, accepted and wrong.
+    """Sort the folder of the demo, and describe the plan and the result in sentences.
 
-    The labels are those of the data. The triage reads only those that it has asked for.
+    The labels come from the data set. The triage reads only the labels that it has asked for.
 
     1. A run without labels says what labels could show, and asks for photos to fit on.
     2. A run with their labels fits a predictor, and draws photos at random for its guarantee.
@@ -71,21 +71,21 @@ def sort_folder(output: Path, seed: int) -> str:
     )
     root = output / "triage"
     plan = triage_photos(settings, root, overwrite=True)
-    labels_to_fit = write_answers(output, "labels_to_fit.csv")
+    labels_to_fit = write_asked_labels(output, "labels_to_fit.csv")
     triage_photos(replace(settings, n_next=N_LABELS_TO_TEST), root, [labels_to_fit])
-    labels_drawn = write_answers(output, "labels_drawn.csv")
+    labels_drawn = write_asked_labels(output, "labels_drawn.csv")
     result = triage_photos(settings, root, [labels_to_fit, labels_drawn])
     lines = (
         f"A triage of photos of {', '.join(SORTED_CLASSES)} (triage/report.html). Before the first "
         f"label it says: {plan.forecast or plan.counts}",
         f"Then it gets the labels that it asks for. {result.guarantee}",
         f"{result.counts}.",
-        check_accepted(output),
+        accepted_in_words(output),
     )
     return "\n".join(lines)
 
 
-def write_answers(output: Path, name: str) -> Path:
+def write_asked_labels(output: Path, name: str) -> Path:
     """Write the labels of the photos that the triage asks for, as a person would give them.
 
     If somebody has added a photo to the folder, its label is not known, and the photo is skipped.
@@ -101,17 +101,20 @@ def write_answers(output: Path, name: str) -> Path:
     return output / name
 
 
-def check_accepted(output: Path) -> str:
-    """How many of the accepted answers are wrong, by labels that the triage was not given."""
+def accepted_in_words(output: Path) -> str:
+    """Say how many accepted answers are wrong, by labels that the triage was not given."""
     label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
-    is_wrong = []
+    n_accepted = 0
+    n_wrong = 0
     for row in read_rows(output / "triage" / "decisions.csv"):
-        is_known = row["path"] in label_of
-        if row["decision"] == "accept" and is_known:
-            is_wrong.append(row["answer"] != label_of[row["path"]])
+        has_label = row["path"] in label_of
+        if row["decision"] == "accept" and has_label:
+            n_accepted += 1
+            if row["answer"] != label_of[row["path"]]:
+                n_wrong += 1
     return (
-        f"Of the {len(is_wrong)} accepted answers {sum(is_wrong)} are wrong, by labels that the "
-        "triage was not given."
+        f"Of the {n_accepted} accepted answers {n_wrong} are wrong, by labels that the triage was "
+        "not given."
     )
 
 

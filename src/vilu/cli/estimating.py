@@ -65,18 +65,17 @@ def estimate(
     """Estimate how often the answers are wrong, from labels of a few rows drawn at random.
 
     The scores of all rows make the interval shorter than labels alone would (prediction-powered
-    inference). The labelled rows must be a random sample: labels that `vilu next` asked for, or
-    that a person chose, are refused as far as that can be seen. The shares are those of the rows
-    of DATA.
+    inference). The labelled rows must be a random sample. Labels that `vilu next` asked for, or
+    that a person chose, are refused if the files show it. The estimates are about the rows of DATA.
     """
     from vilu.calibration.estimates import estimate as estimate_outcomes
 
     source = reading.open_with_second(data)
     _refuse_labels_chosen_to_fit(source)
-    model = _scoring_predictor(source, data, predictor)
+    scoring_predictor = _find_predictor(source, data, predictor)
     if labels is not None:
-        source = _label_rows(source, labels)
-    outcomes = _score_unused_rows(model, source, data, with_classes=classes)
+        source = _with_labels_of_files(source, labels)
+    outcomes = _score_unused_rows(scoring_predictor, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
     console.print_result(facts, _estimates_in_words(estimates, confidence))
@@ -104,10 +103,13 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
         )
 
 
-def _scoring_predictor(
+def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
-    """The predictor that scores the rows: a saved one, or the only column of scores of a table."""
+    """The predictor that scores the rows: a saved one, or the only column of scores of a table.
+
+    ``data`` is the path of ``source``, which an error message names.
+    """
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.methods import method_of_only_score
     from vilu.tables.table import AnswerTable
@@ -122,8 +124,8 @@ def _scoring_predictor(
     )
 
 
-def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
-    """All rows of a store, with the labels of files."""
+def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
+    """All rows of a store. A row has a label only if the files have a label for it."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels
 
@@ -136,18 +138,19 @@ def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
 
 
 def _score_unused_rows(
-    model: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
+    predictor: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
     """Score the rows that were not used to fit the predictor.
 
-    With ``with_classes``, the texts of the answers of a table become its classes.
+    The name of the path ``data`` becomes the name of the data set. With ``with_classes``, the texts
+    of the answers of a table become its classes.
     """
     from vilu.scoring.score import score_unseen
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
 
-    is_fresh = model.unseen(source, "estimated")
-    outcomes = score_unseen(model, source, is_fresh, dataset=data.name)
+    is_unused = predictor.unseen(source, "estimated")
+    outcomes = score_unseen(predictor, source, is_unused, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
         return scores.with_classes(outcomes, source)
     return outcomes

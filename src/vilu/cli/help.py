@@ -63,7 +63,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "<float>": "NUMBER",
     "<float range>": "NUMBER",
 }
-"""Names of values in help texts, by typer's names of their types."""
+"""Maps typer's name of a type to the name that help texts use for a value of the type."""
 
 SHARE: Final = "SHARE"
 """A number from 0 to 1."""
@@ -96,7 +96,7 @@ VALUES: Final[Mapping[str, str]] = {
     "template": "PROMPT",
     "timeout": "SECONDS",
 }
-"""Names of values in help texts, by the names of their options, where the type says too little."""
+"""Maps an option to the name that help texts use for its value, if the type says too little."""
 
 
 class PanelledCommand(TyperCommand):
@@ -128,7 +128,8 @@ class PanelledCommand(TyperCommand):
 
 def with_range_in_words(text: str) -> str:
     """The help of an option, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
-    text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)  # a bound that nobody meets
+    # a maximum of ten or more digits is left out, since nobody reaches it
+    text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
     return re.sub(r"x>=([\d.]+)", r"at least \1", text)
 
@@ -139,9 +140,9 @@ def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs one only to change the case of choices
-        by_type = METAVARS.get(parameter.display_type(context))
-        if by_type is not None:  # None: typer lists all values
-            parameter.metavar = VALUES.get(parameter.name, by_type)
+        name_of_type = METAVARS.get(parameter.display_type(context))
+        if name_of_type is not None:  # None: typer lists all values
+            parameter.metavar = VALUES.get(parameter.name, name_of_type)
     else:
         parameter.metavar = parameter.name.upper()
 

@@ -41,11 +41,11 @@ Source = Annotated[
     str,
     typer.Argument(
         help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as "
-        "'DIR/{000..099}.tar'; see `vilu list datasets`. With --dataset: the folder that holds "
-        "data sets, or that one."
+        "'DIR/{000..099}.tar'; see `vilu list datasets`. With --dataset: the folder of this data "
+        "set, or a folder of data sets."
     ),
 ]
-Named = Annotated[
+DatasetName = Annotated[
     str | None,
     Option(
         metavar="NAME",
@@ -78,8 +78,8 @@ Root = Annotated[
 Prompts = Annotated[
     list[str] | None,
     Option(
-        help="Also keep the text embeddings of every class in each of these prompts, not averaged; "
-        "written as --template.",
+        help="Also store the text embeddings of every class in each of these prompts, without an "
+        "average over prompts. The form is that of --template.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -101,7 +101,7 @@ PartSize = Annotated[
         rich_help_panel=SPEED,
     ),
 ]
-Who = Annotated[
+ExecutorName = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
     Option(
         help="What embeds: local processes, Ray, Spark, or this process as a rank of torchrun or "
@@ -114,7 +114,7 @@ Processes = Annotated[
     Option(
         min=1,
         max=MAX_WORKERS,
-        help="Processes of the executor. [one per core, or what the cluster has]",
+        help="Processes of the executor. [one per core, or all that the cluster offers]",
         rich_help_panel=SPEED,
     ),
 ]
@@ -185,7 +185,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: StoreFolder,
     backbone: Backbone = "compact",
     models: Models = None,
-    dataset: Named = None,
+    dataset: DatasetName = None,
     classes: Classes = None,
     split: Split = None,
     limit: Limit = None,
@@ -202,7 +202,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     batch_size: BatchSize = 32,
     workers: Workers = None,
     part_size: PartSize = None,
-    executor: Who = None,
+    executor: ExecutorName = None,
     processes: Processes = None,
     dtype: Dtype = "float16",
     max_error_rate: MaxErrorRate = 0.01,
@@ -228,7 +228,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         classes=classes,
         captions=captions,
         outside=outside or (),
-        where=console.parse_pairs("--where", where, "COLUMN=VALUE"),
+        where=console.parse_pairs("--where", where, form="COLUMN=VALUE"),
         dataset=dataset,
         root=root,
         follow_links=follow_links,
@@ -265,7 +265,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     console.print_outputs(output)
-    next_step(embedded(output, store, (split, source)))
+    next_step(store_in_words(output, store, split=split, source=source))
 
 
 def backbone_spec(
@@ -283,14 +283,14 @@ def backbone_spec(
     """
     from vilu.store.job import BackboneSpec
 
-    name_compact(name)
+    log_advice_on_compact(name)
     if models is not None:
         models = models.absolute()
     return BackboneSpec(name, device, _precision_of(precision, name, device), models, full_decode)
 
 
 def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: str) -> str:
-    """The precision to use, also for "auto"; logs advice if bfloat16 may be faster."""
+    """Resolve "auto" to the precision to use; logs advice if bfloat16 may be faster."""
     from vilu.device import multiplies_bf16, resolve_device
 
     if wanted == "bf16":
@@ -308,7 +308,7 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
     return wanted
 
 
-def name_compact(backbone: str) -> None:
+def log_advice_on_compact(backbone: str) -> None:
     """If the backbone is the compact model, log what it is and which model is better."""
     if not _is_compact(backbone):
         return
@@ -325,7 +325,7 @@ def _is_compact(backbone: str) -> bool:
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates that the flags give by name or as text; None without such flags."""
+    """The templates that the flags give, by a name or as texts; None without such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -333,12 +333,16 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
     return named_templates(texts)
 
 
-def embedded(
-    output: Path, store: EmbeddingStore | CaptionStore | None, names: tuple[str | None, str]
+def store_in_words(
+    output: Path, store: EmbeddingStore | CaptionStore | None, *, split: str | None, source: str
 ) -> str:
     """Closing line of a command that makes a store: the counts, and the next command.
 
-    ``names`` are the names of the split and of the source, which suggest the next command.
+    Args:
+        output: Folder of the store.
+        store: The store; None if other ranks still make parts of it.
+        split: Name of the split, which suggests the next command; None if it is not known.
+        source: Name of the source, which suggests the next command if the split does not.
     """
     from vilu.store.embed import SHARD_ERROR_KINDS
 
@@ -349,46 +353,47 @@ def embedded(
     for kind, count in manifest.errors.items():
         if kind in SHARD_ERROR_KINDS:
             n_bad_shards += count
-    what = "bad image"
+    noun = "bad image"
     if manifest.imported is not None:
-        what = "unusable row"
+        noun = "unusable row"
     n_bad = manifest.n_error - n_bad_shards
-    counts = [plural(manifest.n_ok, "embedding"), plural(n_bad, what)]
+    counts = [plural(manifest.n_ok, "embedding"), plural(n_bad, noun)]
     if n_bad_shards:
         counts.append(plural(n_bad_shards, "bad shard"))
-    return f"{', '.join(counts)}; next: {_following(output, *names)}"
+    return f"{', '.join(counts)}; next: {next_command(output, split, source)}"
 
 
-USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""Next command, by the beginning of the name of a split. For other names it is ``fit``."""
+COMMAND_OF_PREFIX = {"test": "score", "val": "calibrate", "calib": "calibrate"}
+"""Maps how the name of a split begins to the command that comes next. For other names it is fit."""
 
 
-def _following(output: Path, *names: str | None) -> str:
-    """The next command. The first name that begins as a key of ``USES`` decides.
+def next_command(output: Path, split: str | None, source: str) -> str:
+    """The command that comes after a store is made.
 
-    ``names`` are those of the split and the source; the name of the folder comes last.
+    The names of the split, of the source and of the folder suggest it, in this order. The first
+    name that begins with a key of ``COMMAND_OF_PREFIX`` decides.
     """
-    use = "fit"
-    for name in (*names, output.name):
-        use_by_name = _use_by_name(name)
-        if use_by_name is not None:
-            use = use_by_name
+    command = "fit"
+    for name in (split, source, output.name):
+        suggested_command = _suggested_command(name)
+        if suggested_command is not None:
+            command = suggested_command
             break
-    if use == "score":
+    if command == "score":
         return console.shell("vilu", "score", "PREDICTOR", output, "-o", "scores.parquet")
-    if use == "calibrate":
+    if command == "calibrate":
         return console.shell("vilu", "calibrate", "PREDICTOR", output, "--max-risk", "0.05")
     return console.shell("vilu", "fit", output, "-o", "predictor")
 
 
-def _use_by_name(name: str | None) -> str | None:
-    """The next command, by the beginning of a name; None if no beginning in ``USES`` fits."""
+def _suggested_command(name: str | None) -> str | None:
+    """The command that a name suggests by its beginning; None if it suggests none."""
     if not name:
         return None
-    text = Path(name).name.lower()
-    for start, use in USES.items():
-        if text.startswith(start):
-            return use
+    lower_name = Path(name).name.lower()
+    for prefix, command in COMMAND_OF_PREFIX.items():
+        if lower_name.startswith(prefix):
+            return command
     return None
 
 
@@ -399,7 +404,7 @@ def _open_images(
 ) -> ImageDataset:
     """Open the images; refuse them if a larger share than ``max_unreadable`` cannot be read.
 
-    This is done before torch is imported, because the import of torch takes seconds.
+    The images are opened before torch is imported, because the import of torch takes seconds.
     """
     from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
@@ -411,10 +416,10 @@ def _open_images(
             "--classes FILE."
         )
     require_files(images, max_unreadable)
-    what = "images"
+    noun = "images"
     if isinstance(images, ShardedDataset):
-        what = "tars"
-    next_step(f"{len(images):,} {what} in {images.source}; loading the model")
+        noun = "tars"
+    next_step(f"{len(images):,} {noun} in {images.source}; loading the model")
     return images
 
 

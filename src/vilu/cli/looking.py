@@ -71,7 +71,10 @@ SeedOfExplanation = Annotated[
 ]
 SummaryFlag = Annotated[
     bool,
-    Option("--summary", help="All rows: which confusions cost the most, which texts to improve."),
+    Option(
+        "--summary",
+        help="For all rows, show which confusions cost the most and which texts to improve.",
+    ),
 ]
 AcceptedShare = Annotated[
     float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
@@ -110,8 +113,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         require_json(output)
     if coverage is not None and not summary:
         raise UsageError("--coverage needs --summary. Give both, or neither.")
-    asks_for_rows = train is not None or key or row
-    if summary and asks_for_rows:
+    is_about_rows = train is not None or bool(key) or bool(row)
+    if summary and is_about_rows:
         raise UsageError(
             "--summary is about all rows of the store. Leave --train, --key and --row out."
         )
@@ -127,7 +130,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    input_paths = [predictor, *files_of(store), *reading.read, *console.present_paths(train)]
+    input_paths = [predictor, *files_of(store), *reading.named_paths, *console.present_paths(train)]
     save_unless_done = console.prepare_output(
         output,
         "explanation",
@@ -139,29 +142,28 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     data = reading.open_with_second(store)
     loaded_predictor = load_predictor(predictor)
     command = console.shell("vilu", "explain", predictor, store)
-    asked_rows = [*(key or ()), *(row or ())]
-    rows = asked_rows or None  # None: the n most uncertain rows
+    chosen_rows = [*(key or ()), *(row or ())]
+    rows = chosen_rows or None  # None: the n most uncertain rows
     if isinstance(data, AnswerTable):
         if summary or train is not None:
             raise UsageError(
                 "--summary is about classes and --train about images, which a table of answers "
                 "does not have. Leave them out."
             )
-        explanation = _answers_in_words(loaded_predictor, data, rows, n)
+        result = _answers_in_words(loaded_predictor, data, rows, n)
     elif summary:
-        risk, gains = _compute_summary(loaded_predictor, data, coverage, seed)
-        explanation = _summary_in_words(risk, gains, command)
+        risk, gains = _compute_summary(loaded_predictor, data, coverage=coverage, seed=seed)
+        result = _summary_in_words(risk, gains, command)
     else:
-        fitted_on = None
+        training_rows = None
         if train is not None:
-            fitted_on = reading.open(train, "train")
-        explanations = explain_rows(loaded_predictor, data, fitted_on, rows, n=n, depth=depth)
-        is_of_classes = data.pool_size is None
-        has_summary = is_of_classes  # a summary is about classes, which captions do not have
-        explanation = _rows_in_words(explanations, command, has_summary=has_summary)
-    save_unless_done(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
-    console.print_result(explanation.facts, printable(explanation.text, "\n"))
-    next_step(explanation.closing)
+            training_rows = reading.open(train, role="train")
+        explanations = explain_rows(loaded_predictor, data, training_rows, rows, n=n, depth=depth)
+        has_summary = data.pool_size is None  # a summary is about classes, and captions have none
+        result = _rows_in_words(explanations, command, has_summary=has_summary)
+    save_unless_done(lambda path, inputs: write_with_inputs(path, result.facts, inputs))
+    console.print_result(result.facts, printable(result.text, "\n"))
+    next_step(result.closing_line)
 
 
 class ExplainOutput(NamedTuple):
@@ -169,7 +171,7 @@ class ExplainOutput(NamedTuple):
 
     facts: dict[str, Any]  # printed with --json, and written to the output file
     text: str  # printed without --json
-    closing: str  # last line, on stderr
+    closing_line: str  # logged to stderr at the end
 
 
 def _answers_in_words(
@@ -179,12 +181,12 @@ def _answers_in_words(
     from vilu.tables.explain import explain_answers
 
     explained = explain_answers(predictor, table, rows, n)
-    closing = f"{plural(len(explained.rows), 'row')} explained"
-    return ExplainOutput(explained.to_dict(), str(explained), closing)
+    closing_line = f"{plural(len(explained.rows), 'row')} explained"
+    return ExplainOutput(explained.to_dict(), str(explained), closing_line)
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
-    """The output with --summary. ``command`` is the same command without --summary."""
+    """The output with --summary. ``command`` is the same command without its flags."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -198,16 +200,15 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """The output without --summary. ``command`` is the start of the command with --summary."""
-    what_was_done = f"{plural(len(explanations), 'row')} explained"
-    closing = what_was_done
+    """The output without --summary. ``command`` is the same command without its flags."""
+    closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
-        closing = f"{what_was_done}; where the failures are: {command} --summary"
-    return ExplainOutput(explanations.to_dict(), str(explanations), closing)
+        closing_line += f"; where the failures are: {command} --summary"
+    return ExplainOutput(explanations.to_dict(), str(explanations), closing_line)
 
 
 def _compute_summary(
-    predictor: FailurePredictor, data: EmbeddingSource, coverage: float, seed: int
+    predictor: FailurePredictor, data: EmbeddingSource, *, coverage: float, seed: int
 ) -> tuple[RiskMap, PromptGains | None]:
     """The risk map and, if there are labels, the gains of better texts."""
     from vilu.errors import UNKNOWN
@@ -219,9 +220,9 @@ def _compute_summary(
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
     # Pictures of none of the classes have no label, but every answer to them is a failure.
-    has_failures = has_labels or bool(outcomes.outside.any())
+    has_known_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
-    if not has_failures:
+    if not has_known_failures:
         competitor = strongest_competitor(predictor, data)
     risk = risk_map(outcomes, competitor, coverage=coverage)
     gains = None
@@ -243,7 +244,8 @@ Batches = Annotated[
 LateLabels = Annotated[
     list[Path] | None,
     path_option(
-        "Scores of rows monitored before, with failures that were not known then; repeatable."
+        "Scores of rows that were monitored before, and whose failures are known only now; "
+        "repeatable."
     ),
 ]
 StateFile = Annotated[
@@ -321,7 +323,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        open_monitor = _open_monitor(predictor, state, false_alarm, seed)
+        loaded_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
         # The state is no part of the digest, because this command changes the state.
         inputs = inputs_digest(
             predictor, *files_of(*new_paths, *late_paths), n_new=len(new_paths), **settings
@@ -338,7 +340,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             is_late = number >= len(new_paths)
             outcomes = _load_scores(path, predictor)
             batch = _monitor_file(
-                open_monitor,
+                loaded_monitor,
                 path,
                 outcomes,
                 shuffle_seed=shuffle_seed,
@@ -350,16 +352,17 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         facts = {
             "predictor": str(predictor),
             "batches": batches,
-            **open_monitor.status.model_dump(mode="json"),
+            **loaded_monitor.status.model_dump(mode="json"),
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, has_report=has_report)
-        # The state is saved last, so that the next run counts the same rows if the report fails.
+        # The state is saved last. If the report cannot be written, the next run counts the same
+        # rows again.
         if state is not None:
-            open_monitor.save(state)
-    console.print_result(document, str(open_monitor.status))
-    if open_monitor.status.alarm:
+            loaded_monitor.save(state)
+    console.print_result(document, str(loaded_monitor.status))
+    if loaded_monitor.status.alarm:
         raise typer.Exit(ALARM_EXIT_CODE)
     if state is not None:
         next_step(
@@ -386,7 +389,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_re
     write_with_inputs(output, document, inputs)
 
 
-def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
+def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, seed: int) -> Monitor:
     """The monitor of a calibrated predictor, in its saved state if there is one."""
     from vilu.calibration.monitor.monitor import Monitor
 
@@ -402,7 +405,7 @@ def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed:
 
 
 def _monitor_file(
-    open_monitor: Monitor,
+    loaded_monitor: Monitor,
     path: Path,
     outcomes: Outcomes,
     *,
@@ -413,7 +416,7 @@ def _monitor_file(
     """Give the rows of a file to a monitor, and return the entry of the report for this file.
 
     Args:
-        open_monitor: The monitor.
+        loaded_monitor: The monitor.
         path: The file.
         outcomes: Its rows.
         shuffle_seed: Seed that shuffles the rows; None: they are not shuffled.
@@ -424,30 +427,31 @@ def _monitor_file(
 
     if shuffle_seed is not None and in_order:
         raise UsageError(
-            "--shuffle is for rows without an order of arrival, --in-order for those that have one."
+            "--shuffle is for rows without an order of arrival, and --in-order is for rows that "
+            "have one. Give only one of them."
         )
-    n_repeated_before = open_monitor.repeated
+    n_repeated_before = loaded_monitor.repeated
     if shuffle_seed is not None:
-        rng = np.random.default_rng([shuffle_seed, open_monitor.rows])
+        rng = np.random.default_rng([shuffle_seed, loaded_monitor.rows])
         outcomes = outcomes.take(rng.permutation(len(outcomes)))
     has_known_order = in_order or shuffle_seed is not None
     try:
         if is_late:
-            status = open_monitor.audit(outcomes)
+            status = loaded_monitor.audit(outcomes)
         else:
-            status = open_monitor.update(outcomes, in_order=has_known_order)
+            status = loaded_monitor.update(outcomes, in_order=has_known_order)
     except (DataError, ProvenanceError) as error:
         raise type(error)(f"{path}: {error}") from error
     return {
         "scores": str(path),
         "rows": status.rows,
-        "repeated": open_monitor.repeated - n_repeated_before,
+        "repeated": loaded_monitor.repeated - n_repeated_before,
         "verdict": status.verdict,
     }
 
 
 def _load_scores(path: Path, predictor: Path) -> Outcomes:
-    """Load the scores in a file or in a folder, or score a table of answers by the predictor."""
+    """Load the scores in a file or a folder. If the path is a table of answers, score the table."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
     from vilu.tables.scores import scores_in
@@ -472,7 +476,7 @@ PageFile = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
     str | None,
     Option(
-        help="Main method of the page. [the calibrated one, else vilu_plus, vilu, or the first]"
+        help="Main method of the page. [the calibrated method, else vilu_plus, vilu, or the first]"
     ),
 ]
 CalibratedPredictor = Annotated[
@@ -540,7 +544,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        # whether each optional path is missing; without this, one path could stand for the other
+        # Whether each optional path is missing. Without this, the digest would be the same whether
+        # a path is that of the predictor or that of the store.
         "with": [predictor is None, store is None],
     }
     optional_paths = console.present_paths(predictor, store)

@@ -89,8 +89,8 @@ Backbone = Annotated[
 Models = Annotated[
     Path | None,
     path_option(
-        "Folder with a sub-folder for each named backbone, used instead of the model hub; or with "
-        "the folder or file of your own weights.",
+        "Folder to read backbones from instead of the model hub. It has a sub-folder for each "
+        "named backbone, or the folder or file of your own weights.",
         metavar="DIR",
         rich_help_panel=MODEL,
     ),
@@ -223,19 +223,20 @@ class Reading:
     def settings(self) -> dict[str, object]:
         """The values of the flags, for the digest of the inputs of a command.
 
-        A second store only adds the flag "second" with the value True. The path of the store is no
-        part of the digest.
+        If there is a second store, the flag "second" has the value True. The path of the store is
+        no part of the digest.
         """
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
-        # This flag is newer than the digest. Without it, the digest has to be the same as before.
+        # This flag is newer than the digest. If it is not given, the digest must be the same as
+        # before there was the flag.
         if self.clusters is None:
             del flags["clusters"]
         return flags
 
     @property
-    def read(self) -> list[Path]:
+    def named_paths(self) -> list[Path]:
         """The paths that these flags name: the second store, if any."""
         if self.second is None:
             return []
@@ -245,7 +246,7 @@ class Reading:
     def pools(self) -> Pools | None:
         """The pools that the flags describe; None if all flags have their default values.
 
-        With None, data with classes have no pools.
+        Data with classes have no pools, and are opened with None.
         """
         flags = (self.pool_size, self.direction, self.hard, self.near_duplicates)
         defaults = (None, "image_to_text", False, None)
@@ -302,13 +303,13 @@ class Reading:
                 f"--clusters names a column of a table of answers, and {store} is none. Leave it "
                 "out."
             )
-        fold = self.fold  # without --fold, all captions are read, whatever their role
+        fold = self.fold  # None without --fold: all captions are read, whatever ``role`` is
         if fold is not None and role is not None:
             fold = role
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
-        """Name of the fold or split that is read; None if the store does not record it."""
+        """Name of the fold or split that is read; None if the store does not say it."""
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -323,18 +324,18 @@ class Reading:
 
 
 STUDY_FLAGS: Final = frozenset({"hard", "near_duplicates"})
-"""Flags of pools that only studies need. `vilu pools` has them, and Python's ``Pools``."""
+"""Flags about pools that only studies need. `vilu pools` and the class ``Pools`` have them."""
 
 POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
-"""Flags for image-caption pairs that a command about labels of classes does not need."""
+"""Flags for image-caption pairs. A command about labels of classes does not need them."""
 
 
 def with_reading_flags(
     command: Callable[..., None], *, without: Collection[str] = STUDY_FLAGS
 ) -> Callable[..., None]:
-    """Replace the parameter ``reading`` of a command by the flags of ``Reading``.
+    """Replace the parameter ``reading`` of a command by one parameter for each flag of ``Reading``.
 
-    ``without`` names flags that the command does not get.
+    ``without`` names the flags that the command does not get.
     """
     flag_parameters = dict(signature(Reading, eval_str=True).parameters)
     for name in without:

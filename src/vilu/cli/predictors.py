@@ -145,7 +145,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from the last checkpoint, which is next to OUTPUT. Under torchrun, all processes train heads
     together; the result does not depend on the number of processes.
     """
-    from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.seen import candidates_of
     from vilu.predictors.nn.processes import world
     from vilu.predictors.persistence import storage
@@ -153,20 +152,21 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
     with ExitStack() as stack:
         processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
-        defaults: dict[str, object] = {"seed": seed, "device": device}
-        setting_texts = _with_answer(settings or [], answer)
-        cls = find_method(method or _default_method(stores))
-        predictor = _new_predictor(cls, defaults, setting_texts, init)
-        predictor.check_answer()
+        predictor = _new_predictor(
+            method or _default_method(stores),
+            {"seed": seed, "device": device},
+            _add_answer_setting(settings or [], answer),
+            init,
+        )
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         if labels:
             _require_use_of_labels(predictor, pseudo=pseudo)
         digest_flags = _flags_of_fit(
             stores,
-            left_out=[validation is None, init is None],
-            n_shots=shots,
-            seed=seed,
+            has_validation=validation is not None,
+            has_init=init is not None,
+            shots_and_seed=None if shots is None else [shots, seed],
             pseudo=pseudo,
             has_unlabelled=unlabelled is not None,
             has_labels=bool(labels),
@@ -176,26 +176,26 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             *files_of(*stores),
             *(labels or ()),
             *console.present_paths(validation, init, unlabelled),
-            *reading.read,
+            *reading.named_paths,
         ]
-        inputs = storage.inputs_of_fit(
+        input_digest = storage.inputs_of_fit(
             predictor, input_paths, reading=reading.settings, **digest_flags
         )
-        is_fitted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
+        is_fitted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
         if is_fitted:
             if processes.is_leader:
-                _drop_checkpoints(stack, predictor, output, inputs)
+                _remove_old_checkpoints(stack, predictor, output, input_digest)
                 console.print_outputs(output)
                 console.nothing_to_do(output)
             return
         train = _open_training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
-        validation_rows = _open_optional(reading, validation, "validation")
+        validation_rows = _open_optional(reading, validation, role="validation")
         unlabelled_rows = _open_optional(reading, unlabelled)
-        checkpoints = _checkpoints(stack, predictor, output)
+        checkpoints = _open_checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            checkpoints.write_fit_digest(inputs)
+            checkpoints.write_fit_digest(input_digest)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
-        predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
+        predictor.notes_ |= {**candidates_of(train), "inputs": input_digest}
         if no_sample:
             predictor.sample_ = None
         if not processes.is_leader:
@@ -221,23 +221,19 @@ def _default_method(stores: list[Path]) -> str:
 def _flags_of_fit(
     stores: list[Path],
     *,
-    left_out: list[bool],
-    n_shots: int | None,
-    seed: int,
+    has_validation: bool,
+    has_init: bool,
+    shots_and_seed: list[int] | None,
     pseudo: bool,
     has_unlabelled: bool,
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit.
-
-    ``left_out`` says for --validation and for --init whether the flag is absent.
-    """
-    # The key is called "with", although its values say what was left out. With another key, the
-    # digests of all fits would change.
-    flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
-    if n_shots is not None:
-        flags["shots"] = [n_shots, seed]
+    """Flags for the digest of a fit."""
+    # The key is called "with", although its values say which flag was left out. With another key,
+    # the digests of all fits would change.
+    flags_left_out = [not has_validation, not has_init]
+    flags: dict[str, object] = {"with": flags_left_out, "shots": shots_and_seed, "pseudo": False}
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
     # These flags are newer than the digest. They are only added if they were given, so that the
@@ -252,7 +248,7 @@ def _flags_of_fit(
 
 
 def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """Text for the closing line of a command: the command that scores with the predictor."""
+    """End of the closing line of a command: the command that scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -260,30 +256,35 @@ def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
 
 
 def _new_predictor(
-    cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
+    method: str, defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
     """Make the predictor to fit.
 
     Args:
-        cls: Its class.
-        defaults: Values of parameters; those that the class does not have are left out.
+        method: Name of the method.
+        defaults: Values of parameters; parameters that the method does not have are left out.
         settings: The values KEY=VALUE of --set.
-        init: Folder of a predictor from whose weights it starts; None: it starts from scratch.
+        init: Folder of a predictor. The new predictor starts from its weights; None: from scratch.
     """
+    from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
 
+    cls = find_method(method)
     known_parameters = parameters(cls)
     values = {key: value for key, value in defaults.items() if key in known_parameters}
     values |= parse_settings(settings)
     if init is None:
-        return build(cls, values)
-    return initialise(cls, load_predictor(init), values)
+        predictor = build(cls, values)
+    else:
+        predictor = initialise(cls, load_predictor(init), values)
+    predictor.check_answer()
+    return predictor
 
 
-def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, and the flag --answer as one more setting."""
+def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[str]:
+    """The settings of --set, and if the flag --answer is given, one more setting for it."""
     if answer is None:
         return settings
     for setting in settings:
@@ -295,16 +296,16 @@ def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
     return [*settings, f"answer={answer}"]
 
 
-def _require_answer(
-    folder: Path, judged_answer: AnswerKind, asked_answer: AnswerKind | None
+def _require_judged_answer(
+    folder: Path, judged_answer: AnswerKind, wanted_answer: AnswerKind | None
 ) -> None:
-    """Raise UsageError if --answer asks for other answers than the predictor judges."""
-    if asked_answer is None or asked_answer == judged_answer:
+    """Raise UsageError if --answer wants other answers than the predictor judges."""
+    if wanted_answer is None or wanted_answer == judged_answer:
         return
     raise UsageError(
         f"the predictor in {folder} judges {judged_answer} answers, and --answer asks for "
-        f"{asked_answer}. Leave --answer out, or fit a predictor with `vilu fit --answer "
-        f"{asked_answer}`."
+        f"{wanted_answer}. Leave --answer out, or fit a predictor with `vilu fit --answer "
+        f"{wanted_answer}`."
     )
 
 
@@ -314,20 +315,20 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    users = []  # methods that use --unlabelled
-    without_labels = []  # methods that are fitted on rows without labels
+    using_methods = []  # methods that use --unlabelled
+    label_free_methods = []  # methods that are fitted on rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
-            users.append(method.name)
+            using_methods.append(method.name)
         if method.needs_fit and not method.needs_labels:
-            without_labels.append(method.name)
-    if cls.name in without_labels:
+            label_free_methods.append(method.name)
+    if cls.name in label_free_methods:
         alternative = f"or give them as the STORE to fit {cls.name} on"
     else:
-        alternative = f"or fit {_method_names(without_labels)} with them as the STORE"
+        alternative = f"or fit {_method_names(label_free_methods)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_method_names(users)}, {alternative}."
+        f"{_method_names(using_methods)}, {alternative}."
     )
 
 
@@ -367,9 +368,9 @@ def _open_training_set(
     seed: int,
     pseudo: bool,
 ) -> EmbeddingSource:
-    """The training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
+    """Open the training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
 
-    With files of ``labels``, the rows are only those that have a label.
+    With files of ``labels``, only the rows that have a label in these files are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
@@ -387,11 +388,13 @@ def _open_training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # With --pseudo, a store has classes and no pools. ``PseudoCaptions`` makes the pools below.
+    # With --pseudo, a store has classes and is opened without pools. ``PseudoCaptions`` makes the
+    # pools at the end.
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
-        source = reading.with_second(reading.open_with_pools(pools_of_store, store))
+        source = reading.open_with_pools(pools_of_store, store)
+        source = reading.with_second(source)
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
         if isinstance(source, AnswerTable):
@@ -409,10 +412,10 @@ def _open_training_set(
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores])
 
 
-def _checkpoints(
+def _open_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
-    """Checkpoints next to the output; None if the predictor is not trained in steps."""
+    """Open the checkpoints next to the output; None if the predictor is not trained in steps."""
     from vilu.predictors.nn.checkpoint import checkpointing
     from vilu.predictors.vilu.head import HeadPredictor
 
@@ -422,8 +425,8 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, resume=True))
 
 
-def _drop_checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
+def _remove_old_checkpoints(
+    stack: ExitStack, predictor: FailurePredictor, output: Path, input_digest: str
 ) -> None:
     """Remove the checkpoints of a fit that was killed after it wrote its predictor.
 
@@ -431,10 +434,10 @@ def _drop_checkpoints(
     """
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
-    checkpoints = _checkpoints(stack, predictor, output)
+    checkpoints = _open_checkpoints(stack, predictor, output)
     if checkpoints is None:
         return
-    is_of_this_fit = checkpoints.read_fit_digest() == inputs
+    is_of_this_fit = checkpoints.read_fit_digest() == input_digest
     is_empty = not checkpoints.runs()
     if is_of_this_fit or is_empty:
         checkpoints.remove()
@@ -474,17 +477,17 @@ def score(
         )
     file: Path | None = output
     if is_folder:
-        # ``prepare_output`` checks nothing then, because ``score_parts`` checks the folder
+        # With None, ``prepare_output`` checks nothing. ``score_parts`` checks the folder.
         file = None
     save_unless_done = console.prepare_output(
         file,
         "scores",
-        [predictor, *files_of(store), *reading.read],
+        [predictor, *files_of(store), *reading.named_paths],
         overwrite=overwrite,
         reading=reading.settings,
     )
     loaded_predictor = load_predictor(predictor)
-    _require_answer(predictor, loaded_predictor.answer, answer)
+    _require_judged_answer(predictor, loaded_predictor.answer, answer)
     data = reading.open_with_second(store)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
@@ -540,7 +543,8 @@ def evaluate(
     from vilu.tables.scores import scores_in
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
-    if clusters is not None:  # this flag is newer than the digest, which stays the same without it
+    # This flag is newer than the digest. If it is not given, the digest must not change.
+    if clusters is not None:
         settings["clusters"] = clusters
     save_unless_done = console.prepare_output(
         output, "results", files_of(*scores), overwrite=overwrite, **settings
@@ -583,14 +587,14 @@ def convert(
     from vilu.predictors.persistence import storage
     from vilu.predictors.persistence.convert import convert_official
 
-    inputs = inputs_digest(checkpoint, logit_scale=logit_scale)
-    is_converted = storage.claim_output_folder(output, inputs, overwrite=overwrite)
+    input_digest = inputs_digest(checkpoint, logit_scale=logit_scale)
+    is_converted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
         console.nothing_to_do(output)
         return
     predictor = convert_official(checkpoint, logit_scale)
-    predictor.notes_["inputs"] = inputs
+    predictor.notes_["inputs"] = input_digest
     predictor.save(output)
     console.print_outputs(output)
     next_step(f"a {predictor.name} head; {_score_hint(output)}")
@@ -637,7 +641,7 @@ DrawFile = Annotated[
     Path | None,
     path_option(
         "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
-        "draw are tested once. --max-risk is that of the draw unless it is given.",
+        "draw are tested once. [without --max-risk, the risk of the draw is used]",
         metavar="FILE",
         rich_help_panel=GUARANTEE,
     ),
@@ -694,8 +698,8 @@ LargestCluster = Annotated[
     int | None,
     Option(
         min=1,
-        help="For ratio: rows of larger clusters are left for review; choose it without a look at "
-        "the labels. [the size of the largest cluster]",
+        help="For ratio: largest size of a cluster; rows of larger clusters are left for review. "
+        "Choose it without a look at the labels. [the size of the largest cluster]",
         rich_help_panel=GUARANTEE,
     ),
 ]
@@ -764,15 +768,16 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
-        # The only argument is a table, which the command line has put in place of the predictor.
+        # The only argument is a table. The command line has passed it as ``predictor``, the first
+        # of the two arguments.
         store = predictor
-        predictor = _predictor_of_one_score(store, output, reading, overwrite=overwrite)
+        predictor = _write_predictor_of_only_score(store, output, reading, overwrite=overwrite)
     elif output is not None:
         raise UsageError(
             "-o is for a table that is calibrated without a predictor. With a predictor the result "
             "is written into its folder. Leave -o out."
         )
-    _require_answer(predictor, load_predictor(predictor).answer, answer)
+    _require_judged_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_with_second(store)
     if isinstance(data, AnswerTable):
         data = data.for_purpose("calibration")
@@ -794,7 +799,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     if drawn_below is not None:
         calibration = _calibrate_by_draw(
-            predictor, data, target, labels, drawn_below, overwrite=overwrite
+            predictor, data, target, labels, draw_file=drawn_below, overwrite=overwrite
         )
     elif method == "anytime":
         calibration = _calibrate_at_any_time(
@@ -809,10 +814,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_score_hint(predictor, data.holds)}")
 
 
-def _predictor_of_one_score(
+def _write_predictor_of_only_score(
     table: Path, output: Path | None, reading: Reading, *, overwrite: bool
 ) -> Path:
-    """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
+    """Write the predictor that uses the only score of a table; returns its folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import method_of_only_score
     from vilu.tables.read import is_table, open_table
@@ -825,10 +830,10 @@ def _predictor_of_one_score(
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
     predictor = method_of_only_score(open_table(table, clusters=reading.clusters))
-    inputs = storage.inputs_of_fit(predictor, [])
-    is_done = storage.claim_output_folder(output, inputs, overwrite=overwrite)
-    if not is_done:
-        predictor.notes_["inputs"] = inputs
+    input_digest = storage.inputs_of_fit(predictor, [])
+    is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
+    if not is_written:
+        predictor.notes_["inputs"] = input_digest
         predictor.save(output)
     return output
 
@@ -867,20 +872,23 @@ def _calibrate_by_draw(
     data: EmbeddingSource,
     target: Target,
     labels: list[Path] | None,
-    table: Path,
     *,
+    draw_file: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate by a draw of `vilu next --for-guarantee`, whose file ``table`` is filled in."""
+    """Calibrate on the rows of ``draw_file``, which `vilu next --for-guarantee` has drawn.
+
+    The user has filled in the labels in this file.
+    """
     from vilu.triage.drawn import calibrate_by_draw
 
     if labels is not None:
         raise UsageError(
-            f"--drawn-below takes its labels from {table}. Leave --labels out, and fill in the "
+            f"--drawn-below takes its labels from {draw_file}. Leave --labels out, and fill in the "
             "column label of that file."
         )
     return calibrate_by_draw(
-        predictor, _store_with_classes(data), table, target, overwrite=overwrite
+        predictor, _store_with_classes(data), draw_file, target, overwrite=overwrite
     )
 
 
@@ -894,7 +902,7 @@ def _calibrate_once(
     reading: Reading,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate once on a fixed set of rows, with the labels of the store or of files."""
+    """Calibrate once on a fixed set of rows, with the labels of the store or of label files."""
     from vilu.calibration.procedure import calibrate_predictor
     from vilu.triage.store_labels import picked_at_random
 
@@ -923,7 +931,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _calibration_in_words(calibration: Calibration) -> str:
-    """Lines about the probabilities, and about the decisions and label sets if there are any."""
+    """Lines about the probabilities, and about the rule and the label sets if there are any."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability

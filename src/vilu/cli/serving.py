@@ -32,7 +32,7 @@ PrecisionOfService = Annotated[
     Literal["fp32", "bf16"] | None,
     Option(
         help="Arithmetic of the image tower. bf16 is compared with fp32 on the first 64 images. "
-        "[that of the photos on which the predictor was fitted]"
+        "[as for the photos that the predictor was fitted on]"
     ),
 ]
 Host = Annotated[
@@ -50,8 +50,8 @@ StateFolder = Annotated[
 KeyFile = Annotated[
     Path | None,
     path_option(
-        "Keys, one per line; a client sends Authorization: Bearer KEY. After a key may stand what "
-        "it allows: ask, label, admin. [all]",
+        "Keys, one per line; a client sends Authorization: Bearer KEY. The line may also say what "
+        "the key allows: ask, label, admin. [all]",
         metavar="FILE",
     ),
 ]
@@ -138,11 +138,11 @@ Timeout = Annotated[
     ),
 ]
 
-MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
+SERVICE_MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
 """Modules of other packages that the service imports."""
 
 TLS_PREFIX: Final = "https://"
-"""Before a host name: clients reach it through a proxy with TLS."""
+"""Prefix of a host name that clients reach through a proxy with TLS."""
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -177,7 +177,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     _require_service(executor)
     from vilu.service.limits import log_access
-    from vilu.service.server import Hosted
+    from vilu.service.server import HostedService
     from vilu.service.setup import Setup
 
     _require_protection(host, key_file, allow_host)
@@ -208,7 +208,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     log_access()
     if executor == "local":
-        Hosted(setup, host, port, _announce).run()
+        HostedService(setup, host, port, _announce).run()
         return
     from vilu.service.ray_serve import replicas_of, serve_ray
 
@@ -222,7 +222,7 @@ def _require_service(executor: str) -> None:
     extra = "serve"
     if executor == "ray":
         extra = "serve-ray"
-    for module in MODULES:
+    for module in SERVICE_MODULES:
         import_extra(module, extra)
 
 
@@ -243,7 +243,7 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
 
 
 def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
-    """The limits on who may ask: host names, those of them with TLS, and keys."""
+    """The limits on who may use the service: host names, with or without TLS, and keys."""
     from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
 
     lower_names = [name.lower() for name in names]
@@ -262,7 +262,7 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
 
 
 def _announce(message: str) -> None:
-    """Print a message that is the address, the result of the command; log any other message."""
+    """Print the address, which is the result of the command; log any other message."""
     if message.startswith("http"):
         print_outputs(message)
     else:

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from vilu.cli.console import next_step, parse_pairs, print_outputs, print_result, resumable
 from vilu.cli.help import CLASSIFIER, MODEL, MORE, SPEED
-from vilu.cli.images import embedded
+from vilu.cli.images import store_in_words
 from vilu.cli.options import (
     Outside,
     Overwrite,
@@ -24,9 +24,9 @@ from vilu.text import plural, printable
 Arrays = Annotated[
     Path | None,
     path_argument(
-        "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), "
-        "target (N), ids, logit_scale, logit_bias, negatives (M, D), views, features, prompts, "
-        "...; the first three are required. logits (N, K) take the place of text.",
+        "An .npz file, or a folder of .npy files. Required: image (N, D), class_names (K), and "
+        "text (K, D) or logits (N, K). Optional: target (N), ids, logit_scale, logit_bias, "
+        "negatives (M, D), views, features, prompts, ...",
         metavar="SOURCE",
     ),
 ]
@@ -34,7 +34,7 @@ Logits = Annotated[
     Path | None,
     path_option(
         "Logits (N, K) of any classifier in place of texts: an .npy file.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]
@@ -42,21 +42,22 @@ Features = Annotated[
     Path | None,
     path_option(
         "With --logits: vectors (N, D) of the rows, an .npy file.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]
 Labels = Annotated[
     Path | None,
     path_option(
-        "Labels (the array ``target``): an .npy file, or text with one label per line.", "FILE"
+        "Labels (the array ``target``): an .npy file, or text with one label per line.",
+        metavar="FILE",
     ),
 ]
 Answers = Annotated[
     Path | None,
     path_option(
         "Answers of another model, for --answer given: an .npy file, or text with one per line.",
-        "FILE",
+        metavar="FILE",
         rich_help_panel=CLASSIFIER,
     ),
 ]
@@ -183,7 +184,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         overwrite=overwrite,
     )
     print_outputs(output)
-    next_step(embedded(output, store, (split, str(source or logits))))
+    next_step(store_in_words(output, store, split=split, source=str(source or logits)))
 
 
 def _require_existing_path(path: Path) -> Path:
@@ -265,4 +266,4 @@ def _inspect_table(path: Path) -> None:
     for name, role in table.roles.items():
         lines.append(f"  {printable(name):{width}}  {role}")
     print_result(facts, "\n".join(lines))
-    next_step("every cell that is used is a number or a text as its column needs")
+    next_step("every cell that is used has the type that its column needs")

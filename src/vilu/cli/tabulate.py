@@ -23,12 +23,14 @@ TableFile = Annotated[
 def completions_(
     run: Annotated[
         Path,
-        path_argument("A JSONL file with one completion per line, in OpenAI's format.", "RUN"),
+        path_argument(
+            "A JSONL file with one completion per line, in OpenAI's format.", metavar="RUN"
+        ),
     ],
     output: TableFile,
     truth: Annotated[
         Path | None,
-        path_option("Right answers: a CSV file with the columns id and truth.", "FILE"),
+        path_option("Right answers: a CSV file with the columns id and truth.", metavar="FILE"),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -49,8 +51,10 @@ def completions_(
 
 
 def detections_(
-    results: Annotated[Path, path_argument("Detections in COCO's format.", "RESULTS")],
-    annotations: Annotated[Path, path_argument("Annotations in COCO's format.", "ANNOTATIONS")],
+    results: Annotated[Path, path_argument("Detections in COCO's format.", metavar="RESULTS")],
+    annotations: Annotated[
+        Path, path_argument("Annotations in COCO's format.", metavar="ANNOTATIONS")
+    ],
     output: TableFile,
     min_iou: Annotated[float, Option(help="Least overlap of a right detection.")] = 0.5,
     overwrite: Overwrite = False,
@@ -71,14 +75,14 @@ def detections_(
 
 
 def logits_(
-    logits: Annotated[Path, path_argument("Logits (N, K): an .npy file.", "LOGITS")],
+    logits: Annotated[Path, path_argument("Logits (N, K): an .npy file.", metavar="LOGITS")],
     output: TableFile,
     labels: Annotated[
         Path | None,
-        path_option("True classes (N,): an .npy file, or text with one per line.", "FILE"),
+        path_option("True classes (N,): an .npy file, or text with one per line.", metavar="FILE"),
     ] = None,
     classes: Annotated[
-        Path | None, path_option("Names of the K classes, one per line.", "FILE")
+        Path | None, path_option("Names of the K classes, one per line.", metavar="FILE")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -94,7 +98,7 @@ def logits_(
         "answers",
         _require_files(logits, labels, classes),
         overwrite=overwrite,
-        # Without this, the digest of a file would be the same whether it has labels or class names.
+        # Without this, the digest would be the same whether a file has labels or class names.
         has_labels=labels is not None,
     )
     arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
@@ -103,15 +107,20 @@ def logits_(
 
 
 def words_(
-    pages: Annotated[list[Path], path_argument("TSV files of Tesseract, one per picture.", "PAGE")],
+    pages: Annotated[
+        list[Path], path_argument("TSV files of Tesseract, one per picture.", metavar="PAGE")
+    ],
     output: TableFile,
     truth: Annotated[
         Path | None,
         path_option(
-            "True words: a CSV file with the columns page, text, left, top, width, height.", "FILE"
+            "True words: a CSV file with the columns page, text, left, top, width, height.",
+            metavar="FILE",
         ),
     ] = None,
-    dictionary: Annotated[Path | None, path_option("Known words, one per line.", "FILE")] = None,
+    dictionary: Annotated[
+        Path | None, path_option("Known words, one per line.", metavar="FILE")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Words that Tesseract read.
@@ -147,7 +156,7 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """The whole arrays in files, by name; names without a file are left out."""
+    """Read the arrays of files; the result maps a name to its array, if the name has a file."""
     from vilu.store.arrays import Arrays, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -172,8 +181,8 @@ def _write_and_report(
     missed_text = ""
     if converted.missed_share is not None:
         missed_text = (
-            f"; {converted.n_missed:,} of {converted.n_wanted:,} that are there have no row "
-            f"({converted.missed_share:.1%}), and no guarantee covers them"
+            f"; {converted.n_missed:,} of the {converted.n_wanted:,} true words or objects have no "
+            f"row ({converted.missed_share:.1%}), and no guarantee covers them"
         )
     n_known = converted.n_known
     next_step(

@@ -200,7 +200,11 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
 
 
 def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
-    """How the flags ask to sort the photos; None without flags. UsageError for both flags."""
+    """The way in which the flags ask to sort the photos; None without flags.
+
+    Raises:
+        UsageError: If both flags are given.
+    """
     if link and move:
         raise UsageError("--link and --move exclude each other. Give only one of them.")
     if move:
@@ -219,8 +223,8 @@ RiskOfDraw = Annotated[
     Option(
         min=0,
         max=1,
-        help="Largest error rate among accepted answers, which decides how far images are drawn. "
-        "[0.05]",
+        help="Largest error rate among accepted answers. It decides up to which uncertainty images "
+        "are drawn. [0.05]",
     ),
 ]
 DEFAULT_DRAW_RISK: Final = 0.05
@@ -284,8 +288,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     if for_guarantee and per_class:
         raise UsageError(
-            "--for-guarantee draws from all answers, and --per-class from those of some classes. "
-            "Give only one of them."
+            "--for-guarantee draws from all answers, and --per-class from the answers of some "
+            "classes. Give only one of them."
         )
     if output.resolve() in {file.resolve() for file in labels or ()}:
         raise UsageError(
@@ -309,7 +313,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if max_risk is None:
         max_risk = DEFAULT_DRAW_RISK
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    if per_class:  # this flag is newer than the digest, which must stay the same without it
+    # This flag is newer than the digest. If it is not given, the digest must not change.
+    if per_class:
         settings["per_class"] = True
     inputs = inputs_digest(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
@@ -342,7 +347,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
-    """What to do with the labels that were asked for, or why none was."""
+    """What the user does next; or why no image was asked for."""
     if n_asked:
         return "fill in the column label"
     if n_wanted:
@@ -351,7 +356,7 @@ def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
 
 
 def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
-    """Refuse the flags that are for images."""
+    """Raise UsageError for flags that are only for images of a store."""
     if max_risk is not None:
         raise UsageError(
             "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
@@ -418,8 +423,8 @@ def _labelling_advice(questions: AnswerTable, output: Path) -> str:
         clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
     return (
         f"{plural(len(questions), 'answer')}{clusters_text} to label: write 1 or 0 into the column "
-        f"correct. `vilu fit {output}` and `vilu calibrate PREDICTOR {output}` each take the rows "
-        "that are for them."
+        f"correct. `vilu fit {output}` takes the rows to fit on, and `vilu calibrate PREDICTOR "
+        f"{output}` takes the rows to calibrate on."
     )
 
 
@@ -515,7 +520,9 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if photos is not None:
         review_tasks = dataclasses.replace(review_tasks, photos=photos)
     if not review_tasks.tasks:
-        raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
+        raise UsageError(
+            f"{source} has no photo to look at ({which}). Choose other photos with --which."
+        )
     if serve:
         _serve_review(review_tasks, output, port)
         return
@@ -539,17 +546,18 @@ def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
         )
         console.print_outputs(address)
 
-    lock_reason = f"labelling into {output.name} in"
-    lock = f".{output.name}.lock"
     with locked(
-        make_folder(output.parent), activity=lock_reason, lock_name=lock, holder_kind="review"
+        make_folder(output.parent),
+        activity=f"labelling into {output.name} in",
+        lock_name=f".{output.name}.lock",
+        holder_kind="review",
     ):
         session = ReviewSession(review_tasks, output)
         serve_page(session, port, announce)
-    n_open = sum(task.path not in session.answers for task in review_tasks.tasks)
+    n_unanswered = sum(task.path not in session.answers for task in review_tasks.tasks)
     texts = [f"{plural(len(session.answers), 'answer')} in {output}"]
-    if n_open:
-        texts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
+    if n_unanswered:
+        texts.append(f"the same command goes on with the rest ({plural(n_unanswered, 'photo')})")
     texts.append(f"next: {session.next_command()}")
     next_step("; ".join(texts))
 
@@ -574,16 +582,17 @@ def labels(
 ) -> None:
     """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    A triage gives all its labels, also those of classes that no longer exist. Prints the file,
+    A triage gives all its labels, also the labels of classes that no longer exist. Prints the file,
     which `--labels` of `vilu triage`, `fit`, `calibrate` and `audit-labels` reads.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
 
+    # both map the path of a photo: to its label, and to the stream that the label belongs to
     labels_by_path, stream_of = read_done(done)
-    n = write_labels(labels_by_path, output, scores, stream_of)
+    n_labels = write_labels(labels_by_path, output, scores, stream_of)
     console.print_outputs(output)
-    next_step(plural(n, "label"))
+    next_step(plural(n_labels, "label"))
 
 
 def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -614,7 +623,8 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     has_sheet = sheet is not None
     has_images = images is not None
-    if has_sheet != has_images:
+    has_only_one = has_sheet != has_images
+    if has_only_one:
         raise UsageError("--sheet needs --images, and --images needs --sheet. Give both or none.")
     if sheet is not None:
         _require_new_figure(sheet)

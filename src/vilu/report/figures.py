@@ -36,9 +36,16 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             uncertainty_of_correct = uncertainty[failure == 0]
             uncertainty_of_wrong = uncertainty[failure == 1]
             _draw_share_bars(
-                axes, uncertainty_of_correct, edges, "answer correct", CORRECT, hatch=None
+                axes,
+                uncertainty_of_correct,
+                edges,
+                label="answer correct",
+                colour=CORRECT,
+                hatch=None,
             )
-            _draw_share_bars(axes, uncertainty_of_wrong, edges, "answer wrong", WRONG, hatch="///")
+            _draw_share_bars(
+                axes, uncertainty_of_wrong, edges, label="answer wrong", colour=WRONG, hatch="///"
+            )
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -48,7 +55,7 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 
 
 def _draw_share_bars(
-    axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
+    axes: Axes, values: Floats, edges: list[float], *, label: str, colour: str, hatch: str | None
 ) -> None:
     """Draw a histogram whose bars are percentages of ``values``."""
     percent_per_value = np.full(len(values), 100 / max(len(values), 1))
@@ -224,10 +231,12 @@ def curves(
         x_label: Label of the horizontal axes.
         title: Title of the figure.
         log: Whether the horizontal axes are logarithmic.
-        names: Names of ticks of the horizontal axes, by the tick's number as text (``"{:g}"``).
+        names: Maps the number of a tick of the horizontal axes, as text (``"{:g}"``), to a name
+            that is written in place of the number.
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+        """Draw the lines of a panel, with a tick at every x of a line."""
         ticks: set[float] = set()
         for line in panel.lines:
             _draw_line_in_band(axis, line, looks[line.label])
@@ -240,8 +249,8 @@ def curves(
         labels = [names.get(number, number) for number in numbers]
         axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
-        ends = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
-        _write_line_labels(axis, ends, looks)
+        last_values = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
+        _write_line_labels(axis, last_values, looks)
 
     figure = _curve_panels(panels, x_label, title, draw)
     if any(line.published for panel in panels for line in panel.lines):
@@ -256,18 +265,19 @@ def scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
-        ends = {}
+        """Draw the points of a panel, and a least-squares line if the x of a series differ."""
+        last_values = {}
         for line in panel.lines:
             look = looks[line.label]
             _draw_points(axis, line, look)
-            ends[line.label] = line.y[int(np.argmax(line.x))]
+            last_values[line.label] = line.y[int(np.argmax(line.x))]
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
                 axis.plot(100 * x, 100 * y, color=look.colour, linestyle=look.dash)
-                ends[line.label] = float(y[-1])
-        _write_line_labels(axis, ends, looks)
+                last_values[line.label] = float(y[-1])
+        _write_line_labels(axis, last_values, looks)
 
     return _curve_panels(panels, x_label, title, draw)
 
@@ -287,7 +297,7 @@ def _curve_panels(
     title: str,
     draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
-    """Make one plot per panel, and let ``draw`` fill it. Lines of one label look the same."""
+    """Make one plot per panel; ``draw`` fills it. Lines with the same label look the same."""
     looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
@@ -312,15 +322,19 @@ def _draw_line_in_band(axis: Axes, line: Series, look: Look) -> None:
     axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **look.style)
 
 
-def _write_line_labels(axis: Axes, ends: Mapping[str, float], looks: Mapping[str, Look]) -> None:
+def _write_line_labels(
+    axis: Axes, last_values: Mapping[str, float], looks: Mapping[str, Look]
+) -> None:
     """Write the label of every line at the right of the plot, at the height where the line ends.
 
-    ``ends`` has the last value of every line, as a fraction. Labels that would overlap are moved
-    apart.
+    ``last_values`` maps a label to the last value of its line, as a fraction. Labels that would
+    overlap are moved apart.
     """
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top)
-    heights = {label: (100 * end - bottom) / (top - bottom) for label, end in ends.items()}
+    axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
+    heights = {}
+    for label, value in last_values.items():
+        heights[label] = (100 * value - bottom) / (top - bottom)
     for label, height in _spaced_heights(heights, LABEL_HEIGHT).items():
         axis.annotate(
             label,
@@ -338,30 +352,31 @@ LABEL_HEIGHT = 0.065
 
 
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights by label, moved apart so that they differ by at least ``gap``, lowest first.
+    """Move the heights of labels apart, so that they differ by at least ``gap``.
 
-    Heights that are too close form a group. A group is centred on the mean of its heights, and
-    groups that then overlap are joined.
+    Heights and gap are shares of the height of the plot. Labels that are too close form a group. A
+    group is centred on the mean of its heights, and groups that then overlap are joined. The result
+    has the lowest label first.
     """
-    groups: list[list[str]] = []
+    groups: list[list[str]] = []  # the labels of each group; groups and labels from low to high
     for label in sorted(heights, key=lambda label: heights[label]):
         groups.append([label])
         while len(groups) > 1 and _are_too_close(groups[-2], groups[-1], heights, gap):
-            upper = groups.pop()
-            groups[-1] += upper
-    spaced = {}
+            upper_group = groups.pop()
+            groups[-1] += upper_group
+    spaced_heights = {}
     for group in groups:
-        start = _lowest_height(group, heights, gap)
+        lowest_height = _lowest_height(group, heights, gap)
         for number, label in enumerate(group):
-            spaced[label] = start + number * gap
-    return spaced
+            spaced_heights[label] = lowest_height + number * gap
+    return spaced_heights
 
 
 def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
     """Height of the lowest label of a group that is centred on the mean of its heights.
 
-    A group that would reach above the plot (1.0) or below it (0.0) is moved into it. A group that
-    is higher than the plot ends at its top.
+    A group that would reach above the plot (1.0) or below it (0.0) is moved into the plot. If the
+    group is higher than the plot, its highest label is at the top of the plot.
     """
     centre = sum(heights[label] for label in group) / len(group)
     extent = gap * (len(group) - 1)
@@ -373,8 +388,9 @@ def _are_too_close(
     lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
 ) -> bool:
     """Whether two groups of labels, one above the other, are closer than ``gap``."""
-    end = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
-    return _lowest_height(upper, heights, gap) - end < gap
+    top_of_lower = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
+    bottom_of_upper = _lowest_height(upper, heights, gap)
+    return bottom_of_upper - top_of_lower < gap
 
 
 def _draw_points(axis: Axes, line: Series, look: Look) -> None:
@@ -432,7 +448,7 @@ class Grid:
 
 
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
-    """Draw heat maps: a darker cell is a higher fraction, which is printed in percent."""
+    """Draw heat maps. A darker cell has a higher fraction, which is printed in it in percent."""
     with house_style():
         n_columns = min(2, len(panels))
         figure, axes = _figure_with_panels(len(panels), n_columns, width=4.2, height=2.6)

@@ -41,7 +41,7 @@ MAIN_METHODS = (
     "class_gaussians",
     "margin",
 )
-"""Methods with a colour of their own, in the order of the colours. Others share the colours."""
+"""Methods with their own colour, in the order of ``COLOURS``. Other methods share the colours."""
 
 DPI = 150
 """Pixels per inch of a figure that is saved as PNG or WebP."""
@@ -51,10 +51,13 @@ DARK_RULE = (
 )
 """CSS rule that shows an SVG in dark colours if the reader's browser prefers a dark page.
 
-Light and dark colours are swapped, and hues stay.
+Light and dark colours are swapped. Hues do not change.
 """
 LEFT_OUT_METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""Metadata that are left out, by the suffix of the file, so that equal figures have equal bytes."""
+"""Maps the suffix of a file to metadata that are left out.
+
+So equal figures have equal bytes.
+"""
 MATPLOTLIB_SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
@@ -100,12 +103,12 @@ class Look:
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """The look of every line of a figure, by its label.
+    """Map the label of every line of a figure to its look.
 
-    A method looks the same in every figure: its name decides. The methods of ``MAIN_METHODS`` have
-    colours of their own with solid lines. A label that begins with such a name, such as
-    "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
-    have the same look only if other lines have taken all its possible looks.
+    The look depends on the label, so a method looks the same in every figure. Each method of
+    ``MAIN_METHODS`` has its own colour and a solid line. A label that begins with such a name, such
+    as "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
+    have the same look only if no other possible look is free.
     """
     looks: dict[str, Look] = {}
     taken_looks: set[Look] = set()
@@ -121,7 +124,7 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
 def _possible_looks(label: str) -> list[Look]:
     """The looks that a line may have, the preferred one first."""
     looks = []
-    colours = list(COLOURS[1:])  # the first one belongs to the predictor to use
+    colours = list(COLOURS[1:])  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
     if method is not None:
         index = MAIN_METHODS.index(method)
@@ -164,6 +167,6 @@ def save(figure: Figure, path: Path) -> None:
 
 def with_dark_colours(svg: bytes) -> bytes:
     """Add the dark colours of ``DARK_RULE`` to an SVG of matplotlib."""
-    end = b"</style>"  # of the first style element, to which the rule is added
-    rule_and_end = DARK_RULE.encode() + end
-    return svg.replace(end, rule_and_end, 1)
+    end_of_style = b"</style>"
+    rule_and_end = DARK_RULE.encode() + end_of_style
+    return svg.replace(end_of_style, rule_and_end, 1)  # only in the first style element

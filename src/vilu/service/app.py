@@ -39,8 +39,8 @@ from vilu.service.bodies import (
 )
 from vilu.service.journals import ContradictionError
 from vilu.service.limits import (
-    PROBLEM,
-    RETRY,
+    PROBLEM_TYPE,
+    RETRY_HEADER,
     ClientLimits,
     Gate,
     InProgress,
@@ -80,7 +80,7 @@ BODIES: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
     "embeddings": EmbeddingsIn,
     "answers": RowsIn,
 }
-"""The body of /v1/scores, by what the predictor of the service judges."""
+"""Maps what the predictor of the service judges to the model of a body of /v1/scores."""
 
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
@@ -125,13 +125,13 @@ class Service:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the model is still loading.",
-                **RETRY,
+                **RETRY_HEADER,
             )
         return self.engine
 
     def start(self, engine: Engine) -> None:
         """Answer with this engine from now on."""
-        engine.on_batch = self.measures.batch.observe
+        engine.on_batch = self.measures.batch_size.observe
         self.engine = engine
 
     def _add_routes(self) -> None:
@@ -158,6 +158,7 @@ class Service:
         body: type[BaseModel],
         answer: type[BaseModel] | None = None,
     ) -> None:
+        """Let ``route`` answer POST requests; ``body`` and ``answer`` are described in OpenAPI."""
         self.api.add_api_route(
             path,
             route,
@@ -175,6 +176,7 @@ class Service:
         responses: Responses | None = None,
         include_in_schema: bool = True,
     ) -> None:
+        """Let ``route`` answer GET requests."""
         self.api.add_api_route(
             path,
             route,
@@ -205,9 +207,9 @@ class Service:
             )
         images = await read_images(request, self.limits.images)
         request.state.admission.take_images(len(images))
-        await asyncio.to_thread(self._require_pixels, images)
-        awaited = engine.images(request.state.request_id, images)
-        return await self._replies(request, awaited, images)
+        await asyncio.to_thread(self._require_few_pixels, images)
+        judgements = engine.submit_images(request.state.request_id, images)
+        return await self._write_and_answer(request, judgements, images)
 
     async def scores(self, request: Request) -> Response:
         """Answer about embeddings of the model that the predictor was fitted on.
@@ -216,27 +218,32 @@ class Service:
         """
         engine = self.loaded_engine
         n_numbers = self.limits.images * engine.numbers_per_row
-        body = await read_json(request, BODIES[engine.kind], n_numbers, "numbers")
-        require_at_most(body.n_rows, self.limits.images, body.what)
+        body = await read_json(request, BODIES[engine.kind], limit=n_numbers, what="numbers")
+        require_at_most(body.n_rows, self.limits.images, what=body.what)
         try:
-            rows = await asyncio.to_thread(engine.checked, body.content())
+            rows = await asyncio.to_thread(engine.check_rows, body.content())
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
         request.state.admission.take_images(body.n_rows)
-        awaited = engine.rows(request.state.request_id, rows)
-        return await self._replies(request, awaited)
+        judgements = engine.submit_rows(request.state.request_id, rows)
+        return await self._write_and_answer(request, judgements)
 
-    async def _replies(
+    async def _write_and_answer(
         self,
         request: Request,
-        awaited: Sequence[Future[Judgement]],
+        futures: Sequence[Future[Judgement]],
         images: Sequence[bytes] = (),
     ) -> Response:
         """Wait for the judgements of a request, write its rows to the journals, and answer.
 
         If the client has disconnected before the rows are written, no row is written.
+
+        Args:
+            request: The request.
+            futures: The judgements that the engine is making of its images or rows.
+            images: The encoded images, which are kept if the service has a folder for them.
         """
-        judgements = await self._judgements(awaited)
+        judgements = await self._wait_for_judgements(futures)
         if await request.is_disconnected():
             raise ClientDisconnect
         new_files: list[Path] = []
@@ -244,12 +251,13 @@ class Service:
             new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
         try:
             replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
-        except StorageError:  # the rows are not written, so their images must not stay
+        except StorageError:  # the rows are not written, so their images must not be kept
             await asyncio.to_thread(_remove_files, new_files)
             raise
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
-        guarantee = replies[0].guarantee  # the same for all replies: they were written together
+        # All rows of a request are written together, so the guarantee is the same for all replies.
+        guarantee = replies[0].guarantee
         body = AnswersOut(
             request_id=request.state.request_id,
             guarantee=guarantee,
@@ -259,28 +267,29 @@ class Service:
             body.model_dump_json(), media_type="application/json", headers={"Guarantee": guarantee}
         )
 
-    async def _judgements(self, awaited: Sequence[Future[Judgement]]) -> list[Judgement]:
-        """The judgements of a request; Refused (503) if they take too long."""
+    async def _wait_for_judgements(self, futures: Sequence[Future[Judgement]]) -> list[Judgement]:
+        """Wait for the judgements of a request; Refused (503) if they take too long."""
         try:
             async with asyncio.timeout(self.limits.answer):
                 # With return_exceptions, gather waits for all judgements, even if one has raised an
                 # exception. The exception is raised by result() in the return statement.
-                await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
-                return [judgement.result() for judgement in awaited]
+                await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+                return [future.result() for future in futures]
         except TimeoutError:  # the timeout has cancelled the unfinished judgements
             detail = (
                 f"there was no answer within {self.limits.answer:g} seconds. The same request "
                 "may be repeated."
             )
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY) from None
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY_HEADER) from None
 
     async def labels(self, request: Request) -> Response:
-        """Take labels of answered rows, for the audit of the guarantee; a picture counts once.
+        """Take labels of answered rows, for the audit of the guarantee.
 
-        If a row has another label already, the request is refused, and nothing of it is written.
+        Equal pictures count once in the audit. If a row already has another label, the request is
+        refused, and none of its labels is written.
         """
         engine = self.loaded_engine
-        body = await read_json(request, LabelsIn, self.limits.images, "labels")
+        body = await read_json(request, LabelsIn, limit=self.limits.images, what="labels")
         try:
             counts = await asyncio.to_thread(engine.journals.label, body.labels)
         except ContradictionError as error:
@@ -306,9 +315,11 @@ class Service:
         return _json({"audited": audits})
 
     async def corrections(self, request: Request) -> Response:
-        """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
+        """Replace wrong labels. The journal keeps old and new labels; the monitor counts again."""
         engine = self.loaded_engine
-        body = await read_json(request, CorrectionsIn, 2 * self.limits.images, "labels")
+        # a correction has two labels: the present one and the right one
+        max_labels = 2 * self.limits.images
+        body = await read_json(request, CorrectionsIn, limit=max_labels, what="labels")
         if body.before.keys() != body.after.keys():
             detail = "before and after must name the same rows."
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
@@ -342,14 +353,17 @@ class Service:
         predictor continues to run.
         """
         engine = self.loaded_engine
-        choice = await read_json(request, ChoiceIn, 1, "choice")
-        before = await asyncio.to_thread(engine.journals.state)
+        choice = await read_json(request, ChoiceIn, limit=1, what="choice")
+        state_before = await asyncio.to_thread(engine.journals.state)
         try:
             await asyncio.to_thread(engine.journals.switch, choice.answers)
         except UsageError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        by_name = {predictor["name"]: predictor for predictor in await self._described_predictors()}
-        return _json({"before": by_name[before.answering], "now": by_name[choice.answers]})
+        descriptions = {}
+        for description in await self._described_predictors():
+            descriptions[description["name"]] = description
+        before = descriptions[state_before.answering]
+        return _json({"before": before, "now": descriptions[choice.answers]})
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
         """Descriptions of all predictors with their guarantees, for clients."""
@@ -387,27 +401,27 @@ class Service:
 
     async def metrics(self) -> Response:
         """The metrics in Prometheus' text format."""
-        content, kind = await asyncio.to_thread(self.measures.exposed)
-        return Response(content, media_type=kind)
+        content, media_type = await asyncio.to_thread(self.measures.render)
+        return Response(content, media_type=media_type)
 
     async def _write_error_response(self, _: Request, error: Exception) -> Response:
         """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.loaded_engine.journals.state)
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
-        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
+        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY_HEADER)
 
-    def _require_pixels(self, images: Sequence[bytes]) -> None:
-        """Refuse images that have too many pixels together.
+    def _require_few_pixels(self, images: Sequence[bytes]) -> None:
+        """Refuse images that together have too many pixels.
 
         An image that is too large by itself is not counted, because it is not decoded.
         """
-        n_pixels = 0
+        total_pixels = 0
         for content in images:
-            n_of_image = stated_pixels(content)
-            if n_of_image <= self.limits.pixels:
-                n_pixels += n_of_image
-        require_at_most(n_pixels, self.limits.request_pixels, "pixels")
+            image_pixels = stated_pixels(content)
+            if image_pixels <= self.limits.pixels:
+                total_pixels += image_pixels
+        require_at_most(total_pixels, self.limits.request_pixels, what="pixels")
 
 
 def _answer_body(reply: Reply) -> AnswerOut:
@@ -435,10 +449,10 @@ def _answer_body(reply: Reply) -> AnswerOut:
 def _keep_images(
     folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]
 ) -> list[Path]:
-    """Write images to files that are named by their rows; undecodable images are left out.
+    """Write images to files whose names are the ids of their rows; skip undecodable images.
 
     Returns:
-        The files that were not there before. A repeated request finds the files of the first one.
+        The files that did not exist before. If a request is repeated, its files exist already.
     """
     new_files: list[Path] = []
     try:
@@ -473,7 +487,7 @@ def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None 
         problem(status, detail),
         status_code=status,
         headers=dict(headers or {}),
-        media_type=PROBLEM,
+        media_type=PROBLEM_TYPE,
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vilu.service.limits import PROBLEM, Refused, require_at_most
+from vilu.service.limits import PROBLEM_TYPE, Refused, require_at_most
 
 CLOSED: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
 Body = TypeVar("Body", bound=BaseModel)
@@ -52,7 +52,7 @@ class EmbeddingsIn(BaseModel):
         Field(description="(B, F) image features, for predictors that use them."),
     ] = None
 
-    what: ClassVar[str] = "embeddings"
+    what: ClassVar[str] = "embeddings"  # the noun for rows in a refusal
 
     @property
     def n_rows(self) -> int:
@@ -60,7 +60,7 @@ class EmbeddingsIn(BaseModel):
         return len(self.embeddings)
 
     def content(self) -> dict[str, Any]:
-        """The rows by name."""
+        """The rows under the keys that ``Engine.check_rows`` reads."""
         return {"embeddings": self.embeddings, "features": self.features}
 
 
@@ -74,14 +74,14 @@ class RowsIn(BaseModel):
     ]
     numbers: Annotated[
         dict[str, list[FiniteFloat]],
-        Field(description="B numbers by the name of the column, such as score_confidence."),
+        Field(description="Maps the name of a column, such as score_confidence, to B numbers."),
     ]
     features: Annotated[
         list[list[FiniteFloat]] | None,
         Field(description="(B, F) features, for predictors that use them."),
     ] = None
 
-    what: ClassVar[str] = "rows"
+    what: ClassVar[str] = "rows"  # the noun for rows in a refusal
 
     @property
     def n_rows(self) -> int:
@@ -89,7 +89,7 @@ class RowsIn(BaseModel):
         return len(self.id)
 
     def content(self) -> dict[str, Any]:
-        """The columns by name."""
+        """Maps the name of a column to its values."""
         columns: dict[str, Any] = {**self.numbers, "id": self.id}
         if self.features is not None:
             columns["features"] = self.features
@@ -104,8 +104,8 @@ class LabelsIn(BaseModel):
         dict[str, str],
         Field(
             min_length=1,
-            description='Name of the class, or "(outside)", by the row of the answer. For answers '
-            'of a table: "1" if the answer is right, "0" if it is wrong.',
+            description='Maps the row of an answer to the name of its class, or to "(outside)". '
+            'For answers of a table: to "1" if the answer is right, to "0" if it is wrong.',
         ),
     ]
 
@@ -191,8 +191,8 @@ def content_type(request: Request) -> str:
 def count_values(content: bytes) -> int:
     """An upper bound of the number of values in a JSON document: its number of commas, plus one.
 
-    A comma follows each value but the last. Commas within texts are counted, too, because the
-    document is not parsed.
+    Every value but the last is followed by a comma. The document is not parsed, so commas within
+    texts are counted too.
     """
     return content.count(b",") + 1
 
@@ -200,8 +200,8 @@ def count_values(content: bytes) -> int:
 def count_labels(content: bytes, limit: int) -> int:
     """Number of labels in a JSON document. Unlike ``count_values``, it leaves out commas in texts.
 
-    If the document has more texts than ``limit`` labels can have, it is refused in any case. Then
-    half of the number of its texts is returned, which takes less time.
+    A document with more texts than ``limit`` labels can have will be refused in any case. For it,
+    half of the number of texts is returned, because this number is found faster.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
@@ -212,8 +212,14 @@ def count_labels(content: bytes, limit: int) -> int:
     return count_values(TEXT.sub(b"", unescaped))
 
 
-async def read_json(request: Request, kind: type[Body], limit: int, what: str) -> Body:
-    """Read a JSON body with at most ``limit`` values, which ``what`` names.
+async def read_json(request: Request, kind: type[Body], *, limit: int, what: str) -> Body:
+    """Read a JSON body.
+
+    Args:
+        request: The request.
+        kind: Model of the body.
+        limit: Maximum number of values in the body.
+        what: The noun for these values in a refusal, in the plural.
 
     Raises:
         Refused: 415 for another content type, 413 for too many values, 422 if it is invalid.
@@ -231,7 +237,7 @@ async def read_json(request: Request, kind: type[Body], limit: int, what: str) -
     n_values = count_values(content)
     if n_values > limit and kind in {LabelsIn, CorrectionsIn}:
         n_values = await asyncio.to_thread(count_labels, content, limit)
-    require_at_most(n_values, limit, what)
+    require_at_most(n_values, limit, what=what)
     try:
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
@@ -245,9 +251,9 @@ async def read_images(request: Request, limit: int) -> list[bytes]:
     """Read the encoded images, at most ``limit``, of a form or of a JSON body."""
     if content_type(request) == FORM:
         images = await _read_form(request)
-        require_at_most(len(images), limit, "images")
+        require_at_most(len(images), limit, what="images")
         return images
-    body = await read_json(request, ImagesIn, limit, "images")
+    body = await read_json(request, ImagesIn, limit=limit, what="images")
     return await asyncio.to_thread(_from_base64, body.images)
 
 
@@ -263,14 +269,15 @@ def _from_base64(texts: Sequence[str]) -> list[bytes]:
     return images
 
 
-class InMemory(MultiPartParser):
+class InMemoryParser(MultiPartParser):
     """A parser of forms that keeps files in memory. The limit on the body limits this memory."""
 
     spool_max_size = 2**40  # larger than any body, so that no upload is written to disk
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close all files of the parser; returns whether the form was complete."""
-        # If a file of the form has no end, only the parser has this file, and ``files`` lacks it.
+        # The parser has all files that begin in the form. ``files`` has the files that also end in
+        # it, and these are fewer if the form was cut off within a file.
         begun_files = self._files_to_close_on_error
         for file in begun_files:
             file.close()
@@ -279,7 +286,7 @@ class InMemory(MultiPartParser):
 
 async def _read_form(request: Request) -> list[bytes]:
     """Read the files of a form; the names of the fields do not matter."""
-    parser = InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100)
+    parser = InMemoryParser(request.headers, request.stream(), max_files=10_000, max_fields=100)
     files: list[UploadFile] = []
     try:
         form = await parser.parse()
@@ -315,8 +322,9 @@ IMAGE_FILES: Final = {
 def described_body(kind: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's description of a body that a route reads itself.
 
-    The body is JSON, or for images a form or JSON. ``kind`` must not contain other models. Where
-    embeddings are taken, a service for tables takes rows in their place.
+    The body is JSON; a body with images is JSON or a form. A body with embeddings may also be rows
+    of a table (``RowsIn``), which a service for tables takes. ``kind`` must not contain other
+    models.
     """
     schema = kind.model_json_schema()
     if kind is EmbeddingsIn:
@@ -353,5 +361,5 @@ def described_answers(
     problem = {"type": "object", "required": ["type", "title", "status", "detail"]}
     descriptions: dict[int | str, dict[str, Any]] = {200: success}
     for code, why in refusals.items():
-        descriptions[code] = {"description": why, "content": {PROBLEM: {"schema": problem}}}
+        descriptions[code] = {"description": why, "content": {PROBLEM_TYPE: {"schema": problem}}}
     return descriptions

@@ -32,7 +32,14 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel
-from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, ServiceState, row_id
+from vilu.service.journals import (
+    PREDICTOR_NAMES,
+    GuaranteeState,
+    Journals,
+    Scores,
+    ServiceState,
+    row_id,
+)
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import PreparedImage
@@ -71,8 +78,8 @@ class Judgement:
 
     Attributes:
         row: Id of the row.
-        answers: Answers by the name of the predictor.
-        scores: Scores by the name of the predictor; empty if the image cannot be read.
+        answers: Maps the name of a predictor to its answer.
+        scores: Maps the name of a predictor to its score; empty if the image cannot be read.
     """
 
     row: str
@@ -83,30 +90,30 @@ class Judgement:
 class ClientRows(NamedTuple):
     """Rows that a client sent in place of images, after a check."""
 
-    arrays: dict[str, Tensor]  # (B, ...) by name, as the predictor reads them
-    pictures: list[bytes]  # what is equal for equal pictures, or for the same answer of a table
+    arrays: dict[str, Tensor]  # the arrays (B, ...) that the predictor reads, by their names
+    picture_keys: list[bytes]  # B keys; rows of the same picture (or answer) have equal keys
 
 
 @dataclass(frozen=True)
-class Unwritten:
+class UnwrittenRequest:
     """The judgements of one request that are not in the journals yet."""
 
     judgements: Sequence[Judgement]
-    replies: Future[list[Reply]]
+    replies: Future[list[Reply]]  # where the replies will be set after the rows are written
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingImage:
     """A decoded image that the model has not embedded yet."""
 
-    row: str
+    row: str  # id of the row
     position: int  # number of the image among all images that this service has decoded
-    item: PreparedImage | ErrorRow
-    judgement: Future[Judgement]
+    item: PreparedImage | ErrorRow  # an ErrorRow if the image could not be decoded
+    judgement: Future[Judgement]  # where the judgement about the image will be set
 
 
-class Served:
-    """A predictor that judges every image."""
+class ServedPredictor:
+    """A predictor of the service. It judges every image."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -137,9 +144,9 @@ class Engine:
     1. A pool of threads decodes images when they arrive.
     2. One thread runs the model. It takes all images that are decoded so far, at most
        ``guard.batch_size``. So batches grow with the load, and no image waits for a batch to fill.
-    3. Another thread writes rows to the journals. The rows of a request are written once all of
-       them are judged, so a request that was given up leaves no rows. Requests that are ready at
-       the same time are written together.
+    3. Another thread writes rows to the journals. The rows of a request are written as soon as all
+       of them are judged. So a request that was given up leaves no rows. Requests that are ready
+       at the same time are written together.
 
     Args:
         guard: The model with the first predictor.
@@ -159,15 +166,15 @@ class Engine:
     ) -> None:
         self.guard = guard
         self.journals = journals
-        self.served = {NAMES[0]: Served(guard)}
+        self.served = {PREDICTOR_NAMES[0]: ServedPredictor(guard)}
         if second is not None:
-            self.served[NAMES[1]] = Served(self._open_second(second))
+            self.served[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
         self._positions = count()  # numbers of the images in the order of their decoding
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[WaitingImage] = deque()
         self._is_scheduled = False  # whether a run of the model is submitted or in progress
-        self._unwritten: deque[Unwritten] = deque()
+        self._unwritten: deque[UnwrittenRequest] = deque()
         self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
         self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
@@ -183,12 +190,16 @@ class Engine:
             return second
         raise UsageError(
             f"{second.folder} needs {', '.join(second.arrays)} of an image as "
-            f"{second.vocabulary.dtype}, the first predictor {', '.join(first.arrays)} as "
-            f"{first.vocabulary.dtype}. Serve {second.folder} by itself."
+            f"{second.vocabulary.dtype}, and the first predictor needs {', '.join(first.arrays)} "
+            f"as {first.vocabulary.dtype}. Serve {second.folder} by itself."
         )
 
-    def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
-        """Submit the images of a request; returns futures of judgements, in the same order."""
+    def submit_images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
+        """Submit the images of the request with the id ``request``.
+
+        Returns:
+            The futures of the judgements, in the order of the images.
+        """
         judgements = []
         for index, content in enumerate(images):
             judgement: Future[Judgement] = Future()
@@ -201,14 +212,14 @@ class Engine:
         """Number of values that a row of a client has."""
         return sum(self.guard.model.widths.values())
 
-    def checked(self, content: Mapping[str, Any]) -> ClientRows:
-        """Check the rows of a client, and convert them to arrays as the model makes them.
+    def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
+        """Check the rows of a client, and convert them to arrays like those of the model.
 
         Args:
-            content: The rows of "embeddings", and those of "features" or None.
+            content: The rows under the key "embeddings"; their features, or None, under "features".
 
         Returns:
-            The arrays by name, in the number format of the store; embeddings have unit norm.
+            The arrays, in the number format of the store. Embeddings are scaled to unit norm.
 
         Raises:
             DataError: If an array has the wrong shape, or an embedding has no direction.
@@ -219,19 +230,23 @@ class Engine:
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
             rows = from_client[name]
-            _require_shape(name, rows, len(embeddings), width)
+            _require_shape(name, rows, n_rows=len(embeddings), width=width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
                 array = _unit_rows(array)
             arrays[name] = array.to(dtype)
-        # Rows with equal numbers show equal pictures.
-        return ClientRows(arrays, pictures=bytes_of_rows(arrays))
+        # Rows with equal numbers count as the same picture.
+        return ClientRows(arrays, picture_keys=bytes_of_rows(arrays))
 
-    def rows(self, request: str, rows: ClientRows) -> list[Future[Judgement]]:
-        """Submit B rows; returns B futures of judgements, in the same order."""
+    def submit_rows(self, request: str, rows: ClientRows) -> list[Future[Judgement]]:
+        """Submit the B rows of the request with the id ``request``.
+
+        Returns:
+            The B futures of the judgements, in the order of the rows.
+        """
         ids = []
         for index, content in enumerate(bytes_of_rows(rows.arrays)):
-            ids.append(row_id(request, index, content, picture=rows.pictures[index]))
+            ids.append(row_id(request, index, content, picture=rows.picture_keys[index]))
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, judgements, lambda: self._judge_rows(rows.arrays, ids))
         return judgements
@@ -239,7 +254,14 @@ class Engine:
     def _decode(
         self, request: str, index: int, content: bytes, judgement: Future[Judgement]
     ) -> None:
-        """Decode an image, and schedule a run of the model."""
+        """Decode an image, add it to the waiting images, and schedule a run of the model.
+
+        Args:
+            request: Id of the request.
+            index: Index of the image in the request.
+            content: The encoded image.
+            judgement: Where the judgement about the image will be set.
+        """
         if judgement.cancelled():  # the request was given up
             return
         position = next(self._positions)
@@ -253,10 +275,11 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return
-        # The decoder gives None only for the mark after the last record, which is never sent here.
+        # The decoder returns None only for the mark that ends a series of records. The service
+        # never sends this mark.
         assert item is not None  # noqa: S101
         with self._lock:
-            self._waiting.append(Waiting(row, position, item, judgement))
+            self._waiting.append(WaitingImage(row, position, item, judgement))
             self._schedule()
 
     def _schedule(self) -> None:
@@ -268,14 +291,14 @@ class Engine:
     def _run_batch(self) -> None:
         """Run the model on a batch of waiting images; schedule another run if more are waiting."""
         with self._lock:
-            n = min(len(self._waiting), self.guard.batch_size)
-            batch = [self._waiting.popleft() for _ in range(n)]
+            n_images = min(len(self._waiting), self.guard.batch_size)
+            batch = [self._waiting.popleft() for _ in range(n_images)]
         if self.on_batch is not None:
-            self.on_batch(n)
-        # a judgement is cancelled if its request was given up
-        awaited = [waiting for waiting in batch if not waiting.judgement.cancelled()]
-        judgements = [waiting.judgement for waiting in awaited]
-        self._settle(judgements, lambda: self._judge_images(awaited))
+            self.on_batch(n_images)
+        # if a request was given up, its judgements are cancelled, and nobody waits for them
+        awaited_images = [image for image in batch if not image.judgement.cancelled()]
+        judgements = [image.judgement for image in awaited_images]
+        self._settle(judgements, lambda: self._judge_images(awaited_images))
         with self._lock:
             self._is_scheduled = False
             if self._waiting:
@@ -286,8 +309,8 @@ class Engine:
     ) -> None:
         """Call ``judge``, and set its results as the results of the futures ``judgements``.
 
-        If ``judge`` raises an exception, the exception is set instead. Futures that are cancelled
-        stay so, and if all of them are cancelled, ``judge`` is not called.
+        If ``judge`` raises an exception, the exception is set instead. A cancelled future stays
+        cancelled. If all futures are cancelled, ``judge`` is not called.
         """
         are_awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
         if not any(are_awaited):
@@ -306,10 +329,10 @@ class Engine:
             if is_awaited:
                 judgement.set_result(result)
 
-    def _judge_images(self, batch: Sequence[Waiting]) -> list[Judgement]:
+    def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
         """Judgements about decoded images, in their order; bad images have no scores."""
-        embedded = self.guard.model.embed([waiting.item for waiting in batch])
-        ids = {waiting.position: waiting.row for waiting in batch}
+        embedded = self.guard.model.embed([image.item for image in batch])
+        ids = {image.position: image.row for image in batch}
         judgements: dict[int, Judgement] = {}
         for error in embedded.errors:
             row = ids[error.position]
@@ -323,7 +346,7 @@ class Engine:
             readable_ids = [ids[position] for position in positions]
             new_judgements = self._judge_rows(join_arrays(embedded), readable_ids)
             judgements.update(zip(positions, new_judgements, strict=True))
-        return [judgements[waiting.position] for waiting in batch]
+        return [judgements[image.position] for image in batch]
 
     def _judge_rows(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
         """Judgements about rows of embeddings by all predictors."""
@@ -344,7 +367,7 @@ class Engine:
 
         The returned future has the replies once all rows of the request are written.
         """
-        request = Unwritten(judgements, Future())
+        request = UnwrittenRequest(judgements, Future())
         with self._lock:
             self._unwritten.append(request)
         self._journal_writer.submit(self._write_requests)
@@ -412,20 +435,21 @@ class Engine:
 
 
 def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
-    """The numbers of every row as bytes; the arrays (B, ...) are put side by side."""
+    """For each of B rows, its numbers in all arrays (B, ...) as one sequence of bytes."""
     joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
     return [row.tobytes() for row in joined_rows]
 
 
-def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) -> None:
+def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: int) -> None:
     """Raise DataError if ``rows`` are not ``n_rows`` rows of ``width`` numbers."""
     lengths = {len(row) for row in rows}
     if len(rows) == n_rows and lengths == {width}:
         return
-    range_of_widths = f" of {min(lengths)} to {max(lengths)}" if rows else ""
+    shape_text = plural(len(rows), "row")
+    if rows:
+        shape_text += f" of {min(lengths)} to {max(lengths)} numbers"
     raise DataError(
-        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. "
-        f"Found {plural(len(rows), 'row')}{range_of_widths}."
+        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. Found {shape_text}."
     )
 
 
@@ -441,7 +465,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
 
 
 def _scores(outcomes: Outcomes) -> list[Score]:
-    """The scores of all rows, for the journals."""
+    """The scores of all rows, as the journals store them."""
     answers = [UNKNOWN] * len(outcomes)  # used if the outcomes hold no answers
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()

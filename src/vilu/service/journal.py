@@ -38,7 +38,11 @@ After a kill, the next start reads at most about this many rows again.
 
 
 CODES_OF_TABLE: Final = {"1": 0, "0": 1}
-"""Codes of the labels of a table's answers: they say themselves whether the answer is right."""
+"""Maps a label of an answer of a table to its code.
+
+A label says whether the answer is right: "1" for yes, "0" for no. The code is the failure: 0 for a
+right answer, 1 for a wrong one.
+"""
 
 
 class Journal:
@@ -100,19 +104,22 @@ class Journal:
 
         Rows without a score (uncertainty NaN) are left out.
         """
-        scored = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
+        scored_indices = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
         with self._writing():
             self._rows.add(
-                [ids[index] for index in scored],
-                [answers[index] for index in scored],
-                [uncertainty[index] for index in scored],
+                [ids[index] for index in scored_indices],
+                [answers[index] for index in scored_indices],
+                [uncertainty[index] for index in scored_indices],
             )
             self._take_in_rows()
             self._update_status()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A block that writes to the file, alone; notes whether the file could be written."""
+        """A block that writes to the file, while no other thread uses the file.
+
+        Afterwards ``is_writable`` says whether the file could be written.
+        """
         with self._lock:
             try:
                 yield
@@ -135,7 +142,7 @@ class Journal:
         """Write the labels of rows; a row keeps its first label.
 
         Args:
-            labels: Names of classes, or "(outside)", by the id of the row.
+            labels: Maps the id of a row to the name of its class, or to "(outside)".
 
         Raises:
             DataError: If a label is neither a class nor "(outside)".
@@ -174,27 +181,29 @@ class Journal:
                 )
 
     def correct(self, labels: Mapping[str, str]) -> None:
-        """Replace the labels of rows that have one; the file keeps the replaced ones, too.
+        """Replace the labels of rows that have a label; the file keeps the replaced labels, too.
 
-        All rows and labels are read again, so that the monitor counts the right labels alone.
+        Then a new monitor takes in all rows and labels, so that it counts only the right labels.
 
         Raises:
             DataError: If a label is neither a class nor "(outside)", or if a row has no label.
         """
         codes = self._codes_of(labels)
         with self._writing():
-            corrected: dict[int, int] = {}
+            corrections: dict[int, int] = {}
             for key, code in codes.items():
                 number = self._rows.number(key)
                 if number is None or self._rows.label_of(number) is None:
                     raise DataError(f"the row {key:.60} has no label that could be corrected.")
-                corrected[number] = code
-            # A saved state counts the wrong labels. After a crash, all is read again without it.
+                corrections[number] = code
+            # The saved state of the monitor has counted the wrong labels, so the state is removed.
+            # If the service crashes now, the next start reads all rows and labels again. A save
+            # that is in progress must end first, because it would write the file again.
             self._saving.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)
-            self._rows.add_corrections(corrected)
-            logger.warning("%d labels of %s were corrected.", len(corrected), self.folder)
+            self._rows.add_corrections(corrections)
+            logger.warning("%d labels of %s were corrected.", len(corrections), self.folder)
             self.monitor = self._new_monitor()
             self._last_seen = 0
             self._take_in_all()
@@ -211,15 +220,15 @@ class Journal:
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """Code of every label, by the id of the row."""
+        """Map the id of every row to the code of its label."""
         codes = self._codes
-        unknown = sorted(set(labels.values()) - codes.keys())
-        if unknown:
-            examples = f"{', '.join(unknown[:5])!r:.200}"
-            allowed = f"no class and not {OUTSIDE_NAME}"
+        unknown_labels = sorted(set(labels.values()) - codes.keys())
+        if unknown_labels:
+            first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
+            fault = f"neither a class nor {OUTSIDE_NAME}"
             if codes is CODES_OF_TABLE:
-                allowed = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown)} labels are {allowed}: {examples}.")
+                fault = "neither 1 (right) nor 0 (wrong)"
+            raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -256,8 +265,8 @@ class Journal:
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # result() raises the exception of the previous save, if there was one. It is never a
-        # ViLUError, because ``_save`` catches and logs those.
+        # result() raises the exception of the previous save, if there was one. The exception is
+        # never a ViLUError, because ``_save`` logs every ViLUError.
         previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -290,10 +299,10 @@ class Journal:
         return self._new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
-        """Give new rows numbers after those that the monitor has seen; warn if rows are missing."""
+        """Number new rows after all rows that the monitor has seen; warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
-        self._rows.number_above(n_seen)
+        self._rows.skip_numbers_to(n_seen)
         if n_seen > n_stored:
             logger.warning(
                 "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on after "
@@ -311,7 +320,9 @@ class Journal:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen = rows[-1].n
             rows = self._rows.rows_after(self._last_seen)
-        self._last_seen = self._rows.ends.n  # the last rows may be of pictures seen before
+        # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves them
+        # out, but the monitor need not ask for them again.
+        self._last_seen = self._rows.ends.n
 
     def _take_in_labels(self, *, after: int) -> None:
         """Let the monitor take in the labels after number ``after``, in the order of arrival."""
@@ -329,13 +340,14 @@ class Journal:
         calibration = self.monitor.calibration
         has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
-        target = np.full(len(rows), UNKNOWN, dtype=np.int64)
-        failure = target.copy()
-        if labels is not None:
-            target = np.array(labels, dtype=np.int64)
-            failure = target  # a label of a table says itself whether the answer is wrong
-            if has_classes:
-                failure = (answer != target).astype(np.int64)
+        unknown = np.full(len(rows), UNKNOWN, dtype=np.int64)
+        target = unknown if labels is None else np.array(labels, dtype=np.int64)
+        if labels is None:
+            failure = unknown.copy()
+        elif has_classes:
+            failure = (answer != target).astype(np.int64)
+        else:
+            failure = target  # the code of a label of a table is the failure (``CODES_OF_TABLE``)
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,

@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError
 
-NAMES: Final = ("first", "second")
+PREDICTOR_NAMES: Final = ("first", "second")
 """Names of the predictors of a service: the main predictor, and the optional second one."""
 
 Scores = tuple[list[int], list[float]]
@@ -18,7 +18,7 @@ Scores = tuple[list[int], list[float]]
 
 
 class LabelCounts(NamedTuple):
-    """What became of the labels that a client sent, in the journal of one predictor."""
+    """Counts of the labels that a client sent for the rows of one predictor."""
 
     n_new: int  # number of labels of rows that had no label before
     unknown: list[str]  # row ids that the client sent, and that the journal does not have
@@ -37,12 +37,13 @@ def row_id(request: str, index: int, content: bytes, picture: bytes) -> str:
 
     Args:
         request: Id of the request.
-        index: Index of the image in the request.
+        index: Index of the image or row in the request.
         content: Digest or bytes of the image or row.
-        picture: What is equal for equal pictures, such as the pixels. The id ends with its digest.
+        picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with their
+            digest.
     """
-    place = f"{request}\n{index}\n".encode() + content
-    return f"{_digest(place)}-{_digest(picture)}"
+    content_in_request = f"{request}\n{index}\n".encode() + content
+    return f"{_digest(content_in_request)}-{_digest(picture)}"
 
 
 def _digest(content: bytes) -> str:
@@ -55,9 +56,9 @@ class ServiceState:
 
     Attributes:
         answering: Name of the predictor that answers.
-        guarantees: State of every guarantee, by the name of the predictor.
+        guarantees: Maps the name of a predictor to the state of its guarantee.
         has_lost_journal: Whether the file of a journal was removed or replaced.
-        is_writable: Whether all journals could be written when it was last tried.
+        is_writable: Whether the last write to every journal succeeded.
     """
 
     answering: str
@@ -67,7 +68,7 @@ class ServiceState:
 
 
 class Journals(Protocol):
-    """The journals of all predictors of a service, by the names of the predictors."""
+    """The journals of all predictors of a service; each is known by the name of its predictor."""
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
         """Write rows with the answers of all predictors; returns the state of the service."""
@@ -79,13 +80,17 @@ class Journals(Protocol):
         """Try whether the journals can be written; returns the state of the service."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """Write labels, by the id of the row; returns the counts by the name of the predictor."""
+        """Write labels, and count them for every predictor.
+
+        ``labels`` maps the id of a row to its label. The result maps the name of a predictor to its
+        counts.
+        """
 
     def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace labels ``before`` by ``after``, both by the id of the row."""
+        """Replace the labels ``before`` by ``after``; both map the id of a row to its label."""
 
     def statuses(self) -> dict[str, Status]:
-        """The status of every monitor, by the name of the predictor."""
+        """Maps the name of every predictor that has a monitor to the status of the monitor."""
 
     def switch(self, name: str) -> ServiceState:
         """Let another predictor answer from now on; returns the state of the service."""

@@ -1,4 +1,4 @@
-"""Limits for clients: host names, keys and their scopes, sizes of requests, room, and time."""
+"""Limits for clients: host names, keys and their scopes, sizes and number of requests, and time."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 """Host names of this machine for itself."""
 
-OPEN: Final = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key; "/" is the page, which asks the user for the key."""
+OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
+"""Paths that need no key. "/" is the page, which asks the user for the key itself."""
 
-PROBLEM: Final = "application/problem+json"
+PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
@@ -44,32 +44,33 @@ MAX_DRAINED_BYTES: Final = 2**20
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
 
-IMAGES: Final = "/v1/answers"
-"""Path of requests with encoded images, whose bodies may be longer than all others."""
+IMAGES_PATH: Final = "/v1/answers"
+"""Path of requests with encoded images. Their bodies may be longer than any other body."""
 
-WORK: Final = frozenset({IMAGES, "/v1/scores"})
+WORK_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
 """Paths of requests with images or rows, which count towards the queue (``InProgress``)."""
 
-OTHERS: Final = 16
+MAX_OTHER_REQUESTS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
-LARGEST_BODIES: Final = 4
-"""All bodies in progress together may be as long as this number of bodies of maximum length."""
+MAX_TOTAL_BODIES: Final = 4
+"""Maximum length of all bodies in progress together, as a multiple of ``ClientLimits.body``."""
 
-CONNECTIONS: Final = 512
+MAX_CONNECTIONS: Final = 512
 """Maximum number of open connections."""
 
-RETRY: Final = {"Retry-After": "1"}
+RETRY_HEADER: Final = {"Retry-After": "1"}
 """Header of a refusal: the same request may be sent again after a second."""
 
 KeyScope = Literal["ask", "label", "admin"]
-"""What a key allows: ask about images and rows, give labels, or correct labels and switch."""
+"""What a key allows: "ask": ask about images and rows; "label": send labels; "admin": correct
+labels, and choose the predictor that answers."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
 """All scopes. A key has all of them, unless its line in the file of keys names some."""
 
-SCOPE_OF: Final[dict[str, KeyScope]] = {
-    IMAGES: "ask",
+SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
+    IMAGES_PATH: "ask",
     "/v1/scores": "ask",
     "/v1/labels": "label",
     "/v1/corrections": "admin",
@@ -99,7 +100,7 @@ class ClientLimits:
 
     Attributes:
         hosts: Allowed names in the Host header, without a port.
-        tls_hosts: Those of the names whose pages come with https, through a proxy.
+        tls_hosts: The names in ``hosts`` that a proxy serves with https.
         keys: A client must send one of these keys. Empty: no key needed.
         queue: Maximum number of images in progress; further requests get 429.
         body: Maximum length of a body with images, in bytes.
@@ -123,9 +124,9 @@ class ClientLimits:
     upload: float = 30.0
     answer: float = 60.0
 
-    def longest_body(self, path: str) -> int:
+    def max_body_bytes(self, path: str) -> int:
         """Maximum length of the body of a request to this path, in bytes."""
-        if path == IMAGES:
+        if path == IMAGES_PATH:
             return self.body
         return min(self.json, self.body)
 
@@ -144,15 +145,16 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
     Raises:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
     """
-    content = read_bounded(path, "Give a file of keys", UsageError, 2**20)
-    lines = [line.split() for line in content.splitlines() if line.strip()]
-    lengths = [len(key) for key, *_ in lines]
-    if not lines or min(lengths) < 16:
+    max_bytes = 2**20
+    content = read_bounded(path, "Give a file of keys", UsageError, max_bytes)
+    words_of_lines = [line.split() for line in content.splitlines() if line.strip()]
+    key_lengths = [len(key) for key, *_ in words_of_lines]
+    if not key_lengths or min(key_lengths) < 16:
         raise UsageError(
             f"{path} must hold one key on every line, each of at least 16 characters. Found "
-            f"{len(lines)} keys."
+            f"{len(key_lengths)} keys."
         )
-    return frozenset(_client_key(path, key, *scopes) for key, *scopes in lines)
+    return frozenset(_client_key(path, key, *scopes) for key, *scopes in words_of_lines)
 
 
 def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
@@ -165,8 +167,8 @@ def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
         return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
     unknown = ", ".join(sorted(scope_names - KEY_SCOPES))
     raise UsageError(
-        f"{path} gives a key the scopes {unknown!r:.60}. The scopes are "
-        f"{', '.join(get_args(KeyScope))}; each key stands on its own line."
+        f"{path} has a key with unknown scopes: {unknown!r:.60}. The scopes are "
+        f"{', '.join(get_args(KeyScope))}. Write every key on its own line."
     )
 
 
@@ -216,35 +218,36 @@ class Gate:
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id
         scope["state"]["images"] = 0
-        began = time.perf_counter()
-        answer = _Answer(send, request_id, self.is_closing)
+        start_time = time.perf_counter()
+        answer = _AnswerSender(send, request_id, self.is_closing)
         try:
-            self._admit(scope, headers)
-            with self._counted(scope, headers):
+            self._check_head(scope, headers)
+            with self._in_progress_with_body(scope, headers):
                 deadline = asyncio.get_running_loop().time() + self.limits.upload
-                longest = self.limits.longest_body(scope["path"])
-                body = _Body(receive, longest, self.limits.upload, deadline)
+                max_bytes = self.limits.max_body_bytes(scope["path"])
+                body = _BodyReceiver(receive, max_bytes, self.limits.upload, deadline)
                 await self.app(scope, body, answer)
         except Refused as refused:
             if not answer.has_begun:
                 await self._refuse(refused, receive, answer)
         finally:
-            self._log(scope, answer.status, time.perf_counter() - began)
+            self._log(scope, answer.status, seconds=time.perf_counter() - start_time)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
         _require_one_length(headers)
         self._require_host(headers)
-        if self.limits.keys and scope["path"] not in OPEN:
+        if self.limits.keys and scope["path"] not in OPEN_PATHS:
             self._require_key(scope, headers)
 
     @contextmanager
-    def _counted(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """A block during which a request with a body counts as in progress."""
-        if scope["method"] != "POST":
+    def _in_progress_with_body(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
+        """A block during which a request counts as in progress, if it has a body."""
+        has_body = scope["method"] == "POST"
+        if not has_body:
             yield
             return
-        n_bytes = self._length(scope["path"], headers)
+        n_bytes = self._body_bytes(scope["path"], headers)
         with self.in_progress.admit(scope["path"], n_bytes) as admission:
             scope["state"]["admission"] = admission
             yield
@@ -268,39 +271,44 @@ class Gate:
         if origin is not None and origin.strip().lower() != own_origin:
             raise Refused(
                 HTTPStatus.FORBIDDEN,
-                "a page of another site may not use this service. If a proxy gives it TLS, allow "
-                "its name with --allow-host https://NAME.",
+                "a page of another site may not use this service. If a proxy serves this page with "
+                "TLS, allow the name of the proxy with --allow-host https://NAME.",
             )
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse a request without a key (401), or with a key that does not allow it (403)."""
-        bearer, _, key = headers.get(b"authorization", b"").partition(b" ")
+        """Refuse a request without a key (401), or with a key that does not allow this (403)."""
+        auth_scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
-        matches = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
-        if bearer.lower() != b"bearer" or not matches:
+        matching_keys = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
+        if auth_scheme.lower() != b"bearer" or not matching_keys:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "give a key: Authorization: Bearer KEY.",
                 **{"WWW-Authenticate": "Bearer"},
             )
-        needed = SCOPE_OF.get(scope["path"]) if scope["method"] == "POST" else None
-        if needed is None or any(needed in known.scopes for known in matches):
+        needed_scope = None
+        if scope["method"] == "POST":
+            needed_scope = SCOPE_OF_PATH.get(scope["path"])
+        if needed_scope is None or any(needed_scope in known.scopes for known in matching_keys):
             return
-        raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed!r}.")
+        raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
-    def _length(self, path: str, headers: dict[bytes, bytes]) -> int:
-        """Number of bytes of a body; the largest number if the head does not state it."""
-        longest = self.limits.longest_body(path)
+    def _body_bytes(self, path: str, headers: dict[bytes, bytes]) -> int:
+        """Number of bytes of a body; Refused (413) if the body is too long.
+
+        If the head does not state the number, this is the maximum for the path.
+        """
+        max_bytes = self.limits.max_body_bytes(path)
         if b"transfer-encoding" in headers:
-            return longest
+            return max_bytes
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) <= longest:
+        if length.isdigit() and int(length) <= max_bytes:
             return int(length)
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the body must be at most {longest:,} bytes. Send fewer or smaller images, rows or "
+            f"the body must be at most {max_bytes:,} bytes. Send fewer or smaller images, rows or "
             "labels.",
         )
 
@@ -311,7 +319,11 @@ class Gate:
         refusal.
         """
         body = problem(refused.status, refused.detail)
-        headers = {"content-type": PROBLEM, "content-length": str(len(body)), **refused.headers}
+        headers = {
+            "content-type": PROBLEM_TYPE,
+            "content-length": str(len(body)),
+            **refused.headers,
+        }
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -343,7 +355,7 @@ class Gate:
 
 
 @dataclass
-class _Answer:
+class _AnswerSender:
     """Sends the answer to a request with the headers of the service, and notes its status."""
 
     send: Send
@@ -369,6 +381,7 @@ class _Answer:
         await self.send(message)
 
     def _headers(self) -> dict[bytes, bytes]:
+        """The headers that the service adds to every answer."""
         headers = {
             b"x-request-id": self.request_id.encode(),
             b"x-content-type-options": b"nosniff",
@@ -382,12 +395,12 @@ class _Answer:
 
 
 @dataclass
-class _Body:
+class _BodyReceiver:
     """Receives the body of a request; raises Refused if it is too long or comes too slowly."""
 
     receive: Receive
-    longest: int  # maximum length in bytes
-    upload: float  # seconds in which the body must arrive
+    max_bytes: int  # maximum length in bytes
+    seconds: float  # time in which the body must arrive
     deadline: float  # time on the clock of the event loop at which the body must be complete
     n_read: int = 0  # number of bytes received so far
     is_whole: bool = False  # whether the body is complete
@@ -402,14 +415,14 @@ class _Body:
         except TimeoutError:
             raise Refused(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"the body was not complete after {self.upload:g} seconds.",
+                f"the body was not complete after {self.seconds:g} seconds.",
             ) from None
         self.n_read += len(message.get("body", b""))
         self.is_whole = not message.get("more_body", False)
-        if self.n_read > self.longest:
+        if self.n_read > self.max_bytes:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {self.longest:,} bytes.",
+                f"the body must be at most {self.max_bytes:,} bytes.",
             )
         return message
 
@@ -430,71 +443,74 @@ def too_many_in_progress(what: str) -> Refused:
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"the service has too many {what} in progress. Repeat the request after a second.",
-        **RETRY,
+        **RETRY_HEADER,
     )
 
 
 def require_at_most(n: int, limit: int, what: str) -> None:
-    """Raise Refused (413) if a request has more than ``limit`` of something."""
+    """Raise Refused (413) if a request has ``n`` of ``what`` (such as "images") above ``limit``."""
     if n > limit:
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"a request may have {limit:,} {what}. Found {n:,}; send several requests.",
+            f"a request may have at most {limit:,} {what}. Found {n:,}; send several requests.",
         )
 
 
 class InProgress:
     """What is in progress: requests, the bytes of their bodies, and their images.
 
-    A request counts from before its body is read until after its answer.
+    A request is in progress from the time before its body is read until its answer is sent.
 
     Attributes:
-        n_working: Number of requests with images or rows.
-        n_others: Number of other requests with a body.
-        n_bytes: Number of bytes of all these bodies, whether they have arrived or not.
+        n_work_requests: Number of requests with images or rows (``WORK_PATHS``).
+        n_other_requests: Number of other requests with a body.
+        n_bytes: Number of bytes of all bodies, whether they have arrived or not.
         n_images: Number of images and rows of the requests whose bodies have arrived.
     """
 
     def __init__(self, limits: ClientLimits) -> None:
         self.limits = limits
-        self.n_working = 0
-        self.n_others = 0
+        self.n_work_requests = 0
+        self.n_other_requests = 0
         self.n_bytes = 0
         self.n_images = 0
 
     @property
-    def most_bytes(self) -> int:
+    def max_total_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
-        return LARGEST_BODIES * self.limits.body
+        return MAX_TOTAL_BODIES * self.limits.body
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
-        """A block during which a request is in progress; Refused (429) if there is no room."""
-        is_work = path in WORK
-        if self.n_bytes + n_bytes > self.most_bytes:
+        """A block during which a request is in progress; Refused (429) if too many are already."""
+        is_work = path in WORK_PATHS
+        if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
-        # Requests whose bodies have not arrived yet count as one image each, which is the least.
-        least_images = max(self.n_working, self.n_images)
-        if is_work and least_images >= self.limits.queue:
+        # The number of images is known only after a body has arrived. But every request of
+        # ``n_work_requests`` has at least one image or row.
+        min_images = max(self.n_work_requests, self.n_images)
+        if is_work and min_images >= self.limits.queue:
             raise too_many_in_progress("images")
-        if not is_work and self.n_others >= OTHERS:
+        if not is_work and self.n_other_requests >= MAX_OTHER_REQUESTS:
             raise too_many_in_progress("requests")
         admission = Admission(self)
+        n_work = 1 if is_work else 0
+        n_other = 1 - n_work
         self.n_bytes += n_bytes
-        self.n_working += is_work
-        self.n_others += not is_work
+        self.n_work_requests += n_work
+        self.n_other_requests += n_other
         try:
             yield admission
         finally:
             self.n_bytes -= n_bytes
-            self.n_working -= is_work
-            self.n_others -= not is_work
+            self.n_work_requests -= n_work
+            self.n_other_requests -= n_other
             self.n_images -= admission.n_images
 
 
 @dataclass
 class Admission:
-    """A request that is in progress, with its images."""
+    """A request that is in progress, with its number of images (0 until its body has arrived)."""
 
     in_progress: InProgress
     n_images: int = 0
@@ -502,10 +518,11 @@ class Admission:
     def take_images(self, n: int) -> None:
         """Count the images of this request as in progress; Refused (429) if they are too many.
 
-        A request with more images than the queue holds is admitted if no other image is there.
+        A request with more images than ``ClientLimits.queue`` is admitted if no image of another
+        request is in progress.
         """
-        has_others = self.in_progress.n_images > 0
-        if has_others and self.in_progress.n_images + n > self.in_progress.limits.queue:
+        has_other_images = self.in_progress.n_images > 0
+        if has_other_images and self.in_progress.n_images + n > self.in_progress.limits.queue:
             raise too_many_in_progress("images")
         self.n_images = n
         self.in_progress.n_images += n
@@ -522,7 +539,8 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 def _require_one_length(headers: dict[bytes, bytes]) -> None:
     """Refuse a request that states the end of its body in two ways, and close its connection.
 
-    A proxy may see another end than this service, so that the rest looks like a second request.
+    A proxy may follow the other header and see the end somewhere else. Then the proxy and this
+    service disagree about where the next request begins (request smuggling).
     """
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise Refused(

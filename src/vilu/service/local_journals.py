@@ -14,7 +14,7 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
-from vilu.service.journals import NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
+from vilu.service.journals import PREDICTOR_NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
 
 SERVING: Final = "serving.json"
 """Name of the file of ``AnsweringPredictor``."""
@@ -36,7 +36,7 @@ class LocalJournals:
     Args:
         folder: Folder that is kept between restarts. It holds a folder for every journal, and
             ``serving.json``.
-        predictors: Folders of the predictors by name.
+        predictors: Maps the name of a predictor to its folder.
 
     Raises:
         UsageError: If two names are the same predictor, or if the predictor that answered before
@@ -59,10 +59,10 @@ class LocalJournals:
             self._journals[name] = Journal(folder / journal_name, predictor)
 
     def _last_answering(self) -> str:
-        """Name of the predictor that answered before the last stop; ``NAMES[0]`` at first."""
+        """Name of the predictor that answered before the last stop; at first the main predictor."""
         path = self.folder / SERVING
         if not path.is_file():
-            return NAMES[0]
+            return PREDICTOR_NAMES[0]
         wanted_fingerprint = read_document(path, AnsweringPredictor).answers
         for name, fingerprint in self.fingerprints.items():
             if fingerprint == wanted_fingerprint:
@@ -103,22 +103,24 @@ class LocalJournals:
         return self.state()
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """Write labels, by the id of the row; returns the counts by the name of the predictor.
+        """Write labels, and count them for every predictor, as ``Journals.label``.
 
         Raises:
-            ContradictionError: If a row has another label; then no journal gets any of them.
+            ContradictionError: If a row has another label; then no label is written to any journal.
             DataError: As ``Journal.label``.
         """
-        with self._lock:  # between check and write, no other request may label the same rows
+        # Between the check and the write, no other request may label the same rows.
+        with self._lock:
             for journal in self._journals.values():
                 journal.require_same(labels)
             return {name: journal.label(labels) for name, journal in self._journals.items()}
 
     def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace labels ``before`` by ``after``, both by the id of the row.
+        """Replace the labels ``before`` by ``after``; both map the id of a row to its label.
 
         Raises:
-            ContradictionError: If a row has not the label in ``before``; then nothing is replaced.
+            ContradictionError: If the label of a row is not its label in ``before``; then no label
+                is replaced.
             DataError: As ``Journal.correct``.
         """
         with self._lock:
@@ -129,7 +131,7 @@ class LocalJournals:
         return self.state()
 
     def statuses(self) -> dict[str, Status]:
-        """The status of every monitor, by the name of the predictor."""
+        """Maps the name of every predictor that has a monitor to the status of the monitor."""
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
@@ -143,7 +145,8 @@ class LocalJournals:
                 f"there is no predictor {name!r:.40}. The predictors are "
                 f"{' and '.join(self.fingerprints)}."
             )
-        with self._lock:  # concurrent switches must not leave another name in the file
+        # The lock keeps two concurrent switches from leaving one name here and another in the file.
+        with self._lock:
             choice = AnsweringPredictor(answers=self.fingerprints[name])
             write_document(self.folder / SERVING, choice)
             self._answering = name
@@ -156,7 +159,7 @@ class LocalJournals:
 
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
-    """Fingerprints by the name of the predictor; UsageError if two are the same predictor."""
+    """Map every predictor's name to its fingerprint; UsageError if two are the same predictor."""
     fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
     if len(set(fingerprints.values())) < len(predictors):
         folders = " and ".join(map(str, predictors.values()))

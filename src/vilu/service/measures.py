@@ -32,8 +32,8 @@ class CountedAnswer(Protocol):
         """Why the answer is not accepted; None if it is."""
 
 
-class ServedPredictor(Protocol):
-    """A predictor that is served."""
+class MeasuredPredictor(Protocol):
+    """The part of a served predictor that the gauges read."""
 
     fingerprint: str
 
@@ -46,18 +46,23 @@ class MeasuredEngine(Protocol):
         """The journals, which hold the states of the guarantees."""
 
     @property
-    def served(self) -> Mapping[str, ServedPredictor]:
-        """The predictors by name."""
+    def served(self) -> Mapping[str, MeasuredPredictor]:
+        """Maps the name of a predictor to the predictor."""
 
 
 class Measures:
-    """The metrics of one service, in a separate Prometheus registry."""
+    """The metrics of one service, in a separate Prometheus registry.
+
+    Args:
+        in_progress: The requests in progress.
+        get_engine: Returns the engine of the service; None while it is loading.
+    """
 
     def __init__(
-        self, in_progress: InProgress, engine: Callable[[], MeasuredEngine | None]
+        self, in_progress: InProgress, get_engine: Callable[[], MeasuredEngine | None]
     ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(in_progress, engine))
+        self.registry.register(_Gauges(in_progress, get_engine))
         self._requests = Counter(
             "vilu_requests",
             "Requests, by path and status.",
@@ -77,7 +82,7 @@ class Measures:
             ["decision", "reason"],
             registry=self.registry,
         )
-        self.batch = Histogram(
+        self.batch_size = Histogram(
             "vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry
         )
 
@@ -91,7 +96,7 @@ class Measures:
         for answer in answers:
             self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
 
-    def exposed(self) -> tuple[bytes, str]:
+    def render(self) -> tuple[bytes, str]:
         """The metrics in Prometheus' text format, and the content type of this text."""
         return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
 
@@ -100,13 +105,13 @@ class _Gauges(Collector):
     """Gauges whose values are read from the engine at every request for the metrics."""
 
     def __init__(
-        self, in_progress: InProgress, engine: Callable[[], MeasuredEngine | None]
+        self, in_progress: InProgress, get_engine: Callable[[], MeasuredEngine | None]
     ) -> None:
         self.in_progress = in_progress
-        self.engine = engine
+        self.get_engine = get_engine
 
     def describe(self) -> list[Metric]:
-        """No metric in advance, since the metrics depend on the predictors."""
+        """Announce no metric to the registry, since the metrics depend on the predictors."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -125,36 +130,42 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "vilu_bytes_under_way_limit",
             "Maximum number of bytes in progress; further requests get 429.",
-            self.in_progress.most_bytes,
+            self.in_progress.max_total_bytes,
         )
-        engine = self.engine()
+        engine = self.get_engine()
         if engine is None:
-            yield _ready(is_ready=False)
+            yield _ready_gauge(is_ready=False)
             return
         state = engine.journals.state()
         statuses = engine.journals.statuses()
         fingerprints = {name: served.fingerprint for name, served in engine.served.items()}
-        yield _ready(is_ready=state.is_writable and not state.has_lost_journal)
-        yield from _guarantees(state, fingerprints)
-        yield from _evidence({fingerprints[name]: status for name, status in statuses.items()})
+        yield _ready_gauge(is_ready=state.is_writable and not state.has_lost_journal)
+        yield from _guarantee_gauges(state, fingerprints)
+        status_of = {fingerprints[name]: status for name, status in statuses.items()}
+        yield from _monitor_gauges(status_of)
 
 
-def _ready(*, is_ready: bool) -> Metric:
+def _ready_gauge(*, is_ready: bool) -> Metric:
     description = "1 while the model is loaded and rows can be written to the journal."
     return GaugeMetricFamily("vilu_ready", description, float(is_ready))
 
 
-def _guarantees(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
-    """Gauges for the predictor that answers, and for the state of every guarantee."""
-    answers = _gauge("answers_now", "1 for the predictor that answers, else 0.")
+def _guarantee_gauges(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
+    """Gauges for the predictor that answers, and for the state of every guarantee.
+
+    Args:
+        state: State of the service.
+        fingerprints: Maps the name of a predictor to its fingerprint.
+    """
+    answers_now = _gauge("answers_now", "1 for the predictor that answers, else 0.")
     holds = _gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
     void = _gauge("guarantee_void", "1 if the guarantee is void, else 0.")
     for name, fingerprint in fingerprints.items():
         guarantee = state.guarantees[name]
-        answers.add_metric([fingerprint], float(name == state.answering))
+        answers_now.add_metric([fingerprint], float(name == state.answering))
         holds.add_metric([fingerprint], float(guarantee == "holds"))
         void.add_metric([fingerprint], float(guarantee == "void"))
-    yield from (answers, holds, void)
+    yield from (answers_now, holds, void)
 
 
 EVIDENCE: Final = {
@@ -163,7 +174,7 @@ EVIDENCE: Final = {
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
-"""Descriptions of the gauges of every test of a monitor, by the attribute of the test."""
+"""Maps an attribute of a monitor's test to the description of its gauge."""
 
 AUDIT: Final = {
     "n": "Number of accepted answers whose labels have arrived.",
@@ -172,24 +183,24 @@ AUDIT: Final = {
     "upper": "Upper bound of the error rate of accepted answers.",
     "guarantee": "Guaranteed maximum of the error rate of accepted answers.",
 }
-"""Descriptions of the gauges of the audit, by the attribute of the audit."""
+"""Maps an attribute of the audit to the description of its gauge."""
 
 
-def _evidence(statuses: Mapping[str, Status]) -> Iterator[Metric]:
-    """Gauges of the monitors; ``statuses`` are by the fingerprint of the predictor."""
+def _monitor_gauges(status_of: Mapping[str, Status]) -> Iterator[Metric]:
+    """Gauges of the monitors; ``status_of`` maps a predictor's fingerprint to its status."""
     rows = _gauge("monitor_rows", "Rows that the monitor has seen.")
-    for fingerprint, status in statuses.items():
+    for fingerprint, status in status_of.items():
         rows.add_metric([fingerprint], float(status.rows))
     yield rows
     for attribute, description in EVIDENCE.items():
         gauge = _gauge(f"monitor_{attribute}", description, "test")
-        for fingerprint, status in statuses.items():
+        for fingerprint, status in status_of.items():
             for test in status.tests:
                 gauge.add_metric([fingerprint, test.name], float(getattr(test, attribute)))
         yield gauge
     for attribute, description in AUDIT.items():
         gauge = _gauge(f"audit_{attribute}", description)
-        for fingerprint, status in statuses.items():
+        for fingerprint, status in status_of.items():
             if status.audit is not None:
                 gauge.add_metric([fingerprint], float(getattr(status.audit, attribute)))
         yield gauge

@@ -43,6 +43,7 @@ class RemoteJournals:
         self._actor = actor
 
     def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - depends on method
+        """Call a method of the actor. An error of vilu in the actor is raised here as it is."""
         ray = import_extra("ray", "serve-ray")
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
@@ -87,31 +88,31 @@ class RemoteJournals:
 class Replicas(NamedTuple):
     """Minimum and maximum number of replicas."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
 
 def replicas_of(text: str) -> Replicas:
     """The numbers of replicas in a text such as "2" or "1:8"."""
-    first, _, second = text.partition(":")
+    minimum_text, _, maximum_text = text.partition(":")
     with suppress(ValueError):  # a text that is no number raises the error below
-        least = int(first)
-        most = int(second or first)
-        if 1 <= least <= most:
-            return Replicas(least, most)
+        minimum = int(minimum_text)
+        maximum = int(maximum_text or minimum_text)
+        if 1 <= minimum <= maximum:
+            return Replicas(minimum, maximum)
     raise UsageError(
         f"--replicas is a number, or a minimum and a maximum such as 1:8. Got {text!r:.40} instead."
     )
 
 
-def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
+def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
     """Start the service in the Ray cluster that this process is connected to.
 
     Args:
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Numbers of replicas.
+        replicas: Minimum and maximum number of replicas.
 
     Returns:
         The URL, and the journals that all replicas share.
@@ -120,11 +121,11 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
     journals = _journals_in_actor(setup)
 
     modules = plugins()
-    is_on_this_machine_alone = os.environ.get(RAY_CLUSTERS) == "0"
+    uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build() -> Gate:
         """Build the application with a model; every replica is a process that calls this."""
-        if is_on_this_machine_alone:
+        if uses_one_machine:
             listen_to_this_machine_alone()
         for module in modules:
             load_plugin(module)
@@ -150,9 +151,9 @@ def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, 
 def listen_to_this_machine_alone() -> None:
     """Let gRPC servers of this process listen at 127.0.0.1, whatever addresses they name.
 
-    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, also
-    if Ray itself listens to this machine alone. It asks for no key, and it reads pickles. Call this
-    before the port is opened, in a process that is nothing but a replica.
+    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, even
+    if Ray itself listens at 127.0.0.1 only. At this port it asks for no key, and it reads pickles.
+    Call this before the port is opened, in a process that is only a replica.
     """
     server: Any = import_extra("grpc.aio._server", "serve-ray").Server
     listen = server.add_insecure_port
@@ -168,9 +169,9 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     """Start an actor with the journals, and verify them."""
     ray = import_extra("ray", "serve-ray")
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a
-    # shared disk. The journals need one call at a time (max_concurrency).
-    as_actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
-    actor = as_actor(LocalJournals).remote(setup.state, setup.predictors)
+    # shared disk. -1 means without a limit. The journals need one call at a time (max_concurrency).
+    make_remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
+    actor = make_remote(LocalJournals).remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
     journals.state()  # raises the error of the actor if its journals could not be opened
     return journals
@@ -178,9 +179,9 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
 
 def _replica_options(replicas: Replicas) -> dict[str, Any]:
     """Options of a deployment for its number of replicas."""
-    if replicas.least == replicas.most:
-        return {"num_replicas": replicas.least}
-    limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+    if replicas.minimum == replicas.maximum:
+        return {"num_replicas": replicas.minimum}
+    limits = {"min_replicas": replicas.minimum, "max_replicas": replicas.maximum}
     return {"autoscaling_config": limits}
 
 
@@ -195,7 +196,7 @@ def serve_ray(
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Numbers of replicas.
+        replicas: Minimum and maximum number of replicas.
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
@@ -218,33 +219,33 @@ def serve_ray(
             ignore_reinit_error=True,
         )
         try:
-            url, journals = begin(setup, host, port, replicas)
+            url, journals = deploy(setup, host, port, replicas)
             announce(url)
             announce("ready")
-            number = _wait_for_signal()
+            signal_number = _wait_for_signal()
             serve.delete(APPLICATION_NAME)
             journals.close()
         finally:
             serve.shutdown()
             ray.shutdown()
     # The exception is raised here and not in a signal handler, since Ray replaces such handlers.
-    if number == signal.SIGINT:
+    if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + signal_number)
 
 
 def _wait_for_signal() -> int:
     """Wait for SIGTERM or SIGINT, and return the number of the signal."""
-    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def put_number(number: int, _: object) -> None:
-        arrived.put(number)
+        signal_numbers.put(number)
 
     previous_handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         previous_handlers[number] = signal.signal(number, put_number)
     try:
-        return arrived.get()
+        return signal_numbers.get()
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)

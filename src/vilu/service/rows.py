@@ -96,7 +96,7 @@ WHERE n > ? AND NOT EXISTS (
     WHERE {PICTURE.format(id="earlier.id")} = {PICTURE.format(id="rows.id")} AND earlier.n < rows.n
 ) ORDER BY n LIMIT ?
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the rows after a number whose pictures are in no earlier row."""
+"""SQL for the rows with a number above ``?`` whose pictures are in no earlier row."""
 
 LABELS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty, coalesce(
@@ -108,20 +108,24 @@ WHERE came > ? AND NOT EXISTS (
     AND earlier.came < labels.came
 ) ORDER BY came
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the labels after a number, as they are corrected, of pictures without earlier labels."""
+"""SQL for the labels with a number above ``?`` whose pictures have no earlier label.
+
+If a label was corrected, its last correction is selected in its place.
+"""
 
 LABEL_CHAIN: Final = """
 SELECT came, n, label, digest, 'labels' FROM labels
 UNION ALL SELECT came, n, label, digest, 'corrections' FROM corrections
 ORDER BY came
 """
-"""SQL for the chain of labels and corrections; the last column is the table."""
+"""SQL for the chain of labels and corrections; the last column is the name of the table."""
 
-DIGEST: Final = 16
+DIGEST_BYTES: Final = 16
 """Length of a digest in bytes."""
 
 ENDS_LINE: Final = re.compile(
-    rb"(?P<n>\d{20}) (?P<row>[0-9a-f]{32}) (?P<came>\d{20}) (?P<label>[0-9a-f]{32})\n"
+    rb"(?P<n>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
+    rb"(?P<came>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
 )
 """Pattern of the only line of the file ``ENDS``; the groups are the attributes of ``Ends``."""
 
@@ -176,20 +180,21 @@ class Ends:
 
     Attributes:
         n: Number of the last row.
-        row: Digest of the last row.
-        came: Number of the last label.
-        label: Digest of the last label.
+        row_digest: Digest of the last row.
+        came: Number of the last label or correction.
+        label_digest: Digest of the last label or correction.
     """
 
     n: int
-    row: bytes
+    row_digest: bytes
     came: int
-    label: bytes
+    label_digest: bytes
 
     def line(self) -> bytes:
         """The line of ``rows.ends``; its length is constant, so that one write replaces it."""
-        text = f"{self.n:020d} {self.row.hex()} {self.came:020d} {self.label.hex()}\n"
-        return text.encode()
+        row_end = f"{self.n:020d} {self.row_digest.hex()}"
+        label_end = f"{self.came:020d} {self.label_digest.hex()}"
+        return f"{row_end} {label_end}\n".encode()
 
     @classmethod
     def parse(cls, line: bytes) -> Ends | None:
@@ -197,9 +202,12 @@ class Ends:
         match = ENDS_LINE.fullmatch(line)
         if match is None:
             return None
-        row = bytes.fromhex(match["row"].decode())
-        label = bytes.fromhex(match["label"].decode())
-        return cls(n=int(match["n"]), row=row, came=int(match["came"]), label=label)
+        return cls(
+            n=int(match["n"]),
+            row_digest=bytes.fromhex(match["row_digest"].decode()),
+            came=int(match["came"]),
+            label_digest=bytes.fromhex(match["label_digest"].decode()),
+        )
 
 
 class RowFile:
@@ -220,13 +228,14 @@ class RowFile:
     def __init__(self, folder: Path, monitor: str) -> None:
         self.path = folder / ROWS
         self._ends_path = folder / ENDS
-        start = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
-        self._empty_ends = Ends(n=0, row=start, came=0, label=start)  # ends of empty chains
+        first_digest = hashlib.blake2b(monitor.encode(), digest_size=DIGEST_BYTES).digest()
+        # the ends of chains without a row and without a label
+        self._empty_ends = Ends(n=0, row_digest=first_digest, came=0, label_digest=first_digest)
         self.ends = self._checked_ends()
         # number of the last row that was ever answered; the file may have lost this row
         self._last_number = self.ends.n
-        # The file of ends must exist before the first row, because a file of rows without it counts
-        # as damaged.
+        # The file of ends must exist before the first row is written, because rows without a file
+        # of ends count as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
             self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._note_ends()
@@ -238,19 +247,20 @@ class RowFile:
             self._table.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             self._table.executescript(TABLES)
         paths = (self.path, folder / WAL)
+        # what the files are now, to notice later that a file was replaced
         self._identities = {path: _identity(path) for path in paths}
 
-    def number_above(self, n: int) -> None:
-        """Give the next rows numbers above n, the number of rows that the monitor has seen.
+    def skip_numbers_to(self, n: int) -> None:
+        """Give new rows only numbers above n, the number of rows that the monitor has seen.
 
-        The file may have lost some of these rows. Their numbers are not used again.
+        The file may have lost some of the rows up to n. Their numbers are not used again.
         """
         self._last_number = max(self._last_number, n)
 
     @property
     def is_lost(self) -> bool:
         """Whether the file was removed or replaced while it was open; then no row can be kept."""
-        return any(_identity(path) != before for path, before in self._identities.items())
+        return any(_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
         """Write the rows whose ids are not in the file yet; they are on disk when this returns.
@@ -268,14 +278,14 @@ class RowFile:
                 if is_stored:
                     continue
                 last_number += 1
-                digest = _row_digest(ends.row, last_number, key.encode(), now, answer, value)
+                digest = _row_digest(ends.row_digest, last_number, key.encode(), now, answer, value)
                 row = (last_number, key, now, answer, value, digest)
                 self._table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                ends = replace(ends, n=last_number, row=digest)
+                ends = replace(ends, n=last_number, row_digest=digest)
         self._set_ends(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
-        """Write labels, by the numbers of their rows, which must have no label yet.
+        """Write the first label of each of these rows; ``labels`` maps row number to label.
 
         Raises:
             StorageError: As ``add``.
@@ -283,7 +293,7 @@ class RowFile:
         self._write_labels("labels", labels)
 
     def add_corrections(self, labels: Mapping[int, int]) -> None:
-        """Write other labels for rows that have labels; the earlier ones stay in the file.
+        """Write a new label for each of these rows; its earlier labels stay in the file.
 
         Raises:
             StorageError: As ``add``.
@@ -291,7 +301,7 @@ class RowFile:
         self._write_labels("corrections", labels)
 
     def _write_labels(self, table: str, labels: Mapping[int, int]) -> None:
-        """Write labels, by the number of their row, to the table "labels" or "corrections"."""
+        """Write labels (row number -> label) to the table "labels" or "corrections"."""
         self._require_in_place()
         ends = self.ends
         with self._sqlite_errors(), self._transaction():
@@ -300,19 +310,19 @@ class RowFile:
         self._set_ends(ends)
 
     def require_writable(self) -> None:
-        """Write to the file what it holds already; StorageError if it cannot be written."""
+        """Write a value that the file holds already; StorageError if the write fails."""
         self._require_in_place()
         with self._sqlite_errors(), self._transaction():
             self._table.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def number(self, key: str) -> int | None:
-        """The number of the row with this id; None if there is none."""
+        """The number of the row with this id; None if the file has no such row."""
         with self._sqlite_errors():
             row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
         return None if row is None else int(row[0])
 
     def label_of(self, n: int) -> int | None:
-        """The label of the row with this number, as it was corrected last; None without one."""
+        """The label of the row with this number, or its last correction; None: it has no label."""
         query = (
             "SELECT label FROM (SELECT came, label FROM labels WHERE n = :n "
             "UNION ALL SELECT came, label FROM corrections WHERE n = :n) ORDER BY came DESC LIMIT 1"
@@ -322,18 +332,16 @@ class RowFile:
         return None if row is None else int(row[0])
 
     def rows_after(self, n: int) -> list[AnsweredRow]:
-        """Rows with a number above n whose pictures are in no earlier row.
-
-        These are the first ``MAX_ROWS_READ`` such rows.
-        """
+        """The first ``MAX_ROWS_READ`` rows above number n whose pictures are in no earlier row."""
         with self._sqlite_errors():
             records = self._table.execute(ROWS_OF_NEW_PICTURES, (n, MAX_ROWS_READ))
             return [AnsweredRow(*row) for row in records]
 
     def labels_after(self, came: int) -> list[AuditedRow]:
-        """Rows of the labels above number ``came``, in the order of the labels.
+        """The rows whose labels have a number above ``came``, in the order of the labels.
 
-        A label is as it was corrected last. Of equal pictures only the first label counts.
+        If a label was corrected, the row has the last correction. If rows of equal pictures have
+        labels, only the row with the first label is returned.
         """
         with self._sqlite_errors():
             records = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
@@ -346,6 +354,7 @@ class RowFile:
         os.close(self._ends_file)
 
     def _require_in_place(self) -> None:
+        """Raise StorageError if the file was removed or replaced."""
         if self.is_lost:
             raise StorageError(
                 f"{self.path} was removed or replaced while it was in use, so no row can be kept. "
@@ -353,14 +362,14 @@ class RowFile:
             )
 
     def _set_ends(self, ends: Ends) -> None:
-        """Note the new ends of the chains; their rows and labels must be on disk already."""
+        """Note the new ends of the chains. The last row and label must be on disk already."""
         self._require_in_place()
         self.ends = ends
         self._last_number = max(self._last_number, ends.n)
         self._note_ends()
 
     def _note_ends(self) -> None:
-        """Write the line of the ends in one call, which a kill cannot interrupt half-way.
+        """Write the line of the ends in one call, so that a kill cannot leave half of a line.
 
         A power cut may lose the line.
         """
@@ -369,7 +378,8 @@ class RowFile:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._table:  # commits at the end; rolls back after an exception
+        """A block whose changes are written together at its end; after an exception, none is."""
+        with self._table:
             self._table.execute("BEGIN IMMEDIATE")
             yield
 
@@ -381,21 +391,23 @@ class RowFile:
         except sqlite3.DatabaseError as error:
             advice = ""
             if _is_damage(error):
-                advice = " It is damaged. Start again: all rows before the damage are kept."
+                advice = " The file is damaged. Start again: all rows before the damage are kept."
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
     def _checked_ends(self) -> Ends:
         """The ends of the chains; damaged files are set aside and repaired first."""
-        noted = self._noted_ends()
+        noted_ends = self._noted_ends()
         if not self.path.exists():
-            is_new = noted is None or noted == self._empty_ends  # no row and no label was noted
-            return self._empty_ends if is_new else self._repair(noted)
+            has_noted_nothing = noted_ends is None or noted_ends == self._empty_ends
+            if has_noted_nothing:  # the journal is new
+                return self._empty_ends
+            return self._repair(noted_ends)
         self._require_version()
         self._add_missing_tables()
-        ends, is_whole = self._survey(noted or self._empty_ends)
-        if noted is None and ends != self._empty_ends:
+        ends, is_whole = self._survey(noted_ends or self._empty_ends)
+        if noted_ends is None and ends != self._empty_ends:
             is_whole = False  # there are rows, but the file of ends is missing or damaged
-        return ends if is_whole else self._repair(noted)
+        return ends if is_whole else self._repair(noted_ends)
 
     def _noted_ends(self) -> Ends | None:
         """The ends in the file ``rows.ends``; None if it is missing or damaged."""
@@ -415,7 +427,7 @@ class RowFile:
             require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
 
     def _add_missing_tables(self) -> None:
-        """Add what files of earlier versions lack; whatever else is wrong is found later."""
+        """Add the tables that earlier versions did not have; any other fault is found later."""
         is_earlier = False
         with self._until_damage(), closing(_open_to_read(self.path)) as table:
             is_earlier = _schema_of(table) == _our_schema(without=LATER_NAMES)
@@ -424,37 +436,37 @@ class RowFile:
                 table.executescript(TABLES)
 
     def _survey(self, noted: Ends) -> tuple[Ends, bool]:
-        """Walk along the chains.
+        """Walk along the chains, up to the first break of each.
 
         Returns:
             The last row and label before a break, and whether the file is whole: no chain is
-            broken, and both have the ends that were ``noted``.
+            broken, and the chains contain the row and the label in ``noted``.
         """
         last_row = 0
-        row_digest = self._empty_ends.row
+        row_digest = self._empty_ends.row_digest
         n_rows = 0
         last_label = 0
-        label_digest = self._empty_ends.label
+        label_digest = self._empty_ends.label_digest
         n_labels = 0
-        # nothing has to be searched for if the noted chain is empty
+        # if no row (or no label) was noted, the chain need not contain one
         has_noted_row = noted.n == 0
         has_noted_label = noted.came == 0
         is_sound = False
         with self._until_damage(), closing(_open_to_read(self.path)) as table:
             if not _schema_of(table):  # vilu was killed before it had created the tables
                 return self._empty_ends, noted == self._empty_ends
-            for last_row, *_, row_digest in _rows_that_follow(table, self._empty_ends.row):
+            first_digest = self._empty_ends.row_digest  # both chains begin with it
+            for last_row, *_, row_digest in _rows_that_follow(table, first_digest):
                 n_rows += 1
                 if last_row == noted.n:
-                    has_noted_row = row_digest == noted.row
-            for last_label, _, _, label_digest, _ in _labels_that_follow(
-                table, self._empty_ends.label
-            ):
+                    has_noted_row = row_digest == noted.row_digest
+            for last_label, _, _, label_digest, _ in _labels_that_follow(table, first_digest):
                 n_labels += 1
                 if last_label == noted.came:
-                    has_noted_label = label_digest == noted.label
+                    has_noted_label = label_digest == noted.label_digest
+            # if a chain is broken, the table has more rows (or labels) than the walk has counted
             is_sound = _is_sound(table) and _chain_lengths(table) == (n_rows, n_labels)
-        ends = Ends(n=last_row, row=row_digest, came=last_label, label=label_digest)
+        ends = Ends(n=last_row, row_digest=row_digest, came=last_label, label_digest=label_digest)
         return ends, is_sound and has_noted_row and has_noted_label
 
     @contextmanager
@@ -468,14 +480,14 @@ class RowFile:
 
     def _repair(self, noted: Ends | None) -> Ends:
         """Set the old files aside, and replace them by a copy of the unbroken chains."""
-        new = self.path.with_name(f"{ROWS}.new")
-        with convert_os_errors(f"cannot write {new}"):
-            new.unlink(missing_ok=True)
-        ends, n_rows = self._copy_chains(new)
-        aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
+        new_path = self.path.with_name(f"{ROWS}.new")
+        with convert_os_errors(f"cannot write {new_path}"):
+            new_path.unlink(missing_ok=True)
+        ends, n_rows = self._copy_chains(new_path)
+        names_aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
         with convert_os_errors(f"cannot write {self.path}"):
-            new.replace(self.path)
-        expected = "an unknown number of" if noted is None else f"{noted.n:,}"
+            new_path.replace(self.path)
+        noted_text = "an unknown number of" if noted is None else f"{noted.n:,}"
         logger.warning(
             "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s rows "
             "are intact. Those are kept, with %s labels. The old files are set aside as %s.",
@@ -483,70 +495,77 @@ class RowFile:
             ROWS,
             WAL,
             ENDS,
-            expected,
+            noted_text,
             f"{n_rows:,}",
             f"{ends.came:,}",
-            ", ".join(aside),
+            ", ".join(names_aside),
         )
         return ends
 
-    def _copy_chains(self, new: Path) -> tuple[Ends, int]:
+    def _copy_chains(self, new_path: Path) -> tuple[Ends, int]:
         """Copy the unbroken chains to a new file; returns its ends and its number of rows."""
         ends = self._empty_ends
         n_rows = 0
-        with self._sqlite_errors(), closing(sqlite3.connect(new, isolation_level=None)) as target:
-            target.executescript(TABLES)
+        with (
+            self._sqlite_errors(),
+            closing(sqlite3.connect(new_path, isolation_level=None)) as new_table,
+        ):
+            new_table.executescript(TABLES)
             if not self.path.exists():
                 return ends, n_rows
-            target.execute("BEGIN")
+            new_table.execute("BEGIN")
             with self._until_damage(), closing(_open_to_read(self.path)) as table:
-                for n, key, *numbers, digest in _rows_that_follow(table, ends.row):
+                for n, key, *numbers, digest in _rows_that_follow(table, ends.row_digest):
                     row = (n, key.decode(), *numbers, digest)
-                    target.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                    ends = replace(ends, n=n, row=digest)
+                    new_table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                    ends = replace(ends, n=n, row_digest=digest)
                     n_rows += 1
             with self._until_damage(), closing(_open_to_read(self.path)) as table:
-                for _, n, label, _, name in _labels_that_follow(table, ends.label):
+                for _, n, label, _, table_name in _labels_that_follow(table, ends.label_digest):
                     # a label is copied only if its row was copied
-                    if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
-                        ends = _insert_label(target, name, n, label, ends)
-            target.execute("COMMIT")
+                    if new_table.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
+                        ends = _insert_label(new_table, table_name, n, label, ends)
+            new_table.execute("COMMIT")
         return ends, n_rows
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the files that exist, so that nothing is lost; returns their new names."""
-    present = [name for name in names if (folder / name).exists()]
-    renamed: list[str] = []
+    """Rename the files that exist to names that are free; returns their new names."""
+    old_names = [name for name in names if (folder / name).exists()]
+    new_names: list[str] = []
     for number in count(1):
-        renamed = [f"{name}.aside-{number}" for name in present]
-        if not any((folder / name).exists() for name in renamed):
+        new_names = [f"{name}.aside-{number}" for name in old_names]
+        if not any((folder / name).exists() for name in new_names):
             break
     with convert_os_errors(f"cannot rename files in {folder}"):
-        for name, aside in zip(present, renamed, strict=True):
-            (folder / name).rename(folder / aside)
-    return renamed
+        for old_name, new_name in zip(old_names, new_names, strict=True):
+            (folder / old_name).rename(folder / new_name)
+    return new_names
 
 
-def _insert_label(table: sqlite3.Connection, name: str, n: int, label: int, ends: Ends) -> Ends:
-    """Add the label of row n to a table and to the chain; returns the new ends."""
+def _insert_label(
+    connection: sqlite3.Connection, table: str, n: int, label: int, ends: Ends
+) -> Ends:
+    """Add the label of row n to the table with this name and to the chain; returns the new ends."""
     came = ends.came + 1
-    digest = _label_digest(ends.label, came, n, label)
-    statement = f"INSERT INTO {name} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
-    table.execute(statement, (came, n, label, digest))
-    return replace(ends, came=came, label=digest)
+    digest = _label_digest(ends.label_digest, came, n, label)
+    statement = f"INSERT INTO {table} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
+    connection.execute(statement, (came, n, label, digest))
+    return replace(ends, came=came, label_digest=digest)
 
 
 def _row_digest(
     previous_digest: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
 ) -> bytes:
+    """Digest of a row: of its content, and of the digest of the previous row of the chain."""
     content = previous_digest + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
-    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _label_digest(previous_digest: bytes, came: int, n: int, label: int) -> bytes:
+    """Digest of the label of row n, and of the digest of the previous label of the chain."""
     content = previous_digest + LABEL_NUMBERS.pack(came, n, label)
-    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _rows_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
@@ -595,7 +614,7 @@ def _our_schema(without: Set[str] = frozenset()) -> list[str]:
 
 
 def _chain_lengths(table: sqlite3.Connection) -> tuple[int, int]:
-    """Numbers of rows, and of labels with corrections."""
+    """Number of rows, and number of labels and corrections together."""
     query = (
         "SELECT (SELECT count(*) FROM rows), "
         "(SELECT count(*) FROM labels) + (SELECT count(*) FROM corrections)"
@@ -613,8 +632,8 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Whether an error means that the content of the file is damaged."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    kind = code & 0xFF  # the other bits are details of the kind
-    return kind not in HARMLESS_ERRORS
+    primary_code = code & 0xFF  # the higher bits say more about the same kind of error
+    return primary_code not in HARMLESS_ERRORS
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import UsageError
 from vilu.process import return_freed_memory
 from vilu.service.app import Service
-from vilu.service.limits import CONNECTIONS, PROBLEM, in_brackets, problem
+from vilu.service.limits import MAX_CONNECTIONS, PROBLEM_TYPE, in_brackets, problem
 from vilu.service.setup import Setup, load_engine
 
 MAX_HEAD_BYTES: Final = 16 * 2**10
@@ -31,7 +31,7 @@ STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
 
 RETURN_EVERY: Final = 60
-"""Seconds after which freed memory is returned to the operating system, again and again."""
+"""Freed memory is returned to the operating system every ``RETURN_EVERY`` seconds."""
 
 
 class TimedProtocol(H11Protocol):
@@ -46,7 +46,7 @@ class TimedProtocol(H11Protocol):
         """Begin to wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
         super().connection_made(cast("asyncio.Transport", transport))
-        max_connections = most_connections()
+        max_connections = connection_limit()
         if len(self.connections) > max_connections:
             self._close_with(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -94,7 +94,7 @@ class TimedProtocol(H11Protocol):
         body = problem(status, detail)
         head = (
             f"HTTP/1.1 {int(status)} {status.phrase}\r\n"
-            f"content-type: {PROBLEM}\r\n"
+            f"content-type: {PROBLEM_TYPE}\r\n"
             f"content-length: {len(body)}\r\n"
             "connection: close\r\n"
             "\r\n"
@@ -103,19 +103,20 @@ class TimedProtocol(H11Protocol):
         self.transport.close()
 
 
-def most_connections() -> int:
-    """Maximum number of open connections: half of the files that this process may open, or less.
+def connection_limit() -> int:
+    """Maximum number of open connections: at most half of the files that this process may open.
 
-    The other half is for the files of the service. Without a free one, nothing could be answered.
+    Every connection is an open file for the operating system. The other half is left for the files
+    of the service, which could not answer if it could not open them.
     """
     if sys.platform == "win32":
-        return CONNECTIONS
+        return MAX_CONNECTIONS
     import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return CONNECTIONS
-    return min(CONNECTIONS, soft // 2)
+    max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if max_files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max_files // 2)
 
 
 class Server(uvicorn.Server):
@@ -132,7 +133,7 @@ class Server(uvicorn.Server):
             self._on_listening()
 
 
-class Hosted:
+class HostedService:
     """A service at an address of this machine.
 
     Args:
@@ -211,12 +212,12 @@ class Hosted:
 
 @contextmanager
 def _freed_memory_returned() -> Iterator[None]:
-    """A block during which freed memory is returned every ``RETURN_EVERY`` seconds.
+    """A block of code during which freed memory is returned every ``RETURN_EVERY`` seconds.
 
-    The memory of a batch is kept for the next batch (``vilu.process.keep_freed_memory``). Batches
-    differ in size, and images that wait lie between their blocks. So from time to time a large
-    block finds no place, and the heap grows. Without this, the process would keep as much memory
-    as it ever had at one moment.
+    The process keeps the memory of a batch for the next batch (``vilu.process.keep_freed_memory``).
+    But batches differ in size, and waiting images lie between the memory of two batches. So from
+    time to time a large batch fits into no gap, and the heap grows. Without this thread, the heap
+    would never shrink again.
     """
     is_over = threading.Event()
 
@@ -238,8 +239,8 @@ def _bind_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
-    # asyncio turns off Nagle's algorithm only where the socket states TCP. With it, the end of an
-    # answer waits 40 ms for the client to acknowledge the head.
+    # asyncio turns off Nagle's algorithm only if the socket states TCP. With Nagle's algorithm, the
+    # end of an answer would wait 40 ms until the client has acknowledged the head.
     bound_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -25,7 +25,8 @@ class Setup:
 
     Attributes:
         predictor: Folder of the predictor that answers at first.
-        second: Folder of a second predictor, which judges the same images; None without one.
+        second: Folder of a second predictor, which judges the same images; None: only one predictor
+            is served.
         state: Folder of the journals, which is kept between restarts.
         limits: Limits for clients.
         keep: Folder for the answered images; None: no image is kept.
@@ -70,8 +71,8 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     from vilu.service.local_journals import LocalJournals
 
     if journals is None:
-        # The journals are opened before the model is loaded, so that an invalid rule is reported
-        # without waiting for the model.
+        # Opening the journals verifies the rules. This happens before the model is loaded, so that
+        # an invalid rule is reported at once.
         journals = LocalJournals(setup.state, setup.predictors)
     if load_predictor(setup.predictor).takes == "answers":
         return _table_engine(setup, journals)
@@ -85,7 +86,9 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         precision=setup.precision,
     )
     if guard.model.first_photos is not None:
-        guard.model.first_photos.must_pass = False  # clients choose the photos
+        # Clients choose the photos, and a client must not be able to stop the service. So photos
+        # that differ from those of the fit lead to a warning and to no error.
+        guard.model.first_photos.must_pass = False
     (answer,) = guard([_grey_picture()])
     if answer.label is None:
         raise StorageError(
@@ -96,7 +99,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
 
 
 def _table_engine(setup: Setup, journals: Journals) -> Engine:
-    """The engine of a predictor for tables; UsageError for settings that are about images."""
+    """The engine of a predictor for tables; UsageError if a setting for images was given."""
     from vilu.service.tables import TableEngine, TableGuard
 
     for name in ("second", "keep", "models", "precision"):
@@ -109,6 +112,7 @@ def _table_engine(setup: Setup, journals: Journals) -> Engine:
 
 
 def _grey_picture() -> bytes:
+    """A grey picture as PNG, to test the model with."""
     content = BytesIO()
     Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")
     return content.getvalue()

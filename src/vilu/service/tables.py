@@ -60,8 +60,8 @@ class TableGuard(Guard):
         """Decisions about rows of a table, and their scores as outcomes.
 
         Args:
-            arrays: The columns as ``AnswerMethod.inputs`` gives them.
-            keys: B names of the rows.
+            arrays: The columns of B rows, as ``AnswerMethod.inputs`` returns them.
+            keys: The identifiers of the B rows.
         """
         numbers = arrays[NUMBERS].numpy()
         names = self.predictor.used_columns
@@ -79,7 +79,9 @@ class TableGuard(Guard):
         outcomes = score_rows(
             self.predictor, table, facts, calibration=self.calibration, task=Silence()
         )
-        answers = [self._answer(outcomes, row, (), likely=None) for row in range(len(keys))]
+        answers = []
+        for row in range(len(keys)):
+            answers.append(self._answer(outcomes, row, runners_up=(), likely=None))
         return answers, outcomes
 
 
@@ -94,17 +96,18 @@ class TableEngine(Engine):
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of values that a row of a client has, with its identifier."""
-        width = int(self.guard.predictor.notes_.get("n_features", 0))
-        return len(self.guard.predictor.used_columns) + width + 1
+        """Number of values in a row of a client: its columns, features and identifier."""
+        n_features = int(self.guard.predictor.notes_.get("n_features", 0))
+        return len(self.guard.predictor.used_columns) + n_features + 1
 
-    def checked(self, content: Mapping[str, Any]) -> ClientRows:
-        """Check the columns of a client as those of a file are checked.
+    def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
+        """Check the columns of a client in the way in which the columns of a file are checked.
 
         Raises:
             DataError: If a column is missing or wrong; the message names the row.
         """
         table = open_table(content)
         arrays = self.guard.predictor.inputs(table)
-        # Different answers may have equal scores, so an answer is known by its identifier.
-        return ClientRows(arrays, [key.encode() for key in table.ids])
+        # Two answers may have equal numbers and be different answers. So rows belong to the same
+        # answer if their identifiers are equal, and not if their numbers are.
+        return ClientRows(arrays, picture_keys=[key.encode() for key in table.ids])

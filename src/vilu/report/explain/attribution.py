@@ -37,14 +37,15 @@ def shapley(values: Tensor) -> Tensor:
         >>> shapley(values).squeeze(1).tolist()  # (1 - 0 + 6 - 3) / 2 and (3 - 0 + 6 - 1) / 2
         [2.0, 4.0]
     """
-    n_players = len(values).bit_length() - 1
+    n_players = len(values).bit_length() - 1  # log2 of the number of coalitions
     if len(values) != 1 << n_players:
         raise ValueError(f"the number of coalitions must be a power of two, not {len(values)}")
     shapley_values = torch.zeros(n_players, *values.shape[1:], dtype=values.dtype)
     for player in range(n_players):
         bit = 1 << player
         for coalition in range(1 << n_players):
-            if coalition & bit:
+            is_member = bool(coalition & bit)
+            if is_member:
                 continue
             # |S|! (G - |S| - 1)! / G!
             weight = 1 / (n_players * math.comb(n_players - 1, coalition.bit_count()))
@@ -65,10 +66,13 @@ class Attribution:
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions that the predictor's own class defines, or else those of any method."""
+    """The coalitions that the class of the predictor defines itself.
+
+    If it defines none, they are the coalitions of ``FailurePredictor``, which fit every method.
+    """
     if predictor.constant_ is not None:
         raise NoAttribution(
-            f"this {predictor.name} is a constant, fitted where there was nothing to learn"
+            f"this {predictor.name} gives all rows one score, because its fit had nothing to learn"
         )
     # Coalitions of a parent class are not used, because the class may compute its score in another
     # way than its parent.
@@ -79,7 +83,7 @@ def coalitions_of(predictor: FailurePredictor) -> Coalitions:
 
 
 class Attributor:
-    """Attributions of one predictor's scores, in comparison with drawn background rows.
+    """Computes attributions of a predictor's scores, in comparison with drawn background rows.
 
     Args:
         predictor: The predictor.

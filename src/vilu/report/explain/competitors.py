@@ -23,7 +23,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import CrossAttention
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.predictors.vilu.head import HeadPredictor
-from vilu.report.explain.rows import Names, truths, unscored_rows
+from vilu.report.explain.rows import CandidateNames, truths, unscored_rows
 
 
 class Weights(NamedTuple):
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose, for a method, the weights by which its candidates are compared.
+    """Choose the weights by which the candidates of a method are compared.
 
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
@@ -131,10 +131,10 @@ class Neighbour:
 
 
 class RowsToSkip(NamedTuple):
-    """Identities of explained rows, by which these rows are recognised among training rows."""
+    """The explained rows, which must be recognised among the training rows and skipped."""
 
-    kind: Identity
-    hashes: NDArray[np.uint64]  # (B,)
+    kind: Identity  # what identifies a row, such as its picture
+    hashes: NDArray[np.uint64]  # (B,) identity of each explained row
 
 
 class NearRow(NamedTuple):
@@ -160,34 +160,37 @@ class TrainingRows:
         self.failures = rows[failure == 1]
         self.successes = rows[failure == 0]
 
-    def near(
+    def find_neighbours(
         self, image: Tensor, to_skip: RowsToSkip | None, n: int
     ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
-        """For every image (B, D) the ``n`` nearest failures and successes, the nearest first.
+        """Find the ``n`` nearest failures and the ``n`` nearest successes of every image (B, D).
 
         Training rows that are the explained image itself are left out; ``to_skip`` identifies them.
+
+        Returns:
+            For every image, the nearest failures and the nearest successes, the nearest first.
         """
         failures = self._search(image, to_skip, self.failures, n)
         successes = self._search(image, to_skip, self.successes, n)
-        all_near = chain.from_iterable(failures + successes)
-        answers = self._answers_and_truths({near.row for near in all_near})
+        all_near_rows = chain.from_iterable(failures + successes)
+        names_of_row = self._answers_and_truths({near_row.row for near_row in all_near_rows})
         neighbours = []
         for near_failures, near_successes in zip(failures, successes, strict=True):
-            wrong_neighbours = self._neighbours(near_failures, answers)
-            right_neighbours = self._neighbours(near_successes, answers)
+            wrong_neighbours = self._with_names(near_failures, names_of_row)
+            right_neighbours = self._with_names(near_successes, names_of_row)
             neighbours.append((wrong_neighbours, right_neighbours))
         return neighbours
 
-    def _neighbours(
-        self, near_rows: list[NearRow], answers: dict[int, AnswerAndTruth]
+    def _with_names(
+        self, near_rows: list[NearRow], names_of_row: dict[int, AnswerAndTruth]
     ) -> list[Neighbour]:
-        """Add the keys and the names to training rows."""
+        """Make neighbours of near rows: add their keys, and the names of answer and truth."""
         neighbours = []
-        for near in near_rows:
-            names = answers[near.row]
+        for near_row in near_rows:
+            names = names_of_row[near_row.row]
             neighbour = Neighbour(
-                key=self.train.ids[near.row],
-                cosine=near.cosine,
+                key=self.train.ids[near_row.row],
+                cosine=near_row.cosine,
                 answer=names.answer,
                 truth=names.truth,
             )
@@ -197,40 +200,39 @@ class TrainingRows:
     def _search(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, n: int
     ) -> list[list[NearRow]]:
-        """The ``n`` nearest training rows of each image."""
-        # Some of the nearest rows may be the image itself, so more than n rows are searched for.
-        # Their number is increased until every image has n neighbours, or all rows are searched.
-        n_more = 1
+        """The ``n`` nearest of ``rows`` to each image, without rows that are the image itself."""
+        # Some of the nearest rows may be the image itself and are left out. So more than n rows are
+        # searched for, until every image has n neighbours or all rows have been found.
+        n_spare = 1
         while True:
-            near = self._near_other_rows(image, to_skip, rows, n + n_more)
-            fewest_neighbours = min(map(len, near), default=n)
-            has_searched_all = n + n_more >= len(rows)
-            if fewest_neighbours >= n or has_searched_all:
-                return [rows_of_image[:n] for rows_of_image in near]
-            n_more *= 8
+            near_rows = self._near_other_rows(image, to_skip, rows, n + n_spare)
+            fewest_neighbours = min(map(len, near_rows), default=n)
+            has_found_all = n + n_spare >= len(rows)
+            if fewest_neighbours >= n or has_found_all:
+                return [rows_of_image[:n] for rows_of_image in near_rows]
+            n_spare *= 8
 
     def _near_other_rows(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
     ) -> list[list[NearRow]]:
-        """The ``k`` nearest training rows of each image, without rows that are the image itself."""
-        cosine, index = nearest_rows(image, Rows(self.train, rows), k)
-        row = rows[index]  # (B, k), as are ``cosine`` and ``is_own``
-        is_own = torch.zeros(row.shape, dtype=torch.bool)
+        """The ``k`` nearest of ``rows`` to each image, less the rows that are the image itself."""
+        cosine, index = nearest_rows(image, Rows(self.train, rows), k)  # (B, k) each
+        row = rows[index]  # (B, k) positions in ``train``
+        is_image_itself = torch.zeros(row.shape, dtype=torch.bool)  # (B, k)
         if to_skip is not None:
             hashes = self.train.identities(to_skip.kind, row.flatten().numpy()).reshape(row.shape)
-            is_own = torch.from_numpy(hashes == to_skip.hashes.reshape(-1, 1))
-        near = []
-        for rows_of_image, cosines_of_image, is_own_row in zip(row, cosine, is_own, strict=True):
-            is_other = ~is_own_row
-            near_image = map(
-                NearRow, rows_of_image[is_other].tolist(), cosines_of_image[is_other].tolist()
-            )
-            near.append(list(near_image))
-        return near
+            is_image_itself = torch.from_numpy(hashes == to_skip.hashes.reshape(-1, 1))
+        near_rows = []
+        for i in range(len(row)):
+            is_other = ~is_image_itself[i]
+            other_rows = row[i][is_other].tolist()
+            other_cosines = cosine[i][is_other].tolist()
+            near_rows.append(list(map(NearRow, other_rows, other_cosines)))
+        return near_rows
 
     def _answers_and_truths(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
-        """Names of the answer and of the truth, by training row."""
-        names = Names(self.train)
+        """Map each training row to the names of its answer and of its truth."""
+        names = CandidateNames(self.train)
         answers = {}
         for batch in unscored_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
             columns = (batch.index.tolist(), batch.prediction.tolist(), truths(batch).tolist())
@@ -249,15 +251,14 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.
     """
     best_cosine = torch.empty(len(image), 0, dtype=torch.float32)
-    position = torch.empty(len(image), 0, dtype=torch.int64)
+    best_index = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
     for row_slice, block in image_blocks(rows):
-        cosine, index = nearest_in_bank(query, block, k)
+        block_cosine, index_in_block = nearest_in_bank(query, block, k)
+        cosine = torch.cat([best_cosine, block_cosine], dim=1)
+        index = torch.cat([best_index, index_in_block + row_slice.start], dim=1)
         # a stable sort keeps tied rows of earlier blocks before tied rows of this block
-        sorted_cosine, order = torch.cat([best_cosine, cosine], dim=1).sort(
-            dim=1, descending=True, stable=True
-        )
-        positions = torch.cat([position, index + row_slice.start], dim=1).gather(1, order)
+        sorted_cosine, order = cosine.sort(dim=1, descending=True, stable=True)
         best_cosine = sorted_cosine[:, :k]
-        position = positions[:, :k]
-    return best_cosine, position
+        best_index = index.gather(1, order)[:, :k]
+    return best_cosine, best_index

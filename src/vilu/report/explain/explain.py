@@ -25,7 +25,7 @@ from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, RowsToSkip, TrainingRows, Weights, weights_of
-from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
+from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, truths
 from vilu.text import aligned, more_line, shown
 from vilu.validation import checked
 
@@ -44,7 +44,7 @@ def require_json(path: str | Path) -> None:
 class Findings:
     """Results that can be printed as text and saved as JSON."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # kind of results, which a saved file states
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON values, with the schema version and the kind."""
@@ -56,7 +56,7 @@ class Findings:
         An existing explanation at this path is replaced. Any other file is never replaced.
 
         Raises:
-            UsageError: If the suffix is not ``.json``, or if a file exists at this path that is no
+            UsageError: If the suffix is not ``.json``, or if the path is a file that is no
                 explanation.
             StorageError: If the file cannot be written.
         """
@@ -66,7 +66,7 @@ class Findings:
 
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
-    """Format the first rows as a table. A last line counts the other rows, which ``noun`` names."""
+    """Format the first rows as a table. If there are more, a last line counts them as ``noun``."""
     return [
         *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
         *more_line(len(rows), MAX_ROWS_SHOWN, noun),
@@ -78,7 +78,7 @@ class Competitor:
     """One of the candidates with the largest weights; the answer itself can be among them."""
 
     name: str  # name of the class, or for a caption the key of its image-caption pair
-    weight: float  # weight of the candidate by the method; see ``Explanations.weights``
+    weight: float  # weight that the method gives the candidate; see ``Explanations.weights``
     posterior: float  # zero-shot probability of the candidate
 
 
@@ -171,9 +171,10 @@ def _answer_line(row: Explanation) -> str:
 
 
 def _attribution_line(attribution: Attribution, unit: str | None) -> str:
+    """The score as a sum of the mean background score and the part of every group of inputs."""
     parts = [f" {value:+.2f} {name}" for name, value in attribution.parts.items()]
-    total = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
-    return f"  {unit}  {total}{''.join(parts)}"
+    score_and_mean = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
+    return f"  {unit}  {score_and_mean}{''.join(parts)}"
 
 
 def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
@@ -185,6 +186,7 @@ def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[
 
 
 def _neighbour_text(row: Neighbour) -> str:
+    """The line of a neighbour. It has the truth only if the answer is wrong."""
     text = f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}"
     if row.answer != row.truth:
         text += f", true {shown(row.truth)}"
@@ -271,7 +273,7 @@ def explain(
         neighbours = f"of {len(train)} training rows"
         if predictor.answer != "zero_shot":
             neighbours += ", right or wrong by their zero-shot answers"
-    attributor, attribution = _attributor(predictor, data, train, chosen_rows, depth)
+    attributor, attribution = _make_attributor(predictor, data, train, chosen_rows, depth)
     explained_rows = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
     return Explanations(
         rows=tuple(_with_neighbours(explained_rows, data, train, depth)),
@@ -286,14 +288,14 @@ def explain(
     )
 
 
-def _attributor(
+def _make_attributor(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """The attributor with a sentence about it; or None, with the reason why there is none."""
+    """Make the attributor, and a text about it; or None, and the reason why there is none."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -303,7 +305,13 @@ def _attributor(
         rows_to_leave_out = torch.empty(0, dtype=torch.int64)
         kind_of_rows = "training"
     try:
-        attributor = Attributor(predictor, source, depth.background, depth.seed, rows_to_leave_out)
+        attributor = Attributor(
+            predictor,
+            source,
+            n_rows=depth.background,
+            seed=depth.seed,
+            rows_to_leave_out=rows_to_leave_out,
+        )
     except NoAttribution as reason:
         return None, f"left out: {reason}"
     background = f"{attributor.n_background} {kind_of_rows} rows"
@@ -313,15 +321,15 @@ def _attributor(
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
     """Positions of the ``n`` rows of largest uncertainty, in descending order of uncertainty.
 
-    Of rows of equal uncertainty the lowest position comes first. Rows without a score are left out,
-    so there may be fewer than ``n`` positions.
+    If rows have equal uncertainty, the lowest position comes first. Rows without a score are left
+    out, so there may be fewer than ``n`` positions.
     """
     uncertainty = predictor.predict_uncertainty(data)
-    scored = np.flatnonzero(np.isfinite(uncertainty))
-    if not len(scored):
+    rows_with_score = np.flatnonzero(np.isfinite(uncertainty))
+    if not len(rows_with_score):
         raise DataError(f"none of the {len(data)} rows has a score to explain.")
-    order = np.argsort(-uncertainty[scored], kind="stable")
-    return torch.from_numpy(scored[order[:n]])
+    order = np.argsort(-uncertainty[rows_with_score], kind="stable")
+    return torch.from_numpy(rows_with_score[order[:n]])
 
 
 class _Explained(NamedTuple):
@@ -340,7 +348,7 @@ def _explain_without_neighbours(
 ) -> list[_Explained]:
     """Explain rows without neighbours, in the order of ``rows``."""
     explained_of_row: dict[int, _Explained] = {}
-    names = Names(data)
+    names = CandidateNames(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
         for scored_batch in scored_rows(predictor, data, rows):
@@ -354,7 +362,7 @@ def _explain_without_neighbours(
 
 def _explain_batch(
     scored_batch: ScoredBatch,
-    names: Names,
+    names: CandidateNames,
     weights: Weights,
     depth: Depth,
     attributor: Attributor | None,
@@ -362,8 +370,9 @@ def _explain_batch(
     """Yield the explanations of a batch's rows, in order."""
     batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
-    n_leaders = min(depth.candidates, len(batch.text))
-    weight, leader = k_largest(weights.compute(batch).cpu(), n_leaders)
+    n_competitors = min(depth.candidates, len(batch.text))
+    # (B, L) each: the candidates of largest weight, and their weights
+    leader_weights, leaders = k_largest(weights.compute(batch).cpu(), n_competitors)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
@@ -382,7 +391,7 @@ def _explain_batch(
             uncertainty=float(scores[i]),
             truth=names.name_of(row, truth[i]) if is_labelled else None,
             wrong=bool(failure[i]) if is_judged else None,
-            competitors=_competitors(row, names, leader[i], weight[i], posterior[i]),
+            competitors=_competitors(row, names, leaders[i], leader_weights[i], posterior[i]),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[i],
@@ -391,21 +400,21 @@ def _explain_batch(
 
 
 def _competitors(
-    row: int, names: Names, leader: Tensor, weight: Tensor, posterior: Tensor
+    row: int, names: CandidateNames, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
     """The candidates of largest weight of one row, with their names.
 
     Args:
         row: Position of the row.
         names: Names of the candidates.
-        leader: (L,) candidates of largest weight, the largest first.
-        weight: (L,) weights of these candidates.
+        leaders: (L,) candidates of largest weight, the largest first.
+        leader_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.
     """
     competitors = []
-    for candidate, candidate_weight in zip(leader.tolist(), weight.tolist(), strict=True):
+    for candidate, weight in zip(leaders.tolist(), leader_weights.tolist(), strict=True):
         name = names.name_of(row, candidate)
-        competitors.append(Competitor(name, candidate_weight, float(posterior[candidate])))
+        competitors.append(Competitor(name, weight, float(posterior[candidate])))
     return tuple(competitors)
 
 
@@ -430,9 +439,9 @@ def _with_neighbours(
     to_skip: RowsToSkip | None = None
     if kind_of_identity is not None:
         to_skip = RowsToSkip(kind_of_identity, data.identities(kind_of_identity, rows))
-    near = TrainingRows(train).near(images, to_skip, depth.neighbours)
+    neighbours = TrainingRows(train).find_neighbours(images, to_skip, n=depth.neighbours)
     with_neighbours = []
-    for explanation, (failures, successes) in zip(explanations, near, strict=True):
+    for explanation, (failures, successes) in zip(explanations, neighbours, strict=True):
         with_neighbours.append(
             replace(explanation, failures=tuple(failures), successes=tuple(successes))
         )
@@ -445,6 +454,6 @@ def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows:
     if len(overlap):
         warn_caller(
             f"{overlap.in_words('explained rows')} were used to fit this {predictor.name}: "
-            "their scores say little about new images.",
+            "the scores of these rows say little about new images.",
         )
     return len(overlap)

@@ -1,4 +1,4 @@
-"""Accuracy that a better text embedding of each class would gain, at most."""
+"""The largest gain of accuracy that a better text embedding of a class could bring."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SHARES_OF_MEAN = (0.0, 0.1)
 MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
 """All pairs (m, kappa) that are tried."""
 
-FOLDS = 5
+FOLDS = 5  # default number of folds
 MIN_FOLDS = 3  # one to measure on, one to choose the mix on, and at least one to fit the means on
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
 class PromptGain:
-    """The gain of a better text for one class while the texts of all other classes stay."""
+    """The gain of a better text for one class, while all other classes keep their texts."""
 
     name: str  # name of the class
     n: int  # labelled rows of the class
@@ -80,7 +80,7 @@ class PromptGains(Findings):
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, "classes")])
+        return "\n".join([head, "", *first_lines(heading, cells, noun="classes")])
 
 
 @checked
@@ -93,27 +93,27 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         t_c + m (delta_c + kappa mu),    delta_c = mu_c - mu,
 
     where mu_c is the mean embedding of the class's labelled images and mu is the mean of all mu_c.
-    The function then counts the rows whose answer becomes right and those whose answer becomes
+    The function then counts the rows whose answer becomes right, and the rows whose answer becomes
     wrong.
 
     With kappa = 1 the text would move towards mu_c. However, mu is common to all images and absent
     from all texts: a text that contains much of mu attracts images of every class. Therefore kappa
-    is 0 or 0.1. The step m is 0.5, 1, 2, 4 or 8. The text stays as it is where no (m, kappa) gains
-    anything.
+    is 0 or 0.1. The step m is 0.5, 1, 2, 4 or 8. If no (m, kappa) gains anything, the text of the
+    class is not changed.
 
     No text is measured on rows that it was fitted on, nor on other rows of the same pictures:
 
-    1. The result on fold f is measured with means of the other folds.
-    2. It uses the (m, kappa) that gain most on the other folds. For this choice, each other fold g
-       is measured with means that leave out both f and g.
+    1. The result on fold f is measured with the means of all folds except f.
+    2. The (m, kappa) for fold f is the pair that gains most on all folds except f. To choose it,
+       each of these folds g is measured with the means of all folds except f and g.
 
     The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
-    2005), with half a row added to each cell. It covers the sampling of the measured rows. It does
-    not cover that other rows would have given other means.
+    2005), with half a row added to each cell. It accounts for the sampling of the measured rows. It
+    does not account for the means: other rows would have given other means.
 
-    The gain is a bound for work on prompts and no guarantee: the new texts are made from images,
-    and perhaps no wording has such an embedding. A small gain does show that the text of the class
-    is not the cause of its failures.
+    In practice the gain is the most that work on prompts can bring, and it is no guarantee. The new
+    texts are made from images, and perhaps no wording has such an embedding. But a small gain shows
+    that the text of the class is not the cause of its failures.
 
     Raises:
         UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.
@@ -134,31 +134,40 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     rows, n, failures = _labelled_rows(data, folds)
     no_rows = rows[:0]
     text = data.candidates(no_rows).text  # all rows have the same candidates
-    first_row_of_picture, picture = Rows(data, rows).pictures()
-    n_pictures = len(first_row_of_picture)
-    order = torch.randperm(n_pictures, generator=torch.Generator().manual_seed(int(seed)))
-    fold_of_picture = torch.empty(n_pictures, dtype=torch.int64)
-    fold_of_picture[order] = torch.arange(n_pictures) % folds
-    fold = torch.empty(len(data), dtype=torch.int64)
-    fold[rows] = fold_of_picture[picture]
-    means = _Means(data, rows, fold, folds)
+    fold = _assign_folds(data, rows, folds, seed)
+    means = _ClassMeans(data, rows, fold, folds)
     changes = []
     with track("better texts", len(rows), "rows") as task:
         for measured_fold in range(folds):
-            # for every fold, the texts that are learned without it and without ``measured_fold``
+            # for every fold, the texts that are made without it and without ``measured_fold``
             texts_without_fold = [
                 means.better_texts(text, {measured_fold, left_out}) for left_out in range(folds)
             ]
             measured_rows = rows[fold[rows] == measured_fold]
             changes.append(_changes(data, measured_rows, texts_without_fold, task))
-    saved, lost = _at_best_mix(torch.stack(changes))
+    saved, lost = _changes_at_best_mix(torch.stack(changes))
     gains = tuple(_gains_in_order(data, n, failures, saved, lost))
     accuracy = 1 - float(failures.sum() / n.sum())
     return PromptGains(rows=gains, n=len(rows), accuracy=accuracy, folds=folds)
 
 
+def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) -> Tensor:
+    """(len(data),) number of the fold of each of ``rows``; all rows of a picture are in one fold.
+
+    For all other rows of ``data`` the number has no meaning.
+    """
+    first_row_of_picture, picture_of_row = Rows(data, rows).pictures()
+    n_pictures = len(first_row_of_picture)
+    order = torch.randperm(n_pictures, generator=torch.Generator().manual_seed(int(seed)))
+    fold_of_picture = torch.empty(n_pictures, dtype=torch.int64)
+    fold_of_picture[order] = torch.arange(n_pictures) % folds
+    fold = torch.empty(len(data), dtype=torch.int64)
+    fold[rows] = fold_of_picture[picture_of_row]
+    return fold
+
+
 def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Usable labelled rows (N,), their number per class (K,), and the failures per class (K,)."""
+    """Labelled usable rows (N,), and per class the number of rows (K,) and of failures (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -179,48 +188,56 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
     return rows, n, failures
 
 
-class _Means:
-    """Class means of the images of some folds, from sums over each fold and class.
+class _ClassMeans:
+    """Sums of images over each fold and class, from which class means over some folds are made.
+
+    Args:
+        data: The source of the rows.
+        rows: Positions of the labelled rows.
+        fold: (len(data),) number of the fold of each of these rows.
+        folds: Number of folds.
 
     Attributes:
-        total: (folds, K, D) float64 sum of the unit-norm images of each fold and class.
-        n: (folds, K) float64 number of images in each sum.
+        image_sum: (folds, K, D) float64 sum of the unit-norm images of each fold and class.
+        n_images: (folds, K) float64 number of images in each sum.
     """
 
     def __init__(self, data: EmbeddingSource, rows: Tensor, fold: Tensor, folds: int) -> None:
         k = data.n_candidates
-        total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
-        n = torch.zeros(folds * k, dtype=torch.float64)
+        n_cells = folds * k  # a cell is a pair of a fold and a class
+        image_sum = torch.zeros(n_cells, data.space.embed_dim, dtype=torch.float64)
+        n_images = torch.zeros(n_cells, dtype=torch.float64)
         for batch in data.batches(BATCH_ROWS, rows=rows):
-            cell = fold[batch.index] * k + batch.target  # number of the pair of fold and class
-            total.index_add_(0, cell, batch.image.double())
-            n += cell.bincount(minlength=folds * k)
-        self.total = total.view(folds, k, -1)
-        self.n = n.view(folds, k)
+            cell = fold[batch.index] * k + batch.target
+            image_sum.index_add_(0, cell, batch.image.double())
+            n_images += cell.bincount(minlength=n_cells)
+        self.image_sum = image_sum.view(folds, k, -1)
+        self.n_images = n_images.view(folds, k)
 
     def better_texts(self, text: Tensor, left_out: set[int]) -> Tensor:
         """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``left_out``.
 
         A class without images in these folds keeps its current text.
         """
-        folds = [fold for fold in range(len(self.n)) if fold not in left_out]
-        n = self.n[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
-        has_images = n > 0
-        mean = self.total[folds].sum(dim=0) / n.clamp(min=1)  # mu_c of every class
-        mean_of_classes = mean[has_images.squeeze(1)].mean(dim=0)  # mu
+        folds = [fold for fold in range(len(self.n_images)) if fold not in left_out]
+        n_images = self.n_images[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
+        has_images = n_images > 0
+        class_mean = self.image_sum[folds].sum(dim=0) / n_images.clamp(min=1)  # (K, D): mu_c
+        mean_of_classes = class_mean[has_images.squeeze(1)].mean(dim=0)  # (D,): mu
+        delta = class_mean - mean_of_classes
         moved_texts = []
         for m, kappa in MIXES:
-            delta = mean - mean_of_classes
             moved_texts.append(text.double() + m * (delta + kappa * mean_of_classes))
-        better = torch.where(has_images, torch.stack(moved_texts), text.double())
-        return normalize(better, dim=-1).float()
+        new_texts = torch.where(has_images, torch.stack(moved_texts), text.double())
+        return normalize(new_texts, dim=-1).float()
 
 
 class Rivals(NamedTuple):
     """For each row and class, the strongest other class.
 
-    A class whose text is replaced becomes the answer of a row if it beats this rival. The rival is
-    the current answer, or the runner-up for the class that is the current answer.
+    A class whose text is replaced becomes the answer of a row if it beats this rival. For most
+    classes the rival is the current answer of the row. For the current answer itself, the rival is
+    the runner-up.
     """
 
     class_index: Tensor  # (B, K) int64 class index of the rival
@@ -230,8 +247,8 @@ class Rivals(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> Rivals:
         """Find the rival of every class for each row of a batch of labelled class data."""
-        # Give classes with equal texts the same logit: the one of the first of these classes.
-        # Without this, a matrix product may round their logits differently and break the tie.
+        # Classes with equal texts all get the logit of the first of these classes. Otherwise a
+        # matrix product may round their logits differently and break the tie.
         logits = batch.logits[:, batch.first_equal]
         two_largest, two_classes = k_largest(logits, 2)
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
@@ -243,18 +260,18 @@ class Rivals(NamedTuple):
             answer_is_right=answer == batch.target.unsqueeze(1),
         )
 
-    def changes(self, batch: Batch, better: Tensor) -> Tensor:
+    def changes(self, batch: Batch, new_texts: Tensor) -> Tensor:
         """Count the rows whose answer becomes right or wrong if one class gets its new text.
 
         Args:
             batch: The batch that these rivals were found for.
-            better: (K, D) the new text of every class.
+            new_texts: (K, D) the new text of every class.
 
         Returns:
             (2, K) for each class the number of rows that become right, and that become wrong.
         """
-        classes = torch.arange(len(better))
-        logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
+        classes = torch.arange(len(new_texts))
+        logits = (batch.image @ new_texts.T) * batch.logit_scale + batch.logit_bias
         # of equal logits, the class of the lowest index is the answer
         wins_tie = (logits == self.logit) & (classes < self.class_index)
         wins = (logits > self.logit) | wins_tie
@@ -285,53 +302,60 @@ def _changes(
     )
     for batch in data.batches(BATCH_ROWS, rows=rows):
         rivals = Rivals.of(batch)
-        for left_out, texts in enumerate(texts_without_fold):
-            for mix, mixed_texts in enumerate(texts):
-                changes[left_out, mix] += rivals.changes(batch, mixed_texts)
+        for left_out, texts_of_mixes in enumerate(texts_without_fold):
+            for mix, new_texts in enumerate(texts_of_mixes):
+                changes[left_out, mix] += rivals.changes(batch, new_texts)
         task.advance(len(batch.index))
     return changes
 
 
-def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) rows saved and (K,) rows lost, with the best mix for each fold and class.
+def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of rows saved (K,) and rows lost (K,), with the best mix for each fold and class.
 
-    For fold g, the best mix of a class is the mix with the largest gain (saved minus lost rows) on
-    the other folds. If this gain is not above 0, the text of the class stays as it is in fold g, so
-    no row is saved or lost.
+    A mix is a pair (m, kappa). For fold g, the best mix of a class is the mix with the largest gain
+    (saved minus lost rows) on all folds except g. If this gain is not above 0, the class keeps its
+    text in fold g, so no row is saved or lost.
 
     Args:
         changes: (folds, folds, mixes, 2, K) numbers of rows that become right, and wrong. Entry
             [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
     own_changes = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
-    changes_of_others = (
-        changes.sum(dim=0) - own_changes
-    )  # entry g is the sum over all folds f but g
+    # entry g is the sum over all folds f except g
+    changes_of_others = changes.sum(dim=0) - own_changes
     saved_on_others, lost_on_others = changes_of_others.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
-    at_best_mix = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
+    changes_at_best = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
     gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
-    saved, lost = (at_best_mix * gains_anything).sum(dim=(0, 1))
+    saved, lost = (changes_at_best * gains_anything).sum(dim=(0, 1))
     return saved, lost
 
 
 def _gains_in_order(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
-    """Yield the gains of all classes, the largest gain first."""
-    total = int(n.sum())
+    """Yield the gains of all classes, the largest gain first.
+
+    Args:
+        data: The source of the rows, with the names of the classes.
+        n: (K,) number of labelled rows of each class.
+        failures: (K,) number of these rows whose current answer is wrong.
+        saved: (K,) number of rows whose answer becomes right with the better text of a class.
+        lost: (K,) number of rows whose answer becomes wrong with the better text of a class.
+    """
+    n_rows = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         n_saved = int(saved[c])
         n_lost = int(lost[c])
-        low, high = paired_interval(n_saved, n_lost, total)
+        low, high = paired_interval(n_saved, n_lost, n_rows)
         yield PromptGain(
             name=class_name(data.class_names, c),
             n=int(n[c]),
             failures=int(failures[c]),
             saved=n_saved,
             lost=n_lost,
-            gain=(n_saved - n_lost) / total,
+            gain=(n_saved - n_lost) / n_rows,
             low=low,
             high=high,
         )

@@ -62,7 +62,7 @@ class RiskMap(Findings):
     n: int  # number of counted rows
     failures: float  # failures of all counted rows; without labels the sum of their probabilities
     risk: float  # selective risk at this coverage, equal to the sum of ``risk`` over ``rows``
-    # True: failures were counted. False: failures are expected numbers from probabilities.
+    # True: the failures were counted. False: they are expected numbers, sums of probabilities.
     labelled: bool
     # rows without a score or answer and, if any row has a label, rows without a label
     n_left_out: int
@@ -91,7 +91,7 @@ class RiskMap(Findings):
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
         heading = ("answered", title_of_right_class, failures, *measures)
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, "confusions")])
+        return "\n".join([head, "", *first_lines(heading, cells, noun="confusions")])
 
 
 @checked
@@ -106,9 +106,9 @@ def risk_map(
         sum_i w_i a_i / sum_i a_i
 
     to the selective risk. The first sum is over the rows i with answer j and truth k, the second
-    sum over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i is
-    1 for an accepted row and 0 for any other row. Rows that tie at the threshold have an a_i
-    between 0 and 1, so that sum_i a_i = ceil(coverage N).
+    sum is over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i
+    is 1 for an accepted row and 0 for any other row. Rows whose uncertainty equals the threshold
+    have an a_i between 0 and 1, so that sum_i a_i = ceil(coverage N).
 
     If no row has a label, w_i is the probability of failure, and ``competitor`` replaces the truth.
 
@@ -143,21 +143,25 @@ def risk_map(
         )
     require_between("coverage", coverage, "(0, 1]")
     prediction = _judged_answers(outcomes)
-    is_counted = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
-    is_judged = is_counted & (outcomes.failure != UNKNOWN)
-    labelled = bool(is_judged.any())
-    if labelled:
-        is_counted = is_judged
+    is_scored = np.isfinite(outcomes.uncertainty) & (prediction != UNKNOWN)
+    is_scored_and_labelled = is_scored & (outcomes.failure != UNKNOWN)
+    labelled = bool(is_scored_and_labelled.any())
     right_class = _true_or_competing_class(outcomes, competitor, labelled=labelled)
-    rows = np.flatnonzero(is_counted)
+    # if any row has a label, only the rows with a label are counted
+    rows = np.flatnonzero(is_scored_and_labelled if labelled else is_scored)
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
     uncertainty = outcomes.uncertainty[rows]
-    failure = outcomes.failure if labelled else _require_probability(outcomes)
-    weight = failure[rows].astype(np.float64)
+    weight_of_all = outcomes.failure if labelled else _require_probability(outcomes)
+    weight = weight_of_all[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
     confusions = _confusions(
-        prediction[rows], right_class[rows], uncertainty, weight, accepted, outcomes.class_names
+        prediction[rows],
+        right_class[rows],
+        uncertainty=uncertainty,
+        weight=weight,
+        accepted=accepted,
+        names=outcomes.class_names,
     )
     return RiskMap(
         rows=tuple(sorted(confusions, key=_costliest_first)),
@@ -192,8 +196,8 @@ def _require_probability(outcomes: Outcomes) -> Floats:
     probabilities = failure_probability_of(outcomes)
     if probabilities is None:
         raise UsageError(
-            "without labels failures are expected from probabilities, "
-            f"and {outcomes.method} gives a score. "
+            "without labels, the number of failures is estimated from probabilities, "
+            f"but {outcomes.method} gives a score that is no probability. "
             "Calibrate it (`vilu calibrate`), take vilu_plus, or give labels."
         )
     return probabilities
@@ -233,26 +237,32 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
     n_accepted = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
-    last = n_accepted - 1
-    threshold = float(np.partition(uncertainty, last)[last])
+    last_accepted = n_accepted - 1  # index in ascending order of uncertainty
+    threshold = float(np.partition(uncertainty, last_accepted)[last_accepted])
     accepted = (uncertainty < threshold).astype(np.float64)
-    tied = uncertainty == threshold
-    accepted[tied] = (n_accepted - accepted.sum()) / np.count_nonzero(tied)
+    is_tied = uncertainty == threshold
+    accepted[is_tied] = (n_accepted - accepted.sum()) / np.count_nonzero(is_tied)
     return accepted, threshold
 
 
 def _confusions(
     answer_of_row: Ints,
     right_class_of_row: Ints,
+    *,
     uncertainty: Floats,
     weight: Floats,
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """One confusion per pair of an answer and its right class that has a failure.
+    """One confusion for each pair of an answer and its right class that has a failure.
 
-    All arrays are (N,). Without labels, the strongest competitor counts as the right class.
-    ``weight`` is how much of a failure a row is, and ``accepted`` is its ``acceptance``.
+    Args:
+        answer_of_row: (N,) answered class.
+        right_class_of_row: (N,) true class; without labels the strongest competitor.
+        uncertainty: (N,) uncertainty.
+        weight: (N,) 1 for a failure, 0 for a success; without labels the probability of failure.
+        accepted: (N,) acceptance of each row, as ``acceptance`` returns it.
+        names: Names of the classes; None if they have no names.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)

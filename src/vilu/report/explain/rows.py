@@ -24,29 +24,40 @@ MAX_POOLS = 8  # maximum number of pools that rows are drawn from, for image-cap
 
 
 def scored_rows(
-    predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, step: int = SCORING_BATCH
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    rows: Tensor,
+    block_size: int = SCORING_BATCH,
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
     """Yield batches of the wanted rows, each with the uncertainties (B,) float64 of its rows.
 
     The rows come in the order of the source, or in the order of its pools.
 
-    The rounding of a matrix product depends on the number of its rows. So that answers and
-    uncertainties are those of ``vilu.score`` in every digit, the blocks of ``vilu.score`` that
-    contain a wanted row are scored as a whole. ``step`` is the number of rows of a block. With step
-    1 only the wanted rows are scored, which is enough if the uncertainties are not used.
+    ``vilu.score`` scores rows in blocks. Here, the blocks that contain a wanted row are scored as a
+    whole, because the rounding of a matrix product depends on the number of its rows. So answers
+    and uncertainties equal those of ``vilu.score`` in every digit.
+
+    Args:
+        predictor: A predictor that is ready to score.
+        data: The source of the rows.
+        rows: Positions of the wanted rows.
+        block_size: Number of rows of a block. With 1, only the wanted rows are scored. This is
+            enough if the uncertainties are not used.
     """
-    for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
+    for batch, scores in predictor.scored(data, rows_of_whole_blocks(data, rows, block_size)):
         for slice_of_pool, pool in batch.by_pool():
             wanted_indices = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
-            for block in wanted_indices.split(BATCH_ROWS):
-                if len(block):
-                    wanted_batch = select_rows(pool, block.to(pool.index.device))
-                    yield wanted_batch, scores[slice_of_pool][block.numpy()]
+            for indices in wanted_indices.split(BATCH_ROWS):
+                if len(indices):
+                    wanted_batch = select_rows(pool, indices.to(pool.index.device))
+                    yield wanted_batch, scores[slice_of_pool][indices.numpy()]
 
 
 def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Yield batches of the wanted rows like ``scored_rows``, but without uncertainties."""
-    for batch in data.batches(BATCH_ROWS, rows=whole_steps(data, rows, 1)):
+    # with class data these are the rows themselves, with captions all rows of their pools
+    rows_to_read = rows_of_whole_blocks(data, rows, block_size=1)
+    for batch in data.batches(BATCH_ROWS, rows=rows_to_read):
         indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
         if len(indices):
             yield select_rows(batch, indices)
@@ -57,18 +68,18 @@ def select_rows(batch: Batch, indices: Tensor) -> Batch:
 
     The rows keep the zero-shot answers that were computed for the whole batch.
     """
-    _ = batch.zero_shot  # computed here and cached, so that ``batch.rows`` copies the answers
+    _ = batch.zero_shot  # this computes and caches the answers, which ``batch.rows`` then copies
     return batch.rows(indices)
 
 
-def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
-    """All usable rows of the steps that contain one of ``rows``, in the order of the source.
+def rows_of_whole_blocks(data: EmbeddingSource, rows: Tensor, block_size: int) -> Tensor:
+    """All usable rows of the blocks that contain one of ``rows``, in the order of the source.
 
-    A step is a pool of image-caption pairs, or ``size`` usable rows of class data.
+    A block is a pool of image-caption pairs, or ``block_size`` usable rows of class data.
     """
-    step = torch.arange(len(data.usable_rows)) // (data.pool_size or size)
-    wanted_steps = step[torch.isin(data.usable_rows, rows)]
-    return data.usable_rows[torch.isin(step, wanted_steps)]
+    block_of_row = torch.arange(len(data.usable_rows)) // (data.pool_size or block_size)
+    wanted_blocks = block_of_row[torch.isin(data.usable_rows, rows)]
+    return data.usable_rows[torch.isin(block_of_row, wanted_blocks)]
 
 
 def _rows_of_pool(data: EmbeddingSource, number: int) -> Tensor:
@@ -85,22 +96,26 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
     rng = np.random.default_rng(seed)
     rows = data.usable_rows
     if data.pool_size is not None:
-        numbers = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
-        pools = [_rows_of_pool(data, int(number)) for number in np.sort(numbers)]
-        no_rows = rows[:0]  # so that there is something to join even if there is no pool
-        rows = torch.cat([no_rows, *pools])
+        drawn_pools = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
+        rows_of_pools = [_rows_of_pool(data, int(number)) for number in np.sort(drawn_pools)]
+        no_rows = rows[:0]  # torch.cat needs at least one tensor, even if there is no pool
+        rows = torch.cat([no_rows, *rows_of_pools])
     rows = rows[~torch.isin(rows, rows_to_leave_out)]
     if not len(rows):
         raise DataError(
-            f"an attribution compares with other rows, and all {len(data)} are explained "
-            "or cannot be used. Give training rows (--train), or explain fewer."
+            f"an attribution compares with other rows, and all {len(data)} rows are explained "
+            "or cannot be used. Give training rows (--train), or explain fewer rows."
         )
     drawn_positions = rng.choice(len(rows), min(n_rows, len(rows)), replace=False)
     return rows[torch.from_numpy(np.sort(drawn_positions))]
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) distinct positions of rows, in the order of their numbers or keys in ``wanted``."""
+    """(M,) positions of the rows that ``wanted`` names by number or key, in this order, each once.
+
+    Raises:
+        DataError: If a row does not exist or has no score.
+    """
     keys = {number_or_key for number_or_key in wanted if isinstance(number_or_key, str)}
     rows_by_key = _rows_by_key(data, keys)
     rows: list[int] = []
@@ -114,17 +129,19 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
             raise DataError(f"no row has the key {number_or_key!r}. Keys look like {example!r}.")
     for row in rows:
         if not 0 <= row < len(data):
-            raise DataError(f"there is no row {row}: the data have {len(data)}, numbered from 0.")
+            raise DataError(
+                f"there is no row {row}: the data have {len(data)} rows, numbered from 0."
+            )
     for row in rows:
         if data.status[row] != VALID:
             raise DataError(
-                f"row {row} has no score to explain: {unusable(int(data.status[row]))}."
+                f"row {row} has no score to explain: {why_unusable(int(data.status[row]))}."
             )
     return torch.tensor(list(dict.fromkeys(rows)), dtype=torch.int64)
 
 
 def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
-    """Positions of the rows of each key."""
+    """Map each of the keys to the positions of its rows."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
         return rows_by_key  # early, because reading the identifiers of a store takes long
@@ -134,17 +151,17 @@ def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
     return rows_by_key
 
 
-def unusable(status: int) -> str:
-    """State why a row of this status is not scored."""
+def why_unusable(status: int) -> str:
+    """The reason why a row of this status is not scored."""
     if status == SHORT_POOL:
         return "its pool is not full"
     return f"its embedding is of status {STATUS[status]!r}"
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
-    """The name of a class, or its number where classes have no names.
+    """The name of a class, or its number if the classes have no names.
 
-    ``OUTSIDE`` and ``UNKNOWN`` are no classes and have names of their own.
+    ``candidate`` may also be ``OUTSIDE`` or ``UNKNOWN``, which are not classes.
     """
     if candidate == OUTSIDE:
         return NONE_OF_CLASSES
@@ -160,30 +177,31 @@ def truths(batch: Batch) -> Tensor:
     return batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
-class Names:
+class CandidateNames:
     """Names of candidates: the class name, or for a caption the key of its image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
         self._pool: frozenset[int] = frozenset()  # rows of the pool that was read last
-        self._members = torch.empty(0, dtype=torch.int64)  # rows of the candidates of this pool
+        # for each candidate of this pool, the row that it belongs to
+        self._row_of_candidate = torch.empty(0, dtype=torch.int64)
 
     def name_of(self, row: int, candidate: int) -> str:
         """Name of candidate number ``candidate`` of a row; also accepts any value of ``truths``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
-        return self.data.ids[int(self._pool_members(row)[candidate])]
+        return self.data.ids[int(self._rows_of_candidates(row)[candidate])]
 
-    def _pool_members(self, row: int) -> Tensor:
-        """The rows that the candidates of ``row`` belong to; the last pool is cached."""
+    def _rows_of_candidates(self, row: int) -> Tensor:
+        """For each candidate of ``row``, the row that it belongs to; the last pool is cached."""
         if row not in self._pool:
-            index = int((self.data.usable_rows == row).nonzero())  # of the row, in the usable rows
-            pool = _rows_of_pool(self.data, index // (self.data.pool_size or 1))
-            members = self.data.candidates(pool).row_of_candidate
-            if members is None:
+            index_in_usable = int((self.data.usable_rows == row).nonzero())
+            pool = _rows_of_pool(self.data, index_in_usable // (self.data.pool_size or 1))
+            row_of_candidate = self.data.candidates(pool).row_of_candidate
+            if row_of_candidate is None:
                 raise DataError(
                     "these captions do not say which rows they belong to, so they have no names."
                 )
             self._pool = frozenset(pool.tolist())
-            self._members = members
-        return self._members
+            self._row_of_candidate = row_of_candidate
+        return self._row_of_candidate

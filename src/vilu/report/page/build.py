@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from vilu.artifacts.hashing import bytes_hash
-from vilu.calibration.thresholds import percent as bound
+from vilu.calibration.thresholds import percent as bound_in_percent
 from vilu.datasets.base import ImageDataset
 from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource
@@ -29,9 +29,9 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.report.figures import evaluable_scores
 from vilu.report.page import charts
-from vilu.report.page.charts import Chart, Rate, class_rows, goal
+from vilu.report.page.charts import Chart, Rate, class_rows, round_percent
 from vilu.report.page.choice import (
-    Calibrated,
+    CalibratedRule,
     Choice,
     choose_by_hindsight,
     choose_by_rule,
@@ -44,13 +44,15 @@ from vilu.validation import checked
 if TYPE_CHECKING:
     from jinja2 import Template
 
-BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+DIRECTION_MARKS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 """Characters that change the direction of the text around them.
 
 Joiners are not in this set, because some scripts and emoji need them.
 """
 
-HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+HARMFUL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that a page escapes: controls, surrogates and line breaks."""
 
 MAX_NAME_CHARACTERS = 60  # maximum number of characters of a name in the page
@@ -70,14 +72,14 @@ TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics of each table, by its caption. Every table fits on a sheet of paper.
+"""Maps the caption of a table to its metrics. Every table fits on a sheet of paper.
 
 Metrics without a value are left out. Metrics of other packages are shown in ``THRESHOLD_TABLE``.
 """
 
 MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
 MAX_POINTS = 500  # maximum number of operating points in a page, for any number of rows
-COMPETITORS = 3  # number of likeliest classes that are shown, the answer included
+MAX_COMPETITORS = 3  # maximum number of likeliest classes that a card shows, the answer included
 
 
 @checked
@@ -86,7 +88,7 @@ def report_page(
     outcomes: Sequence[Outcomes],
     *,
     main: str | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: CalibratedRule | None = None,
     max_risk: float = MAX_RISK,
     images: ImageDataset | None = None,
     embeddings: EmbeddingSource | None = None,
@@ -134,39 +136,39 @@ def report_page(
     template = find_template("page.html.jinja")
     if main is None and calibrated is not None:
         main = calibrated.method
-    about = choose_main(outcomes, main)
-    methods = [
-        about,
-        *(method_outcomes for method_outcomes in outcomes if method_outcomes is not about),
-    ]
+    main_outcomes = choose_main(outcomes, main)
+    methods = [main_outcomes]  # the main method is always the first
+    for method_outcomes in outcomes:
+        if method_outcomes is not main_outcomes:
+            methods.append(method_outcomes)
     if table is None:
-        table = evaluate(methods)  # before the charts: it raises DataError for unusable rows
-    choice = (
-        choose_by_hindsight(about, max_risk)
-        if calibrated is None
-        else choose_by_rule(about, calibrated)
-    )
-    uncertainty, failure = evaluable_scores(about)
-    n_accepted = int(choice.accepted[about.evaluable].sum())
+        # Evaluated before the charts are made: it raises DataError if no row can be used.
+        table = evaluate(methods)
+    if calibrated is None:
+        choice = choose_by_hindsight(main_outcomes, max_risk)
+    else:
+        choice = choose_by_rule(main_outcomes, calibrated)
+    uncertainty, failure = evaluable_scores(main_outcomes)
+    n_accepted = int(choice.accepted[main_outcomes.evaluable].sum())
     points = operating_points(uncertainty, failure, choice.threshold, n_accepted)
     return render(
         template,
         script=asset("page.js"),
-        title=title or _default_title(about),
-        main=about,
+        title=title or _default_title(main_outcomes),
+        main=main_outcomes,
         methods=methods,
         looks=charts.line_looks([method_outcomes.method or "" for method_outcomes in methods]),
         choice=choice,
-        numbers=_page_numbers(about, choice, max_risk),
+        numbers=_page_numbers(main_outcomes, choice, max_risk),
         curves=_curves(methods, choice),
         histograms=_histograms(methods, points),
         reliability=charts.reliability(methods),
         tables=_tables(methods, table),
         metrics=METRICS,
-        classes=class_rows(about, choice),
-        gallery=_gallery(about, choice, images, embeddings),
+        classes=class_rows(main_outcomes, choice),
+        gallery=_gallery(main_outcomes, choice, images, embeddings),
         with_pictures=images is not None,
-        data=_script_data(about, choice, points),
+        data=_script_data(main_outcomes, choice, points),
         provenance=[_provenance(method_outcomes) for method_outcomes in methods],
         facts=list(flat_items(choice.facts)),
     )
@@ -182,7 +184,7 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
-    """One histogram per method. The first is that of the main method, and shows the threshold."""
+    """One histogram per method. The histogram of the main method is first and has the threshold."""
     histograms = []
     for number, method_outcomes in enumerate(methods):
         is_main = number == 0
@@ -215,9 +217,9 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    tip = partial(shortened, most=MAX_TOOLTIP_CHARACTERS)
-    environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound)
-    environment.filters.update(count="{:,}".format, score=score, goal=goal)
+    tip = partial(shortened, max_characters=MAX_TOOLTIP_CHARACTERS)
+    environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound_in_percent)
+    environment.filters.update(count="{:,}".format, score=format_score, round_pct=round_percent)
     template: Template = environment.get_template(name)
     return template
 
@@ -238,25 +240,28 @@ def _default_title(outcomes: Outcomes) -> str:
 
 def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
     """The numbers in the text of the page."""
-    rows = outcomes.evaluable
-    failure = outcomes.failure[rows]
-    accepted = choice.accepted[rows]
+    is_evaluable = outcomes.evaluable
+    failure = outcomes.failure[is_evaluable]
+    accepted = choice.accepted[is_evaluable]
     target = max_risk if choice.max_risk is None else choice.max_risk
     hindsight_choice = choose_by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
     rows_per_independent = scores.rows_per_independent
     has_score = np.isfinite(outcomes.uncertainty)
+    n_accepted = int(accepted.sum())
+    n_outside = int(outcomes.outside[is_evaluable].sum())
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
         "failures": Rate(int(failure.sum()), len(failure), rows_per_independent),
-        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), rows_per_independent),
-        "accepted": Rate(int(accepted.sum()), len(failure), rows_per_independent),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), rows_per_independent),
+        "outside": Rate(n_outside, len(failure), rows_per_independent),
+        "accepted": Rate(n_accepted, len(failure), rows_per_independent),
+        "wrong": Rate(int(failure[accepted].sum()), n_accepted, rows_per_independent),
         "target": target,
-        "reachable": float(hindsight_choice.accepted[rows].mean()),
-        "n_unlabelled": int(np.count_nonzero(has_score & ~rows)),
+        # the share of answers that could be accepted if the threshold were chosen with hindsight
+        "reachable": float(hindsight_choice.accepted[is_evaluable].mean()),
+        "n_unlabelled": int(np.count_nonzero(has_score & ~is_evaluable)),
         "n_unusable": int(np.count_nonzero(~has_score)),
     }
 
@@ -267,9 +272,9 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
     present_names = dict.fromkeys(row.metric for row in table)
     listed_names = set(chain.from_iterable(TABLES.values()))
     names_not_listed = tuple(name for name in present_names if name not in listed_names)
-    groups = TABLES | {THRESHOLD_TABLE: TABLES[THRESHOLD_TABLE] + names_not_listed}
+    names_of_table = TABLES | {THRESHOLD_TABLE: TABLES[THRESHOLD_TABLE] + names_not_listed}
     tables = []
-    for caption, names in groups.items():
+    for caption, names in names_of_table.items():
         metrics = [name for name in names if name in present_names]
         if not metrics:
             continue
@@ -279,7 +284,7 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
         tables.append(
             {
                 "caption": caption,
-                "but_for": not_in_percent(METRICS[name] for name in metrics),
+                "percent_exceptions": not_in_percent(METRICS[name] for name in metrics),
                 "metrics": metrics,
                 "rows": rows,
             }
@@ -302,8 +307,8 @@ def _gallery(
     for row in rows:
         cards[row] = make_card(outcomes, choice, row, pictures.get(row), rivals.get(row, ()))
     gallery = {}
-    for name, section in sections.items():
-        gallery[name] = [cards[row] for row in section]
+    for name, rows_of_section in sections.items():
+        gallery[name] = [cards[row] for row in rows_of_section]
     return gallery
 
 
@@ -330,7 +335,7 @@ def competitors(
         raise ProvenanceError(
             "the store has other classes than the scores. Give the store that was scored."
         )
-    row_of_position = _rows_by_position(ids, rows, source)
+    row_of_position = _map_positions_to_rows(ids, rows, source)
     likeliest: dict[int, list[tuple[str, float]]] = {}
     for batch in source.batches(256, rows=torch.tensor(sorted(row_of_position), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
@@ -343,15 +348,15 @@ def competitors(
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
-            likeliest_classes = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
+            likeliest_classes = np.argsort(-probabilities, kind="stable")[:MAX_COMPETITORS]
             likeliest[row] = [(names[k], float(probabilities[k])) for k in likeliest_classes]
     return likeliest
 
 
-def _rows_by_position(
+def _map_positions_to_rows(
     ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Rows by their positions in the source; rows that are not in the source are left out."""
+    """Map positions in the source to the ``rows`` with the same ids; leave missing rows out."""
     position_of_key = {key: position for position, key in enumerate(source.ids)}
     row_of_position = {}
     for row in map(int, rows):
@@ -366,8 +371,8 @@ class Points:
     """The P thresholds that the slider of the page can select."""
 
     threshold: Floats  # (P,) ascending, the first is -inf
-    accepted: Ints  # (P,) number of rows that each threshold accepts
-    wrong: Ints  # (P,) number of accepted rows that are wrong
+    n_accepted: Ints  # (P,) number of rows that each threshold accepts
+    n_wrong: Ints  # (P,) number of these rows that are wrong
     # index of the chosen threshold; if no single threshold decides which rows are accepted, index
     # of the threshold that accepts about the same number of rows
     start: int
@@ -393,32 +398,36 @@ def operating_points(
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
-    ascending = scores[order]
-    wrong_below = np.concatenate([[0], np.cumsum(wrong[order])])
-    thresholds = np.unique(ascending)
-    if len(thresholds) > limit - 2:
-        rows = np.round(np.linspace(0, len(ascending) - 1, limit - 2)).astype(np.int64)
-        thresholds = np.unique(ascending[rows])
+    ascending_scores = scores[order]
+    # entry i is the number of wrong answers among the i least uncertain rows
+    n_wrong_of_first = np.concatenate([[0], np.cumsum(wrong[order])])
+    thresholds = np.unique(ascending_scores)
+    max_thresholds = limit - 2  # -inf and the chosen threshold are added below
+    if len(thresholds) > max_thresholds:
+        evenly_spaced = np.linspace(0, len(ascending_scores) - 1, max_thresholds)
+        indices = np.round(evenly_spaced).astype(np.int64)
+        thresholds = np.unique(ascending_scores[indices])
     if chosen_threshold is not None:
         thresholds = np.union1d(thresholds, [chosen_threshold])
-    threshold = np.concatenate([[-np.inf], thresholds])
-    accepted = np.searchsorted(ascending, threshold, side="right")
+    thresholds = np.concatenate([[-np.inf], thresholds])
+    n_below = np.searchsorted(ascending_scores, thresholds, side="right")
     if chosen_threshold is None:
-        start = int(np.argmin(np.abs(accepted - n_accepted)))
+        start = int(np.argmin(np.abs(n_below - n_accepted)))
     else:
-        start = int(np.searchsorted(threshold, chosen_threshold))
-    return Points(threshold, accepted, wrong_below[accepted], start)
+        start = int(np.searchsorted(thresholds, chosen_threshold))
+    return Points(thresholds, n_accepted=n_below, n_wrong=n_wrong_of_first[n_below], start=start)
 
 
 def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
     """The data of the slider, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
     accepts_nothing = not choice.accepted.any()
+    # whether the threshold at the start of the slider accepts exactly the chosen rows
     exact = choice.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
-        "accepted": points.accepted.tolist(),
-        "wrong": points.wrong.tolist(),
+        "accepted": points.n_accepted.tolist(),
+        "wrong": points.n_wrong.tolist(),
         "start": points.start,
         "exact": exact,
         "n": len(failure),
@@ -427,7 +436,7 @@ def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str
 
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
-    """The origin of scores, and a fingerprint of their numbers."""
+    """The name of a method, with the origin of its scores and a fingerprint of their numbers."""
     content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
     fingerprint = bytes_hash(content)
     origin = {
@@ -446,16 +455,21 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 def harmless(text: str) -> str:
     r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
-    for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:  # no more characters are ever shown
-        is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
+    # no more characters are ever shown; one more says that the text has to be shortened
+    for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
+        is_harmful = (
+            character in DIRECTION_MARKS or unicodedata.category(character) in HARMFUL_CATEGORIES
+        )
         safe += f"\\u{ord(character):04x}" if is_harmful else character
     return safe
 
 
-def shortened(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
-    """Escape a text by ``harmless``, and shorten it to at most ``most`` characters."""
+def shortened(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
+    """Escape a text with ``harmless``, and shorten it to at most ``max_characters``."""
     safe = harmless(text)
-    return safe if len(safe) <= most else f"{safe[: most - 1]}…"
+    if len(safe) <= max_characters:
+        return safe
+    return f"{safe[: max_characters - 1]}…"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -463,12 +477,12 @@ def percent(value: float | None, digits: int = 1) -> str:
     return NOTHING if value is None else f"{100 * value:.{digits}f}"
 
 
-def score(value: float) -> str:
+def format_score(value: float) -> str:
     """Format an uncertainty; a value slightly less than 1 is not rounded to 1."""
     if 0.99995 <= value < 1:  # four digits would show 1
         return "> 0.9999"
-    is_readable = 1e-3 <= abs(value) < 1e6
-    return f"{value:.4g}" if value == 0 or is_readable else f"{value:.2e}"
+    is_readable = value == 0 or 1e-3 <= abs(value) < 1e6
+    return f"{value:.4g}" if is_readable else f"{value:.2e}"
 
 
 def flat_items(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

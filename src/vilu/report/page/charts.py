@@ -38,8 +38,11 @@ class Axis:
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """Round values with their texts."""
-        values = round_ticks(self.low, self.high)
-        return [(value, goal(value) if self.percent else f"{value:.4g}") for value in values]
+        ticks = []
+        for value in round_ticks(self.low, self.high):
+            text = round_percent(value) if self.percent else f"{value:.4g}"
+            ticks.append((value, text))
+        return ticks
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +64,11 @@ class Chart:
 
     key: str  # identifier of the chart in the page
     title: str
-    says: str  # explanation of the chart
+    explanation: str
     x: Axis
     y: Axis
     lines: tuple[Line, ...]  # the last line is drawn on top
-    # (x, y) of the operating point, or (x, None) for a vertical line; None: nothing is drawn
+    # (x, y) of the operating point, or (x, None) for a vertical line; None: nothing is marked
     marker: tuple[float, float | None] | None = None
     # ends (x0, y0, x1, y1) of a reference line, and its text
     guide: tuple[tuple[float, float, float, float], str] | None = None
@@ -88,13 +91,13 @@ class Chart:
         return " ".join(points)
 
     def area(self, line: Line) -> str:
-        """The points of a line and of the horizontal axis below, for ``<polygon points>``."""
-        first = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
-        last = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
-        return f"{first} {self.points(line)} {last}"
+        """The corners of the area between a line and the horizontal axis, for ``<polygon>``."""
+        below_first_point = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
+        below_last_point = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
+        return f"{below_first_point} {self.points(line)} {below_last_point}"
 
 
-def goal(value: float) -> str:
+def round_percent(value: float) -> str:
     """Format a round fraction in percent, without the percent sign."""
     return f"{round(100 * value, 9):g}"
 
@@ -124,12 +127,12 @@ def thin_points(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= limit:
         return xs, ys
-    segments = np.hypot(np.diff(xs), np.diff(ys))
-    length_up_to = np.concatenate([[0.0], np.cumsum(segments)])
-    evenly = np.linspace(0, length_up_to[-1], limit)
-    points = np.unique(np.searchsorted(length_up_to, evenly))
-    without_ends = points[1:-1]
-    with_ends = np.union1d(without_ends, [0, len(xs) - 1])
+    segment_lengths = np.hypot(np.diff(xs), np.diff(ys))
+    length_up_to_point = np.concatenate([[0.0], np.cumsum(segment_lengths)])
+    even_lengths = np.linspace(0, length_up_to_point[-1], limit)
+    indices = np.unique(np.searchsorted(length_up_to_point, even_lengths))
+    inner_indices = indices[1:-1]
+    with_ends = np.union1d(inner_indices, [0, len(xs) - 1])
     return xs[with_ends], ys[with_ends]
 
 
@@ -144,7 +147,7 @@ class Rate:
     k: int
     n: int
     # number of rows that carry as much information as one independent row; 1 if all are independent
-    per_independent: float = 1.0
+    rows_per_independent: float = 1.0
 
     @property
     def value(self) -> float | None:
@@ -154,16 +157,16 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end of the interval: P[Bin(n, low) >= k] = 0.025."""
-        return lower_bound(
-            self.k / self.per_independent, self.n / self.per_independent, ERROR_PER_SIDE
-        )
+        return lower_bound(*self._independent_counts(), ERROR_PER_SIDE)
 
     @property
     def high(self) -> float:
         """Upper end of the interval: P[Bin(n, high) <= k] = 0.025."""
-        return upper_bound(
-            self.k / self.per_independent, self.n / self.per_independent, ERROR_PER_SIDE
-        )
+        return upper_bound(*self._independent_counts(), ERROR_PER_SIDE)
+
+    def _independent_counts(self) -> tuple[float, float]:
+        """The numbers k and n, as effective numbers of independent rows."""
+        return self.k / self.rows_per_independent, self.n / self.rows_per_independent
 
 
 @dataclass(frozen=True)
@@ -186,18 +189,18 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     answer = outcomes.prediction
     if names is None or answer is None:
         return [], 0
-    rows = outcomes.evaluable & (answer >= 0)
-    wrong = outcomes.failure == 1
+    is_counted = outcomes.evaluable & (answer >= 0)
+    is_wrong = outcomes.failure == 1
 
-    def per_class(mask: NDArray[np.bool_]) -> list[int]:
-        """Number of counted rows in the mask, by the class of the answer."""
-        counts: list[int] = np.bincount(answer[rows & mask], minlength=len(names)).tolist()
+    def count_per_class(mask: NDArray[np.bool_]) -> list[int]:
+        """For each class, the number of counted rows in the mask whose answer is this class."""
+        counts: list[int] = np.bincount(answer[is_counted & mask], minlength=len(names)).tolist()
         return counts
 
-    n = per_class(rows)
-    n_wrong = per_class(wrong)
-    n_accepted = per_class(choice.accepted)
-    n_accepted_wrong = per_class(choice.accepted & wrong)
+    n = count_per_class(is_counted)
+    n_wrong = count_per_class(is_wrong)
+    n_accepted = count_per_class(choice.accepted)
+    n_accepted_wrong = count_per_class(choice.accepted & is_wrong)
     rows_per_independent = outcomes.tally().scores.rows_per_independent
 
     def wrong_then_all(c: int) -> tuple[int, int]:
@@ -251,24 +254,25 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     curves = [
         risk_coverage_curve(*evaluable_scores(method_outcomes)) for method_outcomes in methods
     ]
-    top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
+    largest_risk = max(_largest_risk(coverage, risk) for coverage, risk in curves)
     _, failure = evaluable_scores(main)
     accepted = choice.accepted[main.evaluable]
     n_accepted = int(accepted.sum())
     risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
-    rate = float(failure.mean())
+    error_rate = float(failure.mean())
     guide = None
-    if rate > 0:
-        guide = ((0.0, rate, 1.0, rate), f"all answers: {100 * rate:.1f} %")
+    if error_rate > 0:
+        ends = (0.0, error_rate, 1.0, error_rate)
+        guide = (ends, f"all answers: {100 * error_rate:.1f} %")
     return Chart(
         key="risk",
         title="Errors among the accepted",
-        says=(
+        explanation=(
             "Error rate among the answers that are accepted, against the share that is accepted; "
             "lower is better."
         ),
-        x=Axis("accepted, % of all answers", "coverage", low=0.0, high=1.0),
-        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_axis_end(top)),
+        x=Axis("accepted, % of all answers", name="coverage", low=0.0, high=1.0),
+        y=Axis("wrong, % of the accepted", name="errors", low=0.0, high=_axis_end(largest_risk)),
         lines=_thin_lines(methods, curves),
         marker=(n_accepted / len(failure), risk_of_choice),
         guide=guide,
@@ -277,7 +281,7 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 def _largest_risk(coverage: Floats, risk: Floats) -> float:
     """The largest risk of a curve, without its noisy beginning at coverages below 5 %."""
-    is_steady = (coverage >= 0.05) | (coverage == 1)
+    is_steady = coverage >= 0.05
     return float(risk[is_steady].max())
 
 
@@ -298,12 +302,12 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
-        says=(
+        explanation=(
             "Share of the right answers that is accepted, against the share of the wrong ones; "
             "higher is better."
         ),
-        x=Axis("wrong answers accepted, %", "wrong accepted", low=0.0, high=1.0),
-        y=Axis("right answers accepted, %", "right accepted", low=0.0, high=1.0),
+        x=Axis("wrong answers accepted, %", name="wrong accepted", low=0.0, high=1.0),
+        y=Axis("right answers accepted, %", name="right accepted", low=0.0, high=1.0),
         lines=_thin_lines(methods, curves),
         marker=(wrong_accepted, right_accepted),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
@@ -337,7 +341,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         share = counts / max(counts.sum(), 1)
         is_filled = look != OUTSIDE_LOOK
         lines.append(Line(label, x=x, y=np.repeat(share, 2), look=look, filled=is_filled))
-    top = max(float(line.y.max()) for line in lines)
+    largest_share = max(float(line.y.max()) for line in lines)
     title = "Uncertainty of right and wrong answers"
     if number > 0:
         title = outcomes.method or ""
@@ -347,9 +351,11 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     return Chart(
         key=f"histogram-{number}",
         title=title,
-        says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
-        x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
-        y=Axis("% of its kind", "share", low=0.0, high=_axis_end(top)),
+        explanation=(
+            "Right and wrong answers by their uncertainty; the bars of each kind add up to 100 %."
+        ),
+        x=Axis("uncertainty", name="uncertainty", low=low, high=high, percent=False),
+        y=Axis("% of its kind", name="share", low=0.0, high=_axis_end(largest_share)),
         lines=tuple(lines),
         marker=marker,
     )
@@ -371,8 +377,8 @@ def _looks_of_answers(outcomes: Outcomes) -> Ints:
     """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
     _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
-    within = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
-    return np.where(is_outside, OUTSIDE_LOOK, within)
+    look_within_classes = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
+    return np.where(is_outside, OUTSIDE_LOOK, look_within_classes)
 
 
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
@@ -392,38 +398,41 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
-        says=(
+        explanation=(
             "Share of wrong answers against the failure probability that was stated, in bins; "
             "bars: 95 % intervals."
         ),
-        x=Axis("failure probability stated, %", "stated", low=0.0, high=1.0),
-        y=Axis("answers that are wrong, %", "found", low=0.0, high=1.0),
+        x=Axis("failure probability stated, %", name="stated", low=0.0, high=1.0),
+        y=Axis("answers that are wrong, %", name="found", low=0.0, high=1.0),
         lines=tuple(reversed(lines)),
         guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
     )
 
 
 def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int) -> Line:
-    """Line through the bins of the ECE, without empty bins. A bin includes its upper end."""
+    """Line through the bins of the ECE that have rows. A bin includes its upper end.
+
+    The line of the main method, whose ``look`` is 0, has an interval at each bin.
+    """
     rows = outcomes.evaluable
     counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
     edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
-    bin_of_score = np.searchsorted(edges, counts.value, side="left")
-    n = np.bincount(bin_of_score, counts.size, RELIABILITY_BINS)
-    wrong = np.bincount(bin_of_score, counts.wrong, RELIABILITY_BINS)
-    total = np.bincount(bin_of_score, counts.value * counts.size, RELIABILITY_BINS)
-    has_rows = n > 0
-    n = n[has_rows]
-    wrong = wrong[has_rows]
-    total = total[has_rows]
-    line = Line(outcomes.method or "", x=total / n, y=wrong / n, look=look)
+    bin_of_value = np.searchsorted(edges, counts.value, side="left")
+    n_rows = np.bincount(bin_of_value, counts.size, RELIABILITY_BINS)
+    n_wrong = np.bincount(bin_of_value, counts.wrong, RELIABILITY_BINS)
+    sum_of_values = np.bincount(bin_of_value, counts.value * counts.size, RELIABILITY_BINS)
+    has_rows = n_rows > 0
+    n_rows = n_rows[has_rows]
+    n_wrong = n_wrong[has_rows]
+    mean_value = sum_of_values[has_rows] / n_rows
+    line = Line(outcomes.method or "", x=mean_value, y=n_wrong / n_rows, look=look)
     is_main = look == 0
     if not is_main:
         return line
-    per_independent = outcomes.tally().scores.rows_per_independent
+    rows_per_independent = outcomes.tally().scores.rows_per_independent
     rates = []
-    for n_wrong, n_rows in zip(wrong, n, strict=True):
-        rates.append(Rate(int(n_wrong), int(n_rows), per_independent))
+    for wrong_in_bin, rows_in_bin in zip(n_wrong, n_rows, strict=True):
+        rates.append(Rate(int(wrong_in_bin), int(rows_in_bin), rows_per_independent))
     low = np.array([rate.low for rate in rates])
     high = np.array([rate.high for rate in rates])
     return replace(line, low=low, high=high)
@@ -441,12 +450,12 @@ def _thin_lines(
     return tuple(reversed(lines))
 
 
-CEILINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+AXIS_ENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 def _axis_end(value: float) -> float:
-    """The end of an axis: the smallest of ``CEILINGS`` that is at least ``value``, or 1."""
-    for top in CEILINGS:
-        if value <= top:
-            return top
+    """The end of an axis: the smallest of ``AXIS_ENDS`` that is at least ``value``, or else 1."""
+    for end in AXIS_ENDS:
+        if value <= end:
+            return end
     return 1.0

@@ -27,14 +27,15 @@ from vilu.validation import require_between
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A calibration that ``vilu calibrate`` wrote into the folder of a predictor."""
+class CalibratedRule:
+    """The rule of a calibration, which ``vilu calibrate`` wrote into the folder of a predictor."""
 
     rule: Rule  # decides for each answer: accept or review
     # name of the calibrated predictor; None if unknown
     method: str | None = None
-    # fingerprint of the calibration, which is also in scores that it decided; None if unknown
-    risk: str | None = None
+    # fingerprint of the calibration; scores whose decisions it made have it in their provenance,
+    # under the key "risk"; None if unknown
+    fingerprint: str | None = None
     # recorded facts about the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class Choice:
     max_risk: float | None  # target for the error rate; None if the target was another quantity
     # sentence that states the guarantee for later answers; None if there is no guarantee
     guarantee: str | None = None
-    # thresholds by group, for a rule with thresholds
+    # maps a group of rows to its threshold; empty for a rule without thresholds
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
@@ -70,21 +71,30 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
         none_accepted = np.zeros(len(outcomes), dtype=np.bool_)
         return Choice(none_accepted, threshold=None, max_risk=max_risk)
     threshold = float(counts.value[is_low_enough].max())
-    return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
+    is_accepted = outcomes.uncertainty <= threshold
+    return Choice(is_accepted, threshold=threshold, max_risk=max_risk)
 
 
-def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
+def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
     """Choose the rows that a calibrated rule accepts.
 
     The outcomes must be of the method that the rule was calibrated for.
     """
-    _require_match("calibrated for", calibrated.method, outcomes.method)
-    _require_match("written in the calibration", calibrated.risk, outcomes.provenance.get("risk"))
+    _require_equal(
+        calibrated.method,
+        outcomes.method,
+        "the rule was calibrated for {!r}, the scores are of {!r}.",
+    )
+    _require_equal(
+        calibrated.fingerprint,
+        outcomes.provenance.get("risk"),
+        "the rule was written in the calibration {!r}, the scores are of {!r}.",
+    )
     rule = calibrated.rule
     if rule.grouped_by == "groups":
         raise UsageError(
-            "this rule has a threshold per group that its caller named; "
-            "scores do not tell the groups."
+            "this rule has a threshold for each group of rows that its caller named, and scores do "
+            "not say which group a row is in."
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups, outcomes.cluster)
@@ -93,7 +103,13 @@ def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
         # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as
         # a threshold at the largest accepted uncertainty.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
-        return Choice(accepted, threshold, rule.max_risk, first_line, facts=calibrated.facts)
+        return Choice(
+            accepted,
+            threshold=threshold,
+            max_risk=rule.max_risk,
+            guarantee=first_line,
+            facts=calibrated.facts,
+        )
     is_one_threshold = rule.grouped_by is None and rule.floor is None
     return Choice(
         accepted=accepted,
@@ -105,25 +121,24 @@ def choose_by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     )
 
 
-def _require_match(link: str, rule_value: object, scores_value: object) -> None:
-    """Raise ProvenanceError if scores are known to be of another method or calibration.
+def _require_equal(rule_value: object, scores_value: object, message: str) -> None:
+    """Raise ProvenanceError if a fact about the rule is not the fact about the scores.
 
     Args:
-        link: Words of the message before ``rule_value``, such as "calibrated for".
-        rule_value: Name of the method, or fingerprint of the calibration, that the rule is of; None
-            if unknown.
-        scores_value: The same for the scores.
+        rule_value: The fact about the rule, such as the name of its method; None if unknown.
+        scores_value: The same fact about the scores; None if unknown.
+        message: What to say if they differ, with a pair of braces for each of the two values.
     """
     if rule_value is None or scores_value is None:
         return
     if rule_value != scores_value:
         raise ProvenanceError(
-            f"the rule was {link} {rule_value!r}, the scores are of {scores_value!r}. "
-            "Give the predictor that made them, or choose its scores with --main."
+            f"{message.format(rule_value, scores_value)} Give the predictor that made the scores, "
+            "or choose its scores with --main."
         )
 
 
-def read_calibrated(folder: str | Path) -> Calibrated:
+def read_calibrated(folder: str | Path) -> CalibratedRule:
     """Read the rule that ``vilu calibrate`` wrote into the folder of a predictor."""
     calibration = Calibration.load(folder)
     if calibration.rule is None:
@@ -132,7 +147,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
     facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})
-    return Calibrated(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
+    return CalibratedRule(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
 
 
 PREFERRED_METHODS = ("vilu_plus", "vilu")
@@ -150,8 +165,7 @@ def read_scores(path: str | Path) -> list[Outcomes]:
     if (root / PREDICTOR).is_file():
         raise UsageError(
             f"{root} is the folder of a predictor. It only has the scores of the calibration rows, "
-            "on which its rule was chosen. "
-            f"Give scores of other rows, and add --predictor {root}."
+            f"on which its rule was chosen. Give scores of other rows, and add --predictor {root}."
         )
     if (root / RUN).is_file():
         return _with_distinct_names([(root, ScoreFolder(root).outcomes())])
@@ -167,8 +181,8 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
     """Give the methods of files distinct names.
 
-    A method without a name gets the name of its file. A name that several files have gets the name
-    of the file behind it.
+    A method without a name gets the name of its file. If several files have the same method, the
+    name of the file is appended to the name of the method.
     """
     counts = Counter(outcomes.method for _, outcomes in files)
     named_outcomes = []
@@ -204,10 +218,10 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
                 f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
             )
         return outcomes[names.index(main)]
-    for beginning in PREFERRED_METHODS:
-        for number, name in enumerate(names):
-            if name.startswith(beginning):
-                return outcomes[number]
+    for prefix in PREFERRED_METHODS:
+        for method_outcomes, name in zip(outcomes, names, strict=True):
+            if name.startswith(prefix):
+                return method_outcomes
     return first
 
 

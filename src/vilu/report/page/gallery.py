@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -57,14 +57,14 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     """
     n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
     # NaN is sorted after all numbers, so the rows with an uncertainty come first
-    rising = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
-    falling = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
-    wrong = rising[outcomes.failure[rising] == 1]
-    not_accepted = rising[~choice.accepted[rising]]
+    ascending_rows = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
+    descending_rows = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
+    is_wrong = outcomes.failure[ascending_rows] == 1
+    is_accepted = choice.accepted[ascending_rows]
     return {
-        "suspicious": falling[:MAX_CARDS_PER_SECTION],
-        "confident": wrong[:MAX_CARDS_PER_SECTION],
-        "nearest": not_accepted[:MAX_CARDS_PER_SECTION],
+        "suspicious": descending_rows[:MAX_CARDS_PER_SECTION],
+        "confident": ascending_rows[is_wrong][:MAX_CARDS_PER_SECTION],
+        "nearest": ascending_rows[~is_accepted][:MAX_CARDS_PER_SECTION],
     }
 
 
@@ -112,28 +112,28 @@ def thumbnails(
             "Leave --images out."
         )
     row_of_key = {outcomes.ids[row]: row for row in map(int, rows)}
-    missing = Thumbnail(why="not in the data set")
-    pictures = dict.fromkeys(row_of_key.values(), missing)
+    no_picture = Thumbnail(why="not in the data set")
+    pictures = dict.fromkeys(row_of_key.values(), no_picture)
     for record in find_pictures(images, row_of_key):
         pictures[row_of_key[record.key]] = thumbnail(record)
     return pictures
 
 
-def find_pictures(images: ImageDataset, wanted_keys: Mapping[str, int]) -> Iterator[ImageRecord]:
+def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterator[ImageRecord]:
     """Yield the images of a data set with these keys, each once; DataError if all are missing."""
-    missing = {*wanted_keys}
-    with track("looking for pictures", len(missing), "images") as task:
+    missing_keys = {*wanted_keys}
+    with track("looking for pictures", len(missing_keys), "images") as task:
         for record in images.records(0, len(images)):
-            if record.key in missing:
-                missing.remove(record.key)
+            if record.key in missing_keys:
+                missing_keys.remove(record.key)
                 yield record
                 task.advance(1)
-            if not missing:
+            if not missing_keys:
                 return
-    if missing and len(missing) == len(wanted_keys):
+    if missing_keys and len(missing_keys) == len(wanted_keys):
         raise DataError(
-            f"{images.source} has none of the images that are shown, such as {min(missing)!r}. "
-            "Give the data set and the split that were embedded."
+            f"{images.source} has none of the images that are shown, such as "
+            f"{min(missing_keys)!r}. Give the data set and the split that were embedded."
         )
 
 

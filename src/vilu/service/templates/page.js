@@ -1,5 +1,5 @@
 "use strict";
-const by = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const percent = (p) => (p === null ? "not known" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %");
 const reasons = {
   above_threshold: "It is less certain than what was guaranteed.",
@@ -7,32 +7,32 @@ const reasons = {
   outside: "The picture probably shows none of the classes.",
   not_certified: "No threshold was certified for this answer.",
 };
-let turn = 0;  // number of the latest photo: an older reply is not shown
+let latestPhoto = 0;  // number of the latest photo; a reply to an earlier photo is not shown
 
-const headers = () => (by("key").value ? { Authorization: "Bearer " + by("key").value } : {});
+const keyHeaders = () => (byId("key").value ? { Authorization: "Bearer " + byId("key").value } : {});
 
 async function ask(path, options) {
-  const reply = await fetch(path, { ...options, headers: headers() });
+  const reply = await fetch(path, { ...options, headers: keyHeaders() });
   const content = await reply.json();
-  by("key-row").hidden = reply.status !== 401 && !by("key").value;
+  byId("key-row").hidden = reply.status !== 401 && !byId("key").value;
   if (!reply.ok) throw new Error(content.detail);
   return content;
 }
 
 function show(answer) {
-  by("answer").hidden = false;
-  by("decision").className = answer.decision || "";
-  by("decision").textContent = { accept: "Accept", review: "Have a person look" }[answer.decision] || "No rule: decide by the probability";
-  by("label").textContent = answer.label === null ? "none" : answer.label;
-  by("zero-shot-row").hidden = answer.zero_shot === null;
-  by("zero-shot").textContent = answer.zero_shot || "";
-  by("probability").textContent =
+  byId("answer").hidden = false;
+  byId("decision").className = answer.decision || "";
+  byId("decision").textContent = { accept: "Accept", review: "Have a person look" }[answer.decision] || "No rule: decide by the probability";
+  byId("label").textContent = answer.label === null ? "none" : answer.label;
+  byId("zero-shot-row").hidden = answer.zero_shot === null;
+  byId("zero-shot").textContent = answer.zero_shot || "";
+  byId("probability").textContent =
     answer.quantile === null ? percent(answer.failure_probability) : `more doubtful than ${percent(answer.quantile)} of the photos`;
-  by("meter").value = answer.failure_probability || 0;
-  by("meter").hidden = answer.failure_probability === null;
-  by("likely").hidden = answer.likely !== true;
-  by("reason").textContent = answer.label === null ? "The picture cannot be read: " + answer.reason : reasons[answer.reason] || "";
-  by("others").replaceChildren(
+  byId("meter").value = answer.failure_probability || 0;
+  byId("meter").hidden = answer.failure_probability === null;
+  byId("likely").hidden = answer.likely !== true;
+  byId("reason").textContent = answer.label === null ? "The picture cannot be read: " + answer.reason : reasons[answer.reason] || "";
+  byId("others").replaceChildren(
     ...answer.runners_up.map((runnerUp) => {
       const row = document.createElement("tr");
       for (const text of [runnerUp.label, percent(runnerUp.probability)]) {
@@ -44,48 +44,48 @@ function show(answer) {
 }
 
 async function send(file) {
-  const ownTurn = ++turn;
-  by("error").textContent = "";
-  by("answer").hidden = true;
-  const photo = by("photo");
+  const thisPhoto = ++latestPhoto;
+  byId("error").textContent = "";
+  byId("answer").hidden = true;
+  const photo = byId("photo");
   if (photo.src) URL.revokeObjectURL(photo.src);
   photo.src = URL.createObjectURL(file);
   photo.alt = "The photo that you gave";
   photo.hidden = false;
-  by("hint").textContent = "Asking…";
+  byId("hint").textContent = "Asking…";
   const form = new FormData();
   form.append("images", file);
   try {
     const content = await ask("/v1/answers", { method: "POST", body: form });
-    if (ownTurn !== turn) return;
+    if (thisPhoto !== latestPhoto) return;
     show(content.answers[0]);
-    about();
+    showGuarantee();
   } catch (error) {
-    if (ownTurn === turn) by("error").textContent = error.message;
+    if (thisPhoto === latestPhoto) byId("error").textContent = error.message;
   }
-  by("hint").textContent = "Drop another photo here, paste one, or choose one (click, or the space bar).";
+  byId("hint").textContent = "Drop another photo here, paste one, or choose one (click, or the space bar).";
 }
 
-async function about() {
+async function showGuarantee() {
   try {
     const content = await ask("/v1/predictors", {});
-    const now = content.predictors.find((predictor) => predictor.answers);
-    by("guarantee").className = now.guarantee;
-    by("guarantee").textContent = now.in_words;
+    const answering = content.predictors.find((predictor) => predictor.answers);
+    byId("guarantee").className = answering.guarantee;
+    byId("guarantee").textContent = answering.in_words;
   } catch (error) {
-    by("guarantee").textContent = error.message;
+    byId("guarantee").textContent = error.message;
   }
 }
 
-by("photo").onerror = () => { by("photo").hidden = true; };
-by("file").onchange = (event) => { if (event.target.files[0]) send(event.target.files[0]); event.target.value = ""; };
-by("drop").ondragover = (event) => { event.preventDefault(); by("drop").classList.add("over"); };
-by("drop").ondragleave = () => by("drop").classList.remove("over");
-by("drop").ondrop = (event) => {
+byId("photo").onerror = () => { byId("photo").hidden = true; };
+byId("file").onchange = (event) => { if (event.target.files[0]) send(event.target.files[0]); event.target.value = ""; };
+byId("drop").ondragover = (event) => { event.preventDefault(); byId("drop").classList.add("over"); };
+byId("drop").ondragleave = () => byId("drop").classList.remove("over");
+byId("drop").ondrop = (event) => {
   event.preventDefault();
-  by("drop").classList.remove("over");
+  byId("drop").classList.remove("over");
   if (event.dataTransfer.files[0]) send(event.dataTransfer.files[0]);
 };
 document.onpaste = (event) => { if (event.clipboardData.files[0]) send(event.clipboardData.files[0]); };
-by("key").onchange = about;
-about();
+byId("key").onchange = showGuarantee;
+showGuarantee();

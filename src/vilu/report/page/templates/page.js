@@ -13,23 +13,23 @@
   form.hidden = false;
   form.addEventListener("submit", (event) => event.preventDefault());
 
-  // An axis is [low value, high value, start coordinate, end coordinate]. place() converts a value
-  // to a coordinate, value() converts a coordinate to a value.
-  const place = (axis, value) => axis[2] + (axis[3] - axis[2]) * (value - axis[0]) / (axis[1] - axis[0]);
-  const value = (axis, at) => axis[0] + (axis[1] - axis[0]) * (at - axis[2]) / (axis[3] - axis[2]);
-  const set = (node, attributes) => { for (const key in attributes) node.setAttribute(key, attributes[key].toFixed(2)); };
+  // An axis is [low value, high value, start coordinate, end coordinate].
+  const toCoordinate = (axis, value) => axis[2] + (axis[3] - axis[2]) * (value - axis[0]) / (axis[1] - axis[0]);
+  const toValue = (axis, coordinate) => axis[0] + (axis[1] - axis[0]) * (coordinate - axis[2]) / (axis[3] - axis[2]);
+  const setAttributes = (node, attributes) => { for (const key in attributes) node.setAttribute(key, attributes[key].toFixed(2)); };
 
-  function mark(key, x, y) {
+  // Moves the marker of a chart to (x, y); y is null for a vertical line at x.
+  function moveMarker(key, x, y) {
     const svg = document.querySelector(`svg[data-chart="${key}"]`);
     const group = svg && svg.querySelector(".marker");
     if (!group) return;
-    const across = numbers(svg.dataset.x), up = numbers(svg.dataset.y);
-    const px = place(across, Math.min(Math.max(x, across[0]), across[1]));
-    const py = y === null ? 30 : place(up, Math.min(y, up[1]));
-    set(group.querySelector(".down"), { x1: px, x2: px, y1: py });
+    const xAxis = numbers(svg.dataset.x), yAxis = numbers(svg.dataset.y);
+    const px = toCoordinate(xAxis, Math.min(Math.max(x, xAxis[0]), xAxis[1]));
+    const py = y === null ? 30 : toCoordinate(yAxis, Math.min(y, yAxis[1]));
+    setAttributes(group.querySelector(".down"), { x1: px, x2: px, y1: py });
     if (y === null) return;
-    set(group.querySelector(".left"), { x2: px, y1: py, y2: py });
-    set(group.querySelector("circle"), { cx: px, cy: py });
+    setAttributes(group.querySelector(".left"), { x2: px, y1: py, y2: py });
+    setAttributes(group.querySelector("circle"), { cx: px, cy: py });
   }
 
   // index: index of an operating point; null for the chosen rows, which need not have one threshold.
@@ -42,36 +42,40 @@
     byId("risk").textContent = percent(wrong, accepted);
     byId("wrong").textContent = `${count(wrong)} wrong`;
     byId("review").textContent = count(data.n - accepted);
-    const at = index === null ? data.start : index;
-    slider.value = at;
-    field.value = data.threshold[at] === null || (index === null && !data.exact) ? "" : String(data.threshold[at]);
+    const position = index === null ? data.start : index;
+    const hasNoThreshold = data.threshold[position] === null || (index === null && !data.exact);
+    slider.value = position;
+    field.value = hasNoThreshold ? "" : String(data.threshold[position]);
     slider.setAttribute("aria-valuetext", `threshold ${field.value || "none"}, ${percent(accepted, data.n)} accepted, ` +
       `${percent(wrong, accepted)} of them wrong`);
     reset.disabled = index === null;
-    mark("risk", accepted / data.n, accepted ? wrong / accepted : 0);
-    mark("roc", wrong / data.n_wrong, (accepted - wrong) / (data.n - data.n_wrong));
-    mark("histogram-0", data.threshold[at] === null ? -Infinity : data.threshold[at], null);
-    let flips = 0;
+    moveMarker("risk", accepted / data.n, accepted ? wrong / accepted : 0);
+    moveMarker("roc", wrong / data.n_wrong, (accepted - wrong) / (data.n - data.n_wrong));
+    moveMarker("histogram-0", data.threshold[position] === null ? -Infinity : data.threshold[position], null);
+    let nChanged = 0;
     for (const card of cards) {
-      const before = card.dataset.accepted === "1";
-      const now = index === null ? before : threshold !== null && Number(card.dataset.u) <= threshold;
-      card.classList.toggle("flipped", now !== before);
-      card.querySelector(".state").textContent = (now === before ? "" : "now ") + (now ? "accepted" : "review");
-      flips += now !== before;
+      const wasAccepted = card.dataset.accepted === "1";
+      const isBelow = threshold !== null && Number(card.dataset.u) <= threshold;
+      const isAccepted = index === null ? wasAccepted : isBelow;
+      const hasChanged = isAccepted !== wasAccepted;
+      card.classList.toggle("flipped", hasChanged);
+      card.querySelector(".state").textContent = (hasChanged ? "now " : "") + (isAccepted ? "accepted" : "review");
+      if (hasChanged) nChanged += 1;
     }
-    byId("flips").textContent = `${flips} of ${cards.length}`;
+    byId("flips").textContent = `${nChanged} of ${cards.length}`;
   }
 
   slider.addEventListener("input", () => show(Number(slider.value)));
   field.addEventListener("change", () => {
-    const wanted = field.value === "" ? -Infinity : Number(field.value);
+    const wantedThreshold = field.value === "" ? -Infinity : Number(field.value);
     let index = 0;
-    while (index + 1 < data.threshold.length && data.threshold[index + 1] <= wanted) index += 1;
+    while (index + 1 < data.threshold.length && data.threshold[index + 1] <= wantedThreshold) index += 1;
     show(index);
   });
   reset.addEventListener("click", () => show(null));
 
-  const legend = [...document.querySelectorAll(".legend button")];
+  const legendButtons = [...document.querySelectorAll(".legend button")];
+  // Emphasises the lines of one look; null: no line is emphasised.
   function emphasise(look) {
     for (const line of document.querySelectorAll(".line")) {
       if (Number(line.dataset.look) < 0) continue;
@@ -79,39 +83,44 @@
       line.classList.toggle("strong", line.dataset.look === look);
     }
   }
-  const pressed = () => { const on = legend.find((b) => b.getAttribute("aria-pressed") === "true"); return on ? on.dataset.look : null; };
-  for (const button of legend) {
+  const isPressed = (button) => button.getAttribute("aria-pressed") === "true";
+  function pressedLook() {
+    const pressedButton = legendButtons.find(isPressed);
+    return pressedButton ? pressedButton.dataset.look : null;
+  }
+  for (const button of legendButtons) {
     button.addEventListener("click", () => {
-      const on = button.getAttribute("aria-pressed") !== "true";
-      legend.forEach((other) => other.setAttribute("aria-pressed", String(on && other === button)));
-      emphasise(pressed());
+      const press = !isPressed(button);
+      legendButtons.forEach((other) => other.setAttribute("aria-pressed", String(press && other === button)));
+      emphasise(pressedLook());
     });
     button.addEventListener("pointerenter", () => emphasise(button.dataset.look));
-    button.addEventListener("pointerleave", () => emphasise(pressed()));
+    button.addEventListener("pointerleave", () => emphasise(pressedLook()));
   }
 
   // The values that are shown are computed from the SVG points of the line nearest to the pointer.
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
-    const across = numbers(svg.dataset.x), up = numbers(svg.dataset.y);
+    const xAxis = numbers(svg.dataset.x), yAxis = numbers(svg.dataset.y);
     const lines = [...svg.querySelectorAll(".line")].map((node) => ({
       node, points: node.getAttribute("points").split(" ").map((pair) => pair.split(",").map(Number)),
     }));
     const readout = svg.parentNode.querySelector(".readout"), probe = svg.querySelector(".probe");
-    const written = (x) => (svg.dataset.xUnit ? (100 * x).toFixed(1) + " %" : x.toPrecision(3));
+    const formatX = (x) => (svg.dataset.xUnit ? (100 * x).toFixed(1) + " %" : x.toPrecision(3));
     svg.addEventListener("pointermove", (event) => {
-      const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-      let best = null;
-      for (const line of lines) {
-        const near = line.points.reduce((a, b) => (Math.abs(b[0] - at.x) < Math.abs(a[0] - at.x) ? b : a));
-        const away = Math.abs(near[1] - at.y);
-        if (!best || away < best.away) best = { away, near, name: line.node.dataset.name, node: line.node };
+      const pointer = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+      let nearest = null;
+      for (const { node, points } of lines) {
+        const point = points.reduce((a, b) => (Math.abs(b[0] - pointer.x) < Math.abs(a[0] - pointer.x) ? b : a));
+        const distance = Math.abs(point[1] - pointer.y);
+        if (!nearest || distance < nearest.distance) nearest = { distance, point, node };
       }
-      if (!best) return;
+      if (!nearest) return;
+      const [px, py] = nearest.point;
       probe.removeAttribute("hidden");
-      set(probe, { cx: best.near[0], cy: best.near[1] });
-      probe.setAttribute("fill", best.node.getAttribute("stroke"));
-      readout.textContent = `${best.name}: ${svg.dataset.xName} ${written(value(across, best.near[0]))}, ` +
-        `${svg.dataset.yName} ${(100 * value(up, best.near[1])).toFixed(1)} %`;
+      setAttributes(probe, { cx: px, cy: py });
+      probe.setAttribute("fill", nearest.node.getAttribute("stroke"));
+      readout.textContent = `${nearest.node.dataset.name}: ${svg.dataset.xName} ${formatX(toValue(xAxis, px))}, ` +
+        `${svg.dataset.yName} ${(100 * toValue(yAxis, py)).toFixed(1)} %`;
     });
     svg.addEventListener("pointerleave", () => probe.setAttribute("hidden", "hidden"));
   }
