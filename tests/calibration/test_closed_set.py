@@ -18,11 +18,11 @@ from vilu.calibration.closed_set import (
     PRIOR_SHARE,
     PRIOR_WRONG,
     ClosedCounts,
-    ClosedDraw,
     ClosedLooks,
     ClosedPhotos,
+    SavedClosedLooks,
+    level_shares,
     log_evidence,
-    shares_of,
 )
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
@@ -148,9 +148,9 @@ def _ever_broken(certified: np.ndarray, total: int, max_risk: float) -> float:
 
 
 def test_shares_add_up_to_the_level() -> None:
-    assert shares_of(STEPS).sum() <= 1
-    assert shares_of(100_000).sum() == pytest.approx(1, abs=1e-4)
-    assert (shares_of(500) > 0).all()
+    assert level_shares(STEPS).sum() <= 1
+    assert level_shares(100_000).sum() == pytest.approx(1, abs=1e-4)
+    assert (level_shares(500) > 0).all()
 
 
 def test_a_threshold_adds_the_evidence_of_laxer_ones() -> None:
@@ -163,7 +163,7 @@ def test_a_threshold_adds_the_evidence_of_laxer_ones() -> None:
     # By hand: the laxest threshold has its own evidence alone.
     n_left = 1_900
     total = math.floor(RISK * n_left) + 1
-    evidence = float(log_evidence(0, 100, 2_000, total, RISK)) + math.log(shares_of(STEPS)[-1])
+    evidence = float(log_evidence(0, 100, 2_000, total, RISK)) + math.log(level_shares(STEPS)[-1])
     assert evidence >= math.log(1 / DELTA)
     # One wrong answer at the top: the strictest certified threshold is below it.
     failure = np.zeros(100, np.int64)
@@ -181,7 +181,7 @@ def test_labels_aside_count_but_prove_nothing() -> None:
     all_right = ClosedCounts.of(grid, photos, aside, np.zeros(100, np.int64))
     looks = ClosedLooks(grid, RISK, DELTA, all_right)
     _, n_drawn = looks.counts(drawn, right)
-    assert looks.unlabelled(n_drawn)[-1] == 300
+    assert looks.n_unlabelled(n_drawn)[-1] == 300
     # Without a draw nothing is shown, however many photos have a label.
     assert looks.certified(NONE, NO_LABEL) is None
     # Fewer photos without a label may hold fewer wrong answers, so the same draw shows less.
@@ -196,7 +196,7 @@ def test_labels_aside_count_but_prove_nothing() -> None:
 def _most_evidence(looks: ClosedLooks, drawn: Floats, failure: np.ndarray) -> float:
     """Evidence for the laxest threshold of a test."""
     wrong, n_drawn = looks.counts(drawn, failure)
-    n_left = looks.unlabelled(n_drawn)[-1]
+    n_left = looks.n_unlabelled(n_drawn)[-1]
     tolerated = wrong[-1] + looks.closed.aside_wrong[-1] + math.floor(RISK * n_left)
     photos = looks.closed.photos[-1]
     terms = log_evidence(wrong[-1], n_drawn[-1], photos, tolerated + 1, RISK)
@@ -231,8 +231,8 @@ def test_a_saved_draw_gives_the_same_tests() -> None:
     photos = np.linspace(0, 1, 300)
     grid = grid_of(photos, 0.5)
     looks = ClosedLooks(grid, RISK, DELTA, looks_of(photos, grid).closed, limit=0.5)
-    draw = ClosedDraw.of(looks)
-    again = ClosedDraw.model_validate_json(draw.model_dump_json()).looks(RISK)
+    draw = SavedClosedLooks.of(looks)
+    again = SavedClosedLooks.model_validate_json(draw.model_dump_json()).looks(RISK)
     assert again.closed == looks.closed
     assert again.grid.tolist() == looks.grid.tolist()
     assert (again.limit, again.delta) == (looks.limit, looks.delta)

@@ -292,7 +292,8 @@ def test_a_state_of_something_else_is_refused(
     ]
     for one in other:
         with pytest.raises(
-            ProvenanceError, match="another calibration, probability of a false alarm, or seed"
+            ProvenanceError,
+            match="its calibration, probability of a false alarm, or seed is different",
         ):
             one.resume(path)
     with pytest.raises(UsageError, match="has seen 100 rows"):

@@ -302,7 +302,7 @@ def test_a_calibration_holds_for_its_kind_of_answers(
         vilu.score(predictor, test, calibration=calibration)
     monitor = vilu.Monitor(calibration.rows, calibration.rule)
     zero = vilu.score(make("linear_probe").fit(train), test)
-    with pytest.raises(ProvenanceError, match="judge adapted answers, these scores zero_shot"):
+    with pytest.raises(ProvenanceError, match="these scores judge zero_shot answers"):
         monitor.update(zero)
 
 

@@ -14,10 +14,10 @@ from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_c
 from vilu.predictors.contract.predictor import FailurePredictor
 
 CONFIDENCE = 0.8
-"""Confidence of the interval of the gain in coverage, adapted minus zero-shot answers.
+"""Confidence of the interval of the gain in coverage (adapted minus zero-shot answers).
 
-It is lower than the usual 95 %, because both errors cost the same: to keep answers that lose
-coverage, and to give up answers that gain it.
+It is lower than the usual 95 %, because two errors are equally bad here: to choose adapted answers
+that lose coverage, and to reject adapted answers that gain coverage.
 """
 
 
@@ -34,12 +34,12 @@ class AnswerChoice(Model):
 
     def __str__(self) -> str:
         if self.answer == "adapted":
-            judged = (
+            choice = (
                 "Adapted answers are judged, the likeliest by the posterior of the fitted predictor"
             )
         else:
-            judged = "The zero-shot answers of the model are judged"
-        return f"{judged}: {self.reason}."
+            choice = "The zero-shot answers of the model are judged"
+        return f"{choice}: {self.reason}."
 
 
 def choose_answer(
@@ -53,18 +53,18 @@ def choose_answer(
 
     Both kinds of answers are compared on labelled rows that were held out. The measure is coverage
     at a risk: the largest share of rows that can be accepted with a share ``max_risk`` of wrong
-    answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They do if
-    the 80 % interval of their gain in coverage lies below zero (paired bootstrap over rows).
+    answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They clearly
+    lose coverage if the 80 % interval of their gain lies below zero (paired bootstrap over rows).
 
-    If the fit held out rows, these are used. Otherwise the training rows are divided into folds,
-    and a copy of the predictor is fitted without each fold. This is not possible if the rows
-    without some fold lack a label of a class. Then nothing is compared, and the adapted answers are
-    chosen.
+    If the fit held out rows, the answers are compared on these rows. Otherwise the training rows
+    are divided into folds. For each fold, a copy of the predictor is fitted to the rows outside the
+    fold. This is not possible if some class has no label outside some fold. Then nothing is
+    compared, and the adapted answers are chosen.
 
     Args:
         predictor: A predictor that was fitted on ``train``.
         train: The rows of the fit.
-        max_risk: The largest share of wrong answers among the accepted ones.
+        max_risk: The largest share of wrong answers among the accepted answers.
         unlabelled: The rows without labels that the fit used.
 
     Examples:
@@ -85,18 +85,18 @@ def choose_answer(
         return AnswerChoice(answer="zero_shot", reason=f"{predictor.name} knows no others")
     if not predictor.needs_labels:
         return AnswerChoice(answer="zero_shot", reason="the fit used no labels")
-    held_out = _held_out(predictor, train, unlabelled)
+    held_out = _held_out_answers(predictor, train, unlabelled)
     if held_out is None or not held_out.has_every_class:
         return AnswerChoice(
             answer="adapted",
-            reason="nothing was compared, because that needs two labels of every class, one of "
-            "them outside of every fold",
+            reason="nothing was compared, because a comparison needs labels of every class in at "
+            "least two folds",
         )
     return _choose_by_coverage(held_out, max_risk)
 
 
 def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoice:
-    """Choose the kind of answers by the coverage of both kinds on the held-out rows."""
+    """Choose the adapted answers, unless they clearly lose coverage on the held-out rows."""
     kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
     adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
@@ -111,12 +111,12 @@ def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoi
     return AnswerChoice(answer="adapted", reason=reason)
 
 
-def _held_out(
+def _held_out_answers(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOutAnswers | None:
-    """The held-out rows of the fit, or else those of a cross-fit.
+    """Both kinds of answers to rows that the fit held out, or else to the rows of a cross-fit.
 
-    None if the rows without some fold lack a class, so that no cross-fit is possible.
+    None if no cross-fit is possible, because some class has no label outside some fold.
     """
     if predictor.held_out_ is not None:
         return predictor.held_out_

@@ -1,4 +1,4 @@
-"""Thresholds whose certificate may be tested again after every label: anytime-valid evidence.
+"""Thresholds that may be tested again after every label, with anytime-valid evidence.
 
 Fix a threshold t. The accepted answers are labelled one after another. They are independent draws,
 and each is wrong with probability R(t). A bet b in (0, 1] against "the error rate is above r"
@@ -6,7 +6,7 @@ multiplies its wealth at every label by
 
     1 - b (wrong - r) / (1 - r),    whose mean is at most 1 where R(t) >= r.
 
-After m labels, k of them of wrong answers, the wealth is
+If k of the first m answers are wrong, the wealth after m labels is
 
     (1 - b)^k (1 + b r / (1 - r))^(m - k).
 
@@ -43,18 +43,18 @@ STEPS: Final = 64
 """Number of thresholds in a grid up to its limit."""
 
 STARTS: Final = ((40, 0.3), (STEPS, 0.7))
-"""A pair for every sequence of thresholds: number of its first threshold, and share of the level.
+"""For every sequence of thresholds: number of its first threshold, and share of the level.
 
 Thresholds are numbered from 1. The thresholds 1 to ``STEPS`` divide the rows up to the limit into
-equal parts, so number ``STEPS`` is the limit itself. It gets the largest share, because all labels
-count for it.
+equal parts, so number ``STEPS`` is the limit itself. The sequence that starts there gets the
+largest share, because its first test uses all labels.
 """
 
 GROWTH: Final = 1.02
 """Beyond the limit, each threshold accepts this many times the rows of the threshold before it."""
 
 
-@np.errstate(under="ignore")  # a term far smaller than the others is rounded to 0
+@np.errstate(under="ignore")  # a term far smaller than the largest one is rounded to 0
 def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
     """Log evidence (...) against "the error rate is above ``max_risk``": log E.
 
@@ -118,33 +118,34 @@ def level_of(attempt: int, delta: float) -> float:
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
     """Thresholds (G,) from scores (N,), without labels.
 
-    The first 64 thresholds rise in equal steps of rank to a limit, all others in growing steps.
+    The first 64 thresholds divide the rows up to ``limit`` into equal parts. Beyond the limit, each
+    threshold accepts ``GROWTH`` times as many rows as the threshold before it.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
-    # scores where the labels happen to be right, and a test for fixed thresholds would not hold.
-    ordered = np.sort(uncertainty)
-    n_up_to_limit = int(np.searchsorted(ordered, limit, side="right"))
+    # scores where the answers happen to be right, and a test for fixed thresholds would not hold.
+    ascending = np.sort(uncertainty)
+    n_up_to_limit = int(np.searchsorted(ascending, limit, side="right"))
     if not n_up_to_limit:
         raise DataError(f"no score is at most {limit:.6g}, so nothing could be accepted.")
     n_accepted = [math.ceil(n_up_to_limit * step / STEPS) for step in range(1, STEPS + 1)]
-    while n_accepted[-1] < len(ordered):
+    while n_accepted[-1] < len(ascending):
         n_next = math.ceil(n_accepted[-1] * GROWTH)
-        n_accepted.append(min(n_next, len(ordered)))
+        n_accepted.append(min(n_next, len(ascending)))
     index_of_last_accepted = np.array(n_accepted) - 1
-    grid: Floats = ordered[index_of_last_accepted]
+    grid: Floats = ascending[index_of_last_accepted]
     return grid
 
 
 def accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Rows (G,) that each threshold of ``grid_of`` accepts, as a multiple of those up to the limit.
+    """For each threshold (G,) of ``grid_of``: accepted rows divided by the rows up to the limit.
 
-    The multiples are not rounded to whole rows, so they follow from the number of thresholds alone.
+    The quotients are not rounded to whole rows, so they follow from the number of thresholds alone.
     """
     number = np.arange(1, n_thresholds + 1)
-    up_to_limit = np.minimum(number / STEPS, 1.0)
-    n_beyond = np.maximum(number - STEPS, 0)
-    multiples: Floats = up_to_limit * GROWTH**n_beyond
-    return multiples
+    share_up_to_limit = np.minimum(number / STEPS, 1.0)
+    steps_beyond_limit = np.maximum(number - STEPS, 0)
+    quotients: Floats = share_up_to_limit * GROWTH**steps_beyond_limit
+    return quotients
 
 
 def require_grid(grid: Floats) -> None:
@@ -156,7 +157,7 @@ def require_grid(grid: Floats) -> None:
         )
 
 
-class Draw(Model):
+class SavedLooks(Model):
     """Saved settings of the tests of labels that arrive one after another (``Looks``).
 
     The settings are fixed before any label is seen.
@@ -183,9 +184,10 @@ class Looks:
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
     Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
     share of ``delta``. A sequence that reaches the start of the next sequence adds its level to
-    that of the next sequence.
+    the level of the next sequence.
 
-    1. The level at a true H_t consists of the shares that started after the preceding true H_t.
+    1. The level at a true H_t consists of the shares of the sequences that started after the
+       preceding true H_t.
     2. So the levels at all true H_t add up to at most delta.
     3. Ville's inequality holds for every level at all times. So
 
@@ -227,7 +229,10 @@ class Looks:
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
-        """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
+        """For each threshold (G,): number of accepted wrong answers, and of all accepted answers.
+
+        ``uncertainty`` (N,) and ``failure`` (N,) belong to the N labelled answers.
+        """
         threshold = self.grid[:, None]  # (G, 1)
         is_accepted = uncertainty <= threshold  # (G, N)
         is_wrong = is_accepted & (failure == 1)
@@ -235,23 +240,29 @@ class Looks:
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Index of the laxest threshold that the labels (N,) so far certify; None: no threshold."""
-        return self._certified(*self.counts(uncertainty, failure))
+        wrong, accepted = self.counts(uncertainty, failure)
+        return self._laxest_certified(wrong, accepted)
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right.
 
-        If they would not, a test can certify nothing yet, so it does not count as a look.
+        If they would not, a test can certify nothing yet. Such a test does not count as a look.
         """
-        # All answers are taken for right, so that the result does not depend on the labels.
-        _, accepted = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
-        return self._certified(np.zeros_like(accepted), accepted) is not None
+        # All answers count as right here, so that the result does not depend on the labels.
+        no_failures = np.zeros(len(uncertainty), dtype=np.int64)
+        wrong, accepted = self.counts(uncertainty, no_failures)
+        return self._laxest_certified(wrong, accepted) is not None
 
-    def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
-        """As ``certified``, from the numbers (G,) that ``counts`` returns."""
-        share_at_start = dict(STARTS)  # by the number of the threshold
+    def _laxest_certified(self, wrong: Ints, accepted: Ints) -> int | None:
+        """Index of the laxest threshold that is certified; None: no threshold.
+
+        ``wrong`` (G,) and ``accepted`` (G,) are the numbers that ``counts`` returns.
+        """
+        share_at_start = dict(STARTS)  # maps the number of a threshold to its share of the level
         level = 0.0
         laxest = None
-        # Only rows up to the limit are labelled. There is no random sample of rows beyond it.
+        # Labelled rows are a random sample only up to the limit. So no threshold beyond the limit
+        # is tested.
         evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
         for index, log_e in enumerate(evidence.tolist()):
             number = index + 1
@@ -274,18 +285,19 @@ class Looks:
         to be right. None if no number of labels would be enough.
         """
         wrong, accepted = self.counts(uncertainty, failure)
-        # New labels are of rows up to the limit. A threshold gets the same share of these labels as
-        # it accepts of these rows.
-        multiple = accepted_relative_to_limit(len(self.grid))
-        share_accepted = np.minimum(multiple / multiple[self.last], 1.0)
+        # All new labels are of rows up to the limit. A threshold that accepts half of these rows
+        # also accepts about half of the new labels.
+        relative_size = accepted_relative_to_limit(len(self.grid))
+        share_accepted = np.minimum(relative_size / relative_size[self.last], 1.0)
         error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
         def is_enough(n_more: int) -> bool:
-            accepted_then = accepted + np.floor(n_more * share_accepted).astype(np.int64)
+            n_more_accepted = np.floor(n_more * share_accepted).astype(np.int64)
+            accepted_then = accepted + n_more_accepted
             # Rounded up, so that the estimate is not too small. The tolerance 1e-9 keeps a
             # float64 like 3.0000000001 at 3.
             wrong_then = np.ceil(error_rate * accepted_then - 1e-9).astype(np.int64)
-            return self._certified(wrong_then, accepted_then) is not None
+            return self._laxest_certified(wrong_then, accepted_then) is not None
 
         if is_enough(0):
             return 0

@@ -18,7 +18,7 @@ from vilu.artifacts.disk import file_hash, write_bytes
 from vilu.artifacts.documents import Document, content_digest, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
-from vilu.calibration.closed_set import AnyDraw, AnyLooks, ClosedPhotos
+from vilu.calibration.closed_set import AnyLooks, AnySavedLooks, ClosedPhotos
 from vilu.calibration.label_sets import LabelSets, named_sets
 from vilu.calibration.rules import ALL, OTHER, Rule, group_names, rule_at_any_time, rule_of
 from vilu.calibration.target import Target
@@ -38,13 +38,13 @@ ROUNDING = 1e-9
 """Tolerance when bounds and levels are compared: versions of SciPy may round them differently."""
 
 SCORE_TOLERANCE = 1e-6
-"""Relative tolerance of a score that is computed again, among other rows."""
+"""Relative tolerance of a score that is computed again in a batch with other rows."""
 
 ABOUT_NEW = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
 )
-"""What to do if a guarantee is about the photos of a folder, and the data show other photos."""
+"""Advice for messages about data that a guarantee for the photos of one folder does not cover."""
 
 
 class Calibration(Document):
@@ -64,7 +64,7 @@ class Calibration(Document):
         pool_size: Number of pairs in a pool; None for classes.
         source: Fingerprint of the calibration data.
         dataset: Name of the data set of the calibration rows.
-        split: Name of its split.
+        split: Name of the split of the calibration rows.
         n: Number of calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
         guarantee_text: Text of the guarantee; None without a rule.
@@ -115,7 +115,7 @@ class Calibration(Document):
     rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
     label_sets: LabelSets | None = None
-    draws: dict[str, AnyDraw] | None = None
+    draws: dict[str, AnySavedLooks] | None = None
     inputs: str | None = None
     texts: tuple[float, ...] | None = None
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -164,7 +164,7 @@ class Calibration(Document):
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         # for example "it counts 30 calibration rows"
-        wrong_statement = calibration._contradiction()
+        wrong_statement = calibration._first_wrong_statement()
         if wrong_statement is not None:
             raise DataError(
                 f"{path} is damaged: {wrong_statement}, which does not follow from {ROWS}. "
@@ -204,8 +204,8 @@ class Calibration(Document):
     @property
     def guarantee(self) -> Rule | LabelSets | None:
         """The rule, or else the label sets; None if nothing is guaranteed."""
-        guarantee = self.label_sets if self.rule is None else self.rule
-        return guarantee if has_guarantee(guarantee) else None
+        rule_or_sets = self.label_sets if self.rule is None else self.rule
+        return rule_or_sets if has_guarantee(rule_or_sets) else None
 
     @property
     def has_rule(self) -> bool:
@@ -223,8 +223,8 @@ class Calibration(Document):
         """Refuse a predictor, candidates or photos that the guarantee is not about.
 
         Raises:
-            ProvenanceError: If the predictor or the candidates are not those of the calibration, or
-                if the guarantee is about the photos of a folder and the data show others.
+            ProvenanceError: If the calibration was made with another predictor or other candidates,
+                or if the guarantee is about the photos of a folder and the data show other photos.
 
         Examples:
             >>> import numpy as np, vilu
@@ -248,32 +248,36 @@ class Calibration(Document):
         if predictor.answer != self.rows.answer:
             raise ProvenanceError(
                 f"the calibration rows judge {self.rows.answer} answers, and this "
-                f"{predictor.name} judges {predictor.answer} ones: nothing is guaranteed of them. "
-                f"{RECALIBRATE}."
+                f"{predictor.name} judges {predictor.answer} answers, of which nothing is "
+                f"guaranteed. {RECALIBRATE}."
             )
-        facts = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}
+        saved_facts = {
+            "n_candidates": self.n_candidates,
+            "classes": self.classes,
+            "pool_size": self.pool_size,
+        }
         facts_of_data = _candidate_facts(data)
-        difference = None
-        if facts != facts_of_data:
-            difference = _candidates_in_words(facts_of_data)
+        candidates_of_data = None  # in words, if they differ from the saved candidates
+        if saved_facts != facts_of_data:
+            candidates_of_data = _candidates_in_words(facts_of_data)
         elif not same_candidates(vars(self), candidates_of(data)):
-            difference = "the same names in other prompts"
-        if difference is not None:
+            candidates_of_data = "the same names in other prompts"
+        if candidates_of_data is not None:
             raise ProvenanceError(
-                f"the predictor was calibrated on rows with {_candidates_in_words(facts)}, and "
-                f"these have {difference}: its thresholds are not valid for them. {RECALIBRATE} on "
-                f"rows like these, or remove {RISK}."
+                f"the predictor was calibrated on rows with {_candidates_in_words(saved_facts)}, "
+                f"and these have {candidates_of_data}: its thresholds are not valid for them. "
+                f"{RECALIBRATE} on rows like these, or remove {RISK}."
             )
 
     def _require_closed(self, data: EmbeddingSource) -> None:
         """Refuse data with pictures that a guarantee about a folder does not cover."""
         if self.rule is None or self.rule.closed is None:
             return
-        is_closed = self.rule.closed.covers(data.picture_identities())
-        n_not_closed = int((~is_closed).sum())
-        if n_not_closed:
+        is_covered = self.rule.closed.covers(data.picture_identities())
+        n_not_covered = int((~is_covered).sum())
+        if n_not_covered:
             raise ProvenanceError(
-                f"{n_not_closed:,} of {len(data):,} rows show other pictures than the "
+                f"{n_not_covered:,} of {len(data):,} rows show other pictures than the "
                 f"{self.rule.closed} that this guarantee is about. {ABOUT_NEW}"
             )
 
@@ -316,15 +320,15 @@ class Calibration(Document):
         return named_sets(self.label_sets.members(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with a decision for every row, and a reason for every row not accepted.
+        """The outcomes with a decision for every row. Each row left for review has a reason, too.
 
         Without a rule the outcomes are returned unchanged.
 
         Args:
             outcomes: Scores of N rows by the predictor.
             ood: Mask (N,) of the rows that are more probably out of distribution than answered
-                wrongly. If the uncertainty of such a row is above the threshold, the reason is
-                "outside".
+                wrongly. If the uncertainty of a row in this mask is above the threshold, the
+                reason is "outside".
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -357,12 +361,17 @@ class Calibration(Document):
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
-    def _contradiction(self) -> str | None:
-        """First fact that does not follow from rows and target, as text; None if all facts do."""
+    def _first_wrong_statement(self) -> str | None:
+        """First statement of this calibration that does not follow from its rows and its target.
+
+        It is a part of a sentence, such as "it counts 30 calibration rows". None if all statements
+        follow.
+        """
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
-        if max(self.near_copies, default=-1) >= len(self.rows):
+        largest_index = max(self.near_copies, default=-1)
+        if largest_index >= len(self.rows):
             return "it leaves out rows that do not exist"
         has_rule = self.rule is not None
         if self.target.has_rule != has_rule:
@@ -376,7 +385,7 @@ class Calibration(Document):
             rule = self._recompute_rule()
         except ViLUError as error:
             return f"it has a rule ({error})"
-        return _difference(self.rule, rule)
+        return _first_difference(self.rule, rule)
 
     def _recompute_rule(self) -> Rule:
         """The rule, computed again from the calibration rows and the target."""
@@ -385,7 +394,8 @@ class Calibration(Document):
         rows = self.rows.take(is_counted)
         if self.target.method == "anytime":
             return self._recompute_from_draws(rows)
-        rule = rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+        groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
+        rule = rule_of(rows, self.target, groups)
         # The limit was fixed before the rows were drawn, so it does not follow from the rows.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
@@ -393,15 +403,17 @@ class Calibration(Document):
     def _recompute_from_draws(self, rows: Outcomes) -> Rule:
         """The rule of labels that arrived one after another, computed again."""
         draws = self.draws or {}
-        max_risk = self.target.max_risk or 0.0
-        if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
+        max_risk = self.target.max_risk or 0.0  # a target with this method always has a max_risk
+        total_level = sum(settings.delta for settings in draws.values())
+        if total_level > 1 - self.target.confidence + ROUNDING:
             raise DataError("its levels add up to more than 1 - confidence")
-        groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
-        # rows of groups without settings of their own are tested together as the group "(other)"
-        group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
-        for name, draw in draws.items():
-            groups[name] = draw.looks(max_risk), rows.take(group_of == name)
+        # Rows of groups without settings of their own are tested together as the group "(other)".
+        group_of_row = np.array([name if name in draws else OTHER for name in names], dtype=object)
+        groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
+        for name, settings in draws.items():
+            rows_of_group = rows.take(group_of_row == name)
+            groups[name] = (settings.looks(max_risk), rows_of_group)
         # The photos of a closed set do not follow from the calibration rows.
         closed = None if self.rule is None else self.rule.closed
         return rule_at_any_time(groups, max_risk, self.target.confidence, closed)
@@ -410,15 +422,19 @@ class Calibration(Document):
 def _reasons_in_folder(
     reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
 ) -> list[str | None]:
-    """The reasons of N rows; a row that shows none of the ``closed`` photos is not accepted."""
+    """Reasons of N rows, with ``NOT_COVERED`` for accepted rows that show none of the photos.
+
+    ``reasons`` come from ``Rule.reasons``, where None stands for an accepted row. ``closed`` are
+    the photos that the guarantee covers.
+    """
     if outcomes.picture is None:
-        is_closed = np.zeros(len(reasons), np.bool_)
+        is_covered = np.zeros(len(reasons), np.bool_)
     else:
-        is_closed = closed.covers(outcomes.picture)
+        is_covered = closed.covers(outcomes.picture)
     reasons_in_folder: list[str | None] = []
-    for reason, is_of_folder in zip(reasons, is_closed.tolist(), strict=True):
+    for reason, is_row_covered in zip(reasons, is_covered.tolist(), strict=True):
         is_accepted_by_rule = reason is None
-        if is_accepted_by_rule and not is_of_folder:
+        if is_accepted_by_rule and not is_row_covered:
             reasons_in_folder.append(NOT_COVERED)
         else:
             reasons_in_folder.append(reason)
@@ -426,47 +442,55 @@ def _reasons_in_folder(
 
 
 def above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows with an uncertainty above the limit up to which rows were drawn."""
-    # A row that is scored again, among other rows, may have a score with other last digits.
+    """Mask (N,) of the rows whose uncertainty is above ``limit``, up to which rows were drawn."""
+    # If a row is scored again in another batch, the last digits of its score may change.
     tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
 
 
-def require_about_new(rule: Rule | LabelSets | None) -> None:
+def require_about_new(guarantee: Rule | LabelSets | None) -> None:
     """Refuse a rule about one folder or about clusters, because new rows come one by one."""
-    if isinstance(rule, Rule) and rule.closed is not None:
+    if not isinstance(guarantee, Rule):
+        return
+    if guarantee.closed is not None:
         raise ProvenanceError(
-            f"this guarantee is about {rule.closed} of one folder, and about no new image. "
+            f"this guarantee is about {guarantee.closed} of one folder, and about no new image. "
             f"{ABOUT_NEW}"
         )
-    if isinstance(rule, Rule) and rule.clusters is not None:
+    if guarantee.clusters is not None:
         raise ProvenanceError(
             "this guarantee is about clusters of rows, and not about rows that come one by one. "
             "Score a table with all rows of its clusters: vilu score PREDICTOR TABLE -o FILE."
         )
 
 
-def _difference(rule: Rule, recomputed: Rule) -> str | None:
-    """First difference between a rule and the rule that was computed again; None if they agree."""
+def _first_difference(rule: Rule, recomputed: Rule) -> str | None:
+    """First difference between a saved rule and the rule that was computed again; None: equal.
+
+    The difference is a statement of the saved rule, as a part of a sentence.
+    """
     if rule.thresholds.keys() != recomputed.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
-    for name, threshold in rule.thresholds.items():
-        if not _is_same_threshold(threshold, recomputed.thresholds[name]):
-            for_group = f" for {name!r}" if name else ""
+    for group, threshold in rule.thresholds.items():
+        if not _is_same_threshold(threshold, recomputed.thresholds[group]):
+            for_group = f" for {group!r}" if group else ""
             return f"{threshold}{for_group}"
     not_compared = {"thresholds", "counted"}
-    saved = rule.model_dump(exclude=not_compared)
-    for name, value in recomputed.model_dump(exclude=not_compared).items():
-        if saved.get(name) != value:
-            return f"its rule has another {name} than its rows and its target lead to"
+    saved_fields = rule.model_dump(exclude=not_compared)
+    for field, value in recomputed.model_dump(exclude=not_compared).items():
+        if saved_fields.get(field) != value:
+            return f"its rule has another {field} than its rows and its target lead to"
     return None
 
 
 def _is_same_threshold(threshold: Threshold, recomputed: Threshold) -> bool:
-    """Whether both thresholds accept the same and have equal bounds; texts are not compared."""
-    not_compared = {"why", "risk_bound"}
-    saved = threshold.model_dump(exclude=not_compared)
-    if saved != recomputed.model_dump(exclude=not_compared):
+    """Whether both thresholds accept the same rows and have equal bounds.
+
+    The texts ``why`` are not compared.
+    """
+    compared_separately = {"why", "risk_bound"}
+    saved_fields = threshold.model_dump(exclude=compared_separately)
+    if saved_fields != recomputed.model_dump(exclude=compared_separately):
         return False
     if threshold.risk_bound is None or recomputed.risk_bound is None:
         return threshold.risk_bound is None and recomputed.risk_bound is None
@@ -474,16 +498,19 @@ def _is_same_threshold(threshold: Threshold, recomputed: Threshold) -> bool:
 
 
 def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
-    """What a guarantee depends on: number of candidates, hash of the class names, pool size."""
-    classes = None
+    """Number of candidates, hash of the class names, and pool size, by the fields' names.
+
+    A guarantee holds only for data with the same facts.
+    """
+    hash_of_names = None
     if data.class_names is not None:
-        classes = digest(list(data.class_names))
+        hash_of_names = digest(list(data.class_names))
     n_candidates = data.n_candidates if data.pool_size is None else None
-    return {"n_candidates": n_candidates, "classes": classes, "pool_size": data.pool_size}
+    return {"n_candidates": n_candidates, "classes": hash_of_names, "pool_size": data.pool_size}
 
 
 def _candidates_in_words(facts: dict[str, Any]) -> str:
-    """Text for messages about facts of candidates, as ``_candidate_facts`` returns them."""
+    """Text on candidates for messages, from the facts that ``_candidate_facts`` returns."""
     if facts["pool_size"] is not None:
         return f"pools of {facts['pool_size']}"
     return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"
@@ -492,17 +519,20 @@ def _candidates_in_words(facts: dict[str, Any]) -> str:
 def save_calibration(
     folder: Path, rows: Outcomes, data: EmbeddingSource, **fields: object
 ) -> Calibration:
-    """Write the calibration rows of ``data``, and then the calibration with their hash."""
+    """Write the calibration rows of ``data``, and then the calibration with the hash of the rows.
+
+    ``fields`` are the fields of the calibration that do not follow from ``rows`` and ``data``.
+    """
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
-    facts = {
+    computed_fields = {
         **_candidate_facts(data),
         "predictor": fit_fingerprint(folder),
         "texts": candidates_of(data).get("texts"),
         "n": int(rows.evaluable.sum()),
         "rows_sha256": hashlib.sha256(content).hexdigest(),
     }
-    calibration = Calibration.model_validate({**facts, **fields})
+    calibration = Calibration.model_validate({**computed_fields, **fields})
     calibration._rows = rows
     write_document(folder / RISK, calibration)
     return calibration
@@ -518,10 +548,10 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
     return Outcomes.load(path)
 
 
-def has_guarantee(rule: Rule | LabelSets | None) -> bool:
-    """Whether a rule guarantees anything; a rule that accepts nothing does not."""
-    if rule is None:
+def has_guarantee(rule_or_sets: Rule | LabelSets | None) -> bool:
+    """Whether a rule or label sets guarantee anything; a rule that accepts nothing does not."""
+    if rule_or_sets is None:
         return False
-    if isinstance(rule, LabelSets):
+    if isinstance(rule_or_sets, LabelSets):
         return True
-    return rule.feasible
+    return rule_or_sets.feasible

@@ -1,15 +1,16 @@
-"""Guarantees about the photos of one folder that nobody has labelled: draws without replacement.
+"""Guarantees about the unlabelled photos of one folder, from draws without replacement.
 
-Fix a predictor and a threshold t. Of the c photos of a closed set that t accepts, K answers are
-wrong. Nobody knows K, and it never changes. The photos are labelled in a random order that was
-fixed before. After m labels, k of them of wrong answers, the guarantee is about the photos that are
-left: at most the share r of them is wrong. This is false if
+The folder is a closed set of photos. Fix a predictor and a threshold t. The threshold accepts c
+photos of the set, and the answers about K of these photos are wrong. Nobody knows K, and it never
+changes. The photos are labelled in a random order that was fixed before. Let k of the first m
+answers be wrong. Then c - m photos have no label. The guarantee is that at most the share r of the
+answers about them is wrong. It is false if
 
     K >= k + floor(r (c - m)) + 1.
 
 The right side changes with every label, but Ville's inequality needs a fixed hypothesis. The
-sequences of ``vilu.calibration.anytime`` do not help either: they need that the first threshold
-whose guarantee is false stays the same. So the hypotheses here are the fixed values of K:
+sequences of ``vilu.calibration.anytime`` do not help either. They are valid only if the first
+threshold whose guarantee is false stays the same. So the hypotheses here are the fixed values of K:
 
 1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
    probability of the labels if the share of wrong answers is drawn from a beta distribution,
@@ -39,7 +40,7 @@ from pydantic import Field
 from scipy.special import betaln, gammaln, logsumexp
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STEPS, Draw, Looks, require_grid
+from vilu.calibration.anytime import STEPS, Looks, SavedLooks, require_grid
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.text import plural
@@ -49,18 +50,18 @@ PRIOR_WRONG: Final = 0.5
 """First parameter of the beta distribution of the share of wrong answers."""
 
 PRIOR_SHARE: Final = 0.1
-"""Mean of this beta distribution, as a part of the largest allowed error rate."""
+"""Mean of this beta distribution, divided by the largest allowed error rate."""
 
 SHARE_AT_LIMIT: Final = 0.5
-"""Share of the level at threshold number ``STEPS``, the first limit of the draws."""
+"""Share of the level for threshold number ``STEPS``, the first limit of the draws."""
 
 SHARE_BELOW: Final = 0.3
-"""Share of the level that the thresholds below the first limit divide equally."""
+"""Share of the level for the thresholds below the first limit, which divide it equally."""
 
 SHARE_BEYOND: Final = 0.2
-"""Share of the level at all thresholds beyond the first limit.
+"""Share of the level for all thresholds beyond the first limit.
 
-The j-th of them gets the part 1 / (j (j + 1)) of it.
+The j-th threshold beyond the limit gets the part 1 / (j (j + 1)) of this share.
 """
 
 ROUNDING: Final = 1e-9
@@ -70,7 +71,7 @@ MOST_TRIED: Final = 100
 """Largest number of label counts that ``more_needed`` tries."""
 
 
-def _log_falling(n: Floats, k: Floats) -> Floats:
+def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
     """Logarithm of the product of the k factors n, n - 1, n - 2, ..., for 0 <= k <= n."""
     factors: Floats = gammaln(n + 1) - gammaln(n - k + 1)
     return factors
@@ -85,11 +86,12 @@ def log_evidence(
         wrong: Number of wrong answers among the drawn photos.
         drawn: Number of photos that were drawn in the random order and labelled.
         n_photos: Number of photos in the closed set.
-        total: Smallest number of wrong answers in the closed set that is tested.
-        max_risk: Largest error rate that is allowed, for the beta distribution.
+        total: The tested hypothesis is that at least this number of answers about the closed set
+            are wrong.
+        max_risk: Largest error rate that is allowed. It sets the mean of the beta distribution.
 
     Returns:
-        The log evidence; infinite where so many wrong answers are impossible.
+        The log evidence; infinite where ``total`` or more wrong answers are impossible.
 
     Examples:
         >>> import math
@@ -105,14 +107,19 @@ def log_evidence(
     # beyond it. So the evidence against all numbers from ``total`` on is least at ``total``, or at
     # the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
-    least_rejected = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
-    # m - k of the drawn answers are right. That is impossible if fewer answers than that are right
-    # in the whole set.
-    n_right = c - least_rejected
+    tested_number = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
+    # m - k of the drawn answers are right. This is impossible if the whole set has fewer right
+    # answers than that.
+    n_right = c - tested_number
     is_impossible = n_right < m - k
-    n_wrong = np.where(is_impossible, k, least_rejected)
+    # Where the labels are impossible, the valid number k is used. The result is replaced below.
+    n_wrong = np.where(is_impossible, k, tested_number)
     # log probability of the labels if n_wrong answers are wrong
-    log_null = _log_falling(n_wrong, k) + _log_falling(c - n_wrong, m - k) - _log_falling(c, m)
+    log_null = (
+        _log_falling_factorial(n_wrong, k)
+        + _log_falling_factorial(c - n_wrong, m - k)
+        - _log_falling_factorial(c, m)
+    )
     # log probability of the labels if the share of wrong answers has the beta distribution
     prior_right = PRIOR_WRONG / (PRIOR_SHARE * max_risk) - PRIOR_WRONG
     log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
@@ -120,23 +127,23 @@ def log_evidence(
     return evidence
 
 
-def shares_of(n_thresholds: int) -> Floats:
-    """Share (G,) of every threshold of a grid in the level, fixed before any label is seen."""
+def level_shares(n_thresholds: int) -> Floats:
+    """Share (G,) of the level that each threshold gets, fixed before any label is seen."""
     shares = np.full(n_thresholds, SHARE_BELOW / (STEPS - 1))
     shares[STEPS - 1] = SHARE_AT_LIMIT
-    beyond = np.arange(1, n_thresholds - STEPS + 1)
     # 1 / (j (j + 1)) adds up to 1 over all j, so a grid of any length can be tested.
-    shares[STEPS:] = SHARE_BEYOND / (beyond * (beyond + 1))
+    j = np.arange(1, n_thresholds - STEPS + 1)  # numbers of the thresholds beyond the first limit
+    shares[STEPS:] = SHARE_BEYOND / (j * (j + 1))
     return shares
 
 
 class ClosedCounts(Model):
-    """Numbers of photos of a closed set that every threshold of a grid accepts.
+    """For each threshold (G,) of a grid, how many photos of a closed set it accepts.
 
     Attributes:
-        photos: Photos, with or without a label.
-        aside: Photos that have a label but were not drawn at random.
-        aside_wrong: Photos among ``aside`` whose answer is wrong.
+        photos: Number of accepted photos, with or without a label.
+        aside: Number of accepted photos that have a label but were not drawn at random.
+        aside_wrong: Number of photos among ``aside`` whose answer is wrong.
     """
 
     photos: tuple[int, ...]
@@ -151,18 +158,20 @@ class ClosedCounts(Model):
             grid: Thresholds (G,), ascending.
             photos: Uncertainties (N,) of all photos of the set.
             aside: Uncertainties (M,) of the photos that have a label but were not drawn at random.
-            failure: (M,) 1 where the answer about such a photo is wrong, 0 where it is right.
+            failure: (M,) for the photos of ``aside``: 1 where the answer is wrong, 0 where it is
+                right.
         """
         return cls(
-            photos=_accepted(grid, photos),
-            aside=_accepted(grid, aside),
-            aside_wrong=_accepted(grid, aside[failure == 1]),
+            photos=_n_accepted(grid, photos),
+            aside=_n_accepted(grid, aside),
+            aside_wrong=_n_accepted(grid, aside[failure == 1]),
         )
 
 
-def _accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
-    """Number of uncertainties (N,) up to every threshold."""
-    return tuple(np.searchsorted(np.sort(uncertainty), grid, side="right").tolist())
+def _n_accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
+    """For each threshold (G,), how many of the uncertainties (N,) it accepts."""
+    ascending = np.sort(uncertainty)
+    return tuple(np.searchsorted(ascending, grid, side="right").tolist())
 
 
 class ClosedPhotos(Model):
@@ -172,7 +181,7 @@ class ClosedPhotos(Model):
 
     Attributes:
         pictures: Identities of the pictures, ascending (``EmbeddingSource.picture_identities``).
-        files: Number of files that show them.
+        files: Number of files that show these pictures.
     """
 
     pictures: tuple[int, ...] = Field(min_length=1)
@@ -189,7 +198,7 @@ class ClosedPhotos(Model):
         return f"{plural(n_pictures, 'picture')} ({self.files:,} files)"
 
 
-class ClosedDraw(Model):
+class SavedClosedLooks(Model):
     """Saved settings of the tests of a closed set (``ClosedLooks``)."""
 
     grid: tuple[float, ...]  # thresholds, ascending
@@ -213,25 +222,24 @@ class ClosedLooks:
     """Tests of a grid of thresholds on a closed set, which may be repeated after every label.
 
     It has the methods of ``vilu.calibration.anytime.Looks``, but it certifies another statement.
-    Take the photos of the set that a threshold accepts and that have no label: at most the share
-    ``max_risk`` of the answers about them is wrong.
+    Let a threshold accept n photos of the set that have no label. The statement is: at most the
+    share ``max_risk`` of the answers about these n photos is wrong.
 
-    Let B be the largest number of wrong answers in the whole set with which this is true: those
-    among the labels, and floor(max_risk n) among the n photos without a label. If it is false, the
-    set up to the threshold holds at least B + 1 wrong answers, and so does the set up to every
-    laxer threshold. So the threshold is certified if the evidence against "at least B + 1", summed
-    over it and the laxer thresholds with their shares (``shares_of``), reaches 1 / delta. Then
+    Let B be the number of wrong answers among the labels, plus floor(max_risk n). If the statement
+    is false, the set up to the threshold holds at least B + 1 wrong answers, and so does the set up
+    to every laxer threshold. So the threshold is certified if the evidence against "at least B + 1"
+    reaches 1 / delta. This evidence is a sum over the threshold itself and all laxer thresholds,
+    weighted with their shares (``level_shares``). Then
 
-        P[a certified threshold is ever false] <= delta
+        P[the statement about a certified threshold is ever false] <= delta
 
-    Labels that were not drawn are counted, but they are no evidence, because nobody picked them at
-    random.
+    Labels of photos that were not drawn at random are counted in B, but they are no evidence.
 
     Args:
         grid: Thresholds (G,), ascending, fixed before the labels (``anytime.grid_of``).
         max_risk: Largest error rate among accepted answers without a label, in (0, 1).
         delta: The level, in (0, 1).
-        closed: Numbers of photos of the set.
+        closed: For each threshold, how many photos of the set it accepts.
         limit: Only photos up to this uncertainty are labelled, so no larger threshold is tested.
 
     Examples:
@@ -242,10 +250,10 @@ class ClosedLooks:
         >>> closed = ClosedCounts.of(grid, photos, aside=np.zeros(0), failure=np.zeros(0, int))
         >>> looks = ClosedLooks(grid, max_risk=0.05, delta=0.05, closed=closed)
         >>> drawn = photos[::5]  # 100 of them are labelled
-        >>> right = np.zeros(100, int)  # and no answer is wrong
-        >>> looks.certified(drawn, right)  # the last threshold: 400 photos without a label
+        >>> failure = np.zeros(100, int)  # and no answer is wrong
+        >>> looks.certified(drawn, failure)  # the last threshold: 400 photos without a label
         63
-        >>> print(looks.certified(drawn[::2], right[::2]))  # 50 labels are too few
+        >>> print(looks.certified(drawn[::2], failure[::2]))  # 50 labels are too few
         None
     """
 
@@ -271,58 +279,68 @@ class ClosedLooks:
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
-        """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
-        accepted = _accepted(self.grid, uncertainty)
-        wrong = _accepted(self.grid, uncertainty[failure == 1])
+        """For each threshold (G,): number of accepted wrong answers, and of all accepted answers.
+
+        ``uncertainty`` (N,) and ``failure`` (N,) belong to the N drawn photos.
+        """
+        accepted = _n_accepted(self.grid, uncertainty)
+        wrong = _n_accepted(self.grid, uncertainty[failure == 1])
         return np.array(wrong), np.array(accepted)
 
-    def unlabelled(self, drawn: Ints) -> Ints:
-        """Number (G,) of photos up to every threshold that are left without a label.
+    def n_unlabelled(self, drawn: Ints) -> Ints:
+        """For each threshold (G,), how many accepted photos have no label.
 
-        ``drawn`` (G,) is the number of drawn photos up to every threshold, which all have a label.
+        ``drawn`` (G,) is the number of accepted photos that were drawn. All of them have a label.
         """
-        left: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
-        return left
+        n_unlabelled: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
+        return n_unlabelled
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Index of the laxest threshold that the drawn labels (N,) certify; None: no threshold."""
-        return self._certified(*self.counts(uncertainty, failure))
+        wrong, drawn = self.counts(uncertainty, failure)
+        return self._laxest_certified(wrong, drawn)
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right."""
-        wrong, drawn = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
-        return self._certified(wrong, drawn) is not None
+        no_failures = np.zeros(len(uncertainty), dtype=np.int64)
+        wrong, drawn = self.counts(uncertainty, no_failures)
+        return self._laxest_certified(wrong, drawn) is not None
 
-    def _certified(self, wrong: Ints, drawn: Ints) -> int | None:
-        """As ``certified``, from the numbers (G,) that ``counts`` returns."""
-        n_left = self.unlabelled(drawn)
+    def _laxest_certified(self, wrong: Ints, drawn: Ints) -> int | None:
+        """Index of the laxest threshold that is certified; None: no threshold.
+
+        ``wrong`` (G,) and ``drawn`` (G,) are the numbers that ``counts`` returns.
+        """
+        n_unlabelled = self.n_unlabelled(drawn)
         n_known_wrong = wrong + np.array(self.closed.aside_wrong)
-        tolerated = n_known_wrong + np.floor(self.max_risk * n_left).astype(np.int64)
-        tested = slice(0, self.last + 1)  # the thresholds up to the limit
-        evidence = self._evidence(wrong[tested], drawn[tested], tolerated[tested])
+        n_tolerated = n_known_wrong + np.floor(self.max_risk * n_unlabelled).astype(np.int64)
+        up_to_limit = slice(0, self.last + 1)  # the thresholds that are tested
+        evidence = self._evidence(wrong[up_to_limit], drawn[up_to_limit], n_tolerated[up_to_limit])
         is_rejected = evidence >= -math.log(self.delta)
-        # a guarantee about no photo at all would be true, but useless
-        is_useful = n_left[tested] > 0
+        # A guarantee about no photo at all would be true, but useless.
+        is_useful = n_unlabelled[up_to_limit] > 0
         certified = np.flatnonzero(is_rejected & is_useful)
         return int(certified[-1]) if len(certified) else None
 
-    def _evidence(self, wrong: Ints, drawn: Ints, tolerated: Ints) -> Floats:
-        """Log evidence (T,) against a false guarantee at each of the tested thresholds.
+    def _evidence(self, wrong: Ints, drawn: Ints, n_tolerated: Ints) -> Floats:
+        """Log evidence (T,), for each tested threshold, against "its guarantee is false".
 
         Args:
-            wrong: (T,) wrong answers among the drawn photos.
-            drawn: (T,) drawn photos.
-            tolerated: (T,) largest number of wrong answers with which the guarantee is true.
+            wrong: (T,) number of wrong answers among the drawn photos.
+            drawn: (T,) number of drawn photos.
+            n_tolerated: (T,) largest number of wrong answers with which the guarantee is true.
         """
         n_photos = np.array(self.closed.photos[: len(wrong)])
         # A matrix (T, T): one row for each threshold whose guarantee is tested, one column for each
         # threshold whose labels are evidence. Wrong answers up to the threshold of the row are also
-        # wrong answers up to a laxer threshold of a column. So both test the same total.
-        total = tolerated[:, None] + 1
+        # wrong answers up to a laxer threshold of a column. So all these columns test the total of
+        # the row.
+        total = n_tolerated[:, None] + 1
         log_e = log_evidence(wrong, drawn, n_photos, total, self.max_risk)
-        is_laxer = np.triu(np.ones(log_e.shape, np.bool_))  # the row's threshold included
-        log_share = np.log(shares_of(len(self.grid))[: len(wrong)])
-        terms = np.where(is_laxer, log_e + log_share, -np.inf)
+        # True where the threshold of the column is laxer than the threshold of the row, or equal
+        is_evidence = np.triu(np.ones(log_e.shape, np.bool_))
+        log_share = np.log(level_shares(len(self.grid))[: len(wrong)])
+        terms = np.where(is_evidence, log_e + log_share, -np.inf)
         evidence: Floats = logsumexp(terms, axis=1)
         return evidence
 
@@ -333,32 +351,32 @@ class ClosedLooks:
         assumed to be right. None if the photos up to the limit are too few.
         """
         wrong, drawn = self.counts(uncertainty, failure)
-        n_left = self.unlabelled(drawn)
+        n_unlabelled = self.n_unlabelled(drawn)
         error_rate = wrong / np.maximum(drawn, 1)
-        left_at_limit = int(n_left[self.last])
+        n_up_to_limit = int(n_unlabelled[self.last])  # photos that can still be labelled
         # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
         # could therefore miss the smallest number. So numbers are tried one after another.
-        evenly_spaced = np.linspace(0, left_at_limit, MOST_TRIED, endpoint=False)
-        tried: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
-        for n_more in tried:
-            n_more_drawn = np.floor(n_more * n_left / max(left_at_limit, 1)).astype(np.int64)
+        evenly_spaced = np.linspace(0, n_up_to_limit, MOST_TRIED, endpoint=False)
+        label_counts: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
+        for n_more in label_counts:
+            n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
             drawn_then = drawn + n_more_drawn
-            # rounded up, so that the estimate is not too small
+            # Rounded up, so that the estimate is not too small.
             wrong_then = np.ceil(error_rate * drawn_then - ROUNDING).astype(np.int64)
-            if self._certified(wrong_then, drawn_then) is not None:
+            if self._laxest_certified(wrong_then, drawn_then) is not None:
                 return n_more
         return None
 
 
 AnyLooks = Looks | ClosedLooks
-"""Tests of thresholds, about new photos or about those of a closed set."""
+"""Tests of thresholds, about new photos or about the photos of a closed set."""
 
-AnyDraw = Draw | ClosedDraw
+AnySavedLooks = SavedLooks | SavedClosedLooks
 """Saved settings of the tests of ``AnyLooks``."""
 
 
-def draw_of(looks: AnyLooks) -> AnyDraw:
+def saved_looks(looks: AnyLooks) -> AnySavedLooks:
     """The settings of the tests ``looks``, to be saved."""
     if isinstance(looks, ClosedLooks):
-        return ClosedDraw.of(looks)
-    return Draw.of(looks)
+        return SavedClosedLooks.of(looks)
+    return SavedLooks.of(looks)

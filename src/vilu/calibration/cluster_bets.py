@@ -15,12 +15,12 @@ bets, which is used here. H_t, "R(t) is r or more", is rejected at level a where
 (Markov's inequality). With M = 1 these are the bets of ``vilu.calibration.anytime``.
 
 **Starts.** A random tenth of the clusters is set aside. The scores of its rows, not their labels,
-fix the thresholds at which sequences start: 25, 50, 70 and 90 % of these rows lie below them. The
-tenth itself is not tested. So for the clusters that are tested, the starts are fixed thresholds.
+fix the thresholds at which sequences start: 25, 50, 70 and 90 % of these rows lie below the starts.
+These clusters are not tested. So for the clusters that are tested, the starts are fixed thresholds.
 
 **Fixed sequences.** From a start on, thresholds are tested from strict to lax until one H_t is not
-rejected. A sequence that reaches the start of the next one adds its level to that of the next one
-(Wiens 2003).
+rejected. A sequence that reaches the start of the next sequence adds its level to the level of the
+next sequence (Wiens 2003).
 
 **Proof.** Condition on the tenth that is set aside.
 
@@ -54,24 +54,24 @@ SHARE_ASIDE: Final = 0.1
 """Share of the clusters that is set aside for the starts."""
 
 STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
-"""A pair for every sequence: share of the rows of the tenth, and share of the level.
+"""For every sequence: the quantile of the scores at which it starts, and its share of the level.
 
-A sequence starts at the score up to which this share of the rows lies. The last sequence has no
-level of its own. It gets the levels that no earlier sequence can use.
+It is a quantile over the rows that are set aside. The last sequence has no level of its own. It
+gets the levels that no earlier sequence can use.
 """
 
 
 class LabelledRows(NamedTuple):
-    """Rows with a label, their clusters, and the bound M of the size of a cluster."""
+    """Rows with a label, their clusters, and M, the largest size that a cluster may have."""
 
     uncertainty: Floats  # (N,)
     failure: Ints  # (N,) 1 where the answer is wrong, 0 where it is right
     cluster: Ints  # (N,) index of the cluster
-    largest: int  # M, which must not be chosen by the labels
+    largest: int  # M; the labels must not decide how large it is
 
     @property
     def n_clusters(self) -> int:
-        """Number of clusters with a row."""
+        """Number of clusters that have at least one of these rows."""
         return len(np.unique(self.cluster))
 
 
@@ -80,30 +80,37 @@ def ratio_threshold(
 ) -> Threshold:
     """The laxest threshold at which at most ``max_risk`` of the accepted rows are wrong.
 
-    The probability that more are wrong is at most ``delta``. If nothing is certified, the threshold
-    accepts nothing and says why. ``start_rows`` are the rows of the tenth that fixes the starts.
+    The probability that more than ``max_risk`` of them are wrong is at most ``delta``. If nothing
+    is certified, the threshold accepts nothing and says why. ``start_rows`` are the rows of the
+    clusters that were set aside; their scores fix the starts.
     """
     counts = tie_counts(rows.uncertainty, rows.failure)
     # No threshold separates rows with equal scores. So the evidence for a score is taken at the
     # last row with this score.
     last_of_score = counts.accepted - 1
-    evidence = _evidence(rows, max_risk)[last_of_score]
+    evidence = _evidence_after_rows(rows, max_risk)[last_of_score]
     levels = _level_at_start(rows, start_rows, max_risk, delta)
-    index = _laxest(counts.value, evidence, levels)
+    index = _laxest_certified(counts.value, evidence, levels)
     if index is None:
         return Threshold.nothing(len(rows.failure), _why_nothing(rows, start_rows, max_risk, delta))
     return Threshold.at(counts, index, max_risk)
 
 
-def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
-    """Index of the laxest of the scores (G,) that the sequences certify, from log evidence (G,)."""
+def _laxest_certified(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
+    """Index of the largest score that the sequences certify as a threshold; None: no score.
+
+    Args:
+        scores: Distinct scores (G,), ascending.
+        log_e: Log evidence (G,) against H_t at each score t.
+        levels: Maps the start of each sequence to its level.
+    """
     carried_level = 0.0
     laxest = None
     for start, end in pairwise([*sorted(levels), math.inf]):
         level = carried_level + levels[start]
         carried_level = 0.0  # unless this sequence reaches the start of the next one
         # The start need not be one of the scores. A threshold between two scores accepts the same
-        # rows as the lower one, so its evidence is that of the last score up to the start.
+        # rows as the lower score. So the evidence at the last score up to the start is used.
         first = int(np.searchsorted(scores, start, side="right")) - 1
         last = int(np.searchsorted(scores, end, side="right")) - 1
         if first < 0:
@@ -119,60 +126,76 @@ def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | 
     return laxest
 
 
-def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
-    """Log evidence (N,) after every row, in ascending order of scores.
+def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
+    """Log evidence (N,) after each row, in ascending order of scores.
 
-    It is log E(t) of a threshold t that accepts this row and all rows before it.
+    The entry of a row is log E(t) of a threshold t that accepts this row and all rows before it.
     """
     by_score = np.argsort(rows.uncertainty, kind="stable")
-    cluster = rows.cluster[by_score]
-    by_cluster = np.argsort(cluster, kind="stable")  # keeps the order of scores within a cluster
-    ordered = cluster[by_cluster]
-    gain = (rows.failure[by_score][by_cluster] == 1) - max_risk
-    is_first = np.ones(len(ordered), dtype=np.bool_)  # first row of its cluster
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    # Z_c after a row: the running total over all clusters, minus the total before its cluster began
-    total = np.cumsum(gain)
-    total_before = total - gain
-    # for each row, the index of the first row of its cluster
-    first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
-    z_with_row = total - total_before[first_of_row]
-    z_before_row = np.where(is_first, 0.0, z_with_row - gain)
+    is_wrong = rows.failure[by_score] == 1
+    z_before_row, z_with_row = _cluster_sums(is_wrong - max_risk, rows.cluster[by_score])
     bet, share = np.array(BETS).T
-    scaled_bet = bet[:, None] / ((1 - max_risk) * rows.largest)
-    # One more accepted row replaces the factor of its cluster and leaves all others as they are.
-    log_with_row = np.log1p(-scaled_bet * z_with_row)
-    log_before_row = np.log1p(-scaled_bet * z_before_row)
-    change = np.empty((len(bet), len(ordered)))
-    change[:, by_cluster] = log_with_row - log_before_row  # in ascending order of scores again
+    scaled_bet = bet[:, None] / ((1 - max_risk) * rows.largest)  # (B, 1)
+    # E(t) is a product of one factor per cluster. One more accepted row changes only the factor of
+    # its own cluster.
+    log_factor_with_row = np.log1p(-scaled_bet * z_with_row)  # (B, N)
+    log_factor_before_row = np.log1p(-scaled_bet * z_before_row)
+    change = log_factor_with_row - log_factor_before_row
     log_wealth = np.log(share)[:, None] + change.cumsum(axis=1)
     log_evidence: Floats = np.logaddexp.reduce(log_wealth, axis=0)
     return log_evidence
 
 
+def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
+    """For each row, the sum Z_c of its cluster before the row (N,), and with the row (N,).
+
+    ``values`` (N,) are the numbers that Z_c adds up, and ``cluster`` (N,) is the cluster of each
+    row. Both are in ascending order of scores.
+    """
+    by_cluster = np.argsort(cluster, kind="stable")  # keeps the order of scores within a cluster
+    sorted_cluster = cluster[by_cluster]
+    sorted_values = values[by_cluster]
+    is_first = np.ones(len(cluster), dtype=np.bool_)  # whether a row is the first of its cluster
+    is_first[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
+    # for each row, the index of the first row of its cluster
+    first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(cluster)), 0))
+    # Z_c with a row is the running total over all clusters, minus the total before its cluster.
+    total = np.cumsum(sorted_values)
+    total_before = total - sorted_values
+    sorted_with_row = total - total_before[first_of_row]
+    sorted_before_row = np.where(is_first, 0.0, sorted_with_row - sorted_values)
+    before_row = np.empty(len(cluster))
+    with_row = np.empty(len(cluster))
+    before_row[by_cluster] = sorted_before_row  # back in ascending order of scores
+    with_row[by_cluster] = sorted_with_row
+    return before_row, with_row
+
+
 def _level_at_start(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> dict[float, float]:
-    """Level of each sequence, by the threshold at which it starts.
+    """For each start of a sequence, which is a threshold, the level of the sequence.
 
     A sequence that could reject nothing, even if all answers were right, gives its level to the
     next one.
     """
-    ordered = np.sort(start_rows.uncertainty)
-    # The tested rows must not move a start, so their number is expected from the tenth.
-    rows_expected = len(ordered) * rows.n_clusters / start_rows.n_clusters
+    start_scores = np.sort(start_rows.uncertainty)
+    # The tested rows must not move a start. So their number is estimated from the number of rows in
+    # the clusters that were set aside.
+    rows_expected = len(start_scores) * rows.n_clusters / start_rows.n_clusters
     levels: dict[float, float] = {}
     level = 0.0
     for row_share, level_share in STARTS:
         level += delta * level_share
         if level == 0:
             continue
-        # With ``anytime``, one right answer wins as much as a full cluster here, which has
+        # In ``anytime``, one right answer wins as much as a full cluster wins here: a cluster of
         # M = rows.largest rows, all of them right. So n rows count as n / M full clusters.
         full_clusters = row_share * rows_expected / rows.largest
         could_reject = full_clusters >= flawless_labels(max_risk, level)
         if could_reject or row_share == 1:
-            start = float(ordered[math.ceil(row_share * len(ordered)) - 1])
+            start_rank = math.ceil(row_share * len(start_scores))
+            start = float(start_scores[start_rank - 1])
             levels[start] = levels.get(start, 0.0) + level
             level = 0.0
     return levels
@@ -184,7 +207,7 @@ def _why_nothing(
     """Why no threshold is certified."""
     n_clusters = rows.n_clusters + start_rows.n_clusters
     mean_size = (len(rows.cluster) + len(start_rows.cluster)) / n_clusters
-    # Even if every tested cluster had M rows, all right, so many would be needed.
+    # the number of tested clusters that is needed even if each of them had M rows, all right
     n_tested_needed = flawless_labels(max_risk, delta)
     n_needed = math.ceil(n_tested_needed / (1 - SHARE_ASIDE))
     sizes = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"

@@ -1,12 +1,12 @@
 """Guarantees for rows that come in clusters: bursts, tracks, pages, documents, conversations.
 
-Rows of one cluster tend to be wrong together, so they are no independent draws. The clusters are.
-There are two risks, and a rule says which one its guarantee is about.
+Rows of one cluster tend to be wrong together, so they are no independent draws. But the clusters
+are independent draws. There are two risks, and a rule says which one its guarantee is about.
 
-1. "majority": the answer that most rows of an accepted cluster give is wrong. A cluster is one
+1. "majority": the share of the accepted clusters whose majority answer is wrong. A cluster is one
    draw, with one score and one answer, and the exact binomial test of ``learn_then_test`` applies.
-2. "ratio": wrong rows per accepted row. Rows are accepted one by one. A cluster is one draw of a
-   bounded number, and bets test its mean (``vilu.calibration.cluster_bets``).
+2. "ratio": the share of the accepted rows that are wrong. Rows are accepted one by one. A cluster
+   is one draw of a bounded number, and bets test its mean (``vilu.calibration.cluster_bets``).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes, check_texts
 
 TOO_LARGE: Final = math.inf
-"""Score of a row whose cluster is too large: no threshold accepts it."""
+"""Score of a row whose cluster is too large. No threshold accepts this score."""
 
 NEGLIGIBLE_EFFECT: Final = 1.1
-"""Design effect up to which a message says that correlated rows matter little."""
+"""Largest design effect for which a message says that the correlation matters little."""
 
 
 class Clusters(Model):
@@ -40,8 +40,8 @@ class Clusters(Model):
     Attributes:
         risk: "majority": at most ``max_risk`` of the accepted clusters have a wrong majority
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
-        n: Number of calibration clusters that count. For "ratio", a tenth of the clusters is set
-            aside and does not count.
+        n: Number of tested calibration clusters. For "ratio", a tenth of the clusters is set aside
+            and not tested.
         largest: Largest number of rows of a cluster that the guarantee covers. Rows of larger
             clusters are left for review. None for "majority", which takes clusters of any size.
     """
@@ -52,7 +52,7 @@ class Clusters(Model):
 
     @property
     def units_in_words(self) -> str:
-        """What the rule counts, such as "calibration rows", in words."""
+        """What the rule counts, in words that follow a number: "calibration clusters"."""
         if self.risk == "majority":
             return "calibration clusters"
         return f"calibration rows in {self.n:,} clusters"
@@ -67,16 +67,18 @@ class Clusters(Model):
     def compared_scores(self, uncertainty: Floats, clusters: Sequence[str | None]) -> Floats:
         """Scores (N,) that are compared with the threshold, from uncertainties (N,) of rows.
 
-        For "majority" this is the mean uncertainty of the cluster. A row without an uncertainty
-        (NaN) keeps it.
+        For "majority", the score of a row is the mean uncertainty of its cluster. For "ratio", it
+        is the uncertainty of the row, or ``TOO_LARGE``. A row without an uncertainty has the score
+        NaN.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
             is_scored = np.isfinite(uncertainty)
-            _, index = np.unique(cluster[is_scored], return_inverse=True)
-            mean_of_cluster = _mean_per_cluster(uncertainty[is_scored], index)
+            # The clusters with a scored row are numbered from 0 on, so that no cluster is empty.
+            _, scored_cluster = np.unique(cluster[is_scored], return_inverse=True)
+            mean_of_cluster = _mean_per_cluster(uncertainty[is_scored], scored_cluster)
             scores = np.full(len(uncertainty), np.nan)
-            scores[is_scored] = mean_of_cluster[index]
+            scores[is_scored] = mean_of_cluster[scored_cluster]
             return scores
         size_of_row = np.bincount(cluster)[cluster]  # size of the cluster of every row
         return np.where(size_of_row > (self.largest or 0), TOO_LARGE, uncertainty)
@@ -105,9 +107,10 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     """One outcome per cluster: its score, and whether its majority answer is wrong.
 
     The score of a cluster is the mean uncertainty of its rows. Its answer is the one that most of
-    its rows give. Of answers with equally many rows, the one with the least mean uncertainty is
-    taken. The answer is wrong if at least half of the labelled rows that give it are wrong. A
-    cluster without such a label is not labelled. Rows without an uncertainty are left out.
+    its rows give. If several answers have equally many rows, the answer with the smallest mean
+    uncertainty is taken. The answer is wrong if at least half of the labelled rows that give it are
+    wrong. If no row that gives it has a label, the failure of the cluster is unknown. Rows without
+    an uncertainty are left out.
 
     Args:
         outcomes: N rows. Without ``prediction`` all rows of a cluster count as one answer.
@@ -126,27 +129,29 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
         >>> bursts.prediction.tolist()
         [4, 7]
     """
-    all_names, all_indices = cluster_indices(clusters, len(outcomes))
-    scored = np.flatnonzero(np.isfinite(outcomes.uncertainty))
-    present, cluster = np.unique(all_indices[scored], return_inverse=True)
-    uncertainty = outcomes.uncertainty[scored]
-    failure = outcomes.failure[scored]
-    answer = np.zeros(len(scored), dtype=np.int64)
+    cluster_names, cluster_of_row = cluster_indices(clusters, len(outcomes))
+    scored_rows = np.flatnonzero(np.isfinite(outcomes.uncertainty))
+    # ``cluster`` numbers the clusters that have a scored row from 0 on.
+    scored_clusters, cluster = np.unique(cluster_of_row[scored_rows], return_inverse=True)
+    uncertainty = outcomes.uncertainty[scored_rows]
+    failure = outcomes.failure[scored_rows]
+    answer = np.zeros(len(scored_rows), dtype=np.int64)
     if outcomes.prediction is not None:
-        answer = outcomes.prediction[scored]
+        answer = outcomes.prediction[scored_rows]
     majority = _majority_answer(cluster, answer, uncertainty)
     gives_majority = answer == majority[cluster]
-    n_clusters = len(present)
+    n_clusters = len(scored_clusters)
     n_wrong = np.bincount(cluster[gives_majority & (failure == 1)], minlength=n_clusters)
     n_labelled = np.bincount(cluster[gives_majority & (failure != UNKNOWN)], minlength=n_clusters)
-    # Half of the rows wrong counts as wrong: a tie must not make the bound smaller.
+    # If exactly half of the rows are wrong, the answer counts as wrong. Otherwise such a tie would
+    # make the bound of the error rate smaller.
     is_wrong = 2 * n_wrong >= n_labelled
     cluster_failure = np.where(n_labelled > 0, is_wrong, UNKNOWN)
     return Outcomes(
         uncertainty=_mean_per_cluster(uncertainty, cluster),
         failure=cluster_failure,
         prediction=None if outcomes.prediction is None else majority,
-        ids=[all_names[index] for index in present],
+        ids=[cluster_names[index] for index in scored_clusters],
         class_names=outcomes.class_names,
         method=outcomes.method,
         dataset=outcomes.dataset,
@@ -157,21 +162,27 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
 
 
 def _mean_per_cluster(values: Floats, cluster: Ints) -> Floats:
-    """Mean value (C,) of the rows of every cluster; no cluster is empty."""
+    """Mean value (C,) of the rows of each cluster; no cluster may be empty."""
     means: Floats = np.bincount(cluster, weights=values) / np.bincount(cluster)
     return means
 
 
 def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
-    """The answer (C,) that most rows of every cluster give."""
+    """For each cluster (C,), the answer that most of its rows give.
+
+    ``cluster``, ``answer`` and ``uncertainty`` have one entry per row (N,).
+    """
+    # all P different pairs of a cluster and an answer, as an array (2, P)
     pairs, pair_of_row = np.unique(np.stack([cluster, answer]), axis=1, return_inverse=True)
     pair_of_row = pair_of_row.reshape(-1)
+    cluster_of_pair, answer_of_pair = pairs
     n_rows = np.bincount(pair_of_row)
-    mean = _mean_per_cluster(uncertainty, pair_of_row)
-    # sorted by cluster, then from most to fewest rows, then from trusted to doubtful
-    order = np.lexsort((mean, -n_rows, pairs[0]))
-    _, first = np.unique(pairs[0][order], return_index=True)
-    majority: Ints = pairs[1][order[first]]
+    mean_uncertainty = _mean_per_cluster(uncertainty, pair_of_row)
+    # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So the first
+    # pair of a cluster has its majority answer. (``lexsort`` sorts by the last key first.)
+    order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
+    _, first_of_cluster = np.unique(cluster_of_pair[order], return_index=True)
+    majority: Ints = answer_of_pair[order[first_of_cluster]]
     return majority
 
 
@@ -180,11 +191,11 @@ class Correlation(NamedTuple):
 
     Attributes:
         n_rows: Number of rows.
-        n_clusters: Number of clusters with such a row.
-        value: Intra-cluster correlation. NaN where it is not defined: if no cluster has two rows,
-            or if all rows are right, or all wrong.
-        n_effective: Number of independent rows that say as much. It is ``n_rows`` where the
-            correlation is not defined or not positive.
+        n_clusters: Number of clusters that have at least one of these rows.
+        value: Intra-cluster correlation. It is NaN if it is not defined: if no cluster has two
+            rows, or if all rows are right, or if all are wrong.
+        n_effective: Number of independent rows that give as much information as these rows. It is
+            ``n_rows`` if the correlation is not defined or not positive.
     """
 
     n_rows: int
@@ -194,7 +205,7 @@ class Correlation(NamedTuple):
 
     @property
     def design_effect(self) -> float:
-        """Factor by which the variance of an error rate is larger than that of single rows."""
+        """Variance of the error rate, divided by its variance if all rows were independent."""
         return self.n_rows / self.n_effective
 
     def __str__(self) -> str:
@@ -210,12 +221,14 @@ class Correlation(NamedTuple):
 def correlation(failure: Ints, cluster: Ints) -> Correlation:
     """Intra-cluster correlation of failures (N,) in clusters (N,), by the analysis of variance.
 
-    With k clusters of n_c rows, N rows, mean squares B between and W within clusters, and
+    There are k clusters. Cluster c has n_c rows, and all clusters together have N rows. B is the
+    mean square between clusters, and W the mean square within clusters. With
 
         n_0 = (N - sum n_c^2 / N) / (k - 1),
 
-    the estimate is (B - W) / (B + (n_0 - 1) W). N rows say as much as N / (1 + (m - 1) rho)
-    independent rows, with m = sum n_c^2 / N, the mean size of the cluster of a row (Kish 1965).
+    the estimate is rho = (B - W) / (B + (n_0 - 1) W). The N rows give as much information as
+    N / (1 + (m - 1) rho) independent rows, with m = sum n_c^2 / N, the mean over all rows of the
+    size of their cluster (Kish 1965).
 
     Source: Donner, A review of inference procedures for the intraclass correlation coefficient in
     the one-way random effects model (1986).
@@ -234,12 +247,7 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
     is_undefined = k < 2 or k == n or len(np.unique(failure)) < 2
     if is_undefined:
         return Correlation(n_rows=n, n_clusters=k, value=math.nan, n_effective=n)
-    wrong = np.bincount(index, weights=failure)
-    mean_of_cluster = wrong / size
-    squares_between = size * (mean_of_cluster - failure.mean()) ** 2
-    squares_within = (failure - mean_of_cluster[index]) ** 2
-    between = float(squares_between.sum()) / (k - 1)  # B
-    within = float(squares_within.sum()) / (n - k)  # W
+    between, within = _mean_squares(failure, index, size)  # B and W
     mean_size = float((size**2).sum()) / n
     n_0 = (n - mean_size) / (k - 1)
     value = (between - within) / (between + (n_0 - 1) * within)
@@ -247,25 +255,45 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
     return Correlation(n_rows=n, n_clusters=k, value=value, n_effective=n / design_effect)
 
 
+def _mean_squares(failure: Ints, cluster: Ints, size: Ints) -> tuple[float, float]:
+    """Mean square of failures (N,) between k clusters, and mean square within clusters.
+
+    ``cluster`` (N,) is the cluster of each row, and ``size`` (k,) the number of rows per cluster.
+    """
+    n_wrong = np.bincount(cluster, weights=failure)
+    error_rate = n_wrong / size  # of each cluster
+    squares_between = size * (error_rate - failure.mean()) ** 2
+    squares_within = (failure - error_rate[cluster]) ** 2
+    n = len(failure)
+    k = len(size)
+    return float(squares_between.sum()) / (k - 1), float(squares_within.sum()) / (n - k)
+
+
 def correlation_warning(
     outcomes: Outcomes, clusters: Sequence[str | None], accepted: NDArray[np.bool_]
 ) -> str | None:
     """Warning about a rule that counts rows as independent, although they come in clusters.
 
-    The correlation is that of the accepted rows with a label, because only they count for a bound.
-    It is often smaller than that of all rows. If no cluster has two such rows, there is no warning
-    (None).
+    The correlation is estimated from the accepted rows with a label, because the bound of the rule
+    depends on these rows only. Among all rows the correlation is often larger. If no cluster has
+    two such rows, there is no warning (None).
+
+    Args:
+        outcomes: N calibration rows.
+        clusters: Names of the clusters of the N rows.
+        accepted: Mask (N,) of the rows that the rule accepts.
     """
     _, cluster = cluster_indices(clusters, len(outcomes))
     is_counted = accepted & (outcomes.failure != UNKNOWN)
-    estimated = correlation(outcomes.failure[is_counted], cluster[is_counted])
-    if estimated.n_clusters == estimated.n_rows:
+    estimate = correlation(outcomes.failure[is_counted], cluster[is_counted])
+    if estimate.n_clusters == estimate.n_rows:
         return None
-    consequence = "so it says more than they show"
-    if estimated.design_effect <= NEGLIGIBLE_EFFECT:
+    consequence = "so it is more optimistic than the rows allow"
+    if estimate.design_effect <= NEGLIGIBLE_EFFECT:
         consequence = "which matters little here"
+    # The text of the estimate begins with "120 rows of 40 clusters".
     return (
-        f"the rule accepts {estimated}. The guarantee counts them as independent, {consequence}. "
+        f"the rule accepts {estimate}. The guarantee counts them as independent, {consequence}. "
         "Clusters count with --cluster-risk, or in Python with vilu.certify_clusters"
     )
 
@@ -276,41 +304,48 @@ def ratio_rows(
     clusters: Sequence[str | None],
     largest: int | None,
 ) -> tuple[LabelledRows, LabelledRows]:
-    """The rows that count for the risk "ratio", and those of the clusters that are set aside.
+    """The rows to test for the risk "ratio", and the rows of the clusters that are set aside.
 
-    ``is_usable`` (N,) marks the rows with an uncertainty and a label. Sizes of clusters count all
-    rows. Clusters of more than M rows are left out. M is ``largest``, or else the largest size.
+    Clusters of more than M rows are left out. M is ``largest``. If ``largest`` is None, M is the
+    size of the largest cluster.
+
+    Args:
+        outcomes: N calibration rows.
+        is_usable: Mask (N,) of the rows with an uncertainty and a label.
+        clusters: Names of the clusters of the N rows.
+        largest: Largest size of a cluster, where all its rows count, usable or not.
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
     size = np.bincount(cluster)
-    is_counted = is_usable.copy()
     if largest is None:
         largest = int(size.max())
-        # The largest cluster sets the bound, so it is no random draw. Given its size, all other
-        # clusters are draws of clusters of at most this size.
-        is_counted &= cluster != int(size.argmax())
+        # The largest cluster sets the bound M, so it is no random draw and is left out. Given its
+        # size, all other clusters are random draws of clusters with at most M rows.
+        is_in_draw = cluster != int(size.argmax())
     else:
-        is_counted &= size[cluster] <= largest
+        is_in_draw = size[cluster] <= largest
+    is_counted = is_usable & is_in_draw
     clusters_aside = _clusters_set_aside(np.unique(cluster[is_counted]), names)
     is_aside = np.isin(cluster, clusters_aside)
-    if not (is_counted & ~is_aside).any():
+    is_tested = is_counted & ~is_aside
+    if not is_tested.any():
         raise DataError(
             f"no cluster of up to {largest:,} rows is left to calibrate on. Give more clusters, or "
             "a larger bound (largest)."
         )
 
-    def labelled_rows(is_wanted: NDArray[np.bool_]) -> LabelledRows:
-        rows = outcomes.take(is_wanted)
-        return LabelledRows(rows.uncertainty, rows.failure, cluster[is_wanted], largest)
+    def labelled_rows(mask: NDArray[np.bool_]) -> LabelledRows:
+        rows = outcomes.take(mask)
+        return LabelledRows(rows.uncertainty, rows.failure, cluster[mask], largest)
 
-    return labelled_rows(is_counted & ~is_aside), labelled_rows(is_counted & is_aside)
+    return labelled_rows(is_tested), labelled_rows(is_counted & is_aside)
 
 
 def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
-    """Indices of a tenth of the clusters (C,), rounded up: those with the smallest name hashes.
+    """Indices of a random tenth of the clusters (C,), rounded up.
 
-    Hashes do not depend on scores or labels. So the tenth is a random one, and the same at every
-    run.
+    The clusters whose names have the smallest hashes are chosen. Hashes do not depend on scores or
+    labels, so the choice is random, and it is the same at every run.
 
     Args:
         cluster: Indices (C,) of the clusters to choose from.

@@ -22,17 +22,17 @@ from vilu.predictors.persistence.fit_sample import FitSample
 SAME_PICTURE: Final = 0.995
 """Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
 
-Five data sets were halved at random (CLIP). Of the rows of one half, 0 to 0.24 % have such a
-neighbour in the other half.
+Five data sets were divided into random halves (CLIP). 0 to 0.24 % of the rows of one half have a
+copy in the other half.
 """
 
 BOUND_LEVEL: Final = 0.05
-"""Level of each bound of the number of copies."""
+"""Level of the upper and of the lower bound of the number of copies."""
 
 SHARE_LEVEL: Final = 0.001
 """Level of the lower bound of the share of calibration rows that are copies.
 
-The bound is compared with the share of the fitted rows that are copies of each other.
+The bound is compared with the share of the fitted rows that are copies of other fitted rows.
 """
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copies:
-    """Number of rows that are copies of fitted rows, as far as a sample of the fitted rows shows.
+    """How many of n rows are copies of fitted rows, estimated from a sample of the fitted rows.
 
-    The sample holds every fitted row with probability f. A copy is seen only if its fitted row is
-    in the sample. So k ~ Bin(K, f) of K copies are seen.
+    Each fitted row is in the sample with probability f. A copy is detected only if its fitted row
+    is in the sample. So of K copies, k ~ Bin(K, f) are detected.
     """
 
-    n_seen: int  # k, number of copies that are seen
-    n: int  # number of rows that were compared
-    share: float  # f, share of the fitted rows in the sample
+    n_seen: int  # k, number of copies that are detected
+    n: int  # number of rows that were compared with the sample
+    share: float  # f, share of the fitted rows that are in the sample
 
     @property
     def estimate(self) -> float:
@@ -58,8 +58,8 @@ class Copies:
     @property
     def largest_count(self) -> int:
         """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
-        # How many of the fitted rows that have copies are in the sample depends on chance. If the
-        # sample happens to hold few of them, k / f is too low, so an upper bound is returned.
+        # Chance decides how many of the fitted rows with copies are in the sample. If only few of
+        # them are, k / f is too low. So an upper bound is returned.
         n_copies = np.arange(self.n_seen, self.n + 1)
         is_likely = self._probability_up_to(self.n_seen, n_copies) >= BOUND_LEVEL
         return int(n_copies[is_likely].max())
@@ -68,25 +68,28 @@ class Copies:
     def smallest_count(self) -> int:
         """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
         n_copies = np.arange(self.n_seen, self.n + 1)
-        # at least k copies are seen if not at most k - 1 are seen
+        # P[at least k] = 1 - P[at most k - 1]
         probability = 1 - self._probability_up_to(self.n_seen - 1, n_copies)
         is_likely = probability >= BOUND_LEVEL
-        # There are at most n copies. If k is much larger than f n, even n copies make k seen copies
-        # unlikely. Then no K satisfies the condition, and the bound is n.
+        # There are at most n copies. If k is much larger than f n, k detected copies are unlikely
+        # even if all n rows are copies. Then no K satisfies the condition, and the bound is n.
         if not is_likely.any():
             return self.n
         return int(n_copies[is_likely].min())
 
     def _probability_up_to(self, limit: int, n_copies: Ints) -> Floats:
         """Probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
-        # The sample is drawn without replacement, so the number of seen copies varies a little less
-        # than a binomial number. The bounds are therefore conservative.
+        # The sample is drawn without replacement, so the number of detected copies varies a little
+        # less than a binomial number. The bounds are therefore conservative.
         if limit < 0:
             return np.zeros(len(n_copies))
         return binomial_tail(np.full(len(n_copies), limit), n_copies, self.share)
 
     def in_words(self, cosine: float) -> str:
-        """Text on the number of copies, with a bound if the sample lacks rows of the fit."""
+        """Text on the number of rows that have at least this ``cosine`` with a fitted row.
+
+        If the sample lacks some fitted rows, the text also has an estimate and a bound.
+        """
         if self.share == 1:
             return (
                 f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} "
@@ -114,8 +117,8 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
         is_bare_table = data.holds == "answers" and not data.has_vectors
         if predictor.needs_fit and not is_bare_table:
             logger.warning(
-                "this %s comes without a sample of the rows of its fit, so near copies of them "
-                "among the calibration rows cannot be looked for",
+                "this %s comes without a sample of the rows of its fit, so near copies of these "
+                "rows cannot be searched for among the calibration rows",
                 predictor.name,
             )
         return
@@ -130,25 +133,28 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     if _are_too_many(same_pictures, sample):
         words = same_pictures.in_words(SAME_PICTURE)
         raise DataError(
-            f"{words}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
-            "have among themselves. What is measured on copies of fitted rows holds for no "
-            "others. Calibrate on pictures that the fit has not seen."
+            f"{words}: more than {MAX_SHARED:.0%}, and a larger share than among the fitted rows "
+            "themselves. Results on copies of fitted rows do not hold for other rows. Calibrate on "
+            "pictures that the fit has not seen."
         )
     words = near_copies.in_words(NEAR_COPY)
-    logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)
+    logger.warning("%s. Results on copies of fitted rows do not hold for other rows", words)
 
 
 def _count_copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
-    """Number of copies among M rows; a row with at least the cosine ``cosine`` is a copy.
+    """Count the copies among M rows: the rows whose nearest fitted row has at least this cosine.
 
-    ``nearest`` (M,) holds the cosine of each row with its nearest row of the sample.
+    ``nearest`` (M,) holds the cosine of each row with its nearest row in the sample.
     """
     n_seen = int((nearest >= cosine).sum())
     return Copies(n_seen=n_seen, n=len(nearest), share=sample.share)
 
 
 def _are_too_many(copies: Copies, sample: FitSample) -> bool:
-    """Whether over 1 % are copies, and clearly more than among the fitted rows themselves."""
+    """Whether over 1 % of the rows are copies, and a clearly larger share than in the fit itself.
+
+    ``sample`` is the sample of the fitted rows.
+    """
     # The lower bound is used, not the estimate. With a sample of 1 % of the fitted rows, a single
     # copy gives an estimate of 100 copies, and data with hardly any copies would be refused.
     if copies.smallest_count <= MAX_SHARED * copies.n:
@@ -158,5 +164,5 @@ def _are_too_many(copies: Copies, sample: FitSample) -> bool:
     copies_in_fit = _count_copies(sample.nearest_cosines_within(), SAME_PICTURE, sample)
     if not copies_in_fit.n_seen:
         return True
-    share_of_copies = lower_bound(copies.smallest_count, copies.n, SHARE_LEVEL)
-    return share_of_copies > copies_in_fit.estimate
+    least_share = lower_bound(copies.smallest_count, copies.n, SHARE_LEVEL)
+    return least_share > copies_in_fit.estimate

@@ -6,9 +6,9 @@ all N rows with the property is, for any weight w in [0, 1],
 
     mean of w f over all N rows + mean of y - w f over all N rows.
 
-The first mean is known. The second is estimated by the n labelled rows. Its variance is small if
-w f predicts y well, and wrong predictions make no bias. The weight is the slope of y on f among the
-labelled rows (power tuning). With w = 0 only the labels count.
+The first mean is known. The second mean is estimated from the n labelled rows. The estimate has a
+small variance if w f predicts y well, and no bias if predictions are wrong. The weight is the slope
+of y on f among the labelled rows (power tuning). With w = 0 the predictions have no effect.
 
 **Interval of the second mean.** With few labels a normal interval is too short, because rare values
 are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
@@ -17,9 +17,9 @@ residual is the largest or the smallest possible one, each with probability 1/2.
 are quantiles of the weighted mean.
 
 With w = 0 the weighted mean of k ones is a mixture of Beta(k + 1, n - k) and Beta(k, n - k + 1), so
-the limits are those of Clopper and Pearson with the mid-p value (Lancaster 1961). For other
-residuals there is no proof. ``benchmarks/estimate.py`` simulates how often the interval holds the
-share.
+they are the limits of Clopper and Pearson with the mid-p value (Lancaster 1961). For other
+residuals there is no proof. ``benchmarks/estimate.py`` simulates how often the interval contains
+the true share.
 
 Source: Angelopoulos et al., Prediction-powered inference (2023), and PPI++ (2023) for the weight;
 Gaffke, Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
@@ -56,13 +56,15 @@ MOST_WEIGHTS: Final = 2**21
 """Largest number of random weights that are in memory at once."""
 
 FOLDS: Final = 10
-"""Number of folds; a labelled row gets its probability from a calibrator of the other folds."""
+"""Number of folds of labelled rows.
+
+A labelled row gets its probability from a calibrator that is fitted to the other folds.
+"""
 
 SMALLEST_P_VALUE: Final = 1e-4
-"""Smallest p-value of a test of whether the labelled rows are a random sample.
+"""Labels are refused if the p-value of "the labelled rows are a random sample" is below this.
 
-With a smaller p-value the labels are refused. So a sample that is random is refused with this
-probability.
+So labels of a random sample are refused with this probability.
 """
 
 Method = Literal["prediction-powered", "exact"]
@@ -77,12 +79,12 @@ class Estimate:
         share: The estimate.
         low: Lower limit of the interval.
         high: Upper limit of the interval.
-        method: "prediction-powered", or "exact" (Clopper-Pearson) where labels or rows with the
-            property are too few.
+        method: "prediction-powered", or "exact" (Clopper-Pearson) if there are too few labels or
+            too few rows with the property.
         weight: Weight of the predictions, from 0 to 1.
-        plain: Exact interval of the labels alone.
+        plain: Exact interval from the labels alone.
         n_labelled: Number of labelled rows.
-        n: Number of rows that the share is of.
+        n: Number N of all rows.
     """
 
     name: str
@@ -97,7 +99,7 @@ class Estimate:
 
     @property
     def relative_width(self) -> float:
-        """Width of the interval as a part of the width of ``plain``."""
+        """Width of the interval divided by the width of ``plain``."""
         low, high = self.plain
         return (self.high - self.low) / (high - low)
 
@@ -138,20 +140,20 @@ def estimate(
 ) -> tuple[Estimate, ...]:
     """How often the answers are wrong, and how many rows each class has, from a few labels.
 
-    The shares are those of the N rows. Rows with a known failure must be a random sample of them.
-    Every interval alone holds its share with about the probability ``confidence``. This is
-    simulated and no guarantee (``vilu.calibration.estimates``).
+    The shares are shares of the N rows. The rows with a known failure must be a random sample of
+    them. Each interval, by itself, contains its share with about the probability ``confidence``.
+    This was found by simulation and is not guaranteed (``vilu.calibration.estimates``).
 
     Args:
-        outcomes: N rows with an uncertainty, some with a known failure. The probabilities of
-            failure are used: ``failure_probability``, an uncertainty that is a probability, or
-            else a calibrator of the uncertainty that is fitted to the labels in folds.
+        outcomes: N rows with an uncertainty, some with a known failure. Their probabilities of
+            failure are ``failure_probability``, or else the uncertainty if it is a probability.
+            Otherwise a calibrator is fitted to the labels in folds.
         confidence: Confidence of the intervals, in (0, 1).
         of_classes: Whether to estimate the shares of the classes, too. It needs ``prediction``,
             ``target`` of the labelled rows, and ``class_names``.
 
     Returns:
-        The estimate of the error rate, and those of the classes in their order.
+        The estimate of the error rate, and then the estimates of the classes in their order.
 
     Raises:
         DataError: If there are fewer than two labels, if the labelled rows are clearly no random
@@ -177,15 +179,18 @@ def estimate(
     is_labelled = usable.failure != UNKNOWN
     _require_random_labels(usable, is_labelled)
     failure = (usable.failure[is_labelled] == 1).astype(np.float64)
-    predicted = _failure_probability(usable, is_labelled)
-    estimates = [_estimate("error rate", failure, predicted, confidence, fewest_expected=0)]
+    failure_probability = _failure_probability(usable, is_labelled)
+    error_rate = _estimate(
+        "error rate", failure, failure_probability, confidence, fewest_expected=0
+    )
+    estimates = [error_rate]
     if of_classes:
-        estimates += _class_shares(usable, is_labelled, predicted, confidence)
+        estimates += _estimate_class_shares(usable, is_labelled, failure_probability, confidence)
     return tuple(estimates)
 
 
 def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> None:
-    """Refuse labels of rows whose uncertainties differ from those of the other rows."""
+    """Refuse labels if the uncertainties of the labelled rows clearly differ from all others."""
     from scipy import stats
 
     n_labelled = int(is_labelled.sum())
@@ -207,43 +212,48 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
 
 
 def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
-    """Probabilities of failure: those of the outcomes, or else of calibrated uncertainties."""
+    """Probabilities of failure from the outcomes, or else from calibrated uncertainties."""
     probability = outcomes.failure_probability
     if probability is None and outcomes.is_probability:
         probability = outcomes.uncertainty
     if probability is not None:
         return Predictions(of_labelled=probability[is_labelled], of_all_rows=probability)
-    return _calibrated_in_folds(outcomes.uncertainty, outcomes.failure, is_labelled)
+    return _calibrate_in_folds(outcomes.uncertainty, outcomes.failure, is_labelled)
 
 
-def _calibrated_in_folds(
+def _calibrate_in_folds(
     uncertainty: Floats, failure: Ints, is_labelled: NDArray[np.bool_]
 ) -> Predictions:
-    """Probabilities of failure by calibrators that are fitted to the labels of other folds.
+    """Probabilities of failure from calibrators, each fitted to the labels of all folds but one.
 
-    Rows get the mean of all calibrators (Zrnic and Candes, Cross-prediction-powered inference).
+    ``of_labelled`` has, for each row, the probability from the calibrator that has not seen the
+    row's fold. ``of_all_rows`` has the mean probability from all calibrators (Zrnic and Candes,
+    Cross-prediction-powered inference).
     """
     labelled_score = uncertainty[is_labelled]
     labelled_failure = failure[is_labelled]
-    fold = np.random.default_rng(0).permutation(len(labelled_score)) % FOLDS
+    fold_of_label = np.random.default_rng(0).permutation(len(labelled_score)) % FOLDS
     of_labelled = np.empty(len(labelled_score))
     of_all_rows = np.zeros(len(uncertainty))
-    for number in np.unique(fold):
-        held_out = fold == number
+    for fold in np.unique(fold_of_label):
+        is_in_fold = fold_of_label == fold
         calibrator = fit_calibrator(
-            labelled_score[~held_out], labelled_failure[~held_out], is_log_odds=False
+            labelled_score[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
         )
-        of_labelled[held_out] = calibrator(labelled_score[held_out])
-        # In the mean of ``of_labelled`` a calibrator weighs as much as its fold. It has the same
-        # weight here, so that the mean residual has no bias.
-        of_all_rows += calibrator(uncertainty) * held_out.mean()
+        of_labelled[is_in_fold] = calibrator(labelled_score[is_in_fold])
+        # In the mean of ``of_labelled``, the weight of a calibrator is the share of the labels that
+        # are in its fold. It has the same weight here, so that the mean residual has no bias.
+        of_all_rows += calibrator(uncertainty) * is_in_fold.mean()
     return Predictions(of_labelled=of_labelled, of_all_rows=of_all_rows)
 
 
-def _class_shares(
-    outcomes: Outcomes, is_labelled: NDArray[np.bool_], failure: Predictions, confidence: float
+def _estimate_class_shares(
+    outcomes: Outcomes,
+    is_labelled: NDArray[np.bool_],
+    failure_probability: Predictions,
+    confidence: float,
 ) -> list[Estimate]:
-    """Estimates of the shares of all classes; ``failure`` are probabilities of a wrong answer."""
+    """Estimates of the shares of all classes, in the order of the classes."""
     names = outcomes.class_names
     if names is None or outcomes.prediction is None or outcomes.target is None:
         raise DataError(
@@ -261,58 +271,72 @@ def _class_shares(
     for index, name in enumerate(names):
         # An answer predicts its class with the probability that it is right.
         says_class = outcomes.prediction == index
-        predicted = Predictions(
-            of_labelled=says_class[is_labelled] * (1 - failure.of_labelled),
-            of_all_rows=says_class * (1 - failure.of_all_rows),
+        class_probability = Predictions(
+            of_labelled=says_class[is_labelled] * (1 - failure_probability.of_labelled),
+            of_all_rows=says_class * (1 - failure_probability.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
         estimates.append(
-            _estimate(name, is_of_class, predicted, confidence, fewest_expected=FEWEST_EXPECTED)
+            _estimate(
+                name, is_of_class, class_probability, confidence, fewest_expected=FEWEST_EXPECTED
+            )
         )
     return estimates
 
 
 def _estimate(
-    name: str, truth: Floats, predicted: Predictions, confidence: float, *, fewest_expected: int
+    name: str, truth: Floats, predictions: Predictions, confidence: float, *, fewest_expected: int
 ) -> Estimate:
-    """The estimate of a share from the labels of n rows, and predictions.
+    """The estimate of the share of all rows that have a property.
 
-    ``truth`` (n,) is 1 where a labelled row has the property. Predictions are not used if fewer
-    than ``fewest_expected`` labelled rows are expected to have the property, or to lack it.
+    Args:
+        name: Name of the share.
+        truth: (n,) 1 where a labelled row has the property, 0 where it lacks it.
+        predictions: Predictions of the property.
+        confidence: Confidence of the interval, in (0, 1).
+        fewest_expected: Predictions are not used if fewer labelled rows than this number are
+            expected to have the property, or to lack it.
     """
+    by_labels = _exact_estimate(name, truth, len(predictions.of_all_rows), confidence)
+    # The predictions decide which interval is taken, not the labels. If the labels decided, the
+    # interval would be too short.
     n = len(truth)
-    delta = 1 - confidence
-    n_true = int(truth.sum())
-    plain = (lower_bound(n_true, n, delta / 2), upper_bound(n_true, n, delta / 2))
-    # Predictions decide which interval is taken, not labels. An interval that is chosen by the
-    # labels themselves would be too short.
-    n_expected = n * float(predicted.of_all_rows.mean())
+    n_expected = n * float(predictions.of_all_rows.mean())
     is_too_rare = min(n_expected, n - n_expected) < fewest_expected
-    by_labels = Estimate(
-        name=name,
-        share=n_true / n,
-        low=plain[0],
-        high=plain[1],
-        method="exact",
-        weight=0.0,
-        plain=plain,
-        n_labelled=n,
-        n=len(predicted.of_all_rows),
-    )
     if n < FEWEST_LABELS or is_too_rare:
         return by_labels
-    return _with_predictions(by_labels, truth, predicted, confidence)
+    return _estimate_with_predictions(by_labels, truth, predictions, confidence)
 
 
-def _with_predictions(
-    by_labels: Estimate, truth: Floats, predicted: Predictions, confidence: float
+def _exact_estimate(name: str, truth: Floats, n_rows: int, confidence: float) -> Estimate:
+    """The estimate of a share of ``n_rows`` rows from the labels alone (``truth``, (n,))."""
+    n = len(truth)
+    n_true = int(truth.sum())
+    delta = 1 - confidence
+    low = lower_bound(n_true, n, delta / 2)
+    high = upper_bound(n_true, n, delta / 2)
+    return Estimate(
+        name=name,
+        share=n_true / n,
+        low=low,
+        high=high,
+        method="exact",
+        weight=0.0,
+        plain=(low, high),
+        n_labelled=n,
+        n=n_rows,
+    )
+
+
+def _estimate_with_predictions(
+    by_labels: Estimate, truth: Floats, predictions: Predictions, confidence: float
 ) -> Estimate:
-    """The estimate of the same share that uses predictions, too."""
-    weight = tuned_weight(truth, predicted.of_labelled)
-    first_mean = weight * float(predicted.of_all_rows.mean())  # the mean of w f, which is known
-    residual = truth - weight * predicted.of_labelled
-    largest_residual = 1 - weight * predicted.smallest
-    smallest_residual = -weight * predicted.largest
+    """The estimate of the same share as ``by_labels``, from labels and predictions."""
+    weight = tuned_weight(truth, predictions.of_labelled)
+    first_mean = weight * float(predictions.of_all_rows.mean())  # the mean of w f, which is known
+    residual = truth - weight * predictions.of_labelled
+    largest_residual = 1 - weight * predictions.smallest
+    smallest_residual = -weight * predictions.largest
     low, high = mean_interval(residual, smallest_residual, largest_residual, confidence)
     return replace(
         by_labels,
@@ -324,10 +348,11 @@ def _with_predictions(
     )
 
 
-def tuned_weight(truth: Floats, predicted: Floats) -> float:
-    """Weight w in [0, 1] of predictions (n,) that makes the variance of truth - w f least.
+def tuned_weight(truth: Floats, prediction: Floats) -> float:
+    """Weight w in [0, 1] with which the variance of the residuals y - w f is smallest.
 
-    It is the slope of a regression of the truth (n,) on the predictions; 0 if they are all equal.
+    y is the ``truth`` (n,), and f the ``prediction`` (n,). The weight is the slope of a regression
+    of y on f, limited to [0, 1]. If all predictions are equal, the weight is 0.
 
     Examples:
         >>> import numpy as np
@@ -335,23 +360,23 @@ def tuned_weight(truth: Floats, predicted: Floats) -> float:
         >>> round(tuned_weight(np.array([0.0, 0, 1, 1]), np.array([0.0, 1, 1, 2])), 6)
         0.5
     """
-    centred = predicted - predicted.mean()
-    square = float(centred @ centred)
-    if square == 0:
+    centred = prediction - prediction.mean()
+    sum_of_squares = float(centred @ centred)
+    if sum_of_squares == 0:
         return 0.0
-    slope = float(centred @ truth) / square
+    slope = float(centred @ truth) / sum_of_squares
     return min(max(slope, 0.0), 1.0)
 
 
 def mean_interval(
     values: Floats, smallest: float, largest: float, confidence: float
 ) -> tuple[float, float]:
-    """Limits of the mean of a population from a random sample (n,) of values.
+    """Lower and upper limit of the mean of a population, from a random sample of its values.
 
     Args:
-        values: The sample.
+        values: The values (n,) of the sample.
         smallest: Smallest value that is possible in the population.
-        largest: Largest value that is possible.
+        largest: Largest value that is possible in the population.
         confidence: Confidence of the interval, in (0, 1).
 
     Examples:
@@ -362,7 +387,8 @@ def mean_interval(
         (0.0, True)
     """
     n = len(values)
-    draws_per_block = min(max(MOST_WEIGHTS // (n + 1), 1), DRAWS)
+    draws_in_memory = max(MOST_WEIGHTS // (n + 1), 1)
+    draws_per_block = min(draws_in_memory, DRAWS)
     means = []
     for first_draw in range(0, DRAWS, draws_per_block):
         n_draws = min(draws_per_block, DRAWS - first_draw)
@@ -376,7 +402,7 @@ def mean_interval(
     return float(low), float(high)
 
 
-@lru_cache(maxsize=1)  # for the shares of many classes from the same labels
+@lru_cache(maxsize=1)  # the shares of all classes use the same labels, and so the same weights
 def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
     """Draws (n_draws, n) from the Dirichlet distribution whose n parameters are 1."""
     exponential = np.random.default_rng(seed).standard_exponential((n_draws, n))

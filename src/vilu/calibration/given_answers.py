@@ -13,7 +13,7 @@ from vilu.errors import UNKNOWN
 from vilu.outcomes.outcomes import Outcomes
 
 MOST_STANDARD_ERRORS: Final = 3.0
-"""Largest difference of the two accuracies without a warning, in standard errors.
+"""There is a warning if the two accuracies differ by more standard errors than this.
 
 If both accuracies are equal apart from chance, about one calibration in 700 leads to a warning.
 """
@@ -23,16 +23,17 @@ def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcom
     """Warn if given answers are right for clearly more of the fit rows than of these rows.
 
     A model is better on the rows that it was trained on. A predictor that is fitted on such answers
-    has seen too few failures, or failures unlike those of new rows. Let a be the accuracy of n fit
-    rows, b that of m calibration rows, and p that of all n + m rows. There is a warning if
+    has seen too few failures, or failures unlike the failures on new rows. Let a be the accuracy on
+    n fit rows, b the accuracy on m calibration rows, and p the accuracy on all n + m rows. There is
+    a warning if
 
         a - b > 3 sqrt(p (1 - p) (1 / n + 1 / m)).
 
-    Rows of none of the classes do not count.
+    Rows of none of the classes are left out.
 
     Args:
-        fit_counts: Number of fit rows (``n``), and of right answers among them (``n_right``). None:
-            the fit used no given answers.
+        fit_counts: Number of fit rows (``n``), and number of right answers among them
+            (``n_right``). None: the fit used no given answers.
         rows: Calibration rows.
 
     Warns:
@@ -44,21 +45,22 @@ def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcom
     if rows.outside is not None:
         is_known &= ~rows.outside
     failure = rows.failure[is_known]
-    n_fit = fit_counts["n"]
+    n = fit_counts["n"]
     m = len(failure)
-    if n_fit == 0 or m == 0:
+    if n == 0 or m == 0:
         return
-    n_right = int(np.count_nonzero(failure == 0))
-    accuracy_of_fit = fit_counts["n_right"] / n_fit
-    accuracy = n_right / m
-    difference = accuracy_of_fit - accuracy
-    accuracy_of_all = (fit_counts["n_right"] + n_right) / (n_fit + m)
-    variance_of_answer = accuracy_of_all * (1 - accuracy_of_all)
-    standard_error = math.sqrt(variance_of_answer * (1 / n_fit + 1 / m))
+    n_right_of_fit = fit_counts["n_right"]
+    n_right_of_rows = int(np.count_nonzero(failure == 0))
+    fit_accuracy = n_right_of_fit / n
+    accuracy = n_right_of_rows / m
+    difference = fit_accuracy - accuracy
+    total_accuracy = (n_right_of_fit + n_right_of_rows) / (n + m)
+    variance_of_answer = total_accuracy * (1 - total_accuracy)
+    standard_error = math.sqrt(variance_of_answer * (1 / n + 1 / m))
     if difference <= MOST_STANDARD_ERRORS * standard_error:
         return
     warn_caller(
-        f"the given answers are right for {accuracy_of_fit:.1%} of {n_fit:,} fit rows and for "
+        f"the given answers are right for {fit_accuracy:.1%} of {n:,} fit rows and for "
         f"{accuracy:.1%} of {m:,} calibration rows: a difference of {difference:.1%}, whose "
         f"standard error is {standard_error:.1%}. Was the answering model trained on the fit rows? "
         "Then the predictor has learned from answers that are too good. Fit it on answers that are "

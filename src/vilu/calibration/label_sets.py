@@ -4,9 +4,9 @@ The sets are built on a posterior q that includes the probability of failure. Le
 probability that the answer a is wrong, and p the predictor's own posterior over the candidates, or
 the zero-shot posterior if the predictor has none. Then
 
-    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates.
+    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for all other candidates j.
 
-So the set of a trusted answer holds only this answer. The set of a doubtful answer holds more
+So the set of a trusted answer contains only this answer. The set of a doubtful answer contains more
 candidates, in the order of p. Shapes: B rows, K candidates.
 """
 
@@ -33,7 +33,7 @@ from vilu.validation import require_between
 
 
 class LabelSets(Model):
-    """Label sets that hold the right label with probability at least 1 - max_miss.
+    """Label sets that contain the right label with probability at least 1 - max_miss.
 
     The probability is over the draw of the calibration rows and of a new row that shows one of the
     classes. A picture of none of the classes has no right label, so nothing is guaranteed for it.
@@ -41,37 +41,45 @@ class LabelSets(Model):
 
     Let s_i = s(x_i, y_i) be the scores of the true labels of n calibration rows. The set of x is
 
-        {j: s(x, j) <= c},    c the ceil((n + 1)(1 - max_miss))-th smallest s_i.
+        {j: s(x, j) <= c},    where c is the ceil((n + 1)(1 - max_miss))-th smallest s_i.
 
     - "lac": s(x, j) = 1 - q_j. These sets are the smallest on average. A set is empty if no
       candidate is probable enough.
     - "aps": s(x, j) = the total probability of the candidates that are more probable than j. The
-      coverage of easy rows differs less from that of hard rows. A set is never empty.
+      coverages of easy rows and of hard rows differ less than with "lac". A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before calibration. The
-    calibration rows determine c, so they must not also shape f, on which the scores s depend.
+    Ties can only make sets larger. f is the probability of failure before calibration: the
+    calibration rows determine c, so they must not also determine f, on which the scores s depend.
 
-    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There
-    the last label of a set is included at random. Here it is always included, so that a set depends
-    on the row alone. The posterior q is ours.
+    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. In
+    these papers the last label of a set is included at random. Here it is always included, so that
+    a set depends on the row alone. The posterior q is our own.
     """
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
-    limit: float = Field(ge=0, le=2)  # c, in [0, 1] apart from rounding
+    limit: float = Field(ge=0, le=2)  # c; it is in [0, 1], but rounding may exceed 1 a little
     n: int = Field(ge=1)  # number of calibration rows
     mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
 
     def members(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
-        """Mask (B, K) of the candidates in the sets of a batch with uncertainties (B,)."""
+        """Mask (B, K) of the candidates that are in the label set of each row of a batch.
+
+        ``uncertainty`` (B,) holds the scores of the rows by the predictor.
+        """
         return nonconformity(predictor, batch, uncertainty, self.method) <= self.limit
 
 
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
     """Posterior q (B, K), as defined at the top of this module, float64 on the CPU.
 
-    With two candidates, q is 1 - f for the answer and f for the other candidate.
+    With two candidates, q is 1 - f for the answer and f for the second candidate.
+
+    Args:
+        batch: B rows with K candidates.
+        log_p: log p (B, K).
+        failure_probability: f (B,).
     """
     answer = batch.prediction.cpu()[:, None]  # (B, 1)
     f = failure_probability.double()[:, None]  # (B, 1)
@@ -84,20 +92,24 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
 def nonconformity(
     predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
-    """Scores s(x, j) (B, K) of all candidates, float64."""
+    """Scores s(x, j) (B, K) of all candidates, float64; see ``LabelSets``."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
-    own_or_zero_shot = predictor.log_posterior if predictor.has_posterior else log_posterior
     with torch.no_grad():
-        q = failure_aware_posterior(batch, own_or_zero_shot(batch).cpu(), f)
+        if predictor.has_posterior:
+            log_p = predictor.log_posterior(batch)
+        else:
+            log_p = log_posterior(batch)  # zero-shot
+        q = failure_aware_posterior(batch, log_p.cpu(), f)
     if method == "lac":
         return 1 - q
     q_sorted, candidate = q.sort(dim=1, descending=True, stable=True)
     mass_before = q_sorted.cumsum(dim=1) - q_sorted
     # Candidates with equal q all get the mass before the first of them. Otherwise their scores
     # would depend on the order of the classes. The search finds, for every q, the first position of
-    # an equal q; it needs ascending numbers, so the signs are changed.
+    # an equal q. It needs ascending numbers, so the signs are changed.
     first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
-    return torch.empty_like(q).scatter_(1, candidate, mass_before.gather(1, first_of_ties))
+    sorted_scores = mass_before.gather(1, first_of_ties)
+    return torch.empty_like(q).scatter_(1, candidate, sorted_scores)  # in the order of candidates
 
 
 def fit_label_sets(
@@ -108,7 +120,43 @@ def fit_label_sets(
     # Rows of the fit have smaller scores than new rows. With them the limit would be too small, and
     # sets of new rows would miss the right label more often than max_miss.
     was_fitted_on = ~predictor.unseen(data, "calibration")
-    data = data.without(was_fitted_on)
+    unseen_data = data.without(was_fitted_on)
+    _warn_of_ood(unseen_data)
+    true_scores = _scores_of_true_labels(predictor, unseen_data, method)
+    if not len(true_scores):
+        raise DataError(f"none of the {len(unseen_data)} calibration rows has a label.")
+    rank = _rank_of_limit(len(true_scores), max_miss)
+    limit = float(true_scores.sort().values[rank - 1])
+    sizes = []
+    for all_scores, _ in _labelled_scores(predictor, unseen_data, method):
+        sizes.append((all_scores <= limit).sum(dim=1))
+    return LabelSets(
+        method=method,
+        max_miss=max_miss,
+        limit=limit,
+        n=len(true_scores),
+        mean_size=float(torch.cat(sizes).double().mean()),
+        empirical_miss=float((true_scores > limit).double().mean()),
+    )
+
+
+def _rank_of_limit(n: int, max_miss: float) -> int:
+    """Rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n calibration rows."""
+    # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
+    # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
+    # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out
+    # a little larger, and rounding up alone would give the next whole number.
+    rank = math.ceil(round((n + 1) * (1 - max_miss), 9))
+    if rank > n:
+        raise InfeasibleError(
+            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} "
+            f"calibration rows. Got {n}."
+        )
+    return rank
+
+
+def _warn_of_ood(data: EmbeddingSource) -> None:
+    """Warn that label sets leave out the rows of none of the classes, if there are any."""
     n_ood = int(data.outside.sum())
     if n_ood:
         warn_caller(
@@ -116,35 +164,16 @@ def fit_label_sets(
             "the classes: no set holds their label, so the guarantee holds only for pictures of "
             "the classes.",
         )
-    parts = []
+
+
+def _scores_of_true_labels(
+    predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
+) -> Tensor:
+    """Scores s_i (n,) of the true labels of the n labelled rows."""
+    scores_of_batches = [torch.empty(0, dtype=torch.float64)]
     for all_scores, target in _labelled_scores(predictor, data, method):
-        score_of_target = all_scores.gather(1, target[:, None]).squeeze(1)
-        parts.append(score_of_target)
-    scores = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
-    if not len(scores):
-        raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
-    # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
-    # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out
-    # a little larger, and rounding up alone would give the next one.
-    rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
-    if rank > len(scores):
-        raise InfeasibleError(
-            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} "
-            f"calibration rows. Got {len(scores)}."
-        )
-    limit = float(scores.sort().values[rank - 1])
-    sizes = []
-    for all_scores, _ in _labelled_scores(predictor, data, method):
-        sizes.append((all_scores <= limit).sum(dim=1))
-    return LabelSets(
-        method=method,
-        max_miss=max_miss,
-        limit=limit,
-        n=len(scores),
-        mean_size=float(torch.cat(sizes).double().mean()),
-        empirical_miss=float((scores > limit).double().mean()),
-    )
+        scores_of_batches.append(all_scores.gather(1, target[:, None]).squeeze(1))
+    return torch.cat(scores_of_batches)
 
 
 def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
@@ -161,7 +190,7 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
 def _labelled_scores(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scores s(x, j) (B, K) and true labels (B,) of labelled rows, batch by batch."""
+    """Yield scores s(x, j) (B, K) and true labels (B,) of the B labelled rows of each batch."""
     for batch, uncertainty in predictor.scored(data):
         target = batch.target.cpu()
         is_known = target != UNKNOWN
@@ -172,14 +201,14 @@ def _labelled_scores(
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
     """The label sets of B rows, each as a JSON list of class names in the order of the candidates.
 
-    ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the names are
-    the numbers of the candidates.
+    ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the numbers
+    of the candidates are used as names.
     """
     names = class_names
     if names is None:
         names = [str(j) for j in range(members.shape[1])]
     texts = []
-    for is_member in members.tolist():
-        names_of_row = list(compress(names, is_member))
-        texts.append(json.dumps(names_of_row, ensure_ascii=False))
+    for is_member in members.tolist():  # K Booleans for one row
+        names_in_set = list(compress(names, is_member))
+        texts.append(json.dumps(names_in_set, ensure_ascii=False))
     return texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -19,44 +19,46 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
 
 LEAST_WRONG: Final = 5
-"""Smallest number of wrong answers among the labels of an estimate."""
+"""Smallest number of wrong labelled answers from which an estimate is made."""
 
 WIDENING: Final = 1.1
-"""Factor by which the expected error rate is raised before it is compared with the largest one.
+"""The expected error rate is multiplied by this factor before it is compared with ``max_risk``.
 
-It was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
+The factor was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 """
 
 Flags = list[bool | None]
-"""Whether rows are likely right; all None if there is no estimate."""
+"""For each row, whether it is likely right. If there is no estimate, all flags are None."""
 
-NOTHING_DRAWN: Final = JudgedAnswers(np.zeros(0), np.zeros(0, np.int64))
-"""No labels of a draw."""
+NOTHING_DRAWN: Final = JudgedAnswers(uncertainty=np.zeros(0), failure=np.zeros(0, np.int64))
+"""Answers to no rows, for an estimate without labels of rows that were drawn at random."""
 
 
 class LikelyRight(Model):
     """An estimate of which answers are likely right, for a predictor that estimates P(failure).
 
-    1. Every label of the fit is judged by a predictor that was fitted without it (cross-fitted).
+    1. Each labelled row of the fit gets an uncertainty from a predictor that was fitted without
+       this row (cross-fitting).
     2. Labels of rows that were drawn at random are added (``with_drawn``).
-    3. A calibrator from uncertainty to P(failure) is fitted on all these labels.
-    4. Rows are likely right up to the largest threshold at which ``widening`` times the mean of
-       their probabilities is at most ``max_risk``.
+    3. A calibrator, which maps uncertainty to P(failure), is fitted on all these labels.
+    4. Rows up to a threshold are likely right. It is the largest threshold at which ``widening``
+       times the mean P(failure) of these rows is at most ``max_risk``.
 
     Attributes:
         max_risk: Largest error rate that is expected among the rows that are likely right.
-        widening: Factor of the expected error rate.
-        n: Number of cross-fitted labels.
-        n_wrong: Number of wrong answers among these labels.
-        n_wrong_zero_shot: Number of wrong zero-shot answers to the same labels; None if it was not
+        widening: Factor by which the expected error rate is multiplied (``WIDENING``).
+        n: Number of labelled rows of the fit, which all have a cross-fitted answer.
+        n_wrong: Number of wrong answers to these rows.
+        n_wrong_zero_shot: Number of wrong zero-shot answers to the same rows; None if it was not
             counted.
         uncertainty: (n,) uncertainties of the cross-fitted answers.
         failure: (n,) 1 if a cross-fitted answer is wrong, otherwise 0.
-        n_drawn: Number of drawn labels.
-        n_drawn_wrong: Number of wrong answers among the drawn labels.
+        n_drawn: Number of labelled rows that were drawn at random.
+        n_drawn_wrong: Number of wrong answers to the drawn rows.
         probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
-        threshold: New rows up to this uncertainty are likely right, if they are drawn as the rows
-            of the fit were. None if no answer is likely right, or if there is no calibrator.
+        threshold: New rows up to this uncertainty are likely right, if they are drawn in the same
+            way as the rows of the fit. None if no answer is likely right, or if there is no
+            calibrator.
 
     Examples:
         >>> import numpy as np
@@ -83,21 +85,21 @@ class LikelyRight(Model):
 
     @classmethod
     def without_labels(cls, max_risk: float) -> Self:
-        """No estimate, because no label was fitted on."""
+        """No estimate, because the fit used no labels."""
         return cls(max_risk=max_risk, widening=WIDENING, n=0, n_wrong=0)
 
     @classmethod
     def estimate(cls, held_out: JudgedAnswers, uncertainty: Floats, max_risk: float) -> Self:
-        """Estimate from cross-fitted labels which of new rows are likely right.
+        """Estimate from cross-fitted answers which new rows are likely right.
 
         Args:
             held_out: Cross-fitted answers; their uncertainties must be probabilities.
-            uncertainty: (N,) uncertainties of rows that are drawn as new rows will be; NaN for rows
-                that cannot be scored.
+            uncertainty: (N,) uncertainties of rows that are drawn in the same way as new rows will
+                be; NaN for rows that cannot be scored.
             max_risk: Largest expected error rate.
         """
-        cross_fitted = _known(held_out)
-        counted = cls(
+        cross_fitted = _answers_with_label(held_out)
+        without_threshold = cls(
             max_risk=max_risk,
             widening=WIDENING,
             n=len(cross_fitted.failure),
@@ -105,31 +107,37 @@ class LikelyRight(Model):
             uncertainty=tuple(cross_fitted.uncertainty.tolist()),
             failure=tuple(cross_fitted.failure.tolist()),
         )
-        return counted.with_drawn(NOTHING_DRAWN, uncertainty)
+        return without_threshold.with_drawn(NOTHING_DRAWN, uncertainty)
 
     def with_drawn(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
-        """The estimate from the cross-fitted labels and from labels of rows drawn at random.
+        """The estimate from the cross-fitted answers and from answers to rows drawn at random.
 
-        Labels to fit on are chosen, so the answers to them need not be wrong as often as other
-        answers of the same uncertainty are. Drawn labels are chosen by chance alone.
+        The labelled rows of the fit were chosen. So their answers may be wrong more often, or less
+        often, than all answers with the same uncertainty. Drawn rows are chosen by chance alone.
 
         Args:
             drawn: The predictor's answers to rows up to some uncertainty. No other property of
                 a row may decide whether it was drawn.
             uncertainty: As for ``estimate``.
         """
-        new = _known(drawn)
-        n_drawn_wrong = int(new.failure.sum())
-        update: dict[str, Any] = {"n_drawn": len(new.failure), "n_drawn_wrong": n_drawn_wrong}
-        update |= {"probability": None, "threshold": None}
-        failure = np.concatenate([np.array(self.failure, np.int64), new.failure])
-        if failure.sum() >= LEAST_WRONG:
-            all_uncertainties = np.concatenate([np.array(self.uncertainty), new.uncertainty])
+        drawn_answers = _answers_with_label(drawn)
+        all_failures = np.concatenate([np.array(self.failure, np.int64), drawn_answers.failure])
+        calibrator = None
+        if all_failures.sum() >= LEAST_WRONG:
+            all_uncertainties = np.concatenate(
+                [np.array(self.uncertainty), drawn_answers.uncertainty]
+            )
             scores = log_odds(all_uncertainties)
-            update["probability"] = fit_calibrator(scores, failure, is_log_odds=True)
-        estimated = self.model_copy(update=update)
-        threshold = estimated.threshold_among(uncertainty)
-        return estimated.model_copy(update={"threshold": threshold})
+            calibrator = fit_calibrator(scores, all_failures, is_log_odds=True)
+        with_calibrator = self.model_copy(
+            update={
+                "n_drawn": len(drawn_answers.failure),
+                "n_drawn_wrong": int(drawn_answers.failure.sum()),
+                "probability": calibrator,
+            }
+        )
+        threshold = with_calibrator.threshold_among(uncertainty)
+        return with_calibrator.model_copy(update={"threshold": threshold})
 
     def threshold_among(self, uncertainty: Floats) -> float | None:
         """Largest of N uncertainties up to which rows are likely right; None if no row is."""
@@ -137,25 +145,28 @@ class LikelyRight(Model):
             return None
         ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
         probability = self.probability(log_odds(ascending))
-        # expected error rate of each row together with all rows before it
+        # for each row, the expected error rate of this row and all rows before it
         expected_risk = np.cumsum(probability) / np.arange(1, len(ascending) + 1)
         # Rows of equal uncertainty are all likely right, or none of them is. So only the last of
-        # them may set the threshold. The appended infinity makes the last row of all such a row.
+        # them may set the threshold. With the appended infinity, the last row of all may set it.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
         is_low_risk = self.widening * expected_risk <= self.max_risk
         possible_thresholds = ascending[is_last_of_equals & is_low_risk]
         return float(possible_thresholds[-1]) if len(possible_thresholds) else None
 
     def flags_by_own_threshold(self, uncertainty: Floats) -> Flags:
-        """Whether each of these rows (N,) is likely right, by the threshold of these rows."""
+        """Whether each of N rows is likely right, with the threshold found among these rows."""
         return self._flags(self.threshold_among(uncertainty), uncertainty)
 
     def flags_of_new(self, uncertainty: Floats) -> Flags:
-        """Whether each of new rows (N,) is likely right, by the saved threshold."""
+        """Whether each of N new rows is likely right, with the saved threshold."""
         return self._flags(self.threshold, uncertainty)
 
     def _flags(self, threshold: float | None, uncertainty: Floats) -> Flags:
-        """Whether each uncertainty (N,) is at most the threshold; all None without an estimate."""
+        """For each uncertainty (N,), whether it is at most the threshold.
+
+        All flags are None if there is no estimate, and False if the threshold is None.
+        """
         if self.probability is None:
             return [None] * len(uncertainty)
         if threshold is None:
@@ -184,13 +195,13 @@ class LikelyRight(Model):
         if (saved.weights_sha256, saved.answer) != _weights_and_answer(folder):
             raise ProvenanceError(
                 f"{path} was made for another predictor than the one beside it, so it says nothing "
-                f"about its answers. Remove the file, or: {saved.remedy}."
+                f"about the answers of that predictor. Remove the file, or: {saved.remedy}."
             )
         return saved.estimate
 
 
-def _known(judged: JudgedAnswers) -> JudgedAnswers:
-    """The answers that have an uncertainty, and are known to be right or wrong."""
+def _answers_with_label(judged: JudgedAnswers) -> JudgedAnswers:
+    """The answers that have an uncertainty and are known to be right or wrong."""
     is_known = judged.is_known
     return JudgedAnswers(judged.uncertainty[is_known], judged.failure[is_known])
 

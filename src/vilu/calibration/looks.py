@@ -1,4 +1,7 @@
-"""``looks.json``: the targets for which a predictor was calibrated on the same rows."""
+"""``looks.json``: all targets for which a predictor was calibrated on the same rows.
+
+Each target that is tried on the rows is a look at them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,13 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
 SKETCH_SIZE: Final = 64
-"""Number of hashes, the smallest of a set of rows, that are saved to recognise the set later."""
+"""Number of hashes that are saved for a set of rows, to recognise the set later.
+
+The smallest hashes are saved.
+"""
 
 SAME_ROWS: Final = 0.5
-"""Two sets A and B of rows are taken for the same if |A and B| / |A or B| is at least this."""
+"""Two sets A and B of rows count as the same if |A and B| / |A or B| is at least this."""
 
 ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
@@ -28,19 +34,19 @@ ORDINALS: Final = (
 """Words for the number of a look; larger numbers are written in digits."""
 
 
-class LookedAt(Model):
+class RowsWithTargets(Model):
     """A set of rows, and the targets that were tried on it."""
 
-    # smallest hashes of the rows
+    # the smallest hashes of the rows
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
-    targets: tuple[str, ...]  # digests of the targets, earliest first
+    targets: tuple[str, ...]  # digests of the targets, the earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
         # The 64 smallest hashes of the union are a random sample of the union. The share of this
         # sample that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes
         # of both sets together would not be a random sample of the union: the 64 smallest hashes of
-        # a small set reach up to larger numbers than those of a large set.
+        # a small set reach up to larger numbers than the 64 smallest hashes of a large set.
         sample = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
         common = set(self.hashes) & set(hashes) & set(sample)
         return len(common) >= SAME_ROWS * len(sample)
@@ -54,45 +60,49 @@ class LookRecord(Document):
 
     kind: Literal["looks"] = "looks"
     weights_sha256: str  # hash of the weights of the fit
-    rows: tuple[LookedAt, ...] = ()
+    rows: tuple[RowsWithTargets, ...] = ()
 
 
 def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     """Record that a target is tried on rows; return how many targets were tried on them so far.
 
-    ``picture`` (N,) holds the identities of the pictures in the rows. The target itself is counted,
-    too.
+    The new target is counted, too.
+
+    Args:
+        folder: Folder of the predictor.
+        picture: Identities (N,) of the pictures that the rows show. They are hashes.
+        target: Fields of the target.
     """
-    smallest = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
-    if not len(smallest):
+    smallest_hashes = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
+    if not len(smallest_hashes):
         return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
-    hashes = tuple(smallest.tolist())
-    record = _load(folder)
-    other_sets = []
+    hashes = tuple(smallest_hashes.tolist())
+    record = _load_record(folder)
+    different_sets = []
     targets: tuple[str, ...] = (digest(target),)
-    for recorded in record.rows:
-        if not recorded.is_same_set(hashes):
-            other_sets.append(recorded)
+    for recorded_set in record.rows:
+        if not recorded_set.is_same_set(hashes):
+            different_sets.append(recorded_set)
             continue
-        # Recorded sets that are mostly these rows become one set with all their targets. If they
-        # were counted separately, a few new rows would reset the count, and the best of many
+        # Recorded sets that consist mostly of these rows become one set with all their targets. If
+        # they were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
-        new_targets = [tried for tried in targets if tried not in recorded.targets]
-        targets = (*recorded.targets, *new_targets)
-    all_sets = (*other_sets, LookedAt(hashes=hashes, targets=targets))
+        new_targets = [tried for tried in targets if tried not in recorded_set.targets]
+        targets = (*recorded_set.targets, *new_targets)
+    all_sets = (*different_sets, RowsWithTargets(hashes=hashes, targets=targets))
     write_document(folder / LOOKS, record.model_copy(update={"rows": all_sets}))
     return len(targets)
 
 
-def _load(folder: Path) -> LookRecord:
-    """The record of the fit in this folder, empty if there is none."""
-    weights = read_description(folder / PREDICTOR)["weights_sha256"]
+def _load_record(folder: Path) -> LookRecord:
+    """The record of the fit in this folder; an empty record if there is none."""
+    weights_sha256 = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
-        looks = read_document(folder / LOOKS, LookRecord)
-        # Another fit has other scores, so its looks do not count.
-        if looks.weights_sha256 == weights:
-            return looks
-    return LookRecord(weights_sha256=weights)
+        record = read_document(folder / LOOKS, LookRecord)
+        # Another fit has other scores, so the looks at its scores do not count.
+        if record.weights_sha256 == weights_sha256:
+            return record
+    return LookRecord(weights_sha256=weights_sha256)
 
 
 def looks_in_words(n_looks: int) -> str:

@@ -14,4 +14,4 @@ SetMethod = Literal["lac", "aps"]
 """Methods for label sets (``vilu.calibration.label_sets``)."""
 
 ClusterRisk = Literal["majority", "ratio"]
-"""What is guaranteed to be rare where rows come in clusters (``vilu.calibration.clusters``)."""
+"""What a guarantee bounds if rows come in clusters (``vilu.calibration.clusters``)."""

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
 from vilu.calibration.calibration import Calibration, above_limit, save_calibration
-from vilu.calibration.closed_set import AnyDraw
+from vilu.calibration.closed_set import AnySavedLooks
 from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample_answers
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
@@ -74,14 +75,14 @@ def calibrate_predictor(
     With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
     limit, as ``vilu next --for-guarantee`` draws them. The limit must not depend on the rows that
     could be drawn. Thresholds up to the limit are tested. The score of the method stays the
-    probability of failure, because rows up to the limit show nothing about those beyond it.
+    probability of failure, because rows up to the limit show nothing about rows beyond it.
 
     Warns:
         UserWarning: If some rows were used in the fit; they are left out.
 
     Raises:
-        DataError: If more than 1 % of the rows were used in the fit, or are near copies of such
-            rows; or if a row has an uncertainty above ``drawn_below``.
+        DataError: If more than 1 % of the rows were used in the fit, or are near copies of rows of
+            the fit; or if a row has an uncertainty above ``drawn_below``.
         InfeasibleError: If the target cannot be reached; the message says what is missing.
         UsageError: If the target is not possible, or if another calibration exists and
             ``overwrite`` is False.
@@ -103,7 +104,7 @@ def calibrate_predictor(
     predictor = load_predictor(folder)
     check_target(target, predictor, data)
     if drawn_below is not None:
-        _check_draw(target, predictor)
+        _require_testable_below_limit(target, predictor)
     refuse_foreign_files(folder, is_same_fit=True)
     with locked(Path(folder), activity="calibrating", holder_kind="calibration"):
         return _calibrate(
@@ -145,8 +146,8 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
         )
 
 
-def _check_draw(target: Target, predictor: FailurePredictor) -> None:
-    """Refuse targets and predictors about which rows up to a limit show nothing."""
+def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -> None:
+    """Refuse a target or a predictor that cannot be tested with rows up to a limit only."""
     # Means over all answers, coverages, label sets and stated shares need rows beyond the limit.
     allowed_target = Target(
         max_risk=target.max_risk, confidence=target.confidence, per_class=target.per_class
@@ -160,7 +161,7 @@ def _check_draw(target: Target, predictor: FailurePredictor) -> None:
 
 
 def require_probability(predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities: no limit of a draw can be chosen by it."""
+    """Refuse a predictor without probabilities, because it cannot choose the limit of a draw."""
     if not predictor.is_probability:
         raise UsageError(
             "labels for a guarantee are chosen by a probability of failure; "
@@ -169,7 +170,7 @@ def require_probability(predictor: FailurePredictor) -> None:
 
 
 def _require_below_limit(rows: Outcomes, limit: float) -> None:
-    """Refuse rows with an uncertainty above the limit of their draw."""
+    """Refuse rows with an uncertainty above ``limit``, because they were drawn below it."""
     n_above = int(above_limit(rows, limit).sum())
     if n_above:
         raise DataError(
@@ -190,60 +191,65 @@ def _calibrate(
     """Calibrate in a locked folder, with the arguments of ``calibrate_predictor``."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
-    inputs = _inputs(predictor, data, target, dataset_and_split, drawn_below)
+    inputs = _digest_of_inputs(predictor, data, target, dataset_and_split, drawn_below)
     if not overwrite:
         calibration = _existing_calibration(folder, inputs)
         if calibration is not None:
             write_card(folder)
             return calibration
-    is_fresh = predictor.unseen(data, "calibration")
-    fresh_rows = np.flatnonzero(is_fresh)
-    check_copies(predictor, data, fresh_rows)
+    is_unseen = predictor.unseen(data, "calibration")
+    index_in_data = np.flatnonzero(is_unseen)  # for each outcome below
+    check_copies(predictor, data, index_in_data)
     dataset, split = dataset_and_split
-    rows = score_unseen(predictor, data, is_fresh, dataset=dataset, split=split)
+    outcomes = score_unseen(predictor, data, is_unseen, dataset=dataset, split=split)
     if drawn_below is not None:
-        _require_below_limit(rows, drawn_below)
+        _require_below_limit(outcomes, drawn_below)
     n_looks = 1
-    if rows.picture is not None and target.has_rule:
-        n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
-    # ``rows`` holds one outcome per index in ``fresh_rows``. ``saved_rows`` holds indices of
-    # ``rows``, and ``copies`` positions among them.
-    rule, saved_rows, copies = _rule_of_pictures(target, rows, data, fresh_rows)
+    if outcomes.picture is not None and target.has_rule:
+        n_looks = note_look(folder, outcomes.picture[outcomes.evaluable], target.facts())
+    choice = _choose_rows_and_rule(target, outcomes, data, index_in_data)
+    rule = choice.rule
     if rule is not None:
         rule = rule.model_copy(update={"drawn_below": drawn_below})
-    rows = rows.take(saved_rows)
-    warn_of_in_sample_answers(predictor.notes_.get("given_answers"), rows)
+    calibration_rows = outcomes.take(choice.saved_rows)
+    warn_of_in_sample_answers(predictor.notes_.get("given_answers"), calibration_rows)
     if drawn_below is None:
-        predictor.calibrate_scores(rows.uncertainty, rows.failure)
+        predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
         # A calibrator of these rows would be biased, because they all have scores up to the limit.
-        predictor.calibrator_ = unchanged(rows.failure)
-    label_sets: LabelSets | None = None
-    if target.label_sets is not None:
-        is_left_out = np.ones(len(data), np.bool_)
-        is_left_out[fresh_rows[saved_rows]] = False
-        saved_data = data.without(is_left_out)
-        label_sets = fit_label_sets(
-            predictor, saved_data, max_miss=target.max_miss, method=target.label_sets
-        )
+        predictor.calibrator_ = unchanged(calibration_rows.failure)
+    label_sets = _label_sets_from_rows(predictor, data, index_in_data[choice.saved_rows], target)
     calibration = keep_calibration(
         folder,
         predictor,
-        rows,
+        calibration_rows,
         data,
         target,
         rule,
         dataset_and_split,
         label_sets=label_sets,
         inputs=inputs,
-        near_copies=tuple(copies.tolist()),
+        near_copies=tuple(choice.near_copies.tolist()),
         n_looks=n_looks,
     )
     write_card(folder)  # the last file of a calibration
     return calibration
 
 
-def _inputs(
+def _label_sets_from_rows(
+    predictor: FailurePredictor, data: EmbeddingSource, rows: Ints, target: Target
+) -> LabelSets | None:
+    """Label sets from the rows of ``data`` with the indices ``rows`` (M,); None: not asked for."""
+    if target.label_sets is None:
+        return None
+    is_left_out = np.ones(len(data), np.bool_)
+    is_left_out[rows] = False
+    return fit_label_sets(
+        predictor, data.without(is_left_out), max_miss=target.max_miss, method=target.label_sets
+    )
+
+
+def _digest_of_inputs(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     target: Target,
@@ -252,7 +258,7 @@ def _inputs(
 ) -> str:
     """Digest of everything from which a calibration is made.
 
-    It is made from the predictor, the data and their names, the target, and the limit.
+    These are the predictor, the data and their names, the target, and the limit.
     """
     source = source_fingerprint(data)
     target_facts = target.facts()
@@ -261,42 +267,50 @@ def _inputs(
         target_facts["drawn_below"] = drawn_below
     predictor_hash = predictor_fingerprint(predictor)
     origin: list[object] = [predictor_hash, source, *dataset_and_split, target_facts]
-    # The fingerprint of a store covers all rows, but that of other sources only a sample of them.
-    # So the identities of all rows are added. Rows may have several kinds of identity. The first
-    # kind is the best.
+    # The fingerprint of a store covers all rows. The fingerprint of any other source covers only a
+    # sample of its rows, so the identities of all rows are added. Rows may have several kinds of
+    # identity, the best kind first.
     if not isinstance(data, EmbeddingStore):
-        origin.append([data.identities(by).tolist() for by in data.identified_by[:1]])
+        best_kind = data.identified_by[:1]  # empty if the rows have no identity
+        origin.append([data.identities(by).tolist() for by in best_kind])
     return digest(origin)
 
 
-def _rule_of_pictures(
-    target: Target, rows: Outcomes, data: EmbeddingSource, index_in_data: Ints
-) -> tuple[Rule | None, Ints, Ints]:
-    """The rule of N calibration rows, where every picture counts once.
+class _RowsAndRule(NamedTuple):
+    """A rule, and the calibration rows that are saved with it."""
 
-    Near copies are counted and reported with a warning. If some pictures differ by noise only
-    (``ALIKE``), a second rule is made from one picture of each group of copies. The rule that
-    accepts less is returned.
+    rule: Rule | None  # None if the target asks for no rule
+    saved_rows: Ints  # (M,) indices of the rows to save, among the N calibration rows
+    near_copies: Ints  # indices, among the M saved rows, of the copies that the rule leaves out
+
+
+def _choose_rows_and_rule(
+    target: Target, rows: Outcomes, data: EmbeddingSource, index_in_data: Ints
+) -> _RowsAndRule:
+    """The rule of N calibration rows, where every picture counts once, and the rows to save.
+
+    One row per picture is saved, and all rows without a label. Near copies are counted and reported
+    with a warning. If some pictures differ by noise only (``ALIKE``), a second rule is made from
+    one picture of each group of copies. The rule that accepts less is returned.
 
     Args:
         target: The target.
         rows: N calibration rows.
         data: The source of the rows.
         index_in_data: Indices (N,) of the rows in the source.
-
-    Returns:
-        The rule.
-        Indices (M,) of the rows to save: one row per picture, and all rows without a label.
-        Positions, among these M indices, of the copies that the rule leaves out.
     """
     if target.cluster_risk is not None:
-        # Each cluster counts as one draw, so copies within a cluster do no harm.
-        return _feasible_rule(rows, target), np.arange(len(rows)), np.arange(0)
+        # Each cluster counts as one draw, so copies within it do no harm. All rows are saved.
+        return _RowsAndRule(
+            rule=_feasible_rule(rows, target),
+            saved_rows=np.arange(len(rows)),
+            near_copies=np.arange(0),
+        )
     is_labelled = require_evaluable(rows)
     picture_rows, counted = count_once(rows, is_labelled)  # one row per picture
     rule = _feasible_rule(rows, target)
-    left_out = picture_rows[:0]  # no row is left out so far
-    is_first = _first_of_near_copies(data, index_in_data[picture_rows])
+    left_out_rows = picture_rows[:0]  # no row is left out so far
+    is_first = _is_first_of_near_copies(data, index_in_data[picture_rows])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
         is_different = first_of_scenes(data, index_in_data[picture_rows], ALIKE)
@@ -306,7 +320,7 @@ def _rule_of_pictures(
         rule_without_copies = _feasible_rule(rows.take(picture_rows[is_different]), target)
         if _accepts_less(rule_without_copies, rule, rows.take(picture_rows)):
             rule = rule_without_copies
-            left_out = picture_rows[~is_different]
+            left_out_rows = picture_rows[~is_different]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
         warning = warning_of_clusters(rule, rows)
@@ -315,17 +329,19 @@ def _rule_of_pictures(
     is_saved = ~is_labelled
     is_saved[picture_rows] = True
     saved_rows = np.flatnonzero(is_saved)
-    return rule, saved_rows, np.flatnonzero(np.isin(saved_rows, left_out))
+    is_left_out = np.isin(saved_rows, left_out_rows)
+    return _RowsAndRule(rule, saved_rows, near_copies=np.flatnonzero(is_left_out))
 
 
-def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
+def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bool_]:
     """Mask (M,) of the pictures that are the first of their group of near copies.
 
-    If there are too many pictures to compare, a warning is logged and the mask is True everywhere.
+    ``rows`` (M,) holds the index in ``data`` of one row of each picture. If there are too many
+    pictures to compare, a warning is logged and the mask is True everywhere.
     """
-    n_pictures = len(pictures)
+    n_pictures = len(rows)
     if n_pictures <= MOST_COMPARED:
-        return first_of_scenes(data, pictures, NEAR_COPY)
+        return first_of_scenes(data, rows, NEAR_COPY)
     logger.warning(
         "near copies are searched among at most %s pictures, and there are %s. If some of them are "
         "near copies of others, the guarantee is too optimistic",
@@ -336,7 +352,11 @@ def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.b
 
 
 def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
-    """Add the number of scenes to the numbers of files and pictures, and log them as a warning."""
+    """Add the number of scenes to the numbers of files and pictures, and log them as a warning.
+
+    ``counted`` is None if there are as many files as pictures. ``is_first`` marks the pictures that
+    are the first of their scene.
+    """
     n_pictures = len(is_first)
     n_files = n_pictures if counted is None else counted.files
     n_scenes = int(is_first.sum())
@@ -357,14 +377,15 @@ def _feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
     """
     if not target.has_rule:
         return None
-    rule = rule_of(rows, target, "prediction" if target.per_class else None)
+    groups: Literal["prediction"] | None = "prediction" if target.per_class else None
+    rule = rule_of(rows, target, groups)
     if not rule.feasible:
         raise InfeasibleError(_why_infeasible(rule))
     return rule
 
 
 def _accepts_less(rule: Rule | None, rival: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False if one is None."""
+    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False if either is None."""
     if rule is None or rival is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
@@ -384,15 +405,27 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     *,
     dtype: str | None = None,
     label_sets: LabelSets | None = None,
-    draws: Mapping[str, AnyDraw] | None = None,
+    draws: Mapping[str, AnySavedLooks] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
 ) -> Calibration:
-    """Write a calibrated predictor, the calibration rows of ``data``, and then the calibration.
+    """Write a calibrated predictor, its calibration rows, and then the calibration.
 
-    ``dtype`` is the number format to which new embeddings are rounded; None: the format of the
-    data. ``n_looks`` is the number of targets that were tried on these rows.
+    Args:
+        folder: Folder of the predictor.
+        predictor: The predictor with its calibrator of probabilities.
+        rows: Calibration rows.
+        data: Source of the rows.
+        target: The target.
+        rule: The rule; None if the target asks for no rule.
+        dataset_and_split: Name of the data set, and name of its split.
+        dtype: Number format to which new embeddings are rounded; None: the format of the data.
+        label_sets: As in ``Calibration``.
+        draws: As in ``Calibration``.
+        inputs: As in ``Calibration``.
+        near_copies: As in ``Calibration``.
+        n_looks: Number of targets that were tried on these rows.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
@@ -401,9 +434,9 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     if data.pool_size is None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
     dataset, split = dataset_and_split
-    guarantee = None
+    guarantee_text = None
     if rule is not None:
-        guarantee = f"{rule}{looks_in_words(n_looks)}"
+        guarantee_text = f"{rule}{looks_in_words(n_looks)}"
     return save_calibration(
         folder,
         rows,
@@ -411,7 +444,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
         source=source_fingerprint(data),
         dataset=dataset,
         split=split,
-        guarantee_text=guarantee,
+        guarantee_text=guarantee_text,
         target=target,
         rule=rule,
         probability=predictor.calibrator_,
@@ -426,7 +459,8 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
 def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
     """Remove a calibration if labels of its rows have changed; return whether it was removed.
 
-    ``changed_keys`` holds the keys of all rows whose labels have changed.
+    ``changed_keys`` holds the keys of all rows whose labels have changed, also of rows that are no
+    calibration rows.
     """
     calibration = Calibration.find(folder) if changed_keys else None
     if calibration is None:
@@ -447,8 +481,8 @@ def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
 def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
     """The calibration in the folder; None if there is none.
 
-    A calibration from other inputs is refused. A calibration that cannot be loaded counts as none,
-    with a warning.
+    A calibration is refused if it was made from other inputs. If it cannot be loaded, a warning is
+    logged and None is returned.
     """
     try:
         calibration = Calibration.find(folder)
@@ -472,10 +506,10 @@ def _why_infeasible(rule: Rule) -> str:
     reasons = []
     for name, threshold in list(rule.thresholds.items())[:GROUPS_SHOWN]:
         group = f"{name}: " if name else ""
-        needed = ""
+        rows_needed = ""
         if threshold.n_needed is not None:
-            needed = f" At least {threshold.n_needed:,} calibration rows are needed."
-        reasons.append(f"{group}{threshold.why}.{needed}")
+            rows_needed = f" At least {threshold.n_needed:,} calibration rows are needed."
+        reasons.append(f"{group}{threshold.why}.{rows_needed}")
     n_more = len(rule.thresholds) - GROUPS_SHOWN
     if n_more > 0:
         reasons.append(f"And {n_more} more groups.")

@@ -60,40 +60,41 @@ OTHER = "(other)"
 """Name of the group of all rows whose own group has too few calibration rows."""
 
 ROUNDING = 1e-9
-"""Tolerance when shares of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
+"""Tolerance when numbers of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
 
 
 class Rule(Model):
     """A rule that accepts an answer or leaves it for review.
 
-    A rule has one threshold for all rows or one per group, and may have floors. Only a rule of the
+    A rule has one threshold for all rows, or one per group, and may have floors. A rule of the
     method "selection" has no threshold. It judges all rows of a batch together (``needs_batch``,
     ``vilu.calibration.selection``).
 
     Attributes:
         method: "ltt", "crc", "selection", or "anytime" (``vilu.calibration.anytime``), which may be
             tested again after every label.
-        max_risk: The target; None if only a coverage was asked for.
-        min_coverage: Smallest coverage asked for; None: any coverage.
+        max_risk: Largest error rate that was asked for; None if only a coverage was asked for.
+        min_coverage: Smallest coverage that was asked for; None: any coverage.
         confidence: 1 - delta. The guarantees of all groups hold together with this confidence.
-        grouped_by: "prediction" (the judged answer), "groups" (given by the caller), or None.
-        thresholds: Threshold of every group. Without groups there is one group ""; if whole batches
-            are judged, there is none.
+        grouped_by: "prediction": a group is a judged answer. "groups": the caller named the groups.
+            None: there are no groups.
+        thresholds: Maps the name of each group to its threshold. Without groups, all rows are the
+            group "". If whole batches are judged, there is no threshold.
         n: Number of calibration rows.
-        wrong: Uncertainties of the wrong calibration answers, ascending; empty unless whole batches
-            are judged.
+        wrong: Uncertainties of the wrong calibration answers, ascending. They are saved only if
+            whole batches are judged.
         outside_share: Largest share of pictures of none of the classes for which the guarantee
             holds; None: the share among the calibration rows.
         class_shares: Share of each class, among the pictures of the classes, for which the
             guarantee holds; None: the shares among the calibration rows.
         counted: Numbers of files and pictures of the calibration rows. None if every file shows a
             picture of its own, or if it is not known which files show the same picture.
-        about: "new": the guarantee is about rows that are drawn as the calibration rows were.
-            "folder": it is about the photos of one folder that nobody labelled.
-        closed: These photos; None for a guarantee about new rows.
+        about: "new": the guarantee is about rows that are drawn in the same way as the calibration
+            rows. "folder": it is about the unlabelled photos of one folder.
+        closed: The photos of the folder; None for a guarantee about new rows.
         clusters: What the guarantee says about clusters of rows; None if it is about single rows.
-        drawn_below: Largest uncertainty of the rows among which the calibration rows were drawn;
-            None: they were drawn among all rows.
+        drawn_below: The calibration rows were drawn among the rows with an uncertainty up to this
+            limit; None: they were drawn among all rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -125,10 +126,11 @@ class Rule(Model):
     drawn_below: float | None = None
 
     @model_serializer(mode="wrap")
-    def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save; those of a rule about new single rows are as in earlier versions."""
-        # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields. A
-        # new field with its default value would change the fingerprints of old calibrations.
+    def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields to save, without the newer fields that this rule does not use."""
+        # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields.
+        # Earlier versions did not have the newer fields. If they were saved with their default
+        # values, the fingerprints of old calibrations would change.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
             fields.pop("about", None)
@@ -146,7 +148,7 @@ class Rule(Model):
 
     @property
     def reweighted(self) -> bool:
-        """Whether the guarantee is for stated shares instead of those of the calibration rows."""
+        """Whether the guarantee is for stated shares, not for the shares among calibration rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     @property
@@ -201,21 +203,24 @@ class Rule(Model):
         """
         return self._single_threshold("floor").floor
 
-    def _single_threshold(self, wanted: str) -> Threshold:
-        """The threshold for all rows; ``wanted`` names the wanted property in messages."""
+    def _single_threshold(self, property_name: str) -> Threshold:
+        """The threshold for all rows; messages name the property that was asked for."""
         if self.needs_batch:
-            raise UsageError(f"this rule judges whole batches, so it has no {wanted} of its own.")
+            raise UsageError(
+                f"this rule judges whole batches, so it has no {property_name} of its own."
+            )
         if self.grouped_by is not None:
-            raise UsageError(f"this rule has a {wanted} per group: see its thresholds.")
+            raise UsageError(f"this rule has a {property_name} per group: see its thresholds.")
         return self.thresholds[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
         """Floors (N,) and thresholds (N,) of n rows; both are -inf where a group accepts nothing.
 
-        Rows of a group without a threshold of its own have those of the group "(other)".
+        If the group of a row has no threshold, the row has the floor and the threshold of the group
+        "(other)".
 
         Raises:
-            UsageError: As ``accept``, or if whole batches are judged.
+            UsageError: As in ``accept``, or if whole batches or clusters are judged.
 
         Examples:
             >>> import numpy as np, vilu
@@ -235,10 +240,10 @@ class Rule(Model):
         return self._limits(n, groups)
 
     def _limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """As ``limits``, for any rule with thresholds, also for a rule about clusters."""
+        """As ``limits``, but also for a rule about clusters."""
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        # Rows of a group without a threshold of its own get the interval of "(other)". If there is
-        # no such interval either, nothing is accepted.
+        # Rows of a group without a threshold get the interval of "(other)". If there is no such
+        # interval either, they are not accepted.
         default_interval = intervals.get(OTHER, (-math.inf, -math.inf))
         group_of_row = self._groups_of_rows(n, groups)
         interval_of_row = [intervals.get(name, default_interval) for name in group_of_row]
@@ -247,7 +252,7 @@ class Rule(Model):
         return floors, thresholds
 
     def _groups_of_rows(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
-        """Names of the groups of n rows, as in ``thresholds``."""
+        """Name of the group of each of n rows. Without groups, all rows are of the group ""."""
         if self.grouped_by is None:
             return [ALL] * n
         names = check_texts(groups, "groups")
@@ -299,14 +304,14 @@ class Rule(Model):
     def _compared_scores(
         self, uncertainty: ArrayLike, clusters: Sequence[str | None] | None
     ) -> Floats:
-        """Scores (N,) that are compared with thresholds: those of rows, or of their clusters."""
+        """Scores (N,) of rows, or of their clusters, that are compared with thresholds."""
         scores = real_vector(uncertainty, "uncertainty")
         if self.clusters is None:
             return scores
         if clusters is None:
             raise UsageError(
                 f"this rule is about clusters, so it needs the cluster of each of {len(scores)} "
-                "rows, as text: the column cluster of a table, or that of --clusters COLUMN."
+                "rows, as text: the column cluster of a table, or the column of --clusters COLUMN."
             )
         return self.clusters.compared_scores(scores, clusters)
 
@@ -333,11 +338,11 @@ class Rule(Model):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> list[str | None]:
-        """Reason for every row why it is not accepted; None where it is accepted.
+        """For each row, the reason why it is not accepted; None if it is accepted.
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
         wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
-        "large_cluster" (larger than those that the guarantee covers). Raises the errors of
+        "large_cluster" (the guarantee does not cover such large clusters). Raises the errors of
         ``accept``.
         """
         scores = self._compared_scores(uncertainty, clusters)
@@ -373,49 +378,59 @@ class Rule(Model):
 
     @property
     def _units_in_words(self) -> str:
-        """What the numbers of a rule count, in words."""
+        """What the rule counts, in words that follow a number: "calibration rows"."""
         if self.clusters is None:
             return "calibration rows"
         return self.clusters.units_in_words
 
-    @property
-    def _errors_in_words(self) -> str:
-        """What is guaranteed to be rare, in words that follow "at most 5%"."""
-        if self.clusters is not None:
-            return self.clusters.errors_in_words
-        if self.method == "crc":
-            return "of all answers are accepted and wrong"
-        return "of the accepted answers are wrong"
-
     def _guarantee(self) -> str:
         """The guarantee of a rule with thresholds, as a text."""
-        bound = self.risk_bound
-        if bound is None:
+        if self.risk_bound is None:
             return "nothing is accepted"
-        # The sentence has five parts, which the last line joins. Each case below changes some.
-        certainty = f"with confidence {exact_percent(self.confidence)}"
-        errors = self._errors_in_words
-        if self.method == "crc":
-            certainty = "on average"
-        n_of_units = f"{self.n} {self._units_in_words}"
-        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {n_of_units}"
+        bound = f"{self._certainty_in_words()} at most {percent(self.risk_bound)}"
+        counts = self._counts_in_words()
         if self.closed is not None:
             return (
-                f"of {self.closed} of one folder, accepted and without a label, {certainty} at "
-                f"most {percent(bound)} are wrong ({counts}, at whatever moment one looks)"
+                f"of {self.closed} of one folder, accepted and without a label, {bound} are wrong "
+                f"({counts})"
             )
+        return f"{self._acceptance_in_words()}; {bound} {self._errors_in_words()} ({counts})"
+
+    def _certainty_in_words(self) -> str:
+        """Text such as "with confidence 95%"."""
+        if self.method == "crc":
+            return "on average"
+        return f"with confidence {exact_percent(self.confidence)}"
+
+    def _errors_in_words(self) -> str:
+        """Text such as "of the accepted answers are wrong", which follows "at most 5%"."""
+        if self.clusters is not None:
+            errors = self.clusters.errors_in_words
+        elif self.method == "crc":
+            errors = "of all answers are accepted and wrong"
+        else:
+            errors = "of the accepted answers are wrong"
+        if self.reweighted:
+            errors += f" {shares_in_words(self.outside_share, self.class_shares)}"
+        return errors
+
+    def _counts_in_words(self) -> str:
+        """Text such as "2 wrong of 62 accepted, of 100 calibration rows"."""
+        counts = (
+            f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} "
+            f"{self._units_in_words}"
+        )
         if self.reweighted:
             counts += ", which have other shares"
-            errors += f" {shares_in_words(self.outside_share, self.class_shares)}"
         if self.drawn_below is not None:
             counts += " drawn among them"
         if self.counted is not None:
             counts += f": {self.counted}"
         if self.method == "anytime":
             counts += ", at whatever moment one looks"
-        return f"{self._acceptance()}; {certainty} at most {percent(bound)} {errors} ({counts})"
+        return counts
 
-    def _acceptance(self) -> str:
+    def _acceptance_in_words(self) -> str:
         """Text such as "accepts 62.0% of the calibration rows"."""
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted or self.method == "anytime":
@@ -510,9 +525,9 @@ def certify(
 
 
 def warning_of_clusters(rule: Rule, outcomes: Outcomes) -> str | None:
-    """Warning about a rule that counts rows of a cluster as independent; None if all is well."""
-    counts_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
-    if outcomes.cluster is None or not counts_rows:
+    """Warning about a rule that counts rows of a cluster as independent; None: no warning."""
+    counts_single_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
+    if outcomes.cluster is None or not counts_single_rows:
         return None
     accepted = rule.accept(outcomes.uncertainty)
     return correlation_warning(outcomes, outcomes.cluster, accepted)
@@ -531,15 +546,16 @@ def certify_clusters(
     """A rule for rows that come in clusters, such as bursts, tracks, pages or conversations.
 
     A cluster counts as one draw, so its rows may be wrong together. Calibration clusters must be
-    whole, and drawn like the later ones. If the target cannot be met, ``feasible`` is False.
+    whole, and drawn like the later clusters. If the target cannot be met, ``feasible`` is False.
 
     Args:
         outcomes: Calibration rows; rows without uncertainty or known failure are left out.
         clusters: Names of the clusters of the N rows.
-        risk: What is wrong in at most ``max_risk`` of the cases, with probability ``confidence``.
-            "majority": the majority answer of an accepted cluster, whose score is the mean of its
-            rows (``vilu.calibration.clusters.majority_outcomes``). "ratio": an accepted row. Rows
-            are accepted by their own scores (``vilu.calibration.cluster_bets``).
+        risk: The error rate that the rule bounds. "majority": the share of the accepted clusters
+            whose majority answer is wrong. The score of a cluster is the mean of its rows
+            (``vilu.calibration.clusters.majority_outcomes``). "ratio": the share of the accepted
+            rows that are wrong. Rows are accepted by their own scores
+            (``vilu.calibration.cluster_bets``).
         max_risk: Largest error rate, in (0, 1).
         confidence: 1 - delta, in (0, 1).
         largest: For "ratio": largest number of rows of a cluster that the guarantee covers,
@@ -578,22 +594,25 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
     if outcomes.cluster is None:
         raise DataError(
             "a risk of clusters needs the cluster of every row: the column cluster of the table, "
-            "or that of --clusters COLUMN."
+            "or the column of --clusters COLUMN."
         )
-    max_risk = target.max_risk or 0.0  # with a cluster_risk there is one (``check_clusters``)
+    max_risk = target.max_risk or 0.0  # a cluster_risk needs a max_risk (``check_clusters``)
     if target.cluster_risk == "ratio":
-        rows, aside = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
-        return _ratio_rule(rows, aside, max_risk, target.confidence)
-    per_cluster = majority_outcomes(outcomes, outcomes.cluster)
-    rule = rule_of(per_cluster, Target(max_risk=max_risk, confidence=target.confidence))
+        rows, start_rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
+        return _ratio_rule(rows, start_rows, max_risk, target.confidence)
+    cluster_outcomes = majority_outcomes(outcomes, outcomes.cluster)  # one outcome per cluster
+    rule = rule_of(cluster_outcomes, Target(max_risk=max_risk, confidence=target.confidence))
     return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
 
 
 def _ratio_rule(
-    rows: LabelledRows, aside: LabelledRows, max_risk: float, confidence: float
+    rows: LabelledRows, start_rows: LabelledRows, max_risk: float, confidence: float
 ) -> Rule:
-    """The rule for the risk "ratio"; it may accept nothing."""
-    threshold = ratio_threshold(rows, aside, max_risk, 1 - confidence)
+    """The rule for the risk "ratio"; it may accept nothing.
+
+    ``start_rows`` are the rows of the clusters that are set aside (``ratio_threshold``).
+    """
+    threshold = ratio_threshold(rows, start_rows, max_risk, delta=1 - confidence)
     return Rule(
         method="ltt",
         max_risk=max_risk,
@@ -610,17 +629,18 @@ def rule_of(
     """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
     if target.cluster_risk is not None:
         return _rule_of_clusters(outcomes, target)
-    chosen, counted = count_once(outcomes, require_evaluable(outcomes))
-    rows = outcomes.take(chosen)
+    is_usable = require_evaluable(outcomes)
+    picture_rows, counted = count_once(outcomes, is_usable)  # one row per picture
+    rows = outcomes.take(picture_rows)
     thresholds: dict[str, Threshold] = {}
     wrong: tuple[float, ...] = ()
     n = len(rows)
     if target.method == "selection":
-        n, wrong = _rows_for_selection(rows, target)
+        n, wrong = _scores_for_selection(rows, target)
     elif target.states_shares:
         thresholds = {ALL: _threshold_for_shares(rows, target)}
     else:
-        names = None if groups is None else _names_of_groups(outcomes, groups, chosen)
+        names = None if groups is None else _names_of_groups(outcomes, groups, picture_rows)
         thresholds = _thresholds_of_groups(rows, names, target)
     grouped_by: Literal["prediction", "groups"] | None = None
     if groups is not None:
@@ -640,10 +660,11 @@ def rule_of(
     )
 
 
-def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Number of calibration rows, and the uncertainties of the wrong rows in ascending order.
+def _scores_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
+    """Number of calibration rows, and ascending uncertainties of the wrong answers among them.
 
-    The p-values of "selection" are computed from both. At most a million rows are used.
+    The method "selection" computes its p-values from these numbers. At most a million rows are
+    used.
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
     n_needed = rows_for_mean(max_risk)
@@ -668,8 +689,12 @@ def rule_at_any_time(
 ) -> Rule:
     """The rule that is certified by labels which have arrived one after another.
 
-    ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
-    group of all rows has the name "". ``closed`` are the photos of a rule about one folder.
+    Args:
+        groups: For each group by name, the tests of its thresholds, and its labelled rows. If all
+            rows are one group, its name is "".
+        max_risk: Largest error rate among accepted answers.
+        confidence: 1 - delta for all groups together.
+        closed: The photos of a rule about one folder; None for a rule about new rows.
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():
@@ -687,7 +712,10 @@ def rule_at_any_time(
 
 
 def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshold:
-    """The laxest threshold that the labels certify so far, or the reason why there is none."""
+    """The laxest threshold that the labels of ``rows`` certify so far.
+
+    If the labels certify none, the threshold accepts nothing and says why.
+    """
     index = looks.certified(rows.uncertainty, rows.failure)
     wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
     if index is not None:
@@ -698,16 +726,17 @@ def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshol
             n_wrong=int(wrong[index]),
             risk_bound=max_risk,
         )
-    more = looks.more_needed(rows.uncertainty, rows.failure)
-    if more is not None:
+    n_more = looks.more_needed(rows.uncertainty, rows.failure)
+    if n_more is not None:
         why = (
-            f"about {more:,} more labels of the calibration side are needed, if the error rates "
+            f"about {n_more:,} more labels of the calibration side are needed, if the error rates "
             "stay the same"
         )
         return Threshold.nothing(len(rows), why)
-    last = looks.last
+    n_up_to_limit = int(accepted[looks.last])
+    n_wrong = int(wrong[looks.last])
     why = (
-        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these "
+        f"of {n_up_to_limit} labels up to the limit {n_wrong} are wrong, and these "
         f"scores do not single out answers with an error rate below {max_risk:.2%}"
     )
     return Threshold.nothing(len(rows), why)
@@ -753,7 +782,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
-    """Names of the N answers, for groups by "prediction"; "" where there is no answer."""
+    """Names of the N answers, which are the groups "prediction"; "" where there is no answer."""
     if outcomes.prediction is None:
         raise DataError(
             "groups by prediction need outcomes that say what was answered. These do not."
@@ -770,8 +799,8 @@ def group_names(outcomes: Outcomes) -> list[str]:
     return names
 
 
-def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> list[str]:
-    """Names of the groups of M rows, whose indices are ``chosen`` (M,).
+def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> list[str]:
+    """Names of the groups of the M rows with the indices ``rows`` (M,).
 
     ``groups`` is as in ``certify``.
     """
@@ -784,41 +813,42 @@ def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) ->
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
         )
-    return [names[row] for row in chosen.tolist()]
+    return [names[row] for row in rows.tolist()]
 
 
 def members_of(
     names: list[str] | None, n: int, delta: float, rows_needed: Callable[[float], int]
 ) -> dict[str, Ints]:
-    """Indices of the rows of each group with a threshold of its own, and of the group "(other)".
+    """Row indices of each group that gets a threshold of its own, and of the group "(other)".
 
-    The k largest groups have thresholds of their own. k is the largest number for which each of
-    them has enough rows for its share of delta. All smaller groups together are "(other)". Only the
-    sizes of groups are used, not their wrong answers.
+    The k largest groups get thresholds of their own. k is the largest number for which each of
+    these groups has enough rows for its share of delta. All smaller groups together are "(other)".
+    Only the sizes of groups are used, not their wrong answers.
 
     Args:
         names: Names of the groups of n rows; None: all rows are one group.
         n: Number of rows.
         delta: Level of all groups together.
-        rows_needed: Returns the smallest number of rows that a group needs at a level.
+        rows_needed: Maps the level of a group to the smallest number of rows that it needs.
     """
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
     # from the largest group to the smallest; groups of equal size stay in the order of their names
-    ranked = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
-    n_own = 0
-    for n_groups in range(1, len(ranked) + 1):
+    ranked_names = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
+    n_own = 0  # number of groups with a threshold of their own, k above
+    for n_groups in range(1, len(ranked_names) + 1):
         # one more share is for "(other)", unless no group is left for it
-        n_shares = min(n_groups + 1, len(ranked))
-        smallest = ranked[n_groups - 1]  # name of the smallest of the n_groups largest groups
-        if sizes[smallest] >= rows_needed(delta / n_shares):
+        n_shares = min(n_groups + 1, len(ranked_names))
+        smallest_name = ranked_names[n_groups - 1]  # the smallest of the n_groups largest groups
+        if sizes[smallest_name] >= rows_needed(delta / n_shares):
             n_own = n_groups
-    own_groups = set(ranked[:n_own])
-    group_of = np.array([name if name in own_groups else OTHER for name in names], dtype=object)
+    own_groups = set(ranked_names[:n_own])
+    group_of_row = [name if name in own_groups else OTHER for name in names]
+    group_array = np.array(group_of_row, dtype=object)
     members: dict[str, Ints] = {}
     for name in [*sorted(own_groups), OTHER]:
-        rows = np.flatnonzero(group_of == name)
+        rows = np.flatnonzero(group_array == name)
         if len(rows):
             members[name] = rows
     return members
@@ -849,27 +879,30 @@ def _thresholds_of_groups(
 
 
 def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together do not reach ``min_coverage``; None if there is nothing to add."""
+    """Why the groups together do not reach ``min_coverage``.
+
+    None if they reach it, or if every threshold already says why it accepts nothing.
+    """
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
-        # Without a maximal risk, every group must have this coverage. So the first group that
-        # accepts nothing is the reason.
+        # Without a maximal risk, every group by itself must reach ``min_coverage``. So the first
+        # group that accepts nothing is the reason.
         for threshold in thresholds.values():
             if threshold.threshold is None:
                 return threshold.why
         return None
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
-    n_wanted = (target.min_coverage - ROUNDING) * n
-    is_too_small = n_accepted < n_wanted
+    n_asked_for = (target.min_coverage - ROUNDING) * n
+    is_too_small = n_accepted < n_asked_for
     # If nothing is accepted, every threshold already says why.
     if is_too_small and n_accepted > 0:
-        return _coverage_too_small(n_accepted / n, target.min_coverage)
+        return _why_coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
 
-def _coverage_too_small(coverage: float, min_coverage: float) -> str:
+def _why_coverage_too_small(coverage: float, min_coverage: float) -> str:
     """The reason why nothing is accepted if the largest ``coverage`` is below ``min_coverage``."""
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the "
@@ -878,27 +911,27 @@ def _coverage_too_small(coverage: float, min_coverage: float) -> str:
 
 
 def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
-    """The best threshold for stated shares, or the reason why there is none."""
+    """The best threshold for stated shares; if there is none, a threshold that says why."""
     strata = Strata(rows, target.outside_share, target.class_shares)
-    max_risk = target.max_risk or 0.0  # stated shares always have a max_risk (``check_shares``)
+    max_risk = target.max_risk or 0.0  # stated shares need a max_risk (``check_shares``)
     delta = 1 - target.confidence
     require_every_class(rows, target.class_shares)
     best: Threshold | None = None
-    if not strata.too_small(max_risk, delta):
+    if not strata.small_strata(max_risk, delta):
         is_wrong = rows.failure == 1
         best = weighted_learn_then_test(rows.uncertainty, is_wrong, strata.weight, max_risk, delta)
     if best is None:
         return Threshold.nothing(len(rows), why_nothing_for_shares(strata, max_risk, delta))
-    floor, limit = best.interval
-    accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
-    coverage = float(strata.weight[accepted].sum()) / len(rows)
+    floor, threshold = best.interval
+    is_accepted = (rows.uncertainty > floor) & (rows.uncertainty <= threshold)
+    coverage = float(strata.weight[is_accepted].sum()) / len(rows)
     if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING:
-        return Threshold.nothing(len(rows), _coverage_too_small(coverage, target.min_coverage))
+        return Threshold.nothing(len(rows), _why_coverage_too_small(coverage, target.min_coverage))
     return best
 
 
 def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshold:
-    """The best threshold of a group at level delta, or the reason why there is none."""
+    """The best threshold of a group at level delta; if there is none, a threshold that says why."""
     if target.max_risk is None:
         best = coverage_first(counts, target.min_coverage or 1.0, delta)
     else:
@@ -910,7 +943,7 @@ def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshol
 
 
 def _rows_needed(target: Target, delta: float) -> int:
-    """Smallest number of rows of a group with which anything can be guaranteed at level delta."""
+    """Smallest number of rows with which a group can have any guarantee at level delta."""
     if target.max_risk is None:
         # No number of rows shows a coverage of 1 (``_why_nothing``), so no group is too small.
         if target.min_coverage in {None, 1.0}:
@@ -918,7 +951,7 @@ def _rows_needed(target: Target, delta: float) -> int:
         return rows_for_coverage(target.min_coverage or 1.0, delta)
     if target.method == "crc":
         return rows_for_mean(target.max_risk)
-    # one more row, because the row at the threshold is no trial of the test
+    # One more row is needed, because the row at the threshold is no trial of the test.
     return rows_without_error(target.max_risk, delta) + 1
 
 
@@ -936,10 +969,11 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
         if n < n_needed:
             why = f"a mean risk of {max_risk:.2%} needs at least {n_needed} rows, and there are {n}"
             return why, n_needed
-        n_wrong = int(counts.accepted_wrong[0])  # wrong answers at the smallest score
-        return f"{n_wrong} of the most trusted answers, equal in score, are wrong", None
+        n_wrong_at_smallest = int(counts.accepted_wrong[0])
+        why = f"{n_wrong_at_smallest} of the most trusted answers, equal in score, are wrong"
+        return why, None
     if n < n_needed:
-        # number of the most trusted rows before the first score with a wrong answer
+        # number of rows below the first score that has a wrong answer
         n_right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
             f"a risk of {max_risk:.2%} needs {n_needed:,} accepted answers without a wrong one, "
@@ -952,21 +986,21 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
 def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
     """Why no threshold is certified although there are enough rows."""
     p_value = binomial_tail(counts.accepted_wrong, counts.accepted, max_risk)
-    nearest = int(np.argmin(p_value))  # the threshold that is nearest to a certificate
-    accepted = int(counts.accepted[nearest])
-    wrong = int(counts.accepted_wrong[nearest])
-    verb = "is" if wrong == 1 else "are"
-    most_trusted = f"of the {accepted:,} most trusted answers {wrong:,} {verb} wrong"
-    if wrong >= max_risk * accepted:
+    nearest = int(np.argmin(p_value))  # index of the threshold that is nearest to a certificate
+    n_accepted = int(counts.accepted[nearest])
+    n_wrong = int(counts.accepted_wrong[nearest])
+    verb = "is" if n_wrong == 1 else "are"
+    most_trusted = f"of the {n_accepted:,} most trusted answers {n_wrong:,} {verb} wrong"
+    if n_wrong >= max_risk * n_accepted:
         return (
             f"{most_trusted}: these scores do not single out answers with an error rate below "
             f"{max_risk:.2%}"
         )
-    needed = accepted_needed(wrong, max_risk, delta)
-    if needed is not None and needed > accepted:
+    n_needed = accepted_needed(n_wrong, max_risk, delta)
+    if n_needed is not None and n_needed > n_accepted:
         return (
             f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
-            f"least {needed:,} accepted answers"
+            f"least {n_needed:,} accepted answers"
         )
     return (
         f"{most_trusted}. For a threshold that was fixed before the labels came this would be "

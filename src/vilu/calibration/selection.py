@@ -1,19 +1,19 @@
-"""Conformal selection: the answers of a batch that can be accepted with a bound on their errors.
+"""Conformal selection: accept answers of a batch such that few of the accepted answers are wrong.
 
 The p-value of an answer with uncertainty u, from n calibration answers with uncertainties u_i, is
 
     p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
 
-It is small if few calibration answers that were trusted at least as much are wrong. The
+It is small if only few of the calibration answers with an uncertainty of at most u are wrong. The
 procedure of Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as
-its level. This bounds the mean share of wrong answers among the accepted ones (0 if no answer is
+its level. This bounds the mean share of wrong answers among the accepted answers (0 if no answer is
 accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
 the other rows of its batch, so all rows of a batch must be judged together.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
-hypothesis "the answer is wrong" and their clipped score. With the denominator 1 + #wrong in place
-of 1 + n (Bates et al. 2023) the bound is the level times the share of wrong answers, and fewer
-answers are accepted.
+hypothesis "the answer is wrong" and their clipped score. Bates et al. (2023) have the denominator
+1 + #wrong instead of 1 + n. With it, fewer answers would be accepted, and the bound would be the
+level times the share of wrong answers.
 """
 
 from __future__ import annotations
@@ -46,32 +46,35 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
         >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
         [0.2, 0.4]
     """
-    # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer more
-    # trusted than all wrong ones would have the p-value 0 and be accepted at every level.
-    p: Floats = (1 + np.searchsorted(wrong, uncertainty, side="right")) / (1 + n)
+    # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer that
+    # is trusted more than all wrong answers would have the p-value 0, and it would be accepted at
+    # every level.
+    n_wrong_up_to_answer = np.searchsorted(wrong, uncertainty, side="right")
+    p: Floats = (1 + n_wrong_up_to_answer) / (1 + n)
     return np.where(np.isnan(uncertainty), np.nan, p)
 
 
 def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts at a level.
+    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts.
 
-    An answer without a p-value (NaN) is not accepted and not counted.
+    ``p`` (N,) are the p-values, and ``level`` is the maximal risk. An answer without a p-value
+    (NaN) is not accepted and not counted.
     """
     has_p = np.isfinite(p)
-    ordered = np.sort(p[has_p])
-    if not len(ordered):
+    ascending = np.sort(p[has_p])
+    if not len(ascending):
         return has_p
     # If every p-value were compared with the level itself, a fixed share of all wrong answers would
     # be accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
-    steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
+    steps = level * np.arange(1, len(ascending) + 1) / len(ascending)
     # This is a step-up procedure: the largest p-value that is at most its step sets the limit, even
     # if a smaller p-value is above its own step.
-    passed = ordered[ordered <= steps]
-    if not len(passed):
+    up_to_their_step = ascending[ascending <= steps]
+    if not len(up_to_their_step):
         return np.zeros_like(has_p)
-    limit = passed.max()
+    limit = up_to_their_step.max()
     accepted: NDArray[np.bool_] = has_p & (p <= limit)
     return accepted
 

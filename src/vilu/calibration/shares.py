@@ -31,18 +31,18 @@ It is used if no shares of classes are stated.
 """
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
-"""Sizes of the bets, as parts of the largest bet that is possible.
+"""Sizes of the bets, divided by the largest bet that is possible.
 
-The largest bet would lose all wealth at one wrong row of the largest weight.
+The largest possible bet would lose all wealth at one wrong row of the largest weight.
 """
 
 STRATA_SHOWN: Final = 3
-"""Largest number of strata whose missing rows a message lists."""
+"""Largest number of strata that a message lists if strata have too few rows."""
 
 SUM_TOLERANCE: Final = 1e-3
-"""Largest difference from 1 that the sum of stated shares may have, because they are rounded.
+"""The sum of stated shares may differ from 1 by at most this, because stated shares are rounded.
 
-The shares are divided by their sum.
+The shares are then divided by their sum.
 """
 
 
@@ -78,11 +78,11 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
-        # the type is Any, because a caller may give values of any type
+        # The type is Any, because a caller may pass values of any type.
         for name, share in dict[str, Any](class_shares).items():
             is_number = isinstance(share, int | float | np.number)
-            is_share = is_number and 0 <= share <= 1
-            if not is_share:
+            is_valid_share = is_number and 0 <= share <= 1
+            if not is_valid_share:
                 raise UsageError(
                     f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead."
                 )
@@ -95,7 +95,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave out a class of the rows. A share of 0 must be stated, too."""
+    """Refuse stated shares that lack a class of the rows. A share of 0 must be stated, too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -151,14 +151,14 @@ class Strata:
             share_inside = {INSIDE_NAME: 1.0}
             stratum_inside = np.zeros(len(rows), dtype=np.int64)
         else:
-            share_inside, stratum_inside = _by_class(rows, class_shares)
+            share_inside, stratum_inside = _classes_as_strata(rows, class_shares)
         total = sum(share_inside.values())
         shares = []
         for share in share_inside.values():
             # Rounded shares may not add up to exactly 1. Without the division by their sum, the
             # shares of all strata together would not add up to 1.
             shares.append((1 - ood_share) * share / total)
-        self.names = [*share_inside, OUTSIDE_NAME]
+        self.names = [*share_inside, OUTSIDE_NAME]  # out-of-distribution rows: the last stratum
         self.share = np.array([*shares, ood_share])
         self.stratum = np.where(rows.outside, len(share_inside), stratum_inside)
         self.n = np.bincount(self.stratum, minlength=len(self.names))
@@ -170,11 +170,12 @@ class Strata:
         The mean weight is 1 if every stratum with a share above 0 has rows.
         """
         # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
-        # for another population. Callers check ``too_small`` before they look for a threshold.
-        per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
-        return per_stratum[self.stratum]
+        # for another population. So callers check ``small_strata`` before they search for a
+        # threshold.
+        weight_of_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
+        return weight_of_stratum[self.stratum]
 
-    def too_small(self, max_risk: float, delta: float) -> list[SmallStratum]:
+    def small_strata(self, max_risk: float, delta: float) -> list[SmallStratum]:
         """Strata with too few rows for any guarantee; a stratum with the share 0 needs no rows."""
         level = main_level(delta)
         small_strata: list[SmallStratum] = []
@@ -187,8 +188,10 @@ class Strata:
         return small_strata
 
 
-def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
-    """Stated share of every class (0 if not stated), and index (N,) of the class of every row.
+def _classes_as_strata(
+    rows: Outcomes, class_shares: Mapping[str, float]
+) -> tuple[dict[str, float], Ints]:
+    """Stated share of each class by name (0 if not stated), and class index (N,) of each row.
 
     Out-of-distribution rows have no class. They get the index 0, which callers must replace.
     """
@@ -205,17 +208,18 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
             )
     if len(set(names)) < len(names):
         raise UsageError("two classes have one name, so shares by name do not tell them apart.")
-    missing = np.flatnonzero((rows.target < 0) & ~rows.outside)
-    if len(missing):
+    unknown_rows = np.flatnonzero((rows.target < 0) & ~rows.outside)
+    if len(unknown_rows):
         raise DataError(
-            f"shares of classes need the class of every row. That of row {missing[0]} is not known."
+            "shares of classes need the class of every row. The class of row "
+            f"{unknown_rows[0]} is not known."
         )
-    share_of = {name: class_shares.get(name, 0.0) for name in names}
-    return share_of, np.maximum(rows.target, 0)
+    share_of_class = {name: class_shares.get(name, 0.0) for name in names}
+    return share_of_class, np.maximum(rows.target, 0)
 
 
 def main_level(delta: float) -> float:
-    """Level of the thresholds without a floor: what the floors leave of delta (union bound)."""
+    """Level of the thresholds without a floor: the part of delta that no floor uses."""
     return delta * (1 - FLOOR_SHARE * len(FLOORS))
 
 
@@ -244,43 +248,45 @@ def weighted_learn_then_test(
     single t only. The supremum is simulated in ``benchmarks.shares``: the product is conservative,
     and the share of wrong certificates stays below delta.
 
-    As in ``learn_then_test``, thresholds above a floor take 0.01 of delta for each floor. The test
-    pools all strata, so delta is not divided among them.
+    As in ``learn_then_test``, the thresholds above each floor share a level of 0.01 delta. The test
+    pools all strata, so delta is not divided among the strata.
 
     Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    # No threshold separates equal scores. So the sums for a score are those at its last row.
+    # No threshold separates equal scores. So the sums for a score are taken at its last row.
     last_of_score = counts.accepted - 1
-    accepted = np.cumsum(weight[order])[last_of_score]
-    evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
-    evidence = evidence[:, last_of_score]
+    weight_up_to = np.cumsum(weight[order])[last_of_score]  # (G,) of all rows up to each score
+    evidence_after_rows = cumulated_evidence(
+        wrong[order], weight[order], max_risk, float(weight.max())
+    )
+    evidence = evidence_after_rows[:, last_of_score]  # (B, G)
     best: Threshold | None = None
-    most_accepted = 0.0
-    for floor, level in _levels(counts.accepted, len(order), delta):
+    largest_weight = 0.0
+    for floor, level in _floors_with_levels(counts.accepted, len(order), delta):
         evidence_above = evidence[:, floor + 1 :]
-        accepted_below = 0.0
+        weight_below = 0.0
         if floor != NO_FLOOR:
             evidence_at_floor = evidence[:, floor][:, None]  # (B, 1)
             evidence_above = evidence_above - evidence_at_floor
-            accepted_below = float(accepted[floor])
+            weight_below = float(weight_up_to[floor])
         certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
         if not len(certified):
             continue
         # The laxest certified threshold is taken, even if a stricter one is not certified. The
         # bound holds for the supremum over all thresholds, so their order does not matter.
         index = floor + 1 + int(certified.max())
-        weight_accepted = float(accepted[index]) - accepted_below
-        if weight_accepted > most_accepted:
-            most_accepted = weight_accepted
+        accepted_weight = float(weight_up_to[index]) - weight_below
+        if accepted_weight > largest_weight:
+            largest_weight = accepted_weight
             best = Threshold.at(counts, index, max_risk, floor)
     return best
 
 
-def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Pairs for ``NO_FLOOR`` and every floor: its index, and the level of thresholds above it.
+def _floors_with_levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
+    """``NO_FLOOR`` and the index of every floor, each with the level of the thresholds above it.
 
     ``accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
@@ -294,9 +300,13 @@ def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """Log evidence (B, N): log of the product over the first 1, 2, ... N rows, for B bets.
+    """Log evidence (B, N) of B bets, after 1, 2, ... N rows.
 
-    ``largest`` is the largest weight of any row.
+    Args:
+        wrong: Mask (N,) of the rows whose answer is wrong.
+        weight: Weight (N,) of every row.
+        max_risk: Largest error rate, in (0, 1).
+        largest: Largest weight of any row.
     """
     # The bets are so small that every factor is positive, even for a wrong row of the largest
     # weight. Markov's inequality needs E >= 0.
@@ -304,10 +314,10 @@ def cumulated_evidence(
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
 
-@np.errstate(under="ignore")  # a term far smaller than the others is rounded to 0
+@np.errstate(under="ignore")  # a term far smaller than the largest one is rounded to 0
 def log_mean(evidence: Floats) -> Floats:
     """Log (G,) of the mean evidence over B bets, from log evidence (B, G)."""
-    # For the mean over bets E[E(t)] <= 1 holds. For the maximum over bets it does not.
+    # E[E(t)] <= 1 holds for the mean over bets, but not for the maximum over bets.
     log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
     return log_e
 
@@ -315,21 +325,23 @@ def log_mean(evidence: Floats) -> Floats:
 def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
     """Smallest number of rows that a stratum with this share needs; None if no number is enough.
 
-    The number is for the best case: the other strata have infinitely many rows, and every accepted
-    answer is right. If ``all_wrong``, all rows of the stratum are wrong, and in the best case none
-    of them is accepted.
+    The number is for the best case: all other strata have infinitely many rows, and every accepted
+    answer is right. If ``all_wrong``, all answers to rows of this stratum are wrong, and in the
+    best case none of them is accepted.
     """
-    # gain of every bet by one right row of the largest weight
+    # gain of each bet from one right row of the largest weight
     gain = np.array(BETS) * max_risk / (1 - max_risk)
-    # With infinitely many rows in the other strata their weights tend to 0 and their product tends
-    # to exp(-b sum Z). With finitely many rows the product is smaller, so more rows are needed.
-    log_gain_of_others = gain * (1 - share) / share  # per row of this stratum
-    log_gain_of_own = np.zeros(len(gain))
+    # With infinitely many rows in all other strata, their weights tend to 0 and the product of
+    # their factors tends to exp(-b sum Z). With finitely many rows the product is smaller, so more
+    # rows are needed.
+    log_gain_elsewhere = gain * (1 - share) / share  # in all other strata, per row of this stratum
+    log_gain_here = np.zeros(len(gain))
     if not all_wrong:
-        log_gain_of_own = np.log1p(gain)
+        log_gain_here = np.log1p(gain)
+    log_gain_per_row = log_gain_elsewhere + log_gain_here
 
     def is_enough(n: int) -> bool:
-        evidence = log_mean((n * (log_gain_of_others + log_gain_of_own))[:, None])
+        evidence = log_mean((n * log_gain_per_row)[:, None])
         return bool(evidence[0] >= -math.log(level))
 
     return first_enough(is_enough, first_tried=1)
@@ -337,7 +349,7 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
 
 def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str:
     """Why nothing is certified: too few rows in some strata, or scores that separate too little."""
-    small_strata = strata.too_small(max_risk, delta)
+    small_strata = strata.small_strata(max_risk, delta)
     if not small_strata:
         return (
             f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "

@@ -31,11 +31,12 @@ class Target:
         max_miss: Largest share of label sets without the right label.
         outside_share: Expected share of pictures of none of the classes; None: the share among the
             calibration rows.
-        class_shares: Expected share of each class, by name, among the pictures of the classes;
+        class_shares: Maps each class name to its expected share among the pictures of the classes;
             None: the shares among the calibration rows.
-        cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``; None: rows count.
-        largest_cluster: For "ratio": largest number of rows of a cluster that is covered; None: the
-            size of the largest calibration cluster.
+        cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``; None: the guarantee is
+            about single rows.
+        largest_cluster: For "ratio": largest number of rows of a cluster that the guarantee covers;
+            None: the size of the largest calibration cluster.
 
     Examples:
         >>> import vilu
@@ -59,18 +60,18 @@ class Target:
     largest_cluster: int | None = None
 
     @model_serializer(mode="wrap")
-    def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save; without clusters they are the fields of earlier versions."""
-        return self._without_clusters(fields_of(self))
+    def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields to save, without the fields about clusters if they are not used."""
+        return self._without_unused_fields(fields_of(self))
 
     def facts(self) -> dict[str, Any]:
         """The fields as a dictionary, for digests."""
-        return self._without_clusters(dataclasses.asdict(self))
+        return self._without_unused_fields(dataclasses.asdict(self))
 
-    def _without_clusters(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields, without the fields about clusters if there is no risk of clusters."""
-        # A new field with its default value would change the digests of old targets, and the
-        # fingerprints of calibrations that contain them.
+    def _without_unused_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Remove the fields about clusters from ``fields`` if there is no risk of clusters."""
+        # Earlier versions did not have these fields. With them, the digests of old targets would
+        # change, and the fingerprints of calibrations that contain the targets.
         if self.cluster_risk is None:
             fields.pop("cluster_risk", None)
             fields.pop("largest_cluster", None)
@@ -78,18 +79,18 @@ class Target:
 
     @property
     def has_rule(self) -> bool:
-        """Whether a rule is asked for, not only probabilities or label sets."""
+        """Whether the target asks for a rule, not only for probabilities or label sets."""
         return self.max_risk is not None or self.min_coverage is not None
 
     @property
     def states_shares(self) -> bool:
-        """Whether the guarantee must hold for stated shares instead of those of the rows."""
+        """Whether the guarantee must hold for stated shares, not for the shares among the rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     def check_rule(self, *, grouped: bool) -> None:
         """Refuse a target that no rule can guarantee.
 
-        ``grouped``: whether every group has a threshold of its own.
+        ``grouped`` says whether each group has a threshold of its own.
         """
         if not self.has_rule:
             raise UsageError("what is to be guaranteed? Give max_risk, min_coverage or both.")
@@ -118,7 +119,8 @@ class Target:
     def risk_of_anytime(self) -> float:
         """The ``max_risk`` of a target with the method "anytime".
 
-        A target without it is refused, and one with options that "anytime" does not allow.
+        Targets without a ``max_risk`` are refused, and targets with options that "anytime" does not
+        allow.
         """
         allowed_target = Target(
             max_risk=self.max_risk,
@@ -142,8 +144,8 @@ class Target:
         if self.cluster_risk is None:
             return
         has_only_max_risk = self.max_risk is not None and self.min_coverage is None
-        is_plain = has_only_max_risk and self.method == "ltt" and not self.states_shares
-        if not is_plain or grouped:
+        is_allowed = has_only_max_risk and self.method == "ltt" and not self.states_shares
+        if not is_allowed or grouped:
             raise UsageError(
                 "a cluster_risk takes a max_risk and the method ltt, and no min_coverage, groups "
                 "or shares."

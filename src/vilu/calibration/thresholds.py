@@ -19,7 +19,7 @@ MAX_ROWS = 2**40
 """Largest number of rows that a search tries."""
 
 Starts = tuple[tuple[float, float], ...]
-"""A pair for every sequence: share of the rows at which it starts, and share of the level."""
+"""For every sequence: share of the rows at which it starts, and share of the level."""
 
 
 def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
@@ -30,9 +30,9 @@ def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     # imported here, because the import takes half a second and scoring does not need SciPy
     from scipy import special
 
-    # The tail is the regularised incomplete beta function I(m - k, k + 1) at 1 - risk, which SciPy
-    # computes for whole arrays. It is exact. The normal approximation is too small where errors are
-    # rare, as they are here.
+    # The tail equals the regularised incomplete beta function I(m - k, k + 1) at 1 - risk, which
+    # SciPy computes for whole arrays. This is exact. A normal approximation of the tail would be
+    # too small, because errors are rare here.
     has_right = wrong < accepted
     # Both parameters of the function must be above 0. Where no answer is right, both are set to 1
     # and the result is replaced by 1.
@@ -65,19 +65,20 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
 
 
 def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = math.ceil) -> str:
-    """Text of a bound in per cent, never rounded in the direction that would guarantee more.
+    """Text of a bound in per cent, rounded such that it does not guarantee more than the bound.
 
-    An upper bound is rounded up (``math.ceil``), a lower bound down (``math.floor``). A small share
-    is shown with more than ``decimals`` decimals.
+    An upper bound is rounded up (``math.ceil``), a lower bound is rounded down (``math.floor``). A
+    small share is shown with more than ``decimals`` decimals.
     """
     if share > 0:
-        # as many decimals as show the first two digits of the share other than 0
+        # The first two digits that are not leading zeros must be shown.
         decimals_of_two_digits = 1 - math.floor(math.log10(100 * share))
         decimals = max(decimals, decimals_of_two_digits)
-    unit = 10 ** (decimals + 2)
+    units_per_one = 10 ** (decimals + 2)  # a unit is 1 in the last decimal that is shown
     # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
     # rounding up alone would give 7.01 %.
-    return f"{rounding(round(share * unit, 6)) / unit:.{decimals}%}"
+    n_units = rounding(round(share * units_per_one, 6))
+    return f"{n_units / units_per_one:.{decimals}%}"
 
 
 def exact_percent(confidence: float) -> str:
@@ -95,9 +96,9 @@ def rows_without_error(risk: float, delta: float) -> int:
 
 
 def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
-    """Smallest m with P[Bin(m, risk) <= wrong] <= delta; None where m is above 2^40.
+    """Smallest m with P[Bin(m, risk) <= wrong] <= delta; None if m would be above 2^40.
 
-    So many accepted answers certify the risk although ``wrong`` of them are wrong.
+    m accepted answers certify the risk although ``wrong`` of them are wrong.
     """
 
     def is_enough(m: int) -> bool:
@@ -109,9 +110,9 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
-    """Find a number m that is enough while m - 1 is not; None if m is above 2^40.
+    """Find a number m that is enough while m - 1 is not; None if m would be above 2^40.
 
-    The search begins at ``first_tried``. It doubles this number until it is enough, and then
+    The search begins at ``first_tried``. It doubles the number until it is enough, and then
     bisects.
     """
     high = first_tried
@@ -132,47 +133,47 @@ def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | No
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.7))
 """Share of the rows at which each sequence starts, and its share of the level.
 
-The level is what remains of delta after the sequence that starts at all rows (``WHOLE``).
+The level is the part of delta that the sequence at all rows (``WHOLE``) does not use.
 """
 
 WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 LARGEST_QUOTIENT = 2 / 3
-"""Largest quotient of the starts of two neighbouring sequences in rows, the earlier by the later.
+"""Two sequences are merged if the quotient of their starts is above this.
 
-With a larger quotient the two sequences would start close together, so they are merged. The merged
-sequence starts where the later one would, with the levels of both.
+The starts are numbers of rows, and the earlier start is divided by the later one. A merged sequence
+starts where the later sequence would start, with the levels of both.
 """
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the rows, always the most trusted ones, that a floor leaves for review.
+"""Shares of the rows that a floor leaves for review. A floor leaves the most trusted rows.
 
-A floor helps where so many of these rows are wrong that no threshold without a floor is certified.
+A floor helps if so many of these rows are wrong that no threshold without a floor is certified.
 """
 
 FLOOR_SHARE = 0.01
-"""Share of delta that each floor takes."""
+"""Share of delta for the tests above each floor."""
 
 FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""Pairs as in ``STARTS``, for the rows above a floor."""
+"""Starts and shares of the level, as in ``STARTS``, for the sequences above a floor."""
 
 FLOOR_ROWS = 500
 """Smallest number of rows with which floors are tried.
 
-Among fewer rows, one or two wrong answers among the most trusted may be chance. Floors would also
-take a part of delta, and with few rows all of delta is needed.
+With fewer rows, one or two wrong answers among the most trusted rows may be chance. Floors would
+also use a part of delta, and with few rows all of delta is needed without a floor.
 """
 
 NO_FLOOR = -1
-"""Index that stands for no floor. The scores above a floor begin at the next index, which is 0."""
+"""Index that stands for no floor. So the scores above it begin at the next index, which is 0."""
 
 BLOCK = 2**14
 """Number of p-values that are computed at once."""
 
 
 class Threshold(Model):
-    """Accepted interval of uncertainties, floor < u <= threshold, and the evidence for it.
+    """Interval of accepted uncertainties, floor < u <= threshold, and the evidence for it.
 
     Attributes:
         threshold: Accept where the uncertainty is at most this number; None: accept nothing.
@@ -180,10 +181,10 @@ class Threshold(Model):
         n_accepted: Number of calibration rows that are accepted.
         n_wrong: Number of accepted calibration rows that are wrong.
         risk_bound: The guaranteed bound of the risk; None where nothing is accepted.
-        why: Why nothing is accepted; None where something is.
-        n_needed: Smallest number of calibration rows with which anything could be certified, if
-            ``n`` is smaller; else None. How many rows suffice depends on how many of them are
-            accepted and right.
+        why: Why nothing is accepted; None if something is accepted.
+        n_needed: Smallest number of calibration rows with which anything could be certified; None
+            if there are at least that many. More rows than this may be needed, because it depends
+            on how many of them are accepted and right.
         floor: Review where the uncertainty is at most this number, because too many of the most
             trusted answers are wrong; None: no floor.
     """
@@ -199,9 +200,9 @@ class Threshold(Model):
 
     @classmethod
     def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = NO_FLOOR) -> Self:
-        """Accept the distinct scores with index floor + 1 to ``index``, both included.
+        """The threshold that accepts the scores ``counts.value[floor + 1 : index + 1]``.
 
-        ``floor`` is the index of the largest distinct score below the interval, or ``NO_FLOOR``.
+        ``floor`` is the index of the largest score below the interval, or ``NO_FLOOR``.
         """
         interval = slice(floor + 1, index + 1)
         floor_score = None if floor == NO_FLOOR else float(counts.value[floor])
@@ -249,54 +250,56 @@ class Threshold(Model):
     def __str__(self) -> str:
         if self.threshold is None:
             return f"accepts nothing: {self.why}"
-        counted = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n}"
-        floor = "" if self.floor is None else f"{self.floor:.6g} < "
-        accepts = f"{floor}uncertainty <= {self.threshold:.6g} accepts {self.coverage:.1%}"
-        return f"{accepts} ({counted})"
+        above_floor = "" if self.floor is None else f"{self.floor:.6g} < "
+        return (
+            f"{above_floor}uncertainty <= {self.threshold:.6g} accepts {self.coverage:.1%} "
+            f"({self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n})"
+        )
 
 
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
     """The certified interval of scores that accepts most rows: P[risk <= max_risk] >= 1 - delta.
 
-    **Test of one threshold.** k_t of the m_t rows with a score of at most t are wrong. The
-    hypothesis H_t, R(t) > max_risk, is rejected at level a where
+    **Test of one threshold.** Of the m_t rows with a score of at most t, k_t rows are wrong. The
+    hypothesis H_t, "R(t) > max_risk", is rejected at level a if
 
         P[Bin(m_t, max_risk) <= k_t] <= a.
 
-    **Fixed sequences.** Thresholds are tested from strict to lax, all at the same level, until one
-    H_t is not rejected. R need not be monotone. A sequence must start where enough rows are
-    accepted for a rejection to be possible. One unlucky wrong answer near the start ends the
-    sequence.
-    Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the rows,
-    and at all rows. A sequence that reaches the start of the next sequence adds its level to that
-    of the next sequence (fallback procedure of Wiens). If there are few rows, one sequence has all
-    of delta.
+    **Fixed sequences.** A sequence tests thresholds from strict to lax, all at the same level,
+    until one H_t is not rejected. R need not be monotone. A sequence must start where enough rows
+    are accepted for a rejection to be possible. One unlucky wrong answer near the start ends the
+    sequence. Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the
+    rows, and at all rows. A sequence that reaches the start of the next sequence adds its level to
+    the level of the next sequence (fallback procedure of Wiens). If there are few rows, one
+    sequence has all of delta.
 
     **Exact starts.** A binomial tail has steps: a level between two steps rejects no more than the
     lower step does. So a sequence starts at a number of rows at which one more wrong answer has
-    just become admissible, and its test uses nearly all of its level.
-    The sequence at all rows takes the largest value of its tail that is at most delta / 4. It is
-    left out if it would admit no wrong answer.
+    just become admissible. There its test uses nearly all of its level. The level of the sequence
+    at all rows is the largest value of its tail that is at most delta / 4. This sequence is left
+    out if it would admit no wrong answer.
 
     **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
     or more, intervals l < u <= t above a floor l are tested in the same way. Floors lie at 1/32,
-    1/16, 1/8 and 1/4 of the rows. Each takes 0.01 of delta. A floor is left out if the rows above
-    it are too few for a rejection.
+    1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta. A floor is
+    left out if the rows above it are too few for a rejection.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
     1. All starts are ranks of scores, so they do not depend on which answers are wrong.
-    2. Call an interval of t where R(t) > max_risk a bad range. R(t) = max_risk at both of its ends.
+    2. A bad range is an interval of t in which R(t) > max_risk. R(t) = max_risk at both of its
+       ends.
     3. Condition on the number of rows in every range. Then Bin(m, max_risk) of the m rows before a
        bad range are wrong. The numbers of rows also determine in which bad range a sequence meets
        its first true H_t, and at which level.
     4. To enter this range, the sequence must reject the last H_t before the range. By step 3 the
        probability of this rejection is at most the level.
-    5. If the sequence starts inside a bad range, its first threshold t is the score of a row chosen
-       by rank, and this row is no random draw. Given t, the number of wrong answers among the other
-       m - 1 rows is at least Bin(m - 1, max_risk) in distribution. So these m - 1 rows are tested
-       first, and then all m rows. If only the first test rejects, the threshold just before t is
-       certified, because t may be a score that many rows share, all of them wrong.
+    5. If the sequence starts inside a bad range, its first threshold t is the score of a row that
+       was chosen by its rank. So this row is no random draw. Given t, the number of wrong answers
+       among the remaining m - 1 rows is at least Bin(m - 1, max_risk) in distribution. So these
+       m - 1 rows are tested first, and then all m rows. If only the first test rejects, the
+       threshold just before t is certified, because t may be a score that many rows share, all of
+       them wrong.
     6. A level is passed on only if the sequence has met no true H_t. So the levels at which true
        hypotheses are met add up to at most delta.
     7. Given a floor, the rows above it are independent draws. The floors share delta (union bound).
@@ -348,11 +351,14 @@ def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
 
 
 def _count_above_floor(cumulated: Ints, floor: int) -> Ints:
-    """Cumulated counts of the rows above a floor, for each score above the floor."""
+    """Cumulated counts of the rows above a floor, for each score above the floor.
+
+    ``cumulated`` (G,) holds the cumulated counts of all rows, and ``floor`` is an index into it.
+    """
     if floor == NO_FLOOR:
         return cumulated
-    count: Ints = cumulated[floor + 1 :] - cumulated[floor]
-    return count
+    above_floor: Ints = cumulated[floor + 1 :] - cumulated[floor]
+    return above_floor
 
 
 def _fallback_procedure(
@@ -367,7 +373,7 @@ def _fallback_procedure(
     """The laxest threshold above a floor that Wiens' fallback procedure certifies.
 
     ``floor`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are
-    those of ``sequence_starts``.
+    passed to ``sequence_starts``.
     """
     accepted = _count_above_floor(counts.accepted, floor)
     wrong = _count_above_floor(counts.accepted_wrong, floor)
@@ -379,18 +385,20 @@ def _fallback_procedure(
     for start, end in pairwise([*sorted(levels), len(accepted)]):
         level = carried_level + levels[start]
         # The row at the first threshold determines where the sequence starts. So it is no random
-        # draw, and the binomial law holds for the remaining rows only. The row counts as right,
-        # unless all rows with its score are wrong.
+        # draw, and the binomial law holds for the remaining rows only. If several rows have its
+        # score, the row counts as right, unless all of them are wrong.
+        n_remaining = accepted[start] - 1
         wrong_of_remaining = wrong[start] - is_all_wrong[start]
         first_not_rejected = start
-        if binomial_tail(wrong_of_remaining, accepted[start] - 1, max_risk) <= level:
+        if binomial_tail(wrong_of_remaining, n_remaining, max_risk) <= level:
             first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
             # If all rows together do not reject H_t at the start, the threshold before t is
             # certified: t itself may be a score that many rows share, all of them wrong.
             laxest = first_not_rejected - 1
         # The level is carried on only if all hypotheses were rejected. A hypothesis that is not
         # rejected may be true, and then its test has used up the level (Wiens 2003).
-        carried_level = level if first_not_rejected == end else 0.0
+        are_all_rejected = first_not_rejected == end
+        carried_level = level if are_all_rejected else 0.0
     if laxest is None:
         return None
     return Threshold.at(counts, first_score + laxest, max_risk, floor)
@@ -399,28 +407,38 @@ def _fallback_procedure(
 def _level_at_start(
     accepted: Ints, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> dict[int, float]:
-    """Level of each sequence, by the index in ``accepted`` at which the sequence starts.
+    """For each index in ``accepted`` at which a sequence starts, the level of the sequence.
 
-    Where rows have equal scores, no index may accept exactly the best number of rows for a start.
-    Then the sequence starts at the index that accepts the nearest number.
+    ``accepted`` (G,) is the number of rows that each score accepts as a threshold.
     """
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for sequence_start in sequence_starts(n, starts, whole, max_risk, delta):
-        # Starts depend on numbers of rows only. To choose a start where the answers happen to be
-        # right would mean to look at many tests, but the level allows for one test only.
-        # the first index that accepts at least the best number of rows
-        index = int(np.searchsorted(accepted, sequence_start.best_rows))
-        if index:
-            n_before = accepted[index - 1]
-            has_enough_rows = n_before >= sequence_start.fewest_rows
-            n_missing = sequence_start.best_rows - n_before
-            n_surplus = accepted[index] - sequence_start.best_rows
-            if has_enough_rows and n_missing < n_surplus:
-                index -= 1
-        # two sequences that start at one index become one sequence with both levels
+        index = _index_of_start(accepted, sequence_start)
+        # two sequences that start at the same index become one sequence with both levels
         levels[index] = levels.get(index, 0.0) + sequence_start.level
     return levels
+
+
+def _index_of_start(accepted: Ints, sequence_start: SequenceStart) -> int:
+    """Index in ``accepted`` at which a sequence starts.
+
+    If rows have equal scores, perhaps no index accepts exactly the best number of rows for a start.
+    Then the sequence starts at the index that accepts the nearest number.
+    """
+    # A start depends on numbers of rows only. If it were chosen where the answers happen to be
+    # right, the choice would be the best of many tests, but the level allows for one test only.
+    best_rows = sequence_start.best_rows
+    index = int(np.searchsorted(accepted, best_rows))  # the first that accepts at least best_rows
+    if index == 0:
+        return index
+    n_before = accepted[index - 1]
+    has_enough_rows = n_before >= sequence_start.fewest_rows
+    n_missing = best_rows - n_before
+    n_surplus = accepted[index] - best_rows
+    if has_enough_rows and n_missing < n_surplus:
+        return index - 1
+    return index
 
 
 def _first_not_rejected(
@@ -442,68 +460,78 @@ def _first_not_rejected(
 
 
 class SequenceStart(NamedTuple):
-    """Start of a fixed sequence, as the number of rows accepted there."""
+    """Number of rows that the first threshold of a fixed sequence should accept, and the level."""
 
     fewest_rows: int  # smallest number of rows at which a rejection is possible
     best_rows: int  # number of rows at which one more wrong answer has just become admissible
-    level: float
+    level: float  # level of all tests of the sequence
 
 
 @lru_cache
 def sequence_starts(
     n: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> tuple[SequenceStart, ...]:
-    """Starts of the sequences of n rows: the one at all rows, then those of ``starts``.
+    """Starts of the sequences of n rows: first the start at all rows, then the ``starts`` in order.
 
-    The sequence at all rows gets at most the share ``whole`` of the level ``delta``.
-
-    Sequences that cannot reject anything are left out. Each start has one row more than its first
-    test has trials, because the last row is no random draw.
+    The sequence at all rows gets at most the share ``whole`` of the level ``delta``. Sequences that
+    cannot reject anything are left out.
     """
     sequences: list[SequenceStart] = []
     level_left = delta
-    wrong = admissible(n - 1, max_risk, whole * delta)
-    if wrong > 0:
-        # The tail has steps. A level above the step at ``wrong`` would not reject more. So what is
-        # above the step is left to the other sequences.
-        level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
-        sequences.append(SequenceStart(fewest_rows=n, best_rows=n, level=level))
-        level_left = delta - level
+    start_at_all_rows = _start_at_all_rows(n, max_risk, whole * delta)
+    if start_at_all_rows is not None:
+        sequences.append(start_at_all_rows)
+        level_left = delta - start_at_all_rows.level
     carried_level = 0.0
     no_start = (0.0, 0.0)  # follows the last start
     for start, next_start in pairwise([*starts, no_start]):
         row_share, level_share = start
         next_row_share, next_level_share = next_start
         level = carried_level + level_left * level_share
-        trials_wanted = math.ceil(n * row_share) - 1
+        # The last row of a start is no random draw. So a start has one row more than its first test
+        # has trials.
+        trials_planned = math.ceil(n * row_share) - 1
         trials_needed = rows_without_error(max_risk, level)
         merged_level = level + level_left * next_level_share
         trials_needed_next = rows_without_error(max_risk, merged_level)
-        next_rows = max(math.ceil(n * next_row_share), trials_needed_next + 1)
+        rows_of_next = max(math.ceil(n * next_row_share), trials_needed_next + 1)
         has_next = next_start != no_start
-        has_too_few = trials_wanted < trials_needed  # at its planned start
-        is_near_next = trials_needed + 1 > LARGEST_QUOTIENT * next_rows
-        if has_next and has_too_few and is_near_next:
+        has_too_few_trials = trials_planned < trials_needed
+        is_near_next = trials_needed + 1 > LARGEST_QUOTIENT * rows_of_next
+        if has_next and has_too_few_trials and is_near_next:
             # One sequence with the levels of both certifies more than two sequences that start
             # close together.
             carried_level = level
             continue
-        trials = max(trials_wanted, trials_needed)
-        # Where one more wrong answer has just become admissible, the test uses nearly all of its
-        # level. With fewer trials the level between two steps of the tail would be unused.
-        one_more_wrong = admissible(trials - 1, max_risk, level) + 1
-        best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
         carried_level = 0.0
+        trials = max(trials_planned, trials_needed)
         if trials < n:
-            best_rows = min(best_trials + 1, n)
-            sequences.append(
-                SequenceStart(fewest_rows=trials + 1, best_rows=best_rows, level=level)
-            )
+            sequences.append(_exact_start(n, trials, max_risk, level))
     return tuple(sequences)
 
 
+def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> SequenceStart | None:
+    """Start of the sequence at all n rows; None if its test would admit no wrong answer."""
+    wrong = admissible(n - 1, max_risk, largest_level)
+    if wrong <= 0:
+        return None
+    # The tail has steps. A level above the step at ``wrong`` would not reject more. So the step is
+    # the level, and the rest of ``largest_level`` stays for all other sequences.
+    level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
+    return SequenceStart(fewest_rows=n, best_rows=n, level=level)
+
+
+def _exact_start(n: int, trials: int, max_risk: float, level: float) -> SequenceStart:
+    """Start of a sequence whose first test has at least this number of ``trials``, among n rows."""
+    # Where one more wrong answer has just become admissible, the test uses nearly all of its level.
+    # With fewer trials the level between two steps of the tail would be unused.
+    one_more_wrong = admissible(trials - 1, max_risk, level) + 1
+    best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
+    return SequenceStart(fewest_rows=trials + 1, best_rows=min(best_trials + 1, n), level=level)
+
+
 def admissible(n: int, max_risk: float, level: float) -> int:
-    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level; -1 if none."""
+    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level; -1: no number."""
 
     def tail_of(wrong: int) -> float:
         return float(binomial_tail(np.asarray(wrong), np.asarray(n), max_risk))
@@ -531,11 +559,11 @@ def conformal_risk_control(
     # The new row is counted as accepted and wrong. With k / n, which leaves out the new row, the
     # mean over draws could exceed max_risk by up to 1 / (n + 1).
     joint_risk = (counts.accepted_wrong + 1) / (counts.n + 1)
-    # This bound never falls as t grows, so the scores that satisfy it are the first ones.
-    n_scores = int(np.count_nonzero(joint_risk <= max_risk))
-    if not n_scores:
+    # The joint risk never falls as t grows. So the scores where it is small enough come first.
+    n_valid = int(np.count_nonzero(joint_risk <= max_risk))
+    if n_valid == 0:
         return None
-    return Threshold.at(counts, n_scores - 1, max_risk)
+    return Threshold.at(counts, n_valid - 1, max_risk)
 
 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Threshold | None:
@@ -546,8 +574,8 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     t is the smallest score at which the lower Clopper-Pearson bound of the acceptance rate reaches
     ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
     risk at t is bounded by a test of a single threshold. (Scores with ties are simulated in the
-    tests.) The row at t is no trial, because only the other rows are random given t. All wrong
-    answers up to t are counted.
+    tests.) Given t, the row at t is not random, so it is no trial. But all wrong answers up to t
+    are counted.
     """
     n = int(counts.n)
 
@@ -582,8 +610,8 @@ def rows_for_mean(max_risk: float) -> int:
 def rows_for_coverage(min_coverage: float, delta: float) -> int:
     """Smallest number n of rows with min_coverage^n <= delta / 2.
 
-    If all n rows are accepted, at least the share ``min_coverage`` of all answers is accepted, with
-    confidence 1 - delta / 2.
+    If all n rows are accepted, the coverage is at least ``min_coverage`` with confidence
+    1 - delta / 2.
     """
     quotient = math.log(delta / 2) / math.log(min_coverage)
     return math.ceil(quotient - 1e-9)  # with the tolerance of ``rows_without_error``

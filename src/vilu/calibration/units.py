@@ -1,4 +1,4 @@
-"""Counting of calibration rows: every picture counts once, however many files show it."""
+"""Calibration rows are counted so that each picture counts once, however many files show it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.seen import one_per_picture
 
 ALIKE: Final = 0.99
-"""Two pictures with at least this cosine are taken for copies that differ by noise only.
+"""Two pictures with at least this cosine count as copies that differ by noise only.
 
 Several such copies are no more evidence than one picture. Two copies with noise of standard
 deviation 0.003 in each of 512 coordinates have a cosine of about 0.995.
@@ -30,49 +30,54 @@ With vectors of width 512 the search takes 40 MB and ten seconds.
 
 
 class CountedRows(Model):
-    """Numbers of files, pictures and scenes among calibration rows, if these numbers differ."""
+    """Numbers of files, pictures and scenes among calibration rows, if these numbers differ.
 
-    files: int = Field(ge=1)
-    pictures: int = Field(ge=1)
-    # number of pictures if near copies count once; None: the same number as ``pictures``
-    scenes: int | None = Field(default=None, ge=1)
+    A scene is a group of near copies, or a picture without near copies.
+    """
+
+    files: int = Field(ge=1)  # number of files
+    pictures: int = Field(ge=1)  # number of different pictures
+    scenes: int | None = Field(default=None, ge=1)  # number of scenes; None: as many as pictures
 
     def __str__(self) -> str:
-        words = f"{self.files:,} files show {self.pictures:,} pictures"
         if self.files == self.pictures:
-            words = f"{self.pictures:,} pictures"
+            text = f"{self.pictures:,} pictures"
+        else:
+            text = f"{self.files:,} files show {self.pictures:,} pictures"
         if self.scenes is None:
-            return words
-        return f"{words}, {self.scenes:,} where near copies count once"
+            return text
+        return f"{text}, {self.scenes:,} where near copies count once"
 
 
-def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
-    """Choose one row per picture among the rows where ``keep`` (N,) is True.
+def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
+    """Choose one row per picture among the rows in the mask ``is_usable`` (N,).
 
     With classes, all rows of a picture ask the same question. The picture counts as wrong if any of
     its rows has a wrong answer, so its first wrong row is chosen. With captions, each row of a
-    picture asks another question, and one wrong answer does not make the rest wrong. So the first
-    row is chosen, right or wrong. A row whose picture is not known counts as a separate picture.
+    picture asks another question. One wrong answer does not make the answers in the other rows
+    wrong, so the first row is chosen, right or wrong. A row whose picture is not known counts as a
+    separate picture.
 
     Returns:
-        Indices (M,) of the chosen rows; and the numbers of files and pictures, None if they are
-        equal.
+        Indices (M,) of the chosen rows.
+        Numbers of files and pictures; None if these numbers are equal.
     """
-    rows = np.flatnonzero(keep)
+    usable_rows = np.flatnonzero(is_usable)
     if outcomes.picture is None:
-        return rows, None
-    preferred = outcomes.failure[rows]  # 1 where the answer is wrong: such rows are chosen first
+        return usable_rows, None
+    priority = outcomes.failure[usable_rows]  # 1 for a wrong answer: such a row is chosen first
     has_captions = outcomes.provenance.get("pool_size") is not None
     if has_captions:
-        # If the one wrong caption of five stood for its image, the chosen rows would have a higher
-        # error rate than all captions. So no row is preferred.
-        preferred = np.zeros_like(preferred)
+        # Suppose that one of the five captions of an image has a wrong answer. If its row were
+        # chosen, the chosen rows would have a higher error rate than all captions. So all rows have
+        # the same priority.
+        priority = np.zeros_like(priority)
     # Rows of one picture tend to be wrong together, so they are one trial of the binomial law. If
     # every row were counted as a trial, the bound would be too small.
-    chosen = rows[one_per_picture(outcomes.picture[rows], preferred)]
-    if len(chosen) == len(rows):
-        return rows, None
-    return chosen, CountedRows(files=len(rows), pictures=len(chosen))
+    chosen_rows = usable_rows[one_per_picture(outcomes.picture[usable_rows], priority)]
+    if len(chosen_rows) == len(usable_rows):
+        return usable_rows, None
+    return chosen_rows, CountedRows(files=len(usable_rows), pictures=len(chosen_rows))
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:

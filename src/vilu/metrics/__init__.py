@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vilu.metrics.selective import risk_at_coverage as risk_at_coverage
     from vilu.metrics.selective import risk_coverage_curve as risk_coverage_curve
 
-# for every module, its public names with spaces between them
+# maps each module to its public names, separated by spaces
 _NAMES_OF_MODULE = {
     "vilu.metrics.bootstrap": "Difference Interval bootstrap_interval paired_bootstrap",
     "vilu.metrics.catalog": "DEFAULT_METRICS METRICS Metric",

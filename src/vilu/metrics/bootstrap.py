@@ -8,9 +8,10 @@ The rows are sorted once. A resample is a vector of counts over the sorted score
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
 are grouped, and the time is of order resamples · groups.
 
-Rows that show the same picture are not independent. If such rows are known, pictures are resampled
-together with all their rows, in three strata: pictures with only right answers, with only wrong
-answers, and with both. Therefore, if every row of a data set is repeated, no interval changes.
+Rows that show the same picture are not independent. If it is known which rows show the same
+picture, pictures are resampled together with all their rows. There are three strata: pictures with
+only right answers, with only wrong answers, and with both. Therefore, if every row of a data set is
+repeated, no interval changes.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from vilu.validation import checked, require_at_least, require_between
 MAX_RESAMPLES = 1_000_000
 """Maximum number of resamples. More resamples would hardly change an interval."""
 RESAMPLED_GROUPS = 2**13
-"""Maximum number of rows that are drawn one by one, and of groups of scores.
+"""Maximum number of rows that are drawn one by one, and maximum number of groups of scores.
 
 If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
 """
 CELLS = 2**18
-"""Number of counts in memory at a time: 2 MB per temporary array, about the size of a cache."""
+"""Maximum number of entries of a temporary array: 2 MB, about the size of a cache."""
 
 
 class Interval(NamedTuple):
@@ -77,7 +78,7 @@ class Difference(NamedTuple):
         >>> import vilu
         >>> failure = [0, 0, 1, 1] * 10
         >>> good = [1, 2, 3, 4] * 10  # the wrong answers have the largest uncertainties: AUROC 1
-        >>> bad = [4, 3, 2, 1] * 10  # they have the smallest: AUROC 0
+        >>> bad = [4, 3, 2, 1] * 10  # the wrong answers have the smallest: AUROC 0
         >>> vilu.metrics.paired_bootstrap("auroc", good, bad, failure, n_resamples=199)
         Difference(difference=1.0, ci_low=1.0, ci_high=1.0, p_value=0.01)
     """
@@ -93,8 +94,8 @@ class Quantity:
     """A number and its values on bootstrap resamples.
 
     Arithmetic with quantities also computes the bootstrap values, so every result has an interval.
-    Quantities of the same test rows share their resamples. Therefore the difference between two of
-    them is paired.
+    Quantities of the same test rows share their resamples. Therefore the difference between two
+    such quantities is paired.
     """
 
     value: float  # the number
@@ -110,9 +111,9 @@ class Quantity:
         # The generator depends only on S, so means over equally many seeds draw the same seeds.
         generator = np.random.default_rng(n_seeds)
         drawn_seeds = generator.integers(n_seeds, size=(n_seeds, n_resamples))
-        # (S, B): for every resample, its values for S drawn seeds
-        values_of_drawn = np.take_along_axis(per_seed, drawn_seeds, axis=0)
-        return cls(float(np.mean(values)), values_of_drawn.mean(axis=0))
+        # (S, B) for each of the B resamples, the values with its S drawn seeds
+        values_of_drawn_seeds = np.take_along_axis(per_seed, drawn_seeds, axis=0)
+        return cls(float(np.mean(values)), draws=values_of_drawn_seeds.mean(axis=0))
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
@@ -123,11 +124,11 @@ class Quantity:
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
-        """Slope of the least-squares line through the n quantities at ``x`` (n,)."""
+        """Slope of the least-squares line through n quantities, the i-th of them at ``x[i]``."""
         centred = x - x.mean()
-        weights = centred / np.square(centred).sum()  # their product with the values is the slope
+        weights = centred / np.square(centred).sum()  # the slope is the sum of weights * values
         values = np.array([quantity.value for quantity in quantities])
-        draws = np.stack([quantity.draws for quantity in quantities])
+        draws = np.stack([quantity.draws for quantity in quantities])  # (n, B)
         return cls(float(weights @ values), weights @ draws)
 
     def __sub__(self, other: Quantity) -> Quantity:
@@ -147,7 +148,9 @@ class Quantity:
 
     def p_value(self) -> float:
         """Two-sided p-value of the hypothesis that the value is zero; see ``paired_bootstrap``."""
-        smaller_tail = min(np.count_nonzero(self.draws <= 0), np.count_nonzero(self.draws >= 0))
+        n_at_most_zero = np.count_nonzero(self.draws <= 0)
+        n_at_least_zero = np.count_nonzero(self.draws >= 0)
+        smaller_tail = min(n_at_most_zero, n_at_least_zero)
         return float(min(1.0, 2 * (1 + smaller_tail) / (1 + len(self.draws))))
 
     def difference(self, confidence: float) -> Difference:
@@ -159,7 +162,7 @@ class Quantity:
 class OwnInterval(Protocol):
     """A kernel that computes its own interval, because its values on resamples are biased."""
 
-    interval_note: ClassVar[str]
+    interval_note: ClassVar[str]  # text on how the interval is computed
 
     def __call__(self, counts: TieCounts) -> Floats:
         """Values (...) of the metric from counts (..., G)."""
@@ -174,7 +177,8 @@ class SortedScores:
     """Scores that are sorted once, so that any choice of rows can be counted fast."""
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
-        # (G,) distinct scores, ascending, and (N,) the index of every row's score among them
+        # ``value`` (G,) holds the distinct scores, ascending. ``group`` (N,) holds, for each row,
+        # the index of its score in ``value``.
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
         right_rows = np.flatnonzero(~failure)
         wrong_rows = np.flatnonzero(failure)
@@ -186,23 +190,28 @@ class SortedScores:
         return len(self.group)
 
     def counts(self, *drawn_rows: Ints) -> TieCounts:
-        """Counts (B, G) of the drawn right rows (B, ·) and the drawn wrong rows (B, ·).
+        """Counts (B, G) of B resamples.
 
-        A row that is drawn several times counts several times.
+        ``drawn_rows`` has two arrays of row indices: the drawn right rows (B, ·), and the drawn
+        wrong rows (B, ·). A row that is drawn several times counts several times.
         """
         right_rows, wrong_rows = drawn_rows
-        return TieCounts(self.value, correct=self._tally(right_rows), wrong=self._tally(wrong_rows))
+        return TieCounts(
+            self.value,
+            correct=self._rows_per_score(right_rows),
+            wrong=self._rows_per_score(wrong_rows),
+        )
 
-    def observed(self) -> TieCounts:
+    def observed_counts(self) -> TieCounts:
         """Counts (1, G) of the sample itself: every row counts once."""
         right_rows, wrong_rows = self.strata
         return self.counts(right_rows[None], wrong_rows[None])
 
-    def _tally(self, rows: Ints) -> Ints:
+    def _rows_per_score(self, rows: Ints) -> Ints:
         """Number (B, G) of the drawn rows (B, ·) that have each score."""
         n_resamples = len(rows)
         n_scores = len(self.value)
-        # one call of bincount counts all resamples: resample b has the cells from b * n_scores on
+        # One call of bincount counts all resamples: resample b has the cells from b * n_scores on.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[rows] + first_cell
         counts = np.bincount(cells.ravel(), minlength=n_resamples * n_scores)
@@ -210,12 +219,13 @@ class SortedScores:
 
 
 AnyScores = SortedScores | PictureScores
+"""Scores to resample by rows, or by pictures."""
 
 
 def sorted_scores(
     uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
 ) -> AnyScores:
-    """Scores to resample: of rows, or of pictures if ``picture`` is not None.
+    """Scores to resample by rows if ``picture`` is None, or else by pictures.
 
     ``picture`` is the result of ``repeated_pictures``.
     """
@@ -226,27 +236,27 @@ def sorted_scores(
 
 
 def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
-    """Yield blocks of B resamples: a tuple with the drawn members (B, N) of every stratum.
+    """Yield, for each block of B resamples, a tuple with the drawn members (B, N) of each stratum.
 
     From a stratum of N rows or pictures, N are drawn with repetition (see ``scores.strata``).
     """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, CELLS // scores.cells_per_resample):
+    for size in block_sizes(n_resamples, max_size=CELLS // scores.cells_per_resample):
         yield tuple([_draw_members(rng, stratum, size) for stratum in scores.strata])
 
 
 def block_sizes(n_resamples: int, max_size: int) -> list[int]:
-    """Number of resamples of each block: at most ``max_size``, but at least one."""
+    """Sizes of the blocks into which the resamples are divided: up to ``max_size``, at least 1."""
     size = max(1, max_size)
     return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
-def _draw_members(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
-    """Members (B, N) of a stratum ``rows`` (N,), drawn with repetition."""
-    n = len(rows)
+def _draw_members(rng: np.random.Generator, stratum: Ints, n_resamples: int) -> Ints:
+    """Members (B, N) of a ``stratum`` (N,), drawn with repetition for B resamples."""
+    n = len(stratum)
     bound = max(1, n)  # n may be 0, but numpy refuses a bound of 0
     positions = rng.integers(bound, size=(n_resamples, n))
-    return rows[positions]
+    return stratum[positions]
 
 
 def bootstrap_intervals(
@@ -262,25 +272,32 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
-    pair = check_pair(uncertainty, failure)
+    scores_and_failures = check_pair(uncertainty, failure)
     picture_number = repeated_pictures(check_pictures(picture, int(counts.n)))
-    n_units = counts.n if picture_number is None else picture_number.max() + 1  # rows, or pictures
+    if picture_number is None:
+        n_units = counts.n  # rows are resampled
+    else:
+        n_units = picture_number.max() + 1  # pictures are resampled
     if n_units > RESAMPLED_GROUPS:
         # Counts are drawn instead of rows. They have the same distribution, and the time for a draw
         # does not grow with the number of rows.
         if picture_number is None:
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
-        return _picture_intervals(kernels, pair, picture_number, n_resamples, confidence, seed)
-    scores = sorted_scores(*pair, picture_number)
+        return _picture_intervals(
+            kernels, scores_and_failures, picture_number, n_resamples, confidence, seed
+        )
+    scores = sorted_scores(*scores_and_failures, picture_number)
     intervals, other_kernels = own_intervals(
         kernels, counts, n_resamples, confidence, seed, picture_number
     )
     if not other_kernels:
         return intervals
-    observed = scores.observed()  # as if it were one resample
+    observed_counts = (
+        scores.observed_counts()
+    )  # (1, G): the sample itself, as if it were a resample
     draws = resampled(other_kernels, scores, n_resamples, seed)
     for name, kernel in other_kernels.items():
-        value = float(kernel(observed)[0])
+        value = float(kernel(observed_counts)[0])
         intervals[name] = Quantity(value, draws[name]).interval(confidence)
     return intervals
 
@@ -318,30 +335,30 @@ def counted_intervals(
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
-    A resample draws as many correct and as many wrong answers as there are, from two multinomial
-    distributions over the scores. With at most ``most_groups`` distinct scores this is exactly the
-    distribution of the bootstrap over rows.
+    A resample has as many correct and as many wrong answers as the sample. They are drawn from two
+    multinomial distributions over the scores. With at most ``most_groups`` distinct scores this is
+    exactly the distribution of the bootstrap over rows.
 
     With more distinct scores, neighbouring scores are grouped, into groups of about equal size.
-    Grouping changes the metric slightly. The bootstrap values are shifted back by this change, and
-    clipped to the range of the metric.
+    Grouping changes the metric slightly. So the bootstrap values are shifted back by this change,
+    and clipped to the range of the metric.
     """
     groups = group_scores(counts, most_groups)
     intervals, other_kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
     blocks = _draw_blocks(groups, n_resamples, seed)
-    resampled_intervals = _intervals_around(
+    resampled_intervals = _intervals_from_groups(
         other_kernels, counts, groups, blocks, n_resamples, confidence
     )
     return intervals | resampled_intervals
 
 
 def _draw_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
-    """Yield blocks of resamples (B, G) of counts (G,).
+    """Yield blocks of resampled counts (B, G), drawn from the counts (G,) of ``groups``.
 
     Right and wrong answers are drawn separately.
     """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, CELLS // len(groups.value)):
+    for size in block_sizes(n_resamples, max_size=CELLS // len(groups.value)):
         correct = _draw_counts(rng, groups.correct, size)
         wrong = _draw_counts(rng, groups.wrong, size)
         yield TieCounts(groups.value, correct, wrong)
@@ -349,18 +366,26 @@ def _draw_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[Tie
 
 def _picture_intervals(
     kernels: Mapping[str, Kernel],
-    pair: tuple[Floats, NDArray[np.bool_]],
+    scores_and_failures: tuple[Floats, NDArray[np.bool_]],
     picture: Ints,
     n_resamples: int,
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """Intervals as those of ``counted_intervals``, from resamples of pictures instead of rows.
+    """Like ``counted_intervals``, but pictures are resampled, not rows.
 
-    ``pair`` has the uncertainties and failures of N rows, ``picture`` (N,) their picture numbers.
-    The multinomial distributions are over kinds of equal pictures (``PictureScores.merged``).
+    The multinomial distributions are over kinds of equal pictures (see ``merge_equal_pictures`` of
+    ``PictureScores``).
+
+    Args:
+        kernels: Kernels by name.
+        scores_and_failures: Uncertainties (N,) and failures (N,) of N rows.
+        picture: Picture numbers (N,) of the rows, from 0 on.
+        n_resamples: Number of resamples.
+        confidence: Coverage of the intervals.
+        seed: Seed of the resampling.
     """
-    uncertainty, failure = pair
+    uncertainty, failure = scores_and_failures
     counts = tie_counts(uncertainty, failure)
     intervals, other_kernels = own_intervals(
         kernels, counts, n_resamples, confidence, seed, picture
@@ -368,19 +393,19 @@ def _picture_intervals(
     groups = group_scores(counts)
     score_of_row = np.searchsorted(counts.value, uncertainty)
     group_of_row = group_indices(counts)[score_of_row]
-    scores = PictureScores.of(groups.value, group_of_row, failure, picture).merged()
+    scores = PictureScores.of(groups.value, group_of_row, failure, picture).merge_equal_pictures()
     # A score has up to two entries, one of right rows and one of wrong rows. So half the number of
     # entries is comparable with the number of scores, which ``counted_intervals`` uses.
-    width = max(len(groups.value), scores.cells_per_resample // 2)
-    sizes = block_sizes(n_resamples, CELLS // width)
+    cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
+    sizes = block_sizes(n_resamples, max_size=CELLS // cells_per_resample)
     blocks = scores.resample_blocks(np.random.default_rng(seed), sizes)
-    resampled_intervals = _intervals_around(
+    resampled_intervals = _intervals_from_groups(
         other_kernels, counts, groups, blocks, n_resamples, confidence
     )
     return intervals | resampled_intervals
 
 
-def _intervals_around(
+def _intervals_from_groups(
     kernels: Mapping[str, Kernel],
     counts: TieCounts,
     groups: TieCounts,
@@ -388,7 +413,11 @@ def _intervals_around(
     n_resamples: int,
     confidence: float,
 ) -> dict[str, Interval]:
-    """Intervals of the metrics of ``counts`` (G,), from resamples of their ``groups``."""
+    """Intervals of the metrics of ``counts`` (G,), from resamples of their ``groups``.
+
+    ``groups`` are the counts of groups of neighbouring scores. ``blocks`` has the counts of
+    ``n_resamples`` resamples of the groups.
+    """
     if not kernels:
         return {}
     draws = values_of(kernels, blocks, n_resamples)
@@ -401,8 +430,8 @@ def _intervals_around(
         lowest = min(drawn_values.min(), value, 0.0)
         highest = max(drawn_values.max(), value, 1.0)
         value_of_groups = float(kernel(groups))
-        shifted = drawn_values + value - value_of_groups
-        quantity = Quantity(value, np.clip(shifted, lowest, highest))
+        shifted_values = drawn_values + value - value_of_groups
+        quantity = Quantity(value, draws=np.clip(shifted_values, lowest, highest))
         intervals[name] = quantity.interval(confidence)
     return intervals
 
@@ -425,22 +454,23 @@ def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCo
 
 
 def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints:
-    """Group index (G,) of every score, from 0 on."""
+    """For each score (G,), the index of its group, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
     n_below = counts.accepted - counts.size  # number of rows with a smaller score
-    group = n_below * max_groups // counts.n  # ascending, but some numbers may be missing
+    group = n_below * max_groups // counts.n  # ascending, but some group numbers may be missing
     is_new_group = np.diff(group, prepend=group[0]) > 0
-    return np.cumsum(is_new_group)  # without missing numbers
+    return np.cumsum(is_new_group)  # group numbers without a gap
 
 
 def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
     """Resampled counts (B, G): as many rows as ``counts`` (G,) has, drawn with repetition."""
     drawn_counts = np.zeros((n_resamples, len(counts)), np.int64)
-    occupied = np.flatnonzero(counts)
-    if len(occupied):
+    filled_scores = np.flatnonzero(counts)  # indices of the scores that have rows
+    if len(filled_scores):
         n = int(counts.sum())
-        drawn_counts[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
+        share = counts[filled_scores] / n
+        drawn_counts[:, filled_scores] = rng.multinomial(n, share, size=n_resamples)
     return drawn_counts
 
 
@@ -452,10 +482,11 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """The intervals of the kernels that are ``OwnInterval``, and the other kernels, both by name.
+    """The intervals of the kernels that are ``OwnInterval``, and all other kernels, both by name.
 
-    If some pictures have several rows, an interval is computed from the effective counts of
-    independent rows (see ``independent_counts``).
+    ``counts`` (G,) are the counts of the sample. ``picture`` (N,) are the picture numbers of its
+    rows, None if no picture has several rows. If some pictures have several rows, an interval is
+    computed from the effective counts of independent rows (see ``independent_counts``).
     """
     effective_counts = counts if picture is None else independent_counts(counts, picture)
     intervals: dict[str, Interval] = {}
@@ -466,7 +497,7 @@ def own_intervals(
             continue
         value = float(kernel(counts))
         low, high = kernel.interval(effective_counts, n_resamples, confidence, seed)
-        if picture is not None:  # by rounding, the value may be just outside the interval
+        if picture is not None:  # after rounding, the value may be just outside the interval
             low = min(low, value)
             high = max(high, value)
         intervals[name] = Interval(value, low, high)
@@ -597,24 +628,25 @@ def paired_bootstrap(
     picture_number = repeated_pictures(check_pictures(picture, len(failures)))
     a = sorted_scores(scores_a, failures, picture_number)
     b = sorted_scores(scores_b, failures, picture_number)
-    difference = kernel(a.observed()) - kernel(b.observed())  # (1,)
-    observed = float(difference[0])
-    if np.isnan(observed):
+    observed = kernel(a.observed_counts()) - kernel(b.observed_counts())  # (1,)
+    observed_difference = float(observed[0])
+    if np.isnan(observed_difference):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     blocks = []
-    # Both have the same strata, so either can draw the rows. If the one that needs more memory per
-    # resample draws them, the blocks are small enough for both.
-    larger = b if b.cells_per_resample > a.cells_per_resample else a
+    # Both have the same strata, so either can draw the rows. The scores that need more memory per
+    # resample draw them, so that the blocks are small enough for both.
+    larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
-        for rows in resampled_rows(larger, n_resamples, seed):
-            blocks.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
-            task.advance(len(blocks[-1]))  # number of resamples
+        for drawn_rows in resampled_rows(larger_scores, n_resamples, seed):
+            difference = kernel(a.counts(*drawn_rows)) - kernel(b.counts(*drawn_rows))  # (B,)
+            blocks.append(difference)
+            task.advance(len(difference))
     differences = np.concatenate(blocks)
-    # The metric is biased, and resampling adds the bias once more. The added bias of a and that of
-    # b may differ, so the differences are centred on the observed difference.
+    # A kernel with its own interval is biased, and resampling adds the bias once more. The added
+    # biases of a and b may differ. So the differences are centred on the observed difference.
     if isinstance(kernel, OwnInterval):
-        differences += observed - differences.mean()
-    return Quantity(observed, differences).difference(confidence)
+        differences += observed_difference - differences.mean()
+    return Quantity(observed_difference, differences).difference(confidence)
 
 
 def paired_across(
@@ -634,15 +666,15 @@ def paired_across(
     are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
-    observed = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
-    values = []
+    observed_difference = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
+    draws = []
     for uncertainty, failure in (a, b):
-        draws = resampled_across(
-            {"": kernel}, uncertainty, failure, n_resamples, seed, picture=picture
+        values = resampled_across(
+            {"metric": kernel}, uncertainty, failure, n_resamples, seed, picture=picture
         )
-        values.append(draws[""])
-    value_a, value_b = values
-    return Quantity(observed, value_a - value_b).difference(confidence)
+        draws.append(values["metric"])
+    draws_a, draws_b = draws
+    return Quantity(observed_difference, draws_a - draws_b).difference(confidence)
 
 
 def resampled_across(
@@ -656,10 +688,11 @@ def resampled_across(
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on resamples without strata.
 
-    The resamples depend on the number of rows and on the seed only. So they are the same for all
-    kinds of answers to the same rows, and differences of their values are paired.
+    The resamples depend only on the number of rows, the seed and the pictures. So they are the same
+    for all kinds of answers to the same rows, and differences of their values are paired.
     """
-    # (N,) number of the unit that every row belongs to: a picture, or else the row itself
+    # A unit is drawn as a whole: a picture with all its rows, or a single row. ``unit`` (N,) is the
+    # number of the unit of each row.
     unit = np.arange(len(uncertainty)) if picture is None else picture
     n_units = int(unit.max(initial=-1)) + 1
     rows = _TiedRows.of(uncertainty, failure)
@@ -667,8 +700,8 @@ def resampled_across(
 
     def blocks() -> Iterator[TieCounts]:
         equal_shares = np.full(n_units, 1 / max(n_units, 1))
-        for size in block_sizes(n_resamples, CELLS // max(len(unit), 1)):
-            times_of_unit = rng.multinomial(n_units, equal_shares, size=size)
+        for size in block_sizes(n_resamples, max_size=CELLS // max(len(unit), 1)):
+            times_of_unit = rng.multinomial(n_units, equal_shares, size=size)  # (B, n_units)
             yield rows.counts(times_of_unit[:, unit])
 
     return values_of(kernels, blocks(), n_resamples)
@@ -689,7 +722,7 @@ class _TiedRows(NamedTuple):
         return cls(order, starts, value, failure[order])
 
     def counts(self, times: Ints) -> TieCounts:
-        """Counts (B, G), where ``times`` (B, N) is how often each row is drawn."""
+        """Counts (B, G) of resamples; ``times`` (B, N) says how often each row is drawn."""
         times_in_order = times[:, self.order]
         size = np.add.reduceat(times_in_order, self.starts, axis=1)
         wrong = np.add.reduceat(times_in_order * self.wrong, self.starts, axis=1)
@@ -697,14 +730,17 @@ class _TiedRows(NamedTuple):
 
 
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
-    """The kernel of a metric. If it needs probabilities, the uncertainties are checked first."""
+    """The kernel of a metric.
+
+    If the metric is defined for probabilities only, the uncertainties are checked first.
+    """
     if not isinstance(metric, str):
-        return metric
-    known_metric = get_metric(metric)
-    if known_metric.of_probability:
+        return metric  # it is a kernel already
+    named_metric = get_metric(metric)
+    if named_metric.of_probability:
         for scores in uncertainty:
             probability_counts(scores, failure)  # raises DataError if a score is no probability
-    return known_metric.kernel
+    return named_metric.kernel
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:

@@ -23,8 +23,11 @@ from vilu.metrics.selective import (
 )
 from vilu.registry import ADDERS, Catalogue
 
-Kernel = Callable[[TieCounts], Floats]  # from counts (..., G) to values (...) of a metric
-Question = Literal["failure", "within", "outside"]  # what the uncertainty is to predict
+Kernel = Callable[[TieCounts], Floats]
+"""Function that maps counts (..., G) to values (...) of a metric."""
+
+Question = Literal["failure", "within", "outside"]
+"""What the uncertainty is to predict (``Metric.question``)."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Metric:
 
     Attributes:
         title: Heading of its column in tables.
-        kernel: Function from counts (..., G) to values (...) of the metric.
-        convention: The chosen definition, where definitions in the literature differ.
+        kernel: Function that maps counts (..., G) to values (...) of the metric.
+        convention: Text that says which of the definitions in the literature is used.
         of_probability: Whether the metric is defined only for failure probabilities.
         higher_is_better: Whether a higher value is better.
         percent: Whether tables show the metric in percent.
@@ -46,9 +49,9 @@ class Metric:
             all pictures. "within": the same, for pictures of the classes only. "outside": whether
             a picture is of none of the classes. "within" and "outside" are evaluated only if some
             pictures are of none of the classes.
-        across_answers: Whether the metric can also compare different answers to the same rows. The
-            risk at a coverage can, for example. A metric that depends only on the ranking cannot,
-            because different answers are wrong in different rows.
+        across_answers: Whether the metric can also compare different answers to the same rows. For
+            example, the risk at a coverage can do this. A metric that depends only on the ranking
+            cannot, because different answers are wrong in different rows.
 
     Examples:
         >>> import vilu
@@ -74,7 +77,9 @@ class Metric:
 
     def show(self, value: float, sign: str = "") -> str:
         """A value as tables show it; ``sign="+"`` also gives a positive value a sign."""
-        return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.3g}"
+        if self.percent:
+            return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign}.3g}"
 
     def brackets(self, low: float, high: float, sign: str = "") -> str:
         """An interval as tables show it."""
@@ -91,8 +96,9 @@ def _for_question(question: Question, metric: Metric, convention: str) -> Metric
 _AUROC = Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True)
 _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation")
 _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
-# for every risk of a coverage at a risk, the title of the metric
+# maps a risk to the title of the metric "coverage at this risk"
 _COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
+# maps the name of each built-in metric to the metric, which still lacks its name
 _ENTRIES = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
@@ -226,14 +232,15 @@ def add_metric(metric: Metric) -> None:
         UsageError: If the metric has no name, if another metric has the same name, or if the kernel
             does not return one value per resample.
     """
-    existing = METRICS.registered.get(metric.name, metric)
-    is_name_taken = existing != metric  # the same metric may be added again
+    registered_metric = METRICS.registered.get(metric.name)
+    is_same = registered_metric == metric  # the same metric may be added again
+    is_name_taken = registered_metric is not None and not is_same
     if not metric.name or is_name_taken:
         raise UsageError(
             "a metric needs a name of its own, such as Metric(..., name='my_metric'). "
             f"Got {metric.name!r}; taken are: {', '.join(METRICS)}."
         )
-    # The kernel is tried on two resamples of three scores.
+    # The kernel is tested with two resamples of three scores.
     correct = np.array([[2, 1, 0], [1, 1, 1]])
     wrong = correct[:, ::-1]
     trial_counts = TieCounts(np.array([0.0, 0.5, 1.0]), correct, wrong)
@@ -247,7 +254,7 @@ def add_metric(metric: Metric) -> None:
 
 
 def _add_if_metric(candidate: object) -> bool:
-    """Add an object if it is a metric; return whether it is one."""
+    """Add an object if it is a metric; return whether it is a metric."""
     if not isinstance(candidate, Metric):
         return False
     add_metric(candidate)
@@ -258,7 +265,10 @@ ADDERS["a vilu.metrics.catalog.Metric"] = _add_if_metric
 
 
 def not_in_percent(metrics: Iterable[Metric]) -> str:
-    """Text after "in percent" that names the metrics that are not shown in percent; "" if none."""
+    """Text that follows "in percent" and names the metrics that tables do not show in percent.
+
+    It is "" if all of these metrics are shown in percent.
+    """
     titles = [metric.title for metric in metrics if not metric.percent]
     if not titles:
         return ""

@@ -22,8 +22,8 @@ class TieCounts:
     """Numbers of correct and wrong answers at each distinct score, the most trusted score first.
 
     Rows with equal uncertainty are one operating point, so the counts do not depend on the order of
-    the rows. Leading axes are bootstrap resamples. If a resample has no row with some score, its
-    counts at this score are zero, and the score has no effect on its metrics.
+    the rows. All axes before the last one are axes of bootstrap resamples. If a resample has no row
+    with some score, its counts at this score are zero, and the score has no effect on its metrics.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
@@ -66,8 +66,8 @@ class TieCounts:
         return self.accepted[..., -1]
 
     @cached_property
-    def exchanged(self) -> TieCounts:
-        """Counts with exchanged roles of wrong and correct answers.
+    def with_roles_exchanged(self) -> TieCounts:
+        """Counts in which ``correct`` counts the wrong answers, and ``wrong`` the correct answers.
 
         The scores are negated, so that the least trusted score is first.
         """
@@ -75,18 +75,18 @@ class TieCounts:
             -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
         )
 
-    def towards(self, positive: Positive) -> TieCounts:
-        """Counts whose field ``correct`` counts the answers of the class ``positive``.
+    def with_positive(self, positive: Positive) -> TieCounts:
+        """Counts in which ``correct`` counts the answers of the class ``positive``.
 
-        The result is ``self`` or ``exchanged``. The score most typical of the class is first.
+        The score that is most typical of this class is first.
         """
-        return self if positive == "correct" else self.exchanged
+        return self if positive == "correct" else self.with_roles_exchanged
 
 
 def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    """Uncertainty (N,) as float64 and failure (N,) as bool."""
-    scores: Floats = _real(uncertainty, "uncertainty").astype(np.float64, copy=False)
-    failures: Floats = _real(failure, "failure").astype(np.float64, copy=False)
+    """Uncertainty (N,) as float64 and failure (N,) as bool; DataError if they are not valid."""
+    scores: Floats = _vector_of_reals(uncertainty, "uncertainty").astype(np.float64, copy=False)
+    failures: Floats = _vector_of_reals(failure, "failure").astype(np.float64, copy=False)
     require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
@@ -119,15 +119,15 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
     """Copy of a vector of real numbers as float64; ``name`` is its name in error messages."""
-    return _real(values, name).astype(np.float64)
+    return _vector_of_reals(values, name).astype(np.float64)
 
 
 def check_codes(
     values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
 ) -> NDArray[np.int64]:
-    """``values`` (N,) as int64; they must be whole numbers from ``first`` to ``last``.
+    """``values`` (N,) as int64; DataError if they are not whole numbers from ``first`` to ``last``.
 
-    If ``last`` is None, there is no upper bound. ``name`` is the name of the values in messages.
+    If ``last`` is None, there is no upper limit. Messages call the values ``name``.
     """
     numbers = real_vector(values, name)
     largest = np.inf if last is None else last
@@ -136,7 +136,7 @@ def check_codes(
     bad_rows = np.flatnonzero(~(is_in_range & is_whole))
     if len(bad_rows):
         lowest = f"{UNKNOWN} (unknown)"
-        if first != UNKNOWN:
+        if first != UNKNOWN:  # then ``first`` is ``OUTSIDE``
             lowest = f"{OUTSIDE} (none of the classes), {lowest}"
         raise DataError(
             f"{name} must hold whole numbers from {lowest} to {largest:g}. "
@@ -145,7 +145,7 @@ def check_codes(
     return numbers.astype(np.int64)
 
 
-def _real(values: ArrayLike, name: str) -> NDArray[Any]:
+def _vector_of_reals(values: ArrayLike, name: str) -> NDArray[Any]:
     """``values`` as a vector of real numbers; ``name`` is their name in error messages."""
     try:
         array = np.asarray(values)
@@ -161,7 +161,7 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 BLOCK_ROWS = 2**22
-"""Number of rows that are sorted together, so that the sort of many rows needs little memory."""
+"""Number of rows that are sorted at a time. Sorting all rows at once would need much memory."""
 
 
 def tie_counts(
@@ -176,7 +176,8 @@ def tie_counts(
     if len(blocks) == 1:
         return blocks[0]
     values_of_blocks = np.concatenate([block.value for block in blocks])
-    value, index = np.unique(values_of_blocks, return_inverse=True)  # index of the score in value
+    # ``index`` says where in ``value`` each score of each block is.
+    value, index = np.unique(values_of_blocks, return_inverse=True)
     correct = np.zeros(len(value), np.int64)
     np.add.at(correct, index, np.concatenate([block.correct for block in blocks]))
     wrong = np.zeros(len(value), np.int64)
@@ -186,13 +187,13 @@ def tie_counts(
 
 def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
     """Counts (G,) of the rows of one block."""
-    # The wrong rows are sorted once more. That takes less time than to look up the score of every
-    # row in ``value``.
     value, size = np.unique(scores, return_counts=True)
-    wrong_value, wrong_size = np.unique(scores[failures], return_counts=True)
+    # The wrong rows are sorted once more. This takes less time than a search for the score of every
+    # row in ``value``.
+    value_of_wrong, n_wrong = np.unique(scores[failures], return_counts=True)
     wrong = np.zeros_like(size)
-    wrong[np.searchsorted(value, wrong_value)] = wrong_size
-    return TieCounts(value, size - wrong, wrong)
+    wrong[np.searchsorted(value, value_of_wrong)] = n_wrong
+    return TieCounts(value, correct=size - wrong, wrong=wrong)
 
 
 def ratio(
@@ -206,10 +207,13 @@ def ratio(
 
 
 def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
-    """Copy of the picture identities (N,) as int64; they must be at least 0, or -1 if unknown."""
+    """Copy of the picture identities (N,) as int64; None if ``values`` is None.
+
+    Raises a DataError if they are not n whole numbers of at least 0, or -1 for an unknown picture.
+    """
     if values is None:
         return None
-    numbers = _real(values, "picture")
+    numbers = _vector_of_reals(values, "picture")
     if numbers.size and numbers.dtype.kind not in "iu":
         raise DataError(
             "picture must hold whole numbers, -1 where the picture is not known. "
@@ -229,7 +233,7 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
 
 
 def first_rows(picture: Ints) -> Ints:
-    """Index (N,), for every row, of the first row that shows the same picture.
+    """For each row (N,), the index of the first row that shows the same picture.
 
     A row whose picture is not known (-1) gets its own index.
 
@@ -245,16 +249,16 @@ def first_rows(picture: Ints) -> Ints:
     _, first_of_picture, picture_index = np.unique(
         picture[known_rows], return_index=True, return_inverse=True
     )
-    # for every row in ``known_rows``, the position there of the first row of the same picture
+    # for each row in ``known_rows``, the position in ``known_rows`` of the first row of its picture
     first_position = first_of_picture[picture_index]
     first_row[known_rows] = known_rows[first_position]
     return first_row
 
 
 def repeated_pictures(picture: Ints | None) -> Ints | None:
-    """Picture number (N,) of every row, from 0 on, in the order of the first rows.
+    """For each row (N,), the number of its picture; None if no picture has two rows.
 
-    None if no picture has two rows.
+    Pictures are numbered from 0, in the order in which they appear.
 
     Examples:
         >>> import numpy as np

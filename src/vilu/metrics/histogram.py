@@ -5,8 +5,8 @@ code without its lowest ``level`` bits. The level is the smallest one at which a
 bins are occupied.
 
 The histogram depends only on the scores, not on the order in which rows or parts are added. If a
-part has too many bins at some level, the whole has too many bins at this level, too. Therefore the
-level of a part is never higher than that of the whole.
+part of the rows has too many bins at some level, all rows have too many bins at this level, too.
+Therefore the level of a part is never higher than the level of the whole.
 """
 
 from __future__ import annotations
@@ -23,63 +23,80 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20
 """Maximum number of occupied bins; they take 24 MB."""
-_TINY = 2.0**-512  # scores of a smaller magnitude count as 0
+_SMALLEST_MAGNITUDE = 2.0**-512  # scores of a smaller magnitude count as 0
+
+
+def _bits_of(number: float) -> int:
+    """The bits of a float64, read as an integer."""
+    return np.float64(number).view(np.int64).item()
+
+
 # An octave (the numbers from one power of two to the next) has 2^52 codes. The codes of 0 and of 1
-# are multiples of 2^52. So at every level a bin starts at 0, and another bin starts at 1. "Bits"
-# are those of the float64, read as an integer.
-_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # bits minus code, for scores up to 1/2
-_HALF = np.float64(0.5).view(np.int64).item() - _ZERO  # code of 1/2
-# bits of 2^-54, which is half the gap between 1 and the largest smaller float64
-_NEAR = np.float64(2.0**-54).view(np.int64).item()
-_ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR  # code of 1
-_ONE_BITS = np.float64(1.0).view(np.int64).item()
+# are multiples of 2^52. So at every level a bin starts at 0, and another bin starts at 1.
+# For scores up to 1/2, the code is the bits of the score minus this number:
+_BITS_MINUS_CODE = _bits_of(_SMALLEST_MAGNITUDE) - 2**52
+_CODE_OF_HALF = _bits_of(0.5) - _BITS_MINUS_CODE
+_SMALLEST_GAP = 2.0**-54  # half the gap between 1 and the largest float64 below 1
+_BITS_OF_SMALLEST_GAP = _bits_of(_SMALLEST_GAP)
+_CODE_OF_ONE = _CODE_OF_HALF + _bits_of(0.5) - _BITS_OF_SMALLEST_GAP
+_BITS_OF_ONE = _bits_of(1.0)
 
 
 def codes(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
-    The bits of a float64 would be such a code, too. But if their low bits are dropped, the bins are
-    fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore the code
-    of a score between 1/2 and 1 comes from the bits of the gap 1 - score, which is exact. To make
-    room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
+    The bits of a float64 would also be a valid code. But if their low bits were dropped, the bins
+    would be fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore
+    the code of a score between 1/2 and 1 comes from the bits of the gap 1 - score, which is exact.
+    To make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
     magnitude = np.abs(scores)
     bits = magnitude.view(np.int64)
-    up_to_half = np.where(magnitude < _TINY, 0, bits - _ZERO)
+    is_zero = magnitude < _SMALLEST_MAGNITUDE
+    code_up_to_half = np.where(is_zero, 0, bits - _BITS_MINUS_CODE)
     is_above_half = scores > 0.5
     is_below_one = scores < 1
     # For scores that are not between 1/2 and 1, the gap is a constant that is not used.
-    gap = np.where(is_above_half & is_below_one, 1 - scores, 2.0**-54)
-    up_to_one = _ONE - (gap.view(np.int64) - _NEAR)
-    from_one = _ONE + (bits - _ONE_BITS)
-    above_half = np.where(is_below_one, up_to_one, from_one)
+    gap = np.where(is_above_half & is_below_one, 1 - scores, _SMALLEST_GAP)
+    code_up_to_one = _CODE_OF_ONE - (gap.view(np.int64) - _BITS_OF_SMALLEST_GAP)
+    code_from_one = _CODE_OF_ONE + (bits - _BITS_OF_ONE)
+    code_above_half = np.where(is_below_one, code_up_to_one, code_from_one)
     sign = np.copysign(1, scores).astype(np.int64)
-    return np.where(is_above_half, above_half, sign * up_to_half)
+    return np.where(is_above_half, code_above_half, sign * code_up_to_half)
 
 
 def scores_of(code: Ints) -> Floats:
     """Scores (N,) of codes (N,), the inverse of ``codes``."""
     code_size = np.abs(code)
     is_zero = code_size == 0
-    is_above_half = code > _HALF
-    is_below_one = code < _ONE
-    # ``np.where`` needs valid bits for every code, so unused entries get a constant.
-    magnitude = np.where(is_zero | is_above_half, _ZERO, code_size + _ZERO).view(np.float64)
+    is_above_half = code > _CODE_OF_HALF
+    is_below_one = code < _CODE_OF_ONE
+    # Every entry of an array that is viewed as float64 must have valid bits. So entries that are
+    # not used get a constant.
+    bits_up_to_half = np.where(
+        is_zero | is_above_half, _BITS_MINUS_CODE, code_size + _BITS_MINUS_CODE
+    )
+    magnitude = bits_up_to_half.view(np.float64)
     signed = np.where(code < 0, -magnitude, magnitude)
-    up_to_half = np.where(is_zero, 0.0, signed)
-    gap = np.where(is_above_half & is_below_one, _ONE - code + _NEAR, 0).view(np.float64)
-    from_one = np.where(is_below_one, _ONE_BITS, code - _ONE + _ONE_BITS).view(np.float64)
-    above_half = np.where(is_below_one, 1 - gap, from_one)
-    return np.where(is_above_half, above_half, up_to_half)
+    score_up_to_half = np.where(is_zero, 0.0, signed)
+    gap_bits = np.where(
+        is_above_half & is_below_one, _CODE_OF_ONE - code + _BITS_OF_SMALLEST_GAP, 0
+    )
+    score_up_to_one = 1 - gap_bits.view(np.float64)
+    bits_from_one = np.where(is_below_one, _BITS_OF_ONE, code - _CODE_OF_ONE + _BITS_OF_ONE)
+    score_from_one = bits_from_one.view(np.float64)
+    score_above_half = np.where(is_below_one, score_up_to_one, score_from_one)
+    return np.where(is_above_half, score_above_half, score_up_to_half)
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """Numbers of correct and wrong answers in each bin of the score.
 
-    ``a + b`` equals ``b + a``: the histogram of all their rows. With at most ``max_bins`` distinct
-    scores a histogram is exact. With more distinct scores, those in the same bin count as tied, and
-    the error of AUROC is at most ``tied_pairs`` / 2, in practice far less.
+    ``a + b`` is the histogram of all rows of both, and it equals ``b + a``. With at most
+    ``max_bins`` distinct scores a histogram is exact. With more distinct scores, scores in the same
+    bin count as tied. Then the error of AUROC is at most ``tied_pairs`` / 2, and in practice far
+    smaller.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
@@ -102,7 +119,7 @@ class Histogram:
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_pair(uncertainty, failure)
-        scores = np.where(np.abs(scores) < _TINY, 0.0, scores)
+        scores = np.where(np.abs(scores) < _SMALLEST_MAGNITUDE, 0.0, scores)
         wrong = failures.astype(np.int64)
         one_bin_per_row = cls(
             bins=codes(scores),
@@ -132,26 +149,30 @@ class Histogram:
         """Histogram without the rows of ``part``, whose answers must all be wrong."""
         return self.with_counts(self.correct, self.wrong - self.rows_of_part(part))
 
-    def against(self, part: Histogram) -> Histogram:
+    def with_part_as_wrong(self, part: Histogram) -> Histogram:
         """Histogram that counts the rows of ``part`` as wrong and all other rows as correct.
 
-        ``part`` holds some of the rows with wrong answers.
+        ``part`` contains some of the rows with wrong answers, and no other rows.
         """
         n_in_part = self.rows_of_part(part)
         n_not_in_part = self.correct + self.wrong - n_in_part
         return self.with_counts(correct=n_not_in_part, wrong=n_in_part)
 
     def rows_of_part(self, part: Histogram) -> Ints:
-        """Number (G,) of rows of ``part`` in each bin of this histogram."""
-        # not negative, because the level of a part is never higher than that of the whole
+        """For each bin (G,) of this histogram, the number of rows of ``part`` in the bin.
+
+        All answers in ``part`` must be wrong.
+        """
+        # Not negative, because the level of a part is never higher than the level of the whole.
         n_more_dropped_bits = self.level - part.level
         bins_of_part = part.bins >> n_more_dropped_bits
+        index_of_bin = np.searchsorted(self.bins, bins_of_part)
         n_rows = np.zeros_like(self.wrong)
-        np.add.at(n_rows, np.searchsorted(self.bins, bins_of_part), part.wrong)
+        np.add.at(n_rows, index_of_bin, part.wrong)
         return n_rows
 
     def with_counts(self, correct: Ints, wrong: Ints) -> Histogram:
-        """Histogram with other counts (G,) in the same bins, without empty bins."""
+        """Histogram with these counts (G,) in the same bins; bins without rows are removed."""
         is_filled = (correct + wrong) > 0
         return replace(
             self,
@@ -172,7 +193,7 @@ class Histogram:
 
     @property
     def rows_per_independent(self) -> float:
-        """Number of rows per effective independent row: 1, because all rows are independent."""
+        """Number of rows that count as one independent row: 1, because all are independent."""
         return 1.0
 
     def n_independent(self) -> tuple[int, int]:
@@ -213,7 +234,7 @@ class Histogram:
 
     @property
     def tied_pairs(self) -> float:
-        """Share of the pairs of a wrong and a correct answer that are in the same bin.
+        """Of all pairs of a wrong and a correct answer, the share with both in the same bin.
 
         NaN if all answers are wrong, or if all answers are correct.
         """
@@ -231,9 +252,9 @@ class Histogram:
 
     @staticmethod
     def _join(histograms: list[Histogram]) -> Histogram:
-        """The histogram of the rows of one or several histograms."""
+        """The histogram of all rows of these histograms, of which there is at least one."""
         level = max(part.level for part in histograms)
-        concatenated = Histogram(
+        histogram_of_all_bins = Histogram(
             bins=np.concatenate([part.bins >> (level - part.level) for part in histograms]),
             correct=np.concatenate([part.correct for part in histograms]),
             wrong=np.concatenate([part.wrong for part in histograms]),
@@ -242,29 +263,30 @@ class Histogram:
             high=max(part.high for part in histograms),
             max_bins=min(part.max_bins for part in histograms),
         )
-        return concatenated._merge_bins(level)
+        return histogram_of_all_bins._merge_bins(level)
 
     def _merge_bins(self, level: int) -> Histogram:
         """Merge equal bins, and raise the level until there are at most ``max_bins`` bins.
 
-        ``level`` is the current level of ``bins``. The bins need not be sorted, and there may be
-        equal ones.
+        ``level`` is the level of ``bins`` at the beginning. The bins need not be sorted, and a bin
+        may occur several times.
         """
         if not len(self.bins):
             return replace(self, level=level)
         order = np.argsort(self.bins, kind="stable")
         bins = self.bins[order]
-        starts = _starts(bins)
+        starts = _starts_of_equals(bins)
         while len(starts) > self.max_bins:
             bins = bins >> 1
             level += 1
-            starts = _starts(bins)
+            starts = _starts_of_equals(bins)
         correct = np.add.reduceat(self.correct[order], starts)
         wrong = np.add.reduceat(self.wrong[order], starts)
         return replace(self, bins=bins[starts], correct=correct, wrong=wrong, level=level)
 
 
-def _starts(bins: Ints) -> Ints:
-    """Indices at which each distinct number begins in sorted numbers ``bins`` (N,)."""
-    not_the_first = ~bins[:1]  # any number that differs from the first, so that index 0 is a start
-    return np.flatnonzero(np.diff(bins, prepend=not_the_first))
+def _starts_of_equals(bins: Ints) -> Ints:
+    """For each distinct number in the sorted ``bins`` (N,), the index at which it begins."""
+    # Any number that differs from the first one can be prepended. Then index 0 is a start, too.
+    different_number = ~bins[:1]
+    return np.flatnonzero(np.diff(bins, prepend=different_number))

@@ -1,6 +1,6 @@
 """Scores of rows where several rows may show the same picture.
 
-A resample draws pictures, and takes a drawn picture with all its rows.
+A resample draws pictures, and a drawn picture is in the resample with all its rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class PictureScores:
     """
 
     value: Floats  # (G,) distinct scores, ascending
-    picture: Ints  # (E,) picture number of every entry, ascending from 0
-    group: Ints  # (E,) index of the score of every entry in ``value``
-    wrong: NDArray[np.bool_]  # (E,) whether the rows of every entry are wrong
-    n_rows: Ints  # (E,) number of rows of every entry
-    n_alike: Ints  # (P,) number of pictures that each picture stands for; 1 before ``merged``
+    picture: Ints  # (E,) picture number of each entry, ascending from 0
+    group: Ints  # (E,) index in ``value`` of the score of each entry
+    wrong: NDArray[np.bool_]  # (E,) whether the answers in the rows of each entry are wrong
+    n_rows: Ints  # (E,) number of rows of each entry
+    # (P,) number of pictures that each picture stands for; 1 before ``merge_equal_pictures``
+    n_alike: Ints
 
     @classmethod
     def of(
@@ -38,27 +39,29 @@ class PictureScores:
 
         Args:
             value: (G,) distinct scores, ascending.
-            group: (N,) index of the score of every row in ``value``.
-            failure: (N,) whether every row is wrong.
-            picture: (N,) picture number of every row, from 0 on.
+            group: (N,) index in ``value`` of the score of each row.
+            failure: (N,) whether the answer in each row is wrong.
+            picture: (N,) picture number of each row, from 0 on.
         """
-        # One number identifies an entry. Picture, score and failure are computed back from it.
-        key = (picture * len(value) + group) * 2 + failure
-        entry, n_rows = np.unique(key, return_counts=True)
-        n_alike = np.ones(int(picture.max()) + 1, np.int64)
-        picture_and_group = entry // 2
+        # Equal keys belong to the same entry.
+        key = _join_key(picture, group, failure, n_groups=len(value))
+        key_of_entry, n_rows = np.unique(key, return_counts=True)
+        entry_picture, entry_group, entry_wrong = _split_key(key_of_entry, n_groups=len(value))
         return cls(
             value,
-            picture=picture_and_group // len(value),
-            group=picture_and_group % len(value),
-            wrong=entry % 2 == 1,
+            picture=entry_picture,
+            group=entry_group,
+            wrong=entry_wrong,
             n_rows=n_rows,
-            n_alike=n_alike,
+            n_alike=np.ones(int(picture.max()) + 1, np.int64),
         )
 
     @cached_property
     def strata(self) -> tuple[Ints, Ints, Ints]:
-        """Pictures whose rows are all right, pictures whose rows are all wrong, and the rest."""
+        """Numbers of the pictures with only right answers, with only wrong answers, and with both.
+
+        Each array has the pictures of one stratum.
+        """
         n_pictures = len(self.n_alike)
         has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
         has_right = np.bincount(self.picture[~self.wrong], minlength=n_pictures) > 0
@@ -73,82 +76,80 @@ class PictureScores:
         return len(self.picture)
 
     def counts(self, *drawn_pictures: Ints) -> TieCounts:
-        """Counts (B, G) of the rows of the drawn pictures (B, ·) of every stratum.
+        """Counts (B, G) of B resamples.
 
-        A picture that is drawn several times counts several times.
+        ``drawn_pictures`` has, for each stratum, the numbers of the drawn pictures (B, ·). A
+        picture that is drawn several times counts several times.
         """
         pictures = np.concatenate(drawn_pictures, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
-        # one call of bincount counts all resamples: resample b has the cells from b * n_pictures on
+        # One call of bincount counts all resamples: resample b has the cells from b * n_pictures
+        # on.
         first_cell = n_pictures * np.arange(n_resamples)[:, None]
         cells = pictures + first_cell
         times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
-        return self.weighted(times.reshape(n_resamples, n_pictures))
+        return self._counts_of_draws(times.reshape(n_resamples, n_pictures))
 
-    def observed(self) -> TieCounts:
+    def observed_counts(self) -> TieCounts:
         """Counts (1, G) of the sample itself: every row counts once."""
-        return self.weighted(self.n_alike[None])
+        return self._counts_of_draws(self.n_alike[None])
 
-    def weighted(self, times: Ints) -> TieCounts:
-        """Counts (B, G), where ``times`` (B, P) is how often each picture is drawn."""
+    def _counts_of_draws(self, times: Ints) -> TieCounts:
+        """Counts (B, G) of resamples; ``times`` (B, P) says how often each picture is drawn."""
         return TieCounts(
             self.value,
-            correct=self._tally(times, ~self.wrong),
-            wrong=self._tally(times, self.wrong),
+            correct=self._rows_per_score(times, ~self.wrong),
+            wrong=self._rows_per_score(times, self.wrong),
         )
 
-    def _tally(self, times: Ints, is_counted: NDArray[np.bool_]) -> Ints:
-        """Number (B, G) of drawn rows at each score, for the entries in a mask ``is_counted`` (E,).
+    def _rows_per_score(self, times: Ints, is_counted: NDArray[np.bool_]) -> Ints:
+        """Number (B, G) of drawn rows at each score, of the entries in a mask.
 
-        ``times`` (B, P) is how often each picture is drawn.
+        ``times`` (B, P) says how often each picture is drawn, and ``is_counted`` (E,) is the mask.
         """
         n_resamples = len(times)
         n_scores = len(self.value)
         n_rows = times[:, self.picture[is_counted]] * self.n_rows[is_counted]
-        # one call of bincount counts all resamples: resample b has the cells from b * n_scores on
+        # One call of bincount counts all resamples: resample b has the cells from b * n_scores on.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[is_counted] + first_cell
-        # with weights, bincount sums in float64, which is exact for whole numbers below 2^53
+        # With weights, bincount sums in float64. This is exact for whole numbers below 2^53.
         sums = np.bincount(cells.ravel(), weights=n_rows.ravel(), minlength=n_resamples * n_scores)
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
-    def merged(self) -> PictureScores:
+    def merge_equal_pictures(self) -> PictureScores:
         """The same counts, in which one picture stands for all pictures with equal rows.
 
         Only pictures with a single entry are merged. They are equal if score, correctness and
         number of rows are equal. ``n_alike`` is the number of pictures that each picture stands
         for.
         """
-        n_scores = len(self.value)
         n_pictures = len(self.n_alike)
-        n_entries = np.bincount(self.picture, minlength=n_pictures)  # of every picture
+        n_entries = np.bincount(self.picture, minlength=n_pictures)  # of each picture
         is_single = n_entries[self.picture] == 1  # whether an entry is the only one of its picture
-        # one whole number per entry holds its number of rows, its score and its correctness
-        key = (self.n_rows * n_scores + self.group) * 2 + self.wrong
-        kind, n_of_kind = np.unique(key[is_single], return_counts=True)
-        n_kinds = len(kind)
-        kind_wrong = kind % 2 == 1
-        rows_and_group = kind // 2
-        kind_group = rows_and_group % n_scores
-        kind_n_rows = rows_and_group // n_scores
-        # the pictures with several entries stay, with numbers from ``n_kinds`` on
-        unmerged, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
-        n_of_unmerged = np.ones(len(unmerged), np.int64)
+        # Equal keys belong to the same kind of picture.
+        key = _join_key(self.n_rows, self.group, self.wrong, n_groups=len(self.value))
+        key_of_kind, n_of_kind = np.unique(key[is_single], return_counts=True)
+        kind_n_rows, kind_group, kind_wrong = _split_key(key_of_kind, n_groups=len(self.value))
+        # Each kind becomes one picture. Pictures with several entries stay as they are. Their new
+        # numbers follow the numbers of the kinds.
+        n_kinds = len(key_of_kind)
+        unmerged_pictures, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
         return PictureScores(
             self.value,
             picture=np.concatenate([np.arange(n_kinds), n_kinds + unmerged_index]),
             group=np.concatenate([kind_group, self.group[~is_single]]),
             wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
             n_rows=np.concatenate([kind_n_rows, self.n_rows[~is_single]]),
-            n_alike=np.concatenate([n_of_kind, n_of_unmerged]),
+            n_alike=np.concatenate([n_of_kind, np.ones(len(unmerged_pictures), np.int64)]),
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
         """Yield the counts (B, G) of one block of resamples for each size B in ``sizes``.
 
-        From each stratum, as many pictures are drawn as the stratum has. The numbers of draws are
-        multinomial.
+        From each stratum, as many pictures are drawn as it has. How often each picture is drawn
+        follows a multinomial distribution.
         """
         for size in sizes:
             times = np.zeros((size, len(self.n_alike)), np.int64)
@@ -157,7 +158,18 @@ class PictureScores:
                 n = int(n_alike.sum())
                 if n:
                     times[:, stratum] = rng.multinomial(n, n_alike / n, size=size)
-            yield self.weighted(times)
+            yield self._counts_of_draws(times)
+
+
+def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int) -> Ints:
+    """Keys (E,): whole numbers, from each of which ``_split_key`` computes the three values."""
+    return (number * n_groups + group) * 2 + wrong
+
+
+def _split_key(key: Ints, n_groups: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """The number (E,), the group (E,) and the correctness (E,) of each key of ``_join_key``."""
+    number_and_group = key // 2
+    return number_and_group // n_groups, number_and_group % n_groups, key % 2 == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +199,7 @@ class ScoredRows:
 
     @property
     def rows_per_independent(self) -> float:
-        """Number of rows per effective independent row (the function of the same name)."""
+        """Number of rows that count as one independent row (the function of the same name)."""
         return rows_per_independent(self.picture)
 
     def n_independent(self) -> tuple[int, int]:
@@ -196,10 +208,10 @@ class ScoredRows:
         is_wrong = self.failure == 1
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
-    def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
-        """The rows at which the mask ``rows`` (N,) is true."""
-        picture = None if self.picture is None else repeated_pictures(self.picture[rows])
-        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
+    def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
+        """The rows at which the ``mask`` (N,) is true."""
+        picture = None if self.picture is None else repeated_pictures(self.picture[mask])
+        return ScoredRows(self.uncertainty[mask], self.failure[mask], self.note, picture)
 
     def counts(self) -> TieCounts:
         """Counts per score, from which every metric is computed."""
@@ -229,8 +241,8 @@ def rows_per_independent(picture: Ints | None) -> float:
     """
     if picture is None:
         return 1.0
-    rows = np.bincount(picture)
-    return int((rows**2).sum()) / int(rows.sum())
+    n_rows = np.bincount(picture)  # m_p of each picture
+    return int((n_rows**2).sum()) / int(n_rows.sum())
 
 
 def independent_counts(counts: TieCounts, picture: Ints) -> TieCounts:

@@ -24,8 +24,8 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
         AUROC = P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2
 
-    u⁻ is the uncertainty of a wrong answer, u⁺ that of a correct answer. AUROC does not depend on
-    which class is called positive. It is NaN if there is only one class.
+    u⁻ is the uncertainty of a wrong answer, and u⁺ the uncertainty of a correct answer. AUROC does
+    not depend on which class is called positive. It is NaN if there is only one class.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -154,18 +154,19 @@ def roc_curve_points(
         array([0. , 0.5, 0.5, 1. , 1. ])
     """
     require_one_of("positive", positive, get_args(Positive))
-    return _roc(tie_counts(uncertainty, failure).towards(positive))
+    return _roc_points(tie_counts(uncertainty, failure).with_positive(positive))
 
 
 def auroc_kernel(counts: TieCounts) -> Floats:
     """AUROC (...), computed in integers up to the last division.
 
-    Each pair of a wrong and a correct answer counts 2 if it is in the right order, and 1 if tied.
+    A pair of a wrong and a correct answer counts 2 if its scores are in the right order, and 1 if
+    they are tied.
     """
-    # twice the number of correct answers below each score, plus the number at this score
-    twice_correct_below = 2 * counts.accepted_correct - counts.correct
-    twice_pairs = (counts.wrong * twice_correct_below).sum(-1)
-    return ratio(twice_pairs, 2 * counts.n_correct * counts.n_wrong)
+    # for each score, 2 for every correct answer below it, and 1 for every correct answer at it
+    points_per_wrong_answer = 2 * counts.accepted_correct - counts.correct
+    points = (counts.wrong * points_per_wrong_answer).sum(-1)
+    return ratio(points, 2 * counts.n_correct * counts.n_wrong)
 
 
 def fpr_at_tpr_kernel(
@@ -179,39 +180,48 @@ def fpr_at_tpr_kernel(
         raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
     require_one_of("positive", positive, get_args(Positive))
     require_one_of("rule", rule, get_args(Rule))
-    fpr, tpr = _roc(counts.towards(positive))
+    fpr, tpr = _roc_points(counts.with_positive(positive))
     if rule == "first":
         # The rates are ascending. So the number of rates below ``level`` is the index of the first
-        # rate that is not below it.
-        first_at_level = (tpr < level).sum(-1)
-        return _pick(fpr, first_at_level)
+        # rate that is not below ``level``.
+        first_index = (tpr < level).sum(-1)
+        return _entries_at(first_index, fpr)
     if rule == "nearest":
-        nearest = np.abs(tpr - level).argmin(-1)
-        return _pick(fpr, nearest)
-    below = (tpr <= level).sum(-1) - 1  # index of the last point whose rate is at most ``level``
-    last = tpr.shape[-1] - 1
-    above = np.minimum(below + 1, last)
-    tpr_below = _pick(tpr, below)
-    fpr_below = _pick(fpr, below)
-    tpr_gap = _pick(tpr, above) - tpr_below
-    fpr_gap = _pick(fpr, above) - fpr_below
-    share = ratio(level - tpr_below, tpr_gap, empty=0.0)
-    return fpr_below + share * fpr_gap
+        nearest_index = np.abs(tpr - level).argmin(-1)
+        return _entries_at(nearest_index, fpr)
+    return _interpolated_fpr(fpr, tpr, level)
+
+
+def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
+    """False positive rate (...) at the true positive rate ``level``, from points (..., G+1).
+
+    The curve is a straight line between the last point whose true positive rate is at most
+    ``level`` and the point after it.
+    """
+    index_before = (tpr <= level).sum(-1) - 1
+    last_index = tpr.shape[-1] - 1
+    index_after = np.minimum(index_before + 1, last_index)
+    tpr_before = _entries_at(index_before, tpr)
+    fpr_before = _entries_at(index_before, fpr)
+    tpr_step = _entries_at(index_after, tpr) - tpr_before
+    fpr_step = _entries_at(index_after, fpr) - fpr_before
+    share_of_step = ratio(level - tpr_before, tpr_step, empty=0.0)
+    return fpr_before + share_of_step * fpr_step
 
 
 def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
     """Average precision (...) of the class ``positive``."""
-    # from here on, "correct" means "of the positive class"
-    positives_first = counts.towards(positive)
-    precision = ratio(positives_first.accepted_correct, positives_first.accepted, empty=0.0)
-    total_precision = (positives_first.correct * precision).sum(-1)
-    return ratio(total_precision, positives_first.n_correct)
+    # In these counts, "correct" means "of the positive class".
+    positive_counts = counts.with_positive(positive)
+    precision = ratio(positive_counts.accepted_correct, positive_counts.accepted, empty=0.0)
+    total_precision = (positive_counts.correct * precision).sum(-1)
+    return ratio(total_precision, positive_counts.n_correct)
 
 
-def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
-    """False and true positive rates (..., G+1); ``counts.correct`` is the positive class.
+def _roc_points(counts: TieCounts) -> tuple[Floats, Floats]:
+    """False positive rates (..., G+1) and true positive rates (..., G+1).
 
-    All rates are NaN if a class is empty.
+    ``counts.correct`` counts the positive class. All rates are NaN if there is only one class.
     """
     none_accepted = np.zeros_like(counts.accepted[..., :1])  # numerator at the point (0, 0)
     has_one_class = counts.n_correct * counts.n_wrong == 0
@@ -226,7 +236,7 @@ def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
     return false_positive_rate, true_positive_rate
 
 
-def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:
+def _entries_at(index: NDArray[np.intp], values: Floats) -> Floats:
     """Entries (...) of ``values`` (..., M) at the indices ``index`` (...) of the last axis."""
-    picked = np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)  # (..., 1)
-    return picked[..., 0]
+    entries = np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)  # (..., 1)
+    return entries[..., 0]

@@ -18,7 +18,7 @@ from vilu.validation import checked, require_at_least, require_one_of
 Binning = Literal["width", "mass"]
 
 LEAST_DISTANCE = 1e-12
-"""Smallest distance of a probability from 0 and from 1 in a logarithm."""
+"""Before a logarithm is taken, probabilities are clipped to this distance from 0 and from 1."""
 
 
 @checked
@@ -113,12 +113,12 @@ MAX_BINS = 1_000_000  # maximum number of bins of ``ece``
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
     """Expected calibration error (...); see ``ece``."""
     gap_of_score = counts.wrong - counts.value * counts.size
-    (gaps,) = _per_bin(counts, bins, binning, gap_of_score)
-    return ratio(np.abs(gaps).sum(-1), counts.n)
+    (gap_of_bin,) = _sums_per_bin(counts, bins, binning, gap_of_score)
+    return ratio(np.abs(gap_of_bin).sum(-1), counts.n)
 
 
-def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
-    """Sums (..., bins) of each array of ``values`` (..., G) over the scores in every bin."""
+def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
+    """For each array (..., G) in ``values``, the sums (..., bins) over the scores of each bin."""
     require_one_of("binning", binning, get_args(Binning))
     require_at_least("bins", bins, 1)
     if bins > MAX_BINS:
@@ -128,21 +128,21 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
         bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
-        # the bin of a score follows from the share of rows with smaller scores
+        # The share of rows with smaller scores decides in which bin a score is.
         n_below = counts.accepted - counts.size
         bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
     leading_shape = counts.size.shape[:-1]  # the axes of resamples
     n_resamples = int(np.prod(leading_shape))
-    # one call of bincount sums over all resamples: resample r has the cells from r * bins on
+    # One call of bincount sums over all resamples: resample r has the cells from r * bins on.
     first_cell = bins * np.arange(n_resamples)[:, None]
     cells = bin_of_score.reshape(n_resamples, -1) + first_cell
     sums = []
     for numbers in values:
-        total = np.bincount(
+        sum_of_cell = np.bincount(
             cells.ravel(), weights=numbers.ravel(), minlength=bins * n_resamples
         ).astype(np.float64)
-        sums.append(total.reshape(*leading_shape, bins))
+        sums.append(sum_of_cell.reshape(*leading_shape, bins))
     return sums
 
 
@@ -155,15 +155,15 @@ class BinnedError:
     """The kernel of ``ece``, with an interval that corrects for the bias of the ECE.
 
     The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
-    minus expected failures, as a share of all rows. A gap contains noise e_b, so its absolute value
-    is too large on average, by up to E|e_b| per bin. For example, the estimate is 9 % on 180 rows
-    of a calibrated predictor, whose true ECE is 0. Resampled rows add this bias once more, so their
-    percentiles lie above T.
+    minus expected failures, divided by the number of all rows. A gap contains noise e_b, so its
+    absolute value is too large on average, by up to E|e_b| per bin. For example, the estimate is
+    9 % on 180 rows of a calibrated predictor, whose true ECE is 0. Resampled rows add this bias
+    once more, so their percentiles lie above T.
 
     Therefore the noise is drawn instead of rows:
 
-    1. e_b is normal. Its variance is that of the mean of (failure - p) 1[row in bin b], or the
-       variance that a calibrated predictor would have, whichever is larger.
+    1. e_b is normal. Its variance is the variance of the mean of (failure - p) 1[row in bin b]. If
+       the variance would be larger for a calibrated predictor, the larger variance is taken.
     2. For every draw of the noise, T(g) = sum_b |g_b + e_b| is computed.
     3. The same is done for the clear gaps c: c_b is g_b if |g_b| is at least two standard errors,
        else 0.
@@ -178,8 +178,8 @@ class BinnedError:
     ``python -m benchmarks.ece_coverage`` measures how often the interval contains the true ECE.
     """
 
-    bins: int = 15
-    binning: Binning = "width"
+    bins: int = 15  # number of bins
+    binning: Binning = "width"  # as in ``ece``
     interval_note: ClassVar[str] = "corrected for the bias of the bins"
 
     def __call__(self, counts: TieCounts) -> Floats:
@@ -195,14 +195,15 @@ class BinnedError:
         """
         gap, deviation = self._gaps(counts)
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
-        estimate = np.abs(gap).sum()
-        upper_quantile = 1 - (1 - confidence) / 2
-        clear_gap = np.where(np.abs(gap) < CLEAR_ERRORS * deviation, 0.0, gap)
-        largest_bias = np.abs(clear_gap + noise).sum(axis=1) - np.abs(clear_gap).sum()
-        low = min(estimate - np.quantile(largest_bias, upper_quantile), estimate)
-        drawn_error = np.abs(gap + noise).sum(axis=1)
+        estimate = np.abs(gap).sum()  # T
+        level = 1 - (1 - confidence) / 2  # of the upper quantiles q_hi
+        clear_gap = np.where(np.abs(gap) < CLEAR_ERRORS * deviation, 0.0, gap)  # c_b
+        drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # T(c) of each draw
+        largest_bias = np.quantile(drawn_clear_error - np.abs(clear_gap).sum(), level)
+        low = min(estimate - largest_bias, estimate)
+        drawn_error = np.abs(gap + noise).sum(axis=1)  # T(g) of each draw
         smallest_bias = drawn_error.mean() - estimate
-        high = max(np.quantile(drawn_error, upper_quantile) - smallest_bias, estimate)
+        high = max(np.quantile(drawn_error, level) - smallest_bias, estimate)
         return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
@@ -213,11 +214,19 @@ class BinnedError:
         square_of_score = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         # variance of the failures if the predictor is calibrated
         calibrated_variance_of_score = counts.size * p * (1 - p)
-        per_score = (gap_of_score, square_of_score, calibrated_variance_of_score)
-        per_bin = _per_bin(counts, self.bins, self.binning, *per_score)
-        gap, square, calibrated_variance = [total / n for total in per_bin]
+        sums = _sums_per_bin(
+            counts,
+            self.bins,
+            self.binning,
+            gap_of_score,
+            square_of_score,
+            calibrated_variance_of_score,
+        )
+        # each (bins,), a mean over all rows
+        gap, square, calibrated_variance = [sum_of_bin / n for sum_of_bin in sums]
         observed_variance = square - gap**2
-        variance = np.maximum(np.maximum(observed_variance, calibrated_variance), 0)
+        larger_variance = np.maximum(observed_variance, calibrated_variance)
+        variance = np.maximum(larger_variance, 0)  # rounding can make it slightly negative
         return gap, np.sqrt(variance / n)
 
 
@@ -230,4 +239,5 @@ def brier_kernel(counts: TieCounts) -> Floats:
 def log_loss_kernel(counts: TieCounts) -> Floats:
     """Log-loss (...)."""
     p = counts.value.clip(LEAST_DISTANCE, 1 - LEAST_DISTANCE)
-    return ratio(-(counts.wrong * np.log(p) + counts.correct * np.log1p(-p)).sum(-1), counts.n)
+    log_likelihood = (counts.wrong * np.log(p) + counts.correct * np.log1p(-p)).sum(-1)
+    return ratio(-log_likelihood, counts.n)

@@ -1,4 +1,4 @@
-"""Selective prediction: the error rate of the answers that remain when uncertain ones are rejected.
+"""Selective prediction: the error rate of the answers that are kept if uncertain ones are rejected.
 
 The coverage is the share of answers that are kept. The selective risk is the share of wrong answers
 among the kept answers. The order of answers with equal uncertainty is unknown, so metrics take the
@@ -21,9 +21,9 @@ Convention = Literal["mean", "trapezoid"]
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
 TABLE_SIZE = 2**21
-"""Number of harmonic numbers in a table of 16 MB, for data sets with fewer rows than that.
+"""Number of harmonic numbers in a table, which is used if a data set has fewer rows than that.
 
-Reading the table is five times as fast as computing logarithms.
+The table takes 16 MB. To read it is five times as fast as to compute logarithms.
 """
 
 
@@ -62,8 +62,8 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
         AURC of the best order = (1/N) Σ_i max(0, i - N_correct) / i
 
-    The usual formula r + (1 - r) ln(1 - r), with r the failure rate, is the limit of this sum for
-    large N. At N = 100 it differs by 0.001.
+    Let r be the failure rate. The usual formula r + (1 - r) ln(1 - r) is the limit of this sum for
+    large N. At N = 100 the two differ by 0.001.
 
     Examples:
         >>> import vilu
@@ -179,14 +179,15 @@ def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:
 
 def excess_aurc_kernel(counts: TieCounts) -> Floats:
     """Excess AURC (...); see ``excess_aurc``."""
-    excess = _mean_risk(counts) - _oracle(counts)
-    return np.maximum(excess, 0.0)  # by rounding, the difference may be slightly negative
+    excess = _mean_risk(counts) - _aurc_of_best_order(counts)
+    return np.maximum(excess, 0.0)  # after rounding, the difference may be slightly negative
 
 
 def naurc_kernel(counts: TieCounts) -> Floats:
     """Normalised AURC (...); see ``naurc``."""
-    random_excess = ratio(counts.n_wrong, counts.n) - _oracle(counts)
-    # with only one class the denominator is exactly zero, so the result is NaN
+    aurc_of_random_order = ratio(counts.n_wrong, counts.n)
+    random_excess = aurc_of_random_order - _aurc_of_best_order(counts)
+    # With only one class the denominator is exactly zero, so the result is NaN.
     return ratio(excess_aurc_kernel(counts), random_excess)
 
 
@@ -204,7 +205,8 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     # be rounded up to 8.
     n_accepted = np.ceil(np.round(counts.n * coverage, 9))
     n_before = counts.accepted - counts.size
-    # number (..., G) of accepted rows at each score; at one score it may be a part of the rows
+    # For each score (..., G), how many of its rows are accepted. At the last accepted score this
+    # may be only a part of the rows.
     n_at_score = np.clip(n_accepted[..., None] - n_before, 0, counts.size)
     error_rate = ratio(counts.wrong, counts.size, empty=0.0)
     n_wrong = (n_at_score * error_rate).sum(-1)
@@ -225,35 +227,36 @@ def _harmonic(n: Ints) -> Floats:
     if largest < len(_HARMONIC):
         return _HARMONIC[n]
     if largest < TABLE_SIZE:
-        return _large_harmonic()[n]
+        return _harmonic_table()[n]
     last = len(_HARMONIC) - 1
     exact = _HARMONIC[np.minimum(n, last)]
-    return np.where(n <= last, exact, _series(n))
+    return np.where(n <= last, exact, _harmonic_of_large(n))
 
 
-def _series(n: Ints) -> Floats:
-    """Harmonic numbers of large n, from ln n + γ + 1 / 2n - 1 / 12n².
+def _harmonic_of_large(n: Ints) -> Floats:
+    """Harmonic numbers H_n (...) of large n, from ln n + γ + 1 / 2n - 1 / 12n².
 
-    The next term of this series is below 1e-20. A small n, for which H_n is in ``_HARMONIC``, is
-    replaced by the smallest large n; callers do not use the result for a small n.
+    The next term of this series is below 1e-20. The result is correct only for n that are too large
+    for ``_HARMONIC``. For a smaller n it is a number that callers do not use.
     """
-    smallest = len(_HARMONIC)
-    large = np.maximum(n, smallest).astype(np.float64)
-    series: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
-    return series
+    smallest_large = len(_HARMONIC)
+    large = np.maximum(n, smallest_large).astype(np.float64)
+    harmonic: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
+    return harmonic
 
 
 @cache
-def _large_harmonic() -> Floats:
+def _harmonic_table() -> Floats:
     """Table of H_0 to H_(TABLE_SIZE - 1), computed when it is needed for the first time."""
-    return np.concatenate([_HARMONIC, _series(np.arange(len(_HARMONIC), TABLE_SIZE))])
+    large = np.arange(len(_HARMONIC), TABLE_SIZE)
+    return np.concatenate([_HARMONIC, _harmonic_of_large(large)])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
     """Mean selective risk (1/N) Σ_i R_i, as the expectation over the order of tied rows.
 
-    A block of m tied rows follows s rows with smaller uncertainties. In the block w rows are wrong,
-    before the block W rows. For a rank i inside the block, the expectation is
+    Consider a block of m tied rows after s rows with smaller uncertainties. w rows of the block are
+    wrong, and W rows before the block are wrong. For a rank i inside the block, the expectation is
 
         R_i = (W + w (i - s) / m) / i
 
@@ -275,15 +278,15 @@ def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
     n_before = counts.accepted - counts.size
-    # The roll puts the risk of the last score in front of the first score. It is not used there,
-    # because the risk is constant below the smallest coverage.
+    # Shift the risks by one score. The first score gets the risk of the last score, which is not
+    # used: the risk is constant below the smallest coverage.
     risk_of_previous = np.roll(risk, 1, axis=-1)
     risk_at_left = np.where(n_before > 0, risk_of_previous, risk)
     twice_area = (counts.size * (risk_at_left + risk)).sum(-1)
     return ratio(twice_area, 2 * counts.n)
 
 
-def _oracle(counts: TieCounts) -> Floats:
+def _aurc_of_best_order(counts: TieCounts) -> Floats:
     """AURC (...) of the best order: all correct answers first."""
     harmonic_difference = _harmonic(counts.n) - _harmonic(counts.n_correct)
     sum_of_risks = counts.n_wrong - counts.n_correct * harmonic_difference

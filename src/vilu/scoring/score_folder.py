@@ -474,7 +474,7 @@ class ScoreFolder(PickledByPath):
         return Tally(
             scores=histogram,
             within=within,
-            outside=histogram.against(histogram_ood),
+            outside=histogram.with_part_as_wrong(histogram_ood),
             probability=histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,

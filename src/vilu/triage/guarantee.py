@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vilu.calibration.anytime import Looks
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.closed_set import AnyLooks, ClosedPhotos, draw_of
+from vilu.calibration.closed_set import AnyLooks, ClosedPhotos, saved_looks
 from vilu.calibration.procedure import keep_calibration
 from vilu.calibration.rules import ALL, Rule, rule_at_any_time
 from vilu.calibration.target import Target
@@ -309,7 +309,7 @@ def keep_guarantee(
         method="anytime",
         per_class=ALL not in all_progress,  # ``ALL`` would be the only group
     )
-    draws = {group: draw_of(progress.looks) for group, progress in all_progress.items()}
+    draws = {group: saved_looks(progress.looks) for group, progress in all_progress.items()}
     dataset_and_split = (dataset, None)  # photos have no split
     calibration = keep_calibration(
         folder,

@@ -17,15 +17,14 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 
 FEW_DISTINCT: Final = 16
-"""Smallest number of distinct uncertainties by which a batch without identifiers is recognised.
+"""Smallest number of distinct uncertainties with which a batch without identifiers is recognised.
 
-A batch with fewer distinct uncertainties could occur again by chance, so it is never taken for a
-repetition.
+A batch with fewer distinct uncertainties could occur again by chance, so it always counts as new.
 """
 
 
 class SeenRows:
-    """Set of rows and their names, as 64-bit hashes in sorted runs.
+    """Set of rows and their names, saved as 64-bit hashes in sorted arrays, the runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -35,7 +34,7 @@ class SeenRows:
         self.runs = list(runs)
 
     def __deepcopy__(self, _: object) -> SeenRows:
-        """A copy that shares the runs; a run is replaced and never changed."""
+        """A copy that shares the runs. This is safe, because runs are replaced, never changed."""
         return SeenRows(self.runs)
 
     def __len__(self) -> int:
@@ -52,68 +51,71 @@ class SeenRows:
         run = np.unique(hashes[~self._contains(hashes)])
         if not len(run):
             return
-        # Earlier runs that are no longer than the new one are merged into it. So every run is
+        # Earlier runs are merged into the new run if they are not longer than it. So every run is
         # shorter than the run before it, and there are few runs to search. Long runs are left as
         # they are, because a merge takes several times the memory of its runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
-            # Both are sorted, and no hash is in two runs. So a sort joins them.
             run = np.concatenate([self.runs.pop(), run])
-            run.sort(kind="stable")
+            run.sort(kind="stable")  # fast, because both parts are sorted; no hash is in both
         self.runs.append(run)
 
     def find_new(
-        self, outcomes: Outcomes, *, labels: bool = False
+        self, outcomes: Outcomes, *, compare_failures: bool = False
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """Hashes of the rows of ``outcomes``, and a mask (N,) of the rows that are new.
+        """Hashes to add for the rows of ``outcomes``, and a mask (N,) of the rows that are new.
 
-        Rows without identifiers are recognised as a whole batch: all are new, or none.
-        ``labels``: whether two such batches must also have the same failures to be the same.
+        Rows without identifiers are recognised as a whole batch: all of them are new, or none. With
+        ``compare_failures``, two such batches are the same only if their failures are equal, too.
         """
         if outcomes.ids is not None:
-            return self._new_by_name(outcomes, outcomes.ids)
+            return self._find_new_by_name(outcomes, outcomes.ids)
         numbers = _identifying_numbers(outcomes)
-        if labels:
+        if compare_failures:
             numbers = np.column_stack([numbers, outcomes.failure])
-        return self._new_as_a_whole(outcomes, numbers)
+        return self._find_new_batch(outcomes, numbers)
 
-    def _new_by_name(
+    def _find_new_by_name(
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows with identifiers."""
         numbers = _identifying_numbers(outcomes)
         hashes = hash_items(_rows_as_bytes(ids, numbers)).view(np.int64)
-        # equal rows of this batch count once
+        # Equal rows of this batch count once: the first of them may be new.
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
         name_hashes = hash_names(ids).view(np.int64)
         is_known = self._contains(hashes)
+        is_name_known = self._contains(name_hashes)
         is_mixed = is_known.any() and not is_known.all()
         # If some names of this batch were seen with other scores, the names are used again for new
-        # rows. Then a name may occur by chance with the same score as before, if many rows share
-        # this score. So only a score of a single row shows a repetition.
-        has_reused_names = not np.array_equal(self._contains(name_hashes), is_known)
+        # rows. Then a new row may have the same name and the same score as an old row by chance, if
+        # many rows share this score. So only a score that no other row shares shows a repetition.
+        has_reused_names = not np.array_equal(is_name_known, is_known)
         if is_mixed and has_reused_names:
-            is_known &= ~_known_by_chance(numbers, is_known)
+            is_known &= ~_is_known_by_chance(numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
-    def _new_as_a_whole(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``find_new``, for rows without identifiers: the whole batch is new, or none of it."""
+    def _find_new_batch(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+        """As ``find_new``, for rows without identifiers: the whole batch is new, or none of it.
+
+        ``numbers`` (N, M) are the M numbers by which each row is recognised.
+        """
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
         # The rows are sorted, because the same rows in another order are the same batch.
-        in_order = numbers[np.lexsort(numbers.T)]
-        content = np.ascontiguousarray(in_order).tobytes()
+        sorted_numbers = numbers[np.lexsort(numbers.T)]
+        content = np.ascontiguousarray(sorted_numbers).tobytes()
         batch_hash = hash_items([content]).view(np.int64)  # (1,)
         is_new = not self._contains(batch_hash)[0]
         return batch_hash, np.full(n, is_new)
 
     def _contains(self, hashes: Ints) -> NDArray[np.bool_]:
-        """Mask of the hashes that are in this set."""
+        """Mask (N,) of the hashes (N,) that are in this set."""
         is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
-            # Index of the first hash of the run that is not smaller than the wanted one. If all are
-            # smaller, it is the last index.
+            # For each hash, the index at which it must be if the run contains it. The clip keeps
+            # the index valid for a hash that is larger than all hashes of the run.
             index = np.searchsorted(run, hashes).clip(max=len(run) - 1)
             is_known |= run[index] == hashes
         return is_known
@@ -128,27 +130,27 @@ def _identifying_numbers(outcomes: Outcomes) -> Ints:
 
 
 def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
-    """Yield for each row its name and its two numbers, as bytes."""
-    content = np.ascontiguousarray(numbers).tobytes()
-    width = 2 * numbers.itemsize
+    """Yield for each row its name and its two ``numbers``, as bytes."""
+    number_bytes = np.ascontiguousarray(numbers).tobytes()
+    bytes_per_row = 2 * numbers.itemsize
     for row, name in enumerate(ids):
-        start = width * row
-        yield name.encode(errors="surrogatepass") + content[start : start + width]
+        start = bytes_per_row * row
+        yield name.encode(errors="surrogatepass") + number_bytes[start : start + bytes_per_row]
 
 
-def _known_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _is_known_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Mask (N,) of the rows with tied scores, if these rows seem to be known only by chance.
 
-    They seem so if the share of known rows is more than ten times as large among rows with tied
-    scores as among all other rows. Otherwise the mask is False everywhere.
+    They seem to be known only by chance if the share of known rows among them is more than ten
+    times as large as among all other rows. Otherwise the mask is False everywhere.
     """
     _, index, n_equal = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
     is_tied = n_equal[index.ravel()] > 1
-    # each a pair: counts of the untied rows, and of the tied rows; the divisors are at least 1
+    # Two entries each: for the rows without ties, and for the tied rows. No divisor is 0.
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
     n_known = np.bincount(is_tied, is_known, minlength=2)
-    share_untied, share_tied = n_known / n_rows
-    if 10 * share_untied >= share_tied:
+    known_share_of_untied, known_share_of_tied = n_known / n_rows
+    if 10 * known_share_of_untied >= known_share_of_tied:
         return np.zeros(len(is_known), np.bool_)
     return is_tied
 
@@ -161,74 +163,83 @@ def _are_row_numbers(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse rows that are sorted, because rows that arrive at random are not."""
-    scored = np.isfinite(outcomes.uncertainty)
-    sorted_by = _sorted_by(outcomes, scored)
-    if sorted_by is None:
+    """Refuse rows that are sorted, because rows that arrive at random are not sorted."""
+    quantity = _sorting_quantity(outcomes)
+    if quantity is None:
         return
     raise DataError(
-        f"these {len(outcomes)} rows lie sorted by their {sorted_by}. That is no order of arrival "
+        f"these {len(outcomes)} rows lie sorted by their {quantity}. That is no order of arrival "
         "(a folder of classes has none), and would be taken for a shift. Give --shuffle (in "
         "Python: take them in random order), or --in-order (in_order=True) if they did arrive in "
         "this order. None of them was taken in."
     )
 
 
-def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
-    """What rows are sorted by, as a word; None if they are not sorted.
-
-    Only the rows in the mask ``scored`` (N,) are looked at.
-    """
+def _sorting_quantity(outcomes: Outcomes) -> str | None:
+    """What the rows with an uncertainty are sorted by, as a word; None if they are not sorted."""
+    is_scored = np.isfinite(outcomes.uncertainty)
     if outcomes.target is not None:
-        labels = outcomes.target[scored]
+        labels = outcomes.target[is_scored]
         if (labels != UNKNOWN).all() and is_in_blocks(labels):
             return "right answer"
-    if outcomes.prediction is not None and is_grouped(outcomes.prediction[scored]):
+    if outcomes.prediction is not None and is_grouped(outcomes.prediction[is_scored]):
         return "answer"
-    if is_rising(outcomes.uncertainty[scored]):
+    if is_rising(outcomes.uncertainty[is_scored]):
         return "uncertainty"
     return None
 
 
-def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Check that scores of new rows are of the calibrated predictor and its candidates.
+def admit(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None) -> Outcomes:
+    """Check that new rows were scored by the calibrated predictor, with the same candidates.
 
-    The outcomes are returned, without identifiers that are only numbers of rows. If class names are
-    missing, as in a CSV file, those of the calibration are added. ``risk`` is the hash of the saved
-    calibration; None if the calibration is not saved.
+    Return the outcomes without identifiers that are only numbers of rows. If class names are
+    missing, as in a CSV file, the class names of the calibration are added.
+
+    Args:
+        outcomes: Scores of new rows.
+        calibration: The calibration rows.
+        calibration_hash: Hash of the saved calibration; None if the calibration is not saved.
     """
-    for name in ("method", "class_names"):
-        expected = getattr(calibration, name)
-        present = getattr(outcomes, name)
-        if _differs(expected, present):
-            raise ProvenanceError(
-                f"the calibration rows have the {name} {expected!r:.100}, these scores "
-                f"{present!r:.100}. Score with the predictor that was calibrated."
-            )
-    if outcomes.answer != calibration.answer:
-        raise ProvenanceError(
-            f"the calibration rows judge {calibration.answer} answers, these scores "
-            f"{outcomes.answer} ones. Score with the predictor that was calibrated."
-        )
-    decided_by = outcomes.provenance.get("risk")
-    if _differs(risk, decided_by):
-        raise ProvenanceError(
-            f"these scores were decided on by the calibration {decided_by}, the one monitored is "
-            f"{risk}. Score again with the predictor as it is calibrated now."
-        )
+    _require_same_predictor(outcomes, calibration, calibration_hash)
     n_calibration_rows = _n_calibration_rows(outcomes, calibration)
     if n_calibration_rows:
         warn_caller(
             f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, which say nothing "
-            "about new ones.",
+            "about new rows.",
         )
-    # Numbers of rows are recognised here, before any rows are left out. Afterwards there would be
-    # gaps in the numbers, and they would look like keys.
+    # Identifiers that are numbers of rows must be recognised here, before any rows are left out.
+    # Afterwards there would be gaps in the numbers, and they would look like keys.
     if outcomes.ids is not None and _are_row_numbers(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)
     return outcomes
+
+
+def _require_same_predictor(
+    outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None
+) -> None:
+    """Refuse scores of another predictor, calibration or list of candidates, as in ``admit``."""
+    for name in ("method", "class_names"):
+        expected = getattr(calibration, name)
+        present = getattr(outcomes, name)
+        if _differs(expected, present):
+            raise ProvenanceError(
+                f"the calibration rows have the {name} {expected!r:.100}, these scores have "
+                f"{present!r:.100}. Score with the predictor that was calibrated."
+            )
+    if outcomes.answer != calibration.answer:
+        raise ProvenanceError(
+            f"the calibration rows judge {calibration.answer} answers, these scores judge "
+            f"{outcomes.answer} answers. Score with the predictor that was calibrated."
+        )
+    deciding_hash = outcomes.provenance.get("risk")
+    if _differs(calibration_hash, deciding_hash):
+        raise ProvenanceError(
+            f"these scores were decided on by the calibration {deciding_hash}, and this monitor "
+            f"is for the calibration {calibration_hash}. Score again with the predictor as it is "
+            "calibrated now."
+        )
 
 
 def _differs(expected: object, present: object) -> bool:
@@ -239,17 +250,18 @@ def _differs(expected: object, present: object) -> bool:
 
 
 def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Number of rows with the same key and the same uncertainty as a calibration row.
+    """Number of rows that have the same key and the same uncertainty as a calibration row.
 
     Equal keys alone are not enough, because a row of another data set may have the same key.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # Uncertainties are compared first, because this is fast and only few calibration rows have the
-    # uncertainties of a small batch.
-    candidate_rows = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
-    known = {
-        (calibration.ids[row], calibration.uncertainty[row]) for row in candidate_rows.tolist()
+    # Uncertainties are compared first, because this is fast and only few calibration rows have an
+    # uncertainty that occurs in a small batch.
+    has_uncertainty_of_batch = np.isin(calibration.uncertainty, outcomes.uncertainty)
+    calibration_pairs = {
+        (calibration.ids[row], calibration.uncertainty[row])
+        for row in np.flatnonzero(has_uncertainty_of_batch).tolist()
     }
-    rows = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)
-    return sum(row in known for row in rows)
+    pairs = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)
+    return sum(pair in calibration_pairs for pair in pairs)

@@ -5,15 +5,15 @@ Let k of m answers be wrong. The wealth of bets against "the error rate is at mo
     M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k),
     theta ~ Beta(a, b).
 
-This is a mixture of bets on all rates theta above r. The part of the wealth for rates up to r is
-not bet. If the error rate of every answer, given the answers before it, is at most r, then the
+This is a mixture of bets on all rates theta above r. The part P[theta <= r] of the wealth is not
+bet. If the error rate of every answer, given the answers before it, is at most r, then the
 probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
 looked at after every label.
 
-As r rises from 0 to k/m, M(r) decreases. For all r above k/m it is at most 1. So M(r) < 1/delta for
-all rates above a single number, which is the lower bound of the error rate. The upper bound comes
-from the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970. Confidence
-sequences: Howard et al., Annals of Statistics 2021.)
+As r rises from 0 to k/m, M(r) decreases. For all r above k/m it is at most 1. So there is a single
+rate above which M(r) < 1/delta. This rate is the lower bound of the error rate. The upper bound
+comes from the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970.
+Confidence sequences: Howard et al., Annals of Statistics 2021.)
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ Prior = tuple[float, float]
 
 
 def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
-    """Log wealth (...), log M(rate), if ``wrong`` of ``n`` answers are wrong; ``rate`` in (0, 1).
+    """Log wealth (...), log M(rate), after ``n`` answers of which ``wrong`` are wrong.
 
-    ``prior`` holds the parameters a and b of the Beta distribution of theta.
+    ``rate`` is in (0, 1). ``prior`` holds the parameters a and b of the Beta distribution of theta.
     """
     a, b = prior
     right = n - wrong
     # Only rates theta above ``rate`` are bet on. A bet on a smaller rate would gain on average if
     # the true rate is small, and M would reject "at most ``rate``" although it is true.
-    # Either part of M may be 0. Its logarithm is then -inf, which is no error.
+    #
+    # Either term of M may be 0. Its logarithm is then -inf, which is no error.
     with np.errstate(divide="ignore", under="ignore"):
         log_not_bet = np.log(special.betainc(a, b, rate))
         # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
@@ -61,9 +62,9 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
 
 def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Lower bound of an error rate.
+    """Lower bound of an error rate, after ``n`` answers of which ``wrong`` are wrong.
 
-    With confidence 1 - delta, none of the bounds after 1, 2, 3, ... answers is above the rate.
+    With confidence 1 - delta, none of the bounds after 1, 2, 3, ... answers is above the true rate.
     """
     if not wrong:
         return 0.0
@@ -82,16 +83,16 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
 
 @dataclass(frozen=True)
 class Audit:
-    """Numbers of audited answers and of wrong ones, compared with the guaranteed error rate."""
+    """Compares the error rate of audited answers with the guaranteed largest error rate."""
 
     limit: float  # guaranteed largest error rate, in (0, 1)
     delta: float  # 1 - confidence of each bound
     n: int = 0  # number of audited answers
-    wrong: int = 0  # number of wrong ones among them
+    wrong: int = 0  # number of wrong answers among them
 
     @property
     def prior(self) -> Prior:
-        """Prior Beta(1, 1/limit - 1). Its mean is the limit, so most bets are on rates near it."""
+        """Prior Beta(1, 1/limit - 1). Its mean is the limit, so most bets are near the limit."""
         return 1.0, 1 / self.limit - 1
 
     @property
@@ -114,8 +115,8 @@ class Audit:
     @property
     def verdict(self) -> AuditVerdict:
         """Verdict from the answers so far."""
-        # The wealth at the limit shows on which side of the limit the bounds are. This is faster
-        # than a search for the bounds.
+        # The wealth at the limit shows whether a bound has reached the limit. This is faster than a
+        # search for the bounds.
         needed_log_wealth = -math.log(self.delta)
         wrong = np.asarray(self.wrong)
         n = np.asarray(self.n)
@@ -126,22 +127,23 @@ class Audit:
         return "not enough audited answers"
 
     def log_wealth_after(self, failure: Ints) -> Floats:
-        """Log wealth (B,), log M(limit), after each of the next B audited answers (1 = wrong).
+        """Log wealth (B,), log M(limit), after each of the next B audited answers.
 
-        Where the log wealth reaches log(1/delta), the lower bound reaches the limit. Then the
-        guarantee is broken.
+        ``failure`` (B,) is 1 where the answer is wrong. If the log wealth reaches log(1/delta), the
+        lower bound reaches the limit, and the guarantee is broken.
         """
         n = self.n + np.arange(1, len(failure) + 1)
-        return log_wealth(self.wrong + np.cumsum(failure), n, self.limit, self.prior)
+        wrong = self.wrong + np.cumsum(failure)
+        return log_wealth(wrong, n, self.limit, self.prior)
 
     def with_answers(self, failure: Ints) -> Audit:
-        """The audit with B more audited answers (1 = wrong)."""
+        """The audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
         return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
 
     def n_needed(self) -> int | None:
         """About how many more audited answers lead to a verdict, if the error rate stays the same.
 
-        Without audited answers so far, all answers are assumed to be right. None if no number of
+        If no answer was audited yet, all answers are assumed to be right. None if no number of
         answers is enough.
         """
         rate = self.wrong / self.n if self.n else 0.0
@@ -149,15 +151,16 @@ class Audit:
             return None
         # The number of wrong answers is rounded towards the limit, so that the estimate is not too
         # small.
-        round_to_limit: Callable[[float], int] = math.ceil if rate < self.limit else math.floor
+        is_below_limit = rate < self.limit
+        round_to_limit: Callable[[float], int] = math.ceil if is_below_limit else math.floor
 
         def is_enough(n: int) -> bool:
-            audit = replace(self, n=n, wrong=round_to_limit(rate * n))
-            return audit.verdict != "not enough audited answers"
+            later_audit = replace(self, n=n, wrong=round_to_limit(rate * n))
+            return later_audit.verdict != "not enough audited answers"
 
         if is_enough(self.n):
             return 0
-        n = first_enough(is_enough, first_tried=max(self.n, 1))
-        if n is None:
+        n_enough = first_enough(is_enough, first_tried=max(self.n, 1))
+        if n_enough is None:
             return None
-        return n - self.n
+        return n_enough - self.n

@@ -53,10 +53,10 @@ class Monitor:
             first row is seen.
 
     Attributes:
-        rows: Number of rows monitored.
-        unscored: Number of these rows without an uncertainty; they are left out.
-        accepted: Number of these rows that are accepted.
-        repeated: Number of rows and labels that were given again to this object and left out.
+        rows: Number of monitored rows.
+        unscored: Number of monitored rows without an uncertainty; the tests leave them out.
+        accepted: Number of monitored rows that are accepted.
+        repeated: Number of rows and labels that were left out, because they were given before.
         risk: Hash of the saved calibration; None if the calibration is not saved. Scores that were
             decided on by this calibration contain the same hash.
 
@@ -105,7 +105,10 @@ class Monitor:
         self.calibration = calibration
         self.false_alarm = false_alarm
         self.seed = int(seed)
-        self.rule = rule if isinstance(rule, Rule) and not rule.needs_batch else None
+        self.rule: Rule | None = None
+        # Label sets accept no answers, and a rule for whole batches accepts no single rows.
+        if isinstance(rule, Rule) and not rule.needs_batch:
+            self.rule = rule
         self.risk: str | None = None
         self.rows = 0
         self.unscored = 0
@@ -114,13 +117,14 @@ class Monitor:
         self.seen_rows = SeenRows()
         self.seen_labels = SeenRows()
         self.compared_below = self._end_of_sample()
-        values = self._values_by_test(calibration, self._accepted(calibration, groups))
+        values = self._values_by_test(calibration, self._is_accepted(calibration, groups))
         self._coverage: float | None = None
         if self.rule is not None and not self._is_partial:
             self._coverage = float(1 - values["acceptance"].mean())  # the value is 0 if accepted
         if self.rule is not None and self.rule.reweighted:
-            # The stated shares differ from those of the calibration rows. So new rows that differ
-            # from them in the same way would raise an alarm although the guarantee holds.
+            # The stated shares differ from the shares among the calibration rows. New rows with the
+            # stated shares would raise an alarm although the guarantee holds. So no values are
+            # compared.
             values = {}
         self._make_tests(values)
         self.fingerprint = self._fingerprint()
@@ -128,14 +132,15 @@ class Monitor:
     def _make_tests(self, values: Mapping[TestName, Floats]) -> None:
         """Make all tests, each with a share of ``false_alarm``.
 
-        ``values`` holds, by test, the values of calibration rows with which new rows are compared.
+        ``values`` maps the name of a test to the values of the calibration rows, with which the
+        values of new rows are compared.
         """
-        limit = self._guaranteed_risk()
+        guaranteed_risk = self._guaranteed_risk()
         names: list[TestName] = list(values)
-        if limit is not None:
+        if guaranteed_risk is not None:
             names.append("audit")
-        # Only the names of the rates are needed here. Their levels follow from ``total_parts``.
-        names += rates_of(self.rule, self.calibration, self.false_alarm)
+        # Only the names of the rates are needed here. Their levels are computed below.
+        names += rates_of(self.rule, self.calibration, level=self.false_alarm)
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
         total_parts = sum(PARTS[name] for name in names)
@@ -145,24 +150,30 @@ class Monitor:
         self.watches: dict[TestName, Watch] = {}
         for name, values_of_test in values.items():
             self.watches[name] = Watch(tests[name], Reference.of(values_of_test))
-        # Every rate gets one part of the level. At least 1, so that nothing is divided by 0.
-        level_of_part = self.false_alarm / max(total_parts, 1)
+        self.error_audit: Audit | None = None
+        self.audit_test = tests.get("audit")
+        if guaranteed_risk is not None:
+            self.error_audit = Audit(limit=guaranteed_risk, delta=tests["audit"].level)
+        # Without any test there are no parts, and ``max`` avoids a division by 0.
+        self._make_rate_tests(level_of_part=self.false_alarm / max(total_parts, 1))
+
+    def _make_rate_tests(self, level_of_part: float) -> None:
+        """Make the rates and their tests. Every rate gets one part of the level."""
         self.rates = rates_of(self.rule, self.calibration, level_of_part)
         self.rate_tests: dict[TestName, Test] = {}
         for name, rate in self.rates.items():
             self.rate_tests[name] = Test(name=name, level=rate.delta)
-        self.error_audit: Audit | None = None
-        self.audit_test = tests.get("audit")
-        if limit is not None:
-            self.error_audit = Audit(limit, delta=tests["audit"].level)
 
     def _end_of_sample(self) -> float:
-        """Uncertainty below which rows are compared with calibration rows; infinite: all are."""
+        """Rows with an uncertainty below this number are compared with the calibration rows.
+
+        The number is infinite if all rows are compared.
+        """
         scores = self.calibration.uncertainty
         distinct_scores = np.unique(scores[np.isfinite(scores)])
         # If labels arrived one after another, or rows were drawn below a limit, the labelled rows
-        # are a random sample only up to the limit. Somebody chose the rows beyond it, so new rows
-        # are not like these.
+        # are a random sample only up to the limit. Labelled rows beyond the limit were chosen by
+        # somebody, so new rows are not like them.
         if self._is_partial and len(distinct_scores) > 1:
             return float(distinct_scores[-1])
         return np.inf
@@ -237,7 +248,7 @@ class Monitor:
             ('holds', 300)
         """
         outcomes = admit(outcomes, self.calibration, self.risk)
-        accepted = self._accepted(outcomes, groups)
+        accepted = self._is_accepted(outcomes, groups)
         hashes, is_new = self.seen_rows.find_new(outcomes)
         if not is_new.all():
             warn_caller(
@@ -260,7 +271,7 @@ class Monitor:
         self.accepted += int(np.count_nonzero(accepted))
         self.repeated += int(np.count_nonzero(~is_new))
         self.seen_rows.add(hashes)
-        self._take_labels(outcomes, accepted, row_numbers)
+        self._audit_labels(outcomes, accepted, row_numbers)
         return self.status
 
     @checked
@@ -269,10 +280,10 @@ class Monitor:
     ) -> Status:
         """Audit labels that arrived later, of rows that were monitored before.
 
-        A label counts once. Labels of rows that were audited before are left out. Such rows are
+        A label counts once: if a row was audited before, its label is left out. Such rows are
         recognised as in ``update``. By default the order of the labels has no meaning, so the test
-        looks at the evidence once, after the last label. With ``in_order`` the test looks after
-        every label.
+        looks at the evidence once, after the last label. With ``in_order`` the test looks at it
+        after every label.
 
         Warns:
             UserWarning: If some labels were given before.
@@ -305,8 +316,11 @@ class Monitor:
         # Labels that arrived together have no order. If the evidence were looked at after every
         # label, a difficult class that comes first could raise an alarm, although all labels
         # together do not.
-        tested = slice(0, None) if in_order else slice(-1, None)
-        self._take_labels(outcomes, self._accepted(outcomes, groups), row_numbers, tested)
+        all_labels = slice(None)
+        last_label = slice(-1, None)
+        tested_after = all_labels if in_order else last_label
+        accepted = self._is_accepted(outcomes, groups)
+        self._audit_labels(outcomes, accepted, row_numbers, tested_after)
         return self.status
 
     @checked
@@ -344,16 +358,16 @@ class Monitor:
             )
         # This empty table makes sure that the columns "value" and "count" exist, even if there is
         # no test with values.
-        empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
-        tables.append(pa.table(empty))
-        # The hashes of rows and labels that were seen are in the same table. For them, the column
+        empty_columns = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
+        tables.append(pa.table(empty_columns))
+        # The hashes of seen rows and seen labels are in the same table. In their lines, the column
         # "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.seen_rows), (LABELS_SEEN, self.seen_labels)):
             hashes = seen.hashes()
             tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
         # With this option, a column that a table lacks is filled with null.
-        whole = pa.concat_tables(tables, promote_options="default")
-        columns = {name: whole[name] for name in ("test", "value", "count", "row")}
+        all_lines = pa.concat_tables(tables, promote_options="default")
+        columns = {name: all_lines[name] for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
     @checked
@@ -389,13 +403,13 @@ class Monitor:
         table, state = _read_state(path)
         if state.fingerprint != self.fingerprint:
             raise ProvenanceError(
-                f"{path} belongs to the monitor {state.fingerprint}, this one is "
-                f"{self.fingerprint}: another calibration, probability of a false alarm, or seed. "
-                "After a new calibration begin a new state."
+                f"{path} belongs to the monitor {state.fingerprint}, and this monitor is "
+                f"{self.fingerprint}: its calibration, probability of a false alarm, or seed is "
+                "different. After a new calibration begin a new state."
             )
         test_column = read_column(path, table, "test", "string")
         test_of_line = np.asarray(test_column.to_pylist(), dtype=object)
-        # in the lines with hashes these two columns are null
+        # The columns "value" and "count" are null in the lines with hashes.
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
         row_hash = read_column(path, table, "row", "int64")
@@ -408,14 +422,14 @@ class Monitor:
         n_rows, n_labels = state.remembered
         try:
             self._restore(state, values)
-            _remember(self.seen_rows, hashes_of_rows, n_rows)
-            _remember(self.seen_labels, hashes_of_labels, n_labels)
+            _add_saved_hashes(self.seen_rows, hashes_of_rows, n_rows)
+            _add_saved_hashes(self.seen_labels, hashes_of_labels, n_labels)
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
         return self
 
     def state(self) -> State:
-        """The state of the monitor without the calibration and without the monitored values.
+        """The state of the monitor, without its calibration and without the monitored values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -443,22 +457,12 @@ class Monitor:
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
         """Set this monitor to a saved state.
 
-        ``values`` holds, by test, the distinct values so far and how often each occurred. Raises a
-        ValueError if the state does not fit.
+        ``values`` maps the name of a test to its distinct values so far, and how often each of them
+        occurred. Raises a ValueError if the state does not fit.
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
-        watches: dict[TestName, Watch] = {}
-        for name, watch in self.watches.items():
-            wealth = state.wealth[name]
-            n_bets = state.rows - state.unscored
-            compares_all = self.compared_below == np.inf
-            if not compares_all:
-                # Only the wealth says how many rows were compared.
-                n_bets = 0 if wealth is None else wealth.n
-            distinct_values, counts = values[name]
-            watches[name] = watch.resumed(tests[name], wealth, distinct_values, counts, n_bets)
-        self.watches = watches
+        self.watches = self._saved_watches(state, values)
         self.rows = state.rows
         self.unscored = state.unscored
         self.accepted = state.accepted
@@ -471,18 +475,38 @@ class Monitor:
             self.error_audit = replace(self.error_audit, n=n, wrong=wrong)
             self.audit_test = tests["audit"]
 
+    def _saved_watches(
+        self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]
+    ) -> dict[TestName, Watch]:
+        """The watches of a saved state; ``values`` is as in ``_restore``."""
+        tests = {test.name: test for test in state.tests}
+        compares_all = self.compared_below == np.inf
+        watches: dict[TestName, Watch] = {}
+        for name, watch in self.watches.items():
+            wealth = state.wealth[name]
+            if compares_all:
+                n_compared = state.rows - state.unscored
+            else:
+                # Only the wealth says how many rows were compared.
+                n_compared = 0 if wealth is None else wealth.n
+            distinct_values, counts = values[name]
+            watches[name] = watch.with_saved_state(
+                tests[name], wealth, distinct_values, counts, n_compared
+            )
+        return watches
+
     def _require_tests(self, state: State) -> None:
-        """Raise a ValueError if a state has other tests or impossible counts."""
+        """Raise a ValueError if a state has different tests than this monitor, or wrong counts."""
         levels = {test.name: test.level for test in self._tests()}
         saved_levels = {test.name: test.level for test in state.tests}
         n_audited, n_wrong = state.audited
-        has_tests = saved_levels.keys() == levels.keys()
-        has_wealth = state.wealth.keys() == self.watches.keys()
-        if not has_tests or not has_wealth or n_wrong > n_audited:
+        has_same_tests = saved_levels.keys() == levels.keys()
+        has_same_watches = state.wealth.keys() == self.watches.keys()
+        if not has_same_tests or not has_same_watches or n_wrong > n_audited:
             raise ValueError(f"its tests are not {', '.join(levels)}")
-        has_rates = state.counted.keys() == self.rates.keys()
+        has_same_rates = state.counted.keys() == self.rates.keys()
         is_impossible = any(n_events > n_rows for n_rows, n_events in state.counted.values())
-        if not has_rates or is_impossible:
+        if not has_same_rates or is_impossible:
             raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
         if saved_levels != levels:
             raise ValueError("its tests have other levels")
@@ -506,12 +530,13 @@ class Monitor:
             unscored=self.unscored,
             false_alarm=self.false_alarm,
             tests=tuple(tests),
-            acceptance=self._acceptance(),
+            acceptance=self._acceptance_shares(),
             audit=audited,
             present=present,
         )
 
     def _tests(self) -> list[Test]:
+        """All tests, in the order in which they are shown."""
         tests = [watch.test for watch in self.watches.values()]
         if self.audit_test is not None:
             tests.append(self.audit_test)
@@ -520,15 +545,15 @@ class Monitor:
     def _guaranteed_risk(self) -> float | None:
         """The guaranteed largest error rate of accepted answers.
 
-        None if nothing is accepted, if only a mean over calibrations is guaranteed, or if the bound
-        is 0 or 1, which no audit can test.
+        None if nothing is accepted, if the guarantee is only about a mean over calibrations, or if
+        the error rate is 0 or 1, which no audit can test.
         """
         if self.rule is None or not self.rule.feasible:
             return None
         if self.rule.method == "crc":
-            # Conformal risk control bounds the mean over calibrations. About half of all thresholds
-            # have a risk above the target, so an audit would raise alarms although the guarantee
-            # holds.
+            # Conformal risk control bounds the mean over calibrations. In about half of the
+            # calibrations the risk is above the target. So an audit would raise alarms although
+            # the guarantee holds.
             return None
         risk = self.rule.max_risk
         if risk is None:
@@ -537,7 +562,7 @@ class Monitor:
             return None
         return risk
 
-    def _accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
+    def _is_accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
         """Mask (N,) of the accepted answers; False everywhere without a rule."""
         if self.rule is None:
             return np.zeros(len(outcomes), dtype=np.bool_)
@@ -548,11 +573,14 @@ class Monitor:
     def _values_by_test(
         self, outcomes: Outcomes, accepted: NDArray[np.bool_]
     ) -> dict[TestName, Floats]:
-        """For each test that compares rows, the values (M,) of the M compared rows."""
+        """For each test that compares rows, the values (M,) of the M compared rows.
+
+        ``accepted`` is the mask (N,) of the accepted answers.
+        """
         is_compared = self._is_compared(outcomes)
         values: dict[TestName, Floats] = {"scores": outcomes.uncertainty[is_compared]}
         if self.rule is not None:
-            values["acceptance"] = (~accepted[is_compared]).astype(np.float64)  # 1: not accepted
+            values["acceptance"] = (~accepted[is_compared]).astype(np.float64)  # 0 if accepted
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
@@ -564,42 +592,45 @@ class Monitor:
 
     @property
     def _is_partial(self) -> bool:
-        """Whether calibration rows are a random sample only up to some uncertainty."""
+        """Whether the calibration rows are a random sample only up to some uncertainty."""
         return self.rule is not None and self.rule.is_partial
 
     def _is_compared(self, outcomes: Outcomes) -> NDArray[np.bool_]:
         """Mask (N,) of the rows that are compared with the calibration rows.
 
-        Rows without an uncertainty are not compared. If calibration rows are a random sample only
-        up to some uncertainty, rows from there on are not compared either.
+        Rows without an uncertainty are not compared. If the calibration rows are a random sample
+        only up to some uncertainty, rows from this uncertainty on are not compared either.
         """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.compared_below)
 
-    def _take_labels(
+    def _audit_labels(
         self,
         outcomes: Outcomes,
         accepted: NDArray[np.bool_],
         row_numbers: Ints,
-        tested: slice = slice(None),
+        tested_after: slice = slice(None),
     ) -> None:
-        """Audit the rows whose failure is known, except those that were audited before.
+        """Audit the rows whose failure is known, except the rows that were audited before.
 
         Args:
             outcomes: N rows.
             accepted: Mask (N,) of the accepted answers.
-            row_numbers: (N,) for every row, the number of the row at which its alarm is reported.
-            tested: Selects the labels after which the evidence is tested.
+            row_numbers: (N,) If the label of a row raises an alarm, the alarm is reported at the
+                row with this number.
+            tested_after: Selects the labels after which the evidence is tested.
         """
         if self.error_audit is None or self.audit_test is None:
             return
         is_counted = accepted
         if "outside" in self.rates:
-            # every labelled row counts for the share of out-of-distribution images
+            # All labelled rows count for the share of out-of-distribution images.
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
-        labelled = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
-        if labelled.size == 0:  # the usual case in a service, whose labels arrive later
+        labelled_rows = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
+        if labelled_rows.size == 0:  # the usual case in a service, because labels arrive later
             return
-        hashes, is_new = self.seen_labels.find_new(outcomes.take(labelled), labels=True)
+        hashes, is_new = self.seen_labels.find_new(
+            outcomes.take(labelled_rows), compare_failures=True
+        )
         if not is_new.all():
             warn_caller(
                 f"{np.count_nonzero(~is_new)} of {len(is_new)} labels were given before and are "
@@ -607,13 +638,14 @@ class Monitor:
             )
         self.repeated += int(np.count_nonzero(~is_new))
         self.seen_labels.add(hashes)
-        new_rows = labelled[is_new]
+        new_rows = labelled_rows[is_new]
         is_ood = outcomes.outside[new_rows]
-        self._count_for_rate("outside", is_ood, row_numbers[new_rows], tested)
+        self._count_for_rate("outside", is_ood, row_numbers[new_rows], tested_after)
         audited_rows = new_rows[accepted[new_rows]]
         is_wrong = outcomes.failure[audited_rows] == 1
         evidence = self.error_audit.log_wealth_after(is_wrong)
-        self.audit_test = self.audit_test.after(evidence[tested], row_numbers[audited_rows][tested])
+        reported_at = row_numbers[audited_rows]
+        self.audit_test = self.audit_test.after(evidence[tested_after], reported_at[tested_after])
         self.error_audit = self.error_audit.with_answers(is_wrong)
 
     def _count_for_rate(
@@ -621,25 +653,32 @@ class Monitor:
         name: TestName,
         is_event: NDArray[np.bool_],
         row_numbers: Ints,
-        tested: slice = slice(None),
+        tested_after: slice = slice(None),
     ) -> None:
-        """Update a rate and its test with M new rows; a rate that is not monitored is ignored.
+        """Update a rate and its test with M new rows; do nothing if the rate is not monitored.
 
         Args:
-            name: The rate, such as "review".
-            is_event: Mask (M,) of the rows that the rate counts, such as those left for review.
-            row_numbers: (M,) for every row, the number of the row at which its alarm is reported.
-            tested: Selects the rows after which the evidence is tested.
+            name: Name of the rate, such as "review".
+            is_event: Mask (M,) of the rows with the event whose rate is monitored, such as rows
+                that are left for review.
+            row_numbers: (M,) If a row raises an alarm, the alarm is reported at the row with this
+                number.
+            tested_after: Selects the rows after which the evidence is tested.
         """
         if name not in self.rates:
             return
         events = is_event.astype(np.int64)
         evidence = self.rates[name].log_wealth_after(events)
-        self.rate_tests[name] = self.rate_tests[name].after(evidence[tested], row_numbers[tested])
+        self.rate_tests[name] = self.rate_tests[name].after(
+            evidence[tested_after], row_numbers[tested_after]
+        )
         self.rates[name] = self.rates[name].with_answers(events)
 
-    def _acceptance(self) -> Acceptance | None:
-        """Shares of accepted answers at the calibration and since then; None without the first."""
+    def _acceptance_shares(self) -> Acceptance | None:
+        """Shares of accepted answers among the calibration rows and among the monitored rows.
+
+        None if the share among the calibration rows is not known.
+        """
         if self._coverage is None:
             return None
         n_scored = self.rows - self.unscored
@@ -647,7 +686,7 @@ class Monitor:
         return Acceptance(calibration=self._coverage, since=share, n=n_scored)
 
     def _fingerprint(self) -> str:
-        """Digest of everything that the results of this monitor depend on, except new rows."""
+        """Digest of everything on which the results of this monitor depend, except new rows."""
         content = hashlib.sha256()
         for watch in self.watches.values():
             for values_or_counts in watch.reference.table():
@@ -655,7 +694,7 @@ class Monitor:
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
         if self.rule is not None and self.rule.reweighted:
-            # the audits of rates depend on the strata of the rows
+            # The audits of rates depend on the strata of the rows.
             rows = self.calibration.take(self.calibration.evaluable)
             strata = Strata(rows, self.rule.outside_share, self.rule.class_shares)
             content.update(strata.stratum.tobytes())
@@ -672,27 +711,32 @@ def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     elif calibration.guarantee is not None:
         return calibration, calibration.guarantee
     else:
-        command = f"{command} --overwrite"
+        command = f"{command} --overwrite"  # there is a calibration without a guarantee
     raise InfeasibleError(
         f"there is no guarantee to watch, because nothing is guaranteed of {folder}: "
         f"run `{command}` with labelled rows first."
     )
 
 
-# Names of the two kinds of hashes in the column "test" of a saved state.
 ROWS_SEEN = "rows seen"
+"""Value of the column "test" of a saved state in the lines with hashes of rows."""
+
 LABELS_SEEN = "labels seen"
+"""Value of the column "test" of a saved state in the lines with hashes of labels."""
 
 
-def _remember(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
-    """Add n saved hashes to ``seen``; ValueError if they are not n different hashes."""
+def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
+    """Add n saved hashes to the empty set ``seen``.
+
+    Raises a ValueError if they are not n distinct hashes.
+    """
     seen.add(hashes.drop_null().to_numpy())
     if len(hashes) != n or len(seen) != n:
         raise ValueError("it does not hold the rows that were taken in")
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
-    """Read the saved state of a monitor."""
+    """Read the saved state of a monitor: the table with values and hashes, and all else."""
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(
@@ -708,6 +752,7 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
 
 
 def _require_parquet(path: str | Path) -> None:
+    """Refuse a path whose suffix is not ".parquet"."""
     if table_suffix(path) != ".parquet":
         raise UsageError(
             f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead."

@@ -1,6 +1,6 @@
-"""Rates with an upper limit as long as a guarantee for stated shares holds.
+"""Rates that stay below a limit as long as a guarantee for stated shares holds.
 
-Every rate is monitored by an ``Audit``, like the error rate of accepted answers.
+Each rate is monitored by an ``Audit``, like the error rate of accepted answers.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
 
 SMALLEST_LIMIT: Final = 1e-3
-"""Smallest limit of the share of out-of-distribution images, even if a smaller one was stated."""
+"""Limit of the share of out-of-distribution images, if a smaller share than this was stated."""
 
 
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
-    """Audits of the rates that are limited while a guarantee for stated shares holds.
+    """Audits of the rates that stay below a limit while a guarantee for stated shares holds.
 
-    Rules without stated shares have no such rates.
+    Rules without stated shares have no such rates. ``level`` is the probability that the audit of a
+    rate ever raises a false alarm.
 
     - "outside": the share of out-of-distribution images among labelled rows. The limit is the
       stated share.
-    - "review": the share of rows that the rule leaves for review. Let d_in and d_out be this share
-      within the classes and among out-of-distribution images. If the share of out-of-distribution
-      images is p', the rate is
+    - "review": the share of rows that the rule leaves for review. Let d_in be this share among
+      images of the classes, and d_out this share among out-of-distribution images. If the share of
+      out-of-distribution images is p', the rate is
 
           (1 - p') d_in + p' d_out.
 
@@ -49,33 +50,39 @@ def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[Tes
 
 
 def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
-    """Upper bound of the share of rows that are left for review, at the stated shares."""
+    """Upper bound of the share of rows that are left for review, at the stated shares.
+
+    ``rows`` are the calibration rows with a label. The bound holds with confidence 1 - delta.
+    """
     strata = Strata(rows, rule.outside_share, rule.class_shares)
     is_reviewed = ~rule.accept(rows.uncertainty)
     n_reviewed = np.bincount(strata.stratum[is_reviewed], minlength=len(strata.names))
-    # all bounds must hold together, so delta is divided among them (union bound)
+    # All bounds must hold together, so delta is divided among the strata (union bound).
     delta_of_stratum = delta / int(np.count_nonzero(strata.share))
     bounds = []
-    for k, n in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
-        bounds.append(upper_bound(k, n, delta_of_stratum))
-    *inside_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
+    for n_reviewed_here, n_here in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
+        bounds.append(upper_bound(n_reviewed_here, n_here, delta_of_stratum))
+    *class_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
-    inside_shares = strata.share[:-1]
-    inside_bound = float(inside_shares @ np.array(inside_bounds)) / (1 - ood_share)
+    class_shares = strata.share[:-1]
+    inside_bound = float(class_shares @ np.array(class_bounds)) / (1 - ood_share)
     # The true share of out-of-distribution images may be any number from 0 to the stated share. The
-    # rate is linear in this share, so its maximum is at 0 or at the stated share. If only
-    # the rate at the stated share were the limit, fewer such images than stated could raise a false
-    # alarm.
+    # rate is linear in this share, so its maximum is at 0 or at the stated share. Suppose only the
+    # rate at the stated share were the limit. Then fewer such images than stated could raise a
+    # false alarm.
     bound_at_stated_share = (1 - ood_share) * inside_bound + ood_share * ood_bound
     return max(inside_bound, bound_at_stated_share)
 
 
-def ood_in_words(audit: Audit, stated: float) -> str:
-    """Text on the share of out-of-distribution rows among labelled rows, with anytime bounds."""
+def ood_in_words(audit: Audit, stated_share: float) -> str:
+    """Text on the share of out-of-distribution rows among labelled rows, with anytime bounds.
+
+    ``audit`` is the audit of this share, and ``stated_share`` is the share that was stated.
+    """
     lower = percent(audit.lower, rounding=math.floor)
     upper = percent(audit.upper)
     confidence = percent(1 - audit.delta, rounding=math.floor)
-    largest_share = percent(stated, rounding=math.floor)
+    largest_share = percent(stated_share, rounding=math.floor)
     return (
         f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share {lower} to "
         f"{upper}, each bound with confidence {confidence}; stated: at most {largest_share})"

@@ -16,9 +16,13 @@ from vilu.calibration.thresholds import percent
 from vilu.metrics.counts import Floats, Ints
 
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
-"""Verdicts of a monitor: no alarm, an alarm of any test but the audit, or one of the audit."""
+"""Verdicts of a monitor.
 
-# What an alarm of each test means, as a part of a sentence.
+"holds": no alarm. "broken": an alarm of the audit. "shifted: guarantee void": alarms of tests other
+than the audit only.
+"""
+
+# For each test, what its alarm means, as a part of a sentence.
 MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
@@ -40,29 +44,30 @@ class Test(Model):
 
     __test__ = False  # tells pytest that this is no test class
 
-    # "scores", "acceptance" and "answers" test whether the rows are still like those of the
-    # calibration. "audit" tests whether accepted answers are wrong too often. "outside" and
-    # "review" test whether the shares are still those for which the guarantee was stated.
+    # "scores", "acceptance" and "answers" test whether the rows are still like the calibration
+    # rows. "audit" tests whether accepted answers are wrong too often. "outside" and "review" test
+    # whether the shares are still the shares for which the guarantee was stated.
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability that a false alarm is ever raised
-    log_wealth: float = 0.0  # present evidence; the alarm is raised at log(1/level)
-    peak: float = 0.0  # largest evidence so far
+    log_wealth: float = 0.0  # evidence now, a log wealth; the alarm is raised at log(1/level)
+    peak: float = 0.0  # largest log wealth so far
     # row at which the alarm was raised, 0 = first row monitored; None: no alarm
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """The test after B further rows.
+        """The test after B more rows.
 
-        ``log_wealth`` (B,) is the evidence after each of the rows, ``rows`` (B,) are their numbers.
+        ``log_wealth`` (B,) is the evidence after each of these rows, and ``rows`` (B,) are the
+        numbers of the rows.
         """
         if not len(log_wealth):
             return self
         raised_at = self.raised_at
         # The alarm stays, even if the evidence falls again. Ville's inequality bounds the
         # probability that a false alarm is ever raised, so later rows need not confirm it.
-        alarms = np.flatnonzero(log_wealth >= -math.log(self.level))
-        if raised_at is None and len(alarms):
-            raised_at = int(rows[alarms[0]])
+        enough_evidence = np.flatnonzero(log_wealth >= -math.log(self.level))
+        if raised_at is None and len(enough_evidence):
+            raised_at = int(rows[enough_evidence[0]])
         return self.model_copy(
             update={
                 "log_wealth": float(log_wealth[-1]),
@@ -83,20 +88,19 @@ class Acceptance(Model):
     """Shares of accepted answers."""
 
     calibration: float  # share among the calibration rows
-    since: float | None  # share among the rows monitored; None before the first row
-    n: int  # number of rows monitored that have an uncertainty
+    since: float | None  # share among the monitored rows; None before the first row
+    n: int  # number of monitored rows that have an uncertainty
 
 
 class Audited(Model):
     """Result of the audit of labels that have arrived."""
 
     n: int  # number of audited accepted answers
-    wrong: int  # number of wrong ones among them
+    wrong: int  # number of wrong answers among them
     guarantee: float  # guaranteed largest error rate
-    # Bounds of the error rate. They may be looked at after every label.
-    lower: float
-    upper: float
-    confidence: float  # 1 - delta, separately for each bound
+    lower: float  # lower bound of the error rate; it may be looked at after every label
+    upper: float  # upper bound of the error rate; it may be looked at after every label
+    confidence: float  # 1 - delta, for each bound by itself
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
     # about how many more audited answers lead to a verdict; None if no number of them is enough
     n_needed: int | None
@@ -132,17 +136,18 @@ class Status(Model):
     """The state of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    # first row at which an alarm was raised, 0 = first row monitored; None: no alarm
+    # number of the row at which the first alarm was raised (the first monitored row is 0); None: no
+    # alarm
     raised_at: int | None
-    reason: str  # text of the reason for the verdict
-    advice: str  # text on what to do next
-    rows: int  # number of rows monitored
-    unscored: int  # number of these rows without an uncertainty; they are left out
+    reason: str  # reason for the verdict, as a text
+    advice: str  # what to do next, as a text
+    rows: int  # number of monitored rows
+    unscored: int  # number of monitored rows without an uncertainty; the tests leave them out
     false_alarm: float  # bound of the probability that any test ever raises a false alarm
     tests: tuple[Test, ...]  # all tests, among which ``false_alarm`` is divided
     acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
     audit: Audited | None  # result of the audit; None without a guarantee for single answers
-    # text on the labelled share of out-of-distribution images; None if no share was stated
+    # share of out-of-distribution images among labelled rows, as a text; None: no share was stated
     present: str | None = None
 
     @property
@@ -153,15 +158,16 @@ class Status(Model):
     def __str__(self) -> str:
         since = "" if self.raised_at is None else f" (since row {self.raised_at:,})"
         lines = [f"{self.verdict}{since}: {self.reason}"]
-        unscored = ""
+        left_out = ""
         if self.unscored:
-            unscored = f", {self.unscored:,} of them without an uncertainty and left out"
-        lines.append(f"{self.rows:,} rows monitored{unscored}")
+            left_out = f", {self.unscored:,} of them without an uncertainty and left out"
+        lines.append(f"{self.rows:,} rows monitored{left_out}")
         lines += [f"  {test}" for test in self.tests]
-        accepted = self.acceptance
-        if accepted is not None and accepted.since is not None:
-            before = f"{accepted.calibration:.1%} before"
-            lines.append(f"accepted: {accepted.since:.1%} of {accepted.n:,}, {before}")
+        shares = self.acceptance
+        if shares is not None and shares.since is not None:
+            lines.append(
+                f"accepted: {shares.since:.1%} of {shares.n:,}, {shares.calibration:.1%} before"
+            )
         if self.audit is not None:
             lines.append(f"audit: {self.audit}")
         if self.present is not None:
@@ -170,7 +176,7 @@ class Status(Model):
 
 
 def _odds(log_wealth: float) -> str:
-    """Text of the wealth, as a power of ten from 10^6 on."""
+    """Text of the wealth. A wealth of 10^6 or more is written as a power of ten."""
     if log_wealth < math.log(1e6):
         return f"{math.exp(log_wealth):,.3g}"
     return f"1e{log_wealth / math.log(10):.0f}"
@@ -184,7 +190,7 @@ class Alarm(NamedTuple):
 
 
 class Conclusion(NamedTuple):
-    """What follows from all tests; the fields are those of ``Status``."""
+    """What follows from all tests. The fields are the fields of ``Status`` with the same names."""
 
     verdict: Verdict
     raised_at: int | None
@@ -200,11 +206,11 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
             alarms.append(Alarm(row=test.raised_at, test=test.name))
     alarms.sort(key=attrgetter("row"))
     if alarms:
-        first = alarms[0]
+        first_alarm = alarms[0]
         is_broken = any(alarm.test == "audit" for alarm in alarms)
         verdict: Verdict = "broken" if is_broken else "shifted: guarantee void"
         reason = "; ".join(f"{MEANING[alarm.test]} (row {alarm.row:,})" for alarm in alarms)
-        return Conclusion(verdict, first.row, reason, ADVICE_AFTER_ALARM)
+        return Conclusion(verdict, first_alarm.row, reason, ADVICE_AFTER_ALARM)
     if audit is None:
         advice = "Nothing to do; go on monitoring."
         reason = "no sign of a shift"

@@ -22,7 +22,7 @@ PARTS: Final[dict[TestName, int]] = {
     "outside": 1,
     "review": 1,
 }
-"""Parts of the probability of a false alarm that a test gets.
+"""Number of parts of the false-alarm probability that each test gets.
 
 A test with p parts gets the share p / s, where s is the sum of the parts of all tests in use. So
 unused tests take nothing.
@@ -31,36 +31,41 @@ unused tests take nothing.
 
 @dataclass
 class Watch:
-    """Test of whether one number per row stays exchangeable, with its evidence so far."""
+    """Test of whether one value per row stays exchangeable, with its evidence so far."""
 
     test: Test
-    reference: Reference
-    martingale: Martingale = field(default_factory=Martingale)
+    reference: Reference  # the values of calibration rows, and of all rows that were tested
+    martingale: Martingale = field(default_factory=Martingale)  # bets on the tested rows
 
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Test the next values (B,) of the rows with the numbers ``rows`` (B,)."""
-        generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
+        """Test the next values (B,), which belong to the rows with the numbers ``rows`` (B,).
+
+        ``seed`` is the seed of the random numbers that break ties.
+        """
+        number_of_test = list(PARTS).index(self.test.name)
+        generator = np.random.PCG64([seed, number_of_test])
         # Every value has its own random number, however the values are divided into batches.
         # Otherwise the evidence would depend on the division, and a user could choose a division
         # with a convenient result.
         generator.advance(self.martingale.n)
         uniform = np.random.Generator(generator).random(len(values))
         p = self.reference.p_values(values, uniform)
-        self.test = self.test.after(self.martingale.update(p), rows)
+        log_wealth = self.martingale.update(p)
+        self.test = self.test.after(log_wealth, rows)
 
-    def resumed(
+    def with_saved_state(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """This watch as it was after n rows, from its saved parts.
+        """This watch as it was after n tested rows, from its saved parts.
 
-        Raises a ValueError if the values are not those of n rows.
+        Raises a ValueError if the saved values do not belong to n rows.
 
         Args:
             test: The saved test.
             wealth: The saved wealth; None before the first row.
             values: Distinct values of the reference.
             counts: How often each of the values occurred.
-            n: Number of rows after the calibration rows.
+            n: Number of tested rows. Calibration rows do not count.
         """
         martingale = Martingale()
         if wealth is not None:
@@ -75,17 +80,21 @@ class Watch:
         return Watch(test, reference, martingale)
 
 
-# Types of fields: a number of rows, answers or hashes; and one number for every bet.
 Count = Annotated[int, Field(ge=0)]
-Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
+"""Type of a field with a number of rows, answers or hashes."""
+
+NumberPerBet = Annotated[
+    tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))
+]
+"""Type of a field with one number for each bet."""
 
 
 class Wealth(Model):
-    """Saved form of a ``Martingale`` that has at least one row, with its fields."""
+    """Saved form of a ``Martingale`` that has at least one row. The fields have the same names."""
 
     n: Annotated[int, Field(ge=1)]
-    growth: Bets
-    started: Bets
+    growth: NumberPerBet
+    started: NumberPerBet
     counts: tuple[tuple[Annotated[FiniteFloat, Field(ge=0)], ...], ...]
 
     @classmethod
@@ -101,7 +110,7 @@ class Wealth(Model):
         )
 
     def martingale(self) -> Martingale:
-        """The martingale with these numbers."""
+        """The martingale that was saved in this form."""
         return Martingale(
             n=self.n,
             growth=np.array(self.growth),
@@ -122,13 +131,13 @@ class State(Model):
     """State of a monitor without its calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
-    fingerprint: str  # of the monitor: its calibration and settings
-    rows: Count  # number of rows monitored
-    unscored: Count  # number of these rows without an uncertainty
-    accepted: Count  # number of these rows that are accepted
+    fingerprint: str  # ``Monitor.fingerprint``, a digest of its calibration and settings
+    rows: Count  # number of monitored rows
+    unscored: Count  # number of monitored rows without an uncertainty
+    accepted: Count  # number of monitored rows that are accepted
     tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]  # for every ``Watch``; None before its first row
-    audited: tuple[Count, Count]  # numbers of audited answers, and of wrong ones among them
+    wealth: dict[str, Wealth | None]  # by test, for each ``Watch``; None before its first row
+    audited: tuple[Count, Count]  # number of audited answers, and number of wrong answers
     remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
-    # for every rate: number of all rows, and number of the rows that the rate counts
+    # for each rate: number of rows, and number of rows with the event, such as a review
     counted: dict[str, tuple[Count, Count]]
