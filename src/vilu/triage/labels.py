@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from vilu.artifacts.tables import csv_rows, read_table, write_table
 from vilu.datasets.files import matching_text, original_path, portable_name
 from vilu.embeddings.source import warn_once
-from vilu.errors import NO_NAME, DataError, UsageError, nearest
+from vilu.errors import NO_NAME, DataError, UsageError, did_you_mean
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
@@ -404,7 +404,7 @@ class PhotoNames:
         if none_matches:
             raise DataError(
                 f"{source} names no photo of {self.root}. The first name without a photo: "
-                f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
+                f"{missing[0]!r}.{did_you_mean(missing[0], self.photos)} Paths are relative to the "
                 "folder of photos."
             )
         more = f" and {len(missing) - PATHS_SHOWN} more" if len(missing) > PATHS_SHOWN else ""
@@ -506,6 +506,6 @@ def _unknown_label(
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return DataError(
         f"{source}: {label!r} (of {paths[0]}{more}) is none of the {n_classes} classes."
-        f"{nearest(label, known)} If the label means none of the classes, give --outside "
+        f"{did_you_mean(label, known)} If the label means none of the classes, give --outside "
         f"{label!r}. Give the label {SKIPPED} to a photo that nobody can name."
     )
