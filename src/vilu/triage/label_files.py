@@ -88,13 +88,13 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
     rows = []
     targets = []
     for row, key in enumerate(outcomes.ids):
-        label = label_of_key.get(key)
-        if label is None or label == SKIPPED:
+        label_of_row = label_of_key.get(key)
+        if label_of_row is None or label_of_row == SKIPPED:
             continue
-        name = meant_name(label, target_of)
+        name = meant_name(label_of_row, target_of)
         if name is None:
             raise DataError(
-                f"{label!r} is no class of {scores}. Its classes: "
+                f"{label_of_row!r} is no class of {scores}. Its classes: "
                 f"{', '.join(map(str, outcomes.class_names))[:200]}."
             )
         rows.append(row)
