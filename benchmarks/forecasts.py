@@ -72,7 +72,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
         n_labels=n_fit,
         max_risk=MAX_RISK,
         level=level_of(1, DELTA),
-        looks_of=PhotoSplit.looks_before_labels,
+        make_looks=PhotoSplit.looks_before_labels,
     )
 
 

@@ -180,7 +180,7 @@ def by_triage(
         settings = TriageSettings(
             Path(folder), embedding, max_risk=MAX_RISK, n_next=ROUND, seed=seed
         )
-        state = TriageState(settings=settings.recorded)
+        state = TriageState(settings=settings.recorded_settings)
         book = LabelBook()
         while True:
             if len(book.labels) >= MANY:

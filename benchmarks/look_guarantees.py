@@ -32,7 +32,7 @@ from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.guarantee import POSITIONS, GuaranteeProgress, PhotoSplit
-from vilu.triage.run import further_trial, note_test
+from vilu.triage.run import state_after_test, trial_with_raised_limit
 from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
@@ -92,7 +92,9 @@ def tested(
     counted = outcomes.take(rows)
     certified = looks.certified(counted.uncertainty, counted.failure)
     nothing: Ints = np.zeros(0, np.int64)
-    return GuaranteeProgress(looks, rows, counted, nothing, certified, more=None, n_left=0)
+    return GuaranteeProgress(
+        looks, rows, counted, nothing, certified, n_more_labels=None, n_photos_left=0
+    )
 
 
 def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
@@ -133,11 +135,13 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
         outcomes = predictor.outcomes
         trial = state.trial or plan(state, outcomes, int(answered.sum()))
         progress = tested(state, trial, outcomes, split)
-        state = note_test(state, trial, progress)
+        state = state_after_test(state, trial, progress)
         n_waited += 1
-        if progress.certified is not None:
+        if progress.certified_index is not None:
             is_broken |= predictor.risk(progress.threshold) > MAX_RISK
-        is_limit_certified = progress.certified is not None and progress.certified >= STEPS - 1
+        is_limit_certified = (
+            progress.certified_index is not None and progress.certified_index >= STEPS - 1
+        )
         n_certified += int(is_limit_certified)
         is_over = is_limit_certified or n_waited > PATIENCE
         if is_over and number + 1 < N_PREDICTORS:
@@ -145,7 +149,7 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
             n_waited = 0
             state = state.model_copy(update={"trial": None})
             continue
-        trial = further_trial(state.trial or trial, progress, outcomes.uncertainty)
+        trial = trial_with_raised_limit(state.trial or trial, progress, outcomes.uncertainty)
         state = state.with_trial(trial)
         answered[split.open_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
     return is_broken, n_certified

@@ -53,9 +53,9 @@ from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, fit
 from vilu.triage.forecast import ENOUGH_TO_FIT, MOST_TO_FIT, SHARE_WORTH_A_DRAW
-from vilu.triage.labels import side_of
+from vilu.triage.labels import sides_and_positions
 from vilu.triage.photos import Photos
-from vilu.triage.run import WORTH_MORE
+from vilu.triage.run import CANDIDATE_COVERAGE_FACTOR
 
 SIZES: Final = (100, 150, 200, 300, 400, 600, 800)
 SIZE_OF_SETS: Final = 400
@@ -103,7 +103,7 @@ DEFAULT: Final = Procedure(
     share_worth_a_draw=SHARE_WORTH_A_DRAW,
     enough_to_fit=ENOUGH_TO_FIT,
     candidate_part=1.0,
-    worth_more=WORTH_MORE,
+    worth_more=CANDIDATE_COVERAGE_FACTOR,
     grown_before_a_look=1.25,
 )
 
@@ -166,7 +166,7 @@ def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     class_of = dict(zip(photos.ids, [names[k] for k in store.target.tolist()], strict=True))
-    is_calibration, position = side_of(photos.pictures, seed)
+    is_calibration, position = sides_and_positions(photos.pictures, seed)
     fit_side = np.flatnonzero(~is_calibration)
     rows: Ints = np.zeros(0, np.int64)
     zero_shot = fit(ZERO_SHOT, photos, rows, seed)

@@ -21,10 +21,14 @@ from benchmarks.risk_tests import ExactLook, RiskTest
 from vilu.calibration.anytime import STEPS, Looks
 from vilu.metrics.counts import Floats, Ints
 from vilu.triage.choose import choose_limit
-from vilu.triage.fitting import GROWN_AFTER_A_LOOK, GROWN_ANYHOW, GROWN_FOR_A_CANDIDATE
+from vilu.triage.fitting import (
+    GROWTH_AFTER_TEST,
+    GROWTH_FOR_CANDIDATE,
+    GROWTH_FOR_UNLIKELY_CANDIDATE,
+)
 from vilu.triage.forecast import FEWEST_TO_FIT
 from vilu.triage.guarantee import Mask
-from vilu.triage.run import CALIBRATION_PART, FURTHER
+from vilu.triage.run import CALIBRATION_PART, THRESHOLDS_PER_STEP
 from vilu.triage.trial import Trial
 
 MAX_RISK: Final = 0.05
@@ -154,7 +158,7 @@ def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:
     """The trial with a higher limit if all thresholds up to its limit are certified."""
     if counted.certified != counted.looks.last:
         return trial
-    return trial.further(FURTHER, scores)
+    return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
 
 LARGEST_STEP: Final = 1.5
@@ -319,7 +323,9 @@ class Replay:
         trial = self.plan(fit, least_share=least_share)
         self.n_fit_of_last_candidate = self.n_fit
         tested = self.tested
-        has_far_more_labels = tested is not None and self.n_fit >= GROWN_ANYHOW * tested.trial.n_fit
+        has_far_more_labels = (
+            tested is not None and self.n_fit >= GROWTH_FOR_UNLIKELY_CANDIDATE * tested.trial.n_fit
+        )
         if trial.likely or has_far_more_labels:
             self.candidate = Tested(fit, trial)
 
@@ -331,9 +337,9 @@ class Replay:
         looks_for_a_candidate = self.threshold is not None and self.candidate is None
         if looks_for_a_candidate:
             n_before = max(tested.trial.n_fit, self.n_fit_of_last_candidate)
-            return GROWN_FOR_A_CANDIDATE * n_before
+            return GROWTH_FOR_CANDIDATE * n_before
         if tested.is_tested:
-            return GROWN_AFTER_A_LOOK * tested.trial.n_fit
+            return GROWTH_AFTER_TEST * tested.trial.n_fit
         return self.procedure.grown_before_a_look * tested.trial.n_fit
 
     def plan(self, fit: int, *, least_share: float) -> Trial:

@@ -28,7 +28,7 @@ from tests.tables.answers import table
 from vilu import registry
 from vilu.predictors.persistence.onnx import export_onnx
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.process import KEPT_MEMORY_SET_BY
+from vilu.process import KEPT_MEMORY_VARIABLES
 from vilu.sklearn import SelectiveClassifier
 from vilu.tables.methods import AnswerProbe
 
@@ -178,7 +178,7 @@ def test_loading_a_plugin_leaves_the_environment_alone(
 ) -> None:
     (tmp_path / "plugin_of_a_test.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "IMPORTED", [])
+    monkeypatch.setattr(registry, "IMPORTED_PLUGINS", [])
     before = dict(os.environ)
     registry.load_plugin("plugin_of_a_test")
     assert dict(os.environ) == before
@@ -187,7 +187,7 @@ def test_loading_a_plugin_leaves_the_environment_alone(
 
 def answer_of(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a process of its own prints, in an environment that sets nothing of the kind."""
-    set_by_user = ("OMP_", "GOMP_", "RAY_", *KEPT_MEMORY_SET_BY)
+    set_by_user = ("OMP_", "GOMP_", "RAY_", *KEPT_MEMORY_VARIABLES)
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(set_by_user)
     }

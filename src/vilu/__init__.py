@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# for every module, its public names with spaces between them
+# maps each module to its public names, which are separated by spaces
 _NAMES_OF_MODULE = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
@@ -115,7 +115,7 @@ _MODULE_OF_NAME = {
     name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()
 }
 
-__all__ = ["__version__", "methods", "metrics", *_MODULE_OF_NAME]  # noqa: PLE0604 - strings, too
+__all__ = ["__version__", "methods", "metrics", *_MODULE_OF_NAME]  # noqa: PLE0604 - all strings
 
 
 if not TYPE_CHECKING:  # with this function, a type checker would accept any name

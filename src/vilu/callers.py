@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 
-OWN = {"vilu", "vilu_bench"}
+OWN_PACKAGES = {"vilu", "vilu_bench"}
 """Packages whose code does not count as the caller."""
 
-WRAPPERS = {"contextlib", "functools"}
+WRAPPER_MODULES = {"contextlib", "functools"}
 """Modules of Python whose code does not count as the caller either.
 
-Functions of vilu are decorated with their wrappers, and the wrappers call these functions.
+Their decorators wrap functions of vilu, so their code runs between the caller and the function.
 """
 
 
@@ -29,13 +29,13 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """
     frame = sys._getframe(1)  # faster than inspect.stack, which reads the source files
     level = 2  # stack level 1 is this function, level 2 is its caller
-    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and _is_skipped(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         level += 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def _is_own(module: str) -> bool:
+def _is_skipped(module: str) -> bool:
     """Whether code of this module does not count as the caller."""
     package, _, _ = module.partition(".")
-    return module in WRAPPERS or package in OWN
+    return module in WRAPPER_MODULES or package in OWN_PACKAGES

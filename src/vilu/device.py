@@ -15,24 +15,23 @@ from vilu.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device with a name: "auto", "cpu", "cuda", "cuda:N" or "mps".
+    """The device of this name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     "auto" is the first of cuda, mps and cpu that is available.
     """
-    available = {
+    is_kind_available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    available_kinds = [kind for kind, is_available in available.items() if is_available]
+    available_kinds = [kind for kind, is_available in is_kind_available.items() if is_available]
     if name == "auto":
-        first, *_ = available_kinds
-        return torch.device(first)
+        return torch.device(available_kinds[0])
     is_numbered = re.fullmatch("cuda:[0-9]{1,4}", name) is not None
-    if name not in available and not is_numbered:
+    if name not in is_kind_available and not is_numbered:
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
     kind, _, number = name.partition(":")
-    is_available = available[kind]
+    is_available = is_kind_available[kind]
     if is_available and number:
         is_available = int(number) < torch.cuda.device_count()
     if not is_available:
@@ -43,13 +42,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-"""Names that torch gives to the instructions of a processor that multiply bfloat16."""
+"""Capabilities of a processor, as torch names them, which include instructions for bfloat16."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has instructions that multiply bfloat16. If not, torch emulates them slowly.
 
-    The result is False for a processor that torch cannot ask.
+    The result is False if torch does not know the instructions of the processor.
     """
     if device.type == "cuda":
         is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,9 +72,9 @@ def torch_defaults() -> Iterator[None]:
     threads, so it is not changed. Therefore code in the block must name the number format of every
     floating-point tensor that it makes.
 
-    There are two reasons for such a block. Results must not depend on the settings of the caller.
-    Tensors made in the block must be usable anywhere, and a tensor that was made in inference mode
-    can never be trained on.
+    There are two reasons for such a block. First, results must not depend on the settings of the
+    caller. Second, tensors that are made in the block must be usable anywhere, but a tensor that is
+    made in inference mode can never be used for training.
     """
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
@@ -114,8 +113,9 @@ FILLING_FUNCTIONS = {
 }
 """Names of functions that fill their first argument, a tensor, with random numbers.
 
-They are methods of tensors and functions of ``torch.nn.init``. They are compared by name, because
-transformers replaces them by functions of its own with the same names while it makes a model.
+They are methods of tensors and functions of ``torch.nn.init``. A function is recognised by its
+name, because transformers replaces these functions by its own of the same names while it makes a
+model.
 """
 
 MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}

@@ -83,8 +83,8 @@ class BusyError(ViLUError):
     exit_code = 75
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Text that asks whether the most similar known name was meant; "" if no name is similar.
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Question such as " Did you mean 'cat'?" about a similar known name; "" if none is similar.
 
     ``cutoff`` is the smallest similarity, from 0 to 1.
     """

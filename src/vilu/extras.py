@@ -1,4 +1,4 @@
-"""Import of optional libraries, blocks without their messages, and a check of the model hub."""
+"""Import optional libraries, silence their messages, and check whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
 
-# Seconds to wait for a connection to the hub. Without this test of the connection, the client of
-# the hub would retry for 23 s per file.
+# Seconds to wait for a connection to the hub. Without such a test of the connection, the client of
+# the hub would try again and again for 23 s per file.
 REACH_TIMEOUT = 3.0
 
 
@@ -36,11 +36,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
 def quiet() -> Iterator[None]:
     """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
 
-    Other threads are not affected, because every hook asks whether it is called from such a block.
-    When the last of all blocks ends, the hooks are removed.
+    Other threads are not affected, because every hook asks whether its thread is in such a block.
+    The hooks are removed when no thread is in such a block any more.
 
-    Loaders of models only warn of missing or wrong weights. These warnings are not needed, because
-    vilu checks the weights itself and raises an error.
+    Loaders of models warn if weights are missing or wrong. vilu does not need these warnings,
+    because it checks the weights itself and raises an error.
     """
     token = _is_quiet.set(True)
     try:
@@ -58,38 +58,41 @@ _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 
 class _QuietCategory(type):
-    """Metaclass of a category that contains all warnings of quiet threads, and no others."""
+    """Metaclass of a category of warnings.
+
+    In a quiet thread every warning belongs to this category, in any other thread none does.
+    """
 
     def __subclasscheck__(cls, category: type) -> bool:
         return _is_quiet.get()
 
 
 class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
-    """The category in the filter of warnings. It contains every warning of a quiet thread."""
+    """The category by which the filter of warnings finds the warnings of quiet threads."""
 
 
 @contextmanager
 def _hook_warnings() -> Iterator[None]:
     """Within the block, ignore the warnings of quiet threads."""
     filters = cast("list[object]", warnings.filters)
-    # the action, the message, the category, the module and the line; None and 0 match all
-    ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
-    filters.insert(0, ignore_any)
+    # action, message, category, module and line; None and 0 match everything
+    ignore_filter = ("ignore", None, _AnyOfQuietThread, None, 0)
+    filters.insert(0, ignore_filter)
     try:
         yield
     finally:
-        if ignore_any in filters:  # warnings.resetwarnings() removes all filters
-            filters.remove(ignore_any)
+        if ignore_filter in filters:  # warnings.resetwarnings() removes all filters
+            filters.remove(ignore_filter)
 
 
 BELOW_ALL_HANDLERS = -1
-"""A level below the levels of all log handlers. A record of this level is not shown."""
+"""Log level below that of every handler, so no handler shows a record of this level."""
 
 
 @contextmanager
 def _hook_logging() -> Iterator[None]:
     """Within the block, drop the log records of quiet threads that are below ERROR."""
-    make_record = logging.getLogRecordFactory()
+    make_record = logging.getLogRecordFactory()  # the factory that is replaced
     configure = logging.basicConfig
 
     def make_silent(*args: object, **fields: object) -> logging.LogRecord:
@@ -114,7 +117,9 @@ def _hook_logging() -> Iterator[None]:
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
+"""Module of transformers that makes progress bars."""
 HUB_BARS = "huggingface_hub.utils.tqdm"
+"""Module of the client of the hub that makes progress bars."""
 
 
 @contextmanager
@@ -123,19 +128,19 @@ def _hook_transformers_bars() -> Iterator[None]:
     bars = importlib.import_module(TRANSFORMERS_BARS)
 
     def make_bar(
-        make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+        bar_class: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> object:
         if _is_quiet.get():
             options = options | {"disable": True}
-        if previous is not None:
-            return previous(make, args, options)
-        return make(*args, **options)
+        if previous_hook is not None:
+            return previous_hook(bar_class, args, options)
+        return bar_class(*args, **options)
 
-    previous = bars.set_tqdm_hook(make_bar)  # the hook that was set before, which make_bar calls
+    previous_hook = bars.set_tqdm_hook(make_bar)  # ``make_bar`` calls the hook that it replaces
     try:
         yield
     finally:
-        bars.set_tqdm_hook(previous)
+        bars.set_tqdm_hook(previous_hook)
 
 
 @contextmanager
@@ -152,26 +157,27 @@ def _hook_hub_bars() -> Iterator[None]:
 
 
 HUB_CONSTANTS = "huggingface_hub.constants"
+"""Module of the client of the hub with the constant that says whether it is offline."""
 
 _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
 """Whether the current thread is in an ``offline_hub`` block."""
 
 
 class _OfflineSwitch:
-    """A switch that is on in offline threads, and has the value ``before`` in all others."""
+    """A value that is true in offline threads, and equals ``usual_value`` in all other threads."""
 
-    def __init__(self, before: object) -> None:
-        self.before = before
+    def __init__(self, usual_value: object) -> None:
+        self.usual_value = usual_value
 
     def __bool__(self) -> bool:
-        return _is_offline.get() or bool(self.before)
+        return _is_offline.get() or bool(self.usual_value)
 
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
     """Within the block, the client of the hub asks whether its thread is offline."""
-    # The client reads the environment variable HF_HUB_OFFLINE when it is imported, and this
-    # constant at every request.
+    # When the client is imported, it sets this constant from the environment variable of the same
+    # name. It reads the constant at every request.
     client: Any = importlib.import_module(HUB_CONSTANTS)
     switch = _OfflineSwitch(client.HF_HUB_OFFLINE)
     client.HF_HUB_OFFLINE = switch
@@ -180,7 +186,7 @@ def _hook_hub_offline() -> Iterator[None]:
     finally:
         # a value that another thread has set meanwhile stays
         if client.HF_HUB_OFFLINE is switch:
-            client.HF_HUB_OFFLINE = switch.before
+            client.HF_HUB_OFFLINE = switch.usual_value
 
 
 class _SharedContext:
@@ -211,7 +217,7 @@ HOOKS = {
     TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
     HUB_BARS: _SharedContext(_hook_hub_bars),
 }
-"""Contexts that silence quiet threads, by the name of the module whose output they suppress."""
+"""Maps the name of a module to the context that silences its output in quiet threads."""
 
 
 _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
@@ -221,8 +227,8 @@ _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
 def offline_hub() -> Iterator[None]:
     """Within the block, keep the client of the hub from the network in this thread.
 
-    Other threads are not affected. An argument ``local_files_only`` would not do, because open_clip
-    has none.
+    Other threads are not affected. Libraries have an argument ``local_files_only`` for this, but
+    open_clip does not have it.
     """
     token = _is_offline.set(True)
     try:
@@ -235,13 +241,13 @@ def offline_hub() -> Iterator[None]:
 @contextmanager
 def temporarily_set(target: object, **values: object) -> Iterator[None]:
     """Set attributes of ``target`` within the block, and restore their values afterwards."""
-    before = {name: getattr(target, name) for name in values}
+    previous_values = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():
             setattr(target, name, value)
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous_values.items():
             setattr(target, name, value)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from vilu.errors import nearest
+from vilu.errors import did_you_mean
 from vilu.registry import METHODS, METHODS_OF_TABLES, entry_points, load_plugins
 
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of
     method_of_class = _methods_by_class()
     if name not in method_of_class:
         raise AttributeError(
-            f"there is no method with the class {name!r}.{nearest(name, method_of_class)}"
+            f"there is no method with the class {name!r}.{did_you_mean(name, method_of_class)}"
         )
     catalogue = importlib.import_module("vilu.predictors.contract.catalogue")
     return catalogue.find_method(method_of_class[name])
@@ -42,14 +42,15 @@ def __dir__() -> list[str]:
 
 
 def _methods_by_class() -> dict[str, str]:
-    """Name of every method by the name of its class, without importing the classes."""
+    """Map the name of every class to the name of its method, without importing the classes."""
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
-    # "module:class" by the name of the method
+    # maps the name of a method to "module:class"
     addresses = {**METHODS.addresses, **METHODS_OF_TABLES}
     for entry in entry_points(METHODS.group):
         addresses.setdefault(entry.name, entry.value)  # does not replace a method of vilu
-    method_of_class: dict[str, str] = {}  # if methods have the same class name, the first one stays
+    # if two methods have the same class name, the first method stays
+    method_of_class: dict[str, str] = {}
     for method, address in addresses.items():
         _, _, class_name = address.partition(":")
         method_of_class.setdefault(class_name, method)

@@ -11,7 +11,7 @@ from vilu.callers import warn_caller
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 """Environment variable by which vilu sets how long a waiting thread spins."""
-WAITING_SET_BY = {SPIN_VARIABLE, "OMP_WAIT_POLICY"}
+WAITING_VARIABLES = {SPIN_VARIABLE, "OMP_WAIT_POLICY"}
 """If the user has set one of these environment variables, vilu does not set how threads wait."""
 SHORT_WAIT = "3000"
 """Number of turns that a waiting thread spins before it sleeps (docs/performance.md)."""
@@ -26,9 +26,9 @@ LARGEST_KEPT_BLOCK = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
 """Environment variable for where Arrow takes its memory from."""
-HEAPS_SET_BY = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
+HEAP_VARIABLES = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
 """If the user has set one of these environment variables, vilu does not set the heaps of glibc."""
-KEPT_MEMORY_SET_BY = {
+KEPT_MEMORY_VARIABLES = {
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_MMAP_MAX_",
@@ -38,7 +38,7 @@ KEPT_MEMORY_SET_BY = {
 
 
 def tune_process() -> None:
-    """Tune this process for vilu; afterwards, embedding images takes half of the time.
+    """Tune this process for vilu. Afterwards, embedding images takes half of the time.
 
     ``import vilu`` and all other functions of vilu leave the settings of the process unchanged. A
     program that mainly computes with vilu should call this function first, like the command line
@@ -62,7 +62,7 @@ def tune_process() -> None:
     """
     keep_freed_memory()
     os.environ.setdefault(RAY_REPORTS, "0")
-    if os.environ.keys() & WAITING_SET_BY:
+    if _is_any_set(WAITING_VARIABLES):
         return
     os.environ[SPIN_VARIABLE] = SHORT_WAIT
     if "torch" in sys.modules:
@@ -71,6 +71,11 @@ def tune_process() -> None:
             "process any more. Call it before torch is imported, or set "
             f"{SPIN_VARIABLE}={SHORT_WAIT} outside."
         )
+
+
+def _is_any_set(variables: set[str]) -> bool:
+    """Whether any of these environment variables is set."""
+    return any(name in os.environ for name in variables)
 
 
 def keep_ray_on_this_machine() -> None:
@@ -92,7 +97,7 @@ def keep_freed_memory() -> None:
     and a sixth of the time of an entropy of 1,000 candidates. Nothing is changed if an environment
     variable of the user sets what glibc keeps, or if the C library is not glibc.
     """
-    if sys.platform != "linux" or os.environ.keys() & KEPT_MEMORY_SET_BY:
+    if sys.platform != "linux" or _is_any_set(KEPT_MEMORY_VARIABLES):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # the C library is musl, which has no mallopt
@@ -104,14 +109,14 @@ def keep_freed_memory() -> None:
 def use_one_heap() -> None:
     """Let Arrow and all threads take their memory from the main heap of glibc.
 
-    Call this before pyarrow is imported and before other threads are started, in a process that
-    runs for months. Otherwise every thread has a heap of its own. ``return_freed_memory`` cannot
-    return the end of such a heap, and Arrow's own pool keeps some memory, too. So the process would
-    keep as much memory as its largest table ever took. What the user has set by an environment
-    variable is not changed.
+    This is for a process that runs for months. Call it before pyarrow is imported and before other
+    threads are started. Without it, every thread has a heap of its own, and ``return_freed_memory``
+    cannot return the end of such a heap. Arrow's own pool keeps some memory, too. So the process
+    would keep as much memory as its largest table ever took. Settings that the user has made by
+    environment variables are not changed.
     """
     os.environ.setdefault(ARROW_POOL, "system")
-    if sys.platform != "linux" or os.environ.keys() & HEAPS_SET_BY:
+    if sys.platform != "linux" or _is_any_set(HEAP_VARIABLES):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # the C library musl has no mallopt
@@ -121,7 +126,7 @@ def use_one_heap() -> None:
 def return_freed_memory() -> None:
     """Return freed memory to the operating system, where ``keep_freed_memory`` would keep it.
 
-    Arrow's memory is returned on every system, that of other libraries only by glibc.
+    Arrow returns its memory on every system. Memory of other libraries is returned only by glibc.
     """
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()

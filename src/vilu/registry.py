@@ -27,14 +27,14 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Functions that register an object of one kind, by the description of the kind.
+"""Maps the description of a kind of objects to the function that registers such an object.
 
 The function returns False if the object is of another kind. Every subpackage with a catalogue adds
 a function here.
 """
 
 SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Functions ("module:function") that register the tables of a section of a TOML file, by section.
+"""Maps a section of TOML files to "module:function", the function that registers its tables.
 
 Entry points of the group ``SECTION_GROUP`` add further sections.
 """
@@ -42,12 +42,12 @@ Entry points of the group ``SECTION_GROUP`` add further sections.
 SECTION_GROUP = "vilu.sections"
 """Group of entry points NAME = "module:function", each for the section [NAME.…] of TOML files."""
 
-TOML_BYTES = 2**22
+MAX_TOML_BYTES = 2**22
 """Maximum size of a TOML file in bytes."""
-PLUGINS = "VILU_PLUGINS"
+PLUGINS_VARIABLE = "VILU_PLUGINS"
 """Environment variable with the comma-separated names of modules that every process imports."""
 
-IMPORTED: list[str] = []
+IMPORTED_PLUGINS: list[str] = []
 """Names of the modules that ``load_plugin`` has imported in this process."""
 
 
@@ -113,16 +113,18 @@ def _register_file(path: Path) -> None:
 
 
 def read_toml_text(path: Path) -> str:
-    """Read a TOML file; UsageError if it has more than ``TOML_BYTES``, which parse slowly."""
+    """Read a TOML file; UsageError for a large file (``MAX_TOML_BYTES``), which parses slowly."""
     with path.open("rb") as file:
-        content = file.read(TOML_BYTES + 1)
-    if len(content) > TOML_BYTES:
-        raise UsageError(f"{path} is larger than {TOML_BYTES:,} bytes. Give a smaller TOML file.")
+        content = file.read(MAX_TOML_BYTES + 1)
+    if len(content) > MAX_TOML_BYTES:
+        raise UsageError(
+            f"{path} is larger than {MAX_TOML_BYTES:,} bytes. Give a smaller TOML file."
+        )
     return content.decode()
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """Parse the tables of a TOML file (a ``Path``), or of TOML text (a ``str``), by name."""
+    """Parse a TOML file (a ``Path``) or TOML text (a ``str``): its tables, by their names."""
     try:
         text = read_toml_text(source) if isinstance(source, Path) else source
         tables = tomllib.loads(text)
@@ -131,12 +133,12 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        what = source if isinstance(source, Path) else "the text"
-        raise UsageError(f"{what} is not TOML: {error}.") from error
+        source_name = source if isinstance(source, Path) else "the text"
+        raise UsageError(f"{source_name} is not TOML: {error}.") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UsageError(
-                f"{name!r} stands outside a table. Write [NAME], and its keys and values below it."
+                f"{name!r} is in no table. Write [NAME], and its keys and values below it."
             )
     return tables
 
@@ -149,11 +151,11 @@ class Catalogue(MutableMapping[str, Added]):
     an iteration only logs a warning and leaves the entry point out.
     """
 
-    def __init__(self, what: str, group: str) -> None:
-        self.what = what  # kind of object, for messages
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind  # kind of the objects, for messages
         self.group = group  # group of entry points
         self.registered: dict[str, Added] = {}  # objects that are registered in this process
-        # addresses "module:object" of the objects of this package, which are imported on first use
+        # maps the names of objects of this package, imported on first use, to "module:object"
         self.addresses: dict[str, str] = {}
         self._has_imported_all = False
 
@@ -164,9 +166,9 @@ class Catalogue(MutableMapping[str, Added]):
         return list(dict.fromkeys([*self.addresses, *self.registered, *entry_names]))
 
     def offer(self, addresses: Mapping[str, str]) -> None:
-        """Add objects of this package by their names and addresses, without importing them.
+        """Add objects of this package without importing them.
 
-        An address is "module:object".
+        ``addresses`` maps the name of an object to "module:object".
         """
         self.addresses.update(addresses)
 
@@ -204,7 +206,8 @@ class Catalogue(MutableMapping[str, Added]):
             if name not in self.registered:
                 self._import_own(name)
         own_objects = {name: self.registered[name] for name in self.addresses}
-        self.registered = own_objects | self.registered  # other registered objects come afterwards
+        # own objects come first, then all objects that were registered by anybody else
+        self.registered = own_objects | self.registered
         reasons = []
         for entry in self._entries():
             try:
@@ -227,15 +230,15 @@ class Catalogue(MutableMapping[str, Added]):
 
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
-        loaded = register_entry(entry, self.what)
-        # A TOML file registers its tables by their own names. So the object of this name is made
-        # from a table, and does not equal the file.
+        loaded = register_entry(entry, self.kind)
+        # If the entry point is the path of a TOML file, the object with its name was made from a
+        # table of the file. So this object cannot equal what was loaded.
         is_file = isinstance(loaded, str | os.PathLike)
         object_of_name = self.registered.get(entry.name)
         is_same = is_file or object_of_name == loaded
         if object_of_name is None or not is_same:
             raise UsageError(
-                f"{_entry_in_words(entry, self.what)} has another name than its entry point."
+                f"{_entry_in_words(entry, self.kind)} has another name than its entry point."
             )
 
 
@@ -248,7 +251,7 @@ def entry_points(group: str) -> list[EntryPoint]:
 
 @cache
 def names_of_bench() -> dict[str, list[str]]:
-    """Names that vilu-bench adds, by group of entry points, whether it is installed or not."""
+    """Map each group of entry points to the names that vilu-bench adds, installed or not."""
     text = resources.files("vilu").joinpath("assets", "bench.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
@@ -256,7 +259,7 @@ def names_of_bench() -> dict[str, list[str]]:
 def refuse_name_of_bench(group: str, name: str) -> None:
     """Raise MissingModelError if only vilu-bench adds a name to a group of entry points.
 
-    It is called for a name that no installed package has.
+    This function is called for a name that no installed package has.
     """
     if name in names_of_bench().get(group, ()):
         raise MissingModelError(
@@ -265,42 +268,42 @@ def refuse_name_of_bench(group: str, name: str) -> None:
         )
 
 
-def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object
-    """Import the object of an entry point.
+def load_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any object
+    """Import the object of an entry point; ``kind`` is the kind of the object, for messages.
 
     Raises:
         UsageError: If the object cannot be imported. The message names a missing package.
     """
     try:
         return entry.load()
-    # The import runs code of other packages, which may raise any exception. The new message names
-    # the distribution.
+    # The import runs code of another package, which may raise any exception. The new error names
+    # the distribution of this package.
     except Exception as error:
-        raise _import_error(entry, what, error) from error
+        raise _import_error(entry, kind, error) from error
 
 
-def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object
+def register_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any object
     """Import the object of an entry point and register it; UsageError if this is impossible."""
-    loaded = load_entry(entry, what)
+    loaded = load_entry(entry, kind)
     try:
         return register(loaded)
     except UsageError as error:
-        raise _import_error(entry, what, error) from error
+        raise _import_error(entry, kind, error) from error
 
 
-def _import_error(entry: EntryPoint, what: str, error: Exception) -> UsageError:
+def _import_error(entry: EntryPoint, kind: str, error: Exception) -> UsageError:
     """The error for an entry point that cannot be imported. It names a package that is missing."""
-    message = f"{_entry_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
+    message = f"{_entry_in_words(entry, kind)} cannot be imported: {type(error).__name__}: {error}"
     package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         message = f"{message}. Install {package.replace('_', '-')}."
     return UsageError(message)
 
 
-def _entry_in_words(entry: EntryPoint, what: str) -> str:
+def _entry_in_words(entry: EntryPoint, kind: str) -> str:
     """Text that names an entry point, its distribution and its value."""
     distribution = entry.dist.name if entry.dist else "?"
-    return f"the {what} {entry.name!r} of {distribution} ({entry.value})"
+    return f"the {kind} {entry.name!r} of {distribution} ({entry.value})"
 
 
 def load_plugin(module: str) -> None:
@@ -324,8 +327,8 @@ def load_plugin(module: str) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error
-    if module not in IMPORTED:
-        IMPORTED.append(module)
+    if module not in IMPORTED_PLUGINS:
+        IMPORTED_PLUGINS.append(module)
 
 
 def load_plugins() -> None:
@@ -336,9 +339,9 @@ def load_plugins() -> None:
 
 def plugins() -> list[str]:
     """Names of the plugins of this process, from ``VILU_PLUGINS`` and from ``load_plugin``."""
-    names_of_user = os.environ.get(PLUGINS, "").split(",")
+    names_of_user = os.environ.get(PLUGINS_VARIABLE, "").split(",")
     modules_of_user = [name for name in names_of_user if name]
-    return list(dict.fromkeys([*modules_of_user, *IMPORTED]))
+    return list(dict.fromkeys([*modules_of_user, *IMPORTED_PLUGINS]))
 
 
 METHODS = Catalogue[Any]("method", "vilu.predictors")
@@ -352,4 +355,4 @@ METHODS_OF_TABLES = {
     "answer_probe": "vilu.tables.methods:AnswerProbe",
     "answer_score": "vilu.tables.methods:AnswerScore",
 }
-"""Module and class of the methods that score tables of answers in place of embeddings."""
+"""Maps each method that scores tables of answers, and not embeddings, to its "module:class"."""

@@ -37,12 +37,13 @@ from vilu.triage.ask import calibrate_by_labels, next_of_store
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
-"""Risk at which both kinds of answers are compared if the target has no ``max_risk``."""
+"""Risk at which zero-shot and adapted answers are compared if the target has no ``max_risk``."""
 
 CALIBRATION_FILES = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
 """Files of a calibration, in the order in which they are copied.
 
-RISK is the last one, so that an incomplete copy is not taken for a calibration.
+A folder with the file RISK counts as calibrated. RISK is the last file, so an incomplete copy does
+not count.
 """
 
 
@@ -99,7 +100,7 @@ class Selective(DecidingModel):
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
         self._chooses_answer = answer is None and predictor.answer == "zero_shot"
-        # Rows of the fit, and rows without labels that it used. They are kept until the kind of
+        # The rows of the fit, and the unlabelled rows of the fit. They are kept until the kind of
         # answers is chosen.
         self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
@@ -111,10 +112,10 @@ class Selective(DecidingModel):
         return self.calibration
 
     def __repr__(self) -> str:
-        decides = "not calibrated"
+        state = "not calibrated"
         if self.calibration is not None:
-            decides = self.calibration.guarantee_text or "calibrated, without a rule"
-        return f"Selective({self.predictor!r}, {decides})"
+            state = self.calibration.guarantee_text or "calibrated, without a rule"
+        return f"Selective({self.predictor!r}, {state})"
 
     @checked
     def fit(
@@ -171,19 +172,20 @@ class Selective(DecidingModel):
         ``largest_cluster``.
 
         Args:
-            data: Labelled rows that were not fitted on; for "anytime" the store that
-                ``next_labels`` has chosen rows of.
+            data: Labelled rows that were not fitted on; for "anytime" the store from which
+                ``next_labels`` has chosen rows.
             target: What is to be guaranteed.
             max_risk: Largest share of wrong answers among the accepted ones.
             min_coverage: Smallest share of answers to accept.
             confidence: Confidence with which the guarantee holds.
             method: "ltt", "crc" or "selection" for labels that are all there, or "anytime" for
-                labels that ``next_labels`` asks for. It may be called again after every label.
+                labels that ``next_labels`` asks for. With "anytime", ``calibrate`` may be called
+                again after every label.
             per_class: Whether every predicted class has a threshold of its own.
             label_sets: "lac" or "aps"; None: no label sets.
             max_miss: Largest share of label sets without the right label.
             outside_share: Expected share of pictures of none of the classes.
-            class_shares: Expected share of each class among the other pictures.
+            class_shares: Expected share of each class among the pictures that belong to a class.
             cluster_risk: For rows with clusters: "majority" or "ratio". None: every row counts.
             largest_cluster: For "ratio": rows of larger clusters are left for review.
             labels: For "anytime": all files of ``next_labels``, filled in.
@@ -224,8 +226,8 @@ class Selective(DecidingModel):
         )
         has_fields = target_of_fields != Target()
         has_target = target is not None
-        # True if both were given, or neither
-        if has_target == has_fields:
+        has_exactly_one = has_target != has_fields
+        if not has_exactly_one:
             raise UsageError(
                 "calibrate takes a target, or max_risk and other fields of a target. Give one of "
                 "the two."
@@ -252,7 +254,7 @@ class Selective(DecidingModel):
                 "vilu.import_arrays make one."
             )
         max_risk = target.risk_of_anytime()
-        # A rule for the same target stays certified, whatever labels have come since.
+        # A rule for the same target stays certified, even if new labels came after it.
         is_other_target = self.calibration is not None and self.calibration.target != target
         try:
             calibrate_by_labels(
@@ -267,7 +269,7 @@ class Selective(DecidingModel):
             )
         except ViLUError:
             was_removed = Calibration.find(self.folder) is None
-            if was_removed:  # because a label of the earlier calibration has changed
+            if was_removed:  # because a label of the calibration has changed
                 self.predictor = load_predictor(self.folder)
                 self.calibration = None
                 self.vocabulary = None
@@ -511,8 +513,7 @@ class Selective(DecidingModel):
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
         self._folder = None  # an earlier folder holds the predictor before the choice
-        # A second calibration keeps the choice, so the rows are no longer needed.
-        self._fit_data = None
+        self._fit_data = None  # a second calibration keeps the choice
 
     def _require_calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -524,7 +525,7 @@ class Selective(DecidingModel):
 
     @property
     def folder(self) -> Path:
-        """Temporary folder: the predictor, its calibration, and the count of looks at its rows."""
+        """Temporary folder with predictor, calibration, and the number of looks at its rows."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
         if self._folder is None:
@@ -548,14 +549,14 @@ def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool
         )
 
 
-def _copy_calibration(source: Path, folder: Path) -> None:
-    """Copy the files of a calibration, in the order of ``CALIBRATION_FILES``."""
+def _copy_calibration(source: Path, destination: Path) -> None:
+    """Copy the files of a calibration between folders, in the order of ``CALIBRATION_FILES``."""
     for name in CALIBRATION_FILES:
         if (source / name).is_file():
             with convert_os_errors(f"cannot read {source / name}"):
                 content = (source / name).read_bytes()
-            write_bytes(folder / name, content)
-    write_card(folder)
+            write_bytes(destination / name, content)
+    write_card(destination)
 
 
 @checked

@@ -190,7 +190,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
 
 
 def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # noqa: ANN401
-    """The rows in a form that can be indexed, and their classes (N,), both checked."""
+    """The checked rows in a form that can be indexed, and their checked classes (N,)."""
     if y is None:
         raise UsageError(
             "SelectiveClassifier requires y to be passed, but the target y is None. Give the "
@@ -207,9 +207,9 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
 def _calibration_mask(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of random rows for calibration: the share of each class, in whole rows.
+    """Mask (N,) of the rows for calibration, which are drawn at random from each class.
 
-    The number of rows of each class is rounded down.
+    ``share`` is the share of the rows of each class. Their number is rounded down.
     """
     if random_state is None:
         # With None, check_random_state would give the global generator of the process.

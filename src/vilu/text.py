@@ -76,7 +76,7 @@ def in_latex(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def harmless(text: str) -> str:
+def without_formula(text: str) -> str:
     """Put an apostrophe before a text that a spreadsheet would run as a formula."""
     if text.startswith(("=", "+", "-", "@")):
         return f"'{text}"
@@ -110,13 +110,15 @@ def _cut(line: str, length: int) -> str:
 
 
 def span(values: Iterable[object]) -> str:
-    """Join the distinct values by slashes, in order of first occurrence, such as "10/20"."""
+    """Join the different values with slashes, in order of first occurrence, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
 
 def plural(n: int, noun: str) -> str:
-    """Count with a noun that takes an "s" as its plural, such as "1 row" or "1,200 rows"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    """A number and its noun, whose plural ends in "s", such as "1 row" or "1,200 rows"."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun}s"
 
 
 def short(text: str, length: int) -> str:
@@ -125,9 +127,9 @@ def short(text: str, length: int) -> str:
 
 
 def more_line(n: int, n_shown: int, what: str) -> list[str]:
-    """A list with one line: how many of ``n`` rows are not shown. Empty if all rows are shown.
+    """A list with one line that says how many of ``n`` rows are not shown.
 
-    ``what`` names the rows.
+    The list is empty if all rows are shown. ``what`` is the noun for the rows.
     """
     if n <= n_shown:
         return []
@@ -135,16 +137,16 @@ def more_line(n: int, n_shown: int, what: str) -> list[str]:
 
 
 def csp_hash(content: str) -> str:
-    """The hash by which a Content-Security-Policy allows an inline script or style."""
+    """The hash with which a Content-Security-Policy allows an inline script or style."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def page_of(package: str, name: str, images: str) -> tuple[str, str]:
-    """Read an HTML page from templates, and make its Content-Security-Policy.
+    """An HTML page with its style and script, and the Content-Security-Policy of the page.
 
-    The style and the script are put into the page. The policy forbids to load anything else, except
-    images from the source ``images``, such as "blob:" (see the directive ``img-src``).
+    The three parts are templates of ``package``, in files with this name. The policy allows no
+    other style or script. It allows images from the source ``images``, such as "blob:".
     """
     from importlib import resources  # imported here because it is slower than the whole module
 

@@ -101,11 +101,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    """Name of a function as a user calls it: the class stands in place of its constructor."""
+    """Name of a function as a user calls it. A constructor has the name of its class."""
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
-    # such as "MCM.fit" or "score", without the functions in which this function is defined
+    # A function that is defined in a function "f" has a name such as "f.<locals>.MCM.fit".
     _, _, name_in_source = function.__qualname__.rpartition("<locals>.")
     is_method = "." in name_in_source and hasattr(owner, function.__name__)
     if not is_method:
@@ -131,7 +131,7 @@ def describe_value(value: object) -> str:
     kind = _with_article(type(value).__name__)
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
-        return f"{kind} of shape {tuple(shape)}"  # so that a ``torch.Size`` looks alike
+        return f"{kind} of shape {tuple(shape)}"  # also of a ``torch.Size``
     return kind
 
 
@@ -143,7 +143,7 @@ def _with_article(name: str) -> str:
 
 @cache
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
-    """Annotated types by the names of the parameters.
+    """Map the names of the parameters to their annotated types.
 
     Parameters that are positional-only, *args and **kwargs are left out.
     """
@@ -169,8 +169,8 @@ def _problem(
 ) -> str | None:
     """What is wrong with an argument; None if it is right."""
     if not _fits(value, hint):
-        swapped = _fitting_argument(name, hint, arguments)
-        question = f" {swapped} is one: are they swapped?" if swapped else ""
+        swapped_name = _fitting_argument(name, hint, arguments)
+        question = f" {swapped_name} is one: are they swapped?" if swapped_name else ""
         return f"{name} must be {_expected(hint)}. Got {describe_value(value)} instead.{question}"
     if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:
         return f"seed must be from 0 to 2^63 - 1. Got {value} instead."
@@ -178,10 +178,10 @@ def _problem(
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument whose value has the type ``hint``; None if there is none.
+    """Name of another argument that has the type ``hint``, which ``name`` should have; else None.
 
-    ``hint`` is the type that the argument ``name`` should have. The search is only made if ``hint``
-    is a type of vilu with an attribute ``how``. This attribute describes the type.
+    Other arguments are only looked at if ``hint`` is a type of vilu, which has an attribute ``how``
+    with a description of the type.
     """
     kinds = get_args(hint) or (hint,)
     if not any(hasattr(kind, "how") for kind in kinds):
@@ -207,7 +207,7 @@ def _is_number(value: object) -> bool:
 def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
     """Convert a number or text of numpy or torch to Python, so that JSON and hashes accept it.
 
-    This includes arrays without dimensions, such as the logit scale of a model.
+    Arrays without dimensions, such as the logit scale of a model, are converted, too.
     """
     types = {hint, *get_args(hint)}
     wants_plain_type = not types.isdisjoint({int, float, bool, str})
@@ -222,14 +222,14 @@ def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
 def _fits(value: object, hint: object) -> bool:
     """Whether a value is of an annotated type; only the first elements of a list are checked."""
     kind = get_origin(hint) or hint
-    inner = get_args(hint)
+    type_arguments = get_args(hint)
     if kind in TYPE_CHECKS:
         fits, _ = TYPE_CHECKS[kind]
-        return fits(value, inner)
-    return _is_instance(value, kind, inner)
+        return fits(value, type_arguments)
+    return _is_instance(value, kind, type_arguments)
 
 
-def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool:
+def _is_instance(value: object, kind: object, type_arguments: tuple[object, ...]) -> bool:
     """Whether a value is an instance of a type; True for types that cannot be tested."""
     if not isinstance(kind, type):
         return True
@@ -239,9 +239,9 @@ def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool
         return True
     is_array_type = hasattr(kind, "dtype")
     is_mapping = issubclass(kind, Mapping)
-    has_element_type = bool(inner) and issubclass(kind, Collection)
+    has_element_type = bool(type_arguments) and issubclass(kind, Collection)
     if has_element_type and not is_array_type and not is_mapping:
-        element, *_ = inner
+        element, *_ = type_arguments
         return _has_elements(value, kind, element)
     return isinstance(value, kind)
 
@@ -255,7 +255,7 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
         return is_vector and all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
-    # A source of embeddings has __getitem__, too. But it is not iterable, so it is no list of rows.
+    # A source of embeddings has __getitem__, too. It is no list of elements: it is not iterable.
     is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
     return isinstance(value, kind) or is_ordered
 
@@ -263,12 +263,12 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
 def _expected(hint: object) -> str:
     """Describe a type, for a message."""
     kind = get_origin(hint) or hint
-    inner = get_args(hint)
+    type_arguments = get_args(hint)
     if kind in TYPE_CHECKS:
         _, in_words = TYPE_CHECKS[kind]
-        return in_words(inner)
-    if isinstance(kind, type) and inner and issubclass(kind, Sequence):
-        return f"a list, each {_expected(inner[0])}"
+        return in_words(type_arguments)
+    if isinstance(kind, type) and type_arguments and issubclass(kind, Sequence):
+        return f"a list, each {_expected(type_arguments[0])}"
     name = getattr(kind, "__name__", str(kind))
     return str(getattr(kind, "how", _with_article(name)))
 
@@ -309,7 +309,10 @@ TYPE_CHECKS: dict[object, tuple[Fits, InWords]] = {
     Any: (lambda _, __: True, lambda _: "anything"),
     Union: (_is_any_of, _any_in_words),
     UnionType: (_is_any_of, _any_in_words),
-    Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
+    Annotated: (
+        lambda value, type_arguments: _fits(value, type_arguments[0]),
+        lambda type_arguments: _expected(type_arguments[0]),
+    ),
     Literal: (_is_choice, _choices_in_words),
     int: (lambda value, _: _is_whole(value), lambda _: "a whole number"),
     float: (lambda value, _: _is_number(value), lambda _: "a number"),
@@ -317,7 +320,7 @@ TYPE_CHECKS: dict[object, tuple[Fits, InWords]] = {
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
 }
-"""Two functions by type: one tests a value, and one describes the type in a message.
+"""Maps a type to two functions: one tests a value, and one describes the type in a message.
 
 Both functions also get the arguments of the type, such as the choices of a ``Literal``.
 """

@@ -19,7 +19,7 @@ from vilu.datasets.catalog import open_dataset
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.embed import embed
-from vilu.triage.labels import LabelBook, side_of
+from vilu.triage.labels import LabelBook, sides_and_positions
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 
@@ -136,7 +136,7 @@ def _as_counted_by_hand(output: Path, truth: dict[str, str]) -> bool:
     counted = calibration.rows
     book = {entry.path: entry for entry in LabelBook.load(output / "labels.parquet")}
     pictures = [bytes.fromhex(book[path].picture) for path in counted.ids]
-    assert side_of(pictures, 0)[0].all()
+    assert sides_and_positions(pictures, 0)[0].all()
     wrong = np.array([answer_of[path] != truth[path] for path in counted.ids])
     below = counted.uncertainty <= calibration.rule.threshold
     assert counted.failure.tolist() == wrong.astype(int).tolist()

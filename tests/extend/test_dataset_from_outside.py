@@ -239,7 +239,7 @@ def test_what_is_wrong_with_the_files_is_said(root: Path) -> None:
             "data set 'meadows', layout coop, file: Field required",
         ),
         ("[ponds]", "ponds", "the text is not TOML"),
-        ("[ponds]", "x = 1\n[ponds]", "'x' stands outside a table"),
+        ("[ponds]", "x = 1\n[ponds]", "'x' is in no table"),
         ('title = "Ponds"', 'title = "Lakes"', "another data set 'ponds' already"),
     ],
 )

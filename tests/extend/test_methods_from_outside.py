@@ -134,7 +134,7 @@ def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     for name in ("narrow", "ridge"):
         del vilu.PREDICTORS[name]
     del sys.modules["stranger"]
-    registry.IMPORTED.remove("stranger")
+    registry.IMPORTED_PLUGINS.remove("stranger")
 
 
 @pytest.fixture

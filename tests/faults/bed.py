@@ -25,7 +25,7 @@ from tests.command import run
 from tests.faults.saboteur import FAULTS, FILLER, MS_BIND, MS_REMOUNT, SIGNALS, mount_flags
 from vilu.artifacts.disk import host_hash
 from vilu.backbones.catalog import BACKBONES
-from vilu.registry import IMPORTED
+from vilu.registry import IMPORTED_PLUGINS
 
 HERE = Path(__file__).parent
 PLUGIN = "tests.faults.plugin"
@@ -68,8 +68,8 @@ def plugged() -> Iterator[None]:
         BACKBONES.clear()
         BACKBONES.update(backbones)
         sys.modules.pop(PLUGIN, None)
-        if PLUGIN in IMPORTED:
-            IMPORTED.remove(PLUGIN)
+        if PLUGIN in IMPORTED_PLUGINS:
+            IMPORTED_PLUGINS.remove(PLUGIN)
 
 
 @dataclass(frozen=True)

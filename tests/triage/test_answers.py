@@ -19,7 +19,7 @@ from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.triage.ask import fingerprint_of
-from vilu.triage.labels import LabelBook, side_of
+from vilu.triage.labels import LabelBook, sides_and_positions
 from vilu.triage.outputs import triage_photos
 from vilu.triage.review import open_review
 from vilu.triage.serve import ReviewSession
@@ -58,7 +58,7 @@ def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder
     )
     book = {entry.path: entry for entry in LabelBook.load(output / "labels.parquet")}
     pictures = [bytes.fromhex(book[path].picture) for path in counted.ids]
-    assert side_of(pictures, 0)[0].all()  # no counted label was fitted on
+    assert sides_and_positions(pictures, 0)[0].all()  # no counted label was fitted on
     page = (output / "report.html").read_text(encoding="utf-8")
     assert str(state.answer) in page
     is_other = [

@@ -15,7 +15,7 @@ from vilu.artifacts.documents import read_document
 from vilu.calibration.calibration import Calibration
 from vilu.errors import UsageError
 from vilu.store.job import BackboneSpec
-from vilu.triage.carrying import all_labels, sort_labels
+from vilu.triage.carrying import all_labels, move_former_labels
 from vilu.triage.labels import SKIPPED, LabelBook
 from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import EmbeddingSettings
@@ -130,9 +130,9 @@ def test_a_random_pick_that_lost_a_class_is_none_any_more(
     book.answer({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "car"})
     book.save(tmp_path / "labels.parquet")
     caplog.set_level(logging.WARNING)
-    sort_labels(tmp_path, {"cat", "dog"}, "new")
+    move_former_labels(tmp_path, {"cat", "dog"}, "new")
     assert {e.stream for e in LabelBook.load(tmp_path / "labels.parquet")} == {"fit"}
-    sort_labels(tmp_path, set(NAMES), "new")
+    move_former_labels(tmp_path, set(NAMES), "new")
     book = LabelBook.load(tmp_path / "labels.parquet")
     assert book.labels == {"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "car"}
     assert {entry.stream for entry in book} == {"fit"}

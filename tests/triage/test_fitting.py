@@ -107,7 +107,7 @@ def test_a_guaranteed_predictor_stays_without_calibration_photos(
         has_calibration_photos=False,
     )
     assert case is expected
-    assert case.goes_on is (expected is not REPLACE)
+    assert case.keeps_predictor is (expected is not REPLACE)
 
 
 def test_a_predictor_that_is_gone_is_fitted_anew() -> None:

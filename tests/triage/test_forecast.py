@@ -30,7 +30,7 @@ def forecast(
         uncertainty,
         max_risk=0.05,
         level=0.025,
-        looks_of=split.looks_before_labels,
+        make_looks=split.looks_before_labels,
         share_accepted=share_accepted,
         **facts,
     )

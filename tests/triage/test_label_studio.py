@@ -9,7 +9,7 @@ import pytest
 
 from tests.triage.conftest import Folder
 from vilu.triage.review import open_review
-from vilu.triage.review_files import read_done, write_review
+from vilu.triage.review_files import read_finished_tasks, write_review
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.filterwarnings("ignore")]
 
@@ -38,4 +38,6 @@ def test_tasks_predictions_and_answers_are_as_its_configuration_says(
         {"result": [{**tasks[0]["predictions"][0]["result"][0], "from_name": "x"}]}
     )
     (tmp_path / "done.json").write_text(json.dumps(tasks))
-    assert read_done(tmp_path / "done.json")[0] == {one.path: one.answer for one in review.tasks}
+    assert read_finished_tasks(tmp_path / "done.json")[0] == {
+        one.path: one.answer for one in review.tasks
+    }

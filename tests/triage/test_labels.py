@@ -13,7 +13,14 @@ import pytest
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.errors import DataError, UsageError
 from vilu.triage.label_files import label_columns
-from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names, side_of
+from vilu.triage.labels import (
+    SKIPPED,
+    LabelBook,
+    match_photos,
+    names_of_labels,
+    read_labels,
+    sides_and_positions,
+)
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -184,19 +191,19 @@ def test_full_paths_through_a_link_are_found(tmp_path: Path) -> None:
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest(tmp_path: Path) -> None:
     labels = {"a": "cat", "b": "other", "c": SKIPPED}
-    assert require_names(labels, ["cat", "dog"], ["other"], tmp_path) == labels
+    assert names_of_labels(labels, ["cat", "dog"], ["other"], tmp_path) == labels
     with pytest.raises(
         DataError, match=r"'dgo' \(of a\) is none of the 2 classes. Did you mean 'dog'"
     ):
-        require_names({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
+        names_of_labels({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
 
 
 def test_sides_are_of_the_picture_and_of_even_size() -> None:
     pictures = [bytes([i % 251, i // 251, 7]) for i in range(4_000)]
-    vouches, order = side_of(pictures, 0)
+    vouches, order = sides_and_positions(pictures, 0)
     assert abs(vouches.mean() - 0.5) < 4 * 0.5 / np.sqrt(4_000)
-    again, same = side_of([pictures[5], pictures[5]], 0)
+    again, same = sides_and_positions([pictures[5], pictures[5]], 0)
     assert again.tolist() == [vouches[5]] * 2
     assert same.tolist() == [order[5]] * 2
-    assert (side_of(pictures, 1)[0] != vouches).any()
+    assert (sides_and_positions(pictures, 1)[0] != vouches).any()
     assert abs(np.corrcoef(vouches, order.astype(float))[0, 1]) < 4 / np.sqrt(4_000)

@@ -27,7 +27,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.label_files import label_columns, write_labels
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.review import open_review
-from vilu.triage.review_files import read_done, write_review
+from vilu.triage.review_files import read_finished_tasks, write_review
 from vilu.triage.serve import ReviewSession
 
 BYTE = os.fsdecode(b"byte\xff.png")
@@ -149,7 +149,7 @@ def test_the_page_and_the_tools_find_the_photo_of_every_name(work: Path) -> None
         choice = {"type": "choices", "value": {"choices": ["cat"]}}
         task["annotations"] = [{"result": [choice]}]
     (work / "done.json").write_text(json.dumps(tasks))
-    assert set(read_done(work / "done.json")[0]) == set(places)
+    assert set(read_finished_tasks(work / "done.json")[0]) == set(places)
     _, samples = write_review(review, "fiftyone", work / "samples")
     paths = {one["path"]: one["filepath"] for one in json.loads(samples.read_text())["samples"]}
     for name, text in TEXTS.items():

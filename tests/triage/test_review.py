@@ -27,10 +27,10 @@ from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.label_files import write_labels
-from vilu.triage.labels import SKIPPED, LabelBook, read_labels, side_of
+from vilu.triage.labels import SKIPPED, LabelBook, read_labels, sides_and_positions
 from vilu.triage.photos import Photos, PhotoStores
 from vilu.triage.review import Review, open_review
-from vilu.triage.review_files import Tool, read_done, write_review
+from vilu.triage.review_files import Tool, read_finished_tasks, write_review
 from vilu.triage.serve import ReviewSession, serve_page
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def test_photos_that_a_guarantee_may_rest_on_are_blind_for_every_tool(
     """Not only those that were asked for: the draw may meet the others later."""
     review = open_review(half, "all")
     stores = PhotoStores(half / "embeddings")
-    store = EmbeddingStore(stores.store(1))
+    store = EmbeddingStore(stores.store_folder(1))
     photos = Photos([(store, np.arange(len(store)))], bad={})
-    is_calibration, _ = side_of(photos.pictures, 0)
+    is_calibration, _ = sides_and_positions(photos.pictures, 0)
     of_calibration = {path for path, is_it in zip(photos.ids, is_calibration, strict=True) if is_it}
     assert {task.path for task in review.tasks if task.is_blind} == of_calibration
     for task in review.tasks:
@@ -149,7 +149,7 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     tasks[3]["annotations"] = [{"result": answer}]
     (tmp_path / "done.json").write_text(json.dumps(tasks))
     paths = [one.path for one in review.tasks]
-    assert read_done(tmp_path / "done.json")[0] == {
+    assert read_finished_tasks(tmp_path / "done.json")[0] == {
         paths[0]: "dog",
         paths[1]: SKIPPED,
         paths[3]: "dog",
@@ -159,7 +159,7 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
         {"id": 2, "path": paths[1], "image": "y"},
     ]
     (tmp_path / "min.json").write_text(json.dumps(small))
-    assert read_done(tmp_path / "min.json")[0] == {paths[0]: "cat"}
+    assert read_finished_tasks(tmp_path / "min.json")[0] == {paths[0]: "cat"}
 
 
 @pytest.mark.parametrize("tool", ["label-studio", "fiftyone", "csv"])
@@ -190,7 +190,7 @@ def test_photos_that_were_chosen_for_review_come_back_as_chosen(
             one["ground_truth"] = {"label": "cat"}
             one["annotations"] = [{"result": [{"type": "choices", "value": {"choices": ["cat"]}}]}]
         file.write_text(json.dumps(content))
-    labels, streams = read_done(file)
+    labels, streams = read_finished_tasks(file)
     write_labels(labels, tmp_path / "labels.csv", streams=streams)
     found, kept = read_labels(tmp_path / "labels.csv")
     book = LabelBook()
@@ -230,7 +230,7 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     assert len(samples["samples"][0]["_id"]["$oid"]) == 24
     samples["samples"][1]["ground_truth"] = {"_cls": "Classification", "label": "car"}
     (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
-    assert read_done(tmp_path / "set") == (
+    assert read_finished_tasks(tmp_path / "set") == (
         {review.tasks[1].path: "car"},
         {review.tasks[1].path: "fit"},
     )
@@ -254,7 +254,7 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
 def test_finished_tasks_that_cannot_be(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "done.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        read_done(tmp_path / "done.json")
+        read_finished_tasks(tmp_path / "done.json")
 
 
 def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: Path) -> None:

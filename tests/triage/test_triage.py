@@ -44,8 +44,8 @@ from vilu.text import plural
 from vilu.triage import outputs, run
 from vilu.triage.guarantee import GuaranteeProgress, first_of_scene
 from vilu.triage.label_files import label_columns
-from vilu.triage.labels import SKIPPED, LabelBook, side_of
-from vilu.triage.outputs import levels_of, triage_photos
+from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
+from vilu.triage.outputs import threshold_rows, triage_photos
 from vilu.triage.photos import PhotoStores
 from vilu.triage.sorting import moved_photos
 from vilu.triage.state import TriageSettings, TriageState
@@ -98,7 +98,7 @@ def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     assert looks.certified(u, wrong) == 63
     rows = np.arange(640)
     progress = GuaranteeProgress(looks, rows, Outcomes(u, wrong), rows[:0], 63, 0, 0)
-    levels = levels_of(u, progress, in_force=1.0)
+    levels = threshold_rows(u, progress, threshold_in_force=1.0)
     is_shown = [level.bound is not None and level.bound <= 0.05 for level in levels]
     assert [level.certified for level in levels] == is_shown
     assert [levels[0].certified, levels[-1].certified] == [False, True]
@@ -139,7 +139,7 @@ def test_the_page_says_how_many_labels_are_of_one_scene(tmp_path: Path) -> None:
     assert counts is not None
     n_repeated, n_counted = map(int, counts.groups())
     book = list(LabelBook.load(tmp_path / "out" / "labels.parquet"))
-    is_calibration, _ = side_of([bytes.fromhex(entry.picture) for entry in book], 0)
+    is_calibration, _ = sides_and_positions([bytes.fromhex(entry.picture) for entry in book], 0)
     scenes = np.array([entry.path[:2] for entry in book])
     new_scenes = set(scenes[is_calibration]) - set(scenes[~is_calibration])
     assert n_counted - n_repeated <= len(new_scenes)
@@ -168,7 +168,7 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
 
     stores = PhotoStores(output / "embeddings")
     photos = stores.open([(path, (folder[0] / path).stat()) for path in sorted(truth)])
-    vouches, _ = side_of(photos.pictures, job.seed)
+    vouches, _ = sides_and_positions(photos.pictures, job.seed)
     seen = load_predictor(output / "predictor").seen(photos).shared
     assert seen.sum() == (~vouches).sum()
     assert not (seen & vouches).any()
@@ -190,7 +190,7 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     assert before.trial is not None
     stores = PhotoStores(output / "embeddings")
     photos = stores.open([(path, (job.photos / path).stat()) for path in sorted(truth)])
-    is_calibration, _ = side_of(photos.pictures, job.seed)
+    is_calibration, _ = sides_and_positions(photos.pictures, job.seed)
     to_fit = [photos.ids[row] for row in np.flatnonzero(~is_calibration)]
     assert len(to_fit) >= 1.5 * before.trial.n_fit  # so a new predictor would be fitted
     fit_labels = tmp_path / "fit.csv"
@@ -519,7 +519,9 @@ def test_a_guarantee_holds_without_photos_of_the_calibration_side(
         shutil.rmtree(home / "photos")
         write_photos(home / "photos", 20, first=1000)
     files = sorted((home / "photos").rglob("*.png"))
-    vouches, _ = side_of([hashlib.sha256(path.read_bytes()).digest()[:8] for path in files], 0)
+    vouches, _ = sides_and_positions(
+        [hashlib.sha256(path.read_bytes()).digest()[:8] for path in files], 0
+    )
     kept = [path for path, may in zip(files, vouches, strict=True) if not may][:n]
     for path in set(files) - set(kept):
         path.unlink()
@@ -543,7 +545,11 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     triage_photos(job, output, [tmp_path / "l.csv"])
     files = sorted(folder[0].rglob("*.png"))
     pictures = [hashlib.sha256(path.read_bytes()).digest()[:8] for path in files]
-    taught = [path for path, may in zip(files, side_of(pictures, 0)[0], strict=True) if not may]
+    taught = [
+        path
+        for path, may in zip(files, sides_and_positions(pictures, 0)[0], strict=True)
+        if not may
+    ]
     for path in taught:
         path.write_bytes(path.read_bytes() + b"tag")
     triage_photos(job, output, [tmp_path / "l.csv"])
@@ -631,7 +637,7 @@ def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
     monkeypatch.setattr(outputs, "locked", late)
     with pytest.raises(UsageError, match=r"begun with the seed 0, now 1"):
         triage_photos(changed(seed=1), output)
-    assert read_document(output / "triage.json", TriageState).settings == job.recorded
+    assert read_document(output / "triage.json", TriageState).settings == job.recorded_settings
 
 
 def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def planned() -> Trial:
 
 def test_a_limit_that_moves_up_includes_a_larger_share() -> None:
     trial = planned()
-    further = trial.further(8, SCORES)
+    further = trial.with_raised_limit(8, SCORES)
     assert further.limit == trial.grid[STEPS - 1 + 8]
     assert further.share == (further.limit >= SCORES).mean()
     assert further.share > trial.share
@@ -43,7 +43,7 @@ def test_a_small_folder_may_leave_its_doubtful_photos_out(max_risk: float, least
 
 
 def test_no_limit_lies_beyond_the_last_threshold() -> None:
-    trial = planned().further(10_000, SCORES)
+    trial = planned().with_raised_limit(10_000, SCORES)
     assert trial.limit == trial.grid[-1]
     assert trial.share == 1
 

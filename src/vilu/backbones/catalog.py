@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vilu.artifacts.documents import fill_dataclass
-from vilu.errors import MissingModelError, ProvenanceError, UsageError, nearest
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, did_you_mean
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue, toml_tables
 from vilu.validation import checked, require_one_of
@@ -221,7 +221,7 @@ def load_backbone(
     if not isinstance(entry, BackboneKind):
         known = list(BACKBONES)
         name, _, _ = kind.partition("@")
-        hint = nearest(name, known, cutoff=0.5)
+        hint = did_you_mean(name, known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
     require_one_of("precision", precision, PRECISIONS)
     module, _, function = entry.loader.partition(":")

@@ -38,7 +38,7 @@ import typer
 from vilu.artifacts.disk import advice_to_owner
 from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
-from vilu.errors import StorageError, UsageError, ViLUError, nearest
+from vilu.errors import StorageError, UsageError, ViLUError, did_you_mean
 from vilu.process import keep_ray_on_this_machine, tune_process
 
 POSSIBLE_OPTIONS: Final = re.compile(r" \(Possible options: .*\)$")
@@ -160,11 +160,11 @@ def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer export
     """The question whether a similar option or value was meant; "" if nothing is similar."""
     similar_options = getattr(error, "possibilities", None)
     if similar_options:
-        return nearest(error.option_name, similar_options)
+        return did_you_mean(error.option_name, similar_options)
     unknown_choice = UNKNOWN_CHOICE.search(message)
     if unknown_choice is not None:
         known_values = QUOTED_VALUE.findall(unknown_choice["known"])
-        return nearest(unknown_choice["given"], known_values, cutoff=0.5)
+        return did_you_mean(unknown_choice["given"], known_values, cutoff=0.5)
     return ""
 
 

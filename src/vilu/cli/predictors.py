@@ -904,10 +904,10 @@ def _calibrate_once(
 ) -> Calibration:
     """Calibrate once on a fixed set of rows, with the labels of the store or of label files."""
     from vilu.calibration.procedure import calibrate_predictor
-    from vilu.triage.store_labels import picked_at_random
+    from vilu.triage.store_labels import rows_picked_at_random
 
     if labels is not None:
-        data = picked_at_random(_store_with_classes(data), labels)
+        data = rows_picked_at_random(_store_with_classes(data), labels)
     return calibrate_predictor(
         predictor,
         data,

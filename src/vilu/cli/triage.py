@@ -586,10 +586,10 @@ def labels(
     which `--labels` of `vilu triage`, `fit`, `calibrate` and `audit-labels` reads.
     """
     from vilu.triage.label_files import write_labels
-    from vilu.triage.review_files import read_done
+    from vilu.triage.review_files import read_finished_tasks
 
     # both map the path of a photo: to its label, and to the stream that the label belongs to
-    labels_by_path, stream_of = read_done(done)
+    labels_by_path, stream_of = read_finished_tasks(done)
     n_labels = write_labels(labels_by_path, output, scores, stream_of)
     console.print_outputs(output)
     next_step(plural(n_labels, "label"))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vilu.artifacts.hashing import digest
 from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
-from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, nearest
+from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ def _require_known_names(
     unknown = [name for name in outside if name not in known]
     if not unknown:
         return
-    hint = nearest(unknown[0], sorted(known), cutoff=0.5)
+    hint = did_you_mean(unknown[0], sorted(known), cutoff=0.5)
     raise UsageError(
         f"{images.source} has no class or label {unknown[0]!r} for --outside; "
         f"it has {_list_names(folders)}.{hint}"
@@ -372,7 +372,7 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
         return names
     if not available:
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
-    hint = nearest(unknown[0], available, cutoff=0.5)
+    hint = did_you_mean(unknown[0], available, cutoff=0.5)
     raise UsageError(
         f"{source} has no split {unknown[0]!r}; it has {', '.join(sorted(available))}.{hint}"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from vilu.datasets.files import portable_name, read_file
-from vilu.errors import DataError, StorageError, UsageError, nearest
+from vilu.errors import DataError, StorageError, UsageError, did_you_mean
 
 MAX_LISTED = 5  # maximum number of names that a message lists
 
@@ -236,7 +236,7 @@ def _require_each_class_once(
     unknown = [line for line in lines if line not in class_of_line]
     if unknown:
         first = unknown[0]
-        hint = nearest(first, class_of_line)
+        hint = did_you_mean(first, class_of_line)
         if hint:
             # " Did you mean 'cat'?" becomes " Did you mean 'cat' for 'cta'?"
             hint = f"{hint.removesuffix('?')} for {first!r}?"

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vilu.callers import warn_caller
-from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, nearest
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, did_you_mean
 from vilu.validation import refuse_masked
 
 # status codes of rows; each code is the index of its name in ``STATUS``
@@ -332,7 +332,7 @@ def _indices_of_names(
         raise DataError(
             f"{argument} must hold names of the {len(class_names)} candidates. "
             f"Got {first_unknown} too."
-            f"{nearest(unknown_names[0], class_names)} {_REMEDIES[argument]}"
+            f"{did_you_mean(unknown_names[0], class_names)} {_REMEDIES[argument]}"
         )
     return np.array([index_of_name[name] for name in names], np.int64)
 

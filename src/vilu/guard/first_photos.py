@@ -26,7 +26,7 @@ class AnswerWithDecision(Protocol):
 
     @property
     def label(self) -> str | None:
-        """The answer; None if there is none."""
+        """The answer; None if the photo has no answer."""
 
     @property
     def decision(self) -> str | None:
@@ -37,9 +37,9 @@ class AnswerWithDecision(Protocol):
 class PhotoPair:
     """One photo in both precisions."""
 
-    cosine: float  # of its two embeddings
-    is_answer_equal: bool
-    is_decision_equal: bool
+    cosine: float  # cosine similarity of the two embeddings
+    is_answer_equal: bool  # whether both precisions give the same answer
+    is_decision_equal: bool  # whether both precisions give the same decision
 
 
 @dataclass
@@ -49,10 +49,11 @@ class FirstPhotos:
     Attributes:
         precision: The low precision.
         encoder: Encoder of the same model in float32.
-        judge: Function from embedded photos to the answers about them.
-        must_pass: Whether photos that differ too much raise ProvenanceError. If not, a warning has
-            the numbers: the photos of a service are those of its clients, who must not stop it.
-        check: The result; None until ``N_CHECKED_PHOTOS`` photos were seen.
+        judge: Function that gives the answers about embedded photos.
+        must_pass: What happens if the two precisions differ too much. True: ProvenanceError is
+            raised. False: a warning is logged. A service needs False, because photos of a client
+            must not stop it.
+        check: The result of the comparison; None until ``N_CHECKED_PHOTOS`` photos were seen.
     """
 
     precision: str
@@ -63,25 +64,34 @@ class FirstPhotos:
     _pairs: list[PhotoPair] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)  # several threads may use a guard at once
 
-    def compare(self, batch: Sequence[PreparedImage | ErrorRow | None], low_rows: PartRows) -> None:
-        """Compare the photos of a batch, whose embeddings in the low precision are ``low_rows``.
+    def compare(
+        self, batch: Sequence[PreparedImage | ErrorRow | None], low_precision_part: PartRows
+    ) -> None:
+        """Compare the photos of a batch in both precisions, until enough photos were compared.
+
+        Args:
+            batch: The decoded photos.
+            low_precision_part: The same photos, embedded in the low precision.
 
         Raises:
             ProvenanceError: If the first photos differ too much and ``must_pass`` is True.
         """
         with self._lock:
             if self.check is None:
-                self._add(batch, low_rows)
+                self._add_pairs(batch, low_precision_part)
             if self.check is None:
                 return
             if self.must_pass and not self.check.is_passed:
                 raise ProvenanceError(self.check.failure)
 
-    def _add(self, batch: Sequence[PreparedImage | ErrorRow | None], low_rows: PartRows) -> None:
-        """Add the photos of a batch, and make the check when there are enough of them."""
-        float32_rows = self.encoder.encode_part(iter([*batch, END]))
-        float32_photos = self._photos_by_position(float32_rows)
-        for position, (embedding, answer) in self._photos_by_position(low_rows).items():
+    def _add_pairs(
+        self, batch: Sequence[PreparedImage | ErrorRow | None], low_precision_part: PartRows
+    ) -> None:
+        """Compare the photos of a batch; when there are enough photos, set ``check``."""
+        float32_part = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the part
+        float32_photos = self._photos_by_position(float32_part)
+        low_precision_photos = self._photos_by_position(low_precision_part)
+        for position, (embedding, answer) in low_precision_photos.items():
             if position not in float32_photos:
                 continue
             float32_embedding, float32_answer = float32_photos[position]
@@ -92,21 +102,19 @@ class FirstPhotos:
             )
             self._pairs.append(pair)
         if len(self._pairs) >= N_CHECKED_PHOTOS:
-            self._finish()
+            self._set_check()
 
-    def _photos_by_position(
-        self, content: PartRows
-    ) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
-        """Embedding (D,) and answer of every embedded photo, by its position in the batch."""
-        if not content.rows:
+    def _photos_by_position(self, part: PartRows) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
+        """Map the position of every embedded photo to its embedding (D,) and its answer."""
+        if not part.rows:
             return {}
-        embeddings = torch.cat(content.arrays[IMAGE]).float()
-        answers = self.judge(content)
-        positions = [row.position for row in content.rows]
+        embeddings = torch.cat(part.arrays[IMAGE]).float()
+        answers = self.judge(part)
+        positions = [row.position for row in part.rows]
         photos = zip(embeddings, answers, strict=True)
         return dict(zip(positions, photos, strict=True))
 
-    def _finish(self) -> None:
+    def _set_check(self) -> None:
         """Compare the two precisions over all first photos, and log the result."""
         n = len(self._pairs)
         n_equal_answers = sum(pair.is_answer_equal for pair in self._pairs)

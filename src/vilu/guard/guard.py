@@ -48,7 +48,7 @@ MAX_RUNNERS_UP: Final = 2
 """Maximum number of runners-up of an answer."""
 
 RunnersUp = tuple[tuple[str, float], ...]
-"""Names of classes with their probabilities, the most likely first."""
+"""Pairs of class name and probability, the most likely class first."""
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image
 """A path, the bytes of an encoded image, or a Pillow image."""
@@ -66,23 +66,23 @@ class Answer:
             images: "0", "1", and so on.
         label: The answer that is judged; None if the image could not be read.
         failure_probability: Probability that the answer is wrong. None without an answer, or if the
-            predictor is not calibrated and its scores are not probabilities, such as those of a
-            triage without labels.
+            predictor is not calibrated and its scores are not probabilities, such as the scores of
+            a triage without labels.
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
             the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
             accepted.
         runners_up: The next most likely answers with their probabilities, the most likely first.
-            If adapted answers are judged, the probabilities are those of the predictor's posterior,
-            otherwise the zero-shot probabilities.
+            If adapted answers are judged, the probabilities come from the predictor's own
+            posterior, otherwise from the zero-shot posterior.
         zero_shot: The zero-shot answer if it differs from ``label``; otherwise None.
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). It never changes the decision. None if there is no
             estimate, or no answer.
-        quantile: Share of the photos that are at most as doubtful, from 0 to 1. A guard compares
-            with the photos of the fit. None if the predictor has learned from labels, since it then
-            gives a probability.
+        quantile: Share of photos that are no more doubtful than this image, from 0 to 1. A guard
+            compares the image with the photos of the fit. None if the predictor has learned from
+            labels, because it then gives a probability.
 
     Examples:
         >>> import vilu
@@ -115,17 +115,17 @@ class ImageModel:
     """A model with its decoder and encoder, which embed images as ``vilu embed`` does."""
 
     backbone: Backbone
-    widths: dict[str, int]  # number of columns of every array of embeddings
+    widths: dict[str, int]  # maps the name of an array of embeddings to its number of columns
     encoder: Encoder
     decoder: Decoder
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
 
     def embed(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> PartRows:
-        """Embed decoded images; bad images are listed apart from the rows."""
-        content = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the only part
+        """Embed decoded images. The result lists bad images as ``errors``, not as ``rows``."""
+        part = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the only part
         if self.first_photos is not None:
-            self.first_photos.compare(batch, content)
-        return content
+            self.first_photos.compare(batch, part)
+        return part
 
 
 class Guard:
@@ -148,7 +148,7 @@ class Guard:
         folder: Folder of the predictor.
         predictor: Gives the scores.
         calibration: Gives the decisions; None if the predictor is not calibrated.
-        likely: The estimate of which answers are likely right; None if ``vilu triage`` left none.
+        likely: The estimate of which answers are likely right; None if the folder has none.
         vocabulary: The candidate classes that answers are chosen from.
         names: Names of the candidate classes.
         arrays: Names of the arrays of embeddings that the predictor uses.
@@ -162,8 +162,9 @@ class Guard:
         limits: Limits on the size of an image.
         backbone: A loaded model with the same weights, in place of the model that the folder names.
         precision: "fp32" or "bf16", for the model that the folder names. By default it is the
-            precision of the photos that the predictor was fitted on. If those were embedded in
-            float32, bf16 is compared with float32 on the first 64 photos that the guard sees.
+            precision of the photos that the predictor was fitted on. If these photos were
+            embedded in float32, bf16 is compared with float32 on the first 64 photos that the guard
+            sees.
         vectors_only: Load no model. Then only the method ``answer`` can be called, which takes
             embeddings.
 
@@ -172,8 +173,8 @@ class Guard:
             names.
         UsageError: If the rule needs all images at once, or if the predictor uses several views of
             an image.
-        ProvenanceError: If the model is not the predictor's, or if the rule is about the photos of
-            one folder (``vilu triage --about folder``).
+        ProvenanceError: If the predictor was fitted on another model, or if the rule is about the
+            photos of one folder (``vilu triage --about folder``).
         MissingModelError: If the model is not on this machine.
 
     Examples:
@@ -233,8 +234,8 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        # A ``Selective`` removes its folder when it is garbage-collected. This reference keeps the
-        # folder in existence as long as the guard.
+        # A ``Selective`` removes its folder when it is garbage-collected. So the guard holds a
+        # reference to it.
         self._model_object = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
@@ -272,7 +273,7 @@ class Guard:
             UsageError: If the predictor uses an array that cannot be made from one image.
         """
         if self.calibration is not None:
-            # The calibration is compared with the candidates. A source without rows has them, too.
+            # The calibration is compared with the candidates, which a source without rows has, too.
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
             self.calibration.require_match(self.predictor, self.vocabulary.new_images(no_rows))
         if self.predictor.space_ is not None:
@@ -340,10 +341,10 @@ class Guard:
             first_photos = FirstPhotos(precision, float32_encoder, self._judge)
         return ImageModel(backbone, widths, encoder, decoder, first_photos)
 
-    def _judge(self, content: PartRows) -> list[Answer]:
+    def _judge(self, part: PartRows) -> list[Answer]:
         """Answers about embedded photos."""
-        keys = [row.key for row in content.rows]
-        answers, _ = self.answer(join_arrays(content), keys)
+        keys = [row.key for row in part.rows]
+        answers, _ = self.answer(join_arrays(part), keys)
         return answers
 
     @property
@@ -383,8 +384,10 @@ class Guard:
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """Answers about any number of images, in their order, yielded batch by batch."""
         records = ((index, record_of(index, image)) for index, image in enumerate(images))
-        n_ahead = self.batch_size + self.workers  # images that may be decoded ahead of their use
-        with in_threads(self.model.decoder, records, self.workers, n_ahead) as decoded:
+        n_decoded_ahead = (
+            self.batch_size + self.workers
+        )  # images that may be decoded ahead of their use
+        with in_threads(self.model.decoder, records, self.workers, n_decoded_ahead) as decoded:
             batch = list(islice(decoded, self.batch_size))
             while batch:
                 yield from self._answer_batch(batch)
@@ -392,14 +395,14 @@ class Guard:
 
     def _answer_batch(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> list[Answer]:
         """Answers about decoded images, in the order of the images."""
-        content = self.model.embed(batch)
-        answers: dict[int, Answer] = {}
-        for error in content.errors:
-            answers[error.position] = answer_without_score(self, error.key, error.kind)
-        if content.rows:
-            for row, answer in zip(content.rows, self._judge(content), strict=True):
-                answers[row.position] = answer
-        return [answers[position] for position in sorted(answers)]
+        part = self.model.embed(batch)
+        answer_at: dict[int, Answer] = {}  # maps the position of an image to its answer
+        for error in part.errors:
+            answer_at[error.position] = answer_without_score(self, error.key, reason=error.kind)
+        if part.rows:
+            for row, answer in zip(part.rows, self._judge(part), strict=True):
+                answer_at[row.position] = answer
+        return [answer_at[position] for position in sorted(answer_at)]
 
     @torch_defaults()
     def answer(
@@ -410,7 +413,7 @@ class Guard:
         Args:
             arrays: The arrays that the attribute ``arrays`` names: embeddings (B, D), and for some
                 predictors features (B, F).
-            keys: B names of the rows.
+            keys: Names of the B rows.
 
         Examples:
             >>> import pathlib, tempfile, torch, vilu
@@ -430,7 +433,7 @@ class Guard:
         """
         device = self.predictor.device_
         columns = {name: arrays[name].float().to(device) for name in self.arrays}
-        image = columns.pop(IMAGE)  # ``columns`` keeps all other arrays
+        image = columns.pop(IMAGE)  # all other arrays remain in ``columns``
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         facts = {
             "is_probability": states_probability(self.predictor),
@@ -440,7 +443,7 @@ class Guard:
             self.predictor, source, facts, calibration=self.calibration, task=Silence()
         )
         runners_up: list[RunnersUp] = []
-        # there is one batch, because it has as many rows as the source
+        # ``batches`` yields a single batch, because a batch may have as many rows as the source
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
             runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
         likely = self._likely_flags(outcomes)
@@ -524,40 +527,40 @@ def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
 
 
 def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """The text of a row; None if the outcomes have no such column of texts."""
+    """The text of a row in a column of texts; None if the outcomes have no such column."""
     if texts is None:
         return None
     return texts[row]
 
 
-def join_arrays(content: PartRows) -> dict[str, Tensor]:
-    """Join the blocks of every array of embedded images; return the arrays by name."""
-    return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
+def join_arrays(part: PartRows) -> dict[str, Tensor]:
+    """Join the blocks of every array of embedded images; map the names to the arrays."""
+    return {name: torch.cat(blocks) for name, blocks in part.arrays.items()}
 
 
 def runners_up_of(
     predictor: FailurePredictor, batch: Batch, names: Sequence[str]
 ) -> list[RunnersUp]:
-    """The runners-up of every row: the most likely answers except the judged one.
+    """The runners-up of every row: the most likely answers except the judged answer.
 
-    The probabilities are those of the predictor if it judges adapted answers, else the zero-shot
-    ones.
+    If the predictor judges adapted answers, the probabilities come from its own posterior,
+    otherwise from the zero-shot posterior.
     """
-    posterior_of: Callable[[Batch], Tensor] = log_posterior
+    log_posterior_of: Callable[[Batch], Tensor] = log_posterior
     if predictor.answer == "adapted":
-        posterior_of = predictor.log_posterior
+        log_posterior_of = predictor.log_posterior
     judged_batch = predictor.judged(batch)  # its ``prediction`` is the judged answer
     n_classes = len(batch.text)
     if len(batch.index) == 0 or n_classes < 2:
         return [()] * len(batch.index)
     with torch.no_grad():
-        posterior = posterior_of(judged_batch).exp()
+        posterior = log_posterior_of(judged_batch).exp()
     answer = judged_batch.prediction.to(posterior.device)[:, None]
     # The judged answer gets -1, which is below the probability of every other answer. There are at
-    # least k other answers, so the judged answer is never among the top k.
-    without_answer = posterior.scatter(1, answer, -1.0)
+    # least k other answers, so the judged answer is never among the k likeliest.
+    masked_posterior = posterior.scatter(1, answer, -1.0)
     k = min(MAX_RUNNERS_UP, n_classes - 1)
-    likeliest = without_answer.topk(k, dim=1)
+    likeliest = masked_posterior.topk(k, dim=1)
     index_rows = likeliest.indices.tolist()
     probability_rows = likeliest.values.tolist()
     runners_up: list[RunnersUp] = []
@@ -583,9 +586,9 @@ def record_of(index: int, image: ImageLike) -> ImageRecord:
 
 
 def _png_bytes(image: Image.Image) -> bytes:
-    """The bytes of a Pillow image as PNG, so that it is decoded and checked like all images."""
+    """Encode a Pillow image as PNG, so that it is decoded and checked like all images."""
     if image.mode not in PNG_MODES:
         image = image.convert("RGB")
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=0)
-    return content.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()

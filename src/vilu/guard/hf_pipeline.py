@@ -16,7 +16,7 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""A list with one entry: the answer about one image, as a dictionary."""
+"""A list with a single entry, a dictionary: the answer about one image."""
 
 
 def register() -> None:
@@ -66,7 +66,8 @@ class SelectivePipeline:
             a path, nor bytes, nor a Pillow image.
     """
 
-    # Without these attributes ``transformers.pipeline`` would load processors beside the model.
+    # Without these attributes ``transformers.pipeline`` would load processors in addition to the
+    # model.
     _load_feature_extractor = False
     _load_image_processor = False
     _load_processor = False

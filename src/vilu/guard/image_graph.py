@@ -1,4 +1,4 @@
-"""Export of image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
+"""Export image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PIXELS = "pixels"
 """Name of the input."""
 
 EMBEDDINGS = "image"
-"""Name of the output with the embeddings. In a graph of a predictor alone, it names the input."""
+"""Name of the output with the embeddings. In a graph of only a predictor, it names the input."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
@@ -109,7 +109,7 @@ class ImageGraph(nn.Module):
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> GraphInputs:
-        """The inputs of the score by name: arrays, texts, and everyday words if it uses them."""
+        """Inputs of the score by name: arrays, texts, and everyday words if it uses them."""
         inputs = dict(zip(self.arrays, arrays, strict=True))
         inputs["text"] = self.text
         if self.words is not None:
@@ -130,8 +130,8 @@ def limits_of(guard: Guard) -> Tensor | None:
     if rule is None:
         return None
     names = guard.names
-    # The limits are computed for K answers, one for each class. If there is a threshold per class,
-    # the group of such an answer is its class.
+    # The limits are computed for K answers, one answer per class. If the rule has a threshold per
+    # class, the group of an answer is its class.
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
@@ -202,22 +202,24 @@ def export_image_graph(
     guard = Guard(folder, models=models, device="cpu", backbone=backbone)
     _require_graph(guard)
     graph = ImageGraph(guard).eval()
-    # Run torch before the export: a tower may be loaded on its first use, and the export must not
-    # record the loading.
-    trials = []
+    # Torch runs before the export, because a tower may be loaded on its first use, and the export
+    # must not record the loading.
+    test_batches = []
     for n_pictures in TRIED_BATCH_SIZES:
         pixels = _random_pixels(n_pictures, guard.backbone)
-        trials.append((pixels, graph.embed(pixels)))
-    example = {PIXELS: pixels}  # the last batch of the loop
+        test_batches.append((pixels, graph.embed(pixels)))
+    example_pixels, _ = test_batches[-1]
+    example = {PIXELS: example_pixels}
     try:
         content = write_graph(graph, example, graph.outputs, _metadata_of_file(guard))
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        cause = error.__cause__ or error
+        reason, *_ = str(cause).strip().split("\n")  # the first line
         raise NotExportable(
             f"{guard.backbone.space.backbone} cannot be written as ONNX: {reason} "
             f"{ADVICE_PREDICTOR_ALONE}"
         ) from error
-    difference = _check_file(guard, graph, content, trials)
+    difference = _check_file(guard, graph, content, test_batches)
     write_bytes(path, content)
     return difference
 
@@ -235,9 +237,9 @@ def _require_graph(guard: Guard) -> None:
 
 
 def _metadata_of_file(guard: Guard) -> dict[str, str]:
-    """The metadata of the file: entries of the whole graph, then those of the predictor alone.
+    """The metadata of the file: first the entries of the whole graph, then those of the predictor.
 
-    The entries of the predictor are last, since ``vilu.artifacts.paths`` looks for them near the
+    The entries of the predictor are last, because ``vilu.artifacts.paths`` looks for them near the
     end of a file.
     """
     space = guard.vocabulary.space
@@ -255,26 +257,32 @@ def _metadata_of_file(guard: Guard) -> dict[str, str]:
 
 def _random_pixels(n_pictures: int, backbone: Backbone) -> Tensor:
     """Pixels (N, 3, H, W) of random pictures, from large patches to fine grain."""
-    random = np.random.default_rng(n_pictures)
+    generator = np.random.default_rng(n_pictures)
     pictures = []
     for index in range(n_pictures):
         side = 2 ** (1 + index % 7)  # number of patches in a row: 2, 4, ..., 128
-        patches = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        patches = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
         picture = patches.resize((256, 256), Image.Resampling.BICUBIC)
         pictures.append(backbone.preprocess(picture))
     return torch.stack(pictures)
 
 
 def _check_file(
-    guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
+    guard: Guard,
+    graph: ImageGraph,
+    content: bytes,
+    test_batches: list[tuple[Tensor, tuple[Tensor, ...]]],
 ) -> float:
-    """Run a file on the trials; return the largest difference of its uncertainties from torch's.
+    """Run a file on test batches, and compare its results with those of torch.
 
     Args:
         guard: The guard that was exported.
         graph: Its graph in torch.
-        content: The file.
-        trials: Pixels, and the arrays that torch makes of them.
+        content: Content of the file.
+        test_batches: For every batch: pixels, and the arrays that torch makes of them.
+
+    Returns:
+        The largest difference between an uncertainty of the file and of torch.
 
     Raises:
         DataError: If the file gives other results than torch.
@@ -283,8 +291,8 @@ def _check_file(
     step = torch.finfo(graph.dtype).eps
     rule = rule_of(guard)
     results = []
-    largest = 0.0
-    for pixels, torch_arrays in trials:
+    max_difference = 0.0
+    for pixels, torch_arrays in test_batches:
         outputs = dict(zip(graph.outputs, run_onnx({PIXELS: pixels}), strict=True))
         uncertainty, answer = (outputs[name] for name in OUTPUT_NAMES)
         arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
@@ -293,16 +301,16 @@ def _check_file(
         if rule is not None:
             names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
-        # The predictor alone is compared after the loop, on the embeddings of the file.
+        # Compared after the loop: the predictor alone, on the embeddings that the file gives.
         results.append((graph.inputs(arrays), uncertainty, answer))
-        # The whole graph is compared here, with the uncertainties of torch's embeddings.
+        # Compared here: the whole graph, by the uncertainties of the embeddings that torch gives.
         expected_uncertainty, _, is_clear = reference_scores(
             guard.predictor, graph.inputs(torch_arrays)
         )
         differences = np.abs(uncertainty - expected_uncertainty)[is_clear]
-        largest = max(largest, float(differences.max(initial=0.0)))
+        max_difference = max(max_difference, float(differences.max(initial=0.0)))
     largest_difference(guard.predictor, results)  # raises an error if a difference is too large
-    return largest
+    return max_difference
 
 
 def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float) -> None:
@@ -310,16 +318,21 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float)
 
     They may differ by one step of their number format, and by the rounding of sums, which is
     proportional to the largest number of a row.
+
+    Args:
+        name: Name of the array, for the error.
+        array: Embeddings (N, D) of the file.
+        expected_array: Embeddings (N, D) of torch.
+        step: Relative step of the number format.
     """
     difference = (array - expected_array).abs()
-    size = expected_array.abs()
-    largest_size = size.amax(dim=1, keepdim=True)
-    is_near = difference <= step * size + PROJECTION_TOLERANCE * largest_size
+    magnitude = expected_array.abs()
+    largest_of_row = magnitude.amax(dim=1, keepdim=True)
+    is_near = difference <= step * magnitude + PROJECTION_TOLERANCE * largest_of_row
     if not bool(is_near.all()):
         raise DataError(
             f"the {name} rows of the exported tower differ from torch's by "
-            f"{float(difference.max()):.2g}. "
-            "Nothing was written."
+            f"{float(difference.max()):.2g}. Nothing was written."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from vilu.errors import UsageError, nearest
+from vilu.errors import UsageError, did_you_mean
 from vilu.metrics.counts import Floats, TieCounts
 from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
 from vilu.metrics.reliability import BinnedError, brier_kernel, log_loss_kernel
@@ -220,7 +220,7 @@ def get_metric(name: str) -> Metric:
         UsageError: If there is no such metric. The message suggests the most similar name.
     """
     if name not in METRICS:
-        hint = nearest(name, METRICS)
+        hint = did_you_mean(name, METRICS)
         raise UsageError(f"no metric is called {name!r}.{hint} There are: {', '.join(METRICS)}.")
     return METRICS[name]
 

@@ -17,6 +17,5 @@ NOT_COVERED = "not_covered"
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 
-It is more probable that the picture is of none of the classes than that it is of a class and the
-answer is wrong.
+This is more probable than a picture of one of the classes with a wrong answer.
 """

@@ -25,9 +25,9 @@ from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
-MANY_REPEATS = 0.01  # a warning follows if a larger share of rows show the picture of another row
-MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or fewer are right
-MAX_LISTED = 3  # largest number of sentences that a warning lists
+MANY_REPEATS = 0.01  # a warning follows if more than this share of rows repeat a picture
+MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or if fewer are right
+MAX_SENTENCES = 3  # largest number of sentences that a warning lists
 
 
 @checked
@@ -92,26 +92,30 @@ def evaluate(
     require_at_least("n_resamples", n_resamples, 0)
     resampling = Resampling(n_resamples, confidence, seed)
     rows: list[ResultRow] = []
-    few_answers: list[str] = []
-    repeats: list[str] = []
-    fitted_rows: list[str] = []
+    few_answers_sentences: list[str] = []
+    repeats_sentences: list[str] = []
+    fitted_rows_sentences: list[str] = []
     for tally in tallies:
         rows += _result_rows(tally, _chosen_metrics(metrics, tally), resampling)
-        few_answers += _warnings_of_few(tally)
-        repeats += _warnings_of_repeats(tally)
+        few_answers_sentences += _warnings_of_few_answers(tally)
+        repeats_sentences += _warnings_of_repeats(tally)
         if tally.n_seen_in_fit:
-            fitted_rows.append(f"at least {tally.n_seen_in_fit} of them for {_scores_name(tally)}")
-    if fitted_rows:
+            fitted_rows_sentences.append(
+                f"at least {tally.n_seen_in_fit} of them for {_scores_name(tally)}"
+            )
+    if fitted_rows_sentences:
         warn_caller(
             "the predictor was fitted on some of the rows that were scored: "
-            f"{_join_sentences(fitted_rows)}. Numbers of such rows are too good."
+            f"{_join_sentences(fitted_rows_sentences)}. Numbers of such rows are too good."
         )
-    if few_answers:
+    if few_answers_sentences:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
-        warn_caller(f"{consequence}: {_join_sentences(few_answers)}.")
-    if repeats:
+        warn_caller(f"{consequence}: {_join_sentences(few_answers_sentences)}.")
+    if repeats_sentences:
         unit = "cluster" if any(tally.has_clusters for tally in tallies) else "picture"
-        warning = f"rows of one {unit} are no independent answers: {_join_sentences(repeats)}."
+        warning = (
+            f"rows of one {unit} are no independent answers: {_join_sentences(repeats_sentences)}."
+        )
         if n_resamples:
             warning += f" Intervals are of the {unit}s."
         warn_caller(warning)
@@ -119,12 +123,12 @@ def evaluate(
 
 
 def _join_sentences(sentences: list[str]) -> str:
-    """The first ``MAX_LISTED`` different sentences, and the number of further sentences."""
+    """The first ``MAX_SENTENCES`` different sentences, and the number of further sentences."""
     different_sentences = list(dict.fromkeys(sentences))
-    text = "; ".join(different_sentences[:MAX_LISTED])
-    if len(different_sentences) <= MAX_LISTED:
+    text = "; ".join(different_sentences[:MAX_SENTENCES])
+    if len(different_sentences) <= MAX_SENTENCES:
         return text
-    return f"{text}; and {len(different_sentences) - MAX_LISTED} more like these"
+    return f"{text}; and {len(different_sentences) - MAX_SENTENCES} more like these"
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
@@ -265,17 +269,17 @@ def compare(
     if same_answers_are_judged:
         require_same_answers(a, b)
     elif not metric_to_compare.across_answers:
-        raise UsageError(_cannot_compare(metric_to_compare, a, b))
+        raise UsageError(_different_answers_message(metric_to_compare, a, b))
     if metric_to_compare.of_probability:
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
     if metric_to_compare.question == "within":  # only rows that belong to one of the classes
         rows &= ~a.outside
-    u_a, failure = _uncertainty_and_failure(a, rows)
-    u_b, failure_b = _uncertainty_and_failure(b, rows)
+    uncertainty_a, failure_a = _uncertainty_and_failure(a, rows)
+    uncertainty_b, failure_b = _uncertainty_and_failure(b, rows)
     if metric_to_compare.question == "outside":  # a row of none of the classes counts as a failure
-        failure = a.outside[rows].astype(np.int64)
+        failure_a = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
     settings: dict[str, Any] = {
         "n_resamples": n_resamples,
@@ -284,14 +288,17 @@ def compare(
         "picture": picture,
     }
     if same_answers_are_judged:
-        failure_b = failure
-        result = paired_bootstrap(metric, u_a, u_b, failure, **settings)
+        failure_b = failure_a  # also for the question "outside"
+        result = paired_bootstrap(metric, uncertainty_a, uncertainty_b, failure_a, **settings)
     else:
         result = paired_across(
-            metric_to_compare.kernel, (u_a, failure), (u_b, failure_b), **settings
+            metric_to_compare.kernel,
+            (uncertainty_a, failure_a),
+            (uncertainty_b, failure_b),
+            **settings,
         )
-    n = len(failure)
-    n_failures = int(failure.sum())
+    n = len(failure_a)
+    n_failures = int(failure_a.sum())
     why = None
     if math.isnan(result.difference):
         why = _why_only_one_kind(n, n_failures, metric_to_compare.question)
@@ -302,8 +309,8 @@ def compare(
         metric=metric,
         method_a=_method_name(a),
         method_b=_method_name(b),
-        value_a=float(metric_to_compare.kernel(tie_counts(u_a, failure))),
-        value_b=float(metric_to_compare.kernel(tie_counts(u_b, failure_b))),
+        value_a=float(metric_to_compare.kernel(tie_counts(uncertainty_a, failure_a))),
+        value_b=float(metric_to_compare.kernel(tie_counts(uncertainty_b, failure_b))),
         difference=result.difference,
         ci_low=result.ci_low,
         ci_high=result.ci_high,
@@ -323,8 +330,8 @@ def _method_name(outcomes: Outcomes) -> str | None:
     return name_of(outcomes.method, outcomes.answer)
 
 
-def _cannot_compare(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Message that a metric cannot compare two kinds of answers, with the metrics that can."""
+def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
+    """Message: this metric cannot compare two kinds of answers, but some other metrics can."""
     comparable = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. {_scores_name(a)} "
@@ -334,10 +341,10 @@ def _cannot_compare(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Picture number of every row that is True in the mask ``rows`` (N,).
+    """Picture number of every row in the mask ``rows`` (N,); None if no picture repeats.
 
-    The numbers are those of ``a`` if two of its rows show the same picture, else those of ``b`` if
-    two of its rows do. Otherwise there are no numbers, and the result is None.
+    The numbers come from ``a`` if two rows of ``a`` show the same picture. Otherwise they come from
+    ``b``.
     """
     for outcomes in (a, b):
         picture = repeated_pictures(outcomes.identities(rows))
@@ -437,9 +444,10 @@ def _result_rows(
 def _intervals(
     tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Values and intervals of the metrics, by name. Metrics of the same rows share the resamples.
+    """Map the names of the metrics to their values and intervals.
 
-    Metrics that need probabilities are left out if there are no probabilities.
+    Metrics of the same rows share their resamples. Metrics that need probabilities are left out if
+    there are no probabilities.
     """
     # The keys are the ``id`` of the rows, because the rows are not hashable.
     sources: dict[int, Scores] = {}
@@ -468,9 +476,9 @@ def _why_no_value(metric: Metric, tally: Tally) -> str:
 def _measure(
     source: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Values of the metrics by name.
+    """Map the names of the metrics to their values, with intervals if these can be computed.
 
-    They have intervals if ``resampling.n`` is not 0, and if there are both failures and successes.
+    Intervals need ``resampling.n`` > 0, and both failures and successes.
     """
     has_failures_and_successes = 0 < source.n_failures < source.n
     if resampling.n and has_failures_and_successes:
@@ -569,10 +577,10 @@ def _warnings_of_repeats(tally: Tally) -> list[str]:
     return [f"{rows} show {scores.n_pictures} pictures"]
 
 
-def _warnings_of_few(tally: Tally) -> list[str]:
-    """One warning for each kind of answers (wrong, right, ...) of which there are few.
+def _warnings_of_few_answers(tally: Tally) -> list[str]:
+    """One warning for each kind of answers with fewer than ``MIN_OF_EACH_KIND`` answers.
 
-    Few are fewer than ``MIN_OF_EACH_KIND``. Answers for one picture count once.
+    The kinds are wrong answers, right answers and others. Answers for one picture count once.
     """
     n_wrong, n_right = tally.scores.n_independent()
     n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
@@ -593,11 +601,11 @@ KIND_IN_WORDS = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Words for a row for which the question of a metric has the answer yes, by question."""
+"""Maps the question of a metric to words for a row about which the answer is yes."""
 
 
 def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
-    """Why a metric is undefined: its question has the answer yes for no row, or for all rows."""
+    """Why a metric is undefined: the answer to its question is yes for no row, or for all rows."""
     if n_failures == 0:
         return f"none of {n} answers is {KIND_IN_WORDS[question]}"
     return f"all of {n} answers are {KIND_IN_WORDS[question]}"

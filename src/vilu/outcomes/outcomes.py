@@ -51,13 +51,14 @@ def check_texts(
     """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
     if values is None:
         return None
-    # Refused are a single text, whose elements are characters, and collections without an order.
+    # A single text, whose elements are characters, is refused. So are collections without an order.
     is_no_list = isinstance(values, str | Set | Mapping)
     if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
     allowed = (str, NoneType) if optional else (str,)
-    if set(allowed).issuperset(map(type, texts)):  # fast, also for a million texts
+    types = set(map(type, texts))  # fast, also for a million texts
+    if types.issubset(allowed):
         return texts
     for row, text in enumerate(texts):
         if not isinstance(text, allowed):
@@ -126,8 +127,8 @@ class Tally:
     outside: Scores  # all evaluable rows, where "wrong" means that a row is of none of the classes
     n_unlabelled: int  # number of rows with an uncertainty whose failure is unknown
     n_unusable: int  # number of rows without an uncertainty
-    # The evaluable rows with a probability of failure in place of the uncertainty: the calibrated
-    # probability, or else the uncertainty if that is a probability. None if there is neither.
+    # The evaluable rows, with the probability of failure as their score. This is the calibrated
+    # probability, or else the uncertainty if it is a probability. None without a probability.
     probability: Scores | None
     method: str | None = None  # name of the predictor
     dataset: str | None = None  # name of the data set
@@ -135,7 +136,7 @@ class Tally:
     seed: int | None = None  # seed of the predictor
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
     sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
-    has_clusters: bool = False  # whether the rows that are resampled together are clusters
+    has_clusters: bool = False  # whether clusters are resampled, and not pictures
     n_seen_in_fit: int = 0  # number of rows that were used to fit the predictor, as far as known
 
     def rows_for(self, metric: Metric) -> Scores | None:
@@ -159,7 +160,6 @@ class Tallied(Protocol):
         """The counts from which metrics are computed."""
 
 
-# Groups of columns and of fields.
 DECISION_COLUMNS = ("decision", "decision_reason", "label_set")
 """Columns of texts that a calibrated rule fills."""
 
@@ -187,13 +187,13 @@ OPTIONAL_COLUMNS = {
     "zero_shot": "int64",
     **dict.fromkeys(DECISION_COLUMNS, "string"),
 }
-"""Types of the optional columns, by the name of the field."""
+"""Maps the field of an optional column to the type of the column."""
 
 COLUMN_OF_FIELD = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-"""Name of the column of a field in a table, if it differs from the name of the field."""
+"""Maps a field to the name of its column in a table, if the two names differ."""
 
 MISSING_VALUE = {"int64": UNKNOWN, "float64": np.nan, "string": None}
-"""Value for a missing entry, by the type of the column."""
+"""Maps the type of a column to the value of a missing entry."""
 
 FACT_FIELDS = ("method", "dataset", "split", "seed", "answer")
 """Names of the fields that identify scores."""
@@ -207,10 +207,10 @@ TYPE_OF_FACT = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-"""Types of the fields that have one value for all rows, by the name of the field."""
+"""Maps a field that has one value for all rows to the type of this value."""
 
 FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
-"""Optional columns that some parts of ``concat`` may lack. Their rows get missing values."""
+"""Optional columns that parts of ``concat`` may lack; rows of such parts get missing values."""
 
 PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
 """Entries of the provenance that say how hard the problem is."""
@@ -260,15 +260,16 @@ def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
+        common_value = _common_value(values)
         if name in ADDED_ENTRIES and None not in values:
             joined[name] = sum(values)
-        elif _common_value(values) is not None:
-            joined[name] = values[0]
+        elif common_value is not None:
+            joined[name] = common_value
     return joined
 
 
 def _common_value(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
-    """The first value if all values are equal to it, else None."""
+    """The value that all entries have; None if their values differ."""
     if any(value != values[0] for value in values):
         return None
     return values[0]
@@ -529,7 +530,7 @@ class Outcomes:
             indices = indices.astype(np.int64)
         requirement = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
         try:
-            chosen = np.arange(n)[indices]
+            chosen = np.arange(n)[indices]  # indices, also if ``rows`` is a mask
         except IndexError as error:
             raise DataError(f"{requirement}: {error}.") from error
         if (indices < 0).any():  # -1 means "unknown" in vilu, not the last row
@@ -583,8 +584,8 @@ class Outcomes:
     def to_arrow(self) -> pa.Table:
         """One row per answer, as a table of pyarrow with names in place of numbers.
 
-        The table has those of the following columns that the outcomes have. Unknown values are
-        null.
+        The table has the following columns, except columns that the outcomes lack. Unknown values
+        are null.
 
         - ``id``, ``uncertainty``, ``failure`` and ``failure_probability``.
         - ``answer``, ``target`` and ``zero_shot``: names of classes, or numbers if the classes have
@@ -658,16 +659,17 @@ class Outcomes:
         return pa.array(self.class_names, pa.string()).take(column)
 
     def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-        """Numbers (M,) of the clusters of the chosen rows, or else of their pictures; -1: alone.
+        """Number (M,) of the cluster, or else the picture, of each row in the mask ``rows`` (N,).
 
-        Rows with one number are resampled together.
+        Rows with the same number are resampled together. A row with the number -1 is resampled
+        alone. The result is None if neither clusters nor pictures are known.
         """
         if self.cluster is not None:
-            number_of: dict[str | None, int] = {None: UNKNOWN}
+            number_of_cluster: dict[str | None, int] = {None: UNKNOWN}
             numbers = []
             for name in self.cluster:
-                # a new cluster gets the next number
-                numbers.append(number_of.setdefault(name, len(number_of)))
+                next_number = len(number_of_cluster)
+                numbers.append(number_of_cluster.setdefault(name, next_number))
             return np.array(numbers, dtype=np.int64)[rows]
         if self.picture is not None:
             return self.picture[rows]
@@ -689,7 +691,7 @@ class Outcomes:
         pictures = None
         if self.picture is not None:
             pictures = self.picture[rows]
-        # numbers of the pictures or clusters whose rows are resampled together
+        # numbers of clusters or pictures; rows with the same number are resampled together
         unit = repeated_pictures(self.identities(rows))
         scores = ScoredRows(self.uncertainty[rows], failure, picture=unit)
         within = scores
@@ -724,8 +726,9 @@ class Outcomes:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write a ``.parquet`` or ``.csv`` file atomically, with the columns of ``table``.
 
-        A Parquet file has all of the outcomes. A CSV file has only the columns, and an apostrophe
-        is put before a text that a spreadsheet would run as a formula. An existing file is replaced
+        A Parquet file also stores the fields with one value for all rows, so nothing is lost. A CSV
+        file has only the columns, and an apostrophe is put before a text that a spreadsheet would
+        run as a formula. An existing file is replaced
         only if it holds scores. ``inputs`` is the digest of what the scores were made from
         (``vilu.artifacts.paths``).
 
@@ -809,8 +812,8 @@ class Outcomes:
                 if values is not None:
                     columns[name] = pa.array(values, OPTIONAL_COLUMNS[name], from_pandas=True)
             if self.picture is not None:
-                unknown = self.picture == UNKNOWN
-                columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=unknown)
+                is_unknown = self.picture == UNKNOWN
+                columns["picture_id"] = pa.array(self.picture, pa.int64(), mask=is_unknown)
         except UnicodeError as error:
             raise DataError(
                 f"ids, class_names and reason must be valid Unicode: {error}"
@@ -824,7 +827,7 @@ class Outcomes:
     def load(cls, path: str | Path) -> Self:
         """Read a file of ``save``, or any table with the columns ``uncertainty`` and ``failure``.
 
-        A Parquet file of ``save`` has all of the outcomes. A CSV file has only the columns.
+        A Parquet file of ``save`` stores all fields. A CSV file has only the columns.
 
         Raises:
             UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
@@ -865,7 +868,7 @@ class Outcomes:
                 values[name] = plain_values(column, kind)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
         facts: dict[str, Any] = dict(metadata)
-        # the columns decide about the method and the answers, unless the metadata have them
+        # If the metadata lack the method or the kind of answers, a column with one value has it.
         if len(methods) == 1:
             facts.setdefault("method", methods[0])
         kinds = read_column(path, table, "answer", "string").unique().to_pylist()

@@ -71,43 +71,42 @@ class ResultRow:
                     f"{name} of {self.metric} must be finite, or None where it is undefined. "
                     f"Got {number}."
                 )
-        for name in (*COUNTS, "n_pictures", "seed"):
+        for name in (*COUNT_COLUMNS, "n_pictures", "seed"):
             count = getattr(self, name)
             if count is not None and not -(2**63) <= count < 2**63:
                 raise DataError(f"{name} of {self.metric} must be a 64-bit integer. Got {count}.")
 
 
 ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
-"""Arrow type of a column, by the Python type of the field."""
+"""Maps the Python type of a field to the Arrow type of its column."""
 
 
 def _column_types() -> dict[str, str]:
-    """Arrow type of every field of ``ResultRow`` except ``sample``, which has no column."""
+    """Map every field of ``ResultRow`` that has a column to its Arrow type."""
     types = {}
     for column in fields(ResultRow):
-        if column.name != "sample":
+        if column.name != "sample":  # has no column
             python_type = str(column.type).removesuffix(" | None")
             types[column.name] = ARROW_TYPE[python_type]
     return types
 
 
 COLUMN_TYPES = _column_types()
-"""Arrow type of every column of a file."""
+"""Maps every column of a file to its Arrow type."""
 
-# names of fields of ``ResultRow`` that are columns of a file
 COLUMNS = tuple(COLUMN_TYPES)
-"""All columns."""
+"""All columns of a file. They have the names of fields of ``ResultRow``."""
 
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 """Columns of counts that must have a value in every row of a file."""
 
-COUNTS = (*REQUIRED_COUNTS, "n_outside")
+COUNT_COLUMNS = (*REQUIRED_COUNTS, "n_outside")
 """Columns of counts that have a value in every ``ResultRow``."""
 
 RARE_COLUMNS = ("n_outside", "n_pictures")
-"""Columns that are written only if some row has a value other than 0 or None."""
+"""Columns that are written only if at least one row has a value that is neither 0 nor None."""
 
-REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
+REQUIRED_COLUMNS = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 """Columns that must have a value in every row of a file."""
 
 
@@ -205,8 +204,8 @@ class ResultTable:
 
         Raises:
             UsageError: If no row was evaluated with two of the seeds. Such results are folds of a
-                cross-validation, whose spread is not that of seeds. This is not checked for results
-                that were read from a file, or that are of a folder of scores.
+                cross-validation, whose spread is not the spread over seeds. This is not checked for
+                results that were read from a file, or that come from a ``ScoreFolder``.
 
         Examples:
             >>> import vilu
@@ -219,8 +218,8 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # The first key is what the rows of several seeds have in common. The second key is a row
-        # without its interval. Of rows that differ only in their intervals, the first one stays.
+        # The outer key is what the rows of several seeds have in common. The inner key is a row
+        # without its interval: if rows differ only in their intervals, the first row stays.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -256,7 +255,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns that are written: all but those of ``RARE_COLUMNS`` that have no value."""
+        """The columns to write. A column of ``RARE_COLUMNS`` is left out if no row has a value."""
         columns = list(COLUMNS)
         for name in RARE_COLUMNS:
             if not any(getattr(row, name) for row in self.rows):
@@ -387,7 +386,7 @@ class ResultTable:
         for name, kind in COLUMN_TYPES.items():
             columns[name] = read_column(path, table, name, kind).to_pylist()
         columns["n_outside"] = [n or 0 for n in columns["n_outside"]]  # null in a file means 0
-        for name in REQUIRED:
+        for name in REQUIRED_COLUMNS:
             if None in columns[name]:
                 row = columns[name].index(None)
                 raise DataError(
@@ -433,11 +432,11 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
 
 
 def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
-    """The mean over the rows of several seeds; its value is None if that of any row is None."""
+    """The mean over the rows of several seeds. Its value is None if any row has the value None."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}
-    for name in COUNTS:
+    for name in COUNT_COLUMNS:
         counts[name] = round(fmean(getattr(row, name) for row in rows))
     without_value = replace(
         rows[0],
@@ -517,9 +516,9 @@ def _are_default_metrics(names: set[str]) -> bool:
         metric = METRICS[name]
         if not metric.of_probability and metric.question == "failure":
             always_computed.add(metric.name)
-    lacks_none = always_computed.issubset(names)
-    has_no_other = names.issubset(evaluated_metrics())
-    return lacks_none and has_no_other
+    has_all_of_them = always_computed.issubset(names)
+    has_only_defaults = names.issubset(evaluated_metrics())
+    return has_all_of_them and has_only_defaults
 
 
 def _tables_by_data_set(
@@ -534,30 +533,31 @@ def _tables_by_data_set(
 
 def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> TitledTable:
     """The table of rows on one data set, with a line per method and seed."""
-    # The key of a line is the name of the scores, the seed and the number of the repeat. Its value
-    # is the results of the line, by metric.
+    # A line maps a metric to its result. A second result of the same scores, seed and metric gets a
+    # line of its own. So the key of a line is the name of the scores, the seed, and the number of
+    # results that the same scores, seed and metric have in earlier lines.
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
-    repeats: Counter[tuple[str, int | None, str]] = Counter()
+    n_earlier: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
         name = name_of(row.method, row.answer)
         key = (name, row.seed, row.metric)
-        line = lines.setdefault((name, row.seed, repeats[key]), {})
+        line = lines.setdefault((name, row.seed, n_earlier[key]), {})
         line[row.metric] = row
-        repeats[key] += 1  # a second row with the same key gets a line of its own
+        n_earlier[key] += 1
     n_seeds = len({row.seed for row in rows})
     table = [["method", *[_metric(metric).title for metric in metrics]]]
-    for (name, seed, _repeat), line in lines.items():
-        label = printable(name)
+    for (name, seed, _), line in lines.items():
+        first_cell = printable(name)
         if n_seeds > 1 and seed is not None:
-            label = f"{label} (seed {seed})"
-        table.append([label, *[_cell(line.get(metric)) for metric in metrics]])
+            first_cell = f"{first_cell} (seed {seed})"
+        table.append([first_cell, *[_cell(line.get(metric)) for metric in metrics]])
     return _title(rows), table
 
 
 def _metric(name: str) -> Metric:
     """The metric with this name.
 
-    An unknown name gets a metric whose title is the name. Its values are shown as those of AUROC.
+    An unknown name gets a metric whose title is the name. Its values are formatted like an AUROC.
     """
     if name not in METRICS:
         return replace(METRICS["auroc"], title=printable(name))

@@ -43,15 +43,15 @@ def sample_of_rows(
     """
     if picture is not None and (picture != UNKNOWN).any():
         known_pictures = picture[picture != UNKNOWN]
-        return RowSample("pictures", _smallest(known_pictures))
+        return RowSample("pictures", _smallest_hashes(known_pictures))
     if ids:
         hashes = np.fromiter(map(_hash, ids), np.int64, len(ids))
-        return RowSample("names", _smallest(hashes))
+        return RowSample("names", _smallest_hashes(hashes))
     return None
 
 
-def _smallest(hashes: NDArray[np.int64]) -> frozenset[int]:
-    """The ``SAMPLE_SIZE`` smallest of the different hashes."""
+def _smallest_hashes(hashes: NDArray[np.int64]) -> frozenset[int]:
+    """The ``SAMPLE_SIZE`` smallest hashes, each hash once."""
     return frozenset(np.unique(hashes)[:SAMPLE_SIZE].tolist())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 import numpy as np
 
 from vilu.artifacts.tables import csv_names, read_table, require_distinct_columns, table_suffix
-from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
+from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, did_you_mean
 from vilu.metrics.counts import Floats, Ints
 from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
 from vilu.text import plural
@@ -367,7 +367,7 @@ def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> 
             raise DataError(
                 f"{where} has a column {name!r}. Write {plain!r} if it is meant, or another name."
             )
-        similar = nearest(
+        similar = did_you_mean(
             name, [known for known in ROLE_COLUMNS if known not in columns], cutoff=0.8
         )
         if similar and name not in ROLE_COLUMNS:

@@ -36,7 +36,7 @@ def answers_of(
     predictor: FailurePredictor,
     outcomes: Outcomes,
     labels: Mapping[str, str],
-    likely: LikelyRight | None = None,
+    likely_estimate: LikelyRight | None = None,
 ) -> list[Answer]:
     """The answers about all photos, unreadable ones included, in the order of their paths.
 
@@ -44,36 +44,49 @@ def answers_of(
         photos: The embedded photos.
         predictor: Judges the answers.
         outcomes: The scores of the photos by the predictor.
-        labels: Label by path; a label takes the place of the model's answer.
-        likely: The estimate of which answers are likely right; None if there is none.
+        labels: Maps paths to labels. The answer about a labelled photo is its label.
+        likely_estimate: Which answers are likely right; None if this was not estimated.
     """
     runners_up = all_runners_up(photos, predictor)
     flags: Flags = [None] * len(photos)
-    if likely is not None:
-        flags = likely.flags_by_own_threshold(unlabelled_scores(photos, outcomes, labels))
+    if likely_estimate is not None:
+        scores = unlabelled_scores(photos, outcomes, labels)
+        flags = likely_estimate.flags_by_own_threshold(scores)
     quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
             answers.append(_answer_by_label(path, labels[path]))
         else:
-            answers.append(answer_of(outcomes, row, runners_up[row], flags[row], quantiles))
+            answer = answer_of(
+                outcomes,
+                row,
+                runners_up=runners_up[row],
+                likely=flags[row],
+                quantiles=quantiles,
+            )
+            answers.append(answer)
     for path, kind in photos.bad.items():
-        answers.append(_no_answer(path, kind))
+        answers.append(_no_answer(path, reason=kind))
     return sorted(answers, key=lambda answer: answer.key)
 
 
 def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> Floats:
-    """(N,) uncertainties of the photos without a label; NaN for those that have one."""
+    """(N,) uncertainty of every photo; NaN for photos that have a label."""
     has_label = np.array([path in labels for path in photos.ids], dtype=np.bool_)
     return np.where(has_label, np.nan, outcomes.uncertainty)
 
 
 def quantiles_of(uncertainty: Floats) -> Floats:
-    """(N,) share of the photos that are at most as doubtful; NaN where the uncertainty is NaN."""
-    scored = np.sort(uncertainty[np.isfinite(uncertainty)])
-    n_at_most = np.searchsorted(scored, uncertainty, side="right")
-    return np.where(np.isfinite(uncertainty), n_at_most / max(len(scored), 1), np.nan)
+    """(N,) for every photo, the share of photos that are no more doubtful than this photo.
+
+    NaN where the uncertainty is NaN.
+    """
+    is_scored = np.isfinite(uncertainty)
+    ascending = np.sort(uncertainty[is_scored])
+    n_up_to = np.searchsorted(ascending, uncertainty, side="right")
+    n_scored = max(len(ascending), 1)  # not 0, because it is a divisor
+    return np.where(is_scored, n_up_to / n_scored, np.nan)
 
 
 def answer_of(
@@ -83,13 +96,12 @@ def answer_of(
     likely: bool | None = None,
     quantiles: Floats | None = None,
 ) -> Answer:
-    """The model's answer about a row; the label of the row is not used."""
+    """The model's answer about a row; ``quantiles`` (N,) are those of all rows."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
-        return _no_answer(path, None if outcomes.reason is None else outcomes.reason[row])
-    decision = REVIEW
-    if outcomes.decision is not None and outcomes.decision[row] == ACCEPT:
-        decision = ACCEPT
+        fault = None if outcomes.reason is None else outcomes.reason[row]
+        return _no_answer(path, reason=fault)
+    is_accepted = outcomes.decision is not None and outcomes.decision[row] == ACCEPT
     reason: str | None = NO_GUARANTEE
     if outcomes.decision_reason is not None:
         reason = outcomes.decision_reason[row]
@@ -99,7 +111,7 @@ def answer_of(
         label=names[int(outcomes.prediction[row])],
         failure_probability=failure_probability(outcomes, row),
         uncertainty=float(outcomes.uncertainty[row]),
-        decision=decision,
+        decision=ACCEPT if is_accepted else REVIEW,
         reason=reason,
         runners_up=runners_up,
         zero_shot=outcomes.zero_shot_beside(row),
@@ -109,7 +121,7 @@ def answer_of(
 
 
 def failure_probability(outcomes: Outcomes, row: int) -> float | None:
-    """Probability that an answer is wrong; None if the scores hold no such probability."""
+    """Probability that the answer about a row is wrong; None if the scores have none."""
     probability = math.nan
     if outcomes.failure_probability is not None:
         probability = float(outcomes.failure_probability[row])
@@ -119,7 +131,7 @@ def failure_probability(outcomes: Outcomes, row: int) -> float | None:
 
 
 def _answer_by_label(path: str, label: str) -> Answer:
-    """The answer about a labelled photo: the label, not the model's answer."""
+    """The answer about a labelled photo, which is its label."""
     return Answer(
         key=path,
         label=label,
@@ -155,11 +167,11 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Numbers of photos, by what became of them.
+    """Count the photos by what is known or decided about them.
 
-    "photos" counts all photos. People gave the labels of "labelled" photos. The counts after
-    "unlabelled" are of answers that nobody checked. Unreadable photos do not count as "review".
-    Photos that count as "outside" or "likely" also count by their decision.
+    "photos" counts all photos, and "labelled" those that people have labelled. All other counts are
+    about photos without a label. Such a photo counts as "accepted", "review" or "unreadable". It
+    may also count as "outside" or as "likely".
     """
     n_labelled = sum(answer.decision == LABELLED for answer in answers)
     counts = {
@@ -180,8 +192,8 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
     """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does.
 
-    The column "likely" is empty for labels, and where there is no estimate. If adapted answers are
-    judged, the CSV has a column of the zero-shot answers too.
+    The column "likely" is empty for photos with a label, and if there is no estimate. If adapted
+    answers are judged, the CSV also has a column of zero-shot answers.
     """
     first_runners_up: list[str | None] = []
     for answer in answers:
@@ -205,23 +217,23 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
 def write_next(
     path: Path, entries: Sequence[Entry], answers: Mapping[str, Answer], kind: str
 ) -> None:
-    """Write the table of the photos to label, with an empty column for the labels.
+    """Write the table of the photos to label, whose column "label" people fill in.
 
     Args:
         path: The file.
-        entries: Entries of the photos, whose labels are asked for.
-        answers: The answers by path.
+        entries: Entries of the photos whose labels are asked for.
+        answers: Maps the paths of photos to the answers about them.
         kind: Kind of the answers, such as "zero_shot".
     """
-    answers_to_entries = []
+    answers_of_entries = []
     for entry in entries:
-        without_answer = _no_answer(entry.path, reason=None)
-        answers_to_entries.append(answers.get(entry.path, without_answer))
+        no_answer = _no_answer(entry.path, reason=None)
+        answers_of_entries.append(answers.get(entry.path, no_answer))
     columns = {
-        **columns_of(entries, ("path", "label")),  # all labels are None: the column to fill in
-        **_answer_columns(answers_to_entries),
+        **columns_of(entries, ("path", "label")),  # the cell is empty if there is no label yet
+        **_answer_columns(answers_of_entries),
         **columns_of(entries, ("stream", "probability", "predictor", "asked")),
-        **_zero_shot_column(kind, answers_to_entries),
+        **_zero_shot_column(kind, answers_of_entries),
     }
     write_table(path, columns, {})
 
@@ -234,9 +246,9 @@ def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
 
 
 def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Array]:
-    """The zero-shot answers if another kind of answers is judged; no column otherwise.
+    """The column of zero-shot answers; no column if the judged answers are the zero-shot answers.
 
-    A photo that has a label, or no answer, has an empty cell.
+    The cell of a photo with a label, or without an answer, is empty.
     """
     if kind == "zero_shot":
         return {}
@@ -250,6 +262,6 @@ def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Arra
 
 
 def _class_texts(names: Sequence[str | None]) -> pa.Array:
-    """Class names as tables write them; ``labels.name_of`` gives the names back."""
+    """Column of class names as tables write them; ``labels.meant_name`` finds the names again."""
     texts = [None if name is None else portable_name(name) for name in names]
     return pa.array(texts, pa.string())

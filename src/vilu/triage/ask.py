@@ -1,4 +1,4 @@
-"""Asks for labels of the rows of a store, and gives a guarantee by them, without a triage."""
+"""Asks for labels of rows of a store, and makes a guarantee from these labels, without a triage."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.guarantee import (
-    POSITIONS,
     GuaranteeProgress,
     Mask,
     PhotoSplit,
+    draw_probability,
     keep_guarantee,
     progress_of,
     rule_of,
@@ -47,20 +47,21 @@ CONFIDENCE: Final = 0.95
 """Confidence of the guarantee for which draws are planned."""
 
 Draws = dict[str, tuple[Ints, Trial]]
-"""Calibration rows and trial, by group of answers. The trial of a group is tested on its rows."""
+"""Maps a group of answers to its calibration rows (M,), and to the trial that they test."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Name of a predictor in the tables of labels that were asked for to test this predictor.
+    """Fingerprint of a predictor. Tables of labels note for which predictor a label was asked.
 
-    The name depends on the method, its parameters, the weights and the judged answers. So
-    predictors that differ in one of them are two predictors, each with a share of the level.
+    The fingerprint depends on the method, its parameters, the weights and the judged answers. So
+    predictors that differ in one of them count as two predictors, and each has a share of the
+    level.
     """
-    sums = {name: str(values.sum().item()) for name, values in predictor.state().items()}
-    sums["method"] = f"{predictor.name} {predictor.get_params()!r}"
+    facts = {name: str(values.sum().item()) for name, values in predictor.state().items()}
+    facts["method"] = f"{predictor.name} {predictor.get_params()!r}"
     if predictor.answer != "zero_shot":
-        sums["answer"] = predictor.answer
-    return digest(sums)[:16]
+        facts["answer"] = predictor.answer
+    return digest(facts)[:16]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class StoreDraws:
         book: The labels of the rows.
         outcomes: The scores of all rows.
         split: Which rows are for fits, and which for the guarantee.
-        draws: One draw for all answers, or one for each large class of answers and one for all
-            small classes together. Draws are planned from the scores alone, without labels.
+        draws: One draw for all answers. Or one draw for each large class of answers, and one for
+            all small classes together. Draws are planned from the scores alone, without labels.
     """
 
     predictor: str
@@ -97,7 +98,7 @@ class StoreDraws:
     ) -> StoreDraws:
         """Label and score a store, and plan its draws.
 
-        Rows that the predictor was fitted on are left out of the calibration rows (``unseen``).
+        Rows that the predictor was fitted on are not calibration rows (``unseen_rows``).
 
         Args:
             store: The rows.
@@ -105,72 +106,90 @@ class StoreDraws:
             files: Tables of labels, such as ``vilu next`` wrote.
             seed: Seed of the split into rows for fits and calibration rows.
             max_risk: Error rate that the guarantee is to stay below.
-            per_class: Whether every class of answers gets a draw.
+            per_class: Whether every large class of answers gets a draw of its own.
         """
         photos, book = label_store(store, files)
         facts = {"is_probability": predictor.is_probability}
         outcomes = score_rows(predictor, photos, facts)
         split = PhotoSplit.of(photos, book, seed)
-        is_calibration = split.is_calibration & unseen(predictor, photos)
+        is_calibration = split.is_calibration & unseen_rows(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
         draws: Draws = {}
-        if predictor.is_probability:  # otherwise no limit can be chosen, and there is no draw
-            rows = np.flatnonzero(split.for_calibration)
+        if predictor.is_probability:  # without probabilities no limit can be chosen
+            rows = np.flatnonzero(split.usable_calibration)
             require_scores(outcomes.uncertainty, rows, photos.ids)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
-        return cls(fingerprint_of(predictor), photos, book, outcomes, split, draws)
+        return cls(
+            predictor=fingerprint_of(predictor),
+            photos=photos,
+            book=book,
+            outcomes=outcomes,
+            split=split,
+            draws=draws,
+        )
 
     def next_calibration_rows(self, n: int, was_asked: Mask, max_risk: float) -> list[Ints]:
         """At most ``n`` calibration rows to ask for: an array for every draw, in random order.
 
-        Draws without a guarantee come first: those that are likely to get one, then the others.
-        Draws that have a guarantee come last. Among equals, the draw with the fewest rows that were
-        asked for comes first.
+        The draws are served in this order:
+
+        1. Draws that are likely to get a guarantee.
+        2. Other draws without a guarantee.
+        3. Draws that have a guarantee.
+
+        Of two draws of the same kind, the draw with fewer rows that were asked for comes first.
 
         Args:
             n: Number of rows, of all draws together.
-            was_asked: (N,) which rows were asked for before.
+            was_asked: (N,) bool, which rows were asked for before.
             max_risk: Error rate that the guarantee is to stay below.
         """
         all_progress = self.progress(max_risk, 1 - CONFIDENCE)
         queue = []
         for group, (rows, trial) in self.draws.items():
-            below_limit = rows[self.outcomes.uncertainty[rows] <= trial.limit]
-            not_asked = below_limit[~was_asked[below_limit]]
-            not_asked = self.split.in_order(not_asked)
-            n_asked = len(below_limit) - len(not_asked)
-            is_certified = all_progress[group].certified is not None
-            is_unlikely = not trial.likely
-            for n_earlier, row in enumerate(not_asked[:n].tolist()):
-                n_asked_before = n_asked + n_earlier
+            open_rows, n_asked = self._open_rows(rows, trial.limit, was_asked)
+            is_certified = all_progress[group].certified_index is not None
+            for n_earlier, row in enumerate(open_rows[:n].tolist()):
                 # The queue is sorted in ascending order, and False comes before True.
-                priority = (is_certified, is_unlikely, n_asked_before)
+                priority = (is_certified, not trial.likely, n_asked + n_earlier)
                 queue.append((priority, group, row))
         rows_of_draw: dict[str, list[int]] = {group: [] for group in self.draws}
         for _, group, row in sorted(queue)[:n]:
             rows_of_draw[group].append(row)
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
+    def _open_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
+        """Rows up to a limit that were not asked for, in random order, and the number of others."""
+        below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
+        open_rows = below_limit[~was_asked[below_limit]]
+        n_asked = len(below_limit) - len(open_rows)
+        return self.split.in_random_order(open_rows), n_asked
+
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
-        """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
+        """Map the group of every draw to the progress of its guarantee.
+
+        All draws have equal shares of the level ``delta``.
+        """
         if not self.draws:
             return {}
-        # Every calibration label was asked for in order to test one predictor.
-        predictor_of = {entry.path: entry.predictor for entry in self.book if _is_of_draw(entry)}
+        # Each calibration label was requested for the test of one predictor, which its entry names.
+        predictor_of_path = {
+            entry.path: entry.predictor for entry in self.book if _was_drawn(entry)
+        }
         is_for_this_predictor = np.array(
-            [predictor_of.get(path) == self.predictor for path in self.photos.ids], np.bool_
+            [predictor_of_path.get(path) == self.predictor for path in self.photos.ids], np.bool_
         )
-        other_predictors = set(predictor_of.values()) - {self.predictor}
+        other_predictors = set(predictor_of_path.values()) - {self.predictor}
         level = level_of(len(other_predictors) + 1, delta / len(self.draws))
         awaited = self.split.awaited & is_for_this_predictor
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
-            in_group = np.zeros(len(self.photos.ids), np.bool_)
-            in_group[rows] = True
+            is_in_group = np.zeros(len(self.photos.ids), np.bool_)
+            is_in_group[rows] = True
             all_progress[group] = progress_of(
                 trial,
                 self.outcomes,
-                dataclasses.replace(self.split, usable=in_group, awaited=awaited),
+                dataclasses.replace(self.split, usable=is_in_group, awaited=awaited),
                 max_risk=max_risk,
                 level=level,
             )
@@ -178,21 +197,21 @@ class StoreDraws:
 
     def require_labels(self, all_progress: Mapping[str, GuaranteeProgress]) -> None:
         """Raise DataError if labels that were asked for are missing."""
-        missing = []
+        missing_paths = []
         for progress in all_progress.values():
-            missing += [self.photos.ids[row] for row in progress.missing.tolist()]
-        if missing:
+            missing_paths += [self.photos.ids[row] for row in progress.missing_rows.tolist()]
+        if missing_paths:
             raise DataError(
-                f"{len(missing)} of the labels that were asked for are missing, first the label of "
-                f"{missing[0]}. Labels count up to the first picture without a label. Fill them "
-                f"in, or write {SKIPPED} where nobody can name the picture."
+                f"{len(missing_paths)} of the labels that were asked for are missing, first the "
+                f"label of {missing_paths[0]}. Labels count up to the first picture without a "
+                f"label. Fill them in, or write {SKIPPED} where nobody can name the picture."
             )
 
 
-def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
-    """(N,) bool, which rows the predictor was not fitted on.
+def unseen_rows(predictor: FailurePredictor, photos: Photos) -> Mask:
+    """(N,) bool, which rows the predictor was not fitted on, as far as this is known.
 
-    A predictor records only a sample of the rows of a large fit.
+    A predictor that was fitted on many rows has recorded only a sample of them.
 
     Raises:
         DataError: If only a sample was recorded and more than 1 % of the rows are in it.
@@ -205,21 +224,25 @@ def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
     return predictor.unseen(photos, "calibration")
 
 
-def _is_of_draw(entry: Entry) -> bool:
-    """Whether a label was asked for by a draw, for a guarantee."""
+def _was_drawn(entry: Entry) -> bool:
+    """Whether a draw has asked for this label, for a guarantee."""
     return entry.stream == "calibration"
 
 
 def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bool) -> Draws:
-    """Plan the draws among the calibration rows (M,); all draws have equal shares of the level."""
+    """Plan the draws among the calibration ``rows`` (M,).
+
+    All draws have equal shares of the level.
+    """
     if not len(rows):
         return {}
     delta = 1 - CONFIDENCE
-    names = None
+    group_of_row = None
     if per_class:
         all_names = group_names(outcomes)
-        names = [all_names[row] for row in rows.tolist()]
-    groups = members_of(names, len(rows), delta, partial(flawless_labels, max_risk))
+        group_of_row = [all_names[row] for row in rows.tolist()]
+    rows_needed = partial(flawless_labels, max_risk)  # number of rows that a group needs at least
+    groups = members_of(group_of_row, len(rows), delta, rows_needed)
     draws = {}
     for group, members in groups.items():
         rows_of_group = rows[members]
@@ -261,7 +284,7 @@ def next_of_store(
             lack labels come first.
 
     Returns:
-        Entries of the chosen rows, first those to fit on, and the answers by path.
+        The entries of the chosen rows, rows to fit on first, and the answers by path.
     """
     store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
     paths = store_draws.photos.ids
@@ -269,14 +292,14 @@ def next_of_store(
     split = store_draws.split
     fingerprint = store_draws.predictor
     was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
-    free_fit_rows = np.flatnonzero(split.for_fit & ~was_asked)
+    free_fit_rows = np.flatnonzero(split.usable_fit & ~was_asked)
     calibration_rows: list[int] = []
-    for drawn in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
-        last_position = int(split.position[drawn].max(initial=-1))  # -1 if no row is drawn
-        probability = (last_position + 1) / POSITIONS
-        drawn_paths = [paths[row] for row in drawn]
+    for drawn_rows in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
+        last_position = int(split.position[drawn_rows].max(initial=-1))  # -1 if no row is drawn
+        probability = draw_probability(last_position)
+        drawn_paths = [paths[row] for row in drawn_rows]
         book.ask(drawn_paths, "calibration", predictor=fingerprint, probability=probability)
-        calibration_rows += drawn.tolist()
+        calibration_rows += drawn_rows.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty
     fit_rows = choose_to_fit(store_draws.photos, free_fit_rows, uncertainty, n_to_fit, seed)
@@ -306,8 +329,8 @@ def calibrate_by_labels(
     Two kinds of labels count: labels of rows that were picked at random ("given"), and all labels
     of a draw up to the last position that was asked for with this predictor.
 
-    Every predictor for which labels were asked has a share of the level (``level_of``). So
-    ``files`` must hold the tables of all these predictors.
+    If labels were asked for to test several predictors, each of them has a share of the level
+    (``level_of``). So ``files`` must contain the tables of all these predictors.
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another target.
@@ -317,7 +340,8 @@ def calibrate_by_labels(
         InfeasibleError: If nothing is certified yet. Then no calibration is written. An earlier
             calibration is removed if its labels have changed.
     """
-    # The lock lets only one process at a time compare the folder's calibration with a new one.
+    # The earlier calibration is compared with the new one. Because of the lock, no other process
+    # changes it meanwhile.
     with locked(folder, activity="calibrating", holder_kind="calibration"):
         predictor = load_predictor(folder)
         predictor.calibrator_ = None
@@ -373,15 +397,16 @@ def _keep_better(
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # In the outcomes of the progress, a picture that nobody could name is a failure.
+        # In ``progress.outcomes``, a picture that nobody could name counts as a failure.
         outcomes.failure[progress.rows] = progress.outcomes.failure
     if earlier_rule is not None and not _remove_if_changed(folder, outcomes):
         names = group_names(outcomes)
-        n_earlier = earlier_rule.accept(outcomes.uncertainty, names).sum()
-        if n_earlier >= rule.accept(outcomes.uncertainty, names).sum():
+        n_accepted_earlier = earlier_rule.accept(outcomes.uncertainty, names).sum()
+        n_accepted_now = rule.accept(outcomes.uncertainty, names).sum()
+        if n_accepted_earlier >= n_accepted_now:
             return Calibration.load(folder)
     if not rule.feasible:
-        _remove_if_changed(folder, outcomes)  # the first call if there is no earlier rule
+        _remove_if_changed(folder, outcomes)  # also if ``overwrite`` has ignored the earlier rule
         reasons = []
         for group, threshold in rule.thresholds.items():
             # The group of all answers has the name "", which needs no colon.
@@ -390,14 +415,20 @@ def _keep_better(
             f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
         )
     rows = np.sort(np.concatenate([progress.rows for progress in all_progress.values()]))
-    dataset = store_draws.photos.first.path.name
     photos = store_draws.photos
-    counted_rows = outcomes.take(rows)
-    return keep_guarantee(folder, predictor, photos, all_progress, counted_rows, rule, dataset)
+    return keep_guarantee(
+        folder,
+        predictor,
+        photos,
+        all_progress,
+        counted_outcomes=outcomes.take(rows),
+        rule=rule,
+        dataset=photos.first.path.name,
+    )
 
 
 def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
-    """Remove a calibration by labels if an answer among its rows is judged differently now.
+    """Remove a calibration by labels if new labels contradict the labels that it used.
 
     Returns whether the calibration was removed.
     """
@@ -408,7 +439,7 @@ def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     failure_of = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed_keys = set()
     for key, failure in zip(rows.ids or (), rows.failure.tolist(), strict=True):
-        # An answer that has no label now (UNKNOWN) is not judged differently.
+        # An answer that has no label now (UNKNOWN) contradicts nothing.
         if failure_of.get(key, UNKNOWN) not in {UNKNOWN, failure}:
             changed_keys.add(key)
     return remove_outdated_calibration(folder, changed_keys)

@@ -5,11 +5,10 @@ photo weighted by its uncertainty. The photo nearest to the centre of each clust
 Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV
 2021; we use the probability of failure in place of their entropy.
 
-*Photos for the guarantee* are drawn at random from the photos with an uncertainty of at most a
-limit. Because they are drawn at random, every threshold up to the limit can be tested on their
-labels. Photos above the limit would be reviewed anyway and need no label. The limit is chosen from
-scores alone: it is the largest limit at which n labels are expected to show that few answers are
-wrong.
+*Photos for the guarantee* are drawn at random from the photos whose uncertainty is at most a limit.
+Because they are drawn at random, every threshold up to the limit can be tested on their labels.
+Photos above the limit would be reviewed anyway and need no label. The limit is chosen from scores
+alone: it is the largest limit at which n labels are expected to show that few answers are wrong.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ Mask = NDArray[np.bool_]
 POOL_SIZE: Final = 20_000
 """Maximum number of photos that are clustered.
 
-If there are more photos, half of this number are the most uncertain photos, and the other half are
-random photos of the rest.
+If there are more photos, the most uncertain photos make up half of this number. The other half are
+drawn at random from all other photos.
 """
 
 ITERATIONS: Final = 20
@@ -43,22 +42,22 @@ LEAST_SHARE: Final = 1 / 8
 """Smallest share of the photos that a limit includes."""
 
 WIDENING: Final = 1.25
-"""Factor by which the limit of a single draw includes more photos than are expected to pass.
+"""The limit of a single draw includes this many times as many photos as are expected to pass.
 
-Probabilities may be too pessimistic, and nothing beyond the limit can be accepted. The price is a
-fifth of the labels.
+Probabilities may be too pessimistic, and no photo beyond the limit can be accepted. The price is a
+fifth of the labels, which are spent on photos that are not expected to pass.
 """
 
 LEAST_PHOTOS: Final = 100
-"""Smallest number of photos that the limit of a single draw includes, or all if there are fewer."""
+"""The limit of a single draw includes at least this number of photos, or all photos."""
 
 
 def choose_to_fit(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
 ) -> Ints:
-    """Choose at most ``n`` of the ``rows`` (M,) to fit on, and put the most uncertain first.
+    """Choose at most ``n`` of the ``rows`` (M,) to fit on; the most uncertain row comes first.
 
-    ``uncertainty`` (N,) holds the uncertainties of all rows of the source.
+    ``uncertainty`` (N,) are the uncertainties of all rows of the source.
     """
     from sklearn.cluster import KMeans
 
@@ -71,24 +70,24 @@ def choose_to_fit(
     weight = excess / largest_excess + 1e-3  # above 0, so that no photo is left out
     clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
-    distance = clusters.transform(image)  # of each row to each centre
-    index_of_cluster = np.empty(n, dtype=np.int64)  # index in ``rows`` of the row that is chosen
-    is_free = np.ones(len(rows), dtype=np.bool_)
+    distance = clusters.transform(image)  # (M, n) distance of every row to every centre
+    chosen_index = np.empty(n, dtype=np.int64)  # for every cluster, the index of a row in ``rows``
+    is_free = np.ones(len(rows), dtype=np.bool_)  # which rows are not chosen yet
     for cluster in range(n):
         nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
-        index_of_cluster[cluster] = nearest_free
+        chosen_index[cluster] = nearest_free
         is_free[nearest_free] = False
-    return _doubtful_first(rows[index_of_cluster], uncertainty)
+    return _doubtful_first(rows[chosen_index], uncertainty)
 
 
 def _rows_to_cluster(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
-    """The rows that are clustered: all, or the pool (``POOL_SIZE``) if there are too many."""
+    """The rows to cluster: all rows, or ``POOL_SIZE`` of them if there are more."""
     if len(rows) <= POOL_SIZE:
         return rows
     ordered = _doubtful_first(rows, uncertainty)
     half = POOL_SIZE // 2
-    shuffled_rest = np.random.default_rng(seed).permutation(ordered[half:])
-    return np.sort(np.concatenate([ordered[:half], shuffled_rest[:half]]))
+    shuffled_others = np.random.default_rng(seed).permutation(ordered[half:])
+    return np.sort(np.concatenate([ordered[:half], shuffled_others[:half]]))
 
 
 def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
@@ -99,13 +98,13 @@ def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
     """Choose the limit of a draw from the probabilities of failure alone.
 
-    The limit is the largest up to which ``n`` labels are expected to show that the error rate is at
-    most ``max_risk``. It always includes at least an eighth of the photos, and as many photos as
-    certify it for new photos if every answer is right. Up to a lower limit nothing can be
-    certified.
+    The limit is the largest uncertainty up to which ``n`` labels are expected to show that the
+    error rate is at most ``max_risk``. It includes at least an eighth of the photos. It also
+    includes at least the number of photos whose labels would certify it if every answer were right:
+    with fewer photos nothing could be certified.
 
     Args:
-        uncertainty: (N,) probabilities of failure; rows with NaN are left out.
+        uncertainty: (N,) probabilities of failure; rows with NaN are ignored.
         n: Number of labels.
         max_risk: Largest error rate that is allowed.
         delta: Level of the test.
@@ -124,10 +123,10 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
 def choose_limit_of_draw(
     uncertainty: Floats, n: int, max_risk: float, delta: float
 ) -> tuple[float, bool]:
-    """As ``choose_limit``, for a single test of ``n`` labels, after all of them have come.
+    """As ``choose_limit``, but for a single test, which is made once all ``n`` labels have come.
 
-    The limit includes ``WIDENING`` times as many photos. It is 1, the largest probability, if these
-    are all photos.
+    The limit is raised so that it includes ``WIDENING`` times as many photos. If it then includes
+    all photos, it is 1, the largest probability.
     """
 
     def is_shown(wrong: Floats) -> Mask:
@@ -144,24 +143,28 @@ def choose_limit_of_draw(
 def _largest_limit(
     uncertainty: Floats, n: int, least_photos: int, is_shown: Callable[[Floats], Mask]
 ) -> tuple[float, bool]:
-    """The largest limit up to which the expected number of wrong answers among n is low enough.
+    """The largest limit up to which so few wrong answers are expected that the risk is shown.
 
     Args:
         uncertainty: (N,) probabilities of failure.
         n: Number of labels.
-        least_photos: Smallest number of photos that the limit includes, besides ``LEAST_SHARE``.
-        is_shown: Tells for every expected number (M,) whether it would show the risk.
+        least_photos: The limit includes at least this number of photos. It also includes at least
+            the share ``LEAST_SHARE`` of them.
+        is_shown: Takes numbers of wrong answers (M,). Returns for each number whether so many wrong
+            answers among ``n`` would still show the risk.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
-    # Every photo is tried as the limit: the error rate up to it is the mean of the probabilities.
-    risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
-    expected_wrong = np.round(risk * n)
-    possible = np.flatnonzero(is_shown(expected_wrong))  # indices of photos
+    # The uncertainty of every photo is tried as the limit. The expected error rate up to the limit
+    # is the mean of the probabilities up to it.
+    n_up_to_limit = np.arange(1, len(ordered) + 1)
+    expected_risk = np.cumsum(ordered) / n_up_to_limit
+    expected_wrong = np.round(expected_risk * n)
+    shown_indices = np.flatnonzero(is_shown(expected_wrong))
+    last_shown_index = int(shown_indices[-1]) if len(shown_indices) else -1
     n_least = max(math.ceil(LEAST_SHARE * len(ordered)), least_photos)
     least_index = min(n_least, len(ordered)) - 1
-    last_index = int(possible[-1]) if len(possible) else -1
-    limit = float(ordered[max(last_index, least_index)])
-    is_expected = last_index >= least_index
+    limit = float(ordered[max(last_shown_index, least_index)])
+    is_expected = last_shown_index >= least_index
     return limit, is_expected

@@ -1,14 +1,16 @@
 """The photos of a triage whose guarantee is about its folder (``--about folder``).
 
-Every photo that the tested predictor was not fitted on belongs to its population. The population is
-labelled in the random order of the pictures, which is fixed before the first label.
+The population of a predictor is all photos of the folder that the predictor was not fitted on. The
+guarantee is about this population. Its photos are drawn in the random order of the pictures, which
+is fixed before the first label.
 
-A photo that is picked to fit on leaves the population of the predictors that are fitted on it. The
-picks must not depend on which photos were drawn: only then are the drawn photos of a population a
-random sample of it. So drawn photos are picked, too, and their labels are used again.
+Some photos are picked to fit on. A picked photo leaves the population of every predictor that is
+fitted on it. The picks must not depend on which photos were drawn. Otherwise the drawn photos that
+are left would be no random sample of the population. So a drawn photo may be picked, too, and then
+its label is used for both purposes.
 
-People choose what they label by what is already labelled. So after the first draw, a label that
-came without a request is never fitted on.
+People choose which photos they label by what is already labelled. So after the first draw, no
+predictor is fitted on a label that nobody asked for.
 """
 
 from __future__ import annotations
@@ -34,49 +36,59 @@ from vilu.triage.trial import Trial
 class FolderSplit(PhotoSplit):
     """As ``PhotoSplit``, for a guarantee about the photos of the folder.
 
-    A photo is on the calibration side until it is picked to fit on. Equal pictures are one photo:
-    the first of them that has a label, or the first of all.
+    A photo is on the calibration side until it is picked to fit on. Of photos with equal pictures,
+    only one is usable: the first that has a label, or the first of all if none has a label.
     """
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
         """Split photos by the book of their labels."""
         split = super().of(photos, book, seed)
-        # Equal pictures have equal positions. The rows with a label are put first, so that
-        # ``np.unique`` finds a labelled row of every picture that has any.
-        labelled_first = np.argsort(~split.answered, kind="stable")
-        _, index = np.unique(split.position[labelled_first], return_index=True)
+        # Equal pictures have equal positions. ``np.unique`` finds the first row of every position.
+        # Rows with a label are put first, so a row with a label is found if there is any.
+        rows_labelled_first = np.argsort(~split.answered, kind="stable")
+        _, first_indices = np.unique(split.position[rows_labelled_first], return_index=True)
         is_first = np.zeros(len(photos), np.bool_)
-        is_first[labelled_first[index]] = True
+        is_first[rows_labelled_first[first_indices]] = True
         is_readable = np.zeros(len(photos), np.bool_)
         is_readable[photos.usable_rows.numpy()] = True
+        # If a photo is picked, all photos with the same picture count as picked.
         picked_positions = split.position[_is_picked(photos, book)]
+        has_picked_picture = np.isin(split.position, picked_positions)
         return dataclasses.replace(
             split,
             usable=is_readable & is_first,
-            is_calibration=~np.isin(split.position, picked_positions),
+            is_calibration=~has_picked_picture,
             unasked=np.zeros(len(photos), np.bool_),  # only drawn photos count
         )
 
     @staticmethod
-    def streams_of(
+    def streams_of_unasked_labels(
         labels: Mapping[str, str],
         streams: Mapping[str, str],  # noqa: ARG004
         *,
         has_drawn: bool,
     ) -> Mapping[str, str]:
-        """Streams of labels without a request: they are fitted on if nothing was drawn before."""
+        """Give all labels that nobody asked for the same stream.
+
+        Before the first draw this is "fit": predictors are fitted on these labels. After the first
+        draw it is "given": these labels are never used.
+        """
         return dict.fromkeys(labels, "given" if has_drawn else "fit")
 
-    def bound_to(self, photos: Photos) -> str:
+    def pictures_digest(self, photos: Photos) -> str:
         """Digest of the pictures of the folder."""
         return digest(sorted({picture.hex() for picture in photos.pictures}))
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:
-        """The split in which the population is all photos the predictor was not fitted on."""
+        """The split whose calibration side is the population of a predictor.
+
+        A predictor that needs no labels was not fitted on any label. So its split is unchanged.
+        """
         if not predictor.needs_labels:
             return self
-        return dataclasses.replace(self, is_calibration=~predictor.seen(photos).shared)
+        was_fitted_on = predictor.seen(photos).shared
+        return dataclasses.replace(self, is_calibration=~was_fitted_on)
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
         """(M,) rows that may be picked to fit on, whether they were drawn or not."""
@@ -85,34 +97,45 @@ class FolderSplit(PhotoSplit):
     def looks(
         self, trial: Trial, outcomes: Outcomes, rows: Ints, max_risk: float, level: float
     ) -> ClosedLooks:
-        """The tests of a trial, where the labels of ``rows`` (M,) count."""
-        is_aside = self.for_calibration & self.answered
-        is_aside[rows] = False
-        failure = np.where(self.skipped, 1, outcomes.failure)
+        """The tests of a trial in which the labels of ``rows`` (M,) are the random sample.
+
+        Other labelled photos of the population were not drawn at random. Their labels are known, so
+        the tests count them apart from the sample.
+        """
+        is_labelled = self.usable_calibration & self.answered
+        is_in_sample = np.zeros(len(is_labelled), np.bool_)
+        is_in_sample[rows] = True
+        is_not_drawn = is_labelled & ~is_in_sample
+        failure = np.where(self.skipped, 1, outcomes.failure)  # a skipped photo counts as wrong
         uncertainty: Floats = outcomes.uncertainty
         grid = np.array(trial.grid)
-        closed = ClosedCounts.of(
+        counts = ClosedCounts.of(
             grid,
-            photos=uncertainty[self.for_calibration],
-            aside=uncertainty[is_aside],
-            failure=failure[is_aside],
+            photos=uncertainty[self.usable_calibration],
+            aside=uncertainty[is_not_drawn],
+            failure=failure[is_not_drawn],
         )
-        return ClosedLooks(grid, max_risk, level, closed, trial.limit)
+        return ClosedLooks(grid, max_risk, level, counts, trial.limit)
 
     @staticmethod
     def looks_before_labels(
         trial: Trial, scores: Floats, max_risk: float, level: float
     ) -> ClosedLooks:
-        """The tests of a trial while no photo has a label."""
+        """The tests of a trial while no photo has a label.
+
+        ``scores`` (M,) are the uncertainties of the population.
+        """
         grid = np.array(trial.grid)
         no_scores: Floats = np.zeros(0)
         no_failures: Ints = np.zeros(0, np.int64)
-        closed = ClosedCounts.of(grid, photos=scores, aside=no_scores, failure=no_failures)
-        return ClosedLooks(grid, max_risk, level, closed, trial.limit)
+        counts = ClosedCounts.of(grid, photos=scores, aside=no_scores, failure=no_failures)
+        return ClosedLooks(grid, max_risk, level, counts, trial.limit)
 
-    def closed(self, photos: Photos, uncertainty: Floats, threshold: float) -> ClosedPhotos | None:
-        """The photos without a label up to a threshold; None if there are none."""
-        is_covered = self.for_calibration & ~self.answered & (uncertainty <= threshold)
+    def closed_photos(
+        self, photos: Photos, uncertainty: Floats, threshold: float
+    ) -> ClosedPhotos | None:
+        """The unlabelled photos of the population up to a threshold; None if there are none."""
+        is_covered = self.usable_calibration & ~self.answered & (uncertainty <= threshold)
         if not is_covered.any():
             return None
         identities = photos.picture_identities()
@@ -131,4 +154,4 @@ def _is_picked(photos: Photos, book: LabelBook) -> Mask:
 
 
 SPLITS: Final[dict[About, type[PhotoSplit]]] = {"new": PhotoSplit, "folder": FolderSplit}
-"""How photos are split, by what the guarantee is about."""
+"""Maps what the guarantee is about to the class that splits the photos."""

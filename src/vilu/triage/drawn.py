@@ -1,13 +1,14 @@
-"""One random draw of rows up to a limit, and the calibration by all of their labels.
+"""One random draw of rows up to a limit, and a calibration by the labels of all drawn rows.
 
-All rows of a store are on two sides (``vilu.triage.labels``). The scores of the fit side choose a
-limit of uncertainty. Then rows of the calibration side up to this limit are drawn. So the limit
-does not depend on the rows that are drawn: given the limit, they are independent draws from the
-answers that the limit accepts. Therefore ``vilu.calibration.thresholds.learn_then_test`` holds for
-them, with thresholds up to the limit. No label is spent on answers that would be reviewed.
+Every row of a store is on one of two sides (``vilu.triage.labels``). The scores of the fit side
+choose a limit of uncertainty. Then rows of the calibration side up to this limit are drawn at
+random. The limit does not depend on the scores of these rows. So, for a fixed limit, the drawn rows
+are independent draws from the answers that the limit accepts. Therefore
+``vilu.calibration.thresholds.learn_then_test`` is valid for them, with thresholds up to the limit.
+No label is spent on answers that would be reviewed.
 
-Rows that have a label are drawn like all others. If only rows without a label were drawn, the draw
-would depend on who chose the labelled rows.
+Rows that already have a label are drawn like all other rows. If only rows without a label were
+drawn, the draw would depend on how somebody chose the labelled rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from vilu.scoring.score import source_fingerprint
 from vilu.store.reader import EmbeddingStore
 from vilu.text import plural
 from vilu.triage.answers import answer_of, write_next
-from vilu.triage.ask import CONFIDENCE, StoreDraws, fingerprint_of, unseen
+from vilu.triage.ask import CONFIDENCE, StoreDraws, fingerprint_of, unseen_rows
 from vilu.triage.choose import choose_limit_of_draw
 from vilu.triage.guarantee import Mask
 from vilu.triage.labels import SKIPPED, Entry, LabelBook
@@ -47,17 +48,17 @@ from vilu.validation import checked, require_between
 
 
 class DrawRecord(Document):
-    """What a draw depends on, written before its labels are there.
+    """What a draw depends on. The record is written before the drawn rows are labelled.
 
     Attributes:
         vilu: Version of vilu that drew the rows.
         store: Fingerprint of the store.
         predictor: Fingerprint of the predictor (``fingerprint_of``).
         max_risk: Largest error rate that the draw is for.
-        limit: Largest uncertainty of the rows that could be drawn.
+        limit: Largest uncertainty of rows that may be drawn.
         seed: Seed of the sides and of the random order.
         n_calibration: Number of rows of the calibration side, with any uncertainty.
-        n_below: Number of these rows up to the limit.
+        n_below: Number of rows of the calibration side with an uncertainty up to the limit.
         paths: The drawn rows, in the random order.
     """
 
@@ -92,7 +93,7 @@ class GuaranteeDraw:
     is_expected: bool
 
     def in_words(self) -> str:
-        """Text on the draw, and what to do next."""
+        """Text that describes the draw, and says what to do next."""
         record = self.record
         share = record.n_below / record.n_calibration
         text = (
@@ -110,8 +111,8 @@ class GuaranteeDraw:
         return f"{text}; fill in the column label of {plural(self.n_open, 'row')}"
 
 
-def record_of(table: Path) -> Path:
-    """Path of the record of a draw, beside the table of its rows."""
+def record_path(table: Path) -> Path:
+    """Path of the record of a draw. It is in the folder of ``table``, the table of drawn rows."""
     return table.with_suffix(".draw.json")
 
 
@@ -128,36 +129,47 @@ def draw_for_guarantee(
     seed: int,
     overwrite: bool = False,
 ) -> GuaranteeDraw:
-    """Draw ``n`` rows of a store up to a limit, and write them and the record of the draw.
+    """Draw ``n`` rows of a store up to a limit. Write a table of them, and the record of the draw.
 
-    If there are fewer rows up to the limit, all of them are drawn. ``table`` is the file to write.
-    ``folder`` is that of the predictor. The other arguments are those of ``next_of_store``.
+    If there are fewer rows up to the limit, all of them are drawn.
+
+    Args:
+        folder: Folder of the predictor.
+        store: The rows.
+        files: Tables of labels that were asked for before.
+        table: The table to write.
+        n: Number of rows to draw.
+        max_risk: Error rate that the guarantee is to stay below.
+        seed: Seed of the sides and of the random order.
+        overwrite: Whether the record of an earlier draw may be replaced.
 
     Raises:
         UsageError: If the predictor gives no probability, if ``n`` rows are too few for any
             guarantee, or if there is a record already.
-        DataError: If there are too few rows to choose the limit, or up to it.
+        DataError: If no row can choose the limit, or if there are too few rows up to the limit.
     """
     _require_no_record(table, overwrite=overwrite)
     _require_enough_rows(n, max_risk)
     predictor = _load_uncalibrated(folder)
     require_probability(predictor)
     draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=False)
-    limit, is_expected = _choose_limit(draws, unseen(predictor, draws.photos), n, max_risk)
-    rows = draws.split.in_order(_rows_below(draws, limit, max_risk, store))
-    entries, answers = _entries_and_answers(draws, rows[:n])
+    is_unseen = unseen_rows(predictor, draws.photos)
+    limit, is_expected = _choose_limit(draws, is_unseen, n, max_risk)
+    rows = _rows_up_to_limit(draws, limit, max_risk, store)
+    drawn_rows = draws.split.in_random_order(rows)[:n]
+    entries, answers = _entries_and_answers(draws, drawn_rows)
     record = DrawRecord(
         store=source_fingerprint(store),
         predictor=draws.predictor,
         max_risk=max_risk,
         limit=limit,
         seed=seed,
-        n_calibration=int(draws.split.for_calibration.sum()),
+        n_calibration=int(draws.split.usable_calibration.sum()),
         n_below=len(rows),
         paths=tuple(entry.path for entry in entries),
     )
-    # The record is written first. So a table without a record can only be one that was moved.
-    write_document(record_of(table), record)
+    # The record is written before the table. So every table has a record, unless it was moved.
+    write_document(record_path(table), record)
     write_next(table, entries, answers, predictor.answer)
     n_open = sum(entry.label is None for entry in entries)
     return GuaranteeDraw(record, n_open, is_expected)
@@ -171,17 +183,17 @@ def _load_uncalibrated(folder: Path) -> FailurePredictor:
 
 
 def _require_no_record(table: Path, *, overwrite: bool) -> None:
-    """Refuse to replace the record of an earlier draw without being asked to."""
-    if record_of(table).exists() and not overwrite:
+    """Refuse to replace the record of an earlier draw, unless ``overwrite`` is True."""
+    if record_path(table).exists() and not overwrite:
         raise UsageError(
-            f"{record_of(table)} is there, the record of an earlier draw. Give another file, or "
+            f"{record_path(table)} is there, the record of an earlier draw. Give another file, or "
             "--overwrite to replace both."
         )
 
 
 def _fewest_rows(max_risk: float) -> int:
     """Smallest number of drawn rows with which anything can be guaranteed."""
-    # One more than the test needs, because the row at the threshold is no trial of the test.
+    # The row at the threshold does not count for the test, so one more row is needed.
     return rows_without_error(max_risk, 1 - CONFIDENCE) + 1
 
 
@@ -196,16 +208,19 @@ def _require_enough_rows(n: int, max_risk: float) -> None:
         )
 
 
-def _rows_below(draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore) -> Ints:
-    """(M,) rows of the calibration side up to a limit; DataError if they are too few."""
-    is_below = draws.split.for_calibration & (draws.outcomes.uncertainty <= limit)
+def _rows_up_to_limit(
+    draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore
+) -> Ints:
+    """(M,) rows of the calibration side up to a limit; DataError if there are too few."""
+    is_below = draws.split.usable_calibration & (draws.outcomes.uncertainty <= limit)
     rows = np.flatnonzero(is_below)
     fewest = _fewest_rows(max_risk)
     if len(rows) < fewest:
         raise DataError(
-            f"only {plural(len(rows), 'row')} of the calibration side of {store.path} that the "
-            f"predictor has not seen have an uncertainty up to the limit {limit:.6g}, and at "
-            f"least {fewest} are needed. Add images to the store, or ask for a larger --max-risk."
+            f"only {plural(len(rows), 'row')} can be drawn from {store.path}, and at least "
+            f"{fewest} are needed. Such a row is on the calibration side, the predictor has not "
+            f"seen it, and its uncertainty is at most the limit {limit:.6g}. Add images to the "
+            "store, or ask for a larger --max-risk."
         )
     return rows
 
@@ -213,30 +228,35 @@ def _rows_below(draws: StoreDraws, limit: float, max_risk: float, store: Embeddi
 def _choose_limit(
     draws: StoreDraws, is_unseen: Mask, n: int, max_risk: float
 ) -> tuple[float, bool]:
-    """The limit that the scores of the fit side choose, and whether a guarantee is expected."""
+    """The limit that the scores of the fit side choose, and whether a guarantee is expected.
+
+    ``is_unseen`` (N,) are the rows that the predictor was not fitted on.
+    """
     uncertainty = draws.outcomes.uncertainty
-    is_calibration = draws.split.for_calibration
-    # If the tested rows chose the limit, it would depend on them. Rows that the predictor was
-    # fitted on do not choose it either, because their scores are too low.
+    is_calibration = draws.split.usable_calibration
+    # Rows of the calibration side do not choose the limit, because it must not depend on the tested
+    # rows. Rows that the predictor was fitted on do not choose it either: their scores are too low.
     is_of_fit_side = draws.split.usable & ~is_calibration
     chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
     if not chooses_limit.any():
         raise DataError(
-            "the predictor was fitted on all rows of the fit side, and rows that it has not seen "
-            "choose the limit of the draw. A fit on a store has seen all of its rows, also those "
-            "without a label: fit on the labelled ones with `vilu fit STORE --labels FILE`."
+            "the predictor was fitted on all rows of the fit side. The limit of the draw is chosen "
+            "by rows that it has not seen. A fit on a store has seen all of its rows, also rows "
+            "without a label: fit on the labelled rows with `vilu fit STORE --labels FILE`."
         )
     n_possible = min(n, int(is_calibration.sum()))
     return choose_limit_of_draw(uncertainty[chooses_limit], n_possible, max_risk, 1 - CONFIDENCE)
 
 
-def _entries_and_answers(draws: StoreDraws, drawn: Ints) -> tuple[list[Entry], dict[str, Answer]]:
-    """The entries of the ``drawn`` (M,) rows, with their labels so far, and the answers by path."""
-    paths = [draws.photos.ids[row] for row in drawn.tolist()]
+def _entries_and_answers(
+    draws: StoreDraws, drawn_rows: Ints
+) -> tuple[list[Entry], dict[str, Answer]]:
+    """The entries of the drawn rows (M,), and the answers by path."""
+    paths = [draws.photos.ids[row] for row in drawn_rows.tolist()]
     draws.book.ask(paths, "calibration", predictor=draws.predictor)
     entries = [draws.book.entries[path] for path in paths]
     answers = {}
-    for row, path in zip(drawn.tolist(), paths, strict=True):
+    for row, path in zip(drawn_rows.tolist(), paths, strict=True):
         answers[path] = answer_of(draws.outcomes, row)
     return entries, answers
 
@@ -252,8 +272,12 @@ def calibrate_by_draw(
 ) -> Calibration:
     """Calibrate a predictor by the labels of the rows that ``draw_for_guarantee`` drew.
 
-    ``table`` is the filled-in table of the draw, with its record beside it. A target without a
-    ``max_risk`` has that of the record.
+    Args:
+        folder: Folder of the predictor.
+        store: The store that the rows were drawn from.
+        table: The filled-in table of the draw. The record of the draw is in the same folder.
+        target: What is to be guaranteed. If it has no ``max_risk``, the record's is used.
+        overwrite: Whether an earlier calibration may be replaced.
 
     Raises:
         ProvenanceError: If the draw was of another predictor or of another store.
@@ -281,7 +305,7 @@ def calibrate_by_draw(
 
 
 def _read_record(table: Path) -> DrawRecord:
-    path = record_of(table)
+    path = record_path(table)
     if not path.is_file():
         raise DataError(
             f"{path} is missing, the record of the draw. `vilu next --for-guarantee -o {table}` "
@@ -291,17 +315,17 @@ def _read_record(table: Path) -> DrawRecord:
 
 
 def _require_same_origin(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
-    """Refuse another predictor and another store than those of the draw."""
+    """Refuse a predictor or a store that is not the one of the draw."""
     predictor = _load_uncalibrated(folder)
     fingerprints = {"predictor": fingerprint_of(predictor), "store": source_fingerprint(store)}
     path_of = {"predictor": folder, "store": store.path}
     for name, fingerprint in fingerprints.items():
-        recorded = getattr(record, name)
-        if fingerprint != recorded:
+        recorded_fingerprint = getattr(record, name)
+        if fingerprint != recorded_fingerprint:
             raise ProvenanceError(
-                f"the rows were drawn with the {name} {recorded}, and {path_of[name]} is "
-                f"{fingerprint}. "
-                f"Give the {name} of the draw, or draw again with `vilu next --for-guarantee`."
+                f"the rows were drawn with the {name} {recorded_fingerprint}, and {path_of[name]} "
+                f"is {fingerprint}. Give the {name} of the draw, or draw again with `vilu next "
+                "--for-guarantee`."
             )
 
 
@@ -309,23 +333,23 @@ def _require_only_drawn(
     record: DrawRecord, store: EmbeddingStore, book: LabelBook, table: Path
 ) -> None:
     """Refuse a table with rows that were not drawn."""
-    _, book_of_store = label_store(store, ())  # labels of the store itself may be there
+    _, book_of_store = label_store(store, ())  # the store's own labels are allowed
     paths_of_table = book.entries.keys() - book_of_store.entries.keys()
-    surplus = sorted(paths_of_table - set(record.paths))
-    if surplus:
+    paths_not_drawn = sorted(paths_of_table - set(record.paths))
+    if paths_not_drawn:
         raise DataError(
-            f"{table} has {plural(len(surplus), 'row')} outside the draw, first {surplus[0]}. Only "
-            "drawn rows count for this guarantee: remove the rest."
+            f"{table} has {plural(len(paths_not_drawn), 'row')} outside the draw, first "
+            f"{paths_not_drawn[0]}. Only drawn rows count for this guarantee: remove the rest."
         )
 
 
 def _require_all_labels(paths: Collection[str], book: LabelBook, table: Path) -> None:
     """Refuse a draw in which a row has no label, or was skipped."""
-    lacking = [path for path in paths if path not in book.labels]
-    if lacking:
+    unlabelled_paths = [path for path in paths if path not in book.labels]
+    if unlabelled_paths:
         raise DataError(
-            f"{len(lacking):,} of {len(paths):,} drawn rows in {table} have no label, first "
-            f"{lacking[0]}. Fill in the column label. Write {OUTSIDE_NAME} instead of {SKIPPED} "
-            "where nobody can name the picture: its answer counts as wrong. Without such rows the "
-            "others would be no random sample."
+            f"{len(unlabelled_paths):,} of {len(paths):,} drawn rows in {table} have no label, "
+            f"first {unlabelled_paths[0]}. Fill in the column label. Write {OUTSIDE_NAME} instead "
+            f"of {SKIPPED} where nobody can name the picture: its answer counts as wrong. Without "
+            "such rows the others would be no random sample."
         )

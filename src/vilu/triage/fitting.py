@@ -24,7 +24,7 @@ from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
 ZERO_SHOT: Final = "vilu_zero"
-"""Method of a triage with few labels; it needs none."""
+"""Method of a triage with few labels. It needs no labels."""
 
 FROM_LABELS: Final = "vilu_plus"
 """Method of a triage with at least ``LEAST_TO_FIT`` labels."""
@@ -32,17 +32,17 @@ FROM_LABELS: Final = "vilu_plus"
 LEAST_TO_FIT: Final = 10
 """Smallest number of labels for a fit; labels "none of the classes" do not count."""
 
-GROWN_AFTER_A_LOOK: Final = 1.5
+GROWTH_AFTER_TEST: Final = 1.5
 """Factor by which the number of labels must grow before a tested predictor is fitted anew."""
 
-GROWN_BEFORE_A_LOOK: Final = 1.25
-"""The same factor for a predictor that was not tested yet. It is smaller, as no test is lost."""
+GROWTH_BEFORE_TEST: Final = 1.25
+"""The same factor for a predictor that was not tested yet. It is smaller: no test is wasted."""
 
-GROWN_FOR_A_CANDIDATE: Final = 1.25
+GROWTH_FOR_CANDIDATE: Final = 1.25
 """Factor by which the number of labels must grow from one candidate to the next."""
 
-GROWN_ANYHOW: Final = 3
-"""Growth factor at which a candidate is tested even if its guarantee is not likely."""
+GROWTH_FOR_UNLIKELY_CANDIDATE: Final = 3
+"""With so many times the labels, a candidate is tested even if its guarantee is not likely."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 class FitCase(Enum):
     """Whether a new predictor is fitted, and why.
 
-    A present predictor with a guarantee goes on deciding while a candidate is tested. Once the
-    candidate is certified to accept more photos, it replaces the present predictor.
+    If the present predictor has a guarantee, a new predictor is only a candidate. The present
+    predictor decides while the candidate is tested. Once the candidate is certified to accept more
+    photos, it replaces the present predictor.
     """
 
     UP_TO_DATE = "go on: the method is the same, and there are few new labels"
@@ -60,8 +61,8 @@ class FitCase(Enum):
     CANDIDATE = "fit anew and test beside the present predictor, which has a guarantee"
 
     @property
-    def goes_on(self) -> bool:
-        """Whether nothing is fitted, so that the tested predictor stays."""
+    def keeps_predictor(self) -> bool:
+        """Whether no new predictor is fitted, so that the tested predictor stays."""
         return self in {FitCase.UP_TO_DATE, FitCase.NOTHING_TO_COMPARE}
 
 
@@ -78,15 +79,16 @@ def fit_case(
 
     Args:
         state: State after the last run.
-        method: The method for this number of labels (``method_for``).
+        method: The method for this number of labels (``choose_method``).
         n_labels: Number of labels that a predictor may be fitted on.
         is_saved: Whether the file of the tested predictor exists.
         is_guaranteed: Whether the present predictor has a guarantee in force.
-        has_calibration_photos: Whether any photo is of the calibration side.
+        has_calibration_photos: Whether any photo is on the calibration side.
     """
     is_same_method = state.method == method and is_saved
-    needs_no_labels = method == ZERO_SHOT
-    if is_same_method and (needs_no_labels or not _has_grown(state, n_labels, is_guaranteed)):
+    uses_labels = method != ZERO_SHOT
+    new_fit_helps = uses_labels and _has_enough_new_labels(state, n_labels, is_guaranteed)
+    if is_same_method and not new_fit_helps:
         return FitCase.UP_TO_DATE
     if is_guaranteed and not has_calibration_photos:
         return FitCase.NOTHING_TO_COMPARE
@@ -95,35 +97,37 @@ def fit_case(
     return FitCase.NO_GUARANTEE
 
 
-def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
+def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
     """Whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
-    # A candidate needs more labels than the last candidate, even if that one was not tested.
+    # A candidate needs more labels than the last candidate, even if the last one was not tested.
     looks_for_a_candidate = is_guaranteed and state.candidate is None
     if looks_for_a_candidate:
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
-        return n_labels >= GROWN_FOR_A_CANDIDATE * n_before
+        return n_labels >= GROWTH_FOR_CANDIDATE * n_before
     trial = state.tested_trial
     is_tested = trial is not None and trial.level > 0
-    factor = GROWN_AFTER_A_LOOK if is_tested else GROWN_BEFORE_A_LOOK
+    factor = GROWTH_AFTER_TEST if is_tested else GROWTH_BEFORE_TEST
     return n_labels >= factor * max(n_fit, 1)
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
     """Whether to test a candidate: it is likely to accept more, or is fitted on far more labels.
 
-    Whether it is likely to accept more is estimated from its probabilities, without calibration
+    ``candidate.likely`` is estimated from the candidate's probabilities, without calibration
     labels. So a candidate that is not tested uses none of the level.
     """
-    has_far_more_labels = n_labels >= GROWN_ANYHOW * max(_n_fit(state.tested_trial), 1)
+    n_before = max(_n_fit(state.tested_trial), 1)
+    has_far_more_labels = n_labels >= GROWTH_FOR_UNLIKELY_CANDIDATE * n_before
     return candidate.likely or has_far_more_labels
 
 
 def _n_fit(trial: Trial | None) -> int:
+    """Number of labels that the predictor of a trial was fitted on; 0 without a trial."""
     return 0 if trial is None else trial.n_fit
 
 
-def method_for(photos: Photos, fit_rows: Ints) -> str:
+def choose_method(photos: Photos, fit_rows: Ints) -> str:
     """The method to fit: ``FROM_LABELS`` if enough rows have a class, otherwise ``ZERO_SHOT``."""
     n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
     return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
@@ -136,7 +140,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
         predictor = build(find_method(method), {"seed": seed})
         labelled = photos.take(fit_rows)
         predictor.fit(labelled)
-        _hold_out(predictor, labelled)
+        _add_held_out_answers(predictor, labelled)
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
     predictor = find_method(method)()
@@ -146,24 +150,27 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
     return predictor
 
 
-def _hold_out(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
-    """Give a predictor cross-fitted answers to the labels of its fit, unless it has held-out ones.
+def _add_held_out_answers(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
+    """Give a predictor cross-fitted answers about the rows of its fit, if it needs them.
 
-    The choice of answers and the estimate of likely answers use them. A fit that pools experts
-    holds out rows itself. Five more such fits would take most of the time of a run. But such a fit
-    holds out no row of none of the classes, whose answer is always wrong. So if there are such
-    rows, answers are cross-fitted.
+    These answers are used to choose the kind of answers, and to estimate which answers are likely
+    right. A fit that pools experts has held-out answers already. Five more such fits would take
+    most of the time of a run, so no answers are cross-fitted then. There is one exception: the
+    held-out answers of such a fit lack the rows of none of the classes, whose answer is always
+    wrong. So if there are such rows, answers are cross-fitted.
     """
     has_outside = bool(labelled.outside.any())
     if predictor.held_out_ is None or has_outside:
         predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
 
 
-def likely_right(predictor: FailurePredictor, uncertainty: Floats, max_risk: float) -> LikelyRight:
-    """The estimate of which answers of a new predictor are likely right.
+def estimate_likely_right(
+    predictor: FailurePredictor, uncertainty: Floats, max_risk: float
+) -> LikelyRight:
+    """Estimate which answers of a new predictor are likely right.
 
     Args:
-        predictor: The new predictor, which judges its kind of answers.
+        predictor: The new predictor. The kind of answers that it judges has been chosen.
         uncertainty: (N,) its uncertainties of all photos.
         max_risk: Largest expected error rate of the answers that are likely right.
     """
@@ -172,12 +179,12 @@ def likely_right(predictor: FailurePredictor, uncertainty: Floats, max_risk: flo
     held_out = predictor.held_out_.judged(predictor.answer)
     zero_shot_failure = predictor.held_out_.zero_shot.failure
     n_wrong_zero_shot = int((zero_shot_failure[held_out.is_known] == 1).sum())
-    likely = LikelyRight.estimate(held_out, uncertainty, max_risk)
-    return likely.model_copy(update={"n_wrong_zero_shot": n_wrong_zero_shot})
+    estimate = LikelyRight.estimate(held_out, uncertainty, max_risk)
+    return estimate.model_copy(update={"n_wrong_zero_shot": n_wrong_zero_shot})
 
 
-def require_possible(answer: AnswerKind | None) -> None:
-    """Raise UsageError for given answers, because photos of a folder have none."""
+def refuse_given_answers(answer: AnswerKind | None) -> None:
+    """Raise UsageError if given answers are to be judged, because photos of a folder have none."""
     if answer == "given":
         raise UsageError(
             "photos in a folder have no given answers. Choose --answer zero_shot or adapted. For "

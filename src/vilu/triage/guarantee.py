@@ -25,7 +25,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import unchanged
 from vilu.predictors.persistence.storage import write_card
-from vilu.triage.labels import SKIPPED, LabelBook, side_of
+from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.photos import Photos
 from vilu.triage.trial import Trial
 
@@ -40,7 +40,8 @@ class PhotoSplit:
     """For every photo: its side, its position in the random order, and the state of its label.
 
     Attributes:
-        usable: (N,) bool, which photos may be used in fits or for a guarantee.
+        usable: (N,) bool, which photos may be used in fits or for a guarantee. Of photos with equal
+            pictures only one is usable.
         is_calibration: (N,) bool, True on the calibration side, False on the fit side.
         position: (N,) int64 position in the random order.
         labelled: (N,) bool, which photos have a label: a class, or "none of the classes".
@@ -61,14 +62,14 @@ class PhotoSplit:
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
-        """Split photos by the book of their labels; of equal pictures only the first is usable.
+        """Split photos by the book of their labels.
 
-        The picture decides the side. If the picture of a photo has changed since the photo was
-        labelled, the photo may have been on the fit side before. So this photo is not used for
-        calibration.
+        Of photos with equal pictures only the first is usable. The picture decides the side. If the
+        picture of a photo has changed since the photo was labelled, the photo may have been on the
+        fit side before. So this photo is not used for calibration.
         """
         pictures = photos.pictures
-        is_calibration, unsigned_position = side_of(pictures, seed)
+        is_calibration, unsigned_position = sides_and_positions(pictures, seed)
         n = len(photos)
         is_first = np.zeros(n, np.bool_)
         # Equal pictures have equal positions. So this finds the first row of every picture.
@@ -88,8 +89,9 @@ class PhotoSplit:
                 skipped[row] = entry.label == SKIPPED
                 unasked[row] = entry.stream == "given"
                 awaited[row] = entry.stream == "calibration" and entry.label is None
-                has_changed[row] = entry.is_of_another(pictures[row])
-        # These positions are below 2^64. Halved, they are below ``POSITIONS`` and fit into int64.
+                has_changed[row] = entry.was_another_picture(pictures[row])
+        # The unsigned positions are below 2^64. Their halves are below ``POSITIONS``, and fit into
+        # int64.
         position = (unsigned_position >> np.uint64(1)).astype(np.int64)
         return cls(
             usable=usable & is_first & ~(is_calibration & has_changed),
@@ -103,67 +105,67 @@ class PhotoSplit:
         )
 
     @property
-    def for_calibration(self) -> Mask:
-        """(N,) bool, which photos may count for a guarantee."""
+    def usable_calibration(self) -> Mask:
+        """(N,) bool, usable photos of the calibration side: these may count for a guarantee."""
         return self.usable & self.is_calibration
 
     @property
-    def for_fit(self) -> Mask:
-        """(N,) bool, which photos a predictor may be fitted on once they have labels."""
+    def usable_fit(self) -> Mask:
+        """(N,) bool, usable photos of the fit side: predictors may be fitted on their labels."""
         return self.usable & ~self.is_calibration
 
     @property
     def fit_rows(self) -> Ints:
         """(M,) labelled rows that a predictor may be fitted on."""
-        return np.flatnonzero(self.for_fit & self.labelled)
+        return np.flatnonzero(self.usable_fit & self.labelled)
 
-    def in_order(self, rows: Ints) -> Ints:
+    def in_random_order(self, rows: Ints) -> Ints:
         """These rows (M,), sorted by their position in the random order."""
         return rows[np.argsort(self.position[rows])]
 
     def open_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """(M,) calibration rows up to a limit that have no label yet, in the random order."""
-        is_open = self.for_calibration & (uncertainty <= limit) & ~self.answered
-        return self.in_order(np.flatnonzero(is_open))
+        is_open = self.usable_calibration & (uncertainty <= limit) & ~self.answered
+        return self.in_random_order(np.flatnonzero(is_open))
 
     def drawn_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """(M,) calibration rows up to a limit that count for a guarantee.
+        """(M,) calibration rows up to a limit whose labels count for a guarantee.
 
-        In the random order these are all rows before the first one without a label. Rows that were
+        All rows before the first row without a label count, in the random order. Rows that were
         picked at random and labelled without a request count, too.
         """
-        # Evidence may stop at any row. So it stays valid if people leave a photo without a label.
+        # The evidence may stop at any row. So it stays valid if people leave a photo unlabelled.
         open_rows = self.open_rows(uncertainty, limit)
         # position of the first row without a label; beyond all positions if there is none
         end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
-        is_below_limit = self.for_calibration & (uncertainty <= limit)
+        is_below_limit = self.usable_calibration & (uncertainty <= limit)
         is_drawn = is_below_limit & (self.position < end)
         return np.flatnonzero(is_drawn | (is_below_limit & self.unasked))
 
-    # A guarantee about the photos of the folder needs other methods, those of ``FolderSplit``.
+    # ``FolderSplit`` replaces the methods below for a guarantee about the photos of the folder.
 
     @staticmethod
-    def streams_of(
+    def streams_of_unasked_labels(
         labels: Mapping[str, str],  # noqa: ARG004
         streams: Mapping[str, str],
         *,
         has_drawn: bool,  # noqa: ARG004
     ) -> Mapping[str, str]:
-        """Streams of labels without a request, by path: those of their files."""
+        """Streams of labels that nobody asked for, by path: ``streams``, which their files name."""
         return streams
 
-    def bound_to(self, photos: Photos) -> str | None:  # noqa: ARG002
-        """Digest of the pictures that the guarantee is about; None if it is about new ones."""
+    def pictures_digest(self, photos: Photos) -> str | None:  # noqa: ARG002
+        """Digest of the pictures that the guarantee is about; None if it is about new photos."""
         return None
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:  # noqa: ARG002
-        """The split for the test of a predictor."""
+        """The split for the test of a predictor. Here it is the same for all predictors."""
         return self
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
         """(M,) rows that may be picked to fit on."""
         is_in_book = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
-        return np.flatnonzero(self.for_fit & ~self.answered & ~is_in_book)
+        return np.flatnonzero(self.usable_fit & ~self.answered & ~is_in_book)
 
     def looks(
         self,
@@ -173,8 +175,8 @@ class PhotoSplit:
         max_risk: float,
         level: float,
     ) -> AnyLooks:
-        """The tests of a trial, where the labels of ``rows`` (M,) count."""
-        scores = outcomes.uncertainty[self.for_calibration]
+        """The tests of a trial in which the labels of ``rows`` (M,) are the random sample."""
+        scores = outcomes.uncertainty[self.usable_calibration]
         return self.looks_before_labels(trial, scores, max_risk, level)
 
     @staticmethod
@@ -190,69 +192,86 @@ class PhotoSplit:
         """
         return Looks(np.array(trial.grid), max_risk, level, trial.limit)
 
-    def closed(
+    def closed_photos(
         self,
         photos: Photos,  # noqa: ARG002
         uncertainty: Floats,  # noqa: ARG002
         threshold: float,  # noqa: ARG002
     ) -> ClosedPhotos | None:
-        """The photos that a guarantee up to a threshold is about; None if it is about new ones."""
+        """Photos that a guarantee up to a threshold is about; None if it is about new photos."""
         return None
 
 
+def draw_probability(last_position: int) -> float:
+    """Probability that a photo is drawn: the share of the positions up to the last drawn position.
+
+    ``last_position`` is -1 if no photo is drawn.
+    """
+    return (last_position + 1) / POSITIONS
+
+
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) bool, which ``rows`` are near copies of no ``known`` row and of no earlier row."""
+    """(M,) bool, which ``rows`` (M,) are neither near copies of a known row nor of an earlier row.
+
+    ``known`` (K,) are the known rows.
+    """
     known_and_rows = np.concatenate([known, rows])
     # for every row, the position of the first row of its group of near copies
     first_copy = near_copies(photos, known_and_rows)
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
-    return is_first[len(known) :]
+    return is_first[len(known) :]  # without the known rows
 
 
 @dataclass(frozen=True)
 class GuaranteeProgress:
-    """What the labels of a predictor certify so far, and what they still lack.
+    """What the labels certify about a predictor so far, and which labels are still needed.
 
     Attributes:
         looks: The test: thresholds, risk and level.
         rows: (M,) rows of the photos whose labels count.
         outcomes: Outcomes of these photos. A photo that nobody could name counts as a failure.
-        missing: (K,) rows of photos that were asked for and have no label, in the random order.
-        certified: Index of the laxest certified threshold; None if none is certified.
-        more: Estimated number of labels that are still needed; None if no number is enough.
-        n_left: Number of photos that may still be drawn for the test.
+        missing_rows: (K,) rows of the photos whose labels were asked for and have not come, in the
+            random order.
+        certified_index: Index of the laxest certified threshold; None if no threshold is certified.
+        n_more_labels: Estimated number of labels that are still needed; None if no number is
+            enough.
+        n_photos_left: Number of photos that may still be drawn for the test.
     """
 
     looks: AnyLooks
     rows: Ints
     outcomes: Outcomes
-    missing: Ints
-    certified: int | None
-    more: int | None
-    n_left: int
+    missing_rows: Ints
+    certified_index: int | None
+    n_more_labels: int | None
+    n_photos_left: int
 
     @property
     def threshold(self) -> float:
-        """The certified threshold; -inf if none is certified."""
-        if self.certified is None:
+        """The certified threshold; -inf if no threshold is certified."""
+        if self.certified_index is None:
             return -math.inf
-        return float(self.looks.grid[self.certified])
+        return float(self.looks.grid[self.certified_index])
 
 
 def rule_of(
     all_progress: Mapping[str, GuaranteeProgress],
     max_risk: float,
     confidence: float,
-    closed: ClosedPhotos | None = None,
+    closed_photos: ClosedPhotos | None = None,
 ) -> Rule:
     """The rule for all groups of answers. The rule is infeasible if no threshold is certified.
 
-    ``closed`` are the photos that the rule is about; None: it is about new photos.
+    Args:
+        all_progress: Maps the groups of answers to the progress of their guarantees.
+        max_risk: Largest error rate that is allowed among the accepted answers.
+        confidence: Confidence of the guarantee.
+        closed_photos: The photos that the rule is about; None if it is about new photos.
     """
     groups = {}
     for group, progress in all_progress.items():
         groups[group] = (progress.looks, progress.outcomes)
-    return rule_at_any_time(groups, max_risk, confidence, closed)
+    return rule_at_any_time(groups, max_risk, confidence, closed_photos)
 
 
 def progress_of(
@@ -263,7 +282,7 @@ def progress_of(
     max_risk: float,
     level: float,
 ) -> GuaranteeProgress:
-    """What the labels that count (``PhotoSplit.drawn_rows``) show about a predictor.
+    """The progress of a predictor's guarantee, by the labels that count (``drawn_rows``).
 
     Args:
         trial: Plan of the test of the predictor.
@@ -278,15 +297,15 @@ def progress_of(
     # A photo that nobody could name counts as a failure.
     failure = np.where(split.skipped[rows], 1, counted_outcomes.failure)
     counted_outcomes = dataclasses.replace(counted_outcomes, failure=failure)
-    is_missing = split.for_calibration & split.awaited & (outcomes.uncertainty <= trial.limit)
+    is_missing = split.usable_calibration & split.awaited & (outcomes.uncertainty <= trial.limit)
     return GuaranteeProgress(
         looks=looks,
         rows=rows,
         outcomes=counted_outcomes,
-        missing=split.in_order(np.flatnonzero(is_missing)),
-        certified=looks.certified(counted_outcomes.uncertainty, counted_outcomes.failure),
-        more=looks.more_needed(counted_outcomes.uncertainty, counted_outcomes.failure),
-        n_left=len(split.open_rows(outcomes.uncertainty, trial.limit)),
+        missing_rows=split.in_random_order(np.flatnonzero(is_missing)),
+        certified_index=looks.certified(counted_outcomes.uncertainty, counted_outcomes.failure),
+        n_more_labels=looks.more_needed(counted_outcomes.uncertainty, counted_outcomes.failure),
+        n_photos_left=len(split.open_rows(outcomes.uncertainty, trial.limit)),
     )
 
 
@@ -295,14 +314,17 @@ def keep_guarantee(
     predictor: FailurePredictor,
     photos: Photos,
     all_progress: Mapping[str, GuaranteeProgress],
-    rows: Outcomes,
+    counted_outcomes: Outcomes,
     rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Write a rule and its labelled ``rows`` beside the predictor, as ``vilu calibrate`` does."""
-    # The score is a probability already. A calibrator that is fitted on these labels would be
-    # biased, because they all have scores up to the limit.
-    predictor.calibrator_ = unchanged(rows.failure)
+    """Write a rule to the folder of its predictor, as ``vilu calibrate`` does.
+
+    ``counted_outcomes`` are the outcomes of the photos whose labels count for the rule.
+    """
+    # The score is a probability already. It is not calibrated on these labels, because only photos
+    # with scores up to the limit have labels.
+    predictor.calibrator_ = unchanged(counted_outcomes.failure)
     target = Target(
         max_risk=rule.max_risk,
         confidence=rule.confidence,
@@ -314,7 +336,7 @@ def keep_guarantee(
     calibration = keep_calibration(
         folder,
         predictor,
-        rows,
+        counted_outcomes,
         photos,
         target,
         rule,

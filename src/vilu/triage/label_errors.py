@@ -38,15 +38,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows with a score of each label; the label most likely wrong comes first.
+    """Labelled rows, and a score of every label. The label that is most likely wrong comes first.
 
     Attributes:
         keys: N names of the rows.
         label: N labels.
         suggested: N names: for every row the most likely class by the posterior.
-        quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is
-            wrong.
-        is_error: (N,) bool, which labels cleanlab takes for wrong.
+        quality: (N,) cleanlab's label score in [0, 1]. A label with a low score is likely wrong.
+        is_error: (N,) bool, which labels are wrong according to cleanlab.
     """
 
     keys: list[str]
@@ -58,8 +57,8 @@ class LabelErrors:
     def save(self, path: Path) -> None:
         """Write a CSV or Parquet table; it may replace only an earlier table of label errors."""
         claim_file(path, "label errors", overwrite=True)
-        text = {"path": self.keys, "label": self.label, "suggested": self.suggested}
-        columns = {name: pa.array(values, pa.string()) for name, values in text.items()}
+        texts = {"path": self.keys, "label": self.label, "suggested": self.suggested}
+        columns = {name: pa.array(values, pa.string()) for name, values in texts.items()}
         columns |= {"quality": pa.array(self.quality), "is_error": pa.array(self.is_error)}
         write_table(path, columns, {"kind": "label errors"})
 
@@ -92,7 +91,7 @@ def find_label_errors(
     """
     if source.pool_size is not None:
         raise UsageError("captions have no labels that could be wrong. Give a store of classes.")
-    datalab = import_extra("cleanlab", "labels").Datalab
+    datalab_class = import_extra("cleanlab", "labels").Datalab
     logging.getLogger("cleanlab").setLevel(logging.ERROR)
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
@@ -113,11 +112,11 @@ def find_label_errors(
     probability = posterior[:, classes]
     probability /= probability.sum(axis=1, keepdims=True)
     label = np.searchsorted(classes, target)  # position in ``classes``
-    lab = datalab(data={"label": label.tolist()}, label_name="label", verbosity=0)
+    datalab = datalab_class(data={"label": label.tolist()}, label_name="label", verbosity=0)
     # With one job cleanlab does not fork. A fork of a process with threads may hang.
     with_one_job = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
-    lab.find_issues(pred_probs=probability, issue_types={"label": with_one_job})
-    issues = lab.get_issues("label")
+    datalab.find_issues(pred_probs=probability, issue_types={"label": with_one_job})
+    issues = datalab.get_issues("label")
     quality = issues["label_score"].to_numpy(dtype=np.float64)
     order = np.argsort(quality, kind="stable")
     # Classes without names are called "class 0", "class 1", and so on.
@@ -144,14 +143,14 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     worst_rows = range(n)
     best_rows = range(n_rows - n, n_rows)
     photos = _photos(errors, [*worst_rows, *best_rows], images)
-    # Photos that cannot be read are missing in ``photos``.
-    worst = [photos[row] for row in photos if row in worst_rows]
-    best = [photos[row] for row in photos if row in best_rows]
-    style.save(figures.contact_sheet(best, worst), path)
+    # Photos that cannot be read are not in ``photos``.
+    worst_photos = [photos[row] for row in photos if row in worst_rows]
+    best_photos = [photos[row] for row in photos if row in best_rows]
+    style.save(figures.contact_sheet(best_photos, worst_photos), path)
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
-    """Pictures of the rows, in the order of the rows; unreadable pictures are left out."""
+    """Map the rows, in ascending order, to their pictures; unreadable pictures are left out."""
     row_of = {errors.keys[row]: row for row in rows}
     photos = {}
     for record in find_pictures(images, row_of):

@@ -15,11 +15,16 @@ from vilu.datasets.files import matching_text
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.text import plural
-from vilu.triage.labels import SKIPPED, name_of
+from vilu.triage.labels import SKIPPED, meant_name
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
-    """Make the columns of a table of labels; rows are in the order of the paths."""
+    """Make the columns of a table of labels, whose rows are sorted by path.
+
+    Args:
+        labels: Maps paths to labels.
+        streams: Maps paths to streams.
+    """
     paths = sorted(labels)
     columns = {
         "path": paths,
@@ -38,10 +43,10 @@ def write_labels(
     """Write labels as a CSV, or as scores with failures for ``vilu monitor --late-labels``.
 
     Args:
-        labels: Labels by path.
-        output: The file.
-        scores: Scores whose labelled rows are written; None for a CSV.
-        streams: Streams of the labels by path, for the CSV.
+        labels: Maps paths to labels.
+        output: The file to write.
+        scores: File of scores, whose labelled rows are written; None to write a CSV.
+        streams: Maps paths to the streams of the labels, for the CSV.
 
     Returns:
         The number of labels that were written.
@@ -73,23 +78,23 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
             f"{scores} does not name its images and classes, so labels cannot be matched with its "
             "rows."
         )
-    known = set(outcomes.ids)
-    by_key: dict[str, str] = {}
+    known_keys = set(outcomes.ids)
+    label_of_key: dict[str, str] = {}
     for path, label in labels.items():
-        key = matching_text(path, known) or path  # a path that no row has stays as it is
-        add_label(by_key, scores, key, label)
+        key = matching_text(path, known_keys) or path  # ``path`` if no row has it
+        add_label(label_of_key, scores, key, label)
     target_of = {name: index for index, name in enumerate(outcomes.class_names)}
-    target_of.setdefault(OUTSIDE_NAME, OUTSIDE)  # unless a class has this name
+    target_of.setdefault(OUTSIDE_NAME, OUTSIDE)  # has no effect if a class has this name
     rows = []
     targets = []
     for row, key in enumerate(outcomes.ids):
-        label = by_key.get(key, SKIPPED)  # a row without a label is treated like a skipped one
-        if label == SKIPPED:
+        label_of_row = label_of_key.get(key)
+        if label_of_row is None or label_of_row == SKIPPED:
             continue
-        name = name_of(label, target_of)
+        name = meant_name(label_of_row, target_of)
         if name is None:
             raise DataError(
-                f"{label!r} is no class of {scores}. Its classes: "
+                f"{label_of_row!r} is no class of {scores}. Its classes: "
                 f"{', '.join(map(str, outcomes.class_names))[:200]}."
             )
         rows.append(row)
@@ -106,9 +111,11 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
     """Add a label unless it is None; DataError if the photo already has a different label."""
-    # The first label of a photo is added. Further labels are only compared with it.
-    if label is not None and labels.setdefault(path, label) != label:
-        raise DataError(f"{source}: {path!r} has the labels {labels[path]!r} and {label!r}.")
+    if label is None:
+        return
+    first_label = labels.setdefault(path, label)  # adds the label if the photo has none
+    if label != first_label:
+        raise DataError(f"{source}: {path!r} has the labels {first_label!r} and {label!r}.")
 
 
 def require_suffix(output: Path, suffix: str) -> None:
@@ -124,7 +131,8 @@ def write_new(path: Path, content: bytes) -> None:
         UsageError: If a file with other content exists, since it may be somebody's work.
     """
     with convert_os_errors(f"cannot read {path}"):
-        if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):
+        has_same_content = path.is_file() and path.read_bytes() == bytes(content)
+        if path.exists() and not has_same_content:
             raise UsageError(
                 f"{path} is there and holds something else, so it is left alone. Give another file."
             )

@@ -1,6 +1,6 @@
-"""The book of labels: what was asked and answered about every photo, and which labels count.
+"""The book of labels: which labels were asked for, which were given, and which of them count.
 
-Every photo is on one of two sides for good. The hash of its picture decides which:
+Every photo is on one of two sides and never changes its side. The hash of its picture decides:
 
 - Fit side: predictors are fitted on the labels of these photos.
 - Calibration side: guarantees rest on the labels of these photos. No predictor is fitted on them.
@@ -8,14 +8,14 @@ Every photo is on one of two sides for good. The hash of its picture decides whi
 The same hash puts the photos of the calibration side into one random order. These labels count for
 a guarantee:
 
-1. A position in the order is fixed before labels are asked for.
-2. Then the labels of all photos before this position that the rule may accept are asked for. These
-   labels count once all of them have come. Because the order is random, they are a random sample of
-   the photos that the rule may accept.
-3. A skipped photo, which nobody can name, counts as a wrong answer.
-4. Labels that nobody asked for ("given") count too, because their photos are taken for a random
-   pick. They do not count if their file names another stream.
-5. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
+1. First a position in the order is fixed. Then a run asks for the labels of all photos that are
+   before this position and that the rule may accept. These labels count once all of them have
+   come. Because the order is random, they are a random sample of the photos that the rule may
+   accept.
+2. A skipped photo, which nobody can name, counts as a wrong answer.
+3. Labels that nobody asked for ("given") count, too, because it is assumed that their photos were
+   picked at random. They do not count if their file names another stream.
+4. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
    the photo is also in the draw.
 """
 
@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 from vilu.artifacts.tables import csv_rows, read_table, write_table
 from vilu.datasets.files import matching_text, original_path, portable_name
 from vilu.embeddings.source import warn_once
-from vilu.errors import NO_NAME, DataError, UsageError, nearest
+from vilu.errors import NO_NAME, DataError, UsageError, did_you_mean
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
-"""Why a label was asked for, or that it came without a request (``Entry.stream``)."""
+"""Why a label was asked for; "given" if nobody asked for it (``Entry.stream``)."""
 
 STREAMS: Final = get_args(Stream)
 """All streams."""
@@ -49,7 +49,7 @@ SKIPPED: Final = NO_NAME
 """The label of a photo that nobody can name."""
 
 PATH_COLUMNS: Final = ("path", "file", "filename", "image", "key")
-"""Columns that may name the photo in a file of labels; the first that is present is used."""
+"""Columns that may name the photo in a file of labels. The first of them in the file is used."""
 
 PATHS_SHOWN: Final = 3
 """Maximum number of paths that a message names."""
@@ -62,12 +62,12 @@ class Entry:
     Attributes:
         path: Path of the photo, as tables write it.
         label: The label; None if it was asked for and has not come.
-        stream: Why the label was asked for ("fit" or "calibration"). "given" if nobody asked for
-            the label, because the photo was picked at random.
+        stream: Why the label was asked for: "fit" or "calibration". "given" if nobody asked for the
+            label. Then the photo counts as picked at random.
         probability: Probability with which the draw takes a photo of the calibration side; NaN if
-            the label was not asked for by a draw.
+            no draw has asked for the label.
         predictor: Fingerprint of the predictor for which the label was asked.
-        asked: Time of the request in seconds since 1970; 0 for a label that came unasked.
+        asked: Time of the request in seconds since 1970; 0 if nobody asked for the label.
         answered: Time of the label in seconds since 1970; 0 without a label.
         picture: Digest of the picture that was labelled; empty if it is not known, as in books of
             version 0.1.0.
@@ -82,7 +82,7 @@ class Entry:
     answered: int = 0
     picture: str = ""
 
-    def is_of_another(self, picture: bytes) -> bool:
+    def was_another_picture(self, picture: bytes) -> bool:
         """Whether the photo had another picture than ``picture`` when it was labelled.
 
         False if it is not known which picture the photo had.
@@ -109,11 +109,11 @@ NUMBER_TYPES: Final = {
     "asked": pa.int64(),
     "answered": pa.int64(),
 }
-"""Types of the columns that hold numbers, in all tables of photos; other columns hold text."""
+"""Maps the columns with numbers, in all tables of photos, to their types."""
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
-    """Make a column of every attribute in ``names`` of the rows; NaN becomes an empty cell."""
+    """Make columns from attributes of the rows, one column per name. NaN becomes an empty cell."""
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
@@ -123,7 +123,10 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
 
 @dataclass
 class LabelBook:
-    """All labels that were asked for or given, by the path of the photo.
+    """All labels that were asked for or given.
+
+    Attributes:
+        entries: Maps the path of a photo to its entry.
 
     Examples:
         >>> from vilu.triage.labels import LabelBook
@@ -146,7 +149,7 @@ class LabelBook:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Label by path; photos without a label and skipped photos are left out."""
+        """Map paths to labels; photos without a label and skipped photos are left out."""
         labels = {}
         for entry in self:
             if entry.label is not None and entry.label != SKIPPED:
@@ -161,7 +164,14 @@ class LabelBook:
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
-        """Note requests for the labels of photos; a photo that has a label keeps it."""
+        """Note that the labels of photos are asked for; a photo that has a label keeps it.
+
+        Args:
+            paths: Paths of the photos.
+            stream: Why the labels are asked for.
+            predictor: Fingerprint of the predictor for which they are asked.
+            probability: Probability of the draw (``Entry.probability``).
+        """
         now = int(time.time())
         for path in paths:
             entry = self.entries.get(path, Entry(path, label=None, stream=stream))
@@ -170,9 +180,11 @@ class LabelBook:
             )
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels by path. Return the number of labels that are new or have changed.
+        """Note labels; return the number of labels that are new or have changed.
 
-        ``streams``, also by path, are used for photos that have no entry yet.
+        Args:
+            labels: Maps paths to labels.
+            streams: Maps paths to streams, for photos that have no entry yet.
         """
         now = int(time.time())
         n_noted = 0
@@ -181,15 +193,16 @@ class LabelBook:
             if entry is None:
                 entry = Entry(path, label=None, stream=_unasked_stream(path, streams or {}))
             if entry.label != label:
-                # The picture is not known here. ``note_pictures`` notes it.
+                # It is not known yet which picture was labelled. ``note_pictures`` notes it later.
                 self.entries[path] = replace(entry, label=label, answered=now, picture="")
                 n_noted += 1
         return n_noted
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note which pictures the new labels are of; ``pictures`` are digests by path.
+        """Note which pictures the new labels belong to.
 
-        Returns the number of photos that had another picture when they were labelled.
+        ``pictures`` maps paths to digests of pictures. The result is the number of photos that had
+        another picture when they were labelled.
         """
         n_photos_changed = 0
         for path, picture in pictures.items():
@@ -199,20 +212,20 @@ class LabelBook:
             if entry.label is not None and not entry.picture:
                 entry = replace(entry, picture=picture.hex())
                 self.entries[path] = entry
-            n_photos_changed += entry.is_of_another(picture)
+            n_photos_changed += entry.was_another_picture(picture)
         return n_photos_changed
 
     def forget(self, is_to_forget: Callable[[Entry], bool]) -> None:
-        """Remove the entries without a label for which ``is_to_forget`` returns True."""
-        remaining = {}
+        """Remove entries for which ``is_to_forget`` is True; entries with a label always stay."""
+        remaining_entries = {}
         for path, entry in self.entries.items():
             is_removed = entry.label is None and is_to_forget(entry)
             if not is_removed:
-                remaining[path] = entry
-        self.entries = remaining
+                remaining_entries[path] = entry
+        self.entries = remaining_entries
 
     def rename(self, former_text: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Rename entries whose paths version 0.1.0 wrote differently.
+        """Rename entries of books of version 0.1.0, which wrote some paths in another way.
 
         Args:
             former_text: Returns the text that version 0.1.0 wrote for a path.
@@ -221,13 +234,13 @@ class LabelBook:
         present_paths = set(paths)
         for path in present_paths - self.entries.keys():
             former_path = former_text(path)
-            # If a photo has the former path now, the entry belongs to that photo.
+            # If the former path is the path of another photo now, the entry belongs to that photo.
             if former_path in self.entries and former_path not in present_paths:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
 
     @property
     def has_drawn(self) -> bool:
-        """Whether the label of any photo was asked for at random, for a guarantee."""
+        """Whether a draw has ever asked for a label, for a guarantee."""
         return any(entry.stream == "calibration" for entry in self)
 
     def waiting(self) -> list[Entry]:
@@ -267,20 +280,23 @@ class LabelBook:
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
     """Stream of a label that nobody asked for: "given" unless its file names another stream.
 
-    Every other stream becomes "fit", because this book has not drawn the photo.
+    Any other stream becomes "fit". It cannot be "calibration", because this triage has not drawn
+    the photo.
     """
     stream = streams.get(path, "given")
     return "given" if stream == "given" else "fit"
 
 
-def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+def sides_and_positions(
+    pictures: Iterable[bytes], seed: int
+) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
     """Side and random position of each picture, from a hash of the seed and its digest (SHA-256).
 
     Equal pictures are on the same side, whatever their file names.
 
     Args:
         pictures: N digests of pictures.
-        seed: Another seed gives other sides and another order.
+        seed: Seed of the sides and of the order.
 
     Returns:
         (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
@@ -293,10 +309,13 @@ def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], ND
 
 
 def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Read labels and streams from a file, both by the name that the file gives the photo.
+    """Read labels and streams from a file.
 
     The file is a CSV or TSV table, or the book of another triage (Parquet). Rows without a label
-    are left out: they were asked for and are not answered yet.
+    are left out: these labels were asked for and have not come yet.
+
+    Returns:
+        Two mappings from the names that the file gives to photos: to labels, and to streams.
 
     Raises:
         DataError: If the file is no table of labels, or gives a photo two different labels.
@@ -304,19 +323,20 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """
     if path.suffix.lower() == ".parquet":
         return labels_and_streams(LabelBook.load(path))
-    columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    columns, rows = csv_rows(path, separator)
     path_column = next((name for name in PATH_COLUMNS if name in columns), None)
     if path_column is None or "label" not in columns:
         raise DataError(
             f"{path} must have the columns path (or {', '.join(PATH_COLUMNS[1:])}) and label. It "
             f"has {', '.join(columns) or 'none'}."
         )
-    # In our own tables " a.jpg" and "a.jpg" are two photos, so names are not stripped.
-    is_ours = "stream" in columns
+    # In tables of vilu " a.jpg" and "a.jpg" are two photos, so names are not stripped.
+    is_own_table = "stream" in columns
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for row in rows:
-        name = row[path_column] if is_ours else row[path_column].strip()
+        name = row[path_column] if is_own_table else row[path_column].strip()
         label = row["label"].strip()
         if not name:
             raise DataError(
@@ -325,9 +345,10 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if not label:
             continue
         # The first line of a photo sets its label. Further lines must have the same label.
-        if labels.setdefault(name, label) != label:
+        first_label = labels.setdefault(name, label)
+        if label != first_label:
             raise DataError(
-                f"{path} line {row.line}: {name!r} has the labels {labels[name]!r} and {label!r}."
+                f"{path} line {row.line}: {name!r} has the labels {first_label!r} and {label!r}."
             )
         if row.get("stream"):
             streams[name] = row["stream"]
@@ -335,7 +356,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels and streams of a book, by path, as tables write them."""
+    """Two mappings from the paths in a book: to labels as tables write them, and to streams."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for entry in book:
@@ -346,16 +367,21 @@ def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]
 
 
 class PhotoNames:
-    """Finds photos of a folder by the names that a file of labels gives them."""
+    """Finds photos of a folder by the names that a file of labels gives them.
+
+    Args:
+        photos: Paths of all photos, relative to the folder.
+        root: The folder.
+    """
 
     def __init__(self, photos: Sequence[str], root: Path) -> None:
         self.photos = photos
         self.root = root
         self.paths = set(photos)
-        self.by_name: dict[str, list[str]] = {}  # photos by their file name
+        self.photos_of_name: dict[str, list[str]] = {}  # maps a file name to all photos with it
         for photo in photos:
             _, _, file_name = photo.rpartition("/")
-            self.by_name.setdefault(file_name, []).append(photo)
+            self.photos_of_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:
         """The photo with a name; None if no photo has the name.
@@ -374,21 +400,22 @@ class PhotoNames:
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 return matching_text(path.relative_to(root).as_posix(), self.paths)
-        file_name = matching_text(relative, self.by_name)
+        file_name = matching_text(relative, self.photos_of_name)
         if file_name is None:
             return None
-        photos_of_name = self.by_name[file_name]
-        if len(photos_of_name) > 1:
+        matches = self.photos_of_name[file_name]
+        if len(matches) > 1:
             raise UsageError(
-                f"{name!r} is the name of {plural(len(photos_of_name), 'photo')}: "
-                f"{', '.join(photos_of_name[:PATHS_SHOWN])}. Give their paths."
+                f"{name!r} is the name of {plural(len(matches), 'photo')}: "
+                f"{', '.join(matches[:PATHS_SHOWN])}. Give their paths."
             )
-        return photos_of_name[0]
+        return matches[0]
 
     def warn_of_backslash(self, name: str, source: Path) -> None:
-        """Warn if a name can mean two photos: the text of one is the file name of the other.
+        """Warn if a name with a backslash can mean two photos.
 
-        Tables write some backslashes of file names as escapes (``portable_name``).
+        Tables write some backslashes of file names as escapes (``portable_name``). So the name may
+        be the text that tables write for one photo, and also the real file name of another photo.
         """
         literal = portable_name(name)
         if literal != name and {name, literal} <= self.paths:
@@ -398,19 +425,27 @@ class PhotoNames:
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
-        """Warn of the names in ``source`` that no photo has; DataError if ``none_matches``."""
+        """Warn that no photo has these names; DataError if ``none_matches``.
+
+        Args:
+            missing: Names in the file that no photo has.
+            source: The file.
+            none_matches: Whether all names in the file are missing.
+        """
         if not missing:
             return
         if none_matches:
+            question = did_you_mean(missing[0], self.photos)
             raise DataError(
                 f"{source} names no photo of {self.root}. The first name without a photo: "
-                f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
-                "folder of photos."
+                f"{missing[0]!r}.{question} Paths are relative to the folder of photos."
             )
-        more = f" and {len(missing) - PATHS_SHOWN} more" if len(missing) > PATHS_SHOWN else ""
+        names = ", ".join(missing[:PATHS_SHOWN])
+        if len(missing) > PATHS_SHOWN:
+            names += f" and {len(missing) - PATHS_SHOWN} more"
         warn_once(
             f"{source}: {plural(len(missing), 'label')} left out, since no photo in {self.root} "
-            f"has the name: {', '.join(missing[:PATHS_SHOWN])}{more}"
+            f"has the name: {names}"
         )
 
 
@@ -420,13 +455,14 @@ def match_photos(
     """Find the photos of the names in a file of labels (``PhotoNames.find``).
 
     Args:
-        labels: Labels by the name that the file gives the photo.
+        labels: Maps the names that the file gives to photos to labels.
         photos: Paths of all photos.
         root: The folder of the photos.
         source: The file, for messages.
 
     Returns:
-        Path of the photo by name. Names that no photo has are left out with a warning.
+        Maps the names to the paths of the photos. Names that no photo has are left out, with a
+        warning.
 
     Raises:
         DataError: If no name is a photo of the folder, or if two names of one photo have different
@@ -435,7 +471,7 @@ def match_photos(
     photo_names = PhotoNames(photos, root)
     matches: dict[str, str] = {}
     missing = []
-    first_name_of: dict[str, str] = {}  # first name in the file, by photo
+    first_name_of: dict[str, str] = {}  # maps a photo to its first name in the file
     for name, label in labels.items():
         photo = photo_names.find(name)
         if photo is None:
@@ -455,8 +491,8 @@ def match_photos(
     return matches
 
 
-def name_of(label: str, names: Collection[str]) -> str | None:
-    """The name in ``names`` that a label from a table means; None if it means none of them.
+def meant_name(label: str, names: Collection[str]) -> str | None:
+    """The name in ``names`` that a label from a table means; None if there is no such name.
 
     The label is the name itself, or the text that tables write for the name (``portable_name``).
     """
@@ -467,45 +503,54 @@ def name_of(label: str, names: Collection[str]) -> str | None:
     return None
 
 
-def require_names(
-    labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
+def names_of_labels(
+    labels: Mapping[str, str], names: Sequence[str], outside_labels: Sequence[str], source: Path
 ) -> dict[str, str]:
-    """Replace each label, a text from a table, by the name that it means (``name_of``).
+    """Replace each label, a text from a table, by the name that it means (``meant_name``).
 
     Args:
-        labels: Texts from a table, by path.
+        labels: Maps paths to texts from a table.
         names: Names of the classes.
-        outside: Labels that mean "none of the classes".
+        outside_labels: Labels that mean "none of the classes".
         source: File of the labels, for the error.
 
     Returns:
-        Names by path.
+        Maps the paths to names.
 
     Raises:
-        DataError: If a label is neither a class, nor in ``outside``, nor "(skip)".
+        DataError: If a label is neither a class, nor in ``outside_labels``, nor "(skip)".
     """
-    known = {*names, *outside, SKIPPED}
-    by_path: dict[str, str] = {}
-    unknown = set()
+    known_names = {*names, *outside_labels, SKIPPED}
+    name_of_path: dict[str, str] = {}
+    unknown_labels = set()
     for path, label in labels.items():
-        name = name_of(label, known)
+        name = meant_name(label, known_names)
         if name is None:
-            unknown.add(label)
+            unknown_labels.add(label)
         else:
-            by_path[path] = name
-    if unknown:
-        raise _unknown_label(min(unknown), labels, len(names), known, source)
-    return by_path
+            name_of_path[path] = name
+    if unknown_labels:
+        label = min(unknown_labels)
+        raise _unknown_label_error(label, labels, source, known_names, n_classes=len(names))
+    return name_of_path
 
 
-def _unknown_label(
-    label: str, labels: Mapping[str, str], n_classes: int, known: Collection[str], source: Path
+def _unknown_label_error(
+    label: str,
+    labels: Mapping[str, str],
+    source: Path,
+    known_names: Collection[str],
+    *,
+    n_classes: int,
 ) -> DataError:
-    """The error for a label that is none of the ``known`` names."""
+    """The error for one of the ``labels`` that is none of the known names."""
     paths = [path for path in labels if labels[path] == label]
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    photos = paths[0]
+    if len(paths) > 1:
+        photos += f" and {len(paths) - 1} more"
+    question = did_you_mean(label, known_names)
     return DataError(
-        f"{source}: {label!r} (of {paths[0]}{more}) is none of the {n_classes} classes."
-        f"{nearest(label, known)} If the label means none of the classes, give --outside "
-        f"{label!r}. Give the label {SKIPPED} to a photo that nobody can name."
+        f"{source}: {label!r} (of {photos}) is none of the {n_classes} classes.{question} If the "
+        f"label means none of the classes, give --outside {label!r}. Give the label {SKIPPED} to a "
+        "photo that nobody can name."
     )

@@ -32,15 +32,15 @@ from vilu.triage.answers import (
     write_decisions,
     write_next,
 )
-from vilu.triage.carrying import all_labels, former_names, without_former
-from vilu.triage.fitting import require_possible
+from vilu.triage.carrying import all_labels, former_class_names, without_former_labels
+from vilu.triage.fitting import refuse_given_answers
 from vilu.triage.guarantee import GuaranteeProgress
-from vilu.triage.labels import SKIPPED, match_photos, read_labels, require_names
+from vilu.triage.labels import SKIPPED, match_photos, names_of_labels, read_labels
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
 from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
-from vilu.triage.state import NEXT, REPORT, TriageSettings, open_state
+from vilu.triage.state import NEXT_LABELS, REPORT, TriageSettings, open_state
 from vilu.triage.verdict import labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
@@ -48,21 +48,21 @@ PAGE: Final = "triage.html.jinja"
 """File name of the template of the page."""
 
 PHOTOS_SHOWN: Final = 24
-"""Maximum number of photos in a section of the page."""
+"""A section of the page shows at most this number of photos."""
 
-LEVELS_SHOWN: Final = 20
-"""Number of thresholds in the table of the page, or fewer if the grid is smaller."""
+THRESHOLDS_SHOWN: Final = 20
+"""The table of the page has at most this number of thresholds."""
 
 FEW_NEAR_COPIES: Final = 0.05
 """The page mentions near copies if they are more than this share of the labelled photos."""
 
-RISKS: Final = np.arange(1, 1000) / 1000
-"""Upper bounds on the error rate that ``least_risk`` tries, ascending."""
+TRIED_BOUNDS: Final = np.arange(1, 1000) / 1000
+"""Upper bounds on the error rate that ``least_bound`` tries, ascending."""
 
 NO_SIDECAR: Final = "--xmp has written no label: no photo is accepted or labelled with a class yet."
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
-"""For every file of labels: labels and streams, both by the name that the file gives a photo."""
+"""Maps every file of labels to two mappings from its names of photos: to labels, and to streams."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
-        verdict: What the labels say about the answers, and warnings; empty if there is neither.
+        verdict: What the labels say about the answers, and warnings; "" if there is neither.
         answer: Which answers are judged, and why.
-        counts: How many photos have a label. Of those without a label, how many were accepted, are
-            to be reviewed, and so on.
-        guarantee: What is guaranteed, or what the guarantee lacks.
-        forecast: How many photos further labels could get accepted; "" if nothing is known.
+        counts: How many photos were accepted, are to be reviewed, and so on; and how many photos
+            have a label.
+        guarantee: What is guaranteed, or what is missing for a guarantee.
+        forecast: How many photos could be accepted with more labels; "" if this is not known.
         likely: How many photos without a label are likely right, or why this is not known.
-        prompts: The templates, and a warning of prompts that read badly.
+        prompts: The templates of the prompts, and a warning if prompts read badly.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
-        sidecars: How many photos have their label in a sidecar, or why none has; "" if none was
-            asked for.
+        sidecars: How many photos have their label in a sidecar, or why no photo has; "" if no
+            sidecars were asked for.
     """
 
     verdict: str
@@ -107,7 +107,7 @@ def triage_photos(
     xmp: bool = False,
     overwrite: bool = False,
 ) -> TriageSummary:
-    """Run a triage in a folder; a later run only does what is new.
+    """Run a triage in a folder; a later run only processes what is new.
 
     Args:
         settings: The settings of the triage.
@@ -117,71 +117,92 @@ def triage_photos(
         sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
             folders.
         xmp: Also write the accepted labels to XMP sidecars beside the photos.
-        overwrite: Begin anew and remove the results and labels of earlier runs. Photos that were
+        overwrite: Begin anew, and remove the results and labels of earlier runs. Photos that were
             moved stay where they are.
 
     Raises:
         UsageError: If a setting is not allowed, if the seed differs from the earlier runs, or if
-            ``next_labels.csv`` holds answers that were not given to this run and would be lost.
+            ``next_labels.csv`` has answers that no run has read, which would be lost.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
-        StorageError: If the file system refuses. A repeated run goes on where this one ended.
+        StorageError: If the file system refuses. A repeated run goes on where this run ended.
     """
     check_settings(settings)
-    find_template(PAGE)  # fails before the slow steps if the page cannot be written
-    former: set[str] = set()
+    find_template(PAGE)  # fails here, before the slow steps, if the page cannot be written
+    former_classes: set[str] = set()
     if not overwrite:
-        former = former_names(output, settings.known_labels)
-    files = {}
-    for file in labels:
-        texts, streams_of_file = read_labels(file)
-        texts = without_former(texts, former, source=file)
-        labels_of_file = require_names(
-            texts, settings.embedding.names, settings.of_no_class, source=file
-        )
-        files[file] = (labels_of_file, streams_of_file)
+        former_classes = former_class_names(output, settings.known_labels)
+    files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
     labels_by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
         _require_no_lost_answers(output, files, labels_by_path)
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
-        # ``run_triage`` reads the state again, because another run may have changed it before the
-        # lock was taken.
+        # ``run_triage`` reads the state again, because another run may have changed it while this
+        # run waited for the lock.
         result = run_triage(output, settings, listing, labels_by_path, streams, overwrite=overwrite)
         answers = answers_of(
-            result.photos, result.predictor, result.outcomes, result.book.labels, result.likely
+            result.photos,
+            result.predictor,
+            result.outcomes,
+            result.book.labels,
+            result.likely_estimate,
         )
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
-        write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
-        verdict = _verdict(result)
+        write_next(output / NEXT_LABELS, result.asked, answer_of_path, result.outcomes.answer)
+        verdict = _verdict_text(result)
         write_page(output, listing, result, answers, settings, verdict)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
-        sidecars = ""
-        if xmp:
-            # listed again, because photos may have been moved
-            listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
-            n_written = write_sidecars(accepted_labels(output, listing, answers, settings))
-            sidecars = NO_SIDECAR
-            if n_written:
-                sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
+        sidecars = _write_accepted_labels(output, answers, settings) if xmp else ""
     return summary_of(result, answers, settings, verdict, sidecars)
+
+
+def _read_label_files(
+    paths: Sequence[Path], settings: TriageSettings, former_classes: Collection[str]
+) -> LabelFiles:
+    """Read files of labels. Labels of former classes are left out, with a warning.
+
+    Raises:
+        DataError: If a label is no class, or if a file cannot be read.
+    """
+    files = {}
+    for path in paths:
+        texts, streams = read_labels(path)
+        texts = without_former_labels(texts, former_classes, source=path)
+        labels = names_of_labels(
+            texts, settings.embedding.names, settings.outside_labels, source=path
+        )
+        files[path] = (labels, streams)
+    return files
+
+
+def _write_accepted_labels(
+    output: Path, answers: Sequence[Answer], settings: TriageSettings
+) -> str:
+    """Write the accepted labels to sidecars; return a text for the summary."""
+    # The photos are listed again, because they may have been moved.
+    listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
+    n_written = write_sidecars(accepted_labels(output, listing, answers, settings))
+    if not n_written:
+        return NO_SIDECAR
+    return f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
 
 
 def check_settings(settings: TriageSettings) -> None:
     """Raise UsageError if a setting is not allowed, before the slow steps."""
     require_between("max_risk", settings.max_risk)
     require_between("confidence", settings.confidence)
-    require_possible(settings.answer)
+    refuse_given_answers(settings.answer)
     names = settings.embedding.names
     if len(set(names)) < 2:
         raise UsageError(
             f"there must be at least two classes to choose from. Got {len(names)}: "
             f"{', '.join(names)}."
         )
-    ambiguous = sorted({*settings.of_no_class, SKIPPED} & {*names})
+    ambiguous = sorted({*settings.outside_labels, SKIPPED} & {*names})
     if ambiguous:
         raise UsageError(
             f"{ambiguous[0]!r} is the name of a class, and also the label of photos that are of no "
@@ -192,40 +213,42 @@ def check_settings(settings: TriageSettings) -> None:
 def _labels_by_path(
     files: LabelFiles, listing: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels and streams of all files, by the path of the photo."""
-    by_path: dict[str, str] = {}
-    streams: dict[str, str] = {}
-    for file, (labels, streams_of_file) in files.items():
-        photo_of = match_photos(labels, listing.paths, listing.root, source=file)
-        for name, photo in photo_of.items():
-            by_path[photo] = labels[name]
-            if name in streams_of_file:
-                streams[photo] = streams_of_file[name]
-    return by_path, streams
+    """Two mappings from the paths of photos: to labels of all files, and to their streams."""
+    labels_by_path: dict[str, str] = {}
+    streams_by_path: dict[str, str] = {}
+    for file, (labels, streams) in files.items():
+        path_of_name = match_photos(labels, listing.paths, listing.root, source=file)
+        for name, path in path_of_name.items():
+            labels_by_path[path] = labels[name]
+            if name in streams:
+                streams_by_path[path] = streams[name]
+    return labels_by_path, streams_by_path
 
 
 def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[str]) -> None:
-    """Raise UsageError if ``next_labels.csv`` holds answers that would be lost.
+    """Raise UsageError if ``next_labels.csv`` has answers that would be lost.
 
-    Answers are lost if they are neither in the book nor in the files of this run.
+    The run replaces this file. Answers would be lost if they are neither in the book nor in the
+    files of this run.
 
     Args:
         output: The folder of the triage.
         files: The files of labels of this run.
         paths: Paths of the photos that these files label.
     """
-    if not (output / NEXT).is_file():
+    if not (output / NEXT_LABELS).is_file():
         return
     in_files = set(paths)  # paths of photos, and below also their names in the files
     for labels_by_name, _ in files.values():
         in_files |= labels_by_name.keys()
     in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
-    filled_in, _ = read_labels(output / NEXT)
-    lost = filled_in.keys() - in_files - in_book
-    if lost:
+    table = output / NEXT_LABELS
+    filled_in_labels, _ = read_labels(table)
+    lost_paths = filled_in_labels.keys() - in_files - in_book
+    if lost_paths:
         raise UsageError(
-            f"{output / NEXT} holds {plural(len(lost), 'answer')} that no run has read, such as "
-            f"that about {min(lost)!r}. They would be lost. Give them: --labels {output / NEXT}."
+            f"{table} holds {plural(len(lost_paths), 'answer')} that no run has read, such as that "
+            f"about {min(lost_paths)!r}. They would be lost. Give them: --labels {table}."
         )
 
 
@@ -236,17 +259,20 @@ def summary_of(
     verdict: str,
     sidecars: str,
 ) -> TriageSummary:
-    """The summary of a run for people."""
+    """The summary of a run for people.
+
+    ``verdict`` and ``sidecars`` are the texts of these fields of the summary.
+    """
     counts = count_answers(answers)
-    new = f" ({result.n_new:,} of them new)" if result.n_new else ""
+    new_photos = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
         verdict=verdict,
         answer=str(result.answer),
-        counts=f"{plural(counts['photos'], 'photo')}{new}: {counts_in_words(counts)}",
+        counts=f"{plural(counts['photos'], 'photo')}{new_photos}: {counts_in_words(counts)}",
         guarantee=guarantee_in_words(result, settings),
         forecast=str(result.forecast),
-        likely=likely_in_words(result.likely, counts),
-        prompts=_prompts(settings),
+        likely=likely_in_words(result.likely_estimate, counts),
+        prompts=_prompts_text(settings),
         sidecars=sidecars,
         n_asked=len(result.asked),
         why_none="" if result.asked else why_nothing_is_asked(result),
@@ -254,7 +280,7 @@ def summary_of(
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:
-    """What became of the photos without a label, and how many have a label (``count_answers``)."""
+    """Text on the counts of ``count_answers``."""
     n = counts["unlabelled"]
     parts = [
         f"accepted {counts['accepted']:,} of {n:,} without a label",
@@ -262,59 +288,63 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
     ]
     if counts["unreadable"]:
         parts.append(f"{counts['unreadable']:,} unreadable")
-    has = "has" if counts["labelled"] == 1 else "have"
-    return f"{', '.join(parts)}; {counts['labelled']:,} {has} a label"
+    verb = "has" if counts["labelled"] == 1 else "have"
+    return f"{', '.join(parts)}; {counts['labelled']:,} {verb} a label"
 
 
-def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> str:
+def likely_in_words(estimate: LikelyRight | None, counts: Mapping[str, int]) -> str:
     """How many photos without a label are likely right, or why there is no estimate."""
-    none = "Which answers are likely right cannot be estimated"
-    if likely is None:
-        return f"{none}: the predictor was fitted before there was such an estimate."
-    if likely.n == 0:
-        return f"{none} yet: the predictor was not fitted on labels."
-    labels = f"{likely.n_wrong:,} of {likely.n:,} cross-fitted labels show a wrong answer"
-    if likely.n_drawn:
-        labels += f", and {likely.n_drawn_wrong:,} of {likely.n_drawn:,} drawn ones"
-    if likely.probability is None:
-        return f"{none} yet: {labels}, and {LEAST_WRONG} wrong ones are needed."
+    no_estimate = "Which answers are likely right cannot be estimated"
+    if estimate is None:
+        return f"{no_estimate}: the predictor was fitted before there was such an estimate."
+    if estimate.n == 0:
+        return f"{no_estimate} yet: the predictor was not fitted on labels."
+    basis = f"{estimate.n_wrong:,} of {estimate.n:,} cross-fitted labels show a wrong answer"
+    if estimate.n_drawn:
+        basis += f", and {estimate.n_drawn_wrong:,} of {estimate.n_drawn:,} drawn ones"
+    if estimate.probability is None:
+        return f"{no_estimate} yet: {basis}, and {LEAST_WRONG} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]
     if not n_unlabelled:
         return "Every photo has a label, so no answer is left to be likely right."
     return (
         f"{counts['likely']:,} of {n_unlabelled:,} photos without a label are likely right. "
-        f"At most {percent(likely.max_risk, decimals=1)} of these answers are expected to be "
-        f"wrong. This is an estimate, not a guarantee: {labels}."
+        f"At most {percent(estimate.max_risk, decimals=1)} of these answers are expected to be "
+        f"wrong. This is an estimate, not a guarantee: {basis}."
     )
 
 
-def _verdict(result: TriageResult) -> str:
-    """What the labels say about the answers, and warnings."""
+def _verdict_text(result: TriageResult) -> str:
+    """Text on what the labels say about the answers, and warnings."""
     labelled = labelled_answers(
-        result.photos, result.outcomes, result.predictor, result.is_calibration, result.likely
+        result.photos,
+        result.outcomes,
+        result.predictor,
+        result.is_calibration,
+        result.likely_estimate,
     )
     has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
     return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
 
 
-def _prompts(settings: TriageSettings) -> str:
-    """The templates of the prompts, with a warning of prompts that read badly."""
+def _prompts_text(settings: TriageSettings) -> str:
+    """The templates of the prompts, and a warning if prompts read badly."""
     embedding = settings.embedding
     templates = TEMPLATES["default"] if embedding.templates is None else embedding.templates
     return prompts_in_words(embedding.names, templates)
 
 
 @dataclass(frozen=True)
-class Level:
-    """What the labels show about one threshold: a row of the table of the page.
+class ThresholdRow:
+    """What the labels show about one threshold: a row in the table of the page.
 
     Attributes:
         coverage: Share of the unlabelled photos that the threshold accepts.
         threshold: Largest uncertainty that is accepted.
-        accepted: Number of counted labels whose photo the threshold accepts.
+        accepted: Number of photos with a counted label that the threshold accepts.
         wrong: Number of these photos whose answer is wrong.
         bound: Upper bound on the error rate that the labels show if only this threshold is tested;
-            None if they show none.
+            None if they show no bound.
         expected: Mean probability of failure of the unlabelled photos that the threshold accepts.
         certified: Whether the guarantee in force covers this threshold.
     """
@@ -328,9 +358,9 @@ class Level:
     certified: bool
 
 
-def levels_of(
-    uncertainty: Floats, progress: GuaranteeProgress | None, in_force: float | None
-) -> list[Level]:
+def threshold_rows(
+    uncertainty: Floats, progress: GuaranteeProgress | None, threshold_in_force: float | None
+) -> list[ThresholdRow]:
     """Make the rows of the table of the page.
 
     The thresholds are spread over the grid of the test. Without a test they are the deciles of the
@@ -338,57 +368,65 @@ def levels_of(
 
     Args:
         uncertainty: (N,) uncertainties of the photos without a label.
-        progress: How far the guarantee of the predictor is; None without a test.
-        in_force: Threshold of the predictor's guarantee; None without a guarantee.
+        progress: Progress of the predictor's guarantee; None without a test.
+        threshold_in_force: Threshold of the guarantee in force; None without a guarantee.
     """
     if not len(uncertainty):
         return []
-    if progress is None:
-        deciles = np.quantile(uncertainty, np.arange(1, 11) / 10)
-        return [_unlabelled_level(uncertainty, float(decile), in_force) for decile in deciles]
-    grid = progress.looks.grid
-    delta = progress.looks.delta
-    # Numbers of labels for every threshold of the grid, and what they show of it.
-    wrong, accepted = progress.looks.counts(
-        progress.outcomes.uncertainty, progress.outcomes.failure
-    )
-    evidence = log_evidence(wrong, accepted, progress.looks.max_risk)
-    # Labels of a closed set are drawn without replacement, so these bounds do not hold for it.
-    has_bounds = isinstance(progress.looks, Looks)
-    levels = []
-    indices = np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int))
-    for index in indices:
-        threshold = float(grid[index])
-        # The guarantee is about all photos up to the threshold in force. The photos up to a lower
-        # threshold may have a higher error rate, so that threshold needs evidence of its own.
-        has_evidence = has_bounds and bool(evidence[index] >= -math.log(delta))
-        is_within = in_force is not None and threshold <= in_force
+    if progress is not None:
+        return _rows_of_test(uncertainty, progress, threshold_in_force)
+    rows = []
+    for decile in np.quantile(uncertainty, np.arange(1, 11) / 10).tolist():
+        rows.append(_row_without_labels(uncertainty, decile, threshold_in_force))
+    return rows
+
+
+def _rows_of_test(
+    uncertainty: Floats, progress: GuaranteeProgress, threshold_in_force: float | None
+) -> list[ThresholdRow]:
+    """Rows for thresholds that are spread over the grid of a test."""
+    looks = progress.looks
+    # for every threshold of the grid: the counted labels, and the evidence that they give
+    wrong, accepted = looks.counts(progress.outcomes.uncertainty, progress.outcomes.failure)
+    evidence = log_evidence(wrong, accepted, looks.max_risk)
+    # These bounds are not valid for a closed set, whose labels are drawn without replacement.
+    has_bounds = isinstance(looks, Looks)
+    spread_indices = np.linspace(0, len(looks.grid) - 1, THRESHOLDS_SHOWN).round().astype(int)
+    rows = []
+    for index in np.unique(spread_indices):  # a small grid has fewer thresholds
+        threshold = float(looks.grid[index])
+        # The guarantee is about all photos up to the threshold in force. A lower threshold needs
+        # evidence of its own, because the photos up to it may have a higher error rate.
+        has_evidence = has_bounds and bool(evidence[index] >= -math.log(looks.delta))
+        is_within = threshold_in_force is not None and threshold <= threshold_in_force
         bound = None
         if has_bounds:
-            bound = least_risk(int(wrong[index]), int(accepted[index]), delta)
-        level = Level(
+            bound = least_bound(int(wrong[index]), int(accepted[index]), looks.delta)
+        row = ThresholdRow(
             coverage=float((uncertainty <= threshold).mean()),
             threshold=threshold,
             accepted=int(accepted[index]),
             wrong=int(wrong[index]),
             bound=bound,
             expected=_mean_up_to(uncertainty, threshold),
-            certified=is_within and (has_evidence or threshold == in_force),
+            certified=is_within and (has_evidence or threshold == threshold_in_force),
         )
-        levels.append(level)
-    return levels
+        rows.append(row)
+    return rows
 
 
-def _unlabelled_level(uncertainty: Floats, threshold: float, in_force: float | None) -> Level:
-    """The level of a threshold for which no labels are counted."""
-    return Level(
+def _row_without_labels(
+    uncertainty: Floats, threshold: float, threshold_in_force: float | None
+) -> ThresholdRow:
+    """The row of the table for a threshold for which no labels are counted."""
+    return ThresholdRow(
         coverage=float((uncertainty <= threshold).mean()),
         threshold=threshold,
         accepted=0,
         wrong=0,
         bound=None,
         expected=_mean_up_to(uncertainty, threshold),
-        certified=in_force is not None and threshold <= in_force,
+        certified=threshold_in_force is not None and threshold <= threshold_in_force,
     )
 
 
@@ -398,46 +436,46 @@ def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
     return float(below.mean()) if len(below) else 0.0
 
 
-def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
-    """The lowest bound in ``RISKS`` that labels show at a threshold; None if they show no bound.
+def least_bound(wrong: int, accepted: int, delta: float) -> float | None:
+    """The lowest of ``TRIED_BOUNDS`` that labels show at a threshold; None if they show none.
 
     The bound is valid after every label, at the level ``delta``.
 
     Args:
-        wrong: Number of wrong answers among the accepted ones.
+        wrong: Number of wrong answers among the accepted answers.
         accepted: Number of labelled answers that the threshold accepts.
         delta: The level.
     """
     if not accepted:
         return None
-    evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
-    shown_risks = RISKS[evidence >= -np.log(delta)]
-    return float(shown_risks[0]) if len(shown_risks) else None
+    evidence = np.array([float(log_evidence(wrong, accepted, bound)) for bound in TRIED_BOUNDS])
+    shown_bounds = TRIED_BOUNDS[evidence >= -np.log(delta)]
+    return float(shown_bounds[0]) if len(shown_bounds) else None
 
 
-def _levels(result: TriageResult) -> list[Level]:
-    """Levels of the tested predictor, from the photos that have no label."""
+def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
+    """The rows of the table for the tested predictor."""
     uncertainty = _unlabelled_scores(result)
-    in_force = None
+    threshold_in_force = None
     # The rule belongs to the present predictor. A candidate has no rule yet.
     if result.rule is not None and not result.has_candidate:
-        in_force = result.rule.threshold
-    return levels_of(uncertainty, result.progress, in_force)
+        threshold_in_force = result.rule.threshold
+    return threshold_rows(uncertainty, result.progress, threshold_in_force)
 
 
 def _unlabelled_scores(result: TriageResult) -> Floats:
-    """(M,) scores of the photos without a label by the tested predictor."""
+    """(M,) scores that the tested predictor gives to the photos without a label."""
     scores = unlabelled_scores(result.photos, result.tested_outcomes, result.book.labels)
     return scores[np.isfinite(scores)]
 
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
-    """What is guaranteed, or what the guarantee lacks, as a text for people."""
-    among = "the accepted"
+    """Text on what is guaranteed, or on what is missing for a guarantee."""
+    population = "the accepted"
     if settings.about == "folder":
-        among = "the accepted photos of this folder that nobody has labelled"
+        population = "the accepted photos of this folder that nobody has labelled"
     target = (
-        f"at most {percent(settings.max_risk, decimals=1)} wrong among {among}, with "
+        f"at most {percent(settings.max_risk, decimals=1)} wrong among {population}, with "
         f"{exact_percent(settings.confidence)} confidence"
     )
     if result.rule is not None and result.rule.closed is not None:
@@ -457,23 +495,24 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
     return f"Not guaranteed yet ({target}): {_lacking_in_words(result.progress)}"
 
 
-def _folder_guarantee_in_words(rule: Rule, closed: ClosedPhotos, settings: TriageSettings) -> str:
-    """What is guaranteed of the photos of the folder."""
+def _folder_guarantee_in_words(
+    rule: Rule, closed_photos: ClosedPhotos, settings: TriageSettings
+) -> str:
+    """Text on what is guaranteed about the photos of the folder."""
     return (
-        f"Guaranteed: of the {closed} that are accepted and that nobody had labelled, at most "
-        f"{percent(settings.max_risk, decimals=1)} are wrong, with "
+        f"Guaranteed: of the {closed_photos} that are accepted and that nobody had labelled, at "
+        f"most {percent(settings.max_risk, decimals=1)} are wrong, with "
         f"{exact_percent(settings.confidence)} confidence, at whatever moment one looks. "
-        f"{rule.n_wrong} of {rule.n_accepted} labelled "
-        "answers up to the threshold are wrong. The guarantee is about these photos only, and "
-        "about no new ones."
+        f"{rule.n_wrong} of {rule.n_accepted} labelled answers up to the threshold are wrong. The "
+        "guarantee is about these photos only, and about no new ones."
     )
 
 
 def _lacking_in_words(progress: GuaranteeProgress) -> str:
-    """What a guarantee lacks: labels that were asked for, or more labels."""
-    if len(progress.missing):
+    """Text on what is missing for a guarantee: labels that were asked for, or more labels."""
+    if len(progress.missing_rows):
         return (
-            f"{len(progress.missing):,} of the labels that were asked for are missing. Labels "
+            f"{len(progress.missing_rows):,} of the labels that were asked for are missing. Labels "
             "count up to the first photo without a label. Give the label "
             f"{SKIPPED} to a photo that nobody can name."
         )
@@ -482,26 +521,32 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     )
     last = progress.looks.last  # index of the laxest threshold that is tested
     n_counted = int(accepted[last])
-    counts = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
+    counted_labels = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
     if not n_counted:
-        counts = "no label counts for it yet."
-    if progress.more is None:
-        return f"{counts} {_out_of_reach_in_words(progress, n_counted)}"
-    needed = f"About {progress.more:,} more labels are needed at the present error rate"
-    if not n_counted:
-        needed = f"About {progress.more:,} labels are needed if every answer is right"
-    if progress.more > progress.n_left:
+        counted_labels = "no label counts for it yet."
+    if progress.n_more_labels is None:
+        return f"{counted_labels} {_out_of_reach_in_words(progress, n_counted)}"
+    needed_labels = _needed_labels_in_words(progress.n_more_labels, n_counted)
+    if progress.n_more_labels > progress.n_photos_left:
+        photos_left = plural(progress.n_photos_left, "photo")
         return (
-            f"{counts} {needed}, but only {plural(progress.n_left, 'photo')} of this folder can "
-            "still be drawn for them: allow a larger risk (--max-risk), or add photos."
+            f"{counted_labels} {needed_labels}, but only {photos_left} of this folder can still be "
+            "drawn for them: allow a larger risk (--max-risk), or add photos."
         )
-    return f"{counts} {needed}."
+    return f"{counted_labels} {needed_labels}."
+
+
+def _needed_labels_in_words(n_more_labels: int, n_counted: int) -> str:
+    """Clause on the number of labels that are needed; ``n_counted`` labels count so far."""
+    if not n_counted:
+        return f"About {n_more_labels:,} labels are needed if every answer is right"
+    return f"About {n_more_labels:,} more labels are needed at the present error rate"
 
 
 def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
-    """What to do where no number of further labels would certify a threshold.
+    """Text on what to do if no number of further labels would certify a threshold.
 
-    ``n_counted`` labels count for it so far.
+    ``n_counted`` is the number of labels that count so far.
     """
     if not n_counted:
         return (
@@ -521,7 +566,7 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
 
 
 def why_nothing_is_asked(result: TriageResult) -> str:
-    """Why no label is asked for, and what to do next, as a text for people."""
+    """Text that says why no label is asked for, and what to do next."""
     nothing_left = (
         "No label is asked for: no photo is left from which a predictor or the guarantee could "
         "gain."
@@ -548,11 +593,10 @@ def why_nothing_is_asked(result: TriageResult) -> str:
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """What the labels show about new scenes, as a sentence after those of the guarantee.
+    """Text on what the labels show about new scenes, which follows the text on the guarantee.
 
-    "" if nothing is guaranteed, or if few labelled photos are near copies.
-
-    The test is repeated with only the first photo of every scene.
+    For this text, the test is repeated with only the first photo of every scene. The text is "" if
+    nothing is guaranteed, or if few labelled photos are near copies.
     """
     progress = result.progress
     is_first = result.is_first_of_scene
@@ -561,12 +605,12 @@ def scenes_in_words(result: TriageResult) -> str:
     n_repeated = int((~is_first).sum())
     if n_repeated <= FEW_NEAR_COPIES * len(is_first):
         return ""
-    certified = progress.looks.certified(
+    certified_index = progress.looks.certified(
         progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
     )
     what_is_shown = "nothing"
-    if certified is not None:
-        threshold = float(progress.looks.grid[certified])  # ``certified`` is an index
+    if certified_index is not None:
+        threshold = float(progress.looks.grid[certified_index])
         share = float((_unlabelled_scores(result) <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
         what_is_shown = f"the guarantee for {share:.0%} of the photos without a label"
@@ -597,11 +641,11 @@ def write_page(
         verdict=verdict,
         counts=counts,
         guarantee=guarantee_in_words(result, settings),
-        likely=likely_in_words(result.likely, counts),
+        likely=likely_in_words(result.likely_estimate, counts),
         answer=result.answer,
         forecast=str(result.forecast),
-        prompts=_prompts(settings),
-        levels=_levels(result),
+        prompts=_prompts_text(settings),
+        levels=_tested_threshold_rows(result),
         is_probability=result.tested_outcomes.is_probability,
         sections=sections,
         pictures=pictures,
@@ -616,7 +660,10 @@ def write_page(
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
-    """The answers about photos that people should look at, by the heading of the section."""
+    """Map the heading of every section to its answers, about photos that people should look at.
+
+    ``asked`` are the paths of the photos whose labels are asked for.
+    """
     doubtful_first = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
     to_label = [answer for answer in answers if answer.key in asked]
     accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
@@ -634,7 +681,7 @@ def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, li
 def _pictures(
     listing: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
 ) -> dict[str, object]:
-    """Thumbnails of the photos in the sections, by path; unreadable photos have none."""
+    """Map the paths of the photos in the sections to their thumbnails, except unreadable photos."""
     row_of = {path: row for row, path in enumerate(result.photos.ids)}
     paths = set()
     for answers in sections.values():

@@ -37,13 +37,13 @@ FOLDER: Final = "embeddings"
 MAX_ERROR_RATE: Final = 1.0
 """Largest share of bad photos in one store.
 
-Bad photos never stop a run: the result names every one of them.
+Bad photos never stop a run. The result names all of them.
 """
 
 logger = logging.getLogger(__name__)
 
 Version = tuple[int, int]
-"""Size in bytes and modification time in nanoseconds. A photo that changes gets a new version."""
+"""Size in bytes and modification time in nanoseconds. A changed photo has another version."""
 
 NO_VERSION: Final[Version] = (-1, -1)
 """Version of a file whose status cannot be read; no real file has it."""
@@ -57,7 +57,7 @@ def version_of(status: os.stat_result | OSError) -> Version:
 
 
 def versions_of(photos: Sequence[ListedPhoto]) -> dict[str, Version]:
-    """Version of every listed photo, by the path that tables use for the photo."""
+    """Map the path of every listed photo, as tables write it, to the version of the photo."""
     return {portable_name(path): version_of(status) for path, status in photos}
 
 
@@ -89,7 +89,7 @@ class PhotoFolder:
     Attributes:
         root: The folder.
         listing: Path and status of every photo.
-        moved: Present location of every photo that was moved, by its path in the folder.
+        moved: For photos that were moved: maps the path in the folder to the present location.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
@@ -105,7 +105,10 @@ class PhotoFolder:
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
         """A data set of the photos with these paths; ``names`` are its classes."""
-        chosen_photos = [photo for photo in self.listing if portable_name(photo[0]) in paths]
+        chosen_photos = []
+        for path, status in self.listing:
+            if portable_name(path) in paths:
+                chosen_photos.append((path, status))
         return PhotoFiles(
             self.root, chosen_photos, names, self.moved, follow_links=self.follow_links
         )
@@ -113,24 +116,29 @@ class PhotoFolder:
 
 @dataclass(frozen=True)
 class _StoredPhotos:
-    """What the stores of a folder hold.
+    """The photos in the stores of a folder.
 
     Attributes:
-        done: Version of every photo that was embedded or found to be bad, by path.
-        unread: Paths of photos that could not be read.
-        begun: Number of the store whose embedding was interrupted; None if there is none.
+        versions: Maps the path of every photo that was embedded, or found to be bad, to its
+            version.
+        unreadable: Paths of photos that could not be read, but may be readable now.
+        interrupted_store: Number of the store whose embedding was interrupted; None if there is no
+            such store.
     """
 
-    done: dict[str, Version]
-    unread: set[str]
-    begun: int | None
+    versions: dict[str, Version]
+    unreadable: set[str]
+    interrupted_store: int | None
 
 
 @dataclass
 class PhotoStores:
     """The numbered stores of a folder of photos.
 
-    Beside every store is the list of its photos, which is written before the store.
+    Every store has a list of its photos, a file that is written before the store.
+
+    Attributes:
+        root: Folder that contains the stores and the lists.
     """
 
     root: Path
@@ -143,16 +151,16 @@ class PhotoStores:
         """File that lists the photos of a store."""
         return self.root / f"{number:03}.parquet"
 
-    def store(self, number: int) -> Path:
+    def store_folder(self, number: int) -> Path:
         """Folder of a store."""
         return self.root / f"{number:03}"
 
     def is_complete(self, number: int) -> bool:
         """Whether the embedding of a store was finished."""
-        return (self.store(number) / MANIFEST).is_file()
+        return (self.store_folder(number) / MANIFEST).is_file()
 
-    def listed(self, number: int) -> dict[str, Version]:
-        """Versions of the photos of a store, by path."""
+    def listed_versions(self, number: int) -> dict[str, Version]:
+        """Map the paths of the photos in the list of a store to their versions."""
         table, metadata = read_table(self._list_file(number), ())
         if metadata.get("kind") != "photos":
             raise DataError(
@@ -168,72 +176,76 @@ class PhotoStores:
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
 
-        An interrupted store is finished first. Returns the number of photos in the new store, 0
-        without a new store.
+        An interrupted store is finished first. The result is the number of photos in the new store;
+        0 if no store was needed.
         """
         present_versions = versions_of(photos.listing)
-        stored = self._stored(present_versions)
-        done = stored.done
-        unread = stored.unread
-        if stored.begun is not None:
-            resumed = self.listed(stored.begun)
-            self._embed(stored.begun, photos, resumed, settings)
-            done |= resumed
-            unread -= resumed.keys()
-        for path in self._readable_again(photos, unread):
-            del done[path]  # so that the photo is embedded now
-        new = {
-            path: version for path, version in present_versions.items() if done.get(path) != version
-        }
-        if new:
+        stored = self._read_stores(present_versions)
+        stored_versions = stored.versions
+        unreadable = stored.unreadable
+        if stored.interrupted_store is not None:
+            resumed_versions = self.listed_versions(stored.interrupted_store)
+            self._embed(stored.interrupted_store, photos, resumed_versions, settings)
+            stored_versions |= resumed_versions
+            unreadable -= resumed_versions.keys()
+        for path in self._readable_again(photos, unreadable):
+            del stored_versions[path]  # so that the photo counts as new
+        new_versions = {}
+        for path, version in present_versions.items():
+            if stored_versions.get(path) != version:
+                new_versions[path] = version
+        if new_versions:
             number = max(self.numbers(), default=0) + 1
-            self._write_list(number, new)
-            self._embed(number, photos, new, settings)
-        return len(new)
+            self._write_list(number, new_versions)
+            self._embed(number, photos, new_versions, settings)
+        return len(new_versions)
 
-    def _stored(self, present_versions: Mapping[str, Version]) -> _StoredPhotos:
-        """What the stores hold; an interrupted store is removed if its photos have changed."""
-        done: dict[str, Version] = {}
-        unread: set[str] = set()
-        begun = None
+    def _read_stores(self, present_versions: Mapping[str, Version]) -> _StoredPhotos:
+        """The photos in the stores; an interrupted store is removed if its photos have changed."""
+        versions: dict[str, Version] = {}
+        unreadable: set[str] = set()
+        interrupted_store = None
         for number in self.numbers():
-            listed = self.listed(number)
+            listed_versions = self.listed_versions(number)
+            is_unchanged = all(
+                present_versions.get(path) == version for path, version in listed_versions.items()
+            )
             if self.is_complete(number):
-                done |= listed
-                # What this store says about its photos replaces what older stores say about them.
-                unread -= listed.keys()
-                unread |= self._unread(number)
-            elif all(present_versions.get(path) == version for path, version in listed.items()):
-                begun = number  # the listed photos are unchanged, so this store can be continued
+                versions |= listed_versions
+                # If older stores contain the same photos, this store replaces them.
+                unreadable -= listed_versions.keys()
+                unreadable |= self._unreadable(number)
+            elif is_unchanged:
+                interrupted_store = number  # this store can be continued
             else:
                 logger.info(
                     "%s was begun with photos that have changed since, so it is removed",
-                    self.store(number),
+                    self.store_folder(number),
                 )
                 self._remove(number)
-        return _StoredPhotos(done, unread, begun)
+        return _StoredPhotos(versions, unreadable, interrupted_store)
 
-    def _unread(self, number: int) -> set[str]:
-        """Paths of the photos of a store that may be readable now, although they were not."""
-        kinds_to_retry = {"read_error"}
+    def _unreadable(self, number: int) -> set[str]:
+        """Paths of the photos of a store that could not be read, but may be readable now."""
+        kinds_to_retry = {"read_error"}  # kinds of faults
         if find_spec("pillow_heif") is not None:
             kinds_to_retry.add(NEEDS_PILLOW_HEIF)
-        bad = EmbeddingStore(self.store(number)).bad_images()
+        bad = EmbeddingStore(self.store_folder(number)).bad_images()
         return {path for path, kind in bad if kind in kinds_to_retry}
 
     @staticmethod
-    def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
-        """Paths of the ``unread`` photos that can be read now."""
-        files = photos.files_of(unread)
-        readable = []
+    def _readable_again(photos: PhotoFolder, unreadable: Collection[str]) -> list[str]:
+        """Paths of the ``unreadable`` photos that can be read now."""
+        files = photos.files_of(unreadable)
+        readable_paths = []
         for record in files.records(0, len(files)):
             with suppress(OSError):
                 record.read()
-                readable.append(record.key)
-        return readable
+                readable_paths.append(record.key)
+        return readable_paths
 
     def _write_list(self, number: int, versions: Mapping[str, Version]) -> None:
-        """Begin a store: write the list of its photos."""
+        """Write the list of the photos of a store, with which the store begins."""
         make_folder(self.root)
         sizes = [size for size, _ in versions.values()]
         times = [time for _, time in versions.values()]
@@ -248,23 +260,23 @@ class PhotoStores:
         self,
         number: int,
         photos: PhotoFolder,
-        chosen: Collection[str],
+        paths: Collection[str],
         settings: EmbeddingSettings,
     ) -> None:
-        """Embed the ``chosen`` paths into a store, or finish a store that was interrupted."""
+        """Embed the photos with these paths into a store, or finish an interrupted store."""
         model = settings.backbone.load()
         complete_stores = [n for n in self.numbers() if self.is_complete(n)]
         if complete_stores:
-            # All stores must be of one model, or every later run fails. So this is checked before
-            # the new store is written.
-            folder = self.store(complete_stores[0])
+            # If the stores were of different models, every later run would fail. So the models are
+            # compared before the new store is written.
+            folder = self.store_folder(complete_stores[0])
             EmbeddingStore(folder).space.require_match(
                 model.space, name=str(folder), other_name="the model of this run"
             )
         embed(
-            photos.files_of(chosen, settings.names),
+            photos.files_of(paths, settings.names),
             model,
-            self.store(number),
+            self.store_folder(number),
             names=settings.names,
             templates=settings.templates,
             columns=ExtraColumns(negatives=settings.negatives),
@@ -275,28 +287,28 @@ class PhotoStores:
 
     def _remove(self, number: int) -> None:
         """Remove a store and its list."""
-        with convert_os_errors(f"cannot remove {self.store(number)}"):
-            if self.store(number).exists():
-                shutil.rmtree(self.store(number))
+        with convert_os_errors(f"cannot remove {self.store_folder(number)}"):
+            if self.store_folder(number).exists():
+                shutil.rmtree(self.store_folder(number))
             self._list_file(number).unlink()
 
     def open(self, photos: Sequence[ListedPhoto]) -> Photos:
-        """The listed photos, each from the newest store that holds its present version."""
+        """The listed photos, each from the newest store that contains its present version."""
         present_versions = versions_of(photos)
         numbers = self.numbers()
-        newest: dict[str, int] = {}
+        newest_store: dict[str, int] = {}  # maps the path of a photo to the number of a store
         for number in numbers:
-            for path, version in self.listed(number).items():
+            for path, version in self.listed_versions(number).items():
                 if present_versions.get(path) == version:
-                    newest[path] = number  # replaces the number of an older store
+                    newest_store[path] = number  # replaces the number of an older store
         parts = []
         bad: dict[str, str] = {}
         for number in numbers:
-            store = EmbeddingStore(self.store(number))
-            rows = [row for row, path in enumerate(store.ids) if newest.get(path) == number]
+            store = EmbeddingStore(self.store_folder(number))
+            rows = [row for row, path in enumerate(store.ids) if newest_store.get(path) == number]
             parts.append((store, np.array(rows, dtype=np.int64)))
             for path, kind in store.bad_images():
-                if newest.get(path) == number:
+                if newest_store.get(path) == number:
                     bad[path] = kind
         return Photos(parts, bad)
 
@@ -307,12 +319,12 @@ class Photos(EmbeddingSource):
     No row has a label until ``label`` sets the labels.
 
     Args:
-        parts: The stores, and the numbers of the chosen rows in each.
-        bad: Why a photo has no embedding, by the path of the photo.
+        parts: Pairs of a store and the numbers of the chosen rows in this store.
+        bad: Maps the path of a photo without an embedding to the reason.
 
     Attributes:
         first: The first of the stores.
-        bad: Why a photo has no embedding, by the path of the photo.
+        bad: Maps the path of a photo without an embedding to the reason.
         pictures: (N,) digest of the picture of every row.
     """
 
@@ -323,7 +335,7 @@ class Photos(EmbeddingSource):
         for store, _ in parts[1:]:
             first.space.require_match(store.space, name=str(first.path), other_name=str(store.path))
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
-        # Number of the first row of every part, and then the number of all rows.
+        # the number of the first row of every part, and at the end the number of all rows
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.space = first.space
         self.text = first.text
@@ -348,7 +360,7 @@ class Photos(EmbeddingSource):
         return self.first.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """(N,) or (M,) identities of all rows or of ``rows`` (M,), gathered from the stores."""
+        """Identities of the ``rows`` (M,), or of all rows (N,) if it is None, from the stores."""
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
@@ -363,7 +375,7 @@ class Photos(EmbeddingSource):
         return [value.tobytes() for value in self.identities(best_identity)]
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 embeddings of rows, gathered from the stores."""
+        """(B, D) float32 embeddings of the rows ``index`` (B,), from the stores."""
         image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
         for store, positions, store_rows in self._split(index.numpy()):
             rows = store.image_rows(torch.from_numpy(store_rows))
@@ -379,10 +391,10 @@ class Photos(EmbeddingSource):
     ) -> Iterator[tuple[EmbeddingStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Split ``rows`` (M,) by store.
 
-        Yields a store, the positions in ``rows`` of the rows from this store, and the numbers of
-        these rows in the store.
+        For each store, yields the store, the positions of its rows in ``rows``, and the numbers
+        that these rows have in the store.
         """
-        # The part of a row is the last part that starts at this row or before it.
+        # A row belongs to the last part that starts at this row or before it.
         part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(part_of_row).tolist():
             store, rows_of_part = self._parts[part]
@@ -394,7 +406,7 @@ class Photos(EmbeddingSource):
         """Set the labels of all photos.
 
         Args:
-            labels: Label by path; a photo without an entry here has no label.
+            labels: Maps paths to labels; all other photos get no label.
             outside: Labels that mean "none of the classes".
         """
         candidate_of = self.candidates_by_name()
@@ -408,7 +420,7 @@ class Photos(EmbeddingSource):
                 self.target[row] = candidate_of[label]
 
     def candidates_by_name(self) -> dict[str, int]:
-        """Index of the candidate of every class name; classes with equal text share a candidate."""
+        """Map class names to indices of candidates; classes with equal texts share a candidate."""
         names = self.first.manifest.names
         candidate_of_class = self.first.candidate_of
         if candidate_of_class is None:  # every class is a candidate of its own

@@ -25,23 +25,26 @@ logger = logging.getLogger(__name__)
 
 
 def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(N, K) held-out posterior: each row's predictor saw neither the row nor near copies of it."""
-    fold = _folds(source, rows, seed)
+    """(M, K) posterior of the ``rows`` (M,), by predictors that were not fitted on these rows.
+
+    The predictor of a row was fitted neither on the row nor on its near copies.
+    """
+    fold_of_row = _folds(source, rows, seed)
     posterior = np.empty((len(rows), source.n_candidates))
     with track("fit without a fifth of the labels", FOLDS, "fits") as task:
-        for number in range(FOLDS):
-            held_out = fold == number
-            if not held_out.any():
+        for fold in range(FOLDS):
+            is_held_out = fold_of_row == fold
+            if not is_held_out.any():
                 continue
-            predictor = ViLUPlus(seed=seed).fit(source.take(rows[~held_out]))
-            posterior[held_out] = posterior_of(predictor, source, rows[held_out])
+            predictor = ViLUPlus(seed=seed).fit(source.take(rows[~is_held_out]))
+            posterior[is_held_out] = posterior_of(predictor, source, rows[is_held_out])
             task.advance(1)
     return posterior
 
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(N,) fold of every row; near copies share a fold, because a copy would reveal the label."""
-    # All near copies of a picture have the same ``first_copy``. So its values number the pictures.
+    """(M,) fold of every row; near copies share a fold, because a copy would reveal the label."""
+    # ``first_copy`` is equal for near copies of one picture, and differs between pictures.
     first_copy = near_copies(source, rows)
     _, picture = np.unique(first_copy, return_inverse=True)
     n_pictures = int(picture.max()) + 1
@@ -63,7 +66,7 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
 def posterior_of(
     predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
 ) -> Floats:
-    """(N, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
+    """(M, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
     batches = source.batches(
         SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
     )

@@ -1,10 +1,9 @@
-"""Photos for people to label: which photos, in which order, and the names to choose from."""
+"""Photos for people to look at: which photos, in which order, and the names to choose from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,12 +18,12 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import failure_probability
 from vilu.triage.carrying import all_labels
-from vilu.triage.labels import side_of
+from vilu.triage.labels import sides_and_positions
 from vilu.triage.photos import FOLDER, Photos, PhotoStores
-from vilu.triage.state import DECISIONS_CSV, NEXT, STATE, TriageState
+from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS, STATE, TriageState
 
-CHOSEN: Final = "fit"
-"""Stream of a photo that no draw has asked for. Its label counts for no guarantee."""
+DEFAULT_STREAM: Final = "fit"
+"""Stream of a photo whose label nobody asked for. The label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
 """Columns that ``decisions.csv`` must have."""
@@ -47,11 +46,12 @@ class ReviewTask:
         path: Path of the photo, as tables write it.
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
-        quantile: Share of the photos that are no more doubtful than this one; None if not known.
-        runner_up: The second most likely answer.
+        quantile: Share of the photos that are no more doubtful than this photo; None if it is not
+            known.
+        runner_up: The second most likely answer; None if it is not known.
         zero_shot: The zero-shot answer; None if it is the same as ``answer``.
-        stream: Why the label was asked for. Photos that were not asked for have the stream
-            "fit" (``CHOSEN``): their labels may be used in fits only.
+        stream: Why the label was asked for. If nobody asked for it, the stream is "fit"
+            (``DEFAULT_STREAM``), so the label may only be used in fits.
         decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
         is_blind: Whether the model's answer is not shown.
     """
@@ -62,11 +62,11 @@ class ReviewTask:
     quantile: float | None = None
     runner_up: str | None = None
     zero_shot: str | None = None
-    stream: str = CHOSEN
+    stream: str = DEFAULT_STREAM
     decision: str = REVIEW
     is_blind: bool = False
 
-    def blind(self) -> ReviewTask:
+    def without_answer(self) -> ReviewTask:
         """The task without the model's answer."""
         return ReviewTask(
             path=self.path,
@@ -88,8 +88,8 @@ class Review:
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
         follow_links: Whether links in the folder of the photos may lead anywhere.
-        labels: Labels so far, as tables write them, by the path of the photo.
-        scores: File of the scores that are looked at; None for a triage.
+        labels: Maps paths of photos to their labels so far, as tables write them.
+        scores: File of scores whose rows are looked at; None for a triage.
     """
 
     tasks: list[ReviewTask]
@@ -105,8 +105,8 @@ class Review:
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
     """Open the photos of a triage, or the rows of scores, for people to look at.
 
-    Photos whose labels are asked for come first, in the order of the requests. Then come the
-    others, the most doubtful first. Rows of scores are ordered by falling uncertainty.
+    Photos whose labels are asked for come first, in the order of the requests. Then come all other
+    photos, the most doubtful photo first. Rows of scores are ordered by falling uncertainty.
 
     Args:
         source: The folder of a triage, or a file of scores.
@@ -129,17 +129,17 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
 def _review_of_triage(folder: Path, which: Which) -> Review:
     """The review of a triage, from the tables in its folder."""
     state = read_document(folder / STATE, TriageState)
-    hidden = _calibration_side(folder, state)
+    calibration_paths = _calibration_side(folder, state)
     tasks = []
     for task in _tasks_in_order(folder, which):
-        is_hidden = task.stream == "calibration" or task.path in hidden
-        tasks.append(task.blind() if is_hidden else task)
+        is_blind = task.stream == "calibration" or task.path in calibration_paths
+        tasks.append(task.without_answer() if is_blind else task)
     labels = {}
     for path, label in all_labels(folder).labels.items():
         labels[portable_name(path)] = portable_name(label)
     return Review(
         tasks,
-        names=_names(state.settings),
+        names=_names_to_choose_from(state.settings),
         photos=Path(state.photos),
         follow_links=state.follow_links,
         model="vilu triage",
@@ -149,42 +149,47 @@ def _review_of_triage(folder: Path, which: Which) -> Review:
 
 
 def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
-    """Photos that were asked for, in the order of the requests; then the most doubtful ones."""
-    streams = {}
-    for row in _read_table_of_triage(folder / NEXT, NEXT_COLUMNS):
+    """Tasks in their order: first the photos whose labels are asked for, then all other photos.
+
+    The first group has the order of the requests. In the second group the most doubtful photo is
+    first.
+    """
+    streams = {}  # maps the paths of the photos that were asked for to their streams
+    for row in _read_table_of_triage(folder / NEXT_LABELS, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
     tasks = []
     for row in _read_table_of_triage(folder / DECISIONS_CSV, DECISION_COLUMNS):
         if _is_wanted(row, streams, which):
-            tasks.append(_task(row, streams.get(row["path"], CHOSEN)))
+            tasks.append(_task_of_row(row, streams.get(row["path"], DEFAULT_STREAM)))
     number_of_request = {path: number for number, path in enumerate(streams)}
     n_requests = len(number_of_request)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
-        # All photos that were not asked for share the number after the last request.
+        # All photos that were not asked for have the same number, which follows the last request.
         number = number_of_request.get(task.path, n_requests)
         doubt = task.failure_probability if task.quantile is None else task.quantile
-        return number, -(doubt or 0.0)
+        return number, -(doubt or 0.0)  # the minus sign puts the most doubtful photo first
 
     return sorted(tasks, key=rank)
 
 
 def _calibration_side(folder: Path, state: TriageState) -> set[str]:
     """Paths of the photos of the calibration side."""
-    picture_of: dict[str, bytes] = {}
+    picture_of_path: dict[str, bytes] = {}
     stores = PhotoStores(folder / FOLDER)
     for number in stores.numbers():
         if stores.is_complete(number):
-            store = EmbeddingStore(stores.store(number))
+            store = EmbeddingStore(stores.store_folder(number))
             photos = Photos([(store, np.arange(len(store)))], bad={})
-            # What a newer store says about a photo replaces what an older one says.
-            picture_of |= zip(photos.ids, photos.pictures, strict=True)
+            # If an older store contains the same photo, the newer store replaces it.
+            picture_of_path.update(zip(photos.ids, photos.pictures, strict=True))
     seed = int(str(state.settings.get("seed", 0)))
-    is_calibration, _ = side_of(picture_of.values(), seed)
-    return set(compress(picture_of, is_calibration.tolist()))
+    is_calibration, _ = sides_and_positions(picture_of_path.values(), seed)
+    paths_and_sides = zip(picture_of_path, is_calibration.tolist(), strict=True)
+    return {path for path, is_on_side in paths_and_sides if is_on_side}
 
 
-def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
+def _names_to_choose_from(settings: Mapping[str, object]) -> tuple[str, ...]:
     """The classes of a triage, then its labels for "none of the classes"."""
     outside = [name for name in _list_setting(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_list_setting(settings, "classes"), *outside, OUTSIDE_NAME)
@@ -192,13 +197,17 @@ def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _list_setting(settings: Mapping[str, object], name: str) -> list[str]:
-    """The values of a setting that is a list; [] if the setting is missing or is no list."""
+    """The values in a setting that is a list; [] if the setting is missing or is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
 
 def _read_table_of_triage(path: Path, required_columns: Sequence[str]) -> list[CsvRow]:
-    """Read the rows of a table that a triage has written; DataError if the table is damaged."""
+    """Read the rows of a table that a triage has written.
+
+    Raises:
+        DataError: If a required column is missing, or if the table is damaged.
+    """
     columns, rows = csv_rows(path)
     remedy = "Run `vilu triage` again, which writes it."
     missing = [name for name in required_columns if name not in columns]
@@ -233,7 +242,10 @@ def _number(cell: str) -> float | None:
 
 
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
-    """Whether a row of ``decisions.csv`` is one that ``which`` selects."""
+    """Whether ``which`` selects this row of ``decisions.csv``.
+
+    The keys of ``streams`` are the paths of the photos whose labels are asked for.
+    """
     if which == "asked":
         return row["path"] in streams
     if which == "review":
@@ -241,7 +253,7 @@ def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which)
     return True
 
 
-def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
+def _task_of_row(row: Mapping[str, str], stream: str) -> ReviewTask:
     """The task for a row of ``decisions.csv``; empty cells become None."""
     zero_shot = row.get("zero_shot")
     if zero_shot in {"", row["answer"]}:
@@ -250,7 +262,7 @@ def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
         path=row["path"],
         answer=row["answer"] or None,
         failure_probability=_number(row["failure_probability"]),
-        quantile=_number(row.get("quantile", "")),  # earlier versions have no such column
+        quantile=_number(row.get("quantile", "")),  # earlier versions did not write this column
         runner_up=row["runner_up"] or None,
         zero_shot=zero_shot,
         stream=stream,

@@ -28,7 +28,7 @@ from vilu.errors import DataError
 from vilu.triage.carrying import all_labels
 from vilu.triage.label_files import add_label, require_suffix, write_new
 from vilu.triage.labels import SKIPPED, STREAMS, columns_of, labels_and_streams, read_labels
-from vilu.triage.review import CHOSEN, Review, ReviewTask
+from vilu.triage.review import DEFAULT_STREAM, Review, ReviewTask
 from vilu.triage.state import STATE
 
 CHOICE: Final = "label"
@@ -44,16 +44,16 @@ TRUTH_FIELD: Final = "ground_truth"
 """Field of a FiftyOne sample with a person's label."""
 
 FIFTYONE_VERSION: Final = "1.9.0"
-"""FiftyOne version whose format is written; newer versions convert the files."""
+"""Files are written in the format of this version of FiftyOne; newer versions convert them."""
 
-DATABASE_LIMIT: Final = 256 * 2**20
+MAX_EXPORT_BYTES: Final = 256 * 2**20
 """Maximum size of a file of finished tasks, in bytes."""
 
 Tool = Literal["label-studio", "fiftyone", "csv"]
 """Names of the labelling tools."""
 
-Labels = tuple[dict[str, str], dict[str, str]]
-"""Labels by path, and streams by path for the labels whose stream is known."""
+LabelsAndStreams = tuple[dict[str, str], dict[str, str]]
+"""Two mappings from the paths of photos: to their labels, and to the streams that are known."""
 
 
 def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") -> list[Path]:
@@ -63,8 +63,8 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
         review: Photos to look at.
         tool: The labelling tool.
         output: The file, .json or .csv; for FiftyOne a folder.
-        prefix: For Label Studio: text before the path of a photo in the address of its image, such
-            as "/data/local-files/?d=photos/".
+        prefix: For Label Studio: start of the address of every image, before the path of the photo.
+            An example is "/data/local-files/?d=photos/".
 
     Returns:
         The files that were written.
@@ -77,6 +77,7 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
 
 
 def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]:
+    """Write the tasks, and a file with the labelling configuration; return both paths."""
     require_suffix(output, ".json")
     config = output.with_suffix(".xml")
     tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
@@ -86,6 +87,7 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
 
 
 def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
+    """The task of one photo, with the answer of the model ``model`` as a prediction."""
     data = {
         IMAGE: prefix + quote(os.fsencode(original_path(task.path))),
         "path": task.path,
@@ -113,7 +115,7 @@ def _confidence(task: ReviewTask) -> float | None:
 
 
 def label_config(names: Sequence[str]) -> str:
-    """Make Label Studio's configuration (XML) for the choice of one name among ``names``."""
+    """Make Label Studio's labelling configuration (XML): a choice of one of the ``names``."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
     choices = ElementTree.SubElement(
@@ -138,8 +140,8 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     return [output]
 
 
-# For every field: type, class of an embedded document (or None), and name in the database.
-FIELDS: Final = {
+# Maps a field to its type, the class of its embedded document (or None), and its database name.
+SAMPLE_FIELDS: Final = {
     "id": ("ObjectIdField", None, "_id"),
     "filepath": ("StringField", None, "filepath"),
     "tags": ("ListField", None, "tags"),
@@ -151,17 +153,18 @@ FIELDS: Final = {
     "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
-"""Fields of a FiftyOne sample, in the order of FiftyOne's own fields and then ours."""
+"""Fields of a FiftyOne sample: first those that FiftyOne requires, then those of vilu."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
+    """Write the two files of a FiftyOne data set on disk; return their paths."""
     make_folder(output)
     metadata = {
         "name": "vilu",
         "version": FIFTYONE_VERSION,
         "media_type": "image",
         "default_classes": list(review.names),
-        "sample_fields": [_fiftyone_field(name) for name in FIELDS],
+        "sample_fields": [_fiftyone_field(name) for name in SAMPLE_FIELDS],
     }
     metadata_file = output / "metadata.json"
     samples_file = output / "samples.json"
@@ -172,17 +175,19 @@ def _write_fiftyone(review: Review, output: Path) -> list[Path]:
 
 
 def _fiftyone_field(name: str) -> dict[str, object]:
-    kind, embedded, column = FIELDS[name]
+    """The description of a field in ``metadata.json``."""
+    kind, embedded_class, database_name = SAMPLE_FIELDS[name]
     return {
         "name": name,
         "ftype": f"fiftyone.core.fields.{kind}",
-        "embedded_doc_type": embedded,
+        "embedded_doc_type": embedded_class,
         "subfield": "fiftyone.core.fields.StringField" if kind == "ListField" else None,
-        "db_field": column,
+        "db_field": database_name,
     }
 
 
 def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
+    """The entry of one photo in ``samples.json``."""
     classification: dict[str, object] | None = None
     if task.answer is not None:
         classification = {
@@ -193,7 +198,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
             "confidence": _confidence(task),
         }
     identifier = _object_id(task.path)
-    # FiftyOne draws samples by this number in [0, 1).
+    # FiftyOne draws random samples by this number in [0, 1). It comes from the first 32 bits.
     rand = int(identifier["$oid"][:8], 16) / 2**32
     return {
         "_id": identifier,
@@ -212,7 +217,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 
 def _text_of_path(portable: str) -> str:
-    """The path of a file for JSON: the real path, or ``portable`` if the path is no valid UTF-8."""
+    """The path of a file for JSON: the real path, or ``portable`` if UTF-8 cannot encode it."""
     path = original_path(portable)
     try:
         path.encode()
@@ -227,8 +232,8 @@ def _object_id(text: str) -> dict[str, str]:
     return {"$oid": hashlib.blake2b(content, digest_size=12).hexdigest()}
 
 
-def read_done(path: Path) -> Labels:
-    """Read the labels of finished tasks and their streams, by path.
+def read_finished_tasks(path: Path) -> LabelsAndStreams:
+    """Read the labels of finished tasks, and their streams.
 
     ``path`` is the folder of a triage, an export of Label Studio, a FiftyOne data set on disk, or a
     file of labels (``labels.read_labels``). A skipped task has the label "(skip)". Tasks without a
@@ -254,10 +259,11 @@ def read_done(path: Path) -> Labels:
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
+    """The content of a JSON file; DataError if it is too large, or no JSON."""
     with convert_os_errors(f"cannot read {path}"):
-        if path.stat().st_size > DATABASE_LIMIT:
+        if path.stat().st_size > MAX_EXPORT_BYTES:
             raise DataError(
-                f"{path} is larger than {DATABASE_LIMIT:,} bytes. Export fewer tasks at a time."
+                f"{path} is larger than {MAX_EXPORT_BYTES:,} bytes. Export fewer tasks at a time."
             )
         content = path.read_bytes()
     try:
@@ -266,8 +272,8 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
         raise DataError(f"{path} is not JSON: {error}.") from error
 
 
-def _labels_of_tasks(tasks: list[Any], source: Path) -> Labels:
-    """Labels and streams of Label Studio's tasks, by path."""
+def _labels_of_tasks(tasks: list[Any], source: Path) -> LabelsAndStreams:
+    """Labels and streams of Label Studio's tasks."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for task in tasks:
@@ -283,8 +289,8 @@ def _labels_of_tasks(tasks: list[Any], source: Path) -> Labels:
 
 
 def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
-    """The path of the photo of a task, or the path in the address of its image."""
-    # An export as JSON-MIN has no "data": the fields of the data are those of the task.
+    """The path of the photo of a task, or else the path in the address of its image."""
+    # An export as JSON-MIN has no "data". There the fields of the data are fields of the task.
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
@@ -325,8 +331,11 @@ def _only_choice(choice: object, path: str, source: Path) -> str | None:
     return names[0]
 
 
-def _labels_of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any content
-    """Labels and streams of FiftyOne's samples, by path."""
+def _labels_of_samples(
+    content: Any,  # noqa: ANN401 - any content
+    source: Path,
+) -> LabelsAndStreams:
+    """Labels and streams of FiftyOne's samples."""
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise DataError(f"{source} is no FiftyOne data set: samples.json holds no samples.")
@@ -344,8 +353,8 @@ def _labels_of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - 
 
 
 def _stream_of_tags(tags: Sequence[object]) -> str:
-    """The first tag that is the name of a stream; ``CHOSEN`` without such a tag."""
+    """The first tag that names a stream; ``DEFAULT_STREAM`` if there is no such tag."""
     for tag in tags:
         if tag in STREAMS:
             return str(tag)
-    return CHOSEN
+    return DEFAULT_STREAM

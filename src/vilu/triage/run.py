@@ -1,8 +1,8 @@
-"""The steps of a triage run: each takes the state of the folder and returns the next state.
+"""The steps of a triage run: each step takes the state of the folder and returns the next state.
 
 ``advance`` calls the steps in order. A step first writes its files, then writes the next state to
-``triage.json``, then returns this state. So a run that was killed between two steps continues with
-the second of them. A run that was killed inside a step repeats this step.
+``triage.json``, then returns this state. So if a run is killed between two steps, the next run
+continues with the second of them. If a run is killed inside a step, the next run repeats the step.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from vilu.triage.closed_folder import SPLITS
 from vilu.triage.fitting import (
     FitCase,
     answer_to_judge,
+    choose_method,
+    estimate_likely_right,
     fit,
     fit_case,
     is_worth_testing,
-    likely_right,
-    method_for,
 )
 from vilu.triage.forecast import Forecast, is_enough_to_fit
 from vilu.triage.guarantee import (
-    POSITIONS,
     GuaranteeProgress,
     Mask,
     PhotoSplit,
+    draw_probability,
     first_of_scene,
     keep_guarantee,
     progress_of,
@@ -76,14 +76,14 @@ from vilu.triage.state import (
 )
 from vilu.triage.trial import Trial, require_scores
 
-FURTHER: Final = 8
-"""Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
+THRESHOLDS_PER_STEP: Final = 8
+"""Once all thresholds up to the limit are certified, the limit rises by so many thresholds."""
 
 CALIBRATION_PART: Final = 3
-"""With a guarantee and no candidate, every third photo to label is of the calibration side."""
+"""With a guarantee and no candidate, one in so many photos to label is of the calibration side."""
 
-WORTH_MORE: Final = 1.25
-"""The limit of a candidate includes at least this multiple of the photos accepted at present."""
+CANDIDATE_COVERAGE_FACTOR: Final = 1.25
+"""The limit of a candidate includes at least so many times the photos that are accepted now."""
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +107,18 @@ class TriageRun:
     split: PhotoSplit
 
     @property
-    def present(self) -> Path:
-        """Folder of the present predictor, which decides."""
+    def present_folder(self) -> Path:
+        """Folder of the present predictor, which decides about the photos."""
         return self.root / PREDICTOR_FOLDER
 
     @property
-    def candidate(self) -> Path:
+    def candidate_folder(self) -> Path:
         """Folder of a candidate, which is tested while the present predictor decides."""
         return self.root / CANDIDATE_FOLDER
 
     def tested_folder(self, state: TriageState) -> Path:
-        """Folder of the tested predictor: the candidate if there is any, else the present one."""
-        return self.present if state.candidate is None else self.candidate
+        """Folder of the tested predictor: the candidate, or else the present predictor."""
+        return self.present_folder if state.candidate is None else self.candidate_folder
 
     def score(
         self, predictor: FailurePredictor, calibration: Calibration | None = None
@@ -148,20 +148,21 @@ class TriageResult:
         outcomes: Outcomes of all photos by the present predictor, with decisions.
         predictor: The present predictor, which decides.
         answer: Which answers the present predictor judges, and why.
-        likely: The estimate of which answers of the present predictor are likely right; None if an
-            earlier version of vilu fitted it.
+        likely_estimate: Which answers of the present predictor are likely right; None if an
+            earlier version of vilu fitted this predictor.
         rule: The guarantee of the present predictor; None if nothing is certified.
-        progress: How far the guarantee of the tested predictor is; None if the tested predictor
+        progress: Progress of the guarantee of the tested predictor; None if the tested predictor
             needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
         is_calibration: (N,) bool, which photos may count for a guarantee.
-        is_first_of_scene: (M,) bool, which of the photos that count for the guarantee are near
-            copies neither of a photo to fit on nor of an earlier photo; None without ``progress``.
+        is_first_of_scene: (M,) bool about the photos that count for the guarantee: which of them
+            are near copies neither of a photo to fit on nor of an earlier photo. None without
+            ``progress``.
         asked: Entries of the photos whose labels are asked for.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
-        forecast: How many photos further labels could get accepted.
+        forecast: How many photos could be accepted with more labels.
         n_new: Number of photos that were embedded in this run.
     """
 
@@ -169,7 +170,7 @@ class TriageResult:
     outcomes: Outcomes
     predictor: FailurePredictor
     answer: AnswerChoice
-    likely: LikelyRight | None
+    likely_estimate: LikelyRight | None
     rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
@@ -192,25 +193,33 @@ def run_triage(
     *,
     overwrite: bool = False,
 ) -> TriageResult:
-    """Run a triage once: embed new photos, note the labels, and take all steps (``advance``)."""
-    state = begin(root, settings, overwrite=overwrite)
+    """Run a triage once: embed new photos, note the labels, and take all steps (``advance``).
+
+    Args:
+        root: The folder of the triage.
+        settings: The settings of the run.
+        listing: The photos.
+        labels: Maps paths to labels that were given to this run.
+        streams: Maps paths to the streams that the files of these labels name.
+        overwrite: Whether to begin anew, and remove earlier results.
+    """
+    state = begin_run(root, settings, overwrite=overwrite)
     stores = PhotoStores(root / FOLDER)
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
-    # The book may no longer have its drawn photos, if their classes are gone. The state remembers
-    # that there were any.
+    # The state also remembers drawn photos that left the book, because their classes are gone.
     has_drawn = state.has_drawn or LabelBook.load(root / BOOK).has_drawn
-    streams = SPLITS[settings.about].streams_of(labels, streams, has_drawn=has_drawn)
+    streams = SPLITS[settings.about].streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
 
 
-def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
+def begin_run(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
     """Open the state in which a run begins, and carry it over to the settings of the run.
 
-    ``overwrite`` removes earlier results (``RESULT_FILES``).
+    With ``overwrite``, earlier results are removed (``RESULT_FILES``).
     """
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
@@ -221,8 +230,8 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
             else:
                 path.unlink(missing_ok=True)
     state = carry_over(root, state, settings)
-    folder = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
-    state = state.model_copy(update=folder)
+    location = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
+    state = state.model_copy(update=location)
     write_document(root / STATE, state)
     return state
 
@@ -245,24 +254,27 @@ def note_labels(
     labels: Mapping[str, str],
     streams: Mapping[str, str],
 ) -> LabelBook:
-    """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
+    """Add the new labels to the book; remove a guarantee if one of its labels has changed.
+
+    ``labels`` maps paths to the labels that were given to this run, and ``streams`` maps paths to
+    the streams of these labels. ``paths`` are the paths of all photos.
+    """
     book = LabelBook.load(root / BOOK)
-    book.rename(
-        text_of_version_0_1, paths
-    )  # books of version 0.1.0 write some paths in another way
-    # The guarantee is removed before the book is saved. Otherwise a run that is killed in between
-    # could leave a guarantee whose labels have changed.
+    book.rename(text_of_version_0_1, paths)
+    # The guarantee is removed before the book is saved. Otherwise, if the run is killed in between,
+    # a guarantee could stay although its labels have changed.
     remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))
     n_noted = book.answer(labels, streams)
     if n_noted:
         logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
-    n_photos_changed = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
+    picture_of_path = dict(zip(photos.ids, photos.pictures, strict=True))
+    n_photos_changed = book.note_pictures(picture_of_path)
     if n_photos_changed:
         logger.warning(
             "%d photos have changed since their labels were given, so no guarantee rests on them",
             n_photos_changed,
         )
-    # Noted labels are saved at once. Other changes are saved in the last step (``ask_for_labels``).
+    # New labels are saved at once. Other changes are saved in the last step (``ask_for_labels``).
     if n_noted:
         book.save(root / BOOK)
     return book
@@ -284,25 +296,30 @@ def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
     """Take all steps after the photos were embedded; return the next state and the result."""
-    photos.label(book.labels, settings.of_no_class)
+    photos.label(book.labels, settings.outside_labels)
     split = SPLITS[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
     has_drawn = state.has_drawn or book.has_drawn
-    state = bind(state, split.bound_to(photos), has_drawn=has_drawn)
+    state = bind_to_pictures(state, split.pictures_digest(photos), has_drawn=has_drawn)
     state = test_before_a_fit(run, state)
     state, predictor = choose_predictor(run, state)
     run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
-    tested = run.score(predictor)
-    state, progress = test_predictor(run, state, predictor, tested)
-    state = ask_for_labels(run, state, tested.uncertainty, progress)
-    result = _result(run, state, tested, progress)
+    tested_outcomes = run.score(predictor)
+    state, progress = test_predictor(run, state, predictor, tested_outcomes)
+    state = ask_for_labels(run, state, tested_outcomes.uncertainty, progress)
+    result = _result(run, state, tested_outcomes, progress)
     guarantee = "" if result.rule is None else str(result.rule)
     state = run.write(state.model_copy(update={"guarantee": guarantee}))
     return state, result
 
 
-def bind(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
-    """The state, bound to the pictures that the guarantee is about; None: it is about new ones.
+def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
+    """The state with the digest of the pictures that the guarantee is about.
+
+    Args:
+        state: The state before.
+        pictures: The digest; None if the guarantee is about new photos.
+        has_drawn: Whether photos were drawn already.
 
     Raises:
         UsageError: If pictures were added, removed or changed after the first draw.
@@ -312,47 +329,58 @@ def bind(state: TriageState, pictures: str | None, *, has_drawn: bool) -> Triage
         raise UsageError(
             "photos were added, removed or changed after the first labels were drawn, and `--about "
             "folder` is about the photos that were there. Give the folder as it was, or a new -o, "
-            "with --labels and the labels.parquet of this one."
+            "with --labels and the labels.parquet of this folder."
         )
     return state.model_copy(update={"pictures": pictures, "has_drawn": has_drawn})
 
 
 def _result(
-    run: TriageRun, state: TriageState, tested: Outcomes, progress: GuaranteeProgress | None
+    run: TriageRun,
+    state: TriageState,
+    tested_outcomes: Outcomes,
+    progress: GuaranteeProgress | None,
 ) -> TriageResult:
-    predictor = load_predictor(run.present)
-    calibration = Calibration.find(run.present)
+    """The result of a run, from the state after all steps."""
+    predictor = load_predictor(run.present_folder)
     is_first_of_scene = None
     if progress is not None:
         is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
     n_fit = _number_of_fit_labels(run, state, predictor)
-    outcomes = run.score(predictor, calibration)
-    # so that `vilu evaluate` and `vilu calibrate` know that the predictor learned from these labels
-    seen = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
-    outcomes = dataclasses.replace(outcomes, provenance={**outcomes.provenance, **seen})
+    outcomes = _outcomes_with_decisions(run, predictor, n_fit)
     return TriageResult(
         photos=run.photos,
         outcomes=outcomes,
         predictor=predictor,
         answer=state.answer,
-        likely=likely_with_drawn(run, state, predictor, outcomes),
-        rule=rule_in_force(run.present),
+        likely_estimate=likely_with_drawn_labels(run, state, predictor, outcomes),
+        rule=rule_in_force(run.present_folder),
         progress=progress,
-        tested_outcomes=tested,
+        tested_outcomes=tested_outcomes,
         has_candidate=state.candidate is not None,
-        is_calibration=run.split.for_calibration,
+        is_calibration=run.split.usable_calibration,
         is_first_of_scene=is_first_of_scene,
         asked=run.book.waiting(),
         book=run.book,
         n_fit=n_fit,
-        forecast=forecast_of(run, state, tested),
+        forecast=forecast_of(run, state, tested_outcomes),
     )
 
 
-def likely_with_drawn(
+def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit: int) -> Outcomes:
+    """Outcomes of all photos by the present predictor, which was fitted on ``n_fit`` labels."""
+    outcomes = run.score(predictor, Calibration.find(run.present_folder))
+    # By these entries `vilu evaluate` and `vilu calibrate` know that the predictor was fitted on
+    # some of the labels.
+    entries = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
+    return dataclasses.replace(outcomes, provenance={**outcomes.provenance, **entries})
+
+
+def likely_with_drawn_labels(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, outcomes: Outcomes
 ) -> LikelyRight | None:
-    """The estimate of the present predictor with all labels of its draw; it is kept beside it.
+    """The estimate of which answers are likely right, updated with all labels of the draw.
+
+    The new estimate is saved in the folder of the present predictor.
 
     Args:
         run: The run.
@@ -360,54 +388,56 @@ def likely_with_drawn(
         predictor: The present predictor.
         outcomes: Outcomes of all photos by the present predictor.
     """
-    likely = LikelyRight.find(run.present)
-    if likely is None or state.trial is None:
-        return likely
-    if len(likely.failure) != likely.n:  # a file of a version that did not keep the answers
-        return likely
+    likely_estimate = LikelyRight.find(run.present_folder)
+    if likely_estimate is None or state.trial is None:
+        return likely_estimate
+    lacks_answers = len(likely_estimate.failure) != likely_estimate.n
+    if lacks_answers:  # an earlier version of vilu did not save the answers
+        return likely_estimate
     split = run.split.for_predictor(predictor, run.photos)
     rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
-    drawn = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
-    with_drawn = likely.with_drawn(drawn, outcomes.uncertainty)
-    with_drawn.save(run.present)
-    return with_drawn
+    drawn_answers = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
+    new_estimate = likely_estimate.with_drawn(drawn_answers, outcomes.uncertainty)
+    new_estimate.save(run.present_folder)
+    return new_estimate
 
 
 def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
-    """Number of labels that the present predictor was fitted on, or an upper bound of it."""
+    """Number of labels that the present predictor was fitted on, or an upper bound on it."""
     if state.trial is not None:
         return state.trial.n_fit
-    # without a calibration photo there is no trial, which would have the number
+    # There is no trial if there is no calibration photo. Then only the upper bound is known.
     return len(run.split.fit_rows) if predictor.needs_labels else 0
 
 
-def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecast:
-    """How many photos further labels could get accepted, by the tested predictor."""
+def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -> Forecast:
+    """How many photos the tested predictor could accept with more labels."""
     trial = state.tested_trial
     settings = run.settings
+    n_photos_to_pick = len(run.split.rows_to_pick(run.photos, run.book))
     return Forecast.of(
-        tested.uncertainty[run.split.for_calibration],
+        tested_outcomes.uncertainty[run.split.usable_calibration],
         n_photos=len(run.photos),
         n_classes=len(settings.embedding.names),
         n_fit_labels=0 if trial is None else trial.n_fit,
-        most_fit_labels=len(run.split.fit_rows) + len(run.split.rows_to_pick(run.photos, run.book)),
+        most_fit_labels=len(run.split.fit_rows) + n_photos_to_pick,
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
         level=level_of(state.n_tested + 1, settings.delta),
-        looks_of=run.split.looks_before_labels,
+        make_looks=run.split.looks_before_labels,
         share_accepted=share_accepted(run),
     )
 
 
 def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
-    """Test the predictor of the last run if a new predictor would take its place untested.
+    """Test the tested predictor of the last run once more before a new predictor replaces it.
 
-    Labels of a draw and labels to fit on may come in the same run. Without this test the labels of
-    the draw would say nothing about the predictor that they were drawn for.
+    Labels of a draw and labels to fit on may come in the same run. Without this test, the labels of
+    the draw would not be used for the predictor that they were drawn for.
     """
-    is_going_on = case_of(run, state).goes_on
+    predictor_stays = fit_case_of(run, state).keeps_predictor
     is_missing = not (run.tested_folder(state) / PREDICTOR).is_file()
-    if is_going_on or is_missing or state.tested_trial is None:
+    if predictor_stays or is_missing or state.tested_trial is None:
         return state
     predictor = _load_uncalibrated(run.tested_folder(state))
     run = dataclasses.replace(run, split=run.split.for_predictor(predictor, run.photos))
@@ -416,23 +446,23 @@ def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
 
 
 def test_predictor(
-    run: TriageRun, state: TriageState, predictor: FailurePredictor, tested: Outcomes
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, tested_outcomes: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress | None]:
-    """Count the labels for the tested predictor, and keep what they certify.
+    """Count the labels for the tested predictor, and write the guarantee that they certify.
 
     Returns:
-        The next state, and how far the guarantee is: None if the predictor needs no labels, or if
-        there is no calibration photo.
+        The next state, and the progress of the guarantee. The progress is None if the predictor
+        needs no labels, or if there is no calibration photo.
     """
-    has_test = predictor.needs_labels and run.split.for_calibration.any()
+    has_test = predictor.needs_labels and run.split.usable_calibration.any()
     if not has_test:
         return state, None
-    state, progress = count_labels(run, state, tested)
-    return keep_certified(run, state, predictor, tested, progress), progress
+    state, progress = count_labels(run, state, tested_outcomes)
+    return write_certified_guarantee(run, state, predictor, tested_outcomes, progress), progress
 
 
 def rule_in_force(folder: Path) -> Rule | None:
-    """The guarantee of the predictor in a folder; None without a feasible rule."""
+    """The feasible rule of the predictor in a folder; None if there is no such rule."""
     calibration = Calibration.find(folder)
     if calibration is None or calibration.rule is None:
         return None
@@ -441,61 +471,64 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: choose the predictor to test. The labels of the last step are for its test.
+# The first step: choose the predictor to test. The last step asks for labels to test it.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
     """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
-    case = case_of(run, state)
-    if case.goes_on:
+    case = fit_case_of(run, state)
+    if case.keeps_predictor:
         return state, _load_uncalibrated(run.tested_folder(state))
     fit_rows = run.split.fit_rows
-    method = method_for(run.photos, fit_rows)
+    method = choose_method(run.photos, fit_rows)
     predictor = fit(method, run.photos, fit_rows, run.settings.seed)
     labelled = run.photos.take(fit_rows)
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
     uncertainty = run.score(predictor).uncertainty
-    likely = likely_right(predictor, uncertainty, run.settings.max_risk)
+    likely_estimate = estimate_likely_right(predictor, uncertainty, run.settings.max_risk)
     if case is FitCase.NO_GUARANTEE:
-        state = _let_decide(run, state, predictor, trial=None, answer=answer, likely=likely)
+        state = _save_as_present(
+            run, state, predictor, trial=None, answer=answer, likely_estimate=likely_estimate
+        )
         return run.write(state), predictor
-    return _begin_trial(run, state, predictor, answer, likely, uncertainty)
+    return _begin_trial(run, state, predictor, answer, likely_estimate, uncertainty)
 
 
-def case_of(run: TriageRun, state: TriageState) -> FitCase:
+def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
     """Whether the run fits a new predictor, and why."""
     fit_rows = run.split.fit_rows
     return fit_case(
         state,
-        method=method_for(run.photos, fit_rows),
+        method=choose_method(run.photos, fit_rows),
         n_labels=len(fit_rows),
         is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
-        is_guaranteed=rule_in_force(run.present) is not None,
-        has_calibration_photos=bool(run.split.for_calibration.any()),
+        is_guaranteed=rule_in_force(run.present_folder) is not None,
+        has_calibration_photos=bool(run.split.usable_calibration.any()),
     )
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
+    """The predictor as it was fitted, without the probabilities of an earlier calibration."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
     return predictor
 
 
-def _let_decide(
+def _save_as_present(
     run: TriageRun,
     state: TriageState,
     predictor: FailurePredictor,
     *,
     trial: Trial | None,
     answer: AnswerChoice,
-    likely: LikelyRight | None,
+    likely_estimate: LikelyRight | None,
 ) -> TriageState:
-    """Save a predictor as the present one, which decides. The caller writes the returned state."""
-    predictor.save(run.present)
-    if likely is not None:
-        likely.save(run.present)
-    Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
+    """Save a predictor as the present predictor. The caller writes the returned state."""
+    predictor.save(run.present_folder)
+    if likely_estimate is not None:
+        likely_estimate.save(run.present_folder)
+    Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present_folder)
     return state.model_copy(
         update={
             "method": predictor.name,
@@ -512,21 +545,22 @@ def _begin_trial(
     state: TriageState,
     predictor: FailurePredictor,
     answer: AnswerChoice,
-    likely: LikelyRight,
+    likely_estimate: LikelyRight,
     scores: Floats,
 ) -> tuple[TriageState, FailurePredictor]:
     """Make a new predictor the candidate if its test is worth the labels.
 
-    ``scores`` (N,) are its uncertainties of all photos.
+    ``scores`` (N,) are its uncertainties of all photos. The result is the next state and the tested
+    predictor: the new predictor, or the predictor that was tested before.
     """
     n_labels = len(run.split.fit_rows)
-    least_share = min(WORTH_MORE * share_accepted(run), 1.0)
+    least_share = min(CANDIDATE_COVERAGE_FACTOR * share_accepted(run), 1.0)
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
         return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
-    predictor.save(run.candidate)
-    likely.save(run.candidate)
+    predictor.save(run.candidate_folder)
+    likely_estimate.save(run.candidate_folder)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
     return run.write(next_state), predictor
 
@@ -534,14 +568,21 @@ def _begin_trial(
 def plan_trial(
     run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
 ) -> Trial:
-    """Plan the trial of a predictor; its limit includes at least ``least_share`` of the photos."""
+    """Plan the trial of a predictor.
+
+    Args:
+        run: The run.
+        state: The state before the trial.
+        scores: (N,) uncertainties of all photos by the predictor.
+        least_share: The limit includes at least this share of the calibration photos.
+    """
     settings = run.settings
-    for_calibration = run.split.for_calibration
-    require_scores(scores, np.flatnonzero(for_calibration), run.photos.ids)
-    n_answered = int((for_calibration & run.split.answered).sum())
+    usable_calibration = run.split.usable_calibration
+    require_scores(scores, np.flatnonzero(usable_calibration), run.photos.ids)
+    n_answered = int((usable_calibration & run.split.answered).sum())
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
-        scores=scores[for_calibration],
+        scores=scores[usable_calibration],
         n_answered=n_answered,
         max_risk=settings.max_risk,
         delta=level_of(state.n_tested + 1, settings.delta),
@@ -551,12 +592,12 @@ def plan_trial(
 
 def share_accepted(run: TriageRun) -> float:
     """Share of the calibration photos that the guarantee in force accepts."""
-    for_calibration = run.split.for_calibration
-    rule = rule_in_force(run.present)
-    if rule is None or rule.threshold is None or not for_calibration.any():
+    usable_calibration = run.split.usable_calibration
+    rule = rule_in_force(run.present_folder)
+    if rule is None or rule.threshold is None or not usable_calibration.any():
         return 0.0
-    uncertainty = load_predictor(run.present).predict_uncertainty(run.photos)
-    is_accepted = uncertainty[for_calibration] <= rule.threshold
+    uncertainty = load_predictor(run.present_folder).predict_uncertainty(run.photos)
+    is_accepted = uncertainty[usable_calibration] <= rule.threshold
     return float(is_accepted.mean())
 
 
@@ -564,23 +605,22 @@ def share_accepted(run: TriageRun) -> float:
 
 
 def count_labels(
-    run: TriageRun, state: TriageState, tested: Outcomes
+    run: TriageRun, state: TriageState, tested_outcomes: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress]:
-    """Count the labels for the guarantee, and note what the test uses of the level."""
-    trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
+    """Count the labels for the guarantee, and note which share of the level the test uses."""
+    trial = state.tested_trial or plan_trial(run, state, tested_outcomes.uncertainty)
     settings = run.settings
+    level = trial.level
+    if level == 0:  # the test has not used a share of the level yet
+        level = level_of(state.n_tested + 1, settings.delta)
     progress = progress_of(
-        trial,
-        tested,
-        run.split,
-        max_risk=settings.max_risk,
-        level=trial.level or level_of(state.n_tested + 1, settings.delta),
+        trial, tested_outcomes, run.split, max_risk=settings.max_risk, level=level
     )
-    return run.write(note_test(state, trial, progress)), progress
+    return run.write(state_after_test(state, trial, progress)), progress
 
 
-def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
-    """The state after a test: what the test used of the level."""
+def state_after_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
+    """The state after a test, with its trial. Tests that used a share of the level are counted."""
     # A test with too few labels to certify anything uses none of the level, so it is not counted.
     starts_to_count = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
     if starts_to_count:
@@ -589,19 +629,24 @@ def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> 
     return state.with_trial(trial)
 
 
-# The third step: keep what was certified.
+# The third step: write the guarantee that was certified.
 
 
-def keep_certified(
+def write_certified_guarantee(
     run: TriageRun,
     state: TriageState,
     predictor: FailurePredictor,
-    tested: Outcomes,
+    tested_outcomes: Outcomes,
     progress: GuaranteeProgress,
 ) -> TriageState:
-    """Write a better guarantee; a candidate replaces the present predictor if it accepts more."""
+    """Write the certified guarantee if it is better than the guarantee in force.
+
+    A candidate with a better guarantee replaces the present predictor.
+    """
     if state.candidate is not None:
-        is_accepted = tested.uncertainty[run.split.for_calibration] <= progress.threshold
+        is_accepted = (
+            tested_outcomes.uncertainty[run.split.usable_calibration] <= progress.threshold
+        )
         share = float(is_accepted.mean())
         share_before = share_accepted(run)
         if share <= share_before:
@@ -611,39 +656,59 @@ def keep_certified(
             100 * share,
             100 * share_before,
         )
-        state = _let_decide(
-            run,
-            state,
-            predictor,
-            trial=state.candidate,
-            answer=state.candidate_answer,
-            likely=LikelyRight.find(run.candidate),
-        )
-        # The old state refers to the folder of the candidate. So the new state is written before
-        # the folder is removed.
-        state = run.write(state)
-        shutil.rmtree(run.candidate)
-    if _replaces(progress, rule_in_force(run.present)):
-        settings = run.settings
-        all_progress = {ALL: progress}
-        closed = run.split.closed(run.photos, tested.uncertainty, progress.threshold)
-        rule = rule_of(all_progress, settings.max_risk, settings.confidence, closed)
-        keep_guarantee(
-            run.present,
-            predictor,
-            run.photos,
-            all_progress,
-            progress.outcomes,
-            rule,
-            settings.photos.name,
-        )
+        state = _replace_present_predictor(run, state, predictor)
+    if _is_better(progress, rule_in_force(run.present_folder)):
+        _write_guarantee(run, predictor, tested_outcomes, progress)
     return state
 
 
-def _replaces(progress: GuaranteeProgress, rule: Rule | None) -> bool:
-    """Whether a new rule is written from the progress.
+def _replace_present_predictor(
+    run: TriageRun, state: TriageState, candidate: FailurePredictor
+) -> TriageState:
+    """Replace the present predictor by the candidate; return the next state."""
+    state = _save_as_present(
+        run,
+        state,
+        candidate,
+        trial=state.candidate,
+        answer=state.candidate_answer,
+        likely_estimate=LikelyRight.find(run.candidate_folder),
+    )
+    # The old state refers to the folder of the candidate. So the new state is written before the
+    # folder is removed.
+    state = run.write(state)
+    shutil.rmtree(run.candidate_folder)
+    return state
 
-    A rule in force stays certified. So it is only replaced by a rule that accepts more.
+
+def _write_guarantee(
+    run: TriageRun,
+    predictor: FailurePredictor,
+    tested_outcomes: Outcomes,
+    progress: GuaranteeProgress,
+) -> None:
+    """Write the rule that the labels certify, to the folder of the present predictor."""
+    settings = run.settings
+    all_progress = {ALL: progress}
+    closed_photos = run.split.closed_photos(
+        run.photos, tested_outcomes.uncertainty, progress.threshold
+    )
+    rule = rule_of(all_progress, settings.max_risk, settings.confidence, closed_photos)
+    keep_guarantee(
+        run.present_folder,
+        predictor,
+        run.photos,
+        all_progress,
+        counted_outcomes=progress.outcomes,
+        rule=rule,
+        dataset=settings.photos.name,
+    )
+
+
+def _is_better(progress: GuaranteeProgress, rule: Rule | None) -> bool:
+    """Whether a rule from the progress replaces ``rule``, the rule in force.
+
+    The rule in force stays certified, so it is only replaced by a rule that accepts more photos.
     """
     if not len(progress.rows):
         return False
@@ -658,17 +723,20 @@ def _replaces(progress: GuaranteeProgress, rule: Rule | None) -> bool:
 def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
-    """Ask for the labels of the draw that are missing, or else for new labels of both sides."""
+    """Ask for labels that are missing in the draw. If none is missing, ask for new labels.
+
+    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
+    """
     description = read_description(run.tested_folder(state) / PREDICTOR)
     # The book names a predictor by the start of the digest of its weights.
     fingerprint = str(description["weights_sha256"])[:16]
-    missing = np.zeros(0, np.int64) if progress is None else progress.missing
-    _withdraw_requests(run, fingerprint, _paths_of(run, missing))
-    drawn_rows = missing
-    if progress is not None and not len(missing):
-        state, drawn_rows = _draw(run, state, uncertainty, progress)
+    missing_rows = np.zeros(0, np.int64) if progress is None else progress.missing_rows
+    _withdraw_requests(run, fingerprint, _paths_of(run, missing_rows))
+    drawn_rows = missing_rows
+    if progress is not None and not len(missing_rows):
+        state, drawn_rows = _draw_photos(run, state, uncertainty, progress)
     _ask_for_guarantee(run, fingerprint, drawn_rows)
-    if not len(missing):
+    if not len(missing_rows):
         n_to_fit = run.settings.n_next - len(run.book.waiting())
         _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
     run.book.save(run.root / BOOK)
@@ -676,43 +744,46 @@ def ask_for_labels(
 
 
 def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
-    """Ask for labels of calibration ``rows``, in the random order, unless they are asked for."""
+    """Ask for the labels of calibration ``rows`` that are not asked for yet.
+
+    ``rows`` (M,) are in the random order. ``fingerprint`` is that of the tested predictor.
+    """
     if not len(rows):
         return
-    waiting = {entry.path for entry in run.book.waiting()}
-    new_paths = [path for path in _paths_of(run, rows) if path not in waiting]
+    asked_paths = {entry.path for entry in run.book.waiting()}
+    new_paths = [path for path in _paths_of(run, rows) if path not in asked_paths]
     last_position = int(run.split.position[rows[-1]])
-    probability = (last_position + 1) / POSITIONS
+    probability = draw_probability(last_position)
     run.book.ask(new_paths, "calibration", predictor=fingerprint, probability=probability)
 
 
-def _draw(
+def _draw_photos(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
 ) -> tuple[TriageState, Ints]:
     """Draw the next calibration photos; return the state after the draw, and their rows."""
-    nothing: Ints = np.zeros(0, np.int64)
+    no_rows: Ints = np.zeros(0, np.int64)
     trial = state.tested_trial
     if trial is None:
-        return state, nothing
+        return state, no_rows
     n_drawn = n_to_draw(
         state,
         run.settings.n_next,
-        is_guaranteed=rule_in_force(run.present) is not None,
+        is_guaranteed=rule_in_force(run.present_folder) is not None,
         is_ready=is_ready_to_draw(run, trial),
-        can_be_shown=progress.more is not None,
+        can_be_shown=progress.n_more_labels is not None,
     )
     if not n_drawn:
-        return state, nothing
-    trial = further_trial(trial, progress, uncertainty[run.split.for_calibration])
+        return state, no_rows
+    trial = trial_with_raised_limit(trial, progress, uncertainty[run.split.usable_calibration])
     rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
     return state.with_trial(trial), rows
 
 
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
-    """Whether a predictor without a guarantee is worth calibration labels already.
+    """Whether calibration labels are asked for already, for a predictor without a guarantee.
 
     A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
-    no photo is left to fit on, nothing is gained by waiting, so the predictor is always worth them.
+    no photo is left to fit on, nothing is gained by waiting, so the result is True.
     """
     if not len(run.split.rows_to_pick(run.photos, run.book)):
         return True
@@ -725,20 +796,25 @@ def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
     return [run.photos.ids[row] for row in rows.tolist()]
 
 
-def _withdraw_requests(run: TriageRun, fingerprint: str, missing: list[str]) -> None:
-    """Withdraw the requests that were made for another predictor than that with ``fingerprint``.
+def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str]) -> None:
+    """Withdraw requests for labels that were made for another predictor.
 
-    Requests for labels of the paths ``missing`` stay. If there are any and nothing is guaranteed,
-    all other requests are withdrawn.
+    Requests for labels of ``missing_paths`` always stay. If there are such paths and nothing is
+    guaranteed, all other requests are withdrawn.
+
+    Args:
+        run: The run.
+        fingerprint: Fingerprint of the tested predictor.
+        missing_paths: Paths of the photos whose labels are missing in the draw.
     """
-    only_missing = bool(missing) and rule_in_force(run.present) is None
+    only_missing = bool(missing_paths) and rule_in_force(run.present_folder) is None
 
-    def is_forgotten(entry: Entry) -> bool:
-        if entry.path in missing:
+    def is_withdrawn(entry: Entry) -> bool:
+        if entry.path in missing_paths:
             return False
         return only_missing or entry.predictor != fingerprint
 
-    run.book.forget(is_forgotten)
+    run.book.forget(is_withdrawn)
 
 
 def n_to_draw(
@@ -748,14 +824,14 @@ def n_to_draw(
 
     - If a candidate is tested: all labels.
     - If there is a guarantee: every third label.
-    - If the predictor is ready (``is_ready_to_draw``) and a guarantee is possible: all labels.
+    - If calibration labels are asked for already and a guarantee is possible: all labels.
     - In all other cases: none.
 
     Args:
         state: State of the triage.
         n: Number of labels that are asked for.
         is_guaranteed: Whether a guarantee is in force.
-        is_ready: Whether the predictor is worth calibration labels.
+        is_ready: Whether calibration labels are asked for already (``is_ready_to_draw``).
         can_be_shown: Whether some number of further calibration labels would certify a threshold.
     """
     if state.candidate is not None:
@@ -765,18 +841,22 @@ def n_to_draw(
     return n if is_ready and can_be_shown else 0
 
 
-def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
-    """The trial with its limit ``FURTHER`` thresholds higher, if the present limit is certified.
+def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
+    """The trial, with a higher limit if the present limit is certified.
 
-    Otherwise the trial itself. ``scores`` (M,) are the uncertainties of the calibration photos.
+    ``scores`` (M,) are the uncertainties of the calibration photos.
     """
-    if progress.certified != progress.looks.last:
+    if progress.certified_index != progress.looks.last:
         return trial
-    return trial.further(FURTHER, scores)
+    return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
 
 def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -> None:
-    """Ask for ``n`` labels of the fit side."""
+    """Ask for ``n`` labels to fit on.
+
+    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor, which has the
+    fingerprint ``fingerprint``.
+    """
     if n <= 0:
         return
     rows = run.split.rows_to_pick(run.photos, run.book)

@@ -1,6 +1,7 @@
 """A web page on which one person labels photos with the keyboard.
 
-Answers are saved in the order in which they were given, while the next photo is shown already.
+While an answer is saved, the page already shows the next photo. Answers are saved in the order in
+which they were given.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from vilu.triage.review import Review
 LOOPBACK: Final = "127.0.0.1"
 """Address at which only this machine can reach the page."""
 
-SIDE: Final = 1600
-"""Longest side of a photo on the page, in pixels."""
+LONGEST_SIDE: Final = 1600
+"""Length of the longest side of a photo on the page, in pixels, if the photo is not smaller."""
 
-MAX_BODY: Final = 10_000
+MAX_BODY_BYTES: Final = 10_000
 """Maximum length of the body of an answer, in bytes."""
 
 
@@ -52,11 +53,11 @@ class ReviewSession:
         output: CSV of labels. If it exists, its labels are read first.
 
     Attributes:
-        answers: Labels by the path of the photo.
-        streams: Streams by the path of the photo, as they were in the file at the start.
-        labelled_before: Paths that had a label in the file at the start. They keep their streams.
-        written: Content of the file when this session last read or wrote it; None if there was no
-            file.
+        answers: Maps the paths of photos to labels.
+        streams: Maps the paths of photos to streams, as the file had them at the start.
+        labelled_before: Paths that had a label in the file at the start. Their streams are kept.
+        last_content: Content of the file when this session last read or wrote it; None if there was
+            no file.
         lock: Held while an answer is saved.
         bounds: Reads files of the folder of photos, and of no other folder.
 
@@ -70,7 +71,7 @@ class ReviewSession:
     answers: dict[str, str] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)
     labelled_before: frozenset[str] = frozenset()
-    written: bytes | None = None
+    last_content: bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -82,16 +83,21 @@ class ReviewSession:
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
         self.bounds = Bounds(self.review.photos, follow_links=self.review.follow_links)
-        self.written = self._content_on_disk()
-        if self.written is not None:
+        self.last_content = self._content_on_disk()
+        if self.last_content is not None:
             self.answers, self.streams = read_labels(self.output)
             self.labelled_before = frozenset(self.answers)
-            known = {task.path for task in self.review.tasks}
-            if self.answers and not known & self.answers.keys():
+            paths = {task.path for task in self.review.tasks}
+            has_no_label_of_task = paths.isdisjoint(self.answers)
+            if self.answers and has_no_label_of_task:
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
     def answer(self, index: object, label: object) -> None:
-        """Set the label of the photo number ``index``, and save all labels; None removes the label.
+        """Set the label of a photo, and save all labels.
+
+        Args:
+            index: Number of the photo.
+            label: The label; None removes the label of the photo.
 
         Raises:
             DataError: If there is no photo with this number, or if the label is no known name.
@@ -115,21 +121,21 @@ class ReviewSession:
 
     def _save(self, answers: dict[str, str]) -> None:
         """Write the answers; BusyError if another program has changed the file."""
-        # A file that was removed (None) is written again.
-        if self._content_on_disk() not in {None, self.written}:
+        # If the file was removed meanwhile (None), it is written again.
+        if self._content_on_disk() not in {None, self.last_content}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        # A label that was in the file without a stream is of a photo that was picked at random. It
-        # gets no stream here.
+        # A label that the file had without a stream belongs to a photo that was picked at random.
+        # So it gets no stream here.
         streams = dict(self.streams)
         for task in self.review.tasks:
             if task.path not in self.labelled_before:
                 streams[task.path] = task.stream
         content = csv_bytes(label_columns(answers, streams))
         write_bytes(self.output, content)
-        self.written = content
+        self.last_content = content
 
     def _content_on_disk(self) -> bytes | None:
         """Present content of the file; None if there is no file."""
@@ -137,7 +143,7 @@ class ReviewSession:
             return self.output.read_bytes() if self.output.exists() else None
 
     def picture(self, index: int) -> bytes:
-        """Encode a photo as WebP; it is decoded with the protection against hostile files.
+        """A photo as WebP. The photo is decoded with the protection against hostile files.
 
         Raises:
             BadImage: If the file cannot be decoded as a picture.
@@ -145,13 +151,13 @@ class ReviewSession:
         """
         path = original_path(self.review.tasks[index].path)
         image = decode_image(self.bounds.read(path)).image
-        image.thumbnail((SIDE, SIDE))
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         content = BytesIO()
         image.save(content, "WEBP", quality=85, method=2)
         return content.getvalue()
 
     def page_data(self) -> dict[str, Any]:
-        """Data of the page, ready for JSON: the names to choose from, and the photos."""
+        """The data that the page shows, for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
             facts = {
@@ -175,14 +181,14 @@ class ReviewSession:
         }
 
     def _names_by_use(self) -> list[str]:
-        """Names that were given as labels so far, the most frequent first."""
-        # The triage may know the file of answers already; each photo counts once.
+        """Names that photos have as labels so far, the most frequent name first."""
+        # The triage may have read the file of answers already, but each photo counts once.
         labels = {**self.review.labels, **self.answers}
         counts = Counter(labels.values())
         return [name for name, _ in counts.most_common() if name in self.review.names]
 
     def next_command(self) -> str:
-        """What to do with the file of labels, as a part of a sentence."""
+        """Phrase that says which command takes the file of labels next."""
         if self.review.scores is None:
             return f"the same `vilu triage` command with --labels {quote(str(self.output))}"
         scores = str(self.review.scores)
@@ -234,8 +240,8 @@ class PageServer(ThreadingHTTPServer):
 class PageHandler(BaseHTTPRequestHandler):
     """Handles the requests of the page.
 
-    A request is refused without the secret key, with another host name of this machine, or from the
-    page of another site.
+    A request is refused if it has no secret key, if it names this machine by another host name, or
+    if it comes from the page of another site.
 
     Attributes:
         page_session: The photos and the answers.
@@ -255,12 +261,12 @@ class PageHandler(BaseHTTPRequestHandler):
         kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
         n_photos = len(self.page_session.review.tasks)
         if not kind:
-            self._page()
+            self._send_page()
         elif kind == "tasks":
             content = json.dumps(self.page_session.page_data()).encode()
             self._send(HTTPStatus.OK, content, "application/json")
         elif kind == "photo" and number.isdigit() and int(number) < n_photos:
-            self._photo(int(number))
+            self._send_photo(int(number))
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
@@ -269,9 +275,9 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer has at most {MAX_BODY} bytes"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer has at most {MAX_BODY_BYTES} bytes"
             )
             return
         try:
@@ -289,17 +295,17 @@ class PageHandler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
     def _is_allowed(self) -> bool:
-        """Whether a request has the key and the right host name; otherwise refuse it."""
+        """Whether a request is allowed. A request that is not allowed gets an error as response."""
         query = parse_qs(urlsplit(self.path).query)
         key, *_ = query.get("key", [""])  # the first key if there are several
         _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
-        # The host is checked because a hostile site may let its own host name lead to this machine
-        # (DNS rebinding).
+        # The host name is checked, because a hostile site may let its own host name lead to this
+        # machine (DNS rebinding).
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
-        # A page of another port is another site, too.
+        # The page of another port on this machine counts as another site, too.
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             self._refuse(HTTPStatus.FORBIDDEN, "a page of another site may not use this page")
             return False
@@ -310,11 +316,11 @@ class PageHandler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _page(self) -> None:
-        content, policy = page_of("vilu.triage", "review", "'self'")
+    def _send_page(self) -> None:
+        content, policy = page_of("vilu.triage", name="review", images="'self'")
         self._send(HTTPStatus.OK, content.encode(), "text/html; charset=utf-8", policy)
 
-    def _photo(self, index: int) -> None:
+    def _send_photo(self, index: int) -> None:
         try:
             content = self.page_session.picture(index)
         except (BadImage, OSError) as error:

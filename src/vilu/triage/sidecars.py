@@ -11,13 +11,13 @@ from typing import Final
 from vilu.artifacts.disk import atomic_write, convert_os_errors, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
-from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_added_subject, xmp_with
+from vilu.triage.xmp import BEGIN, add_subject, new_xmp, read_xmp, remove_added_subject
 
 SUFFIX: Final = ".xmp"
 """End of the name of a sidecar, after the whole name of the photo."""
 
 MAX_BYTES: Final = 2**24
-"""Larger sidecars are not read."""
+"""Maximum size of a sidecar in bytes; larger sidecars are not read."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,20 @@ def sidecar_of(photo: Path) -> Path:
 
 
 def write_sidecars(labels: Mapping[Path, str | None]) -> int:
-    """Write labels as ``dc:subject`` to PHOTO.xmp beside each photo; return the number of labels.
+    """Write labels as ``dc:subject`` to PHOTO.xmp in the folder of each photo.
 
     - Photos are never changed.
     - A sidecar of another program keeps all its bytes; the label is added to its subjects. If it is
       not clear where the label belongs, the sidecar is not changed, and a warning says why.
-    - Where the label is None, a label of an earlier run is taken back.
+    - If the label of a photo is None, a label that an earlier run wrote is removed.
+
+    Args:
+        labels: Maps photos to labels.
+
+    Returns:
+        The number of labels that were written.
     """
-    refused: dict[Path, str] = {}
+    refusals: dict[Path, str] = {}  # maps a sidecar that was not changed to the reason
     n_written = 0
     for photo, label in labels.items():
         sidecar = sidecar_of(photo)
@@ -43,23 +49,27 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
             with convert_os_errors(f"cannot write {sidecar}"):
                 _update_sidecar(sidecar, label)
         except DataError as error:
-            refused[sidecar] = str(error)
+            refusals[sidecar] = str(error)
             continue
         if label is not None:
             n_written += 1
-    _warn_of(refused)
+    _warn_of_refusals(refusals)
     return n_written
 
 
 def _update_sidecar(sidecar: Path, label: str | None) -> None:
-    """Write a label into a sidecar, or remove it (None); DataError with the reason if unsafe."""
+    """Write a label into a sidecar; if the label is None, remove the label of an earlier run.
+
+    Raises:
+        DataError: If the label cannot be written safely; the message is the reason.
+    """
     if sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file()):
         if label is not None:
             raise DataError("it is a link or no file")
         return
     if not sidecar.exists():
         if label is not None:
-            write_bytes(sidecar, xmp_with(label))
+            write_bytes(sidecar, new_xmp(label))
         return
     status = sidecar.stat()
     if status.st_size > MAX_BYTES:
@@ -76,33 +86,33 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
             Path(handle.name).chmod(S_IMODE(status.st_mode))
 
 
-def _new_content(data: bytes, label: str | None) -> bytes | None:
-    """The content of a sidecar with another label; None if the sidecar is to be removed."""
-    if _is_ours(data):
-        return None if label is None else xmp_with(label)
-    if label is None and BEGIN.encode() not in data:
-        return data  # vilu has added nothing to it
-    original = without_added_subject(data)
-    return original if label is None else with_subject(original, label)
+def _new_content(old_content: bytes, label: str | None) -> bytes | None:
+    """The content of a sidecar with the new label; None if the sidecar is to be removed."""
+    if _is_written_by_vilu(old_content):
+        return None if label is None else new_xmp(label)
+    if label is None and BEGIN.encode() not in old_content:
+        return old_content  # vilu has added nothing to it
+    original = remove_added_subject(old_content)
+    return original if label is None else add_subject(original, label)
 
 
-def _is_ours(data: bytes) -> bool:
-    """Whether a sidecar is as ``xmp_with`` writes it, without anything of other programs."""
+def _is_written_by_vilu(content: bytes) -> bool:
+    """Whether ``new_xmp`` wrote a sidecar, and no other program has changed it."""
     try:
-        subjects = read_xmp(data).subjects
-        return len(subjects) == 1 and data == xmp_with(subjects[0])
+        subjects = read_xmp(content).subjects
+        return len(subjects) == 1 and content == new_xmp(subjects[0])
     except DataError:
         return False
 
 
-def _warn_of(refused: Mapping[Path, str]) -> None:
-    """Warn of sidecars that could not get their label."""
-    if refused:
-        first, reason = next(iter(refused.items()))
+def _warn_of_refusals(refusals: Mapping[Path, str]) -> None:
+    """Warn that sidecars were not changed, with the first of them and the reason."""
+    if refusals:
+        first, reason = next(iter(refusals.items()))
         logger.warning(
             "%s of another program not changed, the first %s: %s. Mend it or move it away to get "
             "the label of vilu.",
-            plural(len(refused), "sidecar"),
+            plural(len(refusals), "sidecar"),
             first,
             reason,
         )

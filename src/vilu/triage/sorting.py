@@ -1,4 +1,4 @@
-"""Lists the photos of a folder, moved ones included, and sorts them by their decisions."""
+"""Lists the photos of a folder, also photos that were moved, and sorts them by their decisions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.triage.answers import LABELLED
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.sidecars import SUFFIX, sidecar_of
-from vilu.triage.state import MOVED, SORTED, TriageSettings
+from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings
 
-NOT_IN_A_NAME: Final = re.compile(r"[^\w .()+-]")
+REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
 """Characters that are replaced by "_" in the name of a folder."""
 
 LONGEST_NAME: Final = 255 - len(SUFFIX)
-"""Maximum length of a file name in bytes, on common file systems, with room for a sidecar's."""
+"""Maximum length of the file name of a photo in bytes, so that its sidecar's name fits, too."""
 
 HASH_DIGITS: Final = 16
 """Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
@@ -38,15 +38,16 @@ HASH_DIGITS: Final = 16
 def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> PhotoFolder:
     """List the photos in ``photos``, and the photos that earlier runs moved into ``root``.
 
-    With ``follow_links``, links may lead anywhere, also to folders.
-
-    Files of the triage folder ``root`` are left out if it is inside ``photos``.
+    Args:
+        photos: The folder of photos.
+        root: The folder of the triage. If it is inside ``photos``, its files are left out.
+        follow_links: Whether links may lead anywhere, also to folders.
 
     Raises:
         DataError: If there is no photo, or if a new photo has the name of a photo that was moved.
     """
     moved = moved_photos(root)
-    n_required = 0 if moved else 1  # if all photos were moved, the folder may have none
+    n_required = 0 if moved else 1  # the folder may be empty if all photos were moved
     listing = list_photos(photos, min_photos=n_required, follow_links=follow_links)
     listed_names = {portable_name(path) for path, _ in listing}
     moved_and_new = sorted(listed_names & moved.keys())
@@ -71,13 +72,13 @@ def _without_output(listing: list[ListedPhoto], photos: Path, root: Path) -> lis
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
-    """Present location of every moved photo, by its path in the folder of photos.
+    """Map the path of every moved photo, in the folder of photos, to its present location.
 
     Moved photos that were since deleted or replaced by a link are left out.
     """
-    if not (root / MOVED).exists():
+    if not (root / MOVED_TABLE).exists():
         return {}
-    table, _ = read_table(root / MOVED, ())
+    table, _ = read_table(root / MOVED_TABLE, ())
     moved = {}
     for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
         target = root / place
@@ -91,41 +92,42 @@ def sort_photos(
     listing: PhotoFolder,
     answers: Sequence[Answer],
     settings: TriageSettings,
-    how: str,
+    action: str,
 ) -> None:
     """Sort photos into ``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
-    - The new path of a photo is noted before the photo is moved. So later runs find the photo, even
+    - The new path of a photo is saved before the photo is moved. So later runs find the photo even
       if this run is killed in between.
     - No file is overwritten. If the new path of a photo is taken, the photo stays where it is.
-    - Links in ``sorted`` are removed first; no other file is removed.
+    - All links in ``sorted`` are removed at the beginning. No other file is removed.
     - A photo that is itself a link, or is reached by a link to a folder, is not moved.
     - The XMP sidecar of a photo is moved with it, unless it is a link.
 
     Args:
         root: The folder of the triage.
         listing: The photos.
-        answers: The answers for the photos.
+        answers: The answers about the photos.
         settings: The settings of the triage.
-        how: "link" or "move".
+        action: "link": make links to the photos. "move": move the photos.
     """
-    sorted_folder = root / SORTED
-    sources = _sources(listing)
-    targets = _targets(sorted_folder, answers, settings)
+    sorted_folder = root / SORTED_FOLDER
+    sources = _present_locations(listing)
+    targets = _new_locations(sorted_folder, answers, settings)
     with convert_os_errors(f"cannot sort photos into {sorted_folder}"):
         _remove_links(sorted_folder)
         targets = {path: target for path, target in targets.items() if not target.exists()}
-        if how == "link":
+        if action == "link":
             for path, target in targets.items():
                 _link(sources[path], target)
             return
-        linked = {path for path in targets if _is_behind_link(sources[path], listing.root, root)}
-        targets = {path: target for path, target in targets.items() if path not in linked}
-        _note_moves(root, [*listing.moved.items(), *targets.items()])
+        for path in list(targets):
+            if _is_behind_link(sources[path], listing.root, root):
+                del targets[path]  # a photo behind a link is not moved
+        _write_moves(root, [*listing.moved.items(), *targets.items()])
         for path, target in targets.items():
             sidecar = sidecar_of(sources[path])
-            # The sidecar is moved before the photo. If the process is killed in between, the next
-            # run moves the photo.
+            # The sidecar is moved before the photo. So if the process is killed in between, the
+            # photo is still in its place, and the next run moves it.
             if sidecar.is_file() and not sidecar.is_symlink():
                 _move(sidecar, sidecar_of(target))
             _move(sources[path], target)
@@ -134,23 +136,23 @@ def sort_photos(
 def accepted_labels(
     root: Path, listing: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[Path, str | None]:
-    """The label of every photo if it is accepted, else None, by the present path of the photo.
+    """Map the present path of every photo to its label if that is accepted, else to None.
 
-    Photos that links to folders lead to are left out, because they lie outside of the folder.
+    Photos that are only reached by links to folders are left out, because they lie elsewhere.
     """
-    sources = _sources(listing)
+    sources = _present_locations(listing)
     labels: dict[Path, str | None] = {}
     for answer in answers:
         photo = sources[answer.key]
         if not lies_inside(photo, listing.root, root):
             continue
-        is_accepted = folder_of(answer, settings.of_no_class).startswith("accepted/")
+        is_accepted = folder_of(answer, settings.outside_labels).startswith("accepted/")
         labels[photo] = answer.label if is_accepted else None
     return labels
 
 
-def _sources(listing: PhotoFolder) -> dict[str, Path]:
-    """Present location of every photo, by its path as tables write it."""
+def _present_locations(listing: PhotoFolder) -> dict[str, Path]:
+    """Map the path of every photo, as tables write it, to its present location."""
     sources = {}
     for path, _ in listing.listing:
         name = portable_name(path)
@@ -158,32 +160,32 @@ def _sources(listing: PhotoFolder) -> dict[str, Path]:
     return sources
 
 
-def _targets(
+def _new_locations(
     sorted_folder: Path, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[str, Path]:
-    """New path of every photo below ``sorted_folder``."""
-    n_photos_of = Counter(flat_name(answer.key) for answer in answers)
+    """Map the path of every photo to its new path below ``sorted_folder``."""
+    n_photos_with_name = Counter(flat_name(answer.key) for answer in answers)
     targets = {}
     for answer in answers:
         name = flat_name(answer.key)
-        if n_photos_of[name] > 1:
+        if n_photos_with_name[name] > 1:
             name = hashed_name(answer.key)
-        targets[answer.key] = sorted_folder / folder_of(answer, settings.of_no_class) / name
+        targets[answer.key] = sorted_folder / folder_of(answer, settings.outside_labels) / name
     return targets
 
 
-def folder_of(answer: Answer, of_no_class: Collection[str]) -> str:
+def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
     """The folder below ``sorted`` for the photo of an answer."""
-    if answer.reason == OUTSIDE_REASON or answer.label in of_no_class:
+    if answer.reason == OUTSIDE_REASON or answer.label in outside_labels:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
-        name = NOT_IN_A_NAME.sub("_", answer.label).strip(". ")
-        return f"accepted/{name or '_'}"  # "_" if nothing is left of the name
+        name = REPLACED_CHARACTERS.sub("_", answer.label).strip(". ")
+        return f"accepted/{name or '_'}"  # "_" if the name is empty now
     return "review"
 
 
 def flat_name(path: str) -> str:
-    """File name of a photo in a folder without sub-folders; "/" becomes "__"."""
+    """File name of a photo in a folder without sub-folders: its path with "__" in place of "/"."""
     name = path.replace("/", "__")
     if len(name.encode()) <= LONGEST_NAME:
         return name
@@ -191,24 +193,24 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """A hash of the path of a photo, and then its flat name; a long name loses its start.
+    """A hash of the path of a photo, followed by its flat name. A long flat name loses its start.
 
     Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name, and so would two long
     paths with the same end.
     """
-    start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
-    content = path.replace("/", "__").encode()
-    n_kept = LONGEST_NAME - len(start)
-    return start + content[-n_kept:].decode(errors="ignore")
+    prefix = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
+    encoded_name = path.replace("/", "__").encode()
+    n_bytes_left = LONGEST_NAME - len(prefix)
+    return prefix + encoded_name[-n_bytes_left:].decode(errors="ignore")
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
-    """Whether a photo is a link, or its real folder lies in none of the ``folders``."""
+    """Whether a photo is a link, or is reached by a link that leads out of the ``folders``."""
     return photo.is_symlink() or not lies_inside(photo, *folders)
 
 
 def lies_inside(photo: Path, *folders: Path) -> bool:
-    """Whether the real folder of a photo is one of the folders or below one."""
+    """Whether the real folder of a photo is one of the ``folders``, or inside one of them."""
     real_folder = Path(os.path.realpath(photo.parent))
     return any(real_folder.is_relative_to(folder.resolve()) for folder in folders)
 
@@ -236,15 +238,15 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    """Copy a photo to another disk with its times; a killed process leaves no partial file."""
+    """Copy a photo and its times to another disk; a killed process leaves no partial file."""
     with atomic_write(target) as copy:
         copy.write(Path(source).read_bytes())
         copy.flush()
         shutil.copystat(source, copy.name)
 
 
-def _note_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
-    """Write the table of moved photos: path and new location of each."""
+def _write_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
+    """Write the table of moved photos; ``moves`` are pairs of a path and a new location."""
     paths = []
     targets = []
     for path, target in moves:
@@ -254,4 +256,4 @@ def _note_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
         "path": pa.array(paths, pa.string()),
         "place": pa.array(targets, pa.string()),
     }
-    write_table(root / MOVED, columns, {"kind": "moved"})
+    write_table(root / MOVED_TABLE, columns, {"kind": "moved"})

@@ -18,7 +18,7 @@ from vilu.triage.labels import SKIPPED
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
-# Files and folders in the folder of a triage.
+# Names of files and folders in the folder of a triage.
 STATE: Final = "triage.json"
 BOOK: Final = "labels.parquet"
 FORMER_BOOK: Final = "former_labels.parquet"
@@ -26,10 +26,10 @@ PREDICTOR_FOLDER: Final = "predictor"
 CANDIDATE_FOLDER: Final = "candidate"
 DECISIONS_CSV: Final = "decisions.csv"
 DECISIONS_PARQUET: Final = "decisions.parquet"
-NEXT: Final = "next_labels.csv"
+NEXT_LABELS: Final = "next_labels.csv"
 REPORT: Final = "report.html"
-SORTED: Final = "sorted"
-MOVED: Final = "moved.parquet"
+SORTED_FOLDER: Final = "sorted"
+MOVED_TABLE: Final = "moved.parquet"
 RESULT_FILES: Final = (
     STATE,
     BOOK,
@@ -39,14 +39,14 @@ RESULT_FILES: Final = (
     CANDIDATE_FOLDER,
     DECISIONS_CSV,
     DECISIONS_PARQUET,
-    NEXT,
+    NEXT_LABELS,
     REPORT,
 )
 """Files and folders that ``--overwrite`` removes. Moved photos and their table stay."""
 
 
 About = Literal["new", "folder"]
-"""Which photos a guarantee is about: photos drawn as these were, or those of the folder."""
+"""A guarantee is about "new" photos, drawn as these were, or about the photos of the "folder"."""
 
 WHY_FIXED: Final = (
     "It decides which photos are fitted on and which a guarantee rests on, so it stays."
@@ -57,7 +57,7 @@ BEGIN_ANEW: Final = "Give a new folder, or --overwrite to begin anew, which remo
 """What to do if a setting must not change."""
 
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
-"""The choice of answers before the first fit, and of the candidate if there is none."""
+"""The choice of answers before the first fit, and of a candidate while there is no candidate."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class TriageSettings:
     about: About = "new"
 
     @property
-    def of_no_class(self) -> tuple[str, ...]:
+    def outside_labels(self) -> tuple[str, ...]:
         """Labels that mean "none of the classes"."""
         return (*self.outside, OUTSIDE_NAME)
 
     @property
     def known_labels(self) -> set[str]:
         """All labels that a photo may have."""
-        return {*self.embedding.names, *self.of_no_class, SKIPPED}
+        return {*self.embedding.names, *self.outside_labels, SKIPPED}
 
     @property
     def delta(self) -> float:
@@ -104,7 +104,7 @@ class TriageSettings:
         return 1 - self.confidence
 
     @property
-    def recorded(self) -> dict[str, object]:
+    def recorded_settings(self) -> dict[str, object]:
         """Settings that embeddings, fits and guarantees depend on (``carrying.carry_over``)."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
@@ -124,24 +124,24 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """The file ``triage.json``: settings, tests of the predictors, and progress of the draw.
+    """The file ``triage.json``: the settings, and what is known about the predictors of a triage.
 
     Attributes:
-        settings: Settings of the last run (``TriageSettings.recorded``).
+        settings: Settings of the last run (``TriageSettings.recorded_settings``).
         photos: The folder of photos in the last run.
         follow_links: Whether links in this folder were followed in the last run.
         method: Method of the present predictor; empty before the first fit.
         answer: Which answers the present predictor judges, and why.
         trial: Test of the present predictor; None before its first test or if it needs no labels.
-        candidate: Test of the candidate; None without a candidate.
+        candidate: Test of the candidate; None if there is no candidate.
         candidate_answer: Which answers the candidate judges, and why.
-        n_tested: Number of predictors so far that had enough labels to be certified, under all
-            settings that the folder has had.
+        n_tested: Number of predictors so far whose test had enough labels to certify something.
+            Predictors under earlier settings of the folder count, too.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
         has_drawn: Whether a label for a guarantee was ever asked for.
-        pictures: Digest of all pictures of the folder if the guarantee is about them.
-        guarantee: Text of the guarantee in force; "" without one.
+        pictures: Digest of all pictures of the folder if the guarantee is about them, else None.
+        guarantee: Text of the guarantee in force; "" if nothing is guaranteed.
     """
 
     remedy = (
@@ -166,22 +166,22 @@ class TriageState(Document):
 
     @property
     def tested_trial(self) -> Trial | None:
-        """The trial of the candidate; without a candidate the trial of the present predictor."""
+        """The trial of the candidate, or of the present predictor if there is no candidate."""
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
-        """The state with ``trial`` as the trial of the tested predictor."""
+        """The state in which the trial of the tested predictor is replaced by ``trial``."""
         if self.candidate is None:
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
-    def under(self, settings: TriageSettings) -> TriageState:
-        """The state under other settings: without a predictor.
+    def with_settings(self, settings: TriageSettings) -> TriageState:
+        """The state for other settings, without a predictor.
 
-        ``n_tested`` goes on. So the tests under all settings together stay within the level.
+        ``n_tested`` stays. So all tests together, under all settings, stay within the level.
         """
         return TriageState(
-            settings=settings.recorded,
+            settings=settings.recorded_settings,
             n_tested=self.n_tested,
             has_drawn=self.has_drawn,
             pictures=self.pictures,
@@ -189,7 +189,7 @@ class TriageState(Document):
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """Read the state of a folder, under the settings of its last run, or make a new state.
+    """Read the state of a folder, which has the settings of the last run, or make a new state.
 
     Raises:
         UsageError: If the folder holds a triage with another seed or ``about``, or other files.
@@ -201,15 +201,15 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     claim_folder(
         root,
         "triage",
-        lambda path: path.name in {*RESULT_FILES, SORTED, MOVED},
+        lambda path: path.name in {*RESULT_FILES, SORTED_FOLDER, MOVED_TABLE},
         has_same_inputs=state is not None,
         overwrite=overwrite,
     )
-    return state or TriageState(settings=settings.recorded)
+    return state or TriageState(settings=settings.recorded_settings)
 
 
 def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSettings) -> None:
-    """Raise UsageError if a setting has changed that decides which photos a guarantee rests on."""
+    """Raise UsageError if a setting that decides about the split of the photos has changed."""
     if before.get("seed") != now.seed:
         raise UsageError(
             f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. "

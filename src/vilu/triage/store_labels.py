@@ -19,8 +19,8 @@ from vilu.triage.labels import (
     LabelBook,
     Stream,
     match_photos,
+    names_of_labels,
     read_labels,
-    require_names,
 )
 from vilu.triage.photos import Photos
 
@@ -43,21 +43,21 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
     book = LabelBook()
     book.answer(_own_labels(store, photos.ids))
     for file in files:
-        entries = entries_of_next(file, photos.ids)
+        entries = read_next_table(file, photos.ids)
         if entries:
             _add_entries(book, entries)
         else:
             _add_labels(book, file, photos.ids, store.path)
-    # the first file of labels, or the store, which an error about a label names
+    # An error about a label names the first file of labels, or else the store.
     source = files[0] if files else store.path
     classes = tuple(photos.candidates_by_name())
-    book.answer(require_names(book.labels, classes, (OUTSIDE_NAME,), source))
+    book.answer(names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source))
     photos.label(book.labels, (OUTSIDE_NAME,))
     return photos, book
 
 
 def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
-    """The labels that a store was made with, by path."""
+    """Map the paths of the rows to the labels that the store was made with."""
     names = store.class_names
     if names is None:
         names = tuple(str(index) for index in range(store.n_candidates))
@@ -68,15 +68,16 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def entries_of_next(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Entries by path of a table that ``vilu next`` wrote; {} for other files of labels.
+def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
+    """Map the paths in a table that ``vilu next`` wrote to entries; {} for other files of labels.
 
-    Only rows whose path is among ``keys`` are read.
+    Only rows whose path is one of the ``keys`` are read.
     """
     if path.suffix.lower() != ".csv":
         return {}
     columns, rows = csv_rows(path)
-    if not {"path", "label", "stream", "predictor"} <= set(columns):
+    is_next_table = {"path", "label", "stream", "predictor"}.issubset(columns)
+    if not is_next_table:
         return {}
     known = set(keys)
     entries = {}
@@ -84,32 +85,35 @@ def entries_of_next(path: Path, keys: Collection[str]) -> dict[str, Entry]:
         key = row["path"]
         if key in known:
             stream: Stream = "calibration" if row["stream"] == "calibration" else "fit"
-            label = row["label"] or None  # an empty cell: the label has not come
+            label = row["label"] or None  # None for an empty cell: the label has not come
             entries[key] = Entry(key, label, stream, predictor=row["predictor"])
     return entries
 
 
 def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
-    """Note entries of ``vilu next``; an entry without a label keeps the label in the book."""
+    """Add entries to the book; an entry without a label gets the label that the book has."""
     for path, entry in entries.items():
-        earlier = book.entries.get(path)
-        if entry.label is None and earlier is not None:
-            book.entries[path] = dataclasses.replace(entry, label=earlier.label)
+        earlier_entry = book.entries.get(path)
+        if entry.label is None and earlier_entry is not None:
+            book.entries[path] = dataclasses.replace(entry, label=earlier_entry.label)
         else:
             book.entries[path] = entry
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Note the labels of a file that ``vilu next`` did not write."""
+    """Add the labels of a file that ``vilu next`` did not write to the book.
+
+    ``paths`` are the paths of all rows, and ``root`` is the folder of the store.
+    """
     labels, streams = read_labels(file)
     path_of_name = match_photos(labels, paths, root, file)
-    by_path = {}
+    labels_by_path = {}
     streams_by_path = {}
     for name, path in path_of_name.items():
-        by_path[path] = labels[name]
+        labels_by_path[path] = labels[name]
         if name in streams:
             streams_by_path[path] = streams[name]
-    book.answer(by_path, streams_by_path)
+    book.answer(labels_by_path, streams_by_path)
 
 
 def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
@@ -123,7 +127,7 @@ def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSour
 
 
 def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The labelled rows without those that ``vilu next`` drew for a guarantee.
+    """The labelled rows, except the rows that ``vilu next`` drew for a guarantee.
 
     Raises:
         DataError: In the cases of ``label_store``, or if no row is left.
@@ -141,7 +145,7 @@ def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSou
 
 
 def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSource:
-    """The rows with the ``wanted_paths`` paths; DataError if there is none."""
+    """The rows whose paths are among ``wanted_paths``; DataError if there is no such row."""
     rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
@@ -151,10 +155,10 @@ def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSo
     return photos.take(rows)
 
 
-def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
+def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
     """The labelled rows that were picked at random.
 
-    Skipped rows, and rows that were chosen to fit on, are left out.
+    Rows that were skipped, and rows that were chosen to fit on, are left out.
 
     Raises:
         UsageError: If some labels were drawn by ``vilu next`` for a guarantee. Such labels are not
@@ -180,8 +184,8 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
     if n_skipped:
         warn_once(
             f"{n_skipped} of {n_skipped + len(rows)} picked rows have the label {SKIPPED} and are "
-            "left out: the guarantee is about pictures that somebody can name. With "
-            f"the label {OUTSIDE_NAME} they would count as wrong answers."
+            "left out: the guarantee is about pictures that somebody can name. With the label "
+            f"{OUTSIDE_NAME} they would count as wrong answers."
         )
     return photos.take(rows)
 
@@ -190,7 +194,7 @@ def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) ->
     """All rows of a store, some of them labelled, for statements about all rows.
 
     Raises:
-        UsageError: If ``vilu next`` chose labelled rows, by their scores.
+        UsageError: If labelled rows were chosen by their scores, and not at random.
         DataError: In the cases of ``label_store``.
     """
     photos, book = label_store(store, files)

@@ -16,22 +16,22 @@ from vilu.text import plural
 from vilu.triage.choose import choose_limit
 
 ALLOWED_WRONG: Final = 2
-"""The limit is chosen for the number of labels that certify it if so many answers are wrong.
+"""The limit is chosen for a number of labels that certifies it even if so many answers are wrong.
 
-At 5 % risk these are about 200 labels, so that about 1 % of the answers up to the limit are wrong.
+At 5 % risk this number is about 200. So about 1 % of the answers up to the limit may be wrong.
 """
 
 NAMES_SHOWN: Final = 5
-"""Maximum number of photos without a score that an error names."""
+"""An error names at most this number of photos without a score."""
 
 
 class Trial(Model):
-    """The test of a predictor: the thresholds that it may get, and how far labels count.
+    """The plan of a predictor's test: the thresholds that are tested, and which labels count.
 
     Attributes:
         n_fit: Number of labels that the predictor was fitted on.
-        grid: Thresholds, ascending.
-        limit: Only labels of photos up to this uncertainty count.
+        grid: The thresholds, ascending.
+        limit: Only labels of photos with an uncertainty up to this limit count.
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
         share: Share of the calibration photos that the limit includes.
         level: Level of the test; 0 until the predictor has enough labels to be certified.
@@ -60,19 +60,20 @@ class Trial(Model):
         Args:
             n_fit: Number of labels that the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos, all finite (``require_scores``).
-            n_answered: Number of calibration photos that have a label. More labels will come, so
-                the limit is chosen for more.
+            n_answered: Number of calibration photos that have a label. The limit is chosen for a
+                larger number, because more labels will come.
             max_risk: Largest error rate that is allowed.
             delta: Level of the test.
             least_share: The limit includes at least this share of the photos.
         """
         level = level_of_limit(delta)
+        # so many labels that ``ALLOWED_WRONG`` answers may be wrong, and more than there are now
         n_planned = max(
             labels_needed(ALLOWED_WRONG, max_risk, level),
             n_answered + flawless_labels(max_risk, level),
         )
         limit, likely = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
-        # The smallest limit that includes this share of the photos.
+        # the smallest limit that includes ``least_share`` of the photos
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
             limit = least_limit
@@ -81,13 +82,14 @@ class Trial(Model):
         share = share_up_to(limit, scores)
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
 
-    def further(self, n_thresholds: int, scores: Floats) -> Self:
-        """The trial with its limit ``n_thresholds`` further up the grid, at most at its end.
+    def with_raised_limit(self, n_thresholds: int, scores: Floats) -> Self:
+        """The trial with a limit that is ``n_thresholds`` thresholds higher, but within the grid.
 
         ``scores`` (M,) are the uncertainties of the calibration photos.
         """
-        last = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
-        limit = self.grid[min(last + n_thresholds, len(self.grid) - 1)]
+        index_of_limit = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
+        last_index = len(self.grid) - 1
+        limit = self.grid[min(index_of_limit + n_thresholds, last_index)]
         return self.model_copy(update={"limit": limit, "share": share_up_to(limit, scores)})
 
 
@@ -104,17 +106,18 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
         rows: (M,) rows of the photos that the test may draw.
         names: N paths or identifiers, for the error.
     """
-    unscored = rows[np.isnan(scores[rows])]
-    if not len(unscored):
+    rows_without_score = rows[np.isnan(scores[rows])]
+    if not len(rows_without_score):
         return
-    shown = ", ".join(repr(names[row]) for row in unscored[:NAMES_SHOWN].tolist())
+    first_names = ", ".join(repr(names[row]) for row in rows_without_score[:NAMES_SHOWN].tolist())
     raise DataError(
-        f"the predictor has no score (NaN) for {plural(len(unscored), 'photo')} of "
-        f"{len(rows):,} that labels could be drawn from: {shown}. Leave them out, or fit anew."
+        f"the predictor has no score (NaN) for {plural(len(rows_without_score), 'photo')} of "
+        f"{len(rows):,} that labels could be drawn from: {first_names}. Leave them out, or fit "
+        "anew."
     )
 
 
 def level_of_limit(delta: float) -> float:
-    """Level of the test of the planned limit alone."""
+    """The part of the level ``delta`` that is used for the planned limit alone."""
     _, share = STARTS[-1]
     return share * delta

@@ -1,9 +1,11 @@
-"""What the labels say about the answers: the verdict with which a run begins.
+"""What the labels say about the answers: the verdict with which the summary of a run begins.
 
-No answer is judged by a label that its predictor was fitted on. So adapted answers are judged on
-two kinds of photos. For labelled photos of the calibration side, they are the answers of the
-present predictor. For those of the fit side, they are the cross-fitted answers, whose numbers are
-saved with the predictor (``LikelyRight``).
+No answer is judged by a label that its predictor was fitted on. So adapted answers about labelled
+photos come from two sources:
+
+- Photos of the calibration side: the answers of the present predictor.
+- Photos of the fit side: the cross-fitted answers. Only the number of wrong ones is known, which is
+  saved with the predictor (``LikelyRight``).
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from vilu.triage.photos import Photos
 from vilu.triage.posteriors import posterior_of
 
 NEARLY_ALL: Final = 0.9
-"""There is a warning if at least this share of the answers is one class."""
+"""There is a warning if at least this share of the answers is the same class."""
 
 LEAST_ANSWERS: Final = 20
 """Smallest number of answers for this warning."""
 
 KINDS: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
-"""Kinds of answers as texts call them."""
+"""Maps kinds of answers to their names in texts."""
 
 CONFUSIONS: Final = 3
 """Maximum number of confusions that a verdict names."""
@@ -43,15 +45,15 @@ CONFUSIONS: Final = 3
 class LabelledAnswers:
     """Labels of M photos, and answers of predictors that were not fitted on these labels.
 
-    All kinds of answers are judged by the same labels: those of photos with an answer of every
-    kind, and the cross-fitted ones.
+    All kinds of answers are judged by the same labels. These are the labels of photos with an
+    answer of every kind, and the labels by which cross-fitted answers were judged.
 
     Attributes:
         label: (M,) indices of classes; ``OUTSIDE`` for none of the classes.
-        answers: (M,) indices of classes by kind of answers; -1 without an answer. Adapted answers
-            are those to photos of the calibration side.
-        n_cross_fitted: Number of labels that cross-fitted answers are judged by.
-        cross_fitted_wrong: Number of wrong answers to these labels, by kind of answers.
+        answers: Maps kinds of answers to (M,) indices of classes; -1 where there is no answer.
+            There are adapted answers only about photos of the calibration side.
+        n_cross_fitted: Number of labels by which cross-fitted answers were judged.
+        cross_fitted_wrong: Maps kinds of answers to the number of wrong cross-fitted answers.
     """
 
     label: Ints
@@ -61,25 +63,25 @@ class LabelledAnswers:
 
     @property
     def has_every_answer(self) -> NDArray[np.bool_]:
-        """(M,) which photos have an answer of every kind."""
+        """(M,) bool, which photos have an answer of every kind."""
         has_answer = np.ones(len(self.label), np.bool_)
         for answers in self.answers.values():
             has_answer &= answers != UNKNOWN
         return has_answer
 
     @property
-    def n_judging(self) -> int:
-        """Number of labels that judge the answers."""
+    def n_judging_labels(self) -> int:
+        """Number of labels by which answers are judged."""
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Share of right answers of this kind, by the labels that judge all kinds."""
+        """Share of right answers of this kind, among the answers that are judged."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
-        return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging
+        return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging_labels
 
     def most_frequent_label(self) -> tuple[int, float]:
-        """The most frequent label, and its share of all labels; -1 without any."""
+        """The most frequent label and its share of all labels; -1 and 0 without labels."""
         counts = Counter(self.label.tolist())
         if not counts:
             return UNKNOWN, 0.0
@@ -87,7 +89,7 @@ class LabelledAnswers:
         return index, n / len(self.label)
 
     def confusions(self, kind: AnswerKind) -> list[tuple[int, int, int]]:
-        """Label, wrong answer and number of the most frequent confusions."""
+        """The most frequent confusions, each as (label, wrong answer, how often)."""
         is_wrong = (self.answers[kind] != self.label) & (self.answers[kind] != UNKNOWN)
         labels = self.label[is_wrong].tolist()
         wrong_answers = self.answers[kind][is_wrong].tolist()
@@ -100,16 +102,20 @@ def labelled_answers(
     outcomes: Outcomes,
     predictor: FailurePredictor,
     is_calibration: NDArray[np.bool_],
-    likely: LikelyRight | None,
+    likely_estimate: LikelyRight | None,
 ) -> LabelledAnswers:
-    """The labels of all labelled photos, and the answers that they judge.
+    """The labels of all labelled photos, and the answers about these photos.
+
+    If zero-shot answers are judged, there are no others. If no label can judge adapted answers,
+    there are only zero-shot answers, too.
 
     Args:
         photos: The photos, with their labels.
         outcomes: Outcomes of all photos by the present predictor.
         predictor: The present predictor.
-        is_calibration: (N,) which photos are of the calibration side.
-        likely: The estimate that was kept with the predictor; it counts the cross-fitted answers.
+        is_calibration: (N,) bool, which photos are of the calibration side.
+        likely_estimate: The estimate that was saved with the predictor. It has the numbers of
+            cross-fitted answers and of wrong ones.
     """
     label = np.where(photos.outside.numpy(), OUTSIDE, photos.target.numpy())
     usable = photos.usable_rows.numpy()
@@ -122,29 +128,32 @@ def labelled_answers(
         answers["zero_shot"] = zero_shot[rows]
     n_cross_fitted = 0
     cross_fitted_wrong: dict[AnswerKind, int] = {}
-    if likely is not None and likely.n_wrong_zero_shot is not None:
-        n_cross_fitted = likely.n
-        cross_fitted_wrong = {"zero_shot": likely.n_wrong_zero_shot, "adapted": likely.n_wrong}
-    in_calibration = is_calibration[rows]
-    has_judging_label = n_cross_fitted > 0 or in_calibration.any()
+    if likely_estimate is not None and likely_estimate.n_wrong_zero_shot is not None:
+        n_cross_fitted = likely_estimate.n
+        cross_fitted_wrong = {
+            "zero_shot": likely_estimate.n_wrong_zero_shot,
+            "adapted": likely_estimate.n_wrong,
+        }
+    is_calibration_row = is_calibration[rows]
+    has_judging_label = n_cross_fitted > 0 or is_calibration_row.any()
     if outcomes.answer != "adapted" or not has_judging_label:
         return LabelledAnswers(label[rows], answers)
-    answers["adapted"] = _adapted_answers(photos, predictor, rows, in_calibration)
+    answers["adapted"] = _adapted_answers(photos, predictor, rows, is_calibration_row)
     return LabelledAnswers(label[rows], answers, n_cross_fitted, cross_fitted_wrong)
 
 
 def _adapted_answers(
-    photos: Photos, predictor: FailurePredictor, rows: Ints, in_calibration: NDArray[np.bool_]
+    photos: Photos, predictor: FailurePredictor, rows: Ints, is_calibration_row: NDArray[np.bool_]
 ) -> Ints:
-    """(M,) adapted answers to labelled rows of the calibration side; -1 to all others."""
+    """(M,) adapted answers about rows of the calibration side; -1 for all other rows."""
     answers = np.full(len(rows), UNKNOWN)
-    posterior = posterior_of(predictor, photos, rows[in_calibration])
-    answers[in_calibration] = posterior.argmax(axis=1)
+    posterior = posterior_of(predictor, photos, rows[is_calibration_row])
+    answers[is_calibration_row] = posterior.argmax(axis=1)
     return answers
 
 
 def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubtful: bool) -> str:
-    """The verdict as a text; empty if there is no label and nothing to warn of.
+    """The verdict as a text; "" if there is no label and nothing to warn of.
 
     Args:
         labelled: Labels and answers of the labelled photos.
@@ -152,7 +161,7 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
         has_doubtful: Whether some labels were asked for because their photos are doubtful.
     """
     sentences = [_warning_of_one_class(labelled, outcomes)]
-    if labelled.answers and labelled.n_judging:
+    if labelled.answers and labelled.n_judging_labels:
         sentences += _judgement(labelled, outcomes)
         if has_doubtful:
             sentences.append(
@@ -162,7 +171,7 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
 
 
 def _warning_of_one_class(labelled: LabelledAnswers, outcomes: Outcomes) -> str:
-    """A warning if nearly all answers are one class; empty otherwise."""
+    """A warning if nearly all answers are the same class; otherwise ""."""
     if outcomes.prediction is None:
         return ""
     answers = outcomes.prediction[outcomes.prediction != UNKNOWN].tolist()
@@ -179,25 +188,25 @@ def _warning_of_one_class(labelled: LabelledAnswers, outcomes: Outcomes) -> str:
 
 
 def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
-    """What the labels show: shares of right answers, and confusions of the judged answers."""
-    judged: AnswerKind = "zero_shot"
+    """Sentences on the shares of right answers, and on the confusions of the judged answers."""
+    judged_kind: AnswerKind = "zero_shot"
     if outcomes.answer == "adapted" and "adapted" in labelled.answers:
-        judged = "adapted"
+        judged_kind = "adapted"
     most_frequent_label, share_of_most_frequent = labelled.most_frequent_label()
-    parts = []
+    shares = []
     for kind in labelled.answers:
         share = labelled.share_right(kind)
-        parts.append(f"{share:.0%} of the {KINDS[kind]} answers")
+        shares.append(f"{share:.0%} of the {KINDS[kind]} answers")
     class_name = _class_name(outcomes, most_frequent_label)
     sentences = [
-        f"{' and '.join(parts)} are right, by {plural(labelled.n_judging, 'label')}. "
+        f"{' and '.join(shares)} are right, by {plural(labelled.n_judging_labels, 'label')}. "
         f"Always saying {class_name!r} is right in {share_of_most_frequent:.0%} of all "
         f"{plural(len(labelled.label), 'label')}."
     ]
-    if labelled.share_right(judged) <= share_of_most_frequent:
+    if labelled.share_right(judged_kind) <= share_of_most_frequent:
         sentences.append("So the answers are worth no more than that one word.")
     confusion_texts = []
-    for label, answer, n in labelled.confusions(judged):
+    for label, answer, n in labelled.confusions(judged_kind):
         confusion_texts.append(
             f"{_class_name(outcomes, answer)!r} for {_class_name(outcomes, label)!r} ({n})"
         )
@@ -207,6 +216,6 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
 
 
 def _class_name(outcomes: Outcomes, index: int) -> str:
-    """The name of the class with this index; a negative index is none of the classes."""
+    """The name of the class with this index; "(outside)" for a negative index."""
     names = outcomes.class_names or ()
     return str(names[index]) if index >= 0 else OUTSIDE_NAME

@@ -1,4 +1,4 @@
-"""Subjects in XMP: read them, add one, and take it back. All other bytes stay as they are."""
+"""Subjects in XMP: read them, add a subject, remove it again. All other bytes stay as they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu.errors import DataError
 RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DUBLIN_CORE: Final = "http://purl.org/dc/elements/1.1/"
 
-# Names of elements as the parser gives them: namespace, blank, name
+# Names of elements and attributes as the parser gives them: namespace, blank, name.
 ROOT: Final = f"{RDF} RDF"
 DESCRIPTION: Final = f"{RDF} Description"
 ABOUT: Final = f"{RDF} about"
@@ -21,8 +21,8 @@ BAG: Final = f"{RDF} Bag"
 ITEM: Final = f"{RDF} li"
 SUBJECT: Final = f"{DUBLIN_CORE} subject"
 
-# Comments around what vilu adds to the XMP of another program. Readers of XMP ignore them, and they
-# show what can be taken back.
+# Comments before and after what vilu adds to the XMP of another program. Readers of XMP ignore
+# comments. vilu finds by them what it may remove again.
 BEGIN: Final = "<!--vilu-->"
 END: Final = "<!--/vilu-->"
 
@@ -37,8 +37,9 @@ SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
 """
 """XMP with one subject (XMP specification, part 1)."""
 
-# the two forms of what vilu adds; a tool may have put white space between tags
-_P: Final = r"(?:[^\s<>/:]+:)?"  # prefix of RDF
+# Patterns for the two forms of what vilu adds: a whole description, or only an item of a bag.
+# Another tool may have put white space between the tags.
+_P: Final = r"(?:[^\s<>/:]+:)?"  # the prefix of RDF
 _HEAD: Final = (
     rf"<{_P}Description {_P}about=(?:\"[^<>\"]*\"|'[^<>']*') xmlns:dc=\"{re.escape(DUBLIN_CORE)}\">"
     rf"\s*<dc:subject>\s*<{_P}Bag>\s*"
@@ -46,13 +47,13 @@ _HEAD: Final = (
 _TAIL: Final = rf"</{_P}Bag>\s*</dc:subject>\s*</{_P}Description>\s*"
 _ITEM: Final = rf"<{_P}li>[^<>]*</{_P}li>\s*"
 ADDED_BY_VILU: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
-"""What vilu adds, with its comments. Anything else between the comments is of another program."""
+"""Matches what vilu adds, with the comments, if no other program has changed it."""
 
 NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
 
 
-def xmp_with(subject: str) -> bytes:
+def new_xmp(subject: str) -> bytes:
     """XMP that has a subject and nothing else; DataError if XML cannot hold the subject."""
     return SIDECAR.format(label=_escaped(subject)).encode()
 
@@ -66,15 +67,16 @@ def _escaped(subject: str) -> str:
 
 @dataclass
 class Xmp:
-    """What the parser finds in XMP. Positions are numbers of bytes.
+    """What the parser finds in XMP. Positions are indices of bytes.
 
     Attributes:
         subjects: Subjects in the bag of ``dc:subject``.
         bag_ends: Position of the end tag of every bag of subjects.
         root_ends: Position of the end tag of every ``rdf:RDF``.
         n_subject_elements: Number of elements ``dc:subject``.
-        about: What the first description is about; "" is the file itself.
-        passages: Begin and end of what vilu has added.
+        about: What the first description is about; "" means the file itself. None if there is no
+            description.
+        passages: Start and end position of every passage that vilu has added.
     """
 
     subjects: list[str] = field(default_factory=list)
@@ -90,13 +92,14 @@ class _Reader:
 
     def __init__(self) -> None:
         self.xmp = Xmp()
-        # names of the elements around the present position, the innermost one last
+        # names of the elements around the present position, the innermost element last
         self._open_elements: list[str] = []
-        self._begun: int | None = None  # position of ``BEGIN``
+        # position of a ``BEGIN`` whose ``END`` was not found yet
+        self._passage_start: int | None = None
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.buffer_text = True
-        self._parser.StartElementHandler = self._start
-        self._parser.EndElementHandler = self._end
+        self._parser.StartElementHandler = self._start_tag
+        self._parser.EndElementHandler = self._end_tag
         self._parser.CharacterDataHandler = self._characters
         self._parser.CommentHandler = self._comment
         self._parser.StartDoctypeDeclHandler = self._doctype
@@ -110,7 +113,7 @@ class _Reader:
             raise DataError(f"it is no XML ({error})") from error
         return self.xmp
 
-    def _start(self, name: str, attributes: dict[str, str]) -> None:
+    def _start_tag(self, name: str, attributes: dict[str, str]) -> None:
         self._open_elements.append(name)
         is_description = self._open_elements[-2:] == [ROOT, DESCRIPTION]
         if is_description and self.xmp.about is None:
@@ -124,7 +127,7 @@ class _Reader:
         """Whether the innermost open element is a child of a bag of subjects."""
         return self._open_elements[-5:-1] == [ROOT, DESCRIPTION, SUBJECT, BAG]
 
-    def _end(self, name: str) -> None:
+    def _end_tag(self, name: str) -> None:
         position = self._parser.CurrentByteIndex
         if self._open_elements[-4:] == [ROOT, DESCRIPTION, SUBJECT, BAG]:
             self.xmp.bag_ends.append(position)
@@ -139,10 +142,10 @@ class _Reader:
     def _comment(self, text: str) -> None:
         position = self._parser.CurrentByteIndex
         if f"<!--{text}-->" == BEGIN:
-            self._begun = position
-        if f"<!--{text}-->" == END and self._begun is not None:
-            self.xmp.passages.append((self._begun, position + len(END)))
-            self._begun = None
+            self._passage_start = position
+        if f"<!--{text}-->" == END and self._passage_start is not None:
+            self.xmp.passages.append((self._passage_start, position + len(END)))
+            self._passage_start = None
 
     def _doctype(self, *_: object) -> None:
         raise DataError("it declares entities (DOCTYPE), which are not read")
@@ -159,12 +162,13 @@ def read_xmp(data: bytes) -> Xmp:
     return _Reader().read(data)
 
 
-def without_added_subject(data: bytes) -> bytes:
+def remove_added_subject(data: bytes) -> bytes:
     """XMP without the subject that vilu has added to it.
 
     Raises:
-        DataError: If another program has changed what vilu added, so that more would be lost.
+        DataError: If another program has changed what vilu added. Its changes would be lost.
     """
+    # The last passage is removed first, so that the positions of the other passages stay valid.
     for begin, end in reversed(read_xmp(data).passages):
         if ADDED_BY_VILU.fullmatch(data[begin:end]) is None:
             raise DataError("another program has changed what vilu added to it")
@@ -172,8 +176,8 @@ def without_added_subject(data: bytes) -> bytes:
     return data
 
 
-def with_subject(data: bytes, subject: str) -> bytes:
-    """XMP of another program with one more subject; a subject that is there is not added.
+def add_subject(data: bytes, subject: str) -> bytes:
+    """XMP of another program with one more subject. The data is unchanged if it has the subject.
 
     Raises:
         DataError: If it is not clear where the subject belongs.
@@ -199,15 +203,15 @@ def with_subject(data: bytes, subject: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Addition:
-    """Where one more item of a bag is inserted, and the elements that have to enclose the item."""
+    """Where an item of a bag is inserted, and the elements that must enclose the item."""
 
     position: int  # position of the end tag before which the item is inserted
-    tag_name: str  # name of this end tag, without its prefix
+    tag_name: str  # name of this end tag, without the prefix of RDF
     opening: str  # tags before the item; "{p}" stands for the prefix of RDF
     closing: str  # tags after the item
 
     def inserted_into(self, data: bytes, text: str) -> bytes:
-        """The data with the addition; DataError if there is no end tag at the position."""
+        """The data with an item ``text``; DataError if there is no end tag at the position."""
         pattern = rf"</((?:[^\s<>/:]+:)?){self.tag_name}\s*>".encode()
         end_tag = re.compile(pattern).match(data, self.position)
         if end_tag is None:  # an element without content has a single tag
@@ -221,8 +225,8 @@ class _Addition:
 
 
 def _new_description(xmp: Xmp) -> _Addition:
-    """The addition of a new description, about the same as the descriptions that are there."""
-    # "{" is written as its number, because "{p}" stands for the prefix
+    """The addition of a new description, about the same as the first description in the XMP."""
+    # "{" is escaped, because "{p}" is replaced by the prefix.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (
         f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"

@@ -11,7 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from vilu.backbones.zeroshot import named_templates
-from vilu.errors import StorageError, UsageError, nearest
+from vilu.errors import StorageError, UsageError, did_you_mean
 from vilu.predictors.contract.parameters import parameters
 from vilu.registry import read_toml_text
 from vilu_bench.studies.config import AnySetting, Config, Method, Union
@@ -75,7 +75,8 @@ def find_studies(name: Path | str) -> list[Path]:
     if not matching:
         raise UsageError(
             f"{name} does not exist: there is no file and no study of this name. "
-            f"Studies that come with vilu_bench: {', '.join(studies)}.{nearest(str(name), studies)}"
+            f"Studies that come with vilu_bench: {', '.join(studies)}."
+            f"{did_you_mean(str(name), studies)}"
         )
     return [CONFIGS / f"{study}.toml" for study in matching]
 
@@ -157,7 +158,7 @@ def _select_entries(
     selected = {}
     for name in names:
         if not isinstance(name, str) or name not in entries:
-            hint = nearest(str(name), entries) or f" It has: {', '.join(entries)}"
+            hint = did_you_mean(str(name), entries) or f" It has: {', '.join(entries)}"
             raise UsageError(f"{where} has no {name!r} in its {table}.{hint}")
         selected[name] = entries[name]
     return selected

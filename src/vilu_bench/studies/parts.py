@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vilu.datasets.known import KNOWN
-from vilu.errors import nearest
+from vilu.errors import did_you_mean
 from vilu_bench.known_datasets.shift import KINDS, SEVERITIES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -28,7 +28,7 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
     """Raise a ValueError for an unknown name, with the nearest known name or all known names."""
     for name in names:
         if name not in known:
-            hint = nearest(str(name), known) or f" There are: {', '.join(known)}"
+            hint = did_you_mean(str(name), known) or f" There are: {', '.join(known)}"
             raise ValueError(f"there is no {what} {name!r}.{hint}")
 
 

@@ -14,12 +14,12 @@ from vilu.metrics.catalog import METRICS
 from vilu.text import (
     NOTHING,
     aligned,
-    harmless,
     in_latex,
     in_markdown,
     latex_rows,
     markdown_rows,
     span,
+    without_formula,
 )
 from vilu_bench.studies.views import Published
 
@@ -172,7 +172,7 @@ def to_csv(sheet: Sheet) -> str:
         # labels by field, those of the row and then those of the column
         label_of = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
         label_of |= zip(sheet.column_fields, sheet.columns[column], strict=True)
-        line: list[object] = [harmless(label_of[field]) for field in fields]
+        line: list[object] = [without_formula(label_of[field]) for field in fields]
         writer.writerow(line + _csv_values(shown))
     return buffer.getvalue()
 
@@ -290,7 +290,7 @@ def _csv_values(shown: Shown) -> list[object]:
         None if published is None else published.source,
         None if published is None else published.doubt,
         METRICS[shown.metric].convention,
-        None if shown.why is None else harmless(shown.why),
+        None if shown.why is None else without_formula(shown.why),
     ]
 
 

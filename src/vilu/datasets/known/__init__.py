@@ -18,7 +18,7 @@ from vilu.datasets.known.entry import (
     find_place,
     require_place,
 )
-from vilu.errors import DataError, StorageError, UsageError, nearest
+from vilu.errors import DataError, StorageError, UsageError, did_you_mean
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue, refuse_name_of_bench
 
@@ -45,7 +45,7 @@ def find_known(name: str) -> KnownDataset:
     if name in KNOWN:
         return KNOWN[name]
     refuse_name_of_bench(KNOWN.group, name)
-    hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
+    hint = did_you_mean(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
     if hint == "":
         hint = f" There are: {', '.join(KNOWN)}."
     raise UsageError(f"there is no data set {name!r}.{hint}")

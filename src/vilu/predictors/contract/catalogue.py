@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import cast
 
-from vilu.errors import UsageError, nearest
+from vilu.errors import UsageError, did_you_mean
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import (
     ADDERS,
@@ -93,6 +93,6 @@ def find_method(name: str) -> type[FailurePredictor]:
         refuse_name_of_bench(PREDICTORS.group, name)
         known = method_names()
         raise UsageError(
-            f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}"
+            f"there is no method {name!r}; known are {', '.join(known)}.{did_you_mean(name, known)}"
         )
     return PREDICTORS[name]

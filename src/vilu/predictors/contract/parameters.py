@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_h
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vilu.errors import UsageError, nearest
+from vilu.errors import UsageError, did_you_mean
 from vilu.validation import LARGEST_SEED
 
 
@@ -50,7 +50,7 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     known = parameters(cls)
     for name in names:
         if name not in known:
-            hint = nearest(name, known)
+            hint = did_you_mean(name, known)
             if not hint:  # no known name is near: the message lists all of them
                 listing = ", ".join(known) or "none"
                 hint = f" It has: {listing}."

@@ -16,7 +16,7 @@ from vilu.artifacts.disk import RUN
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.thresholds import Threshold
-from vilu.errors import DataError, ProvenanceError, UsageError, nearest
+from vilu.errors import DataError, ProvenanceError, UsageError, did_you_mean
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_answers, require_same_rows
 from vilu.outcomes.outcomes import Outcomes
@@ -213,7 +213,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
         require_same_answers(first, method_outcomes)
     if main is not None:
         if main not in names:
-            hint = nearest(main, names)
+            hint = did_you_mean(main, names)
             raise UsageError(
                 f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
             )

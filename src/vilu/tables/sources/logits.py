@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, nearest
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, did_you_mean
 from vilu.metrics.counts import Floats, Ints
 from vilu.tables.sources.converted import Columns, Converted
 
@@ -113,7 +113,7 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     if unknown_texts:
         raise DataError(
             f'target must have names of classes, or "" if unknown. Got {unknown_texts[0]!r:.80}.'
-            f"{nearest(unknown_texts[0], names)}"
+            f"{did_you_mean(unknown_texts[0], names)}"
         )
     return np.array([number_of[text] for text in texts], dtype=np.int64)
 
