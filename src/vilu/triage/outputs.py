@@ -555,9 +555,9 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
         )
     if isinstance(progress.looks, ClosedLooks):
         return (
-            "Too many of them are wrong, or too few photos are left, so no number of further "
-            "labels would be enough. Begin anew with more labels to fit on, with a larger "
-            "--max-risk, or with --about new."
+            "Too many of them are wrong, or too few photos are left: no number of further labels "
+            "for the guarantee would be enough with this predictor. Give more labels to fit on, "
+            "allow a larger --max-risk, or begin anew with --about new."
         )
     return (
         "With so many wrong answers no number of further calibration labels would be enough: give "
