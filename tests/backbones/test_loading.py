@@ -209,9 +209,7 @@ def failing(error: Exception) -> Callable[[], None]:
 )
 def test_failures_are_named(error: Exception, becomes: type[Exception]) -> None:
     told = (
-        "tensors alone are read"
-        if isinstance(error, pickle.UnpicklingError)
-        else str(error.args[0])
+        "only tensors are read" if isinstance(error, pickle.UnpicklingError) else str(error.args[0])
     )
     with pytest.raises(becomes, match=told) as caught:
         load_local(failing(error), "hf:tiny")

@@ -214,7 +214,7 @@ def test_names_that_are_none(models: Path, spec: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_cfg": {"embed_dim": 32}}, "want quick_gelu true, and model_cfg in .* has false"),
+        ({"model_cfg": {"embed_dim": 32}}, "need quick_gelu true, and model_cfg in .* has false"),
         ({"preprocess_cfg": {}}, "no configuration of open_clip"),
         (["model_cfg"], "no configuration of open_clip"),
         ("\udcff{", "no configuration of open_clip"),

@@ -103,7 +103,7 @@ def test_a_comparison_of_repeats_is_that_of_the_pictures() -> None:
 def test_a_folder_of_parts_knows_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: int
 ) -> None:
-    monkeypatch.setattr(score_folder, "COMPARED_AT_ONCE", compared)
+    monkeypatch.setattr(score_folder, "IDENTITIES_PER_PASS", compared)
     data = toy_embeddings(n=4000)
     data.target[::10] = -1
     rows = repeated(data, 3)

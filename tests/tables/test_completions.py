@@ -148,7 +148,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vilu.tables.sources.completions.MAX_LINE", 1_000)
+    monkeypatch.setattr("vilu.tables.sources.completions.MAX_LINE_BYTES", 1_000)
     with pytest.raises(DataError, match="line 1 has more than 1,000 bytes"):
         completion_answers(written(tmp_path, "[" * 1_001))
 

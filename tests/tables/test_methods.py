@@ -18,8 +18,8 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.tables.combine import (
     MAPS,
     best_probe,
-    folds_of,
     log_losses,
+    make_folds,
     platt_scaling,
     ridge_logistic,
     rising_logistic,
@@ -120,7 +120,7 @@ def test_platt_mends_log_odds_that_are_too_sure() -> None:
 def test_folds_keep_clusters_together() -> None:
     cluster = np.repeat(np.arange(50), 4)
     failure = np.tile([0, 0, 0, 1], 50)
-    held_out = [fold.held_out_mask for fold in folds_of(cluster, failure, seed=0)]
+    held_out = [fold.held_out_mask for fold in make_folds(cluster, failure, seed=0)]
     assert np.sum(held_out, axis=0).tolist() == [1] * 200
     for mask in held_out:
         assert len(set(cluster[mask]) & set(cluster[~mask])) == 0
@@ -159,7 +159,7 @@ def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
     data = table(400, features=40)
     inputs = np.hstack([data.matrix(list(data.numbers)), data.features])
     failure = data.failure
-    folds = folds_of(np.arange(400), failure, seed=0)
+    folds = make_folds(np.arange(400), failure, seed=0)
     probe, compared = best_probe(inputs, failure, folds)
     for ridge, loss in compared.losses.items():
         losses = np.empty(400)
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
     with pytest.raises(DataError, match="Missing: width"):
         AnswerScores().fit(data).predict_uncertainty(without)
     bare = {"id": range(40), "features": np.eye(40), "correct": [0, 1] * 20}
-    with pytest.raises(DataError, match="features alone"):
+    with pytest.raises(DataError, match="only features"):
         AnswerScores().fit(bare)
     with pytest.raises(DataError, match="none of the 2 training rows has a label"):
         AnswerScores().fit({"id": [1, 2], "score": [0.1, 0.2]})

@@ -155,7 +155,7 @@ def test_pages_of_one_name_and_foreign_truth_are_refused(tmp_path: Path) -> None
     file = written(tmp_path, row("a", 0))
     with pytest.raises(DataError, match="a name of its own"):
         word_answers([file, written(tmp_path / "more", row("a", 0))])
-    with pytest.raises(DataError, match=r"first is called 'letter'.*'page'"):
+    with pytest.raises(DataError, match=r"true words is called 'letter'.*'page'"):
         word_answers([file], truth={"letter": []})
 
 

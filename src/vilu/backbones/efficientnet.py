@@ -20,7 +20,7 @@ N_FEATURES: Final = 1280
 """Number of features of an image."""
 
 N_CLASSES: Final = 1000
-"""Number of classes of the classifier, those of ImageNet-1k."""
+"""Number of classes of the classifier: the classes of ImageNet-1k."""
 
 EPSILON: Final = 1e-3
 """Number that is added to the variances of the batch norms, as in TensorFlow."""
@@ -28,12 +28,12 @@ EPSILON: Final = 1e-3
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. Only the first of them has a stride."""
+    """Blocks of one width. The first block has the stride ``stride``, all others have stride 1."""
 
     n_blocks: int
     kernel: int
     stride: int
-    expansion: int  # number of channels inside a block, divided by those at its beginning
+    expansion: int  # number of channels inside a block, divided by the number at its beginning
     channels: int  # number of channels at the end of a block
 
 
@@ -66,8 +66,9 @@ class Convolution(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
         # Any, because ``merge_norm`` replaces the batch norm by an ``nn.Identity``
         self.norm: Any = nn.BatchNorm2d(channels_out, eps=EPSILON)
-        # TensorFlow pads an even side by k - s zeros in total, and the smaller half comes first.
-        # All sides are even here, since those of the images are multiples of 32.
+        # With a kernel k and a stride s, TensorFlow pads an even side by k - s zeros in total. It
+        # puts the smaller half before the pixels. All sides are even here, because the sides of
+        # images are multiples of 32.
         padding = kernel - stride
         before = padding // 2
         after = padding - before
@@ -78,7 +79,7 @@ class Convolution(nn.Module):
         self.activated = activated
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Channels (B, C, H / stride, W / stride) of channels (B, C_in, H, W)."""
+        """Map channels (B, C_in, H, W) to channels (B, C, H / stride, W / stride)."""
         if not self.is_symmetric:
             rows = functional.pad(rows, self.margins)
         rows = self.norm(self.conv(rows))
@@ -87,13 +88,13 @@ class Convolution(nn.Module):
         return rows
 
     def merge_norm(self) -> None:
-        """Multiply the batch norm into the weights; the outcome is the same up to rounding."""
+        """Multiply the batch norm into the weights. Outputs stay the same up to rounding."""
         self.conv = fuse_conv_bn_eval(self.conv, self.norm)
         self.norm = nn.Identity()
 
 
 class InvertedResidual(nn.Module):
-    """A block: channels are expanded, filtered one by one, and projected to fewer."""
+    """A block: it expands the channels, filters each alone, and projects them to fewer channels."""
 
     def __init__(self, channels_in: int, stage: Stage, *, stride: int) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class InvertedResidual(nn.Module):
         self.is_residual = stride == 1 and channels_in == stage.channels
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Channels (B, C, H / stride, W / stride) of channels (B, C_in, H, W)."""
+        """Map channels (B, C_in, H, W) to channels (B, C, H / stride, W / stride)."""
         outcome: Tensor = self.layers(rows)
         if self.is_residual:
             return outcome + rows
@@ -117,7 +118,7 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite0(nn.Module):
     """Features (B, ``N_FEATURES``) of images (B, 3, H, W), whose sides are multiples of 32.
 
-    The classifier is not applied. Its weights are there, because the compact model uses them. The
+    The classifier is not applied. It is a member, because the compact model uses its weights. The
     weights of all layers are in the order of the layers.
     """
 
@@ -143,8 +144,8 @@ class EfficientNetLite0(nn.Module):
     def merge_norms(self) -> None:
         """Multiply all batch norms into the weights of their convolutions.
 
-        Afterwards an image takes two thirds of the time, because no batch norm reads and writes the
-        channels any more. The network can no longer be trained.
+        Afterwards an image takes two thirds of the former time, because no batch norm has to read
+        and write the channels. The network can no longer be trained.
         """
         for module in self.modules():
             if isinstance(module, Convolution):

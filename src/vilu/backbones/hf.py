@@ -38,9 +38,9 @@ PIXEL_SETTING_PREFIXES = (
     "image_std",
     "image_processor",
 )
-"""Beginnings of the names of the settings of an image processor that change pixels."""
+"""A setting of an image processor changes pixels if its name begins with one of these texts."""
 
-PROBE_IMAGE = Image.new("RGB", (64, 64))  # picture for a trial run
+PROBE_IMAGE = Image.new("RGB", (64, 64))  # image with which a tower is tried
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Towers:
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether each text has more tokens than the tower reads, including special tokens."""
         tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)
-        return [len(numbers) > self.text_length for numbers in tokens["input_ids"]]
+        return [len(token_ids) > self.text_length for token_ids in tokens["input_ids"]]
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embeddings (M, D) of M texts, of any norm."""
@@ -92,9 +92,9 @@ class Towers:
         return self._embeddings("get_image_features", pixel_values=pixels)
 
     def _embeddings(self, method_name: str, **inputs: Tensor) -> Tensor:
-        """Embeddings that a method of the model computes from ``inputs``.
+        """Embeddings that the method ``method_name`` of the model computes from ``inputs``.
 
-        transformers 4 returns a tensor, transformers 5 an object that contains the tensor.
+        In transformers 4 the method returns a tensor, in transformers 5 an object that contains it.
         """
         method = getattr(self.model, method_name)
         output = method(**inputs)
@@ -107,7 +107,7 @@ class Towers:
         return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     def resize_to(self) -> int | None:
-        """Length to which the processor resizes the shorter side, or a larger number.
+        """Length to which the processor resizes the shorter side of an image, or a larger number.
 
         None if the processor does not resize.
         """
@@ -120,7 +120,7 @@ class Towers:
     def pixel_settings(self) -> str:
         """Settings that determine the pixels, as JSON.
 
-        The class of the image processor is one of them, because it decides which library resizes.
+        The class of the image processor is included, because it decides which library resizes.
         """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
@@ -133,8 +133,8 @@ class Towers:
 def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
     """Read model and processor, and return them with the identity of the tokenizer.
 
-    ``origin`` is the folder of the model, or its repository on the hub. Messages call the model
-    ``name``. Missing weights raise an error, although transformers only warns.
+    ``origin`` is the folder of the model, or its repository on the hub. ``name`` is the name of the
+    model in messages. Missing weights raise an error, although transformers only warns of them.
     """
     model, report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
@@ -143,15 +143,15 @@ def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tup
     processor = transformers.AutoProcessor.from_pretrained(origin)
     # By default transformers resizes with torchvision, whose pixels differ from those of Pillow by
     # up to two grey levels. Here Pillow is used, because CLIP was trained with it, and open_clip
-    # resizes with it. transformers 4 reads the keyword ``use_fast``, transformers 5 the keyword
-    # ``backend``.
+    # resizes with it. Both keywords ask for Pillow: transformers 4 reads ``use_fast``, and
+    # transformers 5 reads ``backend``.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
         origin, backend="pil", use_fast=False
     )
     towers = Towers(model, processor)
     if towers.pixels(PROBE_IMAGE).ndim != 3:
         raise UsageError(
-            f"{name} cuts pictures into patches of varying number; take a model of fixed "
+            f"{name} cuts pictures into a varying number of patches; take a model of fixed "
             "resolution."
         )
 
@@ -168,7 +168,7 @@ def _require_dual_encoder(
 ) -> None:
     """Refuse a model with missing weights, or without an image tower or a text tower.
 
-    ``report`` is what transformers reports about the loading of the weights.
+    ``report`` is the report of transformers on the loaded weights.
     """
     missing_weights = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing_weights:

@@ -57,8 +57,9 @@ def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor])
         ProvenanceError: If the vocabulary is missing.
     """
     tokens = encode(PROBE_TEXTS)
+    n_distinct = len(tokens[0].unique())
     # transformers creates an empty vocabulary if the files of the tokenizer are missing
-    if len(tokens[0].unique()) < MIN_DISTINCT_TOKENS:
+    if n_distinct < MIN_DISTINCT_TOKENS:
         raise ProvenanceError(
             f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in "
             f"{PROBE_TEXTS[0]!r}: its vocabulary is missing. Put the tokenizer files (such as "
@@ -96,7 +97,7 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
     """Run ``load`` on the local cache of the hub; if files are missing, again with downloads.
 
-    So a cached model loads without network access, and stays as it is when the model on the hub
+    So a cached model loads without network access, and does not change when the model on the hub
     changes. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
     do.
     """
@@ -105,7 +106,11 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     # A ProvenanceError means that files do not match. Perhaps one of them is not cached yet.
     except (_MissingFileError, ProvenanceError) as error:
         cache_error = error
-    if hub_reachable():
+    is_reachable = hub_reachable()
+    if not is_reachable and isinstance(cache_error, ProvenanceError):
+        raise cache_error
+    reason = "the hub cannot be reached"
+    if is_reachable:
         logger.info(
             "%s is not in the local cache of the model hub; downloading %s", name, repository
         )
@@ -113,10 +118,6 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
             return _load_quietly(load, name, offline=False)
         except _MissingFileError as error:
             reason = f"the download failed: {error}"
-    elif isinstance(cache_error, ProvenanceError):
-        raise cache_error
-    else:
-        reason = "the hub cannot be reached"
     raise MissingModelError(
         f"{name} is not in the local cache of the model hub, and {reason}. Run `hf download "
         f"{repository}` where there is a network, bring its cache here (HF_HOME) and set "
@@ -156,15 +157,14 @@ def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Lo
 
 
 def unpickling_problem(error: Exception) -> str:
-    """The reason why the restricted unpickler of torch refused a file.
+    """The reason why the restricted unpickler of torch refused a file, as a clause for messages.
 
     The message of torch is not shown, because it explains how to execute arbitrary code.
     """
     refused_global = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as "os.system"
-    problem = "it is cut short, damaged or something else"
     if refused_global:
-        problem = f"it asks for {refused_global[1]}"
-    return f"{problem}, and tensors alone are read"
+        return f"it asks for {refused_global[1]}, but only tensors are read"
+    return "it is cut short, damaged or something else, but only tensors are read"
 
 
 def _short_message(error: BaseException) -> str:

@@ -51,11 +51,11 @@ class Source:
     """Location of a model."""
 
     name: str  # name of the backbone, without local paths
-    model: str  # name of the model in open_clip, with a schema such as "hf-hub:" if it has one
+    model: str  # name of the model in open_clip; it may begin with a schema such as "hf-hub:"
     repository: str | None  # repository on the hub; None for a local folder
-    # downloads weights that are not on this machine; raises OSError if that fails
+    # downloads weights that are not on this machine; raises OSError if the download fails
     fetch: Callable[[], object]
-    # pretraining tag, or path of a checkpoint file, of a model without schema
+    # for a model whose name has no schema: its pretraining tag, or the path of a checkpoint file
     tag: str | None = None
     # whether the weights need QuickGELU; open_clip only warns if the model does not use it
     quick_gelu: bool = False
@@ -77,7 +77,7 @@ def load(
     source = find_source(open_clip, argument)
     network, transform, tokenizer, tokenizer_id = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
-    # hashed before the model is changed, because the hash is to identify the weights on disk
+    # hashed before the model is changed, because the hash identifies the weights on disk
     weights = tensors_hash(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
@@ -118,7 +118,7 @@ def load(
         text_projection=text_projection,
         text_cache_key=space.fingerprint,
         bf16_tower=bf16_tower,
-        # "size" is one length, or height and width
+        # "size" is a single length, or height and width
         resize_to=int(np.max(pixel_settings["size"])),
     )
 
@@ -147,7 +147,8 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
     activations = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not activations:
         raise ProvenanceError(
-            f"{name} has no GELU, which a model that was trained with its tanh form has."
+            f"{name} has no GELU, so it cannot be a model that was trained with the tanh form of "
+            "GELU."
         )
     for activation in activations:
         activation.approximate = "tanh"
@@ -156,14 +157,15 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Whether a tokenizer of open_clip truncates each text.
 
-    The tokenizers do not report truncation. So every text is tokenized twice, the second time with
-    a limit of one more token, and the tokens up to the first limit are compared. If the text fits,
-    they are equal. If it was truncated, its next token takes the place of the end token.
+    The tokenizers do not report truncation. So every text is tokenized twice: with the limit L of
+    the tokenizer, and with the limit L + 1. The first L tokens of both are compared. If the text
+    fits, they are equal. If the text is truncated, they differ at the end: the first has the end
+    token where the second has the next token of the text.
     """
-    length = tokenizer.context_length
+    limit = tokenizer.context_length
     tokens = tokenizer(texts)
-    tokens_of_longer_limit = tokenizer(texts, context_length=length + 1)
-    is_truncated = (tokens != tokens_of_longer_limit[:, :length]).any(dim=1)
+    tokens_of_longer_limit = tokenizer(texts, context_length=limit + 1)
+    is_truncated = (tokens != tokens_of_longer_limit[:, :limit]).any(dim=1)
     return [bool(flag) for flag in is_truncated]
 
 
@@ -184,7 +186,7 @@ def find_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _hub_source(open_clip: ModuleType, argument: str) -> Source:
-    """Location of a model on the hub that has its own configuration, hf-hub:ORG/NAME."""
+    """Location of a model hf-hub:ORG/NAME, whose configuration is on the hub, too."""
     repository = require_hub_id(argument.removeprefix("hf-hub:"))
     hub = open_clip.pretrained
 
@@ -248,7 +250,10 @@ def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
 
 
 def _require_weights(folder: Path) -> None:
-    """Refuse a folder without weights, for which open_clip would create a random model."""
+    """Refuse a folder without a configuration or without weights.
+
+    open_clip would create a model with random weights for it.
+    """
     if not (folder / CONFIG_FILE).is_file():
         raise MissingModelError(
             f"the folder {folder} has no {CONFIG_FILE}; open_clip's `push_to_hf_hub` writes one."

@@ -1,12 +1,13 @@
 """Matrix products of image towers by oneDNN, where that is faster than MKL.
 
 torch multiplies float32 matrices by MKL, which chooses its code by the maker of the processor. On
-processors of AMD it leaves the instructions of AVX-512 unused. oneDNN, which is a part of torch,
+processors of AMD it does not use the instructions of AVX-512. oneDNN, which is a part of torch,
 uses them: ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still
 multiplies by MKL, because torch runs it as one function, which ``ProductsByOneDNN`` does not reach.
 
-A convolution with a kernel of one pixel is a product, too. torch runs it by oneDNN only from 16
-images on, if it has one thread. So an image in a smaller batch took 1.6 times as long.
+A convolution with a kernel of one pixel is a product, too. If torch has one thread, it runs this
+convolution by oneDNN only for batches of at least 16 images. Without this module, an image in a
+smaller batch takes 1.6 times as long.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class ProductsByOneDNN(TorchFunctionMode):
-    """Mode in which products of float32 tensors run by oneDNN, in this thread.
+    """Mode in which products of float32 tensors are computed by oneDNN, in this thread.
 
-    These are ``functional.linear``, and ``functional.conv2d`` with a kernel of one pixel.
+    The products are ``functional.linear``, and ``functional.conv2d`` with a kernel of one pixel.
     """
 
     def __torch_function__(
@@ -34,8 +35,8 @@ class ProductsByOneDNN(TorchFunctionMode):
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - that of ``func``
-        """Call ``func``, or the product of oneDNN in its place."""
+    ) -> Any:  # noqa: ANN401 - the type that ``func`` returns
+        """Call ``func``; if it is a product, call the product of oneDNN instead."""
         kwargs = kwargs or {}
         if func is functional.linear:
             return _linear(*args, **kwargs)
@@ -65,10 +66,14 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As ``functional.conv2d``; by oneDNN for images (B, C, H, W) and a kernel of one pixel."""
+    """The result of ``functional.conv2d``.
+
+    It is computed by oneDNN for images (B, C, H, W) and a kernel of one pixel.
+    """
     is_float32 = input.dtype == weight.dtype == torch.float32
     is_product = input.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
-    is_plain = stride == (1, 1) and padding == (0, 0)  # as an ``nn.Conv2d`` passes its defaults
+    # ``nn.Conv2d`` passes these tuples if its stride and padding are the defaults
+    is_plain = stride == (1, 1) and padding == (0, 0)
     if is_float32 and is_product and is_plain:
         product: Tensor = torch.ops.aten.mkldnn_convolution(
             input, weight, bias, padding, stride, dilation, groups
@@ -78,10 +83,11 @@ def _convolution(
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which the products on a device run by oneDNN, if that is faster there.
+    """Context in which products on a device are computed by oneDNN, if oneDNN is faster there.
 
     The context has an effect only in the calling thread. Products that are computed in it cannot be
-    differentiated. While a model is exported, it does nothing, because ONNX has no such product.
+    differentiated. While a model is exported, the context does nothing, because ONNX has no product
+    of oneDNN.
     """
     if device.type == "cpu" and is_onednn_faster() and not torch.compiler.is_exporting():
         return ProductsByOneDNN()
@@ -90,11 +96,11 @@ def fast_products(device: torch.device) -> AbstractContextManager[object]:
 
 @cache
 def is_onednn_faster() -> bool:
-    """Whether torch has both libraries, and the processor is one of AMD with AVX-512."""
-    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    """Whether torch has MKL and oneDNN, and the processor is from AMD and has AVX-512."""
+    has_both_libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
-    if not has_both or not has_product or get_capabilities is None:
+    if not has_both_libraries or not has_product or get_capabilities is None:
         return False
     capabilities = get_capabilities()
     is_amd = "AMD" in str(capabilities.get("cpu_name", ""))

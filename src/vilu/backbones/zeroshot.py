@@ -35,13 +35,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 DETERMINERS = frozenset(
     {"a", "an", "the", "this", "that", "these", "those", "some", "any", "my", "our", "your"}
 )
-"""Words of which no two may stand side by side, as in "a the"."""
+"""Words that may not follow one another, as in "a the"."""
 
 MAX_SHOWN = 3
 """Maximum number of templates that ``prompts_in_words`` shows."""
 
 NEAR_DUPLICATE_COSINE = 0.999
-"""If the cosine of two candidates is above this number, images can hardly decide between them."""
+"""If two candidates have a cosine above this number, the model can hardly tell them apart."""
 BLOCK_SIZE = 1024
 """Number of candidates whose cosines with all candidates are in memory at a time."""
 
@@ -80,9 +80,9 @@ def class_texts(
 
 
 def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Embeddings (K, D) as those of ``class_texts``, without a warning of nearly equal rows.
+    """The embeddings (K, D) of ``class_texts``, without the warning of nearly equal rows.
 
-    The function is for words that are no candidates. Among them, similar words do no harm.
+    This function is for words that are no candidates. Such words may be similar without any harm.
     """
     mean_over_templates = prompt_texts(backbone, names, templates).mean(dim=1)
     return functional.normalize(mean_over_templates, dim=-1)
@@ -94,7 +94,8 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
-    # Each name is encoded once, because equal names may be rounded differently in another batch.
+    # Each name is encoded once. Otherwise equal names in different batches could get embeddings
+    # that are rounded differently.
     distinct_names = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(distinct_names, templates)
@@ -106,7 +107,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
 
 
 def _check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that do not have exactly one place for a name."""
+    """Refuse templates that do not have exactly one ``{}`` for a name."""
     if isinstance(templates, str):
         raise UsageError(
             f"templates must be a list of templates. Got the text {templates!r} instead."
@@ -130,7 +131,7 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The prompts in which a name with an article follows an article of the template.
+    """The prompts in which an article of the template comes before a name that has an article.
 
     A model has seen few texts such as "a photo of a a textile with a hole.", so its answers suffer.
 
@@ -144,8 +145,9 @@ def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     names_with_article = [name for name in names if _is_determiner(name.split()[:1])]
     prompts: list[str] = []
     for template in templates:
-        before, _, _ = template.partition("{}")
-        if _is_determiner(before.split()[-1:]):
+        text_before_name, _, _ = template.partition("{}")
+        last_word = text_before_name.split()[-1:]
+        if _is_determiner(last_word):
             prompts += fill_templates(names_with_article, [template])
     return prompts
 
@@ -156,29 +158,30 @@ def _is_determiner(words: Sequence[str]) -> bool:
 
 
 def prompts_in_words(names: Sequence[str], templates: Sequence[str]) -> str:
-    """The templates as a text for people, with a warning of ``clumsy_prompts``."""
-    shown = ", ".join(repr(template) for template in templates[:MAX_SHOWN])
-    n_more = len(templates) - MAX_SHOWN
-    and_more = f" and {n_more} more" if n_more > 0 else ""
-    sentences = [f"Prompts: {shown}{and_more}."]
-    clumsy = clumsy_prompts(names, templates)
-    if clumsy:
-        and_more = f", and so do {len(clumsy) - 1} more" if len(clumsy) > 1 else ""
+    """The templates as a text for people, with a warning if there are ``clumsy_prompts``."""
+    first_templates = ", ".join(repr(template) for template in templates[:MAX_SHOWN])
+    n_more_templates = len(templates) - MAX_SHOWN
+    and_more = f" and {n_more_templates} more" if n_more_templates > 0 else ""
+    sentences = [f"Prompts: {first_templates}{and_more}."]
+    bad_prompts = clumsy_prompts(names, templates)
+    if bad_prompts:
+        n_more_clumsy = len(bad_prompts) - 1
+        and_so_do = f", and so do {n_more_clumsy} more" if n_more_clumsy > 0 else ""
         sentences.append(
-            f"Warning: {clumsy[0]!r} has two articles{and_more}. Leave them out of the class "
+            f"Warning: {bad_prompts[0]!r} has two articles{and_so_do}. Leave them out of the class "
             "names, or give another --template, such as 'a photo of {}.'"
         )
     return " ".join(sentences)
 
 
-def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """Replace each name of a set in ``TEMPLATES`` by the templates of the set.
+def named_templates(names_or_templates: Sequence[str]) -> tuple[str, ...]:
+    """Replace each name of a set in ``TEMPLATES`` by the templates of this set.
 
-    All other ``names`` are templates themselves.
+    A text that is no such name is a template itself.
     """
     templates: list[str] = []
-    for name in names:
-        templates += TEMPLATES.get(name, (name,))
+    for text in names_or_templates:
+        templates += TEMPLATES.get(text, (text,))
     return tuple(templates)
 
 
@@ -186,8 +189,8 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     """Warn of pairs of classes whose embeddings are nearly equal."""
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK_SIZE):
-        rows = text[start : start + BLOCK_SIZE]
-        cosines = rows @ text[start:].T
+        block = text[start : start + BLOCK_SIZE]
+        cosines = block @ text[start:].T  # rows and columns both count from ``start``
         # only cosines above the diagonal, so that each pair is reported once
         is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE_COSINE
         for i, j in torch.nonzero(is_near).tolist():

@@ -373,11 +373,11 @@ def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee
 
 def _require_new_table(output: Path) -> None:
     """Refuse an output that exists, is no .csv file, or has a file of features beside it."""
-    from vilu.tables.read import FEATURES_BESIDE
+    from vilu.tables.read import FEATURES_SUFFIX
 
     if output.exists() or output.suffix.lower() != ".csv":
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
-    features_file = output.with_suffix(FEATURES_BESIDE)
+    features_file = output.with_suffix(FEATURES_SUFFIX)
     if features_file.exists():
         raise UsageError(
             f"{features_file} is there, and would be read as the features of {output}. "

@@ -92,8 +92,9 @@ class ShardedDataset(ImageDataset, Protocol):
 
     Every sample is a record with a ``position`` (see ``SHARD``). A sample that cannot be used is a
     record whose ``read`` raises ``BadImage``, so that it is counted and listed. ``fingerprint``
-    covers only the names of the shards. Their sizes and times are in ``shard_fingerprint``, which
-    is stored per part. So after a change of a shard, only the part with this shard is done again.
+    covers only the names of the shards. ``shard_fingerprint`` covers their sizes and times, and a
+    store saves it for each part. So if a shard changes, only the part with this shard is embedded
+    again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
@@ -107,16 +108,17 @@ FAULT_MESSAGES: Final = {
     OUT_OF_BOUNDS: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""What a message says about files with each of the three faults, after their number."""
+"""Fault -> text in messages, after the number of files: "3 files are missing below photos"."""
 
 
 def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], str]) -> int:
-    """Return the fault of a file, a key of ``FAULT_MESSAGES`` or ``READABLE``.
+    """Return the fault of a file, a key of ``FAULT_MESSAGES``; ``READABLE`` if it has none.
 
     Args:
         status: The status of the file. If the system call failed, its error. None if the file is
             missing.
-        get_path: Function that returns the path. It is only called if the status does not decide.
+        get_path: Function that returns the path. It is called only if the status does not show
+            whether this process may read the file.
     """
     if status is None:
         return MISSING_FILE
@@ -147,16 +149,18 @@ class Faults:
     location_rule: Callable[[NDArray[np.int64]], str]
 
     def take(self, positions: Sequence[int]) -> Faults:
-        """Return the faults of the files at some positions, as a listing of these files."""
-        taken = np.asarray(positions, dtype=np.int64)
+        """Return the faults of the files at ``positions``, which become the positions 0, 1, ..."""
+        old_positions = np.asarray(positions, dtype=np.int64)
 
         def path_at(new_position: int) -> str:
-            return self.path_at(int(taken[new_position]))
+            return self.path_at(int(old_positions[new_position]))
 
         def location_rule(new_positions: NDArray[np.int64]) -> str:
-            return self.location_rule(taken[new_positions])
+            return self.location_rule(old_positions[new_positions])
 
-        return Faults(self.kinds[taken], self.folder, path_at=path_at, location_rule=location_rule)
+        return Faults(
+            self.kinds[old_positions], self.folder, path_at=path_at, location_rule=location_rule
+        )
 
     def check(self, source: str, max_share: float) -> None:
         """Warn of files that cannot be read; raise an error if their share is above ``max_share``.
@@ -213,7 +217,7 @@ class ChosenImages:
         images: The other data set.
         positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of its
             first n shards: 0, 1, ..., n - 1.
-        choice: Description of the choice, which is part of the fingerprint: {"limit": 100}.
+        choice: Description of the choice, such as {"limit": 100}. It is part of the fingerprint.
     """
 
     def __init__(
@@ -225,7 +229,7 @@ class ChosenImages:
         self.fingerprint = digest({"dataset": images.fingerprint, **choice})
         self._images = images
         self._positions = positions
-        # a data set with this method is an instance of the protocol ShardedDataset
+        # an object with this method is an instance of ShardedDataset, so only shards get it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
@@ -246,21 +250,22 @@ class ChosenImages:
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1, read in one pass."""
-        wanted = self._positions[start:stop]
-        if not wanted:
+        chosen_positions = self._positions[start:stop]
+        if not chosen_positions:
             return
-        first = wanted[0]
-        last = wanted[-1]
+        first = chosen_positions[0]
+        last = chosen_positions[-1]
         records = self._images.records(first, last + 1)
-        has_gap = last - first >= len(wanted)
+        n_records = last - first + 1
+        has_gap = n_records > len(chosen_positions)
         if not has_gap:
-            # This is always the case for shards, because their numbers have no gap. The loop below
-            # would be wrong for shards: it counts one record per position, but a shard has many.
+            # Shards always end here, because their numbers have no gap. The loop below would be
+            # wrong for shards: it counts one record per position, but a shard has many records.
             yield from records
             return
-        positions = set(wanted)
+        position_set = set(chosen_positions)
         for position, record in enumerate(records, start=first):
-            if position in positions:
+            if position in position_set:
                 yield record
 
 
@@ -286,29 +291,29 @@ class ImagesWithOutside:
         prompts = images.class_names
         folders = prompts if table is None else table.folders
         _require_known_names(outside, folders, prompts, images)
-        labels = _labels_inside(outside, folders, prompts)
-        if not labels:
+        labels_to_keep = _labels_to_keep(outside, folders, prompts)
+        if not labels_to_keep:
             raise UsageError(
                 f"--outside leaves none of the {len(prompts)} classes of {images.source}."
             )
         self.source = images.source
         self.captioned = images.captioned
-        self.class_names: tuple[str, ...] | None = tuple(prompts[label] for label in labels)
+        self.class_names: tuple[str, ...] | None = tuple(prompts[i] for i in labels_to_keep)
         self.classes: ClassTable | None = None
         if table is not None:
-            folders_inside = tuple(folders[label] for label in labels)
-            self.classes = replace(table, folders=folders_inside, names=self.class_names)
+            folders_to_keep = tuple(folders[i] for i in labels_to_keep)
+            self.classes = replace(table, folders=folders_to_keep, names=self.class_names)
         self.fingerprint = images.fingerprint
         self.outside = tuple(sorted(set(outside)))
         self._images = images
-        self._new_label_of = {old_label: new_label for new_label, old_label in enumerate(labels)}
-        # a data set with this method is an instance of the protocol ShardedDataset
+        self._new_label_of = {old: new for new, old in enumerate(labels_to_keep)}
+        # an object with this method is an instance of ShardedDataset, so only shards get it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
 
     @property
     def faults(self) -> Faults | None:
-        """Which images cannot be read, as far as is known without reading them."""
+        """The faults of the images, as far as they are known before images are read."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -330,21 +335,22 @@ def _require_known_names(
 ) -> None:
     """Raise UsageError if a name in ``outside`` is neither a class nor a stray label.
 
-    ``folders`` and ``prompts`` are the names of the classes in the data and in prompts.
+    ``folders`` are the names of the classes in the data, ``prompts`` their names in prompts.
     """
     strays: frozenset[str] = getattr(images, "strays", frozenset())
-    known = {*folders, *prompts, *strays}
-    unknown = [name for name in outside if name not in known]
-    if not unknown:
+    known_names = {*folders, *prompts, *strays}
+    unknown_names = [name for name in outside if name not in known_names]
+    if not unknown_names:
         return
-    hint = did_you_mean(unknown[0], sorted(known), cutoff=0.5)
+    first_unknown = unknown_names[0]
+    hint = did_you_mean(first_unknown, sorted(known_names), cutoff=0.5)
     raise UsageError(
-        f"{images.source} has no class or label {unknown[0]!r} for --outside; "
+        f"{images.source} has no class or label {first_unknown!r} for --outside; "
         f"it has {_list_names(folders)}.{hint}"
     )
 
 
-def _labels_inside(
+def _labels_to_keep(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
 ) -> list[int]:
     """Return the labels of the classes whose folder and prompt are not in ``outside``."""
@@ -356,10 +362,10 @@ def _labels_inside(
     return labels
 
 
-def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
+def parse_split(split: str, existing_splits: Collection[str], source: str) -> tuple[str, ...]:
     """Return the names that are joined by "+" in ``split``, for example "validation+test".
 
-    UsageError if a name is not in ``available``, is empty or is repeated.
+    UsageError if a name is not in ``existing_splits``, is empty or is repeated.
     """
     names = tuple(name.strip() for name in split.split("+"))
     has_repeated = len(set(names)) < len(names)
@@ -367,20 +373,20 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
         raise UsageError(
             f"--split must name each split once, joined by '+'. Got {split!r} instead."
         )
-    unknown = [name for name in names if name not in available]
-    if not unknown:
+    unknown_names = [name for name in names if name not in existing_splits]
+    if not unknown_names:
         return names
-    if not available:
+    if not existing_splits:
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
-    hint = did_you_mean(unknown[0], available, cutoff=0.5)
+    first_unknown = unknown_names[0]
+    hint = did_you_mean(first_unknown, existing_splits, cutoff=0.5)
     raise UsageError(
-        f"{source} has no split {unknown[0]!r}; it has {', '.join(sorted(available))}.{hint}"
+        f"{source} has no split {first_unknown!r}; "
+        f"it has {', '.join(sorted(existing_splits))}.{hint}"
     )
 
 
-CAPTIONS_OR_CLASSES: Final = (
-    "captions take the place of classes. Give --captions or --classes, not both."
-)
+CAPTIONS_OR_CLASSES: Final = "captions replace the classes. Give --captions or --classes, not both."
 MAX_LISTED: Final = 10  # maximum number of names or values that a message lists
 
 
@@ -392,7 +398,7 @@ class Selection:
         split: Names of splits joined by ``+``; None for all rows.
         classes: A classes file; None if the table has the class names.
         captions: Whether to use captions even if the table has labels.
-        where: Values that a row must have, by column. The values are compared as text.
+        where: Column -> value. A row is used if it has these values, compared as texts.
         root: Folder that paths start from and must stay below; None for the folder of the table.
         outside: Classes to leave out, and labels that are no class. Their images belong to none of
             the classes.
@@ -413,25 +419,26 @@ class Selection:
             return Bounds(table.parent)
         return Bounds(self.root, table_folder=table.parent)
 
-    def where_columns(self, names: Sequence[str], source: str) -> list[str]:
-        """Return the columns in ``where``. ``names`` are the names of all columns.
+    def where_columns(self, table_columns: Sequence[str], source: str) -> list[str]:
+        """Return the columns in ``where``, after a check that the table has them.
 
-        UsageError if a column of ``where`` is missing, DataError if its name is repeated.
+        UsageError if ``table_columns`` lacks one of them, DataError if one occurs twice there.
         """
         for name in self.where:
-            if name not in names:
+            n_columns = table_columns.count(name)
+            if n_columns == 0:
                 raise UsageError(
-                    f"{source} has no column {name!r} for --where; it has {_list_names(names)}."
+                    f"{source} has no column {name!r} for --where; "
+                    f"it has {_list_names(table_columns)}."
                 )
-            if names.count(name) > 1:
+            if n_columns > 1:
                 raise DataError(
-                    f"{source}: column {name!r} occurs {names.count(name)} times. "
-                    "Rename all but one."
+                    f"{source}: column {name!r} occurs {n_columns} times. Rename all but one."
                 )
         return list(self.where)
 
-    def fingerprint(self) -> dict[str, object]:
-        """Return the options that select rows, except the split; empty if there are none."""
+    def fingerprint_entries(self) -> dict[str, object]:
+        """Return what ``where`` adds to the fingerprint of a data set; empty without ``where``."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
@@ -445,9 +452,9 @@ class Selection:
             splits = pa.array([], pa.string())  # without the column, parse_split raises an error
             if split_column is not None:
                 splits = table[split_column].cast(pa.string())
-            available = [name for name in splits.unique().to_pylist() if name]
-            wanted = parse_split(self.split, available, source)
-            is_chosen &= pc.is_in(splits, value_set=pa.array(wanted)).to_numpy()
+            existing_splits = [name for name in splits.unique().to_pylist() if name]
+            chosen_splits = parse_split(self.split, existing_splits, source)
+            is_chosen &= pc.is_in(splits, value_set=pa.array(chosen_splits)).to_numpy()
         for name, value in self.where.items():
             cells = cells_as_bytes(table[name], f"{source}, column {name!r}")
             accepted_values = pa.array([value.encode()], cells.type)
@@ -468,22 +475,25 @@ def _no_row_message(
     """
     restriction = "" if is_chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
-    # one value more than ``_list_names`` shows, so that it ends the list with "..."
+    # ``_list_names`` gets one value more than it shows, so that it ends the list with "..."
     first_values = values.slice(0, MAX_LISTED + 1).to_pylist()
-    existing = _list_names([value.decode("utf-8", "backslashreplace") for value in first_values])
-    return f"{source} has no row with {name}={value}{restriction}; column {name!r} has {existing}."
+    first_texts = [value.decode("utf-8", "backslashreplace") for value in first_values]
+    return (
+        f"{source} has no row with {name}={value}{restriction}; "
+        f"column {name!r} has {_list_names(first_texts)}."
+    )
 
 
 def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
-    """Return the cells of a column as bytes, without a check that texts are UTF-8.
+    """Return the cells of a column as bytes. Texts are not checked, so they may be no UTF-8.
 
-    The message of a DataError begins with ``location``, which names the file and the column.
+    ``location`` names the file and the column, for the message of a DataError.
     """
     column_type = column.type
     if pa.types.is_nested(column_type):
         raise DataError(
             f"{location}: text is expected, one per row. Found {column_type}. Write one row for "
-            "each."
+            "each text."
         )
     if pa.types.is_dictionary(column_type):
         column = column.cast(column_type.value_type)
@@ -502,10 +512,10 @@ def _list_names(names: Collection[str]) -> str:
     """Return the first names for a message. A name with invisible characters is in quotes."""
     if not names:
         return "nothing"
-    shown = []
+    listed_names = []
     for name in list(names)[:MAX_LISTED]:
         is_visible = name != "" and name.isprintable()
-        shown.append(name if is_visible else repr(name))
+        listed_names.append(name if is_visible else repr(name))
     if len(names) > MAX_LISTED:
-        shown.append("...")
-    return ", ".join(shown)
+        listed_names.append("...")
+    return ", ".join(listed_names)

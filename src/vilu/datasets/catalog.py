@@ -41,9 +41,10 @@ DATASETS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""Kinds of sources that ``open_dataset`` accepts, in addition to the layouts in ``LAYOUTS``.
+"""Kind of source that ``open_dataset`` accepts -> description for users.
 
-``vilu.datasets.known`` has the data sets that are opened by name.
+In addition, ``open_dataset`` accepts the folder layouts in ``LAYOUTS``, and opens the data sets of
+``vilu.datasets.known`` by name.
 """
 
 TABLE_SUFFIXES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
@@ -76,7 +77,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         captions: Use the captions of a table that also has labels. A table that has captions and no
             labels needs no option.
         where: Use only the rows of a table that have these values. For example, {"vendor":
-            "google"} selects by the column "vendor".
+            "google"} selects the rows whose column "vendor" is "google".
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
         raw_names: Whether to use the class names as they are in the data; only with ``dataset``.
         root: Folder that the paths in a table start from, instead of the folder of the table.
@@ -168,7 +169,7 @@ def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
 
 
 def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
-    """Open a source that is a table, tar files, a folder with a layout, or a folder of images."""
+    """Open a table, tar files, a folder with a known layout, or a folder of images."""
     path = Path(source)
     # not Path.is_file, which raises an error if a pattern is too long for a file name
     if os.path.isfile(path) and path.suffix.lower() in TABLE_SUFFIXES:  # noqa: PTH113
@@ -200,16 +201,21 @@ def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
 
 
 def _refuse_where(source: Path | str, selection: Selection) -> None:
+    """Raise UsageError if the user chose rows with --where, for a source that is no table."""
     if selection.where:
-        raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
+        raise UsageError(
+            f"--where chooses rows of a CSV or Parquet file. {source} is no such file."
+        )
 
 
 def _refuse_root(source: Path | str, selection: Selection) -> None:
+    """Raise UsageError if the user gave --root, for a source that does not use it."""
     if selection.root is not None:
         raise UsageError(f"--root is for a table or a folder of images. {source} is neither.")
 
 
 def _refuse_captions(source: Path | str, selection: Selection) -> None:
+    """Raise UsageError if the user asked for captions, for a source that cannot have captions."""
     if selection.captions:
         raise UsageError(
             f"{source} has no captions: only tables and tar files can have captions. "
@@ -233,7 +239,7 @@ def _source_error(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
-    """Open tar files; raise an error for options that do not fit, or files that may not be read."""
+    """Open tar files. Options that do not fit and files that may not be read are refused."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "

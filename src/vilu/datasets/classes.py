@@ -35,13 +35,13 @@ class ClassTable:
         _require_texts("class", self.folders)
         _require_texts("prompt", self.names)
         if self.folders == self.names:
-            # Equal names are accepted here. They only occur if labels are numbers, which tell
-            # classes of the same name apart.
+            # Repeated names are accepted here. They occur only if labels are numbers, and these
+            # numbers distinguish classes of the same name.
             return
-        repeated = _repeated_names(Counter(self.folders))
-        if repeated:
+        repeated_names = _repeated_names(Counter(self.folders))
+        if repeated_names:
             raise DataError(
-                f"class names must be distinct. Repeated: {_list_names(repeated)}. "
+                f"class names must be distinct. Repeated: {_list_names(repeated_names)}. "
                 "Merge or rename them."
             )
 
@@ -91,7 +91,7 @@ def class_table(
 ) -> ClassTable | None:
     """Return the class table of a data set; None if neither the data nor a file name the classes.
 
-    All lines of a classes file are ``name``, or all are ``folder<TAB>name``. They are assigned to
+    All lines of a classes file are ``name``, or all are ``folder<TAB>name``. The lines get their
     labels as follows:
 
     1. ``folder<TAB>name``: The folders are matched with ``data_names``. Without ``data_names``, the
@@ -120,6 +120,7 @@ def class_table(
     if data_names is None and file_folders is not None and numeric_labels:
         data_names = _parse_labels(file_folders, file)
     if data_names is None:
+        # a file without folders gives each class its name in both columns of the table
         return ClassTable(file_folders or file_names, file_names)
     if file_folders is not None:
         return _match_folders(data_names, file_folders, file_names, file, outside)
@@ -157,10 +158,10 @@ def _match_folders(
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """Return the table of the classes ``data_names`` with the names in their lines of the file.
+    """Return the table of the classes ``data_names``. Their prompt names are read from the file.
 
     ``file_folders`` and ``file_names`` are the two columns of the file. A class in ``outside`` may
-    be missing there.
+    be missing in the file.
     """
     class_of_line = {name: name for name in data_names}
     _require_each_class_once(data_names, class_of_line, file_folders, file, outside)
@@ -178,19 +179,19 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """
     text = _read_text(file)
     rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
-    width = len(rows[0])
-    for number, row in enumerate(rows, start=1):
+    n_columns = len(rows[0])
+    for line_number, row in enumerate(rows, start=1):
         if not all(cell.strip() for cell in row):
             raise DataError(
-                f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name."
+                f"{file} line {line_number}: blank name. Every line is a name, or folder<TAB>name."
             )
-        if len(row) > 2 or len(row) != width:
+        if len(row) > 2 or len(row) != n_columns:
             cells = " and ".join(map(repr, row))
             raise DataError(
-                f"{file} line {number}: {len(row)} columns, {cells}. All lines are a name, or all "
-                "folder<TAB>name."
+                f"{file} line {line_number}: {len(row)} columns, {cells}. All lines are a name, or "
+                "all folder<TAB>name."
             )
-    if width == 1:
+    if n_columns == 1:
         return None, tuple(name.strip() for (name,) in rows)
     folders = tuple(folder.strip() for folder, _ in rows)
     names = tuple(name.strip() for _, name in rows)
@@ -210,7 +211,7 @@ def _read_text(file: Path) -> str:
 
 
 def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
-    """Return the class table of a data set without a classes file."""
+    """Return the class table of a data set that has no classes file."""
     return ClassTable(
         tuple(data_names), tuple(clean_name(name) for name in data_names), cleaned=True
     )
@@ -233,56 +234,59 @@ def _require_each_class_once(
     Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``class_of_line``
     maps each line that is accepted to a class in the data.
     """
-    unknown = [line for line in lines if line not in class_of_line]
-    if unknown:
-        first = unknown[0]
-        hint = did_you_mean(first, class_of_line)
+    unknown_lines = [line for line in lines if line not in class_of_line]
+    if unknown_lines:
+        first_unknown = unknown_lines[0]
+        hint = did_you_mean(first_unknown, class_of_line)
         if hint:
             # " Did you mean 'cat'?" becomes " Did you mean 'cat' for 'cta'?"
-            hint = f"{hint.removesuffix('?')} for {first!r}?"
+            hint = f"{hint.removesuffix('?')} for {first_unknown!r}?"
         raise DataError(
-            f"{file} names classes that the data does not have: {_list_names(unknown)}.{hint} "
-            "Leave them out. If they are classes without an image here, make an empty sub-folder "
-            "for each, or in a table use numbers as labels (lines of this file, from 0)."
+            f"{file} names classes that the data does not have: {_list_names(unknown_lines)}."
+            f"{hint} Leave them out. If they are classes without an image here, make an empty "
+            "sub-folder for each, or in a table use numbers as labels (lines of this file, from 0)."
         )
     counts = Counter(class_of_line[line] for line in lines)
-    repeated = _repeated_names(counts)
-    if repeated:
-        raise DataError(f"{file} names classes more than once: {_list_names(repeated)}.")
-    missing = []
+    repeated_classes = _repeated_names(counts)
+    if repeated_classes:
+        raise DataError(f"{file} names classes more than once: {_list_names(repeated_classes)}.")
+    missing_classes = []
     for name in data_names:
         is_outside = name in outside or clean_name(name) in outside
         if name not in counts and not is_outside:
-            missing.append(name)
-    if missing:
+            missing_classes.append(name)
+    if missing_classes:
         raise DataError(
-            f"{file} leaves out classes of the data: {_list_names(missing)}. Add a line for each, "
-            "or name them with --outside to count their images as outside of the classes."
+            f"{file} leaves out classes of the data: {_list_names(missing_classes)}. Add a line "
+            "for each, or name them with --outside to count their images as outside of the classes."
         )
 
 
-def _require_same_order(data_names: Sequence[str], names: Sequence[str], file: Path) -> None:
-    """Raise DataError for a wrong number of names, or names of the data in another order."""
-    if len(data_names) != len(names):
+def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], file: Path) -> None:
+    """Raise DataError if the file has too few or too many names, or the data's names reordered.
+
+    If the file has other names than the data, their order cannot be checked.
+    """
+    if len(data_names) != len(file_names):
         raise DataError(
             f"{file} must have one name per class of the data ({len(data_names)}). "
-            f"Got {len(names)} instead."
+            f"Got {len(file_names)} instead."
         )
-    if sorted(data_names) != sorted(names):
+    if sorted(data_names) != sorted(file_names):
         return
     for label, name in enumerate(data_names):
-        if name != names[label]:
+        if name != file_names[label]:
             raise DataError(
                 f"{file} has the data's class names in another order (class {label} is {name!r} "
                 "in the data). Names for whole-number labels go in label order."
             )
 
 
-def refuse_numbers(classes: ClassTable, source: str) -> None:
+def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
     """Raise DataError if class names are numbers that differ from the labels of the classes.
 
-    This function is called if labels in the data are numbers, too. Then it is not clear whether
-    such a label is the name of a class or the number of a line in the classes file.
+    This function is called if labels in the data are numbers, too. Then a label may be the name of
+    a class, or the number of a line in the classes file.
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))
@@ -299,12 +303,15 @@ def refuse_numbers(classes: ClassTable, source: str) -> None:
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a name can be encoded in UTF-8: surrogates stand for bytes that are not UTF-8."""
+    """Whether a name can be encoded in UTF-8.
+
+    It cannot if it has surrogates, which Python puts in place of bytes that are not UTF-8.
+    """
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """Return the first names for a message, and the number of the rest."""
+    """Return a text for a message: the first names, and how many more there are."""
     first_names = ", ".join(repr(name) for name in names[:MAX_LISTED])
     n_more = len(names) - MAX_LISTED
     if n_more > 0:

@@ -35,7 +35,7 @@ IMAGE_SUFFIXES = (
 Formats that cannot be decoded are included, so that such a file is reported and not skipped.
 """
 
-NO_VALUE: Final = -1  # value in a listing for a label, size or time that does not exist
+NO_VALUE: Final = -1  # replaces a label, size or time that does not exist in the hash of a listing
 
 
 def read_file(path: str | Path) -> bytes:
@@ -86,21 +86,21 @@ def resolve_below(folder: Path, path: str) -> str:
 
 
 class OutsideError(OSError):
-    """The error of a file outside of the folders in which the files of its data set may be."""
+    """The error of a file that is outside of the folders of its data set (``Bounds``)."""
 
 
 class Bounds:
     """The folders in which the files of a data set may be. No file outside of them is read.
 
-    What counts is the real location of a file, after all links have been followed.
+    The real location of a file is checked, after all links have been followed.
 
     Args:
         folder: Folder that relative paths start from. Files must be below this folder.
-        table_folder: Folder of the table that lists the files. Paths with ".." start from it. If it
-            is None, absolute paths and paths with ".." are refused. Otherwise, they are accepted if
-            they end below ``folder``.
+        table_folder: Folder of the table that lists the files. Paths with ".." start from it.
+            Absolute paths and paths with ".." are accepted if they lead to a file below ``folder``.
+            If ``table_folder`` is None, all such paths are refused.
         link_folder: A second folder that links may lead into.
-        follow_links: Whether links may lead anywhere, and links to folders are walked, too. Paths
+        follow_links: Whether links may lead anywhere, and links to folders are followed, too. Paths
             still have to be below ``folder``.
     """
 
@@ -131,6 +131,8 @@ class Bounds:
         full_path = self._full_path(path)
         if self.follow_links:
             return full_path
+        # The real path of the folder is cached, so it is found fast. If the folder is in bounds,
+        # the file can only be out of bounds if it is itself a link.
         folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
         is_folder_inside = _has_real_prefix(folder, self._prefixes)
         if not is_folder_inside or self.leads_out(full_path):
@@ -140,9 +142,10 @@ class Bounds:
         return full_path
 
     def _full_path(self, path: str) -> str:
-        """Return the full path for a path that starts from ``folder`` or from ``table_folder``.
+        """Return the full path of a file, which starts from ``folder``.
 
-        Absolute paths and paths with ".." start from ``table_folder``, if it is not None.
+        There is one exception if ``table_folder`` is not None: a path with ".." starts from
+        ``table_folder``, and an absolute path is used as it is.
         """
         if self._table_folder is None or stays_below(path):
             return resolve_below(self.folder, path)
@@ -164,7 +167,7 @@ class Bounds:
             return error.with_traceback(None)
 
     def real_path(self, path: str) -> str:
-        """Return the real path of a file, with all links followed. It may be out of bounds."""
+        """Return the real path of a file, after all links. The file may be out of bounds."""
         start = self._table_folder or self.folder
         without_nul = path.replace("\0", "")  # os.path.realpath raises an error at a NUL
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
@@ -192,7 +195,7 @@ def _has_real_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _can_be_path(path: str) -> bool:
-    """Whether a file can have this path: no system accepts an empty path or one with NUL."""
+    """Whether a file can have this path. No system accepts an empty path, or a path with NUL."""
     return bool(path) and "\0" not in path
 
 
@@ -236,9 +239,9 @@ def portable_name(path: str) -> str:
     is_plain = path.isascii() and path.isprintable()
     if is_plain and "\\x" not in path:
         return path
-    # the backslash of a text that only looks like an escape is escaped itself
-    content = _ESCAPE.sub(rb"\\x5cx\1", _path_bytes(path))
-    text = content.decode("utf-8", "backslashreplace")
+    # if the path itself has a text that looks like an escape, its backslash is escaped
+    path_bytes = _ESCAPE.sub(rb"\\x5cx\1", _path_bytes(path))
+    text = path_bytes.decode("utf-8", "backslashreplace")
     return _CONTROLS.sub(_escape_character, text)
 
 
@@ -256,7 +259,7 @@ def _escape_character(match: re.Match[str]) -> str:
 
 
 def _unescape_byte(match: re.Match[bytes]) -> bytes:
-    """Return the byte that an escape stands for."""
+    """Return the byte that an escape represents."""
     digits = match[1].decode()
     return bytes.fromhex(digits)
 
@@ -276,17 +279,18 @@ def original_path(text: str) -> str:
     """
     if "\\x" not in text:
         return text
-    content = _ESCAPE.sub(_unescape_byte, _path_bytes(text))
-    path = os.fsdecode(content)
+    path_bytes = _ESCAPE.sub(_unescape_byte, _path_bytes(text))
+    path = os.fsdecode(path_bytes)
     if portable_name(path) != text:
         return text
     return path
 
 
 def matching_text(name: str, texts: Collection[str]) -> str | None:
-    """Return the text in ``texts`` that a name in a user's table stands for; None if none fits.
+    """Return the text in ``texts`` that fits a name in a user's table; None if no text fits.
 
-    The name fits if it is such a text itself, or a path for which ``portable_name`` returns it.
+    If the name itself is in ``texts``, it is returned. Otherwise, the text that ``portable_name``
+    returns for the name is looked for.
     """
     if name in texts:
         return name
@@ -297,9 +301,10 @@ def matching_text(name: str, texts: Collection[str]) -> str | None:
 
 
 def text_of_version_0_1(text: str) -> str:
-    """Return what vilu 0.1.0 wrote in a book of labels for a path that is now written as ``text``.
+    """Return the text of vilu 0.1.0 for the path that is now written as ``text``.
 
-    These earlier texts were not unique: two paths could have the same text.
+    Books of labels of that version have such texts. The texts were not unique: two paths could have
+    the same text.
     """
     return os.fsencode(original_path(text)).decode("utf-8", "backslashreplace")
 
@@ -320,16 +325,16 @@ def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Yield path below ``folder`` and status of every image file, in the byte order of the paths.
+    """Yield the path below ``folder`` and the status of every image file, sorted by path bytes.
 
     Each file costs one call of ``stat``. Links to files are followed. Links to folders are followed
-    only if ``bounds`` says so. If a link leads to itself, to a folder that contains it, or out of
-    ``bounds``, the second value is the error in place of the status. Skipped entries are counted in
+    only if ``bounds`` allows it. If a link leads to itself, to a folder that contains it, or out of
+    ``bounds``, an error is yielded instead of the status. Skipped entries are counted in
     ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
     follows_links = bounds is not None and bounds.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # The list is a stack, from whose end entries are taken, so they are added in reverse order.
+    # ``pending`` is a stack: entries are taken from its end. So they are added in reverse order.
     pending = [_PendingEntry(entry, ()) for entry in reversed(_entries(folder))]
     while pending:
         entry, folders_of_links = pending.pop()
@@ -367,11 +372,12 @@ def _leads_back(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bo
     ``folders_of_links`` are the folders at both ends of every link on the path to this link.
     """
     container, target = _folders_at_ends(link)
+    # ``target`` contains a folder if it is the beginning of the path of the folder
     return any(folder.startswith(target) for folder in (*folders_of_links, container))
 
 
 def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | None:
-    """Return why ``walk_images`` skips an entry; None for an image or a folder to walk."""
+    """Return the reason why ``walk_images`` skips an entry; None for an image or a folder."""
     if _is_hidden(entry):
         return "hidden"
     if _is_folder(entry):
@@ -382,7 +388,7 @@ def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | 
     try:
         if not entry.is_file():
             return "not_a_file"
-    except OSError:  # the file is not skipped, because its error row says why it cannot be read
+    except OSError:  # not skipped: the error row of the file will say why it cannot be read
         return None
     return None
 
@@ -426,10 +432,10 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _sort_key(entry: os.DirEntry[str]) -> bytes:
-    """Return the name as bytes, with a slash if it is a folder, so that whole paths are in order.
+    """Return the name as bytes, with a slash at the end if it is a folder.
 
-    Without the slash, the folder "a" would come before "a b.jpg". But its files come later, since
-    "/" is greater than " " in "a/1.jpg".
+    So a walk yields whole paths in byte order: "a b.jpg" before "a/1.jpg", because " " is less than
+    "/". Without the slash, the folder "a" would come before "a b.jpg".
     """
     name = os.fsencode(entry.name)
     if entry.is_dir(follow_symlinks=False):
@@ -457,7 +463,7 @@ class ListingHash:
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
-        # four whole numbers of 64 bits, then the name; the first number says where the name ends
+        # four whole numbers of 64 bits, then the name; the first number is the length of the name
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:

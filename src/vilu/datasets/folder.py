@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 LINK_RULE = (
-    "A link may lead to a file below the folder of images, or below one that --root DIR names; "
-    "with --follow-links anywhere."
+    "A link may lead to a file below the folder of images, or below the folder of --root DIR. "
+    "With --follow-links it may lead anywhere."
 )
 
 
@@ -88,7 +88,7 @@ class ListedFiles:
 
 
 def _location_rule(_positions: NDArray[np.int64]) -> str:
-    """Return a sentence on where files must be. Here it is the same for files at all positions."""
+    """Return a sentence that says where files must be. It does not depend on the positions."""
     return LINK_RULE
 
 
@@ -110,8 +110,9 @@ class FolderDataset(ListedFiles):
         follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
-        ignored: Number of skipped files and folders by reason: the reasons of
-            ``files.walk_images``, and "outside_class" for images that are not in a class folder.
+        ignored: Reason -> number of files and folders that were skipped for this reason. There are
+            the reasons of ``files.walk_images``, and "outside_class" for images that are not in a
+            class folder.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class FolderDataset(ListedFiles):
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
+        """Return the bytes of the file ``path``; OutsideError if it is a link out of bounds."""
         # the path is joined as it was listed: Path could change a name that is special on Windows
         full_path = os.path.join(self._folder, path)  # noqa: PTH118
         if self._bounds.leads_out(full_path):
@@ -160,7 +162,7 @@ class FolderDataset(ListedFiles):
     ) -> None:
         """Add the images of the split folder ``name``; "" is the folder of the data set itself.
 
-        ``label_of`` has the labels by class folder.
+        ``label_of`` maps each class folder to its label.
         """
         folder = self._folder / name
         has_class_folders = len(subfolders(folder, follow_links=self._bounds.follow_links)) > 0
@@ -185,7 +187,7 @@ def list_photos(
 ) -> list[ListedPhoto]:
     """Return all images below a folder, at any depth, in the byte order of their paths.
 
-    Sub-folders do not count as classes or splits. With ``follow_links``, links may lead anywhere.
+    Sub-folders are not read as classes or splits. With ``follow_links``, links may lead anywhere.
 
     Raises:
         UsageError: If ``root`` is no folder.
@@ -276,22 +278,23 @@ def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> 
 
 
 def _as_bytes(name: str) -> bytes:
+    """Return a name as bytes, by which folders are sorted."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
     """Return the chosen split folders, from which images are listed, and all split folders.
 
-    All split folders are needed because each of them may have class folders that the others lack.
-    If ``split`` is None, both results are [""], which stands for ``root`` itself.
+    All split folders are needed, because a class folder may be missing in some of them. If
+    ``split`` is None, both results are [""], which means ``root`` itself.
     """
     folders = subfolders(root)
     if split is None:
         _require_no_splits(root, folders)
         return [""], [""]
-    chosen = parse_split(split, folders, str(root))
-    folders_of_usual_name = SPLIT_FOLDERS.intersection(folders)
-    return chosen, sorted(folders_of_usual_name.union(chosen))
+    chosen_splits = parse_split(split, folders, str(root))
+    usual_split_folders = SPLIT_FOLDERS.intersection(folders)
+    return chosen_splits, sorted(usual_split_folders.union(chosen_splits))
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:

@@ -39,11 +39,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION: Final = 0x0112  # number of the orientation tag
-# Codes of ``struct`` for the numbers of the types BYTE (1), SHORT (3) and LONG (4). The standard
-# prescribes SHORT, but cameras also write the other types.
+# Type of a number in TIFF -> code of the type in ``struct``. The types are BYTE (1), SHORT (3) and
+# LONG (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
 _INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
-# Codes of ``struct`` for the byte order of a TIFF file, by the first four bytes of the file. "+"
-# marks BigTIFF.
+# First four bytes of a TIFF file -> code of its byte order in ``struct``. "+" marks BigTIFF.
 BYTE_ORDER_CODES: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
@@ -62,7 +61,7 @@ def read_orientation(block: bytes) -> int | None:
         raise ValueError(f"damaged EXIF block: {error!r}") from error
     if value is None:
         return None
-    if value == 0:  # stands for "unknown"
+    if value == 0:  # means "unknown"
         return None
     if not 1 <= value <= 8:
         raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
@@ -70,7 +69,7 @@ def read_orientation(block: bytes) -> int | None:
 
 
 def _orientation_tag(block: bytes) -> int | None:
-    """Return the value of the orientation tag in the first directory; None without this tag."""
+    """Return the value of the orientation tag in the first directory; None if it lacks the tag."""
     layout = _tiff_layout(block)
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
@@ -80,8 +79,8 @@ def _orientation_tag(block: bytes) -> int | None:
     for position in possible_positions[:n_entries]:
         tag, value_type = struct.unpack_from(layout.order + "HH", block, position)
         if tag == ORIENTATION:
-            # an entry has tag and type (four bytes), the number of values (as wide as an offset),
-            # and the value
+            # an entry consists of tag and type (four bytes), the number of values (as wide as an
+            # offset), and the value
             value_position = position + 4 + struct.calcsize(layout.offset_code)
             return layout.read(_INTEGER_CODES[value_type], block, value_position)
     return None
@@ -93,19 +92,21 @@ def count_directories(data: bytes, limit: int) -> int:
     Counting stops at ``limit``, at a directory that was counted before, and at an offset that is
     outside of the file.
     """
-    seen: set[int] = set()
+    counted_directories: set[int] = set()
     with suppress(struct.error, OverflowError):
         layout = _tiff_layout(data)
         directory = layout.read(layout.offset_code, data, layout.first_offset)
         # ``directory`` is the offset of a directory, or 0 after the last directory
-        while directory and directory not in seen and len(seen) < limit:
+        while directory and directory not in counted_directories:
+            if len(counted_directories) == limit:
+                break
             n_entries = layout.read(layout.count_code, data, directory)
-            seen.add(directory)
+            counted_directories.add(directory)
             # the offset of the next directory is behind the entries of this directory
             first_entry = directory + struct.calcsize(layout.count_code)
             end_of_entries = first_entry + n_entries * layout.entry_bytes
             directory = layout.read(layout.offset_code, data, end_of_entries)
-    return len(seen)
+    return len(counted_directories)
 
 
 class _TiffLayout(NamedTuple):
@@ -159,8 +160,8 @@ def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
             NEEDS_PILLOW_HEIF,
             "HEIC is decoded by pillow-heif: pip install 'vilu[heic]', or export the photo as JPEG",
         ) from error
-    opened: ImageFile.ImageFile = plugin.HeifImageFile(file)
-    return opened
+    image: ImageFile.ImageFile = plugin.HeifImageFile(file)
+    return image
 
 
 OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
@@ -174,7 +175,7 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "AVIF": AvifImagePlugin.AvifImageFile,
     "HEIC": _open_heic,
 }
-"""The formats that are decoded, and the class of Pillow that opens each."""
+"""Format that is decoded -> class or function that opens a file of this format."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
 _SIGNATURE_TABLE = (
@@ -184,7 +185,7 @@ _, _SIGNATURE_ROWS = parse_csv(_SIGNATURE_TABLE.splitlines(), "image_signatures.
 _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _SIGNATURE_ROWS
 ]
-"""Signatures of formats: position in the file, bytes at this position, and name of the format."""
+"""Signatures of formats: a position in the file, the bytes there, and the name of the format."""
 
 
 def detect_format(data: bytes) -> str | None:
@@ -251,7 +252,11 @@ def _count_gif_frames(data: bytes) -> int:
 
 
 def _colour_table_bytes(flags: int) -> int:
-    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes; n is the last 3 bits."""
+    """Return the size of a colour table in bytes; 0 if there is no table.
+
+    The first bit of ``flags`` says whether there is a table. The last three bits are a number n:
+    the table has 2^(n + 1) colours of 3 bytes.
+    """
     has_table = flags & 0b1000_0000
     if not has_table:
         return 0
@@ -341,7 +346,7 @@ PictureErrorKind = Literal[
 ]
 FileErrorKind = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 ShardErrorKind = Literal["truncated_shard", "bad_shard"]
-"""Errors of a whole shard: one record stands for all images that the shard has lost."""
+"""Errors of a whole shard: one record reports all images that the shard has lost."""
 SampleErrorKind = Literal["interleaved", "duplicate", "missing_image"]
 TextErrorKind = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
 ErrorKind = PictureErrorKind | FileErrorKind | ShardErrorKind | SampleErrorKind | TextErrorKind
@@ -365,7 +370,7 @@ DECODING_ERRORS: Final = (
 """Exceptions of Pillow for damaged files.
 
 In a test with 200,000 mutated files (Pillow 13), only the first three and the last were raised.
-According to its source code, some versions of Pillow can raise the others, too.
+According to its source code, some versions of Pillow can raise all of them.
 """
 
 
@@ -375,7 +380,7 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
     Attributes:
         stage: Step that failed: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
             "text" (caption, label).
-        kind: Kind of error, by which errors are counted.
+        kind: Kind of error. Errors are counted by their kind.
     """
 
     def __init__(self, stage: Stage, kind: ErrorKind, message: str) -> None:
@@ -384,9 +389,9 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         self.kind: ErrorKind = kind
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, ErrorKind, str]]:
-        """Return how to make the error again when it is unpickled.
+        """Return the class and the arguments that make the same error when it is unpickled.
 
-        Workers send errors to the driver as pickles.
+        It is needed because workers send errors to the driver as pickles.
         """
         return BadImage, (self.stage, self.kind, str(self))
 
@@ -420,6 +425,7 @@ class ImageLimits:
 
 
 def _require_limit(name: str, limit: int, ceiling: int) -> None:
+    """Raise UsageError if the limit ``name`` is not from 1 to ``ceiling``."""
     if not 1 <= limit <= ceiling:
         raise UsageError(f"{name} must be from 1 to {ceiling}. Got {limit} instead.")
 
@@ -455,7 +461,8 @@ def read_image(
 ) -> DecodedImage:
     """Read and decode one record, as ``decode_image`` does; BadImage where this fails."""
     if record.key.lower().endswith(RAW_SUFFIXES):
-        # Judged by the name: most RAW formats are TIFF files, whose first frame is a small preview.
+        # The name decides, because the bytes cannot: most RAW formats are TIFF files, whose first
+        # frame is a small preview.
         suffix = record.key.rpartition(".")[2]
         raise _raw_photo_error(suffix.upper())
     try:
@@ -482,13 +489,14 @@ def decode_image(
     Args:
         data: The bytes of the file.
         limits: Limits of size and shape, which are checked before pixels are decoded.
-        jpeg_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side
-            then has at least this length. This takes a fraction of the time. None: in full.
+        jpeg_side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side then still
+            has at least this length. This takes a fraction of the time. None: JPEGs are decoded in
+            full.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
-        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is on, with which truncated images
-            would not be noticed.
+        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is on, because Pillow then does not
+            report truncated images.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UsageError(
@@ -501,7 +509,8 @@ def decode_image(
         _require_geometry(*opened.size, limits)
         size_in_file = opened.size
         with _convert_damage("decode", "damaged pixels"):
-            if format_name == "TIFF":  # without this tag, Pillow does not rotate the pixels
+            if format_name == "TIFF":
+                # Pillow rotates the pixels of a TIFF by its orientation tag. So the tag is removed.
                 opened.getexif().pop(ORIENTATION, None)
             if format_name == "JPEG" and jpeg_side is not None:
                 opened.draft(None, (jpeg_side, jpeg_side))
@@ -517,8 +526,8 @@ def decode_image(
             raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
         with _convert_damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion_flags = to_rgb(opened)
-    # A JPEG may be decoded at a reduced size, so its size is that of its header. Not so for TIFF,
-    # whose header may state the size after rotation.
+    # A JPEG may be decoded at a reduced size, so its full size is taken from its header. The header
+    # of a TIFF may state the size after rotation, so the size is taken from the pixels.
     width, height = size_in_file if format_name == "JPEG" else image.size
     return DecodedImage(
         image,
@@ -566,9 +575,10 @@ def _raw_photo_error(format_name: str) -> BadImage:
 
 
 def stated_pixels(data: bytes) -> int:
-    """Number of pixels that the header of an encoded image states.
+    """Return the number of pixels that the header of an encoded image states.
 
-    0 if the header is damaged or the format is not decoded: ``decode_image`` refuses such data.
+    It is 0 if the header is damaged or the format is not decoded. ``decode_image`` refuses such
+    data.
     """
     opener = OPENERS.get(detect_format(data) or "")
     if opener is None:
@@ -637,8 +647,8 @@ MAX_CAPTION_BYTES: Final = 2**20
 INVISIBLE_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Category Cn (unassigned) is not included. In an old Python, it also has visible characters: all that
-are newer than this Python.
+Category Cn (unassigned) is not included. In an old version of Python it also has visible
+characters: those that Unicode has added since that version.
 """
 
 

@@ -21,7 +21,7 @@ class FolderLayout:
 
     name: str
     description: str  # what messages say about the layout
-    # function from a folder to its opener, or to None if the folder has another layout
+    # returns the opener of a folder; None if the folder has another layout
     find: Callable[[Path], Opener | None]
 
 

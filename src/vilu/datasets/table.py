@@ -32,7 +32,7 @@ from vilu.datasets.base import (
     find_fault,
     is_bytes_type,
 )
-from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
+from vilu.datasets.classes import ClassTable, class_table, refuse_numbers_as_names
 from vilu.datasets.files import Bounds, ListingHash, portable_name
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
@@ -45,7 +45,8 @@ SPLIT_NAMES: Final = ("split",)
 KEY_NAMES: Final = ("key",)
 CAPTION_NAMES: Final = ("caption", "text")
 
-CLASS_NAMES: Final = b"class_names"  # key in the metadata of a schema: names joined by commas
+# key in the metadata of a schema; its value is the names of the classes, joined by commas
+CLASS_NAMES: Final = b"class_names"
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class TableRows:
     Attributes:
         rows: (N,) int64 positions in the file.
         labels: (N,) int32 labels, -1 if unknown, -2 if the image belongs to none of the classes.
-        keys: (N,) keys; the paths or the numbers of the rows if there is no key column.
+        keys: (N,) keys. If there is no key column, they are paths or row numbers.
         classes: Class table of the whole file; None without labels.
         captions: (N,) bytes of the captions, null in a row without caption; None if captions are
             not used.
-        strays: Labels that are no class, and that the user has named as outside.
+        strays: Labels that are no class, but that the user has named with ``--outside``.
     """
 
     rows: NDArray[np.int64]
@@ -71,18 +72,17 @@ class TableRows:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column whose name is one of the aliases; None without such a column.
+    """Return the column whose name is one of the aliases; None if there is no such column.
 
-    If several columns have aliases as names, the column with the first of these aliases is
-    returned. Case and outer blanks of column names are ignored. DataError if two columns have the
-    same alias.
+    If several columns are named by aliases, the alias that comes first in ``aliases`` decides. Case
+    and outer blanks of column names are ignored. DataError if two columns have the same alias.
     """
     for alias in aliases:
-        matching = [name for name in names if name.strip().lower() == alias]
-        if len(matching) > 1:
-            raise DataError(f"column {alias!r} occurs {len(matching)} times. Rename all but one.")
-        if matching:
-            return matching[0]
+        columns = [name for name in names if name.strip().lower() == alias]
+        if len(columns) > 1:
+            raise DataError(f"column {alias!r} occurs {len(columns)} times. Rename all but one.")
+        if columns:
+            return columns[0]
     return None
 
 
@@ -109,7 +109,7 @@ def caption_column(
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the columns that ``select_rows`` reads."""
+    """Return the names of the columns that ``select_rows`` reads."""
     names = schema.names
     columns_or_none = [
         find_column(names, KEY_NAMES),
@@ -127,8 +127,8 @@ def select_rows(
 ) -> TableRows:
     """Check the columns of a whole table, and return the selected rows.
 
-    If there is no key column, keys are in the column ``default_key``. If ``default_key`` is None,
-    too, keys are row numbers.
+    If there is no key column, the column ``default_key`` has the keys. If ``default_key`` is None,
+    keys are row numbers.
     """
     caption_name = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
@@ -137,7 +137,8 @@ def select_rows(
         table_labels = _read_labels(table, source, selection)
     else:
         captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
-        # A caption is checked when it is read. So a bad caption is an error of its row only.
+        # Captions are not checked here, but when they are read. So a bad caption is an error of its
+        # row only.
         table.drop_columns([caption_name]).validate(full=True)
         table_labels = _unlabelled(table)
     split_name = find_column(table.column_names, SPLIT_NAMES)
@@ -162,6 +163,7 @@ class _TableLabels(NamedTuple):
 
 
 def _unlabelled(table: pa.Table) -> _TableLabels:
+    """Return the labels of a table in which all labels are unknown, and which has no classes."""
     return _TableLabels(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
 
 
@@ -180,7 +182,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
         column = column.dictionary_decode()
     if _is_text_type(column.type):
         labels, names = _encode_labels(column)
-        # ``names`` is empty, and the data have no names, if all labels are missing
+        # if all labels are missing, ``names`` is empty: then the data have no names of classes
         classes = class_table(names or None, selection.classes, outside=selection.outside)
         return _TableLabels(labels, classes)
     numbers = _to_whole_numbers(column, f"{source}, column {label_name!r}")
@@ -197,7 +199,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
             "schema metadata."
         )
     if names_in_schema is None and has_labels:
-        refuse_numbers(classes, source)
+        refuse_numbers_as_names(classes, source)
     return _check_label_numbers(numbers, classes, source, selection.outside)
 
 
@@ -210,13 +212,13 @@ def _is_text_type(column_type: pa.DataType) -> bool:
 def _check_label_numbers(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
 ) -> _TableLabels:
-    """Check and return labels that are numbers.
+    """Check the labels of a table whose labels are numbers, and return them with the classes.
 
-    DataError if a label is neither missing, nor a class, nor outside.
+    DataError if a label is not missing, is no class, and is not in ``outside``.
     """
     n_classes = len(classes.names)
     numbers, strays = _replace_strays(numbers, n_classes, outside)
-    _require_in_range(numbers, n_classes, source)
+    _require_valid_labels(numbers, n_classes, source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
     return _TableLabels(labels, classes, strays)
 
@@ -224,9 +226,9 @@ def _check_label_numbers(
 def _replace_strays(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """Replace strays by -2, and return the labels and the strays.
+    """Replace stray labels by -2. Return all labels, and the strays that were replaced.
 
-    Strays are labels that are no class and that ``outside`` names.
+    A label is a stray if it is no class and ``outside`` names it.
     """
     strays = []
     for label in pc.drop_null(pc.unique(numbers)).to_pylist():
@@ -240,14 +242,14 @@ def _replace_strays(
 
 
 def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Return the label of each text, and the sorted distinct texts. Label i stands for text i."""
-    # a dictionary of the distinct texts, and for each row an index into the dictionary
+    """Return the label of each text, and the different texts, sorted. Label i means text i."""
+    # ``encoded`` has a dictionary of the different texts, and for each row an index into it
     encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of_index = np.empty(len(names) + 1, dtype=np.int32)
     label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
-    label_of_index[-1] = UNKNOWN  # for missing labels, which get the index -1
+    label_of_index[-1] = UNKNOWN  # a missing label gets the index -1, which is the last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return label_of_index[indices], [names[i] for i in order]
 
@@ -275,7 +277,7 @@ def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
         ) from error
 
 
-def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
+def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> None:
     """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
     is_no_class = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
     is_wrong = pc.and_(is_no_class, pc.not_equal(numbers, OUTSIDE))
@@ -292,8 +294,8 @@ def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
 def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> list[str] | None:
     """Return the class names in the metadata of a schema; None if there are none.
 
-    They are either joined by commas under the key ``class_names``, or a list in the ClassLabel with
-    which Hugging Face describes the column ``label_name``.
+    There are two forms. Under the key ``class_names``, the names are joined by commas. Hugging Face
+    writes a list of names into the ClassLabel of the column ``label_name``.
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
@@ -328,24 +330,24 @@ def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
         )
     if pc.count_distinct(keys).as_py() < len(keys):
         counts = keys.value_counts()
-        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-        first = repeated[0]["values"].as_py()
+        repeated_keys = counts.filter(pc.greater(counts.field("counts"), 1))
+        first_repeated = repeated_keys[0]["values"].as_py()
         raise DataError(
-            f"{source}: column {name!r} must be unique. {first!r} occurs more than once."
+            f"{source}: column {name!r} must be unique. {first_repeated!r} occurs more than once."
         )
     return _escape_keys(keys)
 
 
 def _escape_keys(keys: pa.Array) -> pa.Array:
     """Return the keys with escapes (``portable_name``) that make them safe for terminals."""
-    # whether a key has other characters than printable ASCII, or the beginning of an escape
+    # true if a key has a character that is not printable ASCII, or the beginning of an escape
     needs_escape = pc.match_substring_regex(keys, r"[^ -~]|\\x")
     if not pc.any(needs_escape).as_py():
         return keys
     return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
-IMAGE_COLUMN: Final = "image"  # column of encoded images
+IMAGE_COLUMN: Final = "image"  # name of the column of encoded images
 BATCH_ROWS: Final = 32  # number of images in memory at a time
 # Options of ParquetFile. Without them, a column of a whole row group would be read at once.
 STREAM_OPTIONS: Final = {"pre_buffer": False, "buffer_size": 2**20}
@@ -400,7 +402,7 @@ class ParquetDataset(_ImagesOfTable):
 
     ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
     images, whatever the size of the file and of the row groups. A page has up to about a thousand
-    images. If a call of ``records`` starts at the row at which the last call ended, it goes on
+    images. If a call of ``records`` starts at the row where the last call ended, it continues
     reading there. Otherwise, the row group of ``start`` is read from its beginning, and rows before
     ``start`` are skipped.
     """
@@ -423,7 +425,7 @@ class ParquetDataset(_ImagesOfTable):
             "schema": schema.to_string(show_schema_metadata=True, truncate_metadata=False),
             "split": selection.split,
             "rows": len(listing.rows),
-            **selection.fingerprint(),
+            **selection.fingerprint_entries(),
         }
         if self.captioned:
             facts["captions"] = True
@@ -433,9 +435,10 @@ class ParquetDataset(_ImagesOfTable):
         self._rows = listing.rows
         n_groups = self._metadata.num_row_groups
         group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
-        # the iterator of the last call of ``records``, by its next position; empty before a call
+        # The iterator over images that the last call of ``records`` has left open. The key is the
+        # position of its next image. Empty before the first call.
         self._open_images: dict[int, Iterator[pa.Scalar]] = {}
-        # number of the first row of each row group, and the number of rows at the end
+        # number of the first row of each row group; the last entry is the number of all rows
         self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
@@ -449,13 +452,13 @@ class ParquetDataset(_ImagesOfTable):
         self._open_images = {start + n_rows: images}
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is pickled for worker processes: everything except the open file."""
+        """Return what is pickled for worker processes: everything except open iterators."""
         return {**self.__dict__, "_open_images": {}}
 
     def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
-        """Yield the image cells of the rows from position ``first`` to the end."""
+        """Yield the image cells of all selected rows from the position ``first`` on."""
         rows = self._rows[first:]
-        # the rows of a group are rows[begin:end] of ``rows``, which are ascending
+        # ``rows`` are ascending, so the rows of a row group are consecutive: rows[begin:end]
         group_borders = pairwise(np.searchsorted(rows, self._group_starts))
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAM_OPTIONS) as file:
@@ -471,11 +474,11 @@ class ParquetDataset(_ImagesOfTable):
 def _image_cells_of_group(
     file: pq.ParquetFile, group: int, rows: NDArray[np.int64]
 ) -> Iterator[pa.Scalar]:
-    """Yield the image cells at the ascending positions ``rows`` of a row group."""
-    first = 0  # position in the row group of the first row of the batch
+    """Yield the image cells of a row group at the positions ``rows``, which are ascending."""
+    first = 0  # position of the batch's first row in the row group
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
         images = batch.column(IMAGE_COLUMN)
-        # the rows of this batch are rows[begin:end]
+        # ``rows`` are ascending, so the rows of this batch are consecutive: rows[begin:end]
         begin, end = np.searchsorted(rows, [first, first + len(batch)])
         for row in rows[begin:end].tolist():
             yield images[row - first]
@@ -506,8 +509,8 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
     - ``path`` (or file, filename, image_path, filepath): paths relative to the folder of the table,
       or to ``selection.root``.
-    - In Parquet, ``image`` may take the place of ``path``: encoded bytes, or Hugging Face's struct
-      of bytes and path.
+    - In Parquet, the column ``image`` may replace ``path``. It has encoded bytes, or Hugging Face's
+      structs of bytes and path.
     - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and any
       other columns, by which rows can be selected.
     """
@@ -534,12 +537,12 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 class PathTable(_ImagesOfTable):
     """Images whose paths are listed in a table.
 
-    Paths are relative to the folder of the table and must stay below it. If ``selection.root`` is
-    given, paths are relative to the folder ``selection.root`` and must stay below that folder.
-    Absolute paths, and paths with ".." (from the folder of the table), are then accepted if they
-    end below ``selection.root``. If the file of a row is elsewhere, also through a link, reading
-    the row raises an error. Keys are in the column ``key``; without this column, keys are the
-    paths. The listing needs two system calls per image.
+    Without ``selection.root``, paths are relative to the folder of the table and must stay below
+    it. With ``selection.root``, paths are relative to this folder and must stay below it. Absolute
+    paths, and paths with ".." (from the folder of the table), are then accepted if they end below
+    ``selection.root``. If the file of a row is elsewhere, also through a link, reading the row
+    raises an error. The column ``key`` has the keys; without this column, the paths are the keys.
+    The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -580,9 +583,10 @@ class PathTable(_ImagesOfTable):
         return str(self._paths[position].as_py())
 
     def _location_rule(self, out_of_bounds: NDArray[np.int64]) -> str:
-        """Return a sentence on where files must be, with a ``--root`` that holds these files.
+        """Return a text that says where files must be, and which ``--root`` would fit.
 
-        ``out_of_bounds`` are the positions of the files that are elsewhere.
+        ``out_of_bounds`` are the positions of the files that are elsewhere. The proposed ``--root``
+        holds all of them.
         """
         folders: list[str] = []
         for position in out_of_bounds:
@@ -612,7 +616,7 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """Read the columns of a CSV file that are used: as text, but captions as bytes.
+    """Read those columns of a CSV file that are used. Captions are bytes, other columns texts.
 
     Labels become numbers if all labels are numbers.
     """
@@ -623,11 +627,11 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     schema = pa.schema([(name, pa.string()) for name in names])
     columns = [_path_column(source, names), *listing_columns(schema, selection, str(source))]
     columns = list(dict.fromkeys(columns))  # without repetitions, in order
-    types = dict.fromkeys(columns, pa.string())
+    type_of_column = dict.fromkeys(columns, pa.string())
     caption_name = caption_column(names, {}, selection)
     if caption_name is not None:
-        types[caption_name] = pa.binary()
-    table = read_columns(source, types, delimiter, include_columns=columns)
+        type_of_column[caption_name] = pa.binary()
+    table = read_columns(source, type_of_column, delimiter, include_columns=columns)
     text_columns = [column for column in columns if column != caption_name]
     table = remove_apostrophes(table, text_columns)
     label_name = find_column(columns, LABEL_NAMES)

@@ -37,7 +37,7 @@ IMAGE_EXTENSIONS: Final = frozenset(
 )  # extensions of images
 CAPTION_EXTENSION: Final = "txt"
 MAX_LISTED: Final = 5  # maximum number of extensions that a message lists
-# messages of the two errors in the order of members
+# error in the order of members -> its message
 ORDER_ERRORS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -49,8 +49,9 @@ class Sample:
     """The members of a shard that have one key: an image with its caption or label."""
 
     key: str
-    members: dict[str, Member] = field(default_factory=dict)  # members by extension
-    fault: Literal["interleaved", "duplicate"] | None = None  # error in their order, if any
+    members: dict[str, Member] = field(default_factory=dict)  # extension -> member
+    # error in the order of the members, if any
+    fault: Literal["interleaved", "duplicate"] | None = None
 
     def image(self) -> Member:
         """Return the member that holds the image; BadImage where the sample has no usable image."""
@@ -120,10 +121,10 @@ class Sample:
     def list_extensions(self) -> str:
         """Return the first extensions of the members, for messages."""
         first_extensions = list(self.members)[:MAX_LISTED]
-        shown = [f".{extension[:20]}" for extension in first_extensions]
+        listed = [f".{extension[:20]}" for extension in first_extensions]
         if len(self.members) > MAX_LISTED:
-            shown.append("...")
-        return ", ".join(shown)
+            listed.append("...")
+        return ", ".join(listed)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -135,7 +136,9 @@ def split_name(name: str) -> tuple[str, str] | None:
         >>> from vilu.datasets.tar import split_name
         >>> split_name("images/001.JPG")
         ('images/001', 'jpg')
-        >>> split_name("v1.0/001.left.jpg")  # a dot in the folder does not count
+        >>> split_name(
+        ...     "v1.0/001.left.jpg"
+        ... )  # the dot in the folder is not the first dot of the base name
         ('v1.0/001', 'left.jpg')
     """
     folder, slash, base = name.rpartition("/")
@@ -148,15 +151,15 @@ def split_name(name: str) -> tuple[str, str] | None:
 def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], BadImage | None]:
     """Return the samples of a shard, and the error that ended the reading early (or None).
 
-    ``required_extension`` is that of captions or labels. Without such a member, a sample is
-    incomplete.
+    ``required_extension`` is the extension of captions or of labels. A sample without such a member
+    is incomplete.
     """
     sample_of_key: dict[str, Sample] = {}
     shard_error = None
     try:
-        size = _file_size(path)
+        n_bytes = _file_size(path)
         with path.open("rb") as file:
-            _group_by_key(read_members(file, size), sample_of_key)
+            _group_by_key(read_members(file, n_bytes), sample_of_key)
     except BadImage as error:
         shard_error = error
     except OSError as error:
@@ -165,10 +168,10 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     if shard_error is None or not samples:
         return samples, shard_error
     # The last sample may lack members that were behind the damage. In this case, the sample gets no
-    # record of its own, because the error of the shard counts for all samples that are lost.
+    # record of its own, because the error of the shard already reports all lost samples.
     last_sample = samples[-1]
-    is_cut = last_sample.fault is None and not last_sample.is_complete(required_extension)
-    if is_cut:
+    is_cut_off = last_sample.fault is None and not last_sample.is_complete(required_extension)
+    if is_cut_off:
         samples.pop()
     return samples, shard_error
 
@@ -181,24 +184,25 @@ def _file_size(path: Path) -> int:
     return status.st_size
 
 
-def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
-    """Add the members of a shard to the samples of their keys, and mark errors in their order."""
+def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -> None:
+    """Add each member of a shard to the sample of its key, and mark errors in their order."""
     previous_sample = None  # the sample to which the previous member belongs
-    for member in shard:
+    for member in members:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
             if stays_below(member.name):
                 continue  # the member belongs to no sample
-            # a name that leads out of the folder is always reported, as a sample with a bad image
+            # A name that leads out of the folder must be reported. So the member becomes a sample,
+            # which has no usable image.
             key_and_extension = (member.name, "")
         key, extension = key_and_extension
-        sample = samples.setdefault(key, Sample(key))  # a new sample at its first member
+        sample = sample_of_key.setdefault(key, Sample(key))  # a new sample at its first member
         is_new = not sample.members
         if not is_new and sample is not previous_sample:
             sample.fault = "interleaved"
         elif extension in sample.members and sample.fault is None:
             sample.fault = "duplicate"
-        sample.members.setdefault(extension, member)  # of two equal names, the first member counts
+        sample.members.setdefault(extension, member)  # of two equal names, the first is used
         previous_sample = sample
 
 
@@ -228,14 +232,14 @@ class TarShards:
     - "not_a_file": a member is a link, a device or a sparse file.
     - "missing_image", "missing_caption", "too_large", "bad_label".
 
-    A shard that ends early or cannot be read to its end gives one more record, of kind
-    "truncated_shard" or "bad_shard". An incomplete last sample before the damage is counted in
-    this record and has no record of its own.
+    If a shard ends early or cannot be read to its end, there is one more record, of kind
+    "truncated_shard" or "bad_shard". If the last sample before the damage is incomplete, this
+    record reports it, and the sample has no record of its own.
 
     The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
     of classes, or labels that are no class. Images with these labels, and images with label -2,
-    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class. They
-    need not occur in the data, because checking this would take a read of all tar files.
+    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class.
+    Whether they occur in the data is not checked, because all tar files would have to be read.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -279,16 +283,16 @@ class TarShards:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the samples of shards start ... stop - 1, and after a damaged shard its error."""
         required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
-        for number in range(len(self))[start:stop]:  # the slice ends at the last shard
-            samples, shard_error = list_samples(self._paths[number], required_extension)
+        for shard in range(len(self))[start:stop]:  # the slice ends at the last shard
+            samples, shard_error = list_samples(self._paths[shard], required_extension)
             # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
             # positions in later shards stay the same.
-            first = number * SHARD
-            for position, sample in enumerate(samples, first):
-                yield self._record(number, sample, position)
+            first_position = shard * SHARD
+            for position, sample in enumerate(samples, first_position):
+                yield self._record(shard, sample, position)
             if shard_error is not None:
-                next_position = first + len(samples)
-                yield self._unusable_record(self._names[number], shard_error, next_position)
+                next_position = first_position + len(samples)
+                yield self._unusable_record(self._names[shard], shard_error, next_position)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Return a hash of names, sizes and times of modification of shards start ... stop - 1."""
@@ -300,10 +304,13 @@ class TarShards:
                 listing.add(name, label=NO_VALUE, status=None)
         return listing.hexdigest()
 
-    def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
-        """Return the record of a sample; if the sample is unusable, reading it raises BadImage."""
-        path = self._paths[number]
-        key = f"{self._names[number]}#{sample.key}"
+    def _record(self, shard: int, sample: Sample, position: int) -> ImageRecord:
+        """Return the record of a sample in the shard with the number ``shard``.
+
+        If the sample is unusable, reading the record raises BadImage.
+        """
+        path = self._paths[shard]
+        key = f"{self._names[shard]}#{sample.key}"
         label = None
         caption = None
         try:
@@ -327,9 +334,9 @@ class TarShards:
         """Return the label in a member; None without a member, -2 for none of the classes."""
         if member is None:
             return None
-        size = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that a label is too long
+        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that it is too long
         try:
-            text = _read_at(path, member.start, size).strip()
+            text = _read_at(path, member.start, n_bytes).strip()
         except OSError as error:
             raise BadImage(
                 "text", "read_error", f"cannot read the label: {error.strerror}"
@@ -372,17 +379,19 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
-    # without this check, the image of a shard that has become shorter would count as damaged
+    # without this check, an image in a shard that has become shorter would be called damaged
     if len(data) < size:
         raise OSError(errno.EIO, "the shard became shorter while it was in use")
     return data
 
 
 def _read_caption(path: Path, member: Member) -> str:
+    """Return the caption in a member of the shard ``path``; BadImage if it is no valid caption."""
     return decode_caption(_read_at(path, member.start, member.size))
 
 
 def _raise_bad_image(stage: Stage, kind: ErrorKind, message: str) -> NoReturn:
+    """Raise BadImage. A record of an unusable sample has this function in place of a reader."""
     raise BadImage(stage, kind, message)
 
 
@@ -432,11 +441,11 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 def _require_shards(paths: Sequence[Path], pattern: str) -> None:
     """Raise UsageError if a path of a pattern does not exist, or does not end in ".tar"."""
-    missing = [path for path in paths if not path.exists()]
-    if missing:
+    missing_paths = [path for path in paths if not path.exists()]
+    if missing_paths:
         raise UsageError(
-            f"{pattern} names {len(paths)} shards; {len(missing)} are not there, "
-            f"the first is {missing[0]}. Check the pattern or download them."
+            f"{pattern} names {len(paths)} shards; {len(missing_paths)} are not there, "
+            f"the first is {missing_paths[0]}. Check the pattern or download them."
         )
     for path in paths:
         if path.suffix.lower() != TAR_SUFFIX:
@@ -446,7 +455,7 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return all names that a pattern stands for.
+    """Return all names that match a pattern with braces.
 
     ``{a,b}`` is a list of alternatives. ``{08..10}`` is a range of numbers, which have as many
     digits as the numbers in the braces. Braces cannot be nested.
@@ -463,8 +472,8 @@ def expand_braces(pattern: str) -> list[str]:
         raise UsageError(f"{pattern}: braces must match and cannot be nested.")
     choices_of_pieces: list[list[str]] = []
     for number, piece in enumerate(pieces):
-        is_in_braces = number % 2 == 1  # ``re.split`` returns: outside, inside, outside, ...
-        choices = _alternatives(piece, pattern) if is_in_braces else [piece]
+        is_in_braces = number % 2 == 1  # ``re.split`` alternates: text outside, text in braces
+        choices = _expand_one_pair(piece, pattern) if is_in_braces else [piece]
         choices_of_pieces.append(choices)
     n_names = prod(len(choices) for choices in choices_of_pieces)
     if n_names > MAX_SHARDS:
@@ -472,14 +481,17 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(combination) for combination in product(*choices_of_pieces)]
 
 
-def _alternatives(inside: str, pattern: str) -> list[str]:
-    """Return the texts that the inside of one pair of braces stands for."""
-    if "," in inside:
-        return inside.split(",")
-    match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
+def _expand_one_pair(content: str, pattern: str) -> list[str]:
+    """Return the texts that may replace one pair of braces.
+
+    ``content`` is the text in the braces. ``pattern`` is the whole pattern, for messages.
+    """
+    if "," in content:
+        return content.split(",")
+    match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", content)
     if match is None:
         raise UsageError(
-            f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{inside}}}."
+            f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{content}}}."
         )
     first_text, last_text = match.groups()
     first = int(first_text)
@@ -494,6 +506,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 
 
 def _has_leading_zero(digits: str) -> bool:
+    """Whether a number is written with zeros before it, such as "007"."""
     return digits.startswith("0") and digits != "0"
 
 
@@ -504,20 +517,20 @@ def _shards_in_folder(folder: Path) -> list[Path] | None:
     files are compressed, and there are no images or sub-folders.
     """
     names = _visible_files(folder)
-    shards = sorted(_names_with_suffix(TAR_SUFFIX, names), key=os.fsencode)
-    compressed = _names_with_suffix(COMPRESSED_SUFFIXES, names)
-    if not shards and not compressed:
+    shard_names = sorted(_names_with_suffix(TAR_SUFFIX, names), key=os.fsencode)
+    compressed_names = _names_with_suffix(COMPRESSED_SUFFIXES, names)
+    if not shard_names and not compressed_names:
         return None
     images_or_folders = _names_with_suffix(IMAGE_SUFFIXES, names) or subfolders(folder)
-    if shards and images_or_folders:
+    if shard_names and images_or_folders:
         raise UsageError(
             f"{folder} holds tar files and {images_or_folders[0]!r}, so what to read is unclear. "
-            f"Move the tar files out, or name them: '{folder}/{{{shards[0]},...}}'."
+            f"Move the tar files out, or name them: '{folder}/{{{shard_names[0]},...}}'."
         )
-    if shards:
-        return [folder / name for name in shards]
+    if shard_names:
+        return [folder / name for name in shard_names]
     if not images_or_folders:
-        _refuse_compressed(str(folder / compressed[0]))
+        _refuse_compressed(str(folder / compressed_names[0]))
     return None
 
 
@@ -525,17 +538,19 @@ def _visible_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that are not hidden."""
     hint = "Check its permissions."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        return [entry.name for entry in visible if is_file(entry)]
+        visible_entries = [entry for entry in entries if not entry.name.startswith(".")]
+        return [entry.name for entry in visible_entries if is_file(entry)]
 
 
 def _names_with_suffix(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[str]:
+    """Return the names that end in one of the suffixes."""
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def _refuse_url(source: str) -> None:
     """Raise UsageError if a source that does not exist is a URL, or a command of webdataset."""
-    # A URL or command has at least two letters before its colon. One letter is a drive of Windows.
+    # A URL or command has at least two letters before its colon. A single letter would be a drive
+    # of Windows.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source):
         raise UsageError(
             f"{source} is no file: nothing is downloaded and no command is run. Give files on a "
@@ -544,6 +559,7 @@ def _refuse_url(source: str) -> None:
 
 
 def _refuse_compressed(name: str) -> None:
+    """Raise DataError for a compressed tar file."""
     raise DataError(
         f"{name} is compressed, so it cannot be read in parts. "
         f"Uncompress it (gunzip, unxz, unzstd) to a {TAR_SUFFIX} file."

@@ -17,7 +17,7 @@ from vilu.datasets.images import BadImage
 BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
 # Larger extension headers are refused. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
-MAX_NAME_BYTES: Final = 1024
+MAX_NAME_LENGTH: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
 # types of plain files
 PLAIN_FILE_TYPES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
@@ -41,9 +41,9 @@ UNCOMPRESS_PROGRAMS: Final = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-"""First bytes of compressed files, and the program that uncompresses them.
+"""First bytes of a compressed file -> program that uncompresses it.
 
-Such a file is often named like a tar file.
+A compressed file is often named like a tar file.
 """
 
 
@@ -54,7 +54,7 @@ class Member:
     name: str  # name of the member as UTF-8 text (``portable_name``)
     start: int  # position in the tar file of the first byte of data
     size: int  # number of bytes of data
-    is_file: bool  # whether it is a plain file: no link, no device, not sparse
+    is_file: bool  # whether it is a plain file, and no link, device or sparse file
 
 
 def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
@@ -62,13 +62,13 @@ def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> I
 
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
-            early. A file without an end mark counts as truncated, because only the end mark shows
-            that no member is missing. Kind "bad_shard" means any other damage.
+            early. A file without an end mark is treated as truncated, because only the end mark
+            shows that no member is missing. Kind "bad_shard" means any other damage.
     """
     position = 0
     n_members = 0
     extension_fields: dict[bytes, bytes] = {}  # what extension headers state about the next member
-    while True:  # one header in each pass
+    while True:  # each pass reads one header
         header = _read_header(file, position)
         if header is None:
             return
@@ -193,9 +193,9 @@ def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
-    """Return the ``length`` bytes of data of an extension header, which begin at ``position``.
+    """Return the data of an extension header: ``length`` bytes from ``position`` on.
 
-    ``size`` is the size of the file in bytes.
+    ``size`` is the size of the tar file in bytes.
     """
     if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
         raise BadImage(
@@ -216,7 +216,7 @@ def _add_extension_fields(
 ) -> None:
     """Add to ``extension_fields`` what an extension header states about the next member.
 
-    ``body`` are the data of the header, and ``position`` is its position in the file.
+    ``body`` are the data of the header, and ``position`` is the position of the header in the file.
     """
     if header_type == tarfile.GNUTYPE_LONGNAME:
         name, _, _ = body.partition(b"\0")
@@ -224,8 +224,8 @@ def _add_extension_fields(
     elif header_type in PAX_TYPES:
         extension_fields |= _pax_fields(body, position)
     elif header_type == tarfile.XGLTYPE and _pax_fields(body, position):
-        # The name or size in a global header is valid for all members. With a wrong size, the
-        # positions of all later headers would be wrong.
+        # The name or size in a global header is valid for all members. This is refused, because
+        # the positions of all later headers would be wrong.
         raise BadImage(
             "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
         )
@@ -262,17 +262,21 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
 
 
 def _damaged_header(position: int) -> BadImage:
+    """Return the error that the header at a position is damaged."""
     return BadImage(
         "open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again"
     )
 
 
 def _make_member(
-    header: tarfile.TarInfo, extension_fields: dict[bytes, bytes], start: int, position: int
+    header: tarfile.TarInfo,
+    extension_fields: dict[bytes, bytes],
+    data_start: int,
+    header_start: int,
 ) -> Member:
-    """Return the member of a header. The fields of extension headers have precedence.
+    """Return the member that a header describes. The fields of extension headers have precedence.
 
-    ``start`` is the position of the member's data, and ``position`` that of the header.
+    ``data_start`` and ``header_start`` are the positions of the member's data and of its header.
     """
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extension_fields)
     # in a sparse file, "path" is a made-up name, so "GNU.sparse.name" has precedence
@@ -283,16 +287,16 @@ def _make_member(
     size = extension_fields.get(b"size", str(header.size).encode())
     if not re.fullmatch(rb"[0-9]{1,19}", size):
         raise BadImage(
-            "open", "bad_shard", f"the header at byte {position} gives a size of {size[:30]!r}"
+            "open", "bad_shard", f"the header at byte {header_start} gives a size of {size[:30]!r}"
         )
-    if len(name) > MAX_NAME_BYTES:
+    if len(name) > MAX_NAME_LENGTH:
         raise BadImage(
             "open",
             "bad_shard",
-            f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read",
+            f"a name of {len(name)} characters; at most {MAX_NAME_LENGTH} are read",
         )
     is_file = header.type in PLAIN_FILE_TYPES and not is_sparse
-    return Member(portable_name(name), start, int(size), is_file)
+    return Member(portable_name(name), data_start, int(size), is_file)
 
 
 def _round_up_to_blocks(n_bytes: int) -> int:

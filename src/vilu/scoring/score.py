@@ -49,17 +49,17 @@ from vilu.scoring.score_folder import (
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
-ROWS_PER_PART = 2**17  # number of rows in a part of a folder, unless another one is given
+ROWS_PER_PART = 2**17  # default number of rows in a part of a folder
 
 logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class CalibrationLike(Protocol):
-    """The part of ``vilu.Calibration`` that scoring needs.
+    """What scoring needs of ``vilu.Calibration``.
 
-    It is a protocol, because ``vilu.calibration`` imports this module. So this module cannot import
-    the class itself.
+    It is a protocol, because this module cannot import the class: ``vilu.calibration`` imports this
+    module.
     """
 
     @property
@@ -72,7 +72,7 @@ class CalibrationLike(Protocol):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the rule judges all rows of a batch together."""
+        """Whether the rule can only decide about all rows together, and not about one row."""
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse a predictor or candidates for which the calibration was not made."""
@@ -84,17 +84,21 @@ class CalibrationLike(Protocol):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None if the calibration has no label sets."""
+        """The label set of every row of a batch; None if the calibration has no label sets."""
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
-        """The outcomes with a decision for every row."""
+        """The outcomes with a decision for every row.
+
+        ``ood`` (N,) marks the rows that are more probably out of distribution than answered
+        wrongly.
+        """
 
 
 class DecidingModel(SavedModel):
     """A predictor with the calibration that decides about its answers.
 
-    It is the base of ``vilu.Selective``, whose module imports this module. So this module cannot
-    import the class itself.
+    It is the base of ``vilu.Selective``. This module cannot import that class, because its module
+    imports this module.
     """
 
     predictor: FailurePredictor
@@ -124,7 +128,7 @@ def predictor_and_calibration(
 
 
 def require_streaming(calibration: CalibrationLike | None) -> None:
-    """Refuse a rule that judges all rows of a batch together."""
+    """Refuse a rule that can only decide about all rows together."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
             "conformal selection and rules about clusters judge all rows of a batch together: "
@@ -150,7 +154,7 @@ def score(
 
     - "nonfinite" or "zero_norm": the embedding of the image cannot be used.
     - "k<2": there are fewer than two candidates.
-    - "short_pool": the image-caption pairs that are left for the last pool do not fill it.
+    - "short_pool": the row is an image-caption pair of the last pool, which is not full.
 
     If the predictor is calibrated, the outcomes also have probabilities of failure. With a
     ``calibration`` they also have decisions. ``vilu.Calibration.load`` reads the calibration from
@@ -163,8 +167,8 @@ def score(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, if their candidates are not
-            those of the ``calibration``, or if the calibration is of another predictor.
+        ProvenanceError: If the data come from another embedding space, or if the ``calibration``
+            was made for other candidates or for another predictor.
 
     Examples:
         >>> import numpy as np, vilu
@@ -227,7 +231,7 @@ def score_rows(
     Args:
         predictor: The predictor.
         source: The embeddings.
-        facts: Fields of the outcomes that describe their origin.
+        facts: Fields of the outcomes that describe their origin (``_facts_about_origin``).
         calibration: The calibration that decides; None: the outcomes have no decisions.
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
         scored_rows: Indices (S,) of the rows to score, in the order of scoring; None: all usable
@@ -247,7 +251,7 @@ def score_rows(
             positions = order[sorted_positions]
             columns.fill(positions, batch, scores)
             if calibration is not None:
-                columns.is_ood[positions] = _is_rather_ood(predictor, calibration, batch, scores)
+                columns.is_ood[positions] = _is_likely_ood(predictor, calibration, batch, scores)
                 label_sets = calibration.sets_of(predictor, batch, scores, source.class_names)
                 if label_sets is not None:
                     columns.fill_label_sets(positions, label_sets)
@@ -273,15 +277,7 @@ def score_rows(
         label_set=columns.label_set if any(columns.label_set) else None,
         **facts,
     )
-    if source.holds == "answers":
-        # A table has two candidates only, "this answer" and "another answer". They add nothing to
-        # the failures.
-        outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
-    if source.answer_numbers is not None:
-        outcomes = replace(outcomes, prediction=source.answer_numbers[indices])
-    if source.cluster is not None:
-        clusters = [source.cluster[index] for index in indices.tolist()]
-        outcomes = replace(outcomes, cluster=clusters)
+    outcomes = _with_columns_of_source(outcomes, source, indices)
     if predictor.calibrator_ is not None:
         probability = predictor.failure_probability(outcomes.uncertainty)
         outcomes = replace(outcomes, failure_probability=probability)
@@ -290,16 +286,36 @@ def score_rows(
     return calibration.decide(outcomes, columns.is_ood)
 
 
+def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices: Ints) -> Outcomes:
+    """The outcomes, with the answers and clusters that a source such as a table has itself.
+
+    ``indices`` (M,) are the indices of the rows in the source.
+    """
+    if source.holds == "answers":
+        # A table has only two candidates, "this answer" and "another answer". They say nothing that
+        # the failures do not say.
+        outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
+    if source.answer_numbers is not None:
+        outcomes = replace(outcomes, prediction=source.answer_numbers[indices])
+    if source.cluster is not None:
+        clusters = [source.cluster[index] for index in indices.tolist()]
+        outcomes = replace(outcomes, cluster=clusters)
+    return outcomes
+
+
 @dataclass
 class _Columns:
-    """Columns of the outcomes of N rows, filled batch by batch."""
+    """Columns of the outcomes of N rows, filled batch by batch.
+
+    ``target``, ``prediction``, ``zero_shot`` and ``failure`` are -1 where they are not known.
+    """
 
     uncertainty: Floats  # NaN where there is no score
     target: Ints
     prediction: Ints
     zero_shot: Ints
     failure: Ints
-    is_ood: NDArray[np.bool_]  # whether "out of distribution" is likelier than "answered wrongly"
+    is_ood: NDArray[np.bool_]  # whether "out of distribution" is more likely than "wrong answer"
     has_one_candidate: NDArray[np.bool_]
     label_set: list[str | None]
 
@@ -319,7 +335,7 @@ class _Columns:
         )
 
     def fill(self, positions: Ints, batch: Batch, scores: Floats) -> None:
-        """Write the answers of a batch to its ``positions`` (B,) in the columns."""
+        """Write scores (B,) and answers of a batch to the ``positions`` (B,) in the columns."""
         n_candidates = batch.text.shape[-2]
         self.uncertainty[positions] = scores
         self.target[positions] = batch.target.numpy(force=True)
@@ -329,12 +345,12 @@ class _Columns:
         self.has_one_candidate[positions] = n_candidates < 2
 
     def fill_label_sets(self, positions: Ints, label_sets: list[str]) -> None:
-        """Write the label sets of a batch to its ``positions`` (B,) in the columns."""
+        """Write the label sets of a batch to the ``positions`` (B,) in the columns."""
         for position, label_set in zip(positions.tolist(), label_sets, strict=True):
             self.label_set[position] = label_set
 
 
-def _is_rather_ood(
+def _is_likely_ood(
     predictor: FailurePredictor, calibration: CalibrationLike, batch: Batch, uncertainty: Floats
 ) -> NDArray[np.bool_]:
     """Mask (B,) of the rows that are more probably out of distribution than answered wrongly.
@@ -343,9 +359,9 @@ def _is_rather_ood(
     the same as P(outside) > P(failure) / 2.
     """
     if calibration.has_rule and isinstance(predictor, SeesOutside):
-        outside = predictor.outside_probability(batch)
-        if outside is not None:
-            is_ood: NDArray[np.bool_] = outside.numpy(force=True) > uncertainty / 2
+        probability = predictor.outside_probability(batch)
+        if probability is not None:
+            is_ood: NDArray[np.bool_] = probability.numpy(force=True) > uncertainty / 2
             return is_ood
     return np.zeros(len(uncertainty), np.bool_)
 
@@ -367,7 +383,7 @@ def _check_data(
     has_fitted_probability = predictor.needs_fit and predictor.is_probability
     if is_calibrated or not has_fitted_probability:
         return
-    fit_candidates = predictor.notes_  # the notes hold the description by ``candidates_of``
+    fit_candidates = predictor.notes_  # a fit writes the result of ``candidates_of`` into its notes
     data_candidates = candidates_of(data)
     are_comparable = "n_candidates" in fit_candidates and "n_candidates" in data_candidates
     if are_comparable and not same_candidates(fit_candidates, data_candidates):
@@ -387,7 +403,10 @@ def _facts_about_origin(
     split: str | None,
     **more_provenance: object,
 ) -> dict[str, Any]:
-    """Fields of the outcomes that describe their origin."""
+    """Fields of the outcomes that describe their origin.
+
+    ``more_provenance`` are further entries of the field ``provenance``.
+    """
     predictor_space = None
     if predictor.space_ is not None:
         predictor_space = predictor.space_.fingerprint
@@ -409,14 +428,14 @@ def _facts_about_origin(
 
 
 def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
-    """The hash of the calibration that decides, as a field of the provenance; empty without one."""
+    """The entry of the provenance for the calibration that decides; empty if there is none."""
     if calibration is None:
         return {}
     return {"risk": calibration.fingerprint}
 
 
 def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
-    """Warn if rows were used in the fit; ``overlap`` is for example "5 of 100 rows"."""
+    """Warn if ``n_seen`` rows were used in the fit; ``overlap`` is a text, "5 of 100 rows"."""
     if n_seen:
         warn_caller(f"{overlap} were used to fit this {predictor.name}.")
 
@@ -426,7 +445,8 @@ def _reasons(
 ) -> list[str | None]:
     """For each row the reason why it has no score; None if it has a score.
 
-    ``rows`` (M,) are the indices of the rows in the source.
+    ``rows`` (M,) are the indices of the rows in the source. ``uncertainty`` (M,) is NaN for a row
+    without a score. ``has_one_candidate`` (M,) marks rows with only one candidate.
     """
     lacks_score = np.isnan(uncertainty)
     if not lacks_score.any():
@@ -453,16 +473,16 @@ def _ids_of_rows(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     """
     if not len(rows):
         return []
-    ascending = rows[order]
-    first_row = int(ascending[0])
-    last_row = int(ascending[-1])
+    ascending_rows = rows[order]
+    first_row = int(ascending_rows[0])
+    last_row = int(ascending_rows[-1])
     are_consecutive = last_row - first_row + 1 == len(rows)
     if not are_consecutive:
-        id_of_row = {row: source.ids[row] for row in ascending.tolist()}
+        id_of_row = {row: source.ids[row] for row in ascending_rows.tolist()}
         return [id_of_row[row] for row in rows.tolist()]
     # the rows of most parts are consecutive, so one slice reads all of their identifiers
     ids = list(source.ids[first_row : last_row + 1])
-    if np.array_equal(rows, ascending):
+    if np.array_equal(rows, ascending_rows):
         return ids
     return [ids[row - first_row] for row in rows.tolist()]
 
@@ -482,8 +502,8 @@ def score_parts(
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder.
 
-    The values are equal to those of ``vilu.score`` on the same machine. Each part has three files,
-    each written atomically:
+    The values are equal to the values of ``vilu.score`` on the same machine. Each part has three
+    files, which are written atomically:
 
     1. The outcomes of its rows, in Parquet, which ``Outcomes.load`` reads. The column ``row_id``
        has the index of each row in the source.
@@ -537,7 +557,7 @@ def score_parts(
     predictor.require_fitted()
     require_streaming(calibration)
     facts = _facts_about_origin(predictor, source, calibration, dataset=dataset, split=split)
-    ledger = ScoreLedger(Path(folder), _run_of(predictor, source, facts, rows_per_part))
+    ledger = ScoreLedger(Path(folder), _describe_run(predictor, source, facts, rows_per_part))
     with ledger.claim(ledger.root):
         ledger.resume(overwrite=overwrite)
         missing, _ = ledger.survey()
@@ -550,7 +570,7 @@ def score_parts(
     return _open_and_warn(ledger.root, predictor, len(source))
 
 
-def _run_of(
+def _describe_run(
     predictor: FailurePredictor,
     source: EmbeddingSource,
     facts: dict[str, Any],
@@ -577,11 +597,15 @@ def _score_missing(
     facts: dict[str, Any],
     calibration: CalibrationLike | None,
 ) -> None:
-    """Score the missing parts of a folder and write them."""
+    """Score the ``missing`` parts of a folder and write them.
+
+    ``facts`` are the fields of the outcomes that describe their origin.
+    """
     all_scored_rows, all_unscored_rows = _scored_and_unscored(source)
     n_scored = len(all_scored_rows)
     is_seen = predictor.seen(source).shared
-    with track("score", sum(map(len, missing)), "rows") as task:
+    n_rows = sum(len(part) for part in missing)
+    with track("score", n_rows, "rows") as task:
         for part in missing:
             scored_rows = all_scored_rows[part.start : part.stop]
             rows = scored_rows.numpy()
@@ -612,7 +636,7 @@ def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> Sc
 
 
 def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
-    """Number of rows in a part, rounded down to whole pools, or up to whole batches of scoring."""
+    """Number of rows in a part, in whole pools (rounded down) or whole batches (rounded up)."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
@@ -621,7 +645,7 @@ def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
 
 
 def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Two sets of indices: rows to score, in the order of scoring, and rows without a score."""
+    """Indices of the rows to score, in the order of scoring, and of the rows without a score."""
     scored_rows = source.usable_rows
     if source.pool_size:
         n_pools = len(scored_rows) // source.pool_size
@@ -646,9 +670,10 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 def source_fingerprint(source: EmbeddingSource) -> str:
     """Hash of the shape, labels and order of a source, of a sample of its rows, and of its store.
 
-    Only a sample is hashed, because all embeddings would need a second pass over the data. The
-    sample is 256 rows, evenly spaced over the usable rows. The hash also includes the candidates of
-    the first usable row or pool, and the identifiers of the first and the last row of the sample.
+    Only a sample of the embeddings is hashed, because hashing all of them would need a second pass
+    over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash also covers
+    the candidates of the first usable row or pool, and the identifiers of the first and the last
+    row of the sample.
     """
     rows = source.usable_rows
     stored_source = source.first if isinstance(source, TwoModels) else source
@@ -656,8 +681,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     positions = np.linspace(0, len(rows) - 1, n_sampled).round().astype(np.int64)
     sample = rows[torch.from_numpy(positions)]
     n_in_pool = source.pool_size or 1
-    first_pool = rows[:n_in_pool]  # with classes: only the first usable row
-    has_whole_pool = source.n_candidates > 0 and len(first_pool) >= n_in_pool
+    first_pool = rows[:n_in_pool]  # in a source with classes, only the first usable row
+    has_candidates = source.n_candidates > 0 and len(first_pool) >= n_in_pool
     facts: dict[str, Any] = {
         "content": source.fingerprint,
         "space": source.space.fingerprint,
@@ -688,6 +713,6 @@ def source_fingerprint(source: EmbeddingSource) -> str:
         first_row = int(sample[0])
         last_row = int(sample[-1])
         facts["ids"] = [source.ids[first_row], source.ids[last_row]]
-    if has_whole_pool:
+    if has_candidates:
         facts["texts"] = tensor_hash(source.candidates(first_pool).text)
     return digest(facts)

@@ -39,19 +39,20 @@ RERUN_ADVICE = "Run the same `vilu score` again"
 
 
 class ScoreDocument(Document):
-    """A JSON file of a folder of scores."""
+    """The content of a JSON file in a folder of scores."""
 
     remedy = RERUN_ADVICE  # advice in messages about a damaged file
 
 
 class ScoreRun(ScoreDocument):
-    """Everything that determines the content of a folder of scores."""
+    """Description of a run: everything that determines the content of a folder of scores."""
 
     kind: Literal["scores"] = "scores"  # kind of the folder
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # number of rows of the embeddings
-    # number of rows to score: the usable rows and, for pairs, only those in whole pools
+    # number of rows to score: the usable rows; for image-caption pairs, the usable rows in whole
+    # pools
     n_candidate: Count
     # number of rows in a part: whole pools, or whole batches of scoring
     rows_per_part: int = Field(ge=1)
@@ -72,17 +73,20 @@ class ScoreRun(ScoreDocument):
     def parts(self) -> list[ScorePart]:
         """All parts: first the rows to score, in the order of scoring, then all other rows."""
         size = self.rows_per_part
-        starts_scored = range(0, self.n_candidate, size)
-        starts_unscored = range(self.n_candidate, self.n_in, size)
-        # a part ends where the next one starts, and the last part ends at the last row
-        boundaries = [*starts_scored, *starts_unscored, self.n_in]
+        starts_of_scored_parts = range(0, self.n_candidate, size)
+        starts_of_unscored_parts = range(self.n_candidate, self.n_in, size)
+        # a part ends where the next part starts, and the last part ends at the last row
+        boundaries = [*starts_of_scored_parts, *starts_of_unscored_parts, self.n_in]
         parts = []
         for number, (start, stop) in enumerate(pairwise(boundaries)):
             parts.append(ScorePart(number=number, start=start, stop=stop))
         return parts
 
     def require_same(self, run: ScoreRun, path: Path) -> None:
-        """Raise ProvenanceError for another run; the message names the fields that differ."""
+        """Raise ProvenanceError if ``run`` differs from this run, which is saved in ``path``.
+
+        The message names the fields that differ.
+        """
         saved_fields = self.model_dump(mode="json")
         new_fields = run.model_dump(mode="json")
         differences = []
@@ -105,7 +109,7 @@ class ScorePart(Model):
 
     @property
     def scores_file(self) -> str:
-        """File of the outcomes of the rows, as ``Outcomes.save`` writes it."""
+        """File with the outcomes of the rows, as ``Outcomes.save`` writes it."""
         return f"scores/scores_{self.number:05d}.parquet"
 
     @property
@@ -115,7 +119,7 @@ class ScorePart(Model):
 
     @property
     def receipt_file(self) -> str:
-        """File of the receipt, which is written last."""
+        """File of the receipt, which is written after the other files of the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
@@ -131,11 +135,11 @@ class Counts(Model):
     """Numbers of scored, wrong, unlabelled and unscored rows."""
 
     n_in: Count  # number of rows
-    n_scored: Count  # rows with an uncertainty
-    n_failures: Count  # scored rows whose answer is wrong
-    n_unlabelled: Count  # scored rows for which it is unknown whether the answer is wrong
-    unscored: dict[str, Count]  # rows without an uncertainty, by reason
-    n_seen: Count  # rows that were used to fit the predictor
+    n_scored: Count  # number of rows with an uncertainty
+    n_failures: Count  # number of scored rows whose answer is wrong
+    n_unlabelled: Count  # number of scored rows whose answer is not known to be right or wrong
+    unscored: dict[str, Count]  # reason -> number of rows that have no uncertainty for this reason
+    n_seen: Count  # number of rows that were used to fit the predictor
 
     @property
     def n_unscored(self) -> int:
@@ -143,7 +147,8 @@ class Counts(Model):
         return sum(self.unscored.values())
 
     @model_validator(mode="after")
-    def _add_up(self) -> Self:
+    def _check_sums(self) -> Self:
+        """Refuse counts that do not add up."""
         if self.n_in != self.n_scored + self.n_unscored:
             raise ValueError(
                 f"n_in={self.n_in} is not n_scored + n_unscored={self.n_scored + self.n_unscored}"
@@ -213,11 +218,12 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """Ledger of a folder of scores: which parts are done, and which are missing."""
 
+    # words for messages
     folder_kind = "folder of scores"
     command = "vilu score"
     activity = "scoring into"
-    kind = "scores"
-    folders = ("receipts", "histograms", "scores")
+    kind = "scores"  # ``kind`` in the documents of the folder
+    folders = ("receipts", "histograms", "scores")  # sub-folders
 
     def __init__(self, root: Path, run: ScoreRun) -> None:
         super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
@@ -226,7 +232,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """The part and its number of rows, as the receipt states them and as the run planned."""
+        """The part and its number of rows: as the receipt states them, and as the run planned."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
@@ -236,11 +242,11 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         are removed; otherwise another run is an error.
         """
         if (self.root / RUN).is_file():
-            present = read_run(self.root)
-            if overwrite and present != self.run:
+            earlier_run = read_run(self.root)
+            if overwrite and earlier_run != self.run:
                 self.clear()
             else:
-                present.require_same(self.run, self.root)
+                earlier_run.require_same(self.run, self.root)
         self.begin(self.run, self.folders)
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
@@ -266,11 +272,11 @@ def read_run(root: Path) -> ScoreRun:
     # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
     content = read_json(root / RUN, RERUN_ADVICE, StorageError)
     if content.get("kind") != "scores":
-        raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
+        raise DataError(f"{root / RUN} belongs to no folder of scores. Make one with `vilu score`.")
     return read_document(root / RUN, ScoreRun)
 
 
-HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # of every file of a histogram, in order
+HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # columns of a histogram file, in order
 
 
 def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
@@ -287,7 +293,7 @@ def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
     }
     if histogram_ood.n:
         columns["outside"] = pa.array(histogram.rows_of_part(histogram_ood))
-    ends = None
+    ends = None  # the lowest and the highest score
     if histogram.n:
         ends = [histogram.low, histogram.high]
     return parquet_bytes(columns, {"kind": "histogram", "level": histogram.level, "ends": ends})
@@ -309,6 +315,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     if not is_possible.all():
         raise _damaged_error(path, "a bin has more rows of none of the classes than wrong answers")
     n_evaluable = receipt.counts.n_scored - receipt.counts.n_unlabelled
+    # compared as texts, because the message shows these texts
     counts_in_file = f"{histogram.n} rows with {histogram.n_failures} failures"
     counts_in_receipt = f"{n_evaluable} rows with {receipt.counts.n_failures} failures"
     if counts_in_file != counts_in_receipt:
@@ -317,17 +324,15 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
         )
     if not _has_valid_bins(histogram):
         raise _damaged_error(path, "its bins are empty, not ascending, or do not match its ends")
-    no_correct = np.zeros_like(histogram.correct)  # every answer to an ``outside`` row is wrong
-    return histogram, histogram.with_counts(correct=no_correct, wrong=wrong_ood)
+    correct_ood = np.zeros_like(histogram.correct)  # every answer to such a row is wrong
+    return histogram, histogram.with_counts(correct=correct_ood, wrong=wrong_ood)
 
 
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
-    """The histogram in a table; StorageError if its columns or its metadata are not valid."""
+    """The histogram in the ``table`` of a file; StorageError if table or metadata are not valid."""
     names = [name for name in table.column_names if name != "outside"]
     has_right_names = names == list(HISTOGRAM_COLUMNS)
-    has_counts = all(
-        column.type == pa.int64() and column.null_count == 0 for column in table.columns
-    )
+    has_counts = all(_is_count_column(column) for column in table.columns)
     if not (has_right_names and has_counts):
         raise _damaged_error(path, f"its columns are {table.schema.names}")
     level: Any = metadata.get("level")
@@ -344,6 +349,11 @@ def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> H
     return Histogram(bins, correct, wrong, level, low, high)
 
 
+def _is_count_column(column: pa.ChunkedArray) -> bool:
+    """Whether a column has a whole number in every row."""
+    return bool(column.type == pa.int64() and column.null_count == 0)
+
+
 def _are_two_numbers(ends: object) -> bool:
     """Whether a value from a file is a list of two finite numbers."""
     if not isinstance(ends, list) or len(ends) != 2:
@@ -352,7 +362,10 @@ def _are_two_numbers(ends: object) -> bool:
 
 
 def _has_valid_bins(histogram: Histogram) -> bool:
-    """Whether the bins are ascending and not empty, and the ends lie in the first and last bin."""
+    """Whether the bins of a histogram are valid.
+
+    They must be ascending and not empty, and the ends must be in the first and the last bin.
+    """
     bins = histogram.bins
     if not len(bins):
         return True
@@ -370,6 +383,7 @@ def _has_valid_bins(histogram: Histogram) -> bool:
 
 
 def _damaged_error(path: Path, fault: str) -> StorageError:
+    """The error that a file is no histogram; ``fault`` is a clause that says why."""
     return StorageError(f"{path} is no histogram: {fault}. {RERUN_ADVICE} into a new folder.")
 
 
@@ -379,11 +393,11 @@ class EvaluableRows(NamedTuple):
     uncertainty: Floats
     failure: Ints
     is_ood: NDArray[np.bool_]  # whether the row belongs to none of the classes
-    picture: Ints | None  # identities of the pictures; None if they are not known
+    picture: Ints | None  # identity of each row's picture; None if the identities are not known
 
 
-COMPARED_AT_ONCE = 2**24
-"""About how many picture identities are compared at once. They take 128 MB."""
+IDENTITIES_PER_PASS = 2**24
+"""About how many picture identities are in memory and compared at once. They take 128 MB."""
 
 
 class ScoreFolder(PickledByPath):
@@ -444,11 +458,11 @@ class ScoreFolder(PickledByPath):
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
-        """Histograms of all evaluable rows, and of those that belong to none of the classes."""
+        """Two histograms: of all evaluable rows, and of the rows that belong to no class."""
         total_ood = Histogram.empty()
 
-        # A generator, so that not all histograms are in memory at once. It also adds up those of
-        # the rows that belong to none of the classes.
+        # A generator, so that not all histograms are in memory at once. For each part it yields the
+        # histogram of all rows, and adds the other histogram to ``total_ood``.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:
@@ -460,20 +474,20 @@ class ScoreFolder(PickledByPath):
         return total, total_ood
 
     def tally(self) -> Tally:
-        """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.
+        """The counts for ``vilu.evaluate``, from histograms, or from all rows if pictures repeat.
 
-        The identities of the pictures are compared, about ``COMPARED_AT_ONCE`` at a time. If a
+        The identities of the pictures are compared, about ``IDENTITIES_PER_PASS`` at a time. If a
         picture is repeated, all rows are read into memory, where they take about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
         histogram, histogram_ood = self._histograms
-        within = histogram
+        histogram_within = histogram
         if histogram_ood.n:
-            within = histogram.without(histogram_ood)
+            histogram_within = histogram.without(histogram_ood)
         return Tally(
             scores=histogram,
-            within=within,
+            within=histogram_within,
             outside=histogram.with_part_as_wrong(histogram_ood),
             probability=histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
@@ -484,11 +498,12 @@ class ScoreFolder(PickledByPath):
 
     def _has_repeats(self) -> bool:
         """Whether two evaluable rows show the same picture."""
-        n_passes = math.ceil(self.counts.n_scored / COMPARED_AT_ONCE)
+        n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
-            # Each pass compares the identities that have one remainder on division by the number of
-            # passes. Equal identities have equal remainders, so they meet in the same pass.
-            pictures = [np.empty(0, np.int64)]  # an array to begin with, if no part adds any
+            # A pass compares the identities whose remainder, on division by the number of passes,
+            # is the number of the pass. Equal identities have equal remainders, so they are
+            # compared in the same pass.
+            pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
             for rows in self._evaluable_parts():
                 if rows.picture is not None:
                     is_in_pass = rows.picture % n_passes == remainder
@@ -499,7 +514,7 @@ class ScoreFolder(PickledByPath):
 
     def _tally_of_rows(self) -> Tally:
         """The counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
-        scores = []
+        uncertainties = []
         failures = []
         is_ood = []
         pictures = []
@@ -507,12 +522,12 @@ class ScoreFolder(PickledByPath):
             picture = rows.picture
             if picture is None:
                 picture = np.full(len(rows.failure), UNKNOWN)
-            scores.append(rows.uncertainty)
+            uncertainties.append(rows.uncertainty)
             failures.append(rows.failure)
             is_ood.append(rows.is_ood)
             pictures.append(picture)
         outcomes = Outcomes(
-            np.concatenate(scores),
+            np.concatenate(uncertainties),
             np.concatenate(failures),
             outside=np.concatenate(is_ood),
             picture=np.concatenate(pictures),
@@ -553,19 +568,18 @@ class ScoreFolder(PickledByPath):
         files = FileVerifier(self.path, self._receipts)
         paths = [files(receipt.part.scores_file) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
-        rows = []
+        rows_of_parts = []
         for path in paths:
             table, _ = read_table(path, ())
-            rows.append(read_column(path, table, "row_id", "int64").to_numpy())
-        row_id = np.concatenate(rows)
+            rows_of_parts.append(read_column(path, table, "row_id", "int64").to_numpy())
+        row_id = np.concatenate(rows_of_parts)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{RERUN_ADVICE}."
             )
-        first_part, *_ = parts
-        # ``vilu.score`` always returns reasons, so they are there even if no part has the column
+        # ``vilu.score`` always returns reasons, so they are returned even if no part has the column
         optional: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL_COLUMNS.items():
             column = _join_column(parts, name, type_name, order)
@@ -576,7 +590,7 @@ class ScoreFolder(PickledByPath):
             failure=np.concatenate([part.failure for part in parts])[order],
             outside=np.concatenate([part.outside for part in parts])[order],
             **optional,
-            class_names=first_part.class_names,
+            class_names=parts[0].class_names,
             **facts_of(self.run),
             is_probability=self.run.is_probability,
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},
@@ -599,7 +613,8 @@ def _join_column(
 ) -> Any:  # noqa: ANN401 - the type depends on the column
     """Values of the optional column ``name``, in the order of the data; None if no part has it.
 
-    If a part lacks the column, its rows get the value that means "missing" in columns of this type.
+    ``order`` (N,) sorts the joined rows of the parts into the order of the data. If a part lacks
+    the column, its rows get the value that means "missing" in columns of this type.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):

@@ -14,9 +14,9 @@ from vilu.artifacts.disk import atomic_write, convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
 from vilu.calibration.clusters import cluster_indices
 from vilu.errors import UNKNOWN
-from vilu.metrics.counts import Ints
+from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.tables.read import FEATURES_BESIDE, open_table
+from vilu.tables.read import FEATURES_SUFFIX, open_table
 from vilu.tables.table import AnswerTable, Purpose
 
 
@@ -30,51 +30,71 @@ def next_answers(
     """Choose ``n`` answers without a label: half to fit on, half to calibrate on.
 
     A hash of a row's identifier decides for which of the two the row may be chosen. The rows to
-    calibrate on are the next ones in the random order of their hashes. So all rows that were chosen
-    so far are a random sample, at any time. The rows to fit on are spread evenly over the ascending
-    uncertainties, so that right and wrong answers are among them. Rows that the predictor was
-    fitted on, and copies of other rows, are not chosen.
+    calibrate on are the next ones in the random order of their hashes. So at any time, all rows
+    that were chosen to calibrate on are a random sample. The rows to fit on are spread evenly over
+    the ascending uncertainties, so that right and wrong answers are among them. Rows that the
+    predictor was fitted on, and copies of other rows, are not chosen.
 
-    In a table with clusters, whole clusters are chosen in the same way, by a hash of their names
-    and by their mean uncertainty. Their number is ``n`` divided by the mean size of all clusters,
-    so they have about ``n`` rows. A cluster is left out if one of its rows cannot be chosen.
+    In a table with clusters, whole clusters are chosen in the same way. The hash is of the name of
+    a cluster, and the uncertainty is the mean over its rows. The number of clusters is ``n``
+    divided by their mean size, so they have about ``n`` rows. A cluster is left out if one of its
+    rows cannot be chosen.
 
     Args:
         table: The answers.
-        predictor: Scores the answers.
+        predictor: The predictor that scores the answers.
         asked_ids: Identifiers of answers that were asked for before.
         n: Number of answers.
         seed: Seed of the hash.
 
     Returns:
-        Indices (M,) of the chosen rows, and what each is for.
+        Indices (M,) of the chosen rows, and the purpose of each row.
     """
-    # a unit is a cluster, or a row of a table without clusters
+    # a unit is a cluster, or a single row if the table has no clusters
     unit_names, unit_of_row = cluster_indices(table.cluster or table.ids, len(table))
     unit_size = np.bincount(unit_of_row)
     n_units = 0  # number of units to choose
     if n:
-        n_units = max(round(n * len(unit_names) / len(table)), 1)
+        units_in_n_rows = n * len(unit_names) / len(table)  # on average
+        n_units = max(round(units_in_n_rows), 1)
     random_numbers = np.array([_random_number(name, seed) for name in unit_names], dtype=np.uint64)
     is_for_calibration = random_numbers % 2 == 1
     is_askable = _askable_rows(table, predictor, asked_ids)
     n_askable_rows = np.bincount(unit_of_row[is_askable], minlength=len(unit_names))
     may_be_chosen = n_askable_rows == unit_size  # only whole units are chosen
-
-    for_calibration = np.flatnonzero(may_be_chosen & is_for_calibration)
-    in_random_order = for_calibration[np.argsort(random_numbers[for_calibration])]
-    units_to_calibrate = in_random_order[: n_units // 2]
-
-    for_fit = np.flatnonzero(may_be_chosen & ~is_for_calibration)
-    mean_uncertainty = np.bincount(unit_of_row, predictor.predict_uncertainty(table)) / unit_size
-    ascending = for_fit[np.argsort(mean_uncertainty[for_fit], kind="stable")]
-    n_to_fit = min(n_units - len(units_to_calibrate), len(ascending))
-    evenly_spaced = np.linspace(0, len(ascending) - 1, n_to_fit).round().astype(np.int64)
-    rows_to_fit = _rows_of_units(ascending[evenly_spaced], unit_of_row)
+    calibration_candidates = np.flatnonzero(may_be_chosen & is_for_calibration)
+    units_to_calibrate = _first_units(calibration_candidates, random_numbers, n_units // 2)
+    fit_candidates = np.flatnonzero(may_be_chosen & ~is_for_calibration)
+    uncertainty = predictor.predict_uncertainty(table)
+    mean_uncertainty = np.bincount(unit_of_row, weights=uncertainty) / unit_size
+    n_to_fit = n_units - len(units_to_calibrate)
+    units_to_fit = _evenly_spaced_units(fit_candidates, mean_uncertainty, n_to_fit)
+    rows_to_fit = _rows_of_units(units_to_fit, unit_of_row)
     rows_to_calibrate = _rows_of_units(units_to_calibrate, unit_of_row)
     purposes: list[Purpose] = ["fit"] * len(rows_to_fit)
     purposes += ["calibration"] * len(rows_to_calibrate)
     return np.concatenate([rows_to_fit, rows_to_calibrate]), purposes
+
+
+def _first_units(candidates: Ints, random_numbers: NDArray[np.uint64], n_units: int) -> Ints:
+    """The first ``n_units`` of the ``candidates`` in the ascending order of the random numbers.
+
+    ``random_numbers`` has a number for every unit of the table.
+    """
+    ascending_units = candidates[np.argsort(random_numbers[candidates])]
+    return ascending_units[:n_units]
+
+
+def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: int) -> Ints:
+    """``n_units`` of the ``candidates``, spread evenly over their ascending uncertainties.
+
+    ``mean_uncertainty`` has a number for every unit of the table. All candidates are returned if
+    there are not more.
+    """
+    ascending_units = candidates[np.argsort(mean_uncertainty[candidates], kind="stable")]
+    n_chosen = min(n_units, len(ascending_units))
+    positions = np.linspace(0, len(ascending_units) - 1, n_chosen).round().astype(np.int64)
+    return ascending_units[positions]
 
 
 def _askable_rows(
@@ -82,12 +102,12 @@ def _askable_rows(
 ) -> NDArray[np.bool_]:
     """Mask (N,) of the rows without a label that were neither asked for nor fitted on.
 
-    Of exact copies only the first is in the mask. In a table with clusters all copies are, because
-    clusters are asked for as a whole.
+    Of exact copies only the first is in the mask. In a table with clusters, all copies are in it,
+    because whole clusters are asked for.
     """
     was_asked = np.array([key in asked_ids for key in table.ids], dtype=np.bool_)
-    may_be_asked: NDArray[np.bool_] = (table.correct == UNKNOWN) & ~was_asked
-    may_be_asked &= ~predictor.seen(table).shared
+    was_fitted_on = predictor.seen(table).shared
+    may_be_asked: NDArray[np.bool_] = (table.correct == UNKNOWN) & ~was_asked & ~was_fitted_on
     if table.cluster is None:
         _, first_copies = np.unique(table.picture_identities(), return_index=True)
         is_first = np.zeros(len(table), dtype=np.bool_)
@@ -96,16 +116,16 @@ def _askable_rows(
     return may_be_asked
 
 
-def _rows_of_units(chosen: Ints, unit_of_row: Ints) -> Ints:
-    """Indices of the rows of the ``chosen`` units, in the order of the units.
+def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
+    """Indices of the rows of ``units``, in the order of the units.
 
     ``unit_of_row`` (N,) is the unit of every row of the table.
     """
-    # units that are not chosen have the rank len(chosen), which no chosen unit has
-    rank_of_unit = np.full(int(unit_of_row.max()) + 1, len(chosen))
-    rank_of_unit[chosen] = np.arange(len(chosen))
+    # the rank of a unit is its position in ``units``; a unit that is not in it has len(units)
+    rank_of_unit = np.full(int(unit_of_row.max()) + 1, len(units))
+    rank_of_unit[units] = np.arange(len(units))
     rank_of_row = rank_of_unit[unit_of_row]
-    rows = np.flatnonzero(rank_of_row < len(chosen))
+    rows = np.flatnonzero(rank_of_row < len(units))
     return rows[np.argsort(rank_of_row[rows], kind="stable")]
 
 
@@ -116,7 +136,7 @@ def _random_number(key: str, seed: int) -> int:
 
 
 def read_asked_ids(files: Sequence[Path]) -> set[str]:
-    """Identifiers of all rows of earlier tables of ``vilu next``."""
+    """Identifiers of all rows in ``files``, the earlier tables of ``vilu next``."""
     asked_ids: set[str] = set()
     for file in files:
         asked_ids.update(open_table(file).ids)
@@ -126,7 +146,7 @@ def read_asked_ids(files: Sequence[Path]) -> set[str]:
 def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose]) -> None:
     """Write a table of answers as CSV with an empty column ``correct``, to fill in.
 
-    Features go into a file beside it, which is written first.
+    Features are written first, into a second file in the same folder.
     """
     columns: dict[str, pa.Array] = {"id": pa.array(table.ids)}
     for name in ("answer", "truth", "group", "cluster"):
@@ -138,7 +158,7 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     columns["asked_for"] = pa.array(purposes, pa.string())
     columns["correct"] = pa.nulls(len(table), pa.int8())
     if table.features is not None:
-        features_file = path.with_suffix(FEATURES_BESIDE)
+        features_file = path.with_suffix(FEATURES_SUFFIX)
         with (
             convert_os_errors(f"cannot write {features_file}"),
             atomic_write(features_file) as file,

@@ -1,14 +1,14 @@
 """Fits of tables: several numbers of an answer are combined into one, by logistic regression.
 
-All inputs are arrays of N rows; ``failure`` (N,) is 1 where an answer is wrong and 0 where it is
-right.
+The inputs of all functions are arrays of N rows. ``failure`` (N,) is 1 if the answer of a row is
+wrong, and 0 if it is right.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,15 +25,15 @@ FOLDS: Final = 5
 """Number of folds of every cross-validation."""
 
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of the penalty that are compared. It is ridge / 2 times the squares of the weights."""
+"""Strengths ``ridge`` that are compared. The penalty is ridge / 2 * (sum of squared weights)."""
 
 KNOTS: Final = 64
 """Number of quantiles of a column at which ``rank_maps`` has its knots."""
 
 STEPS: Final = 1_000
-"""Maximum number of steps of an optimiser."""
+"""Maximum number of steps of each optimiser."""
 
-Way = TypeVar("Way")  # a way to fit, which cross-validation compares with other ways
+Way = TypeVar("Way")  # a way to fit, such as a recipe or a ridge; cross-validation compares ways
 
 
 class Fold(NamedTuple):
@@ -43,13 +43,14 @@ class Fold(NamedTuple):
     held_out_mask: NDArray[np.bool_]
 
 
-def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
-    """Divisions for a cross-validation; rows of one cluster (N,) are in one fold.
+def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
+    """Divide the rows for a cross-validation.
 
-    A fold that leaves only right or only wrong answers to fit on is left out.
+    ``cluster`` (N,) is the cluster of each row. All rows of a cluster are in the same fold. A fold
+    is left out if the rows outside it are all right or all wrong, because they cannot be fitted on.
 
     Raises:
-        DataError: If all right answers, or all wrong ones, are in one fold.
+        DataError: If all right answers, or all wrong answers, are in one fold.
     """
     fold_of_row = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
     folds = []
@@ -57,17 +58,18 @@ def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
         held_out_mask = fold_of_row == fold_number
         has_right_and_wrong = len(np.unique(failure[~held_out_mask])) == 2
         if has_right_and_wrong and held_out_mask.any():
-            folds.append(Fold(~held_out_mask, held_out_mask))
+            folds.append(Fold(fit_mask=~held_out_mask, held_out_mask=held_out_mask))
     if not folds:
         raise DataError(_too_few_message(cluster, failure))
     is_held_out = np.any([fold.held_out_mask for fold in folds], axis=0)
-    if len(np.unique(failure[is_held_out])) < 2:
+    has_both_held_out = len(np.unique(failure[is_held_out])) == 2
+    if not has_both_held_out:
         raise DataError(_too_few_message(cluster, failure))
     return folds
 
 
 def _too_few_message(cluster: Ints, failure: Ints) -> str:
-    """Message about answers that cannot be cross-validated."""
+    """The message that there are too few answers for a cross-validation."""
     n_wrong = int(failure.sum())
     n_right = len(failure) - n_wrong
     return (
@@ -79,7 +81,7 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
 
 
 def log_losses(log_odds: Floats, failure: Ints) -> Floats:
-    """Log-losses (N,) in nats of log-odds of failure (N,)."""
+    """Log-loss (N,) in nats of every row, from its log-odds of failure (N,)."""
     return np.logaddexp(0, log_odds) - failure * log_odds
 
 
@@ -94,31 +96,33 @@ class Linear(NamedTuple):
         return inputs @ self.weights + self.intercept
 
     def recalibrated(self, slope: float, shift: float) -> Linear:
-        """The function slope * log-odds + shift."""
+        """The linear function that returns slope * (log-odds of this function) + shift."""
         return Linear(slope * self.weights, slope * self.intercept + shift)
 
 
 def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
     """Ridge logistic regression whose weights are at least 0, so that no input lowers the risk.
 
-    It minimises the mean log-loss plus ridge / 2 times the squares of the weights, by L-BFGS with
-    bounds.
+    L-BFGS with bounds minimises (mean log-loss) + ridge / 2 * (sum of squared weights).
     """
     from scipy.optimize import minimize
 
     n_columns = inputs.shape[1]
 
-    def objective(point: Floats) -> tuple[float, Floats]:
-        weights = point[:n_columns]
-        log_odds = inputs @ weights + point[n_columns]
+    def objective(parameters: Floats) -> tuple[float, Floats]:
+        """The value that is minimised, and its gradient."""
+        weights = parameters[:n_columns]
+        intercept = parameters[n_columns]
+        log_odds = inputs @ weights + intercept
         loss = log_losses(log_odds, failure).mean() + ridge / 2 * (weights @ weights)
-        # d/ds log(1 + exp(s)) = 1 / (1 + exp(-s)); tanh does not overflow
-        error = (1 + np.tanh(log_odds / 2)) / 2 - failure
+        # 1 / (1 + exp(-s)), written with tanh, which does not overflow
+        probability = (1 + np.tanh(log_odds / 2)) / 2
+        error = probability - failure
         gradient = inputs.T @ error / len(failure) + ridge * weights
         return float(loss), np.append(gradient, error.mean())
 
     start = np.zeros(n_columns + 1)
-    bounds = [(0.0, None)] * n_columns + [(None, None)]
+    bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0; any intercept
     optimum = minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}
     )
@@ -126,7 +130,10 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
 
 
 def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
-    """Ridge logistic regression by scikit-learn, with the objective of ``rising_logistic``."""
+    """Ridge logistic regression by scikit-learn; it minimises what ``rising_logistic`` minimises.
+
+    The weights may have any sign.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -147,32 +154,33 @@ def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
     and the shift 0.
     """
     column = log_odds[:, None]
+    # the optimiser gets numbers from -1 to 1, whatever the range of the log-odds is
     scale = max(float(np.abs(column).max()), 1e-12)
-    fitted = ridge_logistic(column / scale, failure, ridge=1e-9)
-    slope = float(fitted.weights[0]) / scale
+    linear = ridge_logistic(column / scale, failure, ridge=1e-9)
+    slope = float(linear.weights[0]) / scale
     if slope <= 0:
         return 1.0, 0.0
-    return slope, fitted.intercept
+    return slope, linear.intercept
 
 
 @dataclass(frozen=True)
 class RisingMaps:
-    """A rising function for every column. It is a sum of S pieces, each linear between two numbers.
+    """A rising function for every column: a sum of S pieces, each linear between two numbers.
 
     The function of column c is sum_s rise[c, s] * clip((x - lower[c, s]) / width[c, s], 0, 1). A
-    number outside the range of the fit counts as the nearest number in this range.
+    number outside the range of the fit is mapped like the nearest number in this range.
     """
 
-    lower: Floats  # (C, S)
-    width: Floats  # (C, S), positive
-    rise: Floats  # (C, S), at least 0
+    lower: Floats  # (C, S) number at which a piece begins
+    width: Floats  # (C, S) length of a piece, positive
+    rise: Floats  # (C, S) how much the function rises over a piece, at least 0
 
     def __call__(self, numbers: Floats) -> Floats:
         """The mapped numbers (N, C)."""
         mapped = np.zeros_like(numbers)
         for piece in range(self.lower.shape[1]):
-            share = (numbers - self.lower[:, piece]) / self.width[:, piece]
-            mapped += self.rise[:, piece] * np.clip(share, 0, 1)
+            share_of_piece = (numbers - self.lower[:, piece]) / self.width[:, piece]
+            mapped += self.rise[:, piece] * np.clip(share_of_piece, 0, 1)
         return mapped
 
     def take(self, columns: Sequence[int]) -> RisingMaps:
@@ -184,13 +192,16 @@ class RisingMaps:
 
 
 def straight_maps(numbers: Floats) -> RisingMaps:
-    """Straight lines: a column divided by its standard deviation, within the range of the fit."""
+    """Straight lines: a column divided by its standard deviation, within the range of the fit.
+
+    A constant column is mapped to 0.
+    """
     lowest = numbers.min(axis=0)
     span = numbers.max(axis=0) - lowest
-    deviation = numbers.std(axis=0)
     is_constant = span == 0
+    deviation = np.where(is_constant, 1.0, numbers.std(axis=0))  # never 0
     width = np.where(is_constant, 1.0, span)
-    rise = np.where(is_constant, 0.0, span / np.where(is_constant, 1.0, deviation))
+    rise = np.where(is_constant, 0.0, span / deviation)
     return RisingMaps(lowest[:, None], width[:, None], rise[:, None])
 
 
@@ -201,14 +212,15 @@ def rank_maps(numbers: Floats) -> RisingMaps:
     """
     n_columns = numbers.shape[1]
     share = (np.arange(KNOTS) + 0.5) / KNOTS
-    height = np.log(share) - np.log1p(-share)
+    height = np.log(share) - np.log1p(-share)  # log-odds of the shares
     lower = np.zeros((n_columns, KNOTS - 1))
     width = np.ones((n_columns, KNOTS - 1))
     rise = np.zeros((n_columns, KNOTS - 1))
     for column in range(n_columns):
-        knots, group = np.unique(np.quantile(numbers[:, column], share), return_inverse=True)
-        # several quantiles may be the same number, which then has the mean of their heights
-        mean_height = np.bincount(group, height) / np.bincount(group)
+        quantiles = np.quantile(numbers[:, column], share)
+        # several quantiles may be the same number: then they are one knot, at their mean height
+        knots, knot_of_quantile = np.unique(quantiles, return_inverse=True)
+        mean_height = np.bincount(knot_of_quantile, height) / np.bincount(knot_of_quantile)
         n_pieces = len(knots) - 1
         lower[column, :n_pieces] = knots[:-1]
         width[column, :n_pieces] = np.diff(knots)
@@ -220,7 +232,7 @@ MAPS: Final[dict[str, Callable[[Floats], RisingMaps]]] = {
     "straight": straight_maps,
     "ranked": rank_maps,
 }
-"""Functions that fit the maps of the columns, by name. Columns are mapped, then combined."""
+"""Name -> function that fits the maps of the columns. Columns are mapped first, then combined."""
 
 
 def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Floats:
@@ -228,27 +240,28 @@ def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Flo
 
     The name of a column decides. If the name does not say it, the failures of the rows decide.
     """
-    signs_of_risk = []
+    directions = []
     for column, name in enumerate(names):
-        sign = sign_of(name)
-        if sign == 0:
-            means_wrong = auroc(numbers[:, column], failure) >= 0.5
-            sign = -1 if means_wrong else 1
-        signs_of_risk.append(-sign)
-    return np.array(signs_of_risk, dtype=np.float64)
+        direction = -sign_of(name)
+        if direction == 0:
+            is_higher_if_wrong = auroc(numbers[:, column], failure) >= 0.5
+            direction = 1 if is_higher_if_wrong else -1
+        directions.append(direction)
+    return np.array(directions, dtype=np.float64)
 
 
 class Recipe(NamedTuple):
     """A way to combine columns, which cross-validation compares with others."""
 
-    maps: str  # key of ``MAPS``
-    columns: tuple[int, ...]
-    ridge: float
+    map_name: str  # key of ``MAPS``
+    columns: tuple[int, ...]  # indices of the columns
+    ridge: float  # strength of the penalty
 
 
 def recipes_to_compare(n_columns: int) -> list[Recipe]:
-    """Each column alone, and all together with every strength of the penalty."""
-    weakest_ridge = min(RIDGES)  # a penalty on one column only shrinks its weight
+    """Each column alone, and all columns together with every strength of the penalty."""
+    # one strength is enough for a single column, because the penalty only shrinks its weight
+    weakest_ridge = min(RIDGES)
     all_recipes = []
     for map_name in MAPS:
         for column in range(n_columns):
@@ -261,68 +274,79 @@ def recipes_to_compare(n_columns: int) -> list[Recipe]:
 
 @dataclass(frozen=True)
 class Combination:
-    """A rising combination of columns; it gives log-odds of failure for numbers (N, C)."""
+    """A rising function from the columns of a table to log-odds of failure."""
 
-    direction: Floats  # (C,)
-    maps: RisingMaps
-    linear: Linear
+    direction: Floats  # (C,) 1 if a higher number means more likely wrong, else -1
+    maps: RisingMaps  # maps of the columns after multiplication by ``direction``
+    linear: Linear  # log-odds from the mapped columns
 
     def __call__(self, numbers: Floats) -> Floats:
-        """Log-odds (N,)."""
+        """Log-odds (N,) of numbers (N, C), which are not mapped yet."""
         return self.linear(self.maps(numbers * self.direction))
 
 
 def fit_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """The combination of a recipe, fitted to all these rows."""
+    """The combination of a recipe, fitted to the rows of ``numbers`` (N, C)."""
     direction = risk_directions(names, numbers, failure)
-    maps = MAPS[recipe.maps](numbers * direction)
-    return _fit_mapped(direction, maps, maps(numbers * direction), failure, recipe)
+    make_maps = MAPS[recipe.map_name]
+    maps = make_maps(numbers * direction)
+    mapped = maps(numbers * direction)
+    return _fit_mapped(direction, maps, mapped, failure, recipe)
 
 
 def _fit_mapped(
     direction: Floats, maps: RisingMaps, mapped: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """The combination of a recipe, where the numbers (N, C) are mapped already."""
+    """The combination of a recipe, fitted to the ``mapped`` numbers (N, C).
+
+    Columns that are not in the recipe get the weight 0.
+    """
     chosen_columns = list(recipe.columns)
-    fit_of_chosen = rising_logistic(mapped[:, chosen_columns], failure, recipe.ridge)
+    linear = rising_logistic(mapped[:, chosen_columns], failure, recipe.ridge)
     weights = np.zeros(len(direction))
-    weights[chosen_columns] = fit_of_chosen.weights
-    return Combination(direction, maps, Linear(weights, fit_of_chosen.intercept))
+    weights[chosen_columns] = linear.weights
+    return Combination(direction, maps, Linear(weights, linear.intercept))
 
 
 def held_out_log_odds(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> dict[Recipe, Floats]:
-    """Log-odds (N,) of every recipe. Those of a row are by a fit without the fold of the row.
+    """Recipe -> log-odds (N,). The log-odds of each row come from a fit to the other folds.
 
     A row that is in no fold has NaN.
     """
     log_odds = {recipe: np.full(len(failure), np.nan) for recipe in recipes_to_compare(len(names))}
     for fit_mask, held_out_mask in folds:
-        direction = risk_directions(names, numbers[fit_mask], failure[fit_mask])
+        fit_failure = failure[fit_mask]
+        direction = risk_directions(names, numbers[fit_mask], fit_failure)
+        directed_numbers = numbers[fit_mask] * direction
         for map_name, make_maps in MAPS.items():
-            maps = make_maps(numbers[fit_mask] * direction)
-            mapped = maps(numbers[fit_mask] * direction)
+            maps = make_maps(directed_numbers)
+            mapped = maps(directed_numbers)
             for recipe, log_odds_of_recipe in log_odds.items():
-                if recipe.maps == map_name:
-                    fit = _fit_mapped(direction, maps, mapped, failure[fit_mask], recipe)
-                    log_odds_of_recipe[held_out_mask] = fit(numbers[held_out_mask])
+                if recipe.map_name == map_name:
+                    combination = _fit_mapped(direction, maps, mapped, fit_failure, recipe)
+                    # a combination maps the numbers itself
+                    log_odds_of_recipe[held_out_mask] = combination(numbers[held_out_mask])
     return log_odds
 
 
 class CrossValidated(NamedTuple, Generic[Way]):
-    """Which of several ways to fit is best on held-out rows, and how to calibrate its log-odds."""
+    """The way to fit that is best on held-out rows, and how to calibrate its log-odds."""
 
     best: Way  # the way with the least mean held-out log-loss
-    losses: dict[Way, float]  # mean held-out log-loss of every way
+    losses: dict[Way, float]  # way -> its mean held-out log-loss
     slope: float  # calibrated log-odds are slope * log-odds + shift
     shift: float
 
     @classmethod
     def of(cls, held_out: Mapping[Way, Floats], failure: Ints) -> CrossValidated[Way]:
-        """Compare ways by their held-out log-odds (N,), which are NaN for rows in no fold."""
+        """Compare ways to fit.
+
+        ``held_out`` maps each way to its held-out log-odds (N,), which are NaN for rows in no fold.
+        """
         losses = {}
         for way, log_odds in held_out.items():
             is_known = np.isfinite(log_odds)
@@ -338,17 +362,17 @@ def best_combination(
 ) -> tuple[Combination, CrossValidated[Recipe]]:
     """The combination with the least held-out log-loss, calibrated by its held-out log-odds."""
     comparison = CrossValidated.of(held_out_log_odds(names, numbers, failure, folds), failure)
-    fit = fit_combination(names, numbers, failure, comparison.best)
-    linear = fit.linear.recalibrated(comparison.slope, comparison.shift)
-    return Combination(fit.direction, fit.maps, linear), comparison
+    combination = fit_combination(names, numbers, failure, comparison.best)
+    linear = combination.linear.recalibrated(comparison.slope, comparison.shift)
+    return replace(combination, linear=linear), comparison
 
 
 class Probe(NamedTuple):
-    """A ridge logistic regression on standardised inputs."""
+    """A ridge logistic regression on standardised inputs (N, I): (inputs - mean) / scale."""
 
     mean: Floats  # (I,)
     scale: Floats  # (I,)
-    linear: Linear
+    linear: Linear  # log-odds from the standardised inputs
 
 
 def best_probe(
@@ -360,17 +384,17 @@ def best_probe(
         mean, scale = _mean_and_scale(inputs[fit_mask])
         standardised = (inputs - mean) / scale
         for ridge, log_odds in held_out_odds.items():
-            fit = ridge_logistic(standardised[fit_mask], failure[fit_mask], ridge)
-            log_odds[held_out_mask] = fit(standardised[held_out_mask])
+            linear = ridge_logistic(standardised[fit_mask], failure[fit_mask], ridge)
+            log_odds[held_out_mask] = linear(standardised[held_out_mask])
     comparison = CrossValidated.of(held_out_odds, failure)
     mean, scale = _mean_and_scale(inputs)
-    fit = ridge_logistic((inputs - mean) / scale, failure, comparison.best)
-    linear = fit.recalibrated(comparison.slope, comparison.shift)
-    return Probe(mean, scale, linear), comparison
+    linear = ridge_logistic((inputs - mean) / scale, failure, comparison.best)
+    calibrated = linear.recalibrated(comparison.slope, comparison.shift)
+    return Probe(mean, scale, calibrated), comparison
 
 
 def _mean_and_scale(inputs: Floats) -> tuple[Floats, Floats]:
-    """Mean (I,) and scale (I,) of inputs: their standard deviation, or 1 if it is 0."""
+    """Mean (I,) and scale (I,) of inputs; the scale is the standard deviation, or 1 if it is 0."""
     deviation = inputs.std(axis=0)
     deviation[deviation == 0] = 1.0
     return inputs.mean(axis=0), deviation

@@ -16,7 +16,7 @@ from vilu.tables.table import AnswerTable
 from vilu.text import printable
 
 WORD_OF_CORRECT = {1: "right", 0: "WRONG"}
-"""Words for the values of the column ``correct``."""
+"""Value of the column ``correct`` -> word for it. There is no word for unknown (-1)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class ExplainedAnswer:
     answer: str | None  # text of the answer; None if the table has none
     uncertainty: float
     correct: int  # 1 right, 0 wrong, -1 unknown
-    # by column, its term in the score minus the mean of this term; the largest term is first
+    # column -> its term in the score of this row, minus the mean of this term over all rows; terms
+    # with the largest absolute values come first
     terms: dict[str, float]
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ class ExplainedAnswers:
     """Explanations of rows, and the share of each column in the scores of the fit."""
 
     method: str
-    shares: dict[str, float]
+    shares: dict[str, float]  # column -> its share in the spread of the score; empty without a fit
     rows: tuple[ExplainedAnswer, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,14 +73,14 @@ def explain_answers(
     """Explain some rows of a table, by default the ``n`` most uncertain ones.
 
     Args:
-        predictor: A predictor that is ready to score.
+        predictor: A method for tables that needs no fit, or that was fitted.
         table: The table.
         rows: Positions or identifiers of rows; None: the most uncertain rows.
         n: Number of rows, if ``rows`` is None.
 
     Raises:
         DataError: If there is no such row. The errors of ``predict_uncertainty`` are raised, too.
-        UsageError: If the predictor takes no tables.
+        UsageError: If the predictor is no method for tables.
 
     Examples:
         >>> import vilu
@@ -100,8 +101,9 @@ def explain_answers(
     if rows is None:
         rows = np.argsort(-uncertainty, kind="stable")[:n].tolist()
     explanations = []
-    for row in rows:
-        explanations.append(_explain_row(table, _position(table, row), uncertainty, contributions))
+    for position_or_id in rows:
+        row = _row_position(table, position_or_id)
+        explanations.append(_explain_row(table, row, uncertainty, contributions))
     return ExplainedAnswers(
         predictor.label, predictor.notes_.get("shares", {}), tuple(explanations)
     )
@@ -110,7 +112,10 @@ def explain_answers(
 def _explain_row(
     table: AnswerTable, row: int, uncertainty: Floats, contributions: Mapping[str, Floats]
 ) -> ExplainedAnswer:
-    """The explanation of one row."""
+    """The explanation of the row at the position ``row``.
+
+    ``contributions`` maps each column to its terms (N,) in all rows.
+    """
     terms = {name: float(values[row]) for name, values in contributions.items()}
     largest_first = sorted(terms.items(), key=_absolute_value, reverse=True)
     return ExplainedAnswer(
@@ -129,12 +134,14 @@ def _absolute_value(term: tuple[str, float]) -> float:
     return abs(value)
 
 
-def _position(table: AnswerTable, row: int | str) -> int:
-    """The position of a row, from its position or its identifier."""
-    if isinstance(row, str):
-        if row not in table.ids:
-            raise DataError(f"the table has no row with the id {row!r:.60}.")
-        return table.ids.index(row)
-    if not 0 <= row < len(table):
-        raise DataError(f"the table has the rows 0 to {len(table) - 1}. Got {row} instead.")
-    return row
+def _row_position(table: AnswerTable, position_or_id: int | str) -> int:
+    """The position of a row; DataError if the table has no such row."""
+    if isinstance(position_or_id, str):
+        if position_or_id not in table.ids:
+            raise DataError(f"the table has no row with the id {position_or_id!r:.60}.")
+        return table.ids.index(position_or_id)
+    if not 0 <= position_or_id < len(table):
+        raise DataError(
+            f"the table has the rows 0 to {len(table) - 1}. Got {position_or_id} instead."
+        )
+    return position_or_id

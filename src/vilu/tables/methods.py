@@ -29,19 +29,19 @@ from vilu.tables.combine import (
     RisingMaps,
     best_combination,
     best_probe,
-    folds_of,
+    make_folds,
 )
 from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
 COLUMNS_KEY = "columns"
-"""Key of the notes of a fit: the columns of numbers that it uses, in their order."""
+"""Key in the notes of a fit. Its value: names of the columns of numbers that are used, in order."""
 
 WIDTH_KEY = "n_features"
-"""Key of the notes of a fit: the number of features that it uses."""
+"""Key in the notes of a fit. Its value: number of features that are used."""
 
 SHARES_KEY = "shares"
-"""Key of the notes of a fit: the share of each column in the score."""
+"""Key in the notes of a fit. Its value: column -> its share in the score."""
 
 
 @dataclass
@@ -95,11 +95,11 @@ class AnswerMethod(FailurePredictor):
         return tuple(self.notes_.get(COLUMNS_KEY, ()))
 
     def contributions(self, data: object) -> dict[str, Floats]:
-        """How much each column moves the log-odds of failure of each of N rows: (N,) by column.
+        """Return column -> contributions (N,): how much it moves the log-odds of failure of a row.
 
         The contribution of a column is its term in the log-odds, minus the mean of this term. All
-        features together are one column. The contributions of a row add up to its log-odds of
-        failure minus the mean log-odds.
+        features together are treated as one column. The contributions of a row add up to its
+        log-odds of failure minus the mean log-odds.
 
         Examples:
             >>> import numpy as np
@@ -119,10 +119,10 @@ class AnswerMethod(FailurePredictor):
                 batch_terms.append(self.terms(batch).numpy())
         terms = np.concatenate(batch_terms)
         centred = terms - terms.mean(axis=0)
-        return {name: centred[:, column] for column, name in enumerate(self.players)}
+        return {name: centred[:, column] for column, name in enumerate(self.term_names)}
 
     def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
-        """The columns of a table that the score reads, by name, after a check of all of them.
+        """Check the columns that the score reads, and return them by name.
 
         Raises:
             DataError: If the table lacks a column, or has features of another width.
@@ -133,16 +133,16 @@ class AnswerMethod(FailurePredictor):
         return {name: fit_table.column(name, every_row) for name in self.columns_to_score}
 
     @property
-    def players(self) -> tuple[str, ...]:
+    def term_names(self) -> tuple[str, ...]:
         """Names of the terms of the score: the columns, and "features" if they are used."""
         return self.used_columns
 
     @abstractmethod
     def terms(self, batch: Batch) -> Tensor:
-        """Terms (B, G) float64 of the score, one per player."""
+        """Terms (B, G) float64 of the score, one for each of the G ``term_names``."""
 
     def check_answer(self) -> None:
-        """Refuse other answers than those in the table."""
+        """Refuse a method whose ``answer`` is not "given": it must judge the answers of a table."""
         if self.answer != "given":
             raise UsageError(
                 f'{self.name} judges the answers of a table, and none of a model: answer="given". '
@@ -150,19 +150,21 @@ class AnswerMethod(FailurePredictor):
             )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
+        """Refuse data that are no table, or whose features do not fit the fit."""
         require_kind(type(self), data)
         if FEATURES in columns and FEATURES not in data.columns:
             raise DataError(
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
-        width = self.notes_.get(WIDTH_KEY, 0)
-        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
-            raise self._wrong_width(width, data.n_features)
-        # Methods that do not read the features still recognise near copies by them.
+        n_features = self.notes_.get(WIDTH_KEY, 0)
+        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != n_features:
+            raise self._width_error(expected=n_features, actual=data.n_features)
+        # Methods that do not read the features still recognise near copies by them. So the features
+        # must be as wide as the features of the fit.
         width = 0 if self.space_ is None else self.space_.embed_dim
         if width and data.has_vectors and data.space.embed_dim != width:
-            raise self._wrong_width(width, data.space.embed_dim)
+            raise self._width_error(expected=width, actual=data.space.embed_dim)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
         """Find which rows were used to fit, after a check that the table has the same columns.
@@ -174,15 +176,15 @@ class AnswerMethod(FailurePredictor):
             data = data.arranged(self.used_columns)
         return super().seen(data, rows)
 
-    def _wrong_width(self, expected: int, present: int) -> DataError:
-        """The error about features of another width than those of the fit."""
+    def _width_error(self, *, expected: int, actual: int) -> DataError:
+        """The error that the table has ``actual`` features, but the fit had ``expected``."""
         return DataError(
-            f"this {self.name} was fitted on a table with {expected} features. Got {present} "
+            f"this {self.name} was fitted on a table with {expected} features. Got {actual} "
             "instead."
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
-        # As in the base class, but no space of embeddings is compared: a table has none.
+        # As in the base class, except that no embedding spaces are compared: a table has none.
         check_parameters(self)
         self.check_answer()
         self._check_source(data, self.columns_to_score)
@@ -198,7 +200,7 @@ class AnswerMethod(FailurePredictor):
 
 
 def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
-    """A table of ``data``. A source of embeddings is returned as it is, and refused later."""
+    """Open ``data`` as a table. A source of embeddings is returned unchanged, and refused later."""
     if isinstance(data, EmbeddingSource):
         return data
     return open_table(data)
@@ -248,7 +250,7 @@ class AnswerScore(AnswerMethod):
 
 
 def method_of_only_score(table: AnswerTable) -> AnswerScore:
-    """The method of the only column of a table whose name says its sign.
+    """The method that scores a table by its only column whose name says its sign.
 
     Raises:
         UsageError: If there is no such column, or more than one.
@@ -264,13 +266,12 @@ def method_of_only_score(table: AnswerTable) -> AnswerScore:
     signed_columns = [name for name in table.numbers if sign_of(name) != 0]
     if len(signed_columns) == 1:
         return AnswerScore(column=signed_columns[0])
-    what_table_has = "no column that begins with score or uncertainty"
+    problem = "This table has no column that begins with score or uncertainty. Rename one column"
     if signed_columns:
-        what_table_has = f"the columns {', '.join(signed_columns)}"
+        problem = f"This table has the columns {', '.join(signed_columns)}. Keep only one of them"
     raise UsageError(
-        "without a fit, one column decides: score_... or uncertainty_.... This table has "
-        f"{what_table_has}. Leave one of them, or fit a method: `vilu fit TABLE -o predictor`, and "
-        "then `vilu calibrate predictor ANOTHER_TABLE`."
+        f"without a fit, one column decides: score_... or uncertainty_.... {problem}, or fit a "
+        "method: `vilu fit TABLE -o predictor`, and then `vilu calibrate predictor ANOTHER_TABLE`."
     )
 
 
@@ -278,12 +279,13 @@ def method_of_only_score(table: AnswerTable) -> AnswerScore:
 class AnswerScores(AnswerMethod):
     """The best rising combination of the columns of numbers, by cross-validation.
 
-    Every column is turned so that a higher number means more likely wrong, mapped (a straight line,
-    or its rank), and weighted: P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0. So no
-    score that falls ever lowers the uncertainty. Compared are each column alone and all together,
-    both maps, and five strengths of a ridge penalty. The least log-loss in 5-fold cross-validation
-    wins. Its log-odds are calibrated on the held-out folds (Platt). Rows of one cluster are in one
-    fold.
+    P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0
+
+    Here x_c is a column multiplied by 1 or -1, so that a higher number means more likely wrong. The
+    map f_c is a straight line, or the rank. So if a score falls, the uncertainty never falls. A
+    5-fold cross-validation compares each column alone and all columns together, both maps, and five
+    strengths of a ridge penalty. The combination with the least log-loss is chosen. Its log-odds
+    are calibrated on the held-out folds (Platt). Rows of one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -319,33 +321,35 @@ class AnswerScores(AnswerMethod):
         names = tuple(table.numbers)
         if not names:
             raise DataError(
-                f"{self.name} combines columns of numbers, and this table has features alone. Fit "
+                f"{self.name} combines columns of numbers, and this table has only features. Fit "
                 "answer_probe."
             )
         numbers = table.matrix(names)
         failures = failure.numpy()
-        folds = folds_of(table.inseparable(), failures, self.seed)
-        fit, comparison = best_combination(names, numbers, failures, folds)
-        spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
-        signs = (-fit.direction).astype(int).tolist()
+        folds = make_folds(table.inseparable(), failures, self.seed)
+        combination, comparison = best_combination(names, numbers, failures, folds)
+        mapped = combination.maps(numbers * combination.direction)
+        deviation_of_terms = mapped.std(axis=0) * combination.linear.weights
+        signs = (-combination.direction).astype(int).tolist()
         notes = {
             COLUMNS_KEY: list(names),
             "signs": dict(zip(names, signs, strict=True)),
-            SHARES_KEY: _shares(names, spread),
+            SHARES_KEY: _shares(names, deviation_of_terms),
             "chosen": _recipe_in_words(names, comparison),
         }
         arrays = {
-            "direction": fit.direction,
-            **_arrays_of_maps(fit.maps),
-            **_arrays_of_linear(fit.linear),
+            "direction": combination.direction,
+            **_arrays_of_maps(combination.maps),
+            **_arrays_of_linear(combination.linear),
         }
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, without the intercept."""
         numbers = batch.columns[NUMBERS] * self.learned_["direction"]
-        share = (numbers.unsqueeze(2) - self.learned_["lower"]) / self.learned_["width"]
-        mapped = (share.clamp(0, 1) * self.learned_["rise"]).sum(dim=2)
+        # the maps are sums of pieces, as in ``RisingMaps``
+        share_of_piece = (numbers.unsqueeze(2) - self.learned_["lower"]) / self.learned_["width"]
+        mapped = (share_of_piece.clamp(0, 1) * self.learned_["rise"]).sum(dim=2)
         return mapped * self.learned_["weight"]
 
     def _score(self, batch: Batch) -> Tensor:
@@ -393,7 +397,7 @@ class AnswerProbe(AnswerMethod):
         return (NUMBERS,)
 
     @property
-    def players(self) -> tuple[str, ...]:
+    def term_names(self) -> tuple[str, ...]:
         """The columns of numbers, and "features" if they are used."""
         if self.notes_.get(WIDTH_KEY):
             return (*self.used_columns, FEATURES)
@@ -409,22 +413,23 @@ class AnswerProbe(AnswerMethod):
         names = tuple(table.numbers)
         inputs = _probe_inputs(table, names)
         failures = failure.numpy()
-        folds = folds_of(table.inseparable(), failures, self.seed)
-        fit, comparison = best_probe(inputs, failures, folds)
-        terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
-        spread = terms[:, : len(names)].std(axis=0)
+        folds = make_folds(table.inseparable(), failures, self.seed)
+        probe, comparison = best_probe(inputs, failures, folds)
+        terms = (inputs - probe.mean) / probe.scale * probe.linear.weights
+        deviation_of_terms = terms[:, : len(names)].std(axis=0)
         term_names = names
         if table.features is not None:
-            spread = np.append(spread, terms[:, len(names) :].sum(axis=1).std())
+            term_of_features = terms[:, len(names) :].sum(axis=1)
+            deviation_of_terms = np.append(deviation_of_terms, term_of_features.std())
             term_names = (*names, FEATURES)
         ridge = comparison.best
         notes = {
             COLUMNS_KEY: list(names),
             WIDTH_KEY: table.n_features,
-            SHARES_KEY: _shares(term_names, spread),
+            SHARES_KEY: _shares(term_names, deviation_of_terms),
             "chosen": f"ridge {ridge:g}, log-loss {comparison.losses[ridge]:.4f}",
         }
-        arrays = {"mean": fit.mean, "scale": fit.scale, **_arrays_of_linear(fit.linear)}
+        arrays = {"mean": probe.mean, "scale": probe.scale, **_arrays_of_linear(probe.linear)}
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -434,7 +439,8 @@ class AnswerProbe(AnswerMethod):
         if FEATURES in batch.columns:
             inputs = torch.cat([inputs, batch.columns[FEATURES].double()], dim=1)
         terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
-        if terms.shape[1] == n_columns:
+        has_features = terms.shape[1] > n_columns
+        if not has_features:
             return terms
         term_of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
         return torch.cat([terms[:, :n_columns], term_of_features], dim=1)
@@ -452,7 +458,7 @@ def _training_table(train: Rows) -> AnswerTable:
 
 
 def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
-    """The inputs (N, C + F) of a probe: the columns with these names, then the features if any."""
+    """The inputs (N, C + F) of a probe: the C columns ``names``, then the F features if any."""
     numbers = table.matrix(names)
     if table.features is None:
         return numbers
@@ -460,34 +466,37 @@ def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
 
 
 def _arrays_of_maps(maps: RisingMaps) -> dict[str, Floats]:
-    """The pieces of the functions of all columns, by the names of their tensors."""
+    """The pieces of the functions of all columns: name of a tensor -> its numbers."""
     return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
 def _arrays_of_linear(linear: Linear) -> dict[str, Floats]:
-    """Weights and intercept, by the names of their tensors."""
+    """Weights and intercept: name of a tensor -> its numbers."""
     return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
 
 
 def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
-    """Tensors with the numbers of arrays."""
+    """The same numbers in tensors."""
     return {name: torch.tensor(array, dtype=torch.float64) for name, array in arrays.items()}
 
 
-def _shares(term_names: tuple[str, ...], spread: Floats) -> dict[str, float]:
-    """Share of every term in the score: its standard deviation divided by the sum of all."""
-    total = np.abs(spread).sum()
+def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str, float]:
+    """Term -> its share in the score: its standard deviation, divided by the sum over all terms.
+
+    The sign of ``deviation_of_terms`` is ignored: a deviation times a negative weight is negative.
+    """
+    total = np.abs(deviation_of_terms).sum()
     if total == 0:
         return dict.fromkeys(term_names, 0.0)
-    share = (np.abs(spread) / total).round(4)
+    share = (np.abs(deviation_of_terms) / total).round(4)
     return dict(zip(term_names, share.tolist(), strict=True))
 
 
 def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidated[Recipe]) -> str:
-    """Text with the recipe that the cross-validation chose, and its log-loss."""
+    """A text for the notes: the recipe that the cross-validation chose, and its log-loss."""
     recipe = comparison.best
     columns_in_words = "all columns"
     if len(recipe.columns) == 1:
         columns_in_words = names[recipe.columns[0]]
     log_loss = comparison.losses[recipe]
-    return f"{columns_in_words}, {recipe.maps}, ridge {recipe.ridge:g}, log-loss {log_loss:.4f}"
+    return f"{columns_in_words}, {recipe.map_name}, ridge {recipe.ridge:g}, log-loss {log_loss:.4f}"

@@ -34,7 +34,10 @@ N_TRIAL_ROWS: Final = 257
 
 
 class TableGraph(nn.Module):
-    """The score of a predictor as a module of numbers (N, C) and, if it uses them, features."""
+    """The score of a predictor as a module.
+
+    Its inputs are numbers (N, C) and, if the predictor uses them, features (N, F).
+    """
 
     def __init__(self, predictor: AnswerMethod) -> None:
         super().__init__()
@@ -50,9 +53,12 @@ def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
     columns = {NUMBERS: numbers}
     if features is not None:
         columns[FEATURES] = features
-    nothing = numbers[:, :0].float()  # the score of a table uses neither images nor texts
-    target = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
-    return Batch(nothing, nothing[:0], target, target, logit_scale=1.0, columns=columns)
+    # The score of a table uses neither images nor texts, nor targets and row numbers. They are made
+    # of ``numbers``, so that an export keeps the number of rows variable.
+    no_images = numbers[:, :0].float()
+    no_texts = no_images[:0]
+    zeros = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
+    return Batch(no_images, no_texts, target=zeros, index=zeros, logit_scale=1.0, columns=columns)
 
 
 def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
@@ -60,9 +66,10 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
 
     The inputs are ``numbers`` (N, C) float64, the columns in the order of "vilu.columns" in the
     metadata, and ``features`` (N, F) float32 if the fit had any. The output is ``uncertainty`` (N,)
-    float64. Before the file is written, onnxruntime runs it on random rows near those of the fit.
+    float64. Before the file is written, onnxruntime runs it on random rows, which are near the rows
+    of the fit.
 
-    Returns the largest difference between uncertainties by the file and by the predictor.
+    Returns the largest difference between the uncertainties of the file and of the predictor.
 
     Raises:
         DataError: If the difference is above 1e-5. Then nothing is written.
@@ -84,11 +91,14 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
 
 
 def _difference(predictor: AnswerMethod, content: bytes, trial: GraphInputs) -> float:
-    """The largest difference between uncertainties by a file and by its predictor."""
+    """The largest difference between the uncertainties of a file and of its predictor.
+
+    DataError if it is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
+    """
     (uncertainty,) = onnx_function(content)(trial)
     with torch.no_grad():
-        expected = predictor.score_batch(batch_of(**trial)).numpy()
-    difference = float(np.abs(uncertainty - expected).max())
+        expected_uncertainty = predictor.score_batch(batch_of(**trial)).numpy()
+    difference = float(np.abs(uncertainty - expected_uncertainty).max())
     if not difference <= MAX_DIFFERENCE:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor. "
@@ -98,7 +108,7 @@ def _difference(predictor: AnswerMethod, content: bytes, trial: GraphInputs) -> 
 
 
 def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
-    """Metadata of a file, as strings."""
+    """Metadata of the file. ``fingerprint`` is the hash of the fit."""
     return {
         **predictor_metadata(predictor, fingerprint),
         "vilu.columns": plain_json(list(predictor.used_columns)).decode(),
@@ -106,7 +116,7 @@ def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
 
 
 def random_rows(predictor: AnswerMethod) -> GraphInputs:
-    """Random inputs of the graph by name, near the rows of the fit."""
+    """Name of an input of the graph -> random numbers near the numbers of the fit."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
     width = n_columns + predictor.notes_.get(WIDTH_KEY, 0)
@@ -131,7 +141,8 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     if "lower" not in learned:
         ones = torch.ones(len(predictor.used_columns), dtype=torch.float64)
         return torch.zeros_like(ones), ones
-    # a combination: pieces of rising functions of turned columns
+    # A combination: its rising functions have the range from the first to the last piece. A column
+    # without a piece gets the range from 0 to 0.
     is_piece = learned["rise"] > 0
     upper = learned["lower"] + learned["width"]
     lowest = learned["lower"].where(is_piece, torch.inf).amin(dim=1).nan_to_num(posinf=0.0)

@@ -1,4 +1,4 @@
-"""Reading of tables of answers, with every fault named by its column and its row."""
+"""Reading of tables of answers. The message of every error names the column and the row."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ ROLE_COLUMNS: Final = (
 """Names of the columns with a role of their own."""
 
 MAY_BE_EMPTY: Final = ("answer", "truth")
-"""Those of the columns of texts whose cells may be empty."""
+"""Columns of texts whose cells may be empty."""
 
-FEATURES_BESIDE: Final = ".features.npy"
-"""Suffix of the file with the features of a table, in place of the suffix of the table."""
+FEATURES_SUFFIX: Final = ".features.npy"
+"""Suffix of the file with the features of a table: ``answers.features.npy`` for ``answers.csv``."""
 
 CORRECT_VALUES: Final = {
     "": UNKNOWN,
@@ -49,7 +49,7 @@ CORRECT_VALUES: Final = {
     "true": 1,
     "false": 0,
 }
-"""Values of the column ``correct``, by the text of the cell in small letters."""
+"""Text of a cell in small letters -> value of the column ``correct``."""
 
 
 @checked
@@ -64,14 +64,14 @@ def open_table(
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
             pyarrow, or a dictionary of arrays and lists.
         name: Name of the data set. [the name of the file without its suffix]
-        clusters: Name of the column that has the role of ``cluster``, such as "page"; it takes the
-            place of a column ``cluster``. [cluster]
+        clusters: Name of the column that has the role of ``cluster``, such as "page". It replaces a
+            column ``cluster``. [cluster]
 
     Raises:
-        DataError: If a column is missing, stands twice, or has a name that differs from a known one
-            by its capital letters or spaces; if an identifier stands twice; or if a cell does not
-            have the content that its column needs. The message names the row, counted from 1.
-        UsageError: If the source is none of these.
+        DataError: If a column is missing, occurs twice, or has a name that differs from a known
+            name only by capital letters or spaces; if an identifier occurs twice; or if a cell does
+            not have the content that its column needs. The message names the row, counted from 1.
+        UsageError: If the source has another type.
         StorageError: If a file cannot be read.
 
     Examples:
@@ -83,8 +83,8 @@ def open_table(
     if isinstance(source, AnswerTable):
         if clusters is not None:
             raise UsageError(
-                "clusters names a column of a file or of a data frame, and this is a table that "
-                "was read. Name the column when you read it."
+                "clusters names a column of a file or of a data frame, but this table was read "
+                "already. Name the column when you read it."
             )
         return source
     if isinstance(source, str | Path):
@@ -106,10 +106,10 @@ def is_table(path: Path) -> bool:
 
 
 def has_answers(path: Path) -> bool:
-    """Whether a file is meant as a table of answers.
+    """Whether a file is a table of answers.
 
-    A CSV file without the columns of scores is meant so, too. ``open_table`` then says what is
-    wrong with it.
+    A CSV file without the column ``id`` is taken for a table, too, unless it has columns of
+    ``vilu score``. ``open_table`` then says what is wrong with it.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -122,22 +122,22 @@ def has_answers(path: Path) -> bool:
         else:
             names = pyarrow.parquet.read_schema(path).names
     except (pa.ArrowException, ValueError, OSError):
-        return False  # the code that reads the file next says what is wrong with it
+        return False  # the file will be read as something else, and that reader reports the error
     score_columns = {"uncertainty", "failure"} & set(names)
-    is_score_file = len(score_columns) == 2  # as in files of `vilu score`
+    is_score_file = len(score_columns) == 2  # files of `vilu score` have both columns
     if "id" in names:
         return not is_score_file
     return table_suffix(path) == ".csv" and not score_columns
 
 
 def files_of(*paths: Path) -> list[Path]:
-    """The paths, each table followed by the file of features beside it if there is one."""
+    """The paths; after each table comes the file with its features, if there is such a file."""
     files = []
     for path in paths:
         files.append(path)
         if not is_table(path):
             continue
-        features_file = path.with_suffix(FEATURES_BESIDE)
+        features_file = path.with_suffix(FEATURES_SUFFIX)
         if features_file.is_file():
             files.append(features_file)
     return files
@@ -154,7 +154,7 @@ def _read_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
         columns = _columns_by_name(table)
     columns = _with_cluster_column(columns, clusters)
     vectors = columns.pop("features", None)
-    features_file = path.with_suffix(FEATURES_BESIDE)
+    features_file = path.with_suffix(FEATURES_SUFFIX)
     if not features_file.is_file():
         return _checked_table(columns, vectors, str(path), name)
     if vectors is not None:
@@ -200,8 +200,8 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     """
     names = csv_names(path)
     for separator in (";", "\t"):
-        has_one_name = len(names) == 1
-        if has_one_name and separator in names[0]:
+        is_unsplit = len(names) == 1  # no comma in the first line
+        if is_unsplit and separator in names[0]:
             table, _ = read_table(path, csv_names(path, separator), separator)
             columns = _columns_by_name(table)
             for name in columns.keys() - set(ROLE_COLUMNS):
@@ -212,21 +212,21 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
 
 
 MAYBE_THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
-"""A number such as 1,234, in which the comma may stand between thousands."""
+"""A number such as 1,234, whose comma may separate thousands."""
 
 
 def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of texts with decimal points in place of decimal commas.
+    """A column of texts, with its decimal commas replaced by decimal points.
 
-    The column is returned unchanged if its commas may stand between thousands: if a cell has a
-    point, or if all commas stand as in 12,345. ``_Cells.numbers`` refuses such a column.
+    The column is returned unchanged if a cell is no number, or if commas may separate thousands: if
+    a cell has a point, or if all cells with commas look like 12,345. ``_Cells.numbers`` refuses
+    such a column.
     """
     import pyarrow as pa
 
     cells_with_commas = [cell for cell in column.to_pylist() if cell and "," in cell]
-    if cells_with_commas and all(
-        MAYBE_THOUSANDS.fullmatch(cell.strip()) for cell in cells_with_commas
-    ):
+    may_be_thousands = all(MAYBE_THOUSANDS.fullmatch(cell.strip()) for cell in cells_with_commas)
+    if cells_with_commas and may_be_thousands:
         return column
     converted_cells = []
     for cell in column.to_pylist():
@@ -278,7 +278,7 @@ def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN40
 
 
 def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    """The columns by name; columns without a name, as spreadsheets add them, are left out."""
+    """Name -> column. Spreadsheets may add columns without a name, which are left out."""
     columns = {}
     for index, name in enumerate(table.column_names):
         if name.strip():
@@ -289,7 +289,10 @@ def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
 def _with_cluster_column(
     columns: dict[str, pa.ChunkedArray], clusters: str | None
 ) -> dict[str, pa.ChunkedArray]:
-    """The columns; the one named ``clusters`` is called ``cluster``, which gives it its role."""
+    """The columns, where the column ``clusters`` is renamed to ``cluster``, its role.
+
+    Without ``clusters``, the columns are returned unchanged.
+    """
     if clusters is None:
         return columns
     if clusters not in columns:
@@ -298,7 +301,7 @@ def _with_cluster_column(
             f"{', '.join(columns)}."
         )
     renamed = {**columns, "cluster": columns[clusters]}
-    if clusters not in ROLE_COLUMNS:
+    if clusters not in ROLE_COLUMNS:  # a column with another role also keeps its own name
         del renamed[clusters]
     return renamed
 
@@ -309,12 +312,12 @@ def _checked_table(
     where: str,
     name: str | None,
 ) -> AnswerTable:
-    """The table of these columns, after a check of all cells.
+    """Check all cells, and make a table of them.
 
     Args:
-        columns: All columns but the features.
+        columns: Name -> column, for all columns except the features.
         vectors: The features; None without features.
-        where: Start of the messages: the file or "the table".
+        where: Beginning of the messages: the path of the file, or "the table".
         name: Name of the data set.
     """
     _require_known_names(where, columns)
@@ -348,33 +351,36 @@ def _checked_table(
 
 
 def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
-    """Whether a column has numbers that say how sure an answer is: its name or its cells say so."""
+    """Whether a column has numbers that say how sure an answer is.
+
+    It has if its name has a sign, or if its cells are numbers and its name has no other role.
+    """
     if name in ROLE_COLUMNS:
         return False
     return sign_of(name) != 0 or _has_numbers(column)
 
 
 def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
-    """Refuse a table without identifiers, and column names that are nearly those with a role.
+    """Refuse a table without identifiers, and names of columns that are misspelt roles.
 
     Without this check, a column ``Correct`` would have no role, and the user would not notice.
     """
+    free_roles = [role for role in ROLE_COLUMNS if role not in columns]
     for name in columns:
-        plain = name.strip().lower().replace(" ", "_").replace("-", "_")
-        stem, _, _ = plain.partition("_")
-        has_role = plain in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
-        if has_role and plain != name:
+        normalised = name.strip().lower().replace(" ", "_").replace("-", "_")
+        stem, _, _ = normalised.partition("_")
+        has_role = normalised in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
+        if has_role and normalised != name:
             raise DataError(
-                f"{where} has a column {name!r}. Write {plain!r} if it is meant, or another name."
+                f"{where} has a column {name!r}. Write {normalised!r} if it is meant, or another "
+                "name."
             )
-        similar = did_you_mean(
-            name, [known for known in ROLE_COLUMNS if known not in columns], cutoff=0.8
-        )
-        if similar and name not in ROLE_COLUMNS:
-            raise DataError(f"{where} has a column {name!r}.{similar} Rename it.")
+        question = did_you_mean(name, free_roles, cutoff=0.8)  # "Did you mean ...?" or ""
+        if question and name not in ROLE_COLUMNS:
+            raise DataError(f"{where} has a column {name!r}.{question} Rename it.")
     if "id" not in columns:
         raise DataError(
-            f"{where} must have a column id, by which rows are known again. It has "
+            f"{where} must have a column id, by which rows are recognised. It has "
             f"{', '.join(columns) or 'no column'}."
         )
     if not len(columns["id"]):
@@ -384,9 +390,10 @@ def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> 
 def _text_column(
     where: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
 ) -> tuple[str, ...] | None:
-    """A column as texts; None if there is no such column.
+    """The texts of a column; None if there is no such column.
 
-    An empty cell is refused, unless the column is one of ``MAY_BE_EMPTY``.
+    An empty cell is refused, unless the column is one of ``MAY_BE_EMPTY``. ``ids`` are the
+    identifiers of the rows, for the message; empty if they are not known yet.
     """
     import pyarrow as pa
 
@@ -430,25 +437,25 @@ def _purpose_column(
 
 
 def _row_in_words(row: int, ids: Sequence[str]) -> str:
-    """A row in words: its number, counted from 1, and its identifier if it is known."""
+    """A row in words: its number, counted from 1, and its identifier if ``ids`` has one."""
     if not ids:
         return f"row {row + 1}"
     return f"row {row + 1} (id {ids[row]!r:.60})"
 
 
 def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
-    """Refuse identifiers that several rows have."""
+    """Refuse a table in which several rows have the same identifier."""
     if len(set(ids)) == len(ids):
         return
     counts = Counter(ids)
-    repeated = next(text for text in ids if counts[text] > 1)
-    first_row = ids.index(repeated)
-    second_row = ids.index(repeated, first_row + 1)
-    n_repeated = sum(count > 1 for count in counts.values())
+    repeated_id = next(row_id for row_id in ids if counts[row_id] > 1)
+    first_row = ids.index(repeated_id)
+    second_row = ids.index(repeated_id, first_row + 1)
+    n_repeated_ids = sum(count > 1 for count in counts.values())
     raise DataError(
-        f"{where}: every row needs an id of its own. {repeated!r:.60} is the id of the rows "
-        f"{first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated}. Number "
-        "the rows, or remove the copies."
+        f"{where}: every row needs an id of its own. {repeated_id!r:.60} is the id of the rows "
+        f"{first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated_ids}. "
+        "Number the rows, or remove the copies."
     )
 
 
@@ -457,11 +464,9 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
     import pyarrow as pa
 
     data_type = column.type
-    if (
-        pa.types.is_integer(data_type)
-        or pa.types.is_floating(data_type)
-        or pa.types.is_boolean(data_type)
-    ):
+    checks = [pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean]
+    is_numeric = any(check(data_type) for check in checks)
+    if is_numeric:
         return True
     if not _is_text(data_type) or column.null_count == len(column):
         return False
@@ -469,13 +474,11 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
 
 
 def _is_text(data_type: pa.DataType) -> bool:
+    """Whether cells are text, in any of Arrow's three types of text."""
     import pyarrow as pa
 
-    return bool(
-        pa.types.is_string(data_type)
-        or pa.types.is_large_string(data_type)
-        or pa.types.is_string_view(data_type)
-    )
+    checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
+    return any(check(data_type) for check in checks)
 
 
 def _parse_number(cell: str) -> float | None:
@@ -487,14 +490,17 @@ def _parse_number(cell: str) -> float | None:
 
 
 class _Cells:
-    """Reads columns of numbers. Its errors name the column and the row."""
+    """Reads columns of numbers of one table. Its errors name the column and the row.
+
+    ``where`` is the beginning of the messages, and ``ids`` are the identifiers of the rows.
+    """
 
     def __init__(self, where: str, ids: Sequence[str]) -> None:
         self.where = where
         self.ids = ids
 
     def fault(self, row: int, problem: str) -> DataError:
-        """The error about a cell of a row."""
+        """The error that a cell of a row has a problem, which is a clause for the message."""
         return DataError(f"{self.where}, {_row_in_words(row, self.ids)}: {problem}")
 
     def numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
@@ -515,7 +521,7 @@ class _Cells:
             problem = "is missing" if is_missing else f"is {numbers[row]}"
             raise self.fault(
                 row,
-                f"the number in {name} {problem} (so in {plural(len(bad_rows), 'row')}). Every row "
+                f"the number in {name} {problem} (in {plural(len(bad_rows), 'row')}). Every row "
                 "needs a finite number: fill it, or leave the row out.",
             )
         return np.ascontiguousarray(numbers, dtype=np.float64)
@@ -571,7 +577,7 @@ class _Cells:
         if len(bad_rows):
             raise self.fault(
                 int(bad_rows[0]),
-                "a number in features is missing or infinite (so in "
+                "a number in features is missing or infinite (in "
                 f"{plural(len(bad_rows), 'row')}). Fill it, or leave the row out.",
             )
         return features

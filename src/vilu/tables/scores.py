@@ -1,4 +1,4 @@
-"""Scores of a table of answers: by its own columns, or by a saved predictor."""
+"""Scores of a table of answers. They come from its own columns, or from a saved predictor."""
 
 from __future__ import annotations
 
@@ -108,17 +108,20 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
     """
     if table.answer is None:
         raise DataError("shares of classes need the column answer. This table has none.")
-    right_class = {}
+    right_class_of_id = {}
     for row in np.flatnonzero(table.correct != UNKNOWN).tolist():
-        right_class[table.ids[row]] = _right_class(table, row)
-    class_of = dict(zip(table.ids, table.answer, strict=True))
-    names = sorted({*table.answer, *right_class.values()})
+        right_class_of_id[table.ids[row]] = _right_class(table, row)
+    answer_of_id = dict(zip(table.ids, table.answer, strict=True))
+    names = sorted({*table.answer, *right_class_of_id.values()})
     number_of_class = {name: index for index, name in enumerate(names)}
     prediction = []
     target = []
-    for key in outcomes.ids or ():
-        prediction.append(number_of_class[class_of[key]])
-        target.append(number_of_class[right_class[key]] if key in right_class else UNKNOWN)
+    for row_id in outcomes.ids or ():
+        prediction.append(number_of_class[answer_of_id[row_id]])
+        if row_id in right_class_of_id:
+            target.append(number_of_class[right_class_of_id[row_id]])
+        else:
+            target.append(UNKNOWN)
     return replace(
         outcomes,
         prediction=np.array(prediction, dtype=np.int64),
@@ -128,7 +131,7 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
 
 
 def _right_class(table: AnswerTable, row: int) -> str:
-    """The text of the right answer of a row; the row must be labelled, the table have answers."""
+    """The text of the right answer of a row, which must be labelled in a table with answers."""
     answers = table.answer or ()
     if table.correct[row] == 1:
         return answers[row]

@@ -25,7 +25,7 @@ from vilu.validation import checked
 
 SCORE: Final = "score"
 UNCERTAINTY: Final = "uncertainty"
-"""A column has a sign if its name is one of these, or begins with one and an underscore."""
+"""A column has a sign if its name is "score" or "uncertainty", or begins with one of them and _."""
 
 Text = TypeVar("Text", bound=str)
 
@@ -87,9 +87,9 @@ class AnswerTable(EmbeddingSource):
     have no role.
 
     Attributes:
-        ids: Identifiers of the N rows, which all differ. By them rows are known again.
+        ids: Identifiers of the N rows, which all differ. Rows are recognised by them.
         correct: (N,) int64: 1 if the answer is right, 0 if it is wrong, -1 if it is not known.
-        numbers: Columns (N,) float64 by name, in the order of the table. ``sign_of`` a name says
+        numbers: Name -> column (N,) float64, in the order of the table. ``sign_of(name)`` says
             whether a higher number means that the answer is more likely right.
         answer: Texts of the N answers; None if the table has no such column.
         truth: Texts of the right answers, "" where not known; None if the table has no such column.
@@ -119,7 +119,7 @@ class AnswerTable(EmbeddingSource):
         ('cat', 'cat')
     """
 
-    # says how to get a table, in messages about a wrong argument
+    # what messages about a wrong argument say: what is expected, and how to get it
     how: ClassVar[str] = 'a table of answers (vilu.open_table("answers.csv"))'
     holds: ClassVar[DataKind] = "answers"
 
@@ -141,9 +141,10 @@ class AnswerTable(EmbeddingSource):
         name: str | None = None,
         image: Tensor | None = None,
     ) -> None:
-        """A table of columns that are checked already.
+        """Make a table of columns that are checked already.
 
-        ``image`` has the ``_feature_directions`` of the rows; None: they are computed.
+        ``image`` has the directions of the features (``_feature_directions``). None: they are
+        computed.
         """
         self.ids = ids
         self.correct = correct
@@ -153,7 +154,7 @@ class AnswerTable(EmbeddingSource):
         self.group = group
         self.cluster = cluster
         if answer is not None and cluster is not None:
-            # a number for each different answer, by which the majority answer of a cluster is found
+            # equal answers have equal numbers, so that the majority answer of a cluster is found
             self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.asked_for = asked_for
@@ -163,12 +164,13 @@ class AnswerTable(EmbeddingSource):
         self.space = logit_space(self.image.shape[1])
         self.text = zero_texts(len(CANDIDATES), self.space)
         self.class_names = None
-        self.target = torch.from_numpy(self.failure)  # 0 is the answer itself, 1 another one
+        # index of the right candidate: 0 is the answer itself, 1 is another answer
+        self.target = torch.from_numpy(self.failure)
         self._columns = self._batch_columns()
         self.columns = frozenset(self._columns)
 
     def _batch_columns(self) -> dict[str, Tensor]:
-        """The columns that batches have, by name."""
+        """Name -> column, for the columns that batches have."""
         n_rows = len(self.ids)
         tensors = {
             LOGITS: torch.tensor([[1.0, 0.0]]).expand(n_rows, -1),
@@ -203,7 +205,7 @@ class AnswerTable(EmbeddingSource):
 
     @property
     def roles(self) -> dict[str, str]:
-        """What each column is used for, in words, by the name of the column.
+        """Name of a column -> what the column is used for, in words.
 
         Examples:
             >>> import vilu
@@ -243,7 +245,8 @@ class AnswerTable(EmbeddingSource):
         if self.features is not None:
             content.update(self.features.tobytes())
         texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
-        # These columns are newer than the fingerprint, which stays the same without them.
+        # These columns are newer than the fingerprint. Without them it must not change, so they are
+        # hashed only if they exist.
         for newer_texts in (self.asked_for, self.truth):
             if newer_texts is not None:
                 texts.append(newer_texts)
@@ -255,11 +258,11 @@ class AnswerTable(EmbeddingSource):
         Raises:
             DataError: If the table lacks one of the columns.
         """
-        missing = [name for name in names if name not in self.numbers]
-        if missing:
+        missing_names = [name for name in names if name not in self.numbers]
+        if missing_names:
             raise DataError(
                 f"the table must have the columns of numbers {', '.join(names)}. Missing: "
-                f"{', '.join(missing)}; it has {', '.join(self.numbers) or 'none'}."
+                f"{', '.join(missing_names)}; it has {', '.join(self.numbers) or 'none'}."
             )
         matrix = np.empty((len(self.ids), len(names)), dtype=np.float64)
         for column, name in enumerate(names):
@@ -267,12 +270,14 @@ class AnswerTable(EmbeddingSource):
         return matrix
 
     def for_purpose(self, purpose: Purpose) -> AnswerTable:
-        """The rows that may be fitted or calibrated on, by the column ``asked_for`` if any.
+        """The rows that may be used for a purpose: to fit on, or to calibrate on.
 
-        Rows that were chosen to fit on are no random sample, so they do not calibrate.
+        The column ``asked_for`` says it; without this column, all rows may be used. Rows that were
+        chosen to fit on are no random sample, so they must not be calibrated on.
 
         Raises:
-            DataError: If a label that was asked for a calibration is missing, or if no row is left.
+            DataError: If no row is left, or if a label that was asked for to calibrate on is
+                missing.
         """
         if self.asked_for is None:
             return self
@@ -280,17 +285,17 @@ class AnswerTable(EmbeddingSource):
         table = self[has_purpose]
         if not has_purpose.any():
             raise DataError(f"no row of this table was asked for: {purpose}.")
-        missing = np.flatnonzero(table.correct == UNKNOWN)
-        if purpose == "calibration" and len(missing):
+        unlabelled_rows = np.flatnonzero(table.correct == UNKNOWN)
+        if purpose == "calibration" and len(unlabelled_rows):
             raise DataError(
-                f"{len(missing)} of the labels that were asked for are missing, first that of "
-                f"{table.ids[missing[0]]!r:.60}. Without them the sample is not random. Fill in "
-                "the column correct."
+                f"{len(unlabelled_rows)} of the labels that were asked for are missing. The first "
+                f"missing label is of {table.ids[unlabelled_rows[0]]!r:.60}. Without them the "
+                "sample is not random. Fill in the column correct."
             )
         return table
 
     def arranged(self, names: Sequence[str]) -> AnswerTable:
-        """The table whose columns of numbers are those with these names, in this order.
+        """The table with only these columns of numbers, in the order of ``names``.
 
         Raises:
             DataError: If the table lacks one of the columns.
@@ -303,28 +308,28 @@ class AnswerTable(EmbeddingSource):
         return table
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Directions (B, F) of the features, by which near copies are recognised; else (B, 0)."""
+        """Directions (B, F) of the features, which show near copies; (B, 0) if there are none."""
         return select_rows(self.image, index)
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity: features with numbers, where there are features, and identifiers."""
+        """Kinds of identity, best first: "embeddings" (features and numbers), "rows" (ids)."""
         if self.features is None:
             return ("rows",)
         return ("embeddings", "rows")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Identity hashes (M,) of the ``rows`` (M,), by default of all rows."""
+        """Identity hashes (M,) of the rows with the indices ``rows``; None: of all rows."""
         if by == "rows":
             return super().identities("names", rows)
-        chosen = np.arange(len(self)) if rows is None else rows
-        content = self._columns[NUMBERS].numpy()[chosen]
+        index = np.arange(len(self)) if rows is None else rows
+        content = self._columns[NUMBERS].numpy()[index]
         if self.features is not None:
-            content = np.hstack([content, self.features[chosen]])
+            content = np.hstack([content, self.features[index]])
         return hash_items(row.tobytes() for row in content)
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) int64 of the ``rows`` (M,): rows with equal ones count as one answer.
+        """Identities (M,) int64 of ``rows`` (M,). Rows with equal identities are one answer.
 
         Exact copies have equal features and equal numbers. Without features every row is an answer
         of its own, because different answers often have equal scores.
@@ -339,10 +344,10 @@ class AnswerTable(EmbeddingSource):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> AnswerTable:
-        """Some rows as a new table, by their indices (M,). A table has no classes to choose.
+        """The rows with these indices (M,), as a new table.
 
         Raises:
-            UsageError: If ``classes`` or ``columns`` are given.
+            UsageError: If ``classes`` or ``columns`` are given, which a table does not have.
             DataError: If there is no such row.
         """
         if classes is not None or columns is not None:
@@ -373,11 +378,11 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
     -1: "uncertainty: a higher number means more likely wrong",
     0: "number whose sign a fit learns",
 }
-"""The role of a numeric column in words, by its sign."""
+"""Sign of a numeric column -> role of the column in words."""
 
 
 def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...] | None:
-    """The texts of some rows; None without texts."""
+    """The texts of the rows with the indices ``rows`` (M,); None if ``texts`` is None."""
     if texts is None:
         return None
     return tuple(texts[row] for row in rows.tolist())
@@ -386,11 +391,12 @@ def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...]
 def _feature_directions(
     features: Features | None, n_rows: int, known_directions: Tensor | None
 ) -> Tensor:
-    """Unit vectors (N, F) of standardised features; (N, 0) without features, or with few.
+    """Unit vectors (N, F) of standardised features, by which near copies are found.
 
     Hidden states of networks have a large mean in common, so all of them have nearly the same
-    direction. Therefore each number is standardised over the rows before near copies are searched.
-    ``known_directions`` are returned if they are not None.
+    direction. Therefore each number is standardised over the rows. The result is (N, 0) without
+    features, or if F is below ``MIN_COPY_WIDTH``. ``known_directions`` are returned if they are not
+    None.
     """
     if known_directions is not None:
         return known_directions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vilu.artifacts.documents import fill_dataclass
-from vilu.datasets.known import KnownDataset, add_dataset, require_free
+from vilu.datasets.known import KnownDataset, add_dataset, require_free_name
 from vilu.errors import UsageError
 from vilu.registry import toml_tables
 from vilu_bench import asset
@@ -36,7 +36,7 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
     """
     entries = [_known_dataset(name, dict(facts)) for name, facts in tables.items()]
     for entry in entries:
-        require_free(entry)
+        require_free_name(entry)
     return [add_dataset(entry) for entry in entries]
 
 

@@ -39,8 +39,9 @@ def find_known(name: str) -> KnownDataset:
     """Return the entry of a data set.
 
     Raises:
-        MissingModelError: If vilu-bench has it, and is not installed.
-        UsageError: If there is no entry. The message has the most similar name, or all names.
+        MissingModelError: If the data set is in vilu-bench, which is not installed.
+        UsageError: If there is no such data set. The message has the most similar name, or all
+            names.
     """
     if name in KNOWN:
         return KNOWN[name]
@@ -78,19 +79,17 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     """Add a data set to the catalogue of this process; ``entry.reader`` may be any ``Reader``.
 
     Raises:
-        UsageError: If another data set has its name.
+        UsageError: If another data set has the same name.
     """
-    require_free(entry)
+    require_free_name(entry)
     # setdefault adds the entry and returns it, or returns an equal entry that was added before
     return KNOWN.registered.setdefault(entry.name, entry)
 
 
-def require_free(entry: KnownDataset) -> None:
-    """Raise UsageError if another data set has the name of this one."""
-    entry_with_name = KNOWN.registered.get(
-        entry.name, entry
-    )  # ``entry`` itself if its name is free
-    if entry_with_name != entry:
+def require_free_name(entry: KnownDataset) -> None:
+    """Raise UsageError if another data set has the name of ``entry``."""
+    earlier_entry = KNOWN.registered.get(entry.name)
+    if earlier_entry is not None and earlier_entry != entry:
         raise UsageError(
             f"there is another data set {entry.name!r} already. Give this one another name."
         )
@@ -123,13 +122,13 @@ class Presence:
         title: Name of the data set as messages show it.
         folder: Folder of the data set; None if the data set is absent.
         origin: Description of the list of splits that is used; "" if the data set is absent.
-        splits: Number of files, by split.
-        archives: State by name, for existing archives and files with a published checksum: "right"
-            or "wrong" if the checksum was compared, else "present".
+        splits: Split -> numbers of its files.
+        archives: Name -> state, for every existing archive or file that has a published checksum.
+            The state is "right" or "wrong" if the checksum was compared, else "present".
         problem: Error that ended the check early, if any.
         state: "complete" means that all listed files exist. "present" means that there is no error,
             but also no list of the files.
-        advice: What the user can do next.
+        advice: Text that says what the user can do next.
     """
 
     name: str
@@ -183,9 +182,9 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
         return replace(presence, problem=str(error))
     splits = _published_splits(entry, survey)
     presence = replace(presence, origin=survey.origin, splits=splits)
-    damaged = _damaged_archives(archives, archive_paths, place)
-    if damaged:
-        return replace(presence, problem=f"wrong checksum: {', '.join(damaged)}")
+    damaged_names = _damaged_archives(archives, archive_paths, place)
+    if damaged_names:
+        return replace(presence, problem=f"wrong checksum: {', '.join(damaged_names)}")
     state = _state_by_counts(splits.values(), survey)
     if state == "incomplete":
         return presence
@@ -195,30 +194,32 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
 
 
 def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
-    """Return the counts by split, with the published sizes.
+    """Return split -> counts, with the published sizes.
 
     If only the sum of some splits is published ("train+val"), the counts of these splits are added
     up.
     """
-    expected = entry.expected(survey.counts)
-    splits = {}
-    # without published sizes, ``expected`` is empty, and each split has its own count
-    for joined_names in expected or survey.counts:
+    published_sizes = entry.published_sizes(survey.counts)
+    # if no sizes are published, each split has its own count
+    names_of_splits = published_sizes or survey.counts
+    counts_of_splits = {}
+    for joined_names in names_of_splits:
         counts = [survey.counts[name] for name in joined_names.split("+")]
-        splits[joined_names] = Count.sum(counts, expected=expected.get(joined_names))
-    return splits
+        size = published_sizes.get(joined_names)
+        counts_of_splits[joined_names] = Count.sum(counts, expected=size)
+    return counts_of_splits
 
 
 def _damaged_archives(
     archives: Mapping[str, ArchiveState], archive_paths: Mapping[str, Path], place: Place
 ) -> list[str]:
-    """Return the archives with a wrong checksum in the data set's own folder."""
-    damaged: list[str] = []
+    """Return the names of the archives in the data set's own folder that have a wrong checksum."""
+    damaged_names: list[str] = []
     for name, state in archives.items():
         is_in_folder = archive_paths[name].parent == place.folder
         if state == "wrong" and is_in_folder:
-            damaged.append(name)
-    return damaged
+            damaged_names.append(name)
+    return damaged_names
 
 
 def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
@@ -231,10 +232,10 @@ def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Return the paths, by name, of those files with published checksums that exist.
+    """Return name -> path of the existing files that have a published checksum.
 
     They are looked for in the folder of the data set and in the folders where users usually put
-    archives. The first file with a name counts.
+    archives. If several folders have a file of a name, the first file is taken.
     """
     folders = [root]
     for usual_folder in entry.folders:
@@ -253,7 +254,7 @@ def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict
 
 
 def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
-    """Return the state of an archive; if ``deep`` is False, without computing its checksum."""
+    """Return the state of an archive. Its checksum is computed only if ``deep`` is True."""
     if not deep:
         return "present"
     try:
@@ -281,18 +282,18 @@ def _md5(path: Path) -> str:
 
 def _advice(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
     """Return advice on the existing archives, and how to get the data set."""
-    packed = []
-    damaged = []
+    packed_names = []
+    damaged_names = []
     for name, state in archives.items():
         if state == "wrong":
-            damaged.append(name)
+            damaged_names.append(name)
         elif name.endswith(PACKED_SUFFIXES):
-            packed.append(name)
+            packed_names.append(name)
     advice = ""
-    if packed:
-        advice += f"{_names_and_verb(packed)} here: unpack. "
-    if damaged:
-        advice += f"{_names_and_verb(damaged)} damaged: download again. "
+    if packed_names:
+        advice += f"{_names_and_verb(packed_names)} here: unpack. "
+    if damaged_names:
+        advice += f"{_names_and_verb(damaged_names)} damaged: download again. "
     return f"{advice}{entry.how} ({entry.url})"
 
 

@@ -24,7 +24,7 @@ class Count:
     listed: int | None  # number of files in the list of the split; None if there is no list
     expected: int | None = None  # published number of files in this list; None if not published
     missing: tuple[str, ...] = ()  # the first listed files that do not exist
-    problem: str | None = None  # error because of which the files were not counted, if any
+    problem: str | None = None  # error that prevented the counting; None if there was no error
 
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
@@ -42,7 +42,10 @@ class Count:
         return cls(n_existing, n_listed, expected, tuple(missing[:MAX_MISSING_NAMES]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files exist. If ``binding``, at least ``expected`` must be listed."""
+        """Whether all listed files exist.
+
+        If ``binding``, at least ``expected`` files must be listed, too.
+        """
         if self.problem is not None or self.missing:
             return False
         is_listed = self.listed is not None
@@ -59,14 +62,14 @@ class Survey:
     """The counts of the files of a data set."""
 
     origin: str  # description of the list of splits that is used, as messages show it
-    counts: Mapping[str, Count]  # counts by split
+    counts: Mapping[str, Count]  # split -> its counts
     # whether the published sizes must be reached; False if the user made the list, or if some of
     # the images are no longer on the web
     binding: bool = True
 
 
 def _sum_if_known(first: int | None, second: int | None) -> int | None:
-    """Return the sum; None if a summand is unknown."""
+    """Return the sum of two numbers; None if one of them is None."""
     if first is None or second is None:
         return None
     return first + second
@@ -130,8 +133,8 @@ class KnownDataset:
             conventions of torchvision and CoOp.
         reader: Object that reads the files; a TOML file names it as ``layout``.
         n_classes: Number of classes; None if there are captions.
-        marks: Glob patterns by which the folder of the data set is recognised. The folder has a
-            match of at least one pattern.
+        marks: Glob patterns by which the folder of the data set is recognised: at least one of
+            them matches a file or folder in it.
         licence: Short name of the licence; "see the site" if it is not simple.
         n_bytes: Approximate size of the download in bytes; None if unknown.
         reference: Paper that describes the data set.
@@ -163,10 +166,10 @@ class KnownDataset:
         """Whether images have captions instead of labels."""
         return self.n_classes is None
 
-    def expected(self, splits: Collection[str]) -> Mapping[str, int]:
+    def published_sizes(self, splits: Collection[str]) -> Mapping[str, int]:
         """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            # the keys are joined and split again, because a key may itself be "train+val"
+            # joined and split again, because one key may name several splits, as "train+val"
             published_splits = "+".join(sizes).split("+")
             if set(published_splits) == set(splits):
                 return sizes
@@ -186,7 +189,7 @@ class Place:
     def find(self, *names: str) -> Path | None:
         """Return the first of these files that exists, in ``folder`` or ``outer_folders``.
 
-        A link that leads nowhere counts as existing, so that reading it reports the error.
+        A link to nowhere is returned, too, so that its error is reported when it is read.
         """
         for folder in (self.folder, *self.outer_folders):
             for name in names:
@@ -214,8 +217,9 @@ class Place:
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Find a data set below ``root``, or in ``root`` itself; None if it is in neither.
 
-    ``named`` says whether the user has named the data set. If so, ``root`` itself may be the folder
-    of the data set under any name. Otherwise, it may be so only under a usual name of that folder.
+    ``named`` says whether the user has named the data set. If so, ``root`` may itself be the folder
+    of the data set, whatever its name is. Otherwise, ``root`` must then have a usual name of this
+    folder.
     """
     if not root.is_dir():
         raise UsageError(
@@ -225,7 +229,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
         for parts in _candidate_paths(entry, root, named):
             folder = root.joinpath(*parts)
             if folder.is_dir() and _has_mark(folder, entry.marks):
-                # from the folder above ``folder`` up to ``root``
+                # the folders above ``folder``, from the nearest up to ``root``
                 depths = reversed(range(len(parts)))
                 outer_folders = tuple(root.joinpath(*parts[:depth]) for depth in depths)
                 return Place(entry, folder, outer_folders)
@@ -254,7 +258,7 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
 
 
 def _candidate_paths(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the paths below ``root`` at which a data set can be, as tuples of names.
+    """Yield the paths below ``root`` where a data set can be. A path is a tuple of names.
 
     1. The folders of the entry, such as ("coop", "dtd", "images").
     2. The rest of such a path, because ``root`` may itself be a folder on the path, such as

@@ -29,10 +29,10 @@ def areas(boxes: Floats) -> Floats:
 
 
 def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None = None) -> Floats:
-    """How much each of N boxes overlaps each of M boxes, (N, M) from 0 to 1.
+    """How much each of N boxes overlaps each of M boxes: (N, M) numbers from 0 to 1.
 
-    This is intersection over union. For a crowd in ``second``, it is the share of the first box
-    that lies in the crowd.
+    The overlap is intersection over union. ``is_crowd`` (M,) marks crowds in ``second``. The
+    overlap with a crowd is the share of the first box that lies in the crowd.
 
     Examples:
         >>> import numpy as np
@@ -40,11 +40,12 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
         >>> overlaps(np.array([[0, 0, 2, 2.0]]), np.array([[0, 0, 2, 1.0], [5, 5, 1, 1]])).tolist()
         [[0.5, 0.0]]
     """
+    # the right and the bottom edges of the boxes
+    first_end = first[:, :2] + first[:, 2:]
+    second_end = second[:, :2] + second[:, 2:]
     start = np.maximum(first[:, None, :2], second[None, :, :2])
-    end = np.minimum(
-        first[:, None, :2] + first[:, None, 2:], second[None, :, :2] + second[None, :, 2:]
-    )
-    sides = np.clip(end - start, 0, None)
+    end = np.minimum(first_end[:, None], second_end[None, :])
+    sides = np.clip(end - start, 0, None)  # of the intersection
     intersection: Floats = sides[:, :, 0] * sides[:, :, 1]
     union = areas(first)[:, None] + areas(second)[None, :] - intersection
     if is_crowd is not None:
@@ -56,7 +57,7 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
 
 
 def require_box(box: Sequence[float], where: str) -> None:
-    """Raise DataError if a side is negative, or if an edge is too far away to be of a picture."""
+    """Raise DataError if a side is negative, or if an edge is too far away to be in a picture."""
     is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
     if is_far or min(box[2:]) < 0:
         raise DataError(

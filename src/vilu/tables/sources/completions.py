@@ -1,7 +1,7 @@
 """Answers of language models, from completions in OpenAI's format with log-probabilities.
 
-vLLM and other servers write this format, and a batch run puts each completion into a line with a
-``custom_id``. Both are read, of the chat and of the plain completions.
+vLLM and other servers write this format. A batch run puts each completion into a line with a
+``custom_id``. Both kinds of lines are read, with chat completions or with plain completions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from vilu.artifacts.documents import first_error, parse_json
 from vilu.errors import DataError
 from vilu.tables.sources.converted import Columns, Converted, comparable_text, correct_cells
 
-MAX_LINE = 64 * 2**20
-"""Maximum number of bytes of a line. 30,000 tokens with 20 alternatives each need fewer."""
+MAX_LINE_BYTES = 64 * 2**20
+"""Longer lines are refused. 30,000 tokens with 20 alternatives each need fewer bytes."""
 
 N_SAMPLES: Final = "n_samples"
 NUMBER_COLUMNS = (
-    *("score_mean_logprob", "score_least_logprob", "score_first_logprob", "score_agreement"),
-    *("n_tokens", N_SAMPLES, "cut_off"),
+    "score_mean_logprob",
+    "score_least_logprob",
+    "score_first_logprob",
+    "score_agreement",
+    "n_tokens",
+    N_SAMPLES,
+    "cut_off",
 )
-"""Columns of numbers, by name."""
+"""Names of the columns of numbers."""
 
 Row = dict[str, float | str]
 """The cells of a row: "answer", and the numbers of ``NUMBER_COLUMNS``."""
@@ -49,10 +54,10 @@ class Token(CompletionPart):
 
 
 class LogProbabilities(CompletionPart):
-    """Log-probabilities of the tokens: ``content`` of chats, ``token_logprobs`` of plain texts."""
+    """Log-probabilities of the tokens of an answer."""
 
-    content: list[Token] | None = None
-    token_logprobs: list[LogProbability | None] | None = None
+    content: list[Token] | None = None  # of a chat completion
+    token_logprobs: list[LogProbability | None] | None = None  # of a plain completion
 
 
 class Message(CompletionPart):
@@ -104,23 +109,26 @@ def completion_answers(
     """Read a JSONL file of completions with ``logprobs`` as a table of answers.
 
     A line holds one response, or one line of a batch (``custom_id``, ``response``). Its answer is
-    the text that most of its n samples give. Case and white space do not count; of texts that are
-    equally frequent, the one whose best sample has the largest mean log-probability is taken. The
-    numbers are those of the best sample with this answer:
+    the text that most of its n samples give. Texts that differ only in case and white space are
+    equal. If several texts are equally frequent, the text of the best sample is taken. The best
+    sample has the largest mean log-probability. The numbers describe the best sample with the
+    answer:
 
     - ``score_mean_logprob``, ``score_least_logprob``, ``score_first_logprob``: mean, least and
       first log-probability of the tokens.
-    - ``score_agreement``: share of the samples that give the answer, where a line has several.
-    - ``n_tokens``, and ``cut_off``: 1 if the answer ended at the largest number of tokens.
+    - ``score_agreement``: share of the samples that give the answer; only if lines have several
+      samples.
+    - ``n_tokens``: number of tokens.
+    - ``cut_off``: 1 if the answer ended because the limit on tokens was reached, else 0.
 
     Args:
-        path: The file, with one completion per line. Empty lines are passed over.
-        truth: Right answer by id; ``correct`` is empty for all other rows. The id of a line is its
-            ``custom_id``, else its ``id``, else the number of the line.
+        path: The file, with one completion per line. Empty lines are skipped.
+        truth: Id of a row -> its right answer. ``correct`` is empty for all other rows. The id of a
+            line is its ``custom_id``, else its ``id``, else the number of the line.
 
     Raises:
-        DataError: If a line is no whole completion with log-probabilities, if an id stands twice,
-            or if no truth has the id of a row. The message names the line.
+        DataError: If a line is no whole completion with log-probabilities, if an id occurs twice,
+            or if ``truth`` has none of the ids. The message names the line.
         StorageError: If the file cannot be read.
 
     Examples:
@@ -139,7 +147,7 @@ def completion_answers(
 
 
 def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
-    """The columns of the table."""
+    """The columns of the table; ``rows`` maps the id of a row to its cells."""
     ids = list(rows)
     answers = [str(row["answer"]) for row in rows.values()]
     columns: Columns = {"id": ids, "answer": answers, "correct": correct_cells(ids, answers, truth)}
@@ -152,19 +160,20 @@ def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> 
 
 
 def _read_rows(path: Path) -> dict[str, Row]:
-    """The cells of each row, by the id of the row."""
+    """Id of a row -> its cells."""
     rows: dict[str, Row] = {}
-    line_of: dict[str, int] = {}
+    line_of_id: dict[str, int] = {}
     for number, content in _lines(path):
         where = f"{path} line {number}"
         row_id, completion = _parse_line(content, number, where)
-        if row_id in line_of:
+        if row_id in line_of_id:
             raise DataError(
-                f"{where}: every id must occur once. {row_id!r} is on line {line_of[row_id]}, too. "
-                "Put all samples of a request into the choices of one line (n=...)."
+                f"{where}: every id must occur once. {row_id!r} is on line {line_of_id[row_id]}, "
+                "too. Put all samples of a request into the choices of one line (n=...)."
             )
-        line_of[row_id] = number
-        rows[row_id] = _row_of_samples([_sample(choice, where) for choice in completion.choices])
+        line_of_id[row_id] = number
+        samples = [_sample(choice, where) for choice in completion.choices]
+        rows[row_id] = _row_of_samples(samples)
     if not rows:
         raise DataError(f"{path} must have one completion per line. It has none.")
     return rows
@@ -179,22 +188,22 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield lines; DataError at a line that no completion can have."""
+    """Yield lines; DataError at a line that is too long for a completion."""
     number = 1
-    line = file.readline(MAX_LINE + 1)
+    line = file.readline(MAX_LINE_BYTES + 1)
     while line:
-        if len(line) > MAX_LINE:
+        if len(line) > MAX_LINE_BYTES:
             raise DataError(
-                f"{path} line {number} has more than {MAX_LINE:,} bytes. A line must hold one "
-                "completion."
+                f"{path} line {number} has more than {MAX_LINE_BYTES:,} bytes. A line must hold "
+                "one completion."
             )
         yield line
         number += 1
-        line = file.readline(MAX_LINE + 1)
+        line = file.readline(MAX_LINE_BYTES + 1)
 
 
 def _parse_line(content: bytes, number: int, where: str) -> tuple[str, Completion]:
-    """The id and the completion on a line."""
+    """The id and the completion on a line. Without an id, its ``number`` is the id."""
     try:
         record = parse_json(content)
     except (ValueError, RecursionError) as error:
@@ -246,16 +255,16 @@ def _sample(choice: CompletionChoice, where: str) -> CompletionSample:
 
 def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
     """Log-probabilities of all tokens of a choice."""
-    given_logprobs = choice.logprobs or LogProbabilities()
-    if given_logprobs.content is not None:
-        logprobs = [token.logprob for token in given_logprobs.content]
-    elif given_logprobs.token_logprobs is not None:
-        if None in given_logprobs.token_logprobs:
+    logprobs_field = choice.logprobs or LogProbabilities()
+    if logprobs_field.content is not None:
+        logprobs = [token.logprob for token in logprobs_field.content]
+    elif logprobs_field.token_logprobs is not None:
+        if None in logprobs_field.token_logprobs:
             raise DataError(
                 f"{where} has a token without a log-probability, as the first token of a prompt. "
                 "Ask without echo, so that only the answer has log-probabilities."
             )
-        logprobs = [logprob for logprob in given_logprobs.token_logprobs if logprob is not None]
+        logprobs = [logprob for logprob in logprobs_field.token_logprobs if logprob is not None]
     else:
         raise DataError(
             f"{where} must have log-probabilities. Ask with logprobs: true for a chat, and with "
@@ -267,12 +276,13 @@ def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
 
 
 def _row_of_samples(samples: list[CompletionSample]) -> Row:
-    """The row of the samples of a request.
+    """Combine the samples of a request into one row.
 
     It has the answer that most samples give, and the numbers of the best sample with this answer.
     """
     votes = Counter(comparable_text(sample.answer) for sample in samples)
     most_votes = max(votes.values())
+    # samples with a most frequent answer; several answers may be equally frequent
     leaders = [sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes]
     best_sample = max(leaders, key=CompletionSample.mean)
     return {

@@ -1,4 +1,4 @@
-"""What a converter returns: the columns of a table of answers, and how much has no row in it."""
+"""What a converter returns: a table of answers, and how many words or objects it does not cover."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu.errors import DataError
 from vilu.text import plural
 
 Columns = dict[str, list[Any]]
-"""Columns of one length, by name; None is an empty cell."""
+"""Name -> cells of a column. All columns have the same length. None is an empty cell."""
 
 TABLE_KIND: Final = "answers"
 """Kind of a table of answers in the metadata of a Parquet file."""
@@ -24,10 +24,10 @@ class Converted:
     """A table of answers that was made from files of another program.
 
     Attributes:
-        columns: Columns of one length by name, as ``vilu.open_table`` takes them.
-        n_wanted: Number of words or objects that are known to be there; 0 if that is not known.
-        n_missed: Number of those that have no row. A guarantee is about rows, so it does not cover
-            them.
+        columns: Name -> cells of a column. ``vilu.open_table`` accepts these columns.
+        n_wanted: Number of words or objects that are known to exist; 0 if nothing is known.
+        n_missed: Number of these words or objects that have no row. A guarantee is about rows, so
+            it does not cover them.
 
     Examples:
         >>> from vilu.tables.sources import Converted
@@ -45,7 +45,7 @@ class Converted:
 
     @property
     def missed_share(self) -> float | None:
-        """Share ``n_missed`` / ``n_wanted``; None if nothing is known to be there."""
+        """Share ``n_missed`` / ``n_wanted``; None if ``n_wanted`` is 0."""
         if self.n_wanted == 0:
             return None
         return self.n_missed / self.n_wanted
@@ -56,9 +56,10 @@ class Converted:
         return len(self) - self.columns["correct"].count(None)
 
     def write(self, path: Path, inputs: str | None = None) -> None:
-        """Write the columns as .csv or .parquet, by the suffix of the path.
+        """Write the columns as .csv or .parquet; the suffix of the path decides.
 
-        ``inputs`` is the digest of what the table was made from.
+        ``inputs`` is a digest of the files that the table was made from. It is written into the
+        metadata of a Parquet file.
         """
         import pyarrow as pa
 
@@ -69,7 +70,7 @@ class Converted:
 
 
 def comparable_text(text: str) -> str:
-    """A text in the form in which answers are compared, without case and extra white space."""
+    """The form of a text in which answers are compared: without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
@@ -79,11 +80,12 @@ def correct_cells(
     """Cells of the column ``correct``: 1 (right), 0 (wrong), or None for a row without a truth.
 
     Raises:
-        DataError: If there are truths, and none has the identifier of a row.
+        DataError: If there are rows and a ``truth``, but they have no id in common.
     """
     if truth is None:
         return [None] * len(ids)
-    if ids and not set(ids) & truth.keys():
+    has_common_id = not truth.keys().isdisjoint(ids)
+    if ids and not has_common_id:
         raise DataError(
             f"none of the {plural(len(truth), 'truth')} has the id of a row. The first row has id "
             f"{ids[0]!r}, and the first truth has id {next(iter(truth), '')!r}."

@@ -23,8 +23,8 @@ from vilu.validation import checked, require_between
 MAX_BYTES = 2**30
 """Largest file that is read."""
 
-MAX_IN_CELL = 2_000
-"""Maximum number of boxes of a category in an image, because all pairs of them are compared."""
+MAX_BOXES_IN_CELL = 2_000
+"""Maximum number of boxes of a category in an image. All pairs of these boxes are compared."""
 
 Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
@@ -48,6 +48,7 @@ class CocoBox(CocoEntry):
     @field_validator("bbox")
     @classmethod
     def _require_sides(cls, bbox: list[float]) -> list[float]:
+        """Refuse a negative width or height."""
         if min(bbox[2:]) < 0:
             raise ValueError("bbox is left, top, width and height, and no side is negative")
         return bbox
@@ -101,9 +102,9 @@ class Objects:
 
     Attributes:
         boxes: (M, 4) left edge, top edge, width and height.
-        is_crowd: (M,) whether a box is around a crowd, in which any number of detections may be.
-        is_ignored: (M,) whether a detection of the object counts neither as right nor as wrong;
-            True for every crowd.
+        is_crowd: (M,) whether the box is around a crowd. A crowd may have any number of detections.
+        is_ignored: (M,) whether a detection of the object is neither right nor wrong. This is True
+            for every crowd.
     """
 
     boxes: Floats
@@ -120,18 +121,18 @@ def detection_answers(
 ) -> Converted:
     """Match detections with annotated objects as COCO does, one row per detection.
 
-    Within an image and a category, each detection in the order of falling scores takes the object
-    that it overlaps most and that no other detection took. It is right (``correct`` is 1) if the
-    overlap, intersection over union, is at least ``min_iou``. ``correct`` is empty for a detection
-    of an object with ``ignore`` or ``iscrowd``, unless it could take another object. In a crowd the
-    overlap is the share of the detection that lies in it. pycocotools does the same, except for two
-    things: it does not read ``ignore``, and it leaves out all but the 100 best detections of an
-    image and category.
+    Detections and objects are matched within an image and a category, in the order of falling
+    scores. A detection takes the object that it overlaps most and that no other detection took. It
+    is right (``correct`` is 1) if the overlap, intersection over union, is at least ``min_iou``.
+    ``correct`` is empty if it can only take an object with ``ignore`` or ``iscrowd``. The overlap
+    with a crowd is the share of the detection that lies in the crowd. pycocotools does the same,
+    except for two things: it does not read ``ignore``, and it leaves out all but the 100 best
+    detections of an image and category.
 
     The columns are ``id`` (number of the detection in ``results``, from 0), ``answer`` (name of the
-    category), ``correct``, ``score_confidence``, ``area`` of the box and its ``flatness`` (width
-    over width and height), ``n_detections`` in the image, ``largest_overlap`` with another
-    detection of the category there, ``group`` (the category) and ``cluster`` (the image).
+    category), ``correct``, ``score_confidence``, ``area`` of the box and its ``flatness`` (width /
+    (width + height)), ``n_detections`` in the image, ``largest_overlap`` with another detection of
+    the same category in the image, ``group`` (the category) and ``cluster`` (the image).
 
     Args:
         results: JSON list of detections with ``image_id``, ``category_id``, ``bbox`` and ``score``.
@@ -139,8 +140,8 @@ def detection_answers(
         min_iou: Least overlap of a right detection.
 
     Returns:
-        The table. ``n_wanted`` and ``n_missed`` count objects that are neither crowds nor ignored,
-        and those that no detection took.
+        The table. ``n_wanted`` is the number of objects that are neither crowds nor ignored.
+        ``n_missed`` is the number of these objects that no detection took.
 
     Raises:
         DataError: If a file is no JSON of this format, if it has no detections, or if a detection
@@ -167,17 +168,19 @@ def detection_answers(
     truth = _read_coco(Path(annotations), TypeAdapter(Annotations))
     detections = _read_coco(Path(results), TypeAdapter(list[Detection]))
     names = {category.id: category.name for category in truth.categories}
-    _require_known(detections, names, {image.id for image in truth.images}, results)
-    objects = {}
+    _require_known_ids(detections, names, {image.id for image in truth.images}, results)
+    objects_of_cell = {}
     n_wanted = 0
     for cell, object_indices in _indices_by_cell(truth.annotations, annotations).items():
-        objects[cell] = _make_objects([truth.annotations[index] for index in object_indices])
-        n_wanted += int((~objects[cell].is_ignored).sum())
+        objects = _make_objects([truth.annotations[index] for index in object_indices])
+        objects_of_cell[cell] = objects
+        n_wanted += int((~objects.is_ignored).sum())
     columns = _columns(detections, names)
     for cell, indices in _indices_by_cell(detections, results).items():
         boxes = as_boxes([detections[index].bbox for index in indices])
         scores = np.array([detections[index].score for index in indices])
-        verdicts = match_detections(boxes, scores, objects.get(cell, NO_OBJECTS), min_iou)
+        objects = objects_of_cell.get(cell, NO_OBJECTS)
+        verdicts = match_detections(boxes, scores, objects, min_iou)
         overlap_with_others = _overlap_with_others(boxes).tolist()
         for position, index in enumerate(indices):
             columns["correct"][index] = verdicts[position]
@@ -189,10 +192,10 @@ def detection_answers(
 def match_detections(
     boxes: Floats, scores: Floats, objects: Objects, min_iou: float
 ) -> list[int | None]:
-    """Whether each of N detections is right: 1, 0, or None on an object that is ignored.
+    """Whether each of N detections is right: 1, 0, or None if it took an ignored object.
 
     Detections and objects are of one category in one image. Detections take objects greedily, in
-    the order of falling scores.
+    the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) are of the detections.
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
     # As in pycocotools: with min_iou = 1, an overlap of 1 that was rounded down has to be enough.
@@ -200,21 +203,23 @@ def match_detections(
     is_free = np.ones(len(objects.boxes), dtype=bool)
     verdicts: list[int | None] = [0] * len(boxes)
     for detection in np.argsort(-scores, kind="stable").tolist():
-        # a detection takes an ignored object only if it can take no object that counts
+        # A detection takes an object that is not ignored, if it can: then it is right (1).
+        # Otherwise, it takes an ignored object, if it can: then its verdict is None.
         for is_ignored, verdict in ((False, 1), (True, None)):
             can_be_taken = is_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
-                object_index = _last_largest(overlap[detection], can_be_taken)
+                object_index = _last_argmax(overlap[detection], can_be_taken)
                 is_free[object_index] = objects.is_crowd[object_index]  # a crowd stays free
                 verdicts[detection] = verdict
                 break
     return verdicts
 
 
-def _last_largest(numbers: Floats, mask: NDArray[np.bool_]) -> int:
-    """Index of the largest number in a mask; of equal numbers the last, as in pycocotools."""
+def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
+    """Index of the largest number in a mask; the last one of equal numbers, as in pycocotools."""
     largest = numbers[mask].max()
-    return int(np.flatnonzero(mask & (numbers == largest))[-1])
+    indices_of_largest = np.flatnonzero(mask & (numbers == largest))
+    return int(indices_of_largest[-1])
 
 
 def _overlap_with_others(boxes: Floats) -> Floats:
@@ -226,7 +231,7 @@ def _overlap_with_others(boxes: Floats) -> Floats:
 
 
 def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
-    """The content of a JSON file, checked."""
+    """The content of a JSON file, after ``adapter`` has checked it."""
     content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_BYTES)
     try:
         return adapter.validate_json(content)
@@ -234,13 +239,16 @@ def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
         raise DataError(f"{path} must be JSON in COCO's format: {first_error(error)}.") from error
 
 
-def _require_known(
+def _require_known_ids(
     detections: Sequence[Detection],
     names: Mapping[int, str],
     images: Collection[ImageId],
     results: str | os.PathLike[str],
 ) -> None:
-    """Raise DataError unless all detections are of images and categories of the annotations."""
+    """Raise DataError unless all detections are of images and categories of the annotations.
+
+    ``names`` maps the category ids of the annotations to names. ``images`` are their image ids.
+    """
     if not detections:
         raise DataError(f"{results} must have at least one detection. It has none.")
     for index, detection in enumerate(detections):
@@ -260,15 +268,16 @@ def _require_known(
 def _indices_by_cell(
     entries: Sequence[CocoBox], path: str | os.PathLike[str]
 ) -> dict[Cell, list[int]]:
-    """Indices of the boxes of each category in each image."""
+    """Cell -> indices of its boxes in ``entries``. ``path`` is their file, for the message."""
     indices: dict[Cell, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
         indices[entry.cell].append(index)
     for (image, category), cell_indices in indices.items():
-        if len(cell_indices) > MAX_IN_CELL:
+        if len(cell_indices) > MAX_BOXES_IN_CELL:
             raise DataError(
-                f"{path} must have at most {MAX_IN_CELL:,} boxes of a category in an image. Got "
-                f"{len(cell_indices):,} of category {category} in image {image!r}. Keep the best."
+                f"{path} must have at most {MAX_BOXES_IN_CELL:,} boxes of a category in an image. "
+                f"Got {len(cell_indices):,} of category {category} in image {image!r}. "
+                "Keep the best."
             )
     return indices
 
@@ -285,12 +294,16 @@ NO_OBJECTS = _make_objects([])
 
 
 def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Columns:
-    """The columns; ``correct`` and ``largest_overlap`` are still to be filled."""
+    """The columns of the table. ``correct`` and ``largest_overlap`` are filled later.
+
+    ``names`` maps the id of a category to its name.
+    """
     n_in_image = Counter(detection.image_id for detection in detections)
     categories = [names[detection.category_id] for detection in detections]
     boxes = as_boxes([detection.bbox for detection in detections])
-    width, height = boxes[:, 2], boxes[:, 3]
-    half_perimeter = np.maximum(width + height, np.finfo(np.float64).tiny)
+    width = boxes[:, 2]
+    height = boxes[:, 3]
+    half_perimeter = np.maximum(width + height, np.finfo(np.float64).tiny)  # never 0
     return {
         "id": [str(index) for index in range(len(detections))],
         "answer": categories,

@@ -15,7 +15,7 @@ from vilu.tables.sources.converted import Columns, Converted
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
-BLOCK = 4_096
+BLOCK_ROWS = 4_096
 """Number of rows whose probabilities are in memory at a time."""
 
 
@@ -28,20 +28,21 @@ def logit_answers(
 ) -> Converted:
     """Make a table of the answers of a classifier from logits (N, K), one row per picture or text.
 
-    The answer is the class with the largest logit, of equal logits the first. With p = softmax of
-    the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
+    The answer is the class with the largest logit; the first one of equal logits. With p = softmax
+    of the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
     ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy`` (entropy of p in
     nats) and ``score_logit`` (the largest logit).
 
     Args:
         logits: (N, K) finite numbers, K at least 2. Logarithms of probabilities are logits, too.
-        target: (N,) number of the true class of each row, from 0, or its name; -1 or "" if it is
-            not known, and -2 (``vilu.OUTSIDE``) for none of the classes: every answer is wrong.
+        target: (N,) number of the true class of each row, from 0, or its name. It is -1 or "" if
+            the true class is not known. It is -2 (``vilu.OUTSIDE``) if the row belongs to none of
+            the classes; then every answer is wrong.
         class_names: K names of the classes. [their numbers]
         ids: N identifiers of the rows. [their numbers, from 0]
 
     Raises:
-        DataError: If an argument has another shape, or a number is not finite or no class.
+        DataError: If an argument has another shape, a logit is not finite, or a target is no class.
 
     Examples:
         >>> import numpy as np
@@ -70,8 +71,8 @@ def logit_answers(
     }
     if target is not None:
         columns["correct"] = _correct_cells(answer, _class_numbers(target, names), n_classes)
-    for start in range(0, n, BLOCK):
-        block = np.asarray(rows[start : start + BLOCK], dtype=np.float64)
+    for start in range(0, n, BLOCK_ROWS):
+        block = np.asarray(rows[start : start + BLOCK_ROWS], dtype=np.float64)
         _require_finite(block, start)
         for name, numbers in _score_columns(block).items():
             columns.setdefault(name, []).extend(numbers.tolist())
@@ -79,10 +80,10 @@ def logit_answers(
 
 
 def _score_columns(logits: Floats) -> dict[str, Floats]:
-    """The numeric columns of some rows."""
+    """Name -> column (B,) of numbers, for rows of logits (B, K)."""
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
-    two_largest = np.partition(p, -2, axis=1)[:, -2:]
+    two_largest = np.partition(p, -2, axis=1)[:, -2:]  # (B, 2), ascending
     return {
         "score_softmax": two_largest[:, 1],
         "score_margin": two_largest[:, 1] - two_largest[:, 0],
@@ -92,7 +93,10 @@ def _score_columns(logits: Floats) -> dict[str, Floats]:
 
 
 def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
-    """``texts``, or in place of None the numbers 0 ... n - 1; DataError if there are not ``n``."""
+    """``n`` texts: ``texts``, or the numbers 0 ... n - 1 if ``texts`` is None.
+
+    DataError if there are not ``n`` texts. ``name`` is the name of the argument in the message.
+    """
     if texts is None:
         return [str(number) for number in range(n)]
     if len(texts) != n:
@@ -101,25 +105,30 @@ def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[st
 
 
 def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
-    """Numbers of true classes. Texts are numbers, unless all of them are names of classes."""
+    """Number of the true class of each row.
+
+    Texts in ``target`` are names of classes. If this is not true of all texts, but all are whole
+    numbers, they are read as numbers.
+    """
     labels = np.asarray(target)
     if labels.dtype.kind != "U":
         return labels
     texts = labels.tolist()
-    number_of = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
-    unknown_texts = [text for text in texts if text not in number_of]
-    if unknown_texts and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
+    number_of_name = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
+    unknown_texts = [text for text in texts if text not in number_of_name]
+    are_numbers = all(WHOLE_NUMBER.fullmatch(text) for text in texts)
+    if unknown_texts and are_numbers:
         return labels.astype(np.int64)
     if unknown_texts:
         raise DataError(
             f'target must have names of classes, or "" if unknown. Got {unknown_texts[0]!r:.80}.'
             f"{did_you_mean(unknown_texts[0], names)}"
         )
-    return np.array([number_of[text] for text in texts], dtype=np.int64)
+    return np.array([number_of_name[text] for text in texts], dtype=np.int64)
 
 
 def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
-    """Whether each answer is right; None where the true class is not known."""
+    """Whether each answer is right: 1, 0, or None where the true class is not known."""
     if labels.shape != answer.shape or labels.dtype.kind not in "iu":
         raise DataError(
             f"target must have one whole number per row ({len(answer)}). Got {labels.dtype} of "
@@ -139,7 +148,10 @@ def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | Non
 
 
 def _require_finite(logits: Floats, start: int) -> None:
-    """Raise DataError at a row with NaN or infinity; ``start`` is the number of the first row."""
+    """Raise DataError at a row with NaN or infinity.
+
+    ``start`` is the number of the first row of ``logits`` in the whole array.
+    """
     is_finite = np.isfinite(logits).all(axis=1)
     if not is_finite.all():
         row = start + int((~is_finite).argmax())

@@ -1,4 +1,4 @@
-"""Reads files in which people wrote the right answers."""
+"""Read files into which people wrote the right answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.errors import DataError
 from vilu.tables.sources.boxes import require_box
-from vilu.tables.sources.words import BOX_COLUMNS, Word, number_in
+from vilu.tables.sources.words import BOX_COLUMNS, Word, parse_number
 
 
 def read_truth(path: Path) -> dict[str, str]:
@@ -29,11 +29,14 @@ def read_truth(path: Path) -> dict[str, str]:
 
 
 def read_words(path: Path) -> dict[str, list[Word]]:
-    """Read a CSV file with the columns page, text, left, top, width, height: a word per row."""
+    """Read a CSV file with the columns page, text, left, top, width, height: one word per row.
+
+    Returns page -> its words.
+    """
     pages: dict[str, list[Word]] = {}
     for row in _read_rows(path, ("page", "text", *BOX_COLUMNS)):
         where = f"{path} line {row.line}"
-        left, top, width, height = (number_in(row[edge], edge, where) for edge in BOX_COLUMNS)
+        left, top, width, height = (parse_number(row[edge], edge, where) for edge in BOX_COLUMNS)
         require_box([left, top, width, height], where)
         word = Word(row["text"], (left, top, width, height))
         pages.setdefault(row["page"], []).append(word)
@@ -55,10 +58,11 @@ def read_dictionary(path: Path) -> frozenset[str]:
 def _read_rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
     """The rows of a CSV file; DataError if it lacks a column or has no rows."""
     names, rows = csv_rows(path)
-    missing = [column for column in columns if column not in names]
-    if missing:
+    missing_columns = [column for column in columns if column not in names]
+    if missing_columns:
         raise DataError(
-            f"{path} must have the columns {', '.join(columns)}. It lacks {', '.join(missing)}."
+            f"{path} must have the columns {', '.join(columns)}. "
+            f"It lacks {', '.join(missing_columns)}."
         )
     if not rows:
         raise DataError(f"{path} must have at least one row. It has none.")

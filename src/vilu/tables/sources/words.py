@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,23 +19,23 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
 WORD_LEVEL: Final = 5
-"""``level`` of a row that is a word. Rows of lower levels are pages, blocks, text lines, ..."""
+"""A row is a word if its ``level`` is 5. Rows of lower levels are pages, blocks, text lines, ..."""
 
 MIN_OVERLAP = 0.1
-"""Smallest intersection over union of the box of a word that was read and that of its true word.
+"""A word that was read matches a true word only if the IoU of their boxes is at least this number.
 
-It is small, because the box of a word that was read is only as high as the ink, but a true box may
-be as high as the whole line.
+The number is small, because the box of a word that was read is only as high as the ink, but a true
+box may be as high as the whole line.
 """
 
 PUNCTUATION = ".,;:!?\"'()[]"
 """Characters that are removed from both ends of a word before it is looked up."""
 
 MAX_CONFIDENCE = 0.999
-"""Larger confidences, as shares, count as this one. So the logarithm in a doubt is finite."""
+"""Confidences (from 0 to 1) are clipped to this maximum, so that log(1 - confidence) is finite."""
 
 LINE_COLUMNS = ("page_num", "block_num", "par_num", "line_num")
-"""Columns that together say in which line a word stands."""
+"""Columns that together identify the text line of a word."""
 
 BOX_COLUMNS = ("left", "top", "width", "height")
 """Columns of the box of a word, in pixels."""
@@ -46,7 +46,7 @@ READ_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
 
 @dataclass(frozen=True)
 class Word:
-    """A word and where it stands on a page.
+    """A word and its box on a page.
 
     Attributes:
         text: The word.
@@ -59,11 +59,11 @@ class Word:
 
 @dataclass(frozen=True)
 class ReadWord(Word):
-    """A word that was read.
+    """A word that Tesseract read.
 
     Attributes:
         confidence: Tesseract's confidence, from 0 to 100.
-        line: Block, paragraph and line in which it stands.
+        line: Numbers of its page, block, paragraph and text line.
     """
 
     confidence: float
@@ -71,7 +71,7 @@ class ReadWord(Word):
 
 
 Pages = dict[str, list[ReadWord]]
-"""The words of each page, in the order of reading."""
+"""Name of a page -> its words, in the order of reading."""
 
 
 def word_answers(
@@ -82,28 +82,29 @@ def word_answers(
 ) -> Converted:
     r"""Read TSV files of Tesseract (``tesseract PAGE OUTPUT tsv``) as a table, one row per word.
 
-    A word that was read is right if it equals the true word in the same place, letter by letter.
-    Words that were read and true words are matched by their boxes: of all pairs the one that
-    overlaps most (intersection over union) comes first, and pairs below 0.1 are none. A word that
-    was read where none stands is wrong.
+    A word that was read is right if it equals its true word, letter by letter. Words that were read
+    are matched with true words by their boxes. The pair that overlaps most (intersection over
+    union) is matched first, then the next pair. Words that overlap less than 0.1 are not matched.
+    A word that was read and is matched with no true word is wrong.
 
     The columns are ``id`` (page and number of the word), ``answer`` (the word), ``correct``,
-    ``score_confidence`` (from 0 to 100), ``doubt``, ``doubt_before`` and ``doubt_after`` of the
-    word and its neighbours in the line, ``doubt_line`` and ``doubt_page``, ``n_characters``,
+    ``score_confidence`` (from 0 to 100), ``doubt`` of the word, ``doubt_before`` and
+    ``doubt_after`` of its neighbours in the line, ``doubt_line``, ``doubt_page``, ``n_characters``,
     ``share_of_digits``, ``capital`` (1 if the first letter is one), ``n_marks`` (characters that
     are neither letters nor digits), ``height`` and ``character_width`` of the box in pixels,
     ``n_words`` of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A
     doubt is ln(1 - confidence / 100). It spreads out the many confidences that are close to 100.
 
     Args:
-        files: One TSV file per picture. A page is called as its file without the suffix; the
-            second page of a file that has several is called ``NAME#2``.
-        truth: The words of each page by its name. ``correct`` is empty on other pages.
-        dictionary: Words in small letters, looked up without punctuation at their ends.
+        files: One TSV file per picture. The name of a page is the name of its file without the
+            suffix. If a file has several pages, its second page is called ``NAME#2``.
+        truth: Name of a page -> its true words. ``correct`` is empty on other pages.
+        dictionary: Words in small letters. Words are looked up in it without punctuation at their
+            ends.
 
     Returns:
-        The table. ``n_wanted`` counts the words of the pages in ``truth`` that were read, and
-        ``n_missed`` those of them that no word was matched to.
+        The table. ``n_wanted`` is the number of true words on the pages that were read, and
+        ``n_missed`` is the number of these true words that were matched with no word.
 
     Raises:
         DataError: If a file is no TSV of Tesseract, if two pages have one name, if no word was
@@ -126,7 +127,7 @@ def word_answers(
     pages = _all_pages(files)
     true_words = truth or {}
     if true_words:
-        _require_common(true_words, pages)
+        _require_common_page(true_words, pages)
     columns: Columns = {}
     n_wanted = 0
     n_missed = 0
@@ -143,19 +144,20 @@ def word_answers(
     return Converted(columns, n_wanted=n_wanted, n_missed=n_missed)
 
 
-def _require_common(truth: Mapping[str, object], pages: Pages) -> None:
+def _require_common_page(truth: Mapping[str, object], pages: Pages) -> None:
     """Raise DataError if no page with true words was read."""
-    if truth.keys() & pages.keys():
+    has_common_page = not truth.keys().isdisjoint(pages)
+    if has_common_page:
         return
     raise DataError(
-        f"none of the {plural(len(truth), 'page')} with true words is among those that were read. "
-        f"The first is called {next(iter(truth))!r}, and the first that was read "
+        f"none of the {plural(len(truth), 'page')} with true words was read. The first page with "
+        f"true words is called {next(iter(truth))!r}, and the first page that was read is called "
         f"{next(iter(pages))!r}."
     )
 
 
 def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
-    """The words of each page of all files; DataError if there are none."""
+    """The words of each page of all files; DataError if there are no words."""
     pages: Pages = {}
     for file in files:
         for name, words in _read_pages(Path(file)).items():
@@ -170,14 +172,18 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
 def match_words(
     words_read: Sequence[Word], true_words: Sequence[Word]
 ) -> tuple[list[int | None], int]:
-    """Whether each word that was read is right (1 or 0), and the number of words never read."""
+    """Match words by their boxes.
+
+    Returns whether each word that was read is right (1 or 0), and the number of true words that
+    were matched with no word.
+    """
     overlap = overlaps(
         as_boxes([word.box for word in words_read]), as_boxes([word.box for word in true_words])
     )
     correct: list[int | None] = [0] * len(words_read)
     n_unread = len(true_words)
     while overlap.size and overlap.max() >= MIN_OVERLAP:
-        flat_index = int(overlap.argmax())
+        flat_index = int(overlap.argmax())  # the pair that overlaps most
         read_index, true_index = divmod(flat_index, overlap.shape[1])
         correct[read_index] = int(words_read[read_index].text == true_words[true_index].text)
         n_unread -= 1
@@ -206,16 +212,18 @@ def _read_pages(file: Path) -> Pages:
 
 
 def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a TSV file by column, with the numbers of their lines."""
+    """Yield the rows of a TSV file: the number of the line, and column -> cell."""
     with convert_os_errors(f"cannot read {file}"), file.open(encoding="utf-8", newline="") as lines:
         # a quote is a character that Tesseract read, and does not begin a quoted cell
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            missing = [name for name in READ_COLUMNS if name not in (table.fieldnames or ())]
-            if missing:
+            missing_columns = [
+                name for name in READ_COLUMNS if name not in (table.fieldnames or ())
+            ]
+            if missing_columns:
                 raise DataError(
                     f"{file} must be a TSV file of Tesseract. It lacks the columns "
-                    f"{', '.join(missing)}. Make it with: tesseract PAGE.png PAGE tsv"
+                    f"{', '.join(missing_columns)}. Make it with: tesseract PAGE.png PAGE tsv"
                 )
             for cells in table:
                 if None in cells.values() or None in cells:
@@ -229,14 +237,20 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _row_numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
-    """The numbers of a row by column; ``where`` names the row in errors."""
-    numbers = {name: number_in(cells[name], name, where) for name in READ_COLUMNS if name != "text"}
+    """Column -> number in a row; ``where`` names the row in errors."""
+    numbers = {}
+    for name in READ_COLUMNS:
+        if name != "text":
+            numbers[name] = parse_number(cells[name], name, where)
     require_box([numbers[edge] for edge in BOX_COLUMNS], where)
     return numbers
 
 
-def number_in(cell: str, column: str, where: str) -> float:
-    """The finite number in a cell; DataError if there is none."""
+def parse_number(cell: str, column: str, where: str) -> float:
+    """The finite number in a cell; DataError if the cell has none.
+
+    ``column`` and ``where`` name the column and the row in the message.
+    """
     try:
         number = float(cell)
     except ValueError:
@@ -263,9 +277,9 @@ def _page_columns(
         "score_confidence": [word.confidence for word in words],
         **_doubts(words),
         "n_characters": [len(text) for text in texts],
-        "share_of_digits": [sum(map(str.isdigit, text)) / len(text) for text in texts],
+        "share_of_digits": [_count(str.isdigit, text) / len(text) for text in texts],
         "capital": [int(text[0].isupper()) for text in texts],
-        "n_marks": [len(text) - sum(map(str.isalnum, text)) for text in texts],
+        "n_marks": [len(text) - _count(str.isalnum, text) for text in texts],
         "height": [word.box[3] for word in words],
         "character_width": [word.box[2] / len(word.text) for word in words],
         "n_words": [n_words] * n_words,
@@ -277,16 +291,22 @@ def _page_columns(
     return columns
 
 
-def _doubts(words: Sequence[ReadWord]) -> Columns:
-    """Doubts of the words of a page, of their neighbours in the line, of their line and page.
+def _count(is_of_kind: Callable[[str], bool], text: str) -> int:
+    """Number of the characters of a kind in a text."""
+    return sum(is_of_kind(character) for character in text)
 
-    A word at an end of its line has its own doubt in place of the neighbour's. The doubt of a line
-    or a page is the mean of the doubts of its words.
+
+def _doubts(words: Sequence[ReadWord]) -> Columns:
+    """The columns of doubts: of each word of a page, its two neighbours, its line and its page.
+
+    If a word has no neighbour on one side of its line, its own doubt is used instead. The doubt of
+    a line or a page is the mean of the doubts of its words.
     """
     doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
     for _, line in groupby(words, key=lambda word: word.line):
         doubts_of_line = [_doubt(word.confidence) for word in line]
         doubts["doubt"] += doubts_of_line
+        # the doubts of the line, shifted by one word in both directions
         doubts["doubt_before"] += [doubts_of_line[0], *doubts_of_line[:-1]]
         doubts["doubt_after"] += [*doubts_of_line[1:], doubts_of_line[-1]]
         doubts["doubt_line"] += [fmean(doubts_of_line)] * len(doubts_of_line)
@@ -295,6 +315,6 @@ def _doubts(words: Sequence[ReadWord]) -> Columns:
 
 
 def _doubt(confidence: float) -> float:
-    """ln(1 - confidence / 100), where the confidence is limited to the range from 0 to 99.9."""
+    """ln(1 - confidence / 100), after the confidence was clipped to the range from 0 to 99.9."""
     share = min(max(confidence / 100, 0.0), MAX_CONFIDENCE)
     return math.log1p(-share)
