@@ -72,7 +72,7 @@ def coalitions_of(predictor: FailurePredictor) -> Coalitions:
     """
     if predictor.constant_ is not None:
         raise NoAttribution(
-            f"this {predictor.name} gives all rows one score, because its fit had nothing to learn"
+            f"this {predictor.name} gives a constant score, because its fit had nothing to learn"
         )
     # Coalitions of a parent class are not used, because the class may compute its score in another
     # way than its parent.
