@@ -34,7 +34,7 @@ from vilu.errors import DataError, InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.probability import unchanged
+from vilu.predictors.contract.probability import identity_calibrator
 from vilu.predictors.persistence.description import refuse_foreign_files
 from vilu.predictors.persistence.files import RISK
 from vilu.predictors.persistence.storage import load_predictor, write_card
@@ -217,7 +217,7 @@ def _calibrate(
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
     else:
         # A calibrator of these rows would be biased, because they all have scores up to the limit.
-        predictor.calibrator_ = unchanged(rows.failure)
+        predictor.calibrator_ = identity_calibrator(rows.failure)
     label_sets: LabelSets | None = None
     if target.label_sets is not None:
         is_left_out = np.ones(len(data), np.bool_)

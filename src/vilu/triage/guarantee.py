@@ -23,7 +23,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.probability import unchanged
+from vilu.predictors.contract.probability import identity_calibrator
 from vilu.predictors.persistence.storage import write_card
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos
@@ -302,7 +302,7 @@ def keep_guarantee(
     """Write a rule and its labelled ``rows`` beside the predictor, as ``vilu calibrate`` does."""
     # The score is a probability already. A calibrator that is fitted on these labels would be
     # biased, because they all have scores up to the limit.
-    predictor.calibrator_ = unchanged(rows.failure)
+    predictor.calibrator_ = identity_calibrator(rows.failure)
     target = Target(
         max_risk=rule.max_risk,
         confidence=rule.confidence,
