@@ -435,7 +435,7 @@ def _drop_checkpoints(
     if checkpoints is None:
         return
     is_of_this_fit = checkpoints.read_fit_digest() == inputs
-    is_empty = not checkpoints.runs()
+    is_empty = not checkpoints.run_folders()
     if is_of_this_fit or is_empty:
         checkpoints.remove()
 
