@@ -24,7 +24,8 @@ class Parametrised(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-Predictor = TypeVar("Predictor", bound=Parametrised)
+# the class of the predictor that is made; public signatures show this name
+Made = TypeVar("Made", bound=Parametrised)
 
 
 def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, dataclasses.Field[Any]]:
@@ -38,7 +39,7 @@ def check_parameters(predictor: Parametrised) -> None:
         convert(type(predictor), name, getattr(predictor, name), strict=True)
 
 
-def build(cls: type[Predictor], values: Mapping[str, object]) -> Predictor:
+def build(cls: type[Made], values: Mapping[str, object]) -> Made:
     """Make a predictor from parameters, which may be strings (``--set key=value``)."""
     require_known(cls, values)
     converted_values = {
@@ -149,7 +150,7 @@ def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa
     return {name: getattr(self, name) for name in parameters(self)}
 
 
-def set_params(self: Predictor, **values: object) -> Predictor:
+def set_params(self: Made, **values: object) -> Made:
     """Change parameters by name, as in scikit-learn. Their values are checked at the next use.
 
     Raises:
