@@ -97,7 +97,7 @@ def resumed(folder: Path) -> dict[str, np.ndarray]:
     with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder):
         ViLU(**QUICK).fit(data)
     with checkpointing(folder, resume=True) as session:
-        assert [path.name for path in session.runs()] == ["run_0"]
+        assert [path.name for path in session.run_folders()] == ["run_0"]
         found = trained(ViLU(**QUICK), data)
         session.remove()
     return found

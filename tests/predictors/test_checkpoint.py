@@ -30,7 +30,7 @@ from vilu.predictors.nn.checkpoint import (
     checkpointing,
     current_session,
     data_fingerprint,
-    read_checked,
+    read_checkpoint_files,
     unpack,
 )
 from vilu.predictors.nn.processes import Group, World
@@ -103,7 +103,7 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
     )  # a reporter counts each member's steps
     with checkpointing(tmp_path, resume=True) as session:
         again = DeepEnsemble(**values).fit(data)
-        assert [path.name for path in session.runs()] == ["run_0", "run_1", "run_2"]
+        assert [path.name for path in session.run_folders()] == ["run_0", "run_1", "run_2"]
     assert_same(again, DeepEnsemble(**values).fit(data))
 
 
@@ -160,7 +160,8 @@ def test_two_are_kept_and_none_is_half_written(stopped: Path) -> None:
     names = sorted(path.name for path in (stopped / "run_0").iterdir())
     assert names == [f"0000000{n}.{kind}" for n in (1, 2) for kind in ("json", "safetensors")]
     positions = [
-        read_checked(path)[0]["position"] for path in sorted((stopped / "run_0").glob("*.json"))
+        read_checkpoint_files(path)[0]["position"]
+        for path in sorted((stopped / "run_0").glob("*.json"))
     ]
     assert [position["epoch"] for position in positions] == [1, 2]
 

@@ -22,7 +22,7 @@ from tests.e2e import ddp_worker
 from vilu.artifacts.disk import locked
 from vilu.errors import UsageError
 from vilu.predictors.nn.processes import (
-    VARIABLES,
+    TORCHRUN_VARIABLES,
     Group,
     World,
     current_world,
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    here = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    here = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
     return here | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": str(torch.get_num_threads())} | more
 
 

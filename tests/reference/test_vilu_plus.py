@@ -27,11 +27,11 @@ from vilu.predictors.nn.attention import (
     ImageInputs,
     Problem,
     SupervisedAttention,
-    basis,
     class_log_prior,
     fit_attention,
     fit_temperature,
     held_out_share,
+    orthonormal_basis,
 )
 from vilu.predictors.nn.experts import Memory
 from vilu.predictors.plus.vilu_plus import POOL_SD, ViLUPlus, fit_pool
@@ -181,11 +181,11 @@ def test_rows_that_are_held_say_what_streamed_ones_say(
 def test_a_basis_holds_its_rows() -> None:
     rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     rows = torch.cat([rows, rows[:1] + rows[1:2]])  # of rank three
-    found = basis(rows)
+    found = orthonormal_basis(rows)
     assert found.shape == (8, 4)
     assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-6)
     assert torch.allclose(rows @ found @ found.T, rows, atol=1e-5)
-    assert torch.equal(basis(rows.T), torch.eye(4))
+    assert torch.equal(orthonormal_basis(rows.T), torch.eye(4))
 
 
 @pytest.mark.parametrize("n", [12, 30])

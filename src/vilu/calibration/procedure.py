@@ -35,7 +35,7 @@ from vilu.errors import DataError, InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.probability import unchanged
+from vilu.predictors.contract.probability import identity_calibrator
 from vilu.predictors.persistence.description import refuse_foreign_files
 from vilu.predictors.persistence.files import RISK
 from vilu.predictors.persistence.storage import load_predictor, write_card
@@ -217,7 +217,7 @@ def _calibrate(
         predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
         # A calibrator of these rows would be biased, because they all have scores up to the limit.
-        predictor.calibrator_ = unchanged(calibration_rows.failure)
+        predictor.calibrator_ = identity_calibrator(calibration_rows.failure)
     label_sets = _label_sets_from_rows(predictor, data, index_in_data[choice.saved_rows], target)
     calibration = keep_calibration(
         folder,

@@ -438,7 +438,7 @@ def _remove_old_checkpoints(
     if checkpoints is None:
         return
     is_of_this_fit = checkpoints.read_fit_digest() == input_digest
-    is_empty = not checkpoints.runs()
+    is_empty = not checkpoints.run_folders()
     if is_of_this_fit or is_empty:
         checkpoints.remove()
 

@@ -27,7 +27,10 @@ METHODS = {
     "class_gaussians": "vilu.predictors.bank.class_gaussians:ClassGaussians",
     "linear_probe": "vilu.predictors.bank.linear_probe:LinearProbe",
 }
-"""Module and class of every method, in the order of lists. ``vilu_bench`` adds its own methods."""
+"""Maps the name of a method to "MODULE:CLASS". Lists of methods have this order.
+
+``vilu_bench`` adds further methods.
+"""
 
 PREDICTORS.offer(METHODS)
 

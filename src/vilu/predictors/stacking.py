@@ -40,11 +40,11 @@ MEMBERS_WITH_LABELS = (
     "linear_probe",
 )
 MIN_PROBABILITY = 1e-12
-"""Probabilities are clipped to this one ... 1 minus this one, so that log-odds are finite."""
+"""Probabilities are clipped to this value ... 1 minus this value, so that log-odds are finite."""
 MAX_DEVIATIONS = 5.0
 """Standardised scores are clipped to -5 ... 5, so that no outlier decides alone."""
 NO_SPREAD = 1e-9
-"""Standard deviation, divided by the largest score, up to which scores count as equal.
+"""Scores count as equal if their standard deviation is at most this share of the largest |score|.
 
 Rounding alone may cause such a deviation.
 """
@@ -60,9 +60,9 @@ class Stacking(WithSecondModel):
     probability, its log-odds are used as its score, with the probability clipped at 1e-12.
 
     1. All members score rows that they were not fitted on. If there is a validation set, these are
-       its rows. Otherwise, up to 5,000 training rows are held out in turn, in five folds that are
-       stratified by failure. If there are more training rows, one fifth is held out, but at most
-       5,000 rows.
+       its rows. Otherwise they are training rows that are held out of a fit. If there are at most
+       5,000 training rows, all of them are held out in turn, in five folds that are stratified by
+       failure. If there are more, one fifth of them is held out, but at most 5,000 rows.
     2. Means, standard deviations, w and b are estimated from these scores. A member whose scores
        are all equal gets no weight.
     3. The members are fitted again on all training rows.
@@ -143,9 +143,9 @@ class Stacking(WithSecondModel):
         return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """Make new members by name, which are not fitted."""
-        has_repeated = len(set(self.members)) < len(self.members)
-        if has_repeated or self.name in self.members:
+        """Make the members without fitting them; returns them by name."""
+        has_duplicates = len(set(self.members)) < len(self.members)
+        if has_duplicates or self.name in self.members:
             raise UsageError(
                 f"the members of {self.name} must be different methods, "
                 f"and {self.name} itself cannot be a member. Got {', '.join(self.members)}."
@@ -154,8 +154,8 @@ class Stacking(WithSecondModel):
         members = {}
         for name in self.members:
             cls = self._member_class(name)
-            accepted = parameters(cls)
-            own_settings = {key: value for key, value in settings.items() if key in accepted}
+            own_parameters = parameters(cls)
+            own_settings = {key: value for key, value in settings.items() if key in own_parameters}
             members[name] = build(cls, own_settings)
         return members
 
@@ -173,8 +173,8 @@ class Stacking(WithSecondModel):
         scores = []
         failures = []
         folds = cross_fitting(train, failure, validation, self.seed, self.needs)
-        for fitted_rows, held_out_rows in folds:
-            members = self._fit_members(fitted_rows)
+        for rows_to_fit, held_out_rows in folds:
+            members = self._fit_members(rows_to_fit)
             with torch.no_grad():
                 for batch in held_out_rows.batches(SCORING_BATCH):
                     scores.append(member_scores(members, batch.to(self.device_)))
@@ -182,6 +182,7 @@ class Stacking(WithSecondModel):
         regression = self._regress(torch.cat(scores), torch.cat(failures))
         coefficients = regression["coefficients"].tolist()
         notes = {"coefficients": dict(zip(self.members, coefficients, strict=True))}
+        # ``second_notes`` reads which columns the fitted members use
         self.members_ = self._fit_members(train)
         tensors = regression | member_tensors(self.members_)
         return Learnt(tensors, notes | self.second_notes(train.source))
@@ -215,11 +216,12 @@ class Stacking(WithSecondModel):
         from sklearn.linear_model import LogisticRegression
 
         if len(failure.unique()) < 2:
-            missing = "successes" if failure.any() else "failures"
+            missing_kind = "successes" if failure.any() else "failures"
             raise DataError(
                 f"{self.name} estimates the weights of its members from failures and successes on "
-                f"rows that they were not fitted on, {len(failure)} here. Found 0 {missing} among "
-                "them, and both are needed. Give other validation rows, or more training rows."
+                f"rows that they were not fitted on, {len(failure)} here. Found 0 {missing_kind} "
+                "among them, and both are needed. Give other validation rows, or more training "
+                "rows."
             )
         deviation = scores.std(dim=0, correction=0)
         has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
@@ -230,7 +232,7 @@ class Stacking(WithSecondModel):
         }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
         model.fit(standardise(scores, regression).numpy(), failure.numpy())
-        coefficients = model.coef_[0]  # scikit-learn has one row for two classes
+        coefficients = model.coef_[0]  # for two classes, ``coef_`` has one row
         regression["coefficients"] = torch.from_numpy(coefficients.copy())
         regression["intercept"] = torch.from_numpy(model.intercept_.copy())
         return regression
@@ -241,7 +243,10 @@ class Stacking(WithSecondModel):
         return torch.sigmoid(log_odds)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store the tensors of the regression, and of the members, whose names have a prefix."""
+        """Store the tensors of the regression and of the members.
+
+        The names of the tensors of a member begin with the ``tensor_prefix`` of the member.
+        """
         members: dict[str, FailurePredictor] = {}
         is_constant = tensors.keys() == {CONSTANT}
         if not is_constant:
@@ -261,7 +266,7 @@ class Stacking(WithSecondModel):
         if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
-                f"The file has those of {n_members} members."
+                f"The file has the tensors of {n_members} members."
             )
         for name, member in members.items():
             member.take(states[name], space)

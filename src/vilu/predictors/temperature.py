@@ -27,24 +27,28 @@ from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
 # Constants of the search for log m.
-# bound of |log m|; a fitted factor beyond it would not be credible
+
 MAX_LOG_FACTOR = math.log(100.0)
-N_BINS = 15  # number of bins of the calibration error
-N_GRID = 41  # number of values of log m in the grid search
-MIN_INTERVAL = 1e-3  # length of the interval of log m at which the golden-section search ends
-# a golden-section step multiplies the length of the interval by this factor
+"""Maximum of |log m|. A fitted factor above 100 or below 1/100 would not be credible."""
+N_BINS = 15
+"""Number of bins of the calibration error."""
+N_GRID = 41
+"""Number of values of log m in the grid search."""
+MIN_INTERVAL = 1e-3
+"""The golden-section search ends when its interval of log m is at most this long."""
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Each step of the golden-section search multiplies the length of the interval by this factor."""
 
 
 @dataclass
 class MCMTS(FailurePredictor):
     """MCM with one fitted factor m of the logits: u = 1 - p_a with p = softmax(m l).
 
-    l are the zero-shot logits, and a is the answer that is judged. m is learned from labels, within
-    1/100 ... 100. It multiplies the logit scale of the VLM; 1 / m is the temperature of Guo et al.
-    With more than two candidates, m changes not only the calibration but also the order of the
-    rows. Rows are read in batches, so memory does not grow with their number. Captions are scored
-    within their pools.
+    l are the zero-shot logits, and a is the answer that is judged. m is learned from labels and is
+    between 1/100 and 100. It multiplies the logit scale of the VLM. 1 / m is the temperature of Guo
+    et al. With more than two candidates, m changes not only the calibration but also the order of
+    the rows. Rows are read in batches, so memory does not grow with their number. Captions are
+    scored within their pools.
 
     If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
     then stays 1, with a warning.
@@ -95,14 +99,14 @@ class MCMTS(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         log_multiplier = 0.0
-        if not failure.any():
+        if failure.any():
+            find_log_multiplier = OBJECTIVES[self.objective]
+            log_multiplier = find_log_multiplier(train, len(failure), self.device_)
+        else:
             warn_caller(
                 f"only 0 failures among {len(failure)} training rows: they identify no "
                 f"temperature, so {self.name} scores as mcm."
             )
-        else:
-            minimise = OBJECTIVES[self.objective]
-            log_multiplier = minimise(train, len(failure), self.device_)
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
@@ -119,7 +123,7 @@ def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     return RivalWeights.from_logits(batch.logits, answer_column, temperature).doubt
 
 
-def most_likely_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
+def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
     """The log m that minimises the mean negative log-likelihood of ``n_rows`` labelled rows."""
 
     def objective(batch: Batch, point: list[float]) -> Tensor:
@@ -127,8 +131,10 @@ def most_likely_multiplier(train: Rows, n_rows: int, device: torch.device) -> fl
         return loss_and_derivative(batch.to(device), log_multiplier)
 
     limits = (-MAX_LOG_FACTOR, MAX_LOG_FACTOR)
-    (best,) = minimise_mean_loss(objective, train, n_rows, start=[0.0], limits=limits)
-    return best
+    (best_log_multiplier,) = minimise_mean_loss(
+        objective, train, n_rows, start=[0.0], limits=limits
+    )
+    return best_log_multiplier
 
 
 def minimise_mean_loss(
@@ -141,10 +147,10 @@ def minimise_mean_loss(
     """The point with the least mean loss of ``n_rows`` labelled rows, found by bounded L-BFGS.
 
     Args:
-        loss_and_derivatives: Function of a batch and a point, whose result is the sum of the losses
-            of the batch, followed by the sums of their derivatives in the coordinates of the point.
+        loss_and_derivatives: Function of a batch and a point. It returns the sum of the losses of
+            the batch, followed by the derivatives of this sum in the coordinates of the point.
         train: The labelled rows.
-        n_rows: Their number.
+        n_rows: Number of labelled rows.
         start: The point where the search begins.
         limits: Lower and upper bound of every coordinate.
     """
@@ -164,7 +170,7 @@ def minimise_mean_loss(
 
 
 def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
-    """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
+    """(2,) on the CPU: the sum of -log p_target over a batch, and its derivative in log m.
 
     The derivative in log m equals the derivative in a factor f of the logits m l, at f = 1.
     """
@@ -175,23 +181,23 @@ def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
-    """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
+    """(1 + M,) on the CPU: the sum of -log p_target over a batch, and its derivatives in M factors.
 
     p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
-    p_target is the total probability of the right candidates; usually a row has one of them. The
-    derivative in factor m is the mean of logits_m under p, minus their mean under p restricted to
-    the right candidates.
+    p_target is the total probability of the right candidates; usually a row has one of them. For
+    one row, the derivative in factor m is the difference of two means of logits_m: the mean under
+    p, minus the mean under p restricted to the right candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     is_right = batch.right.to(z.device)
     z_right = z.masked_fill(~is_right, -torch.inf)
     loss = torch.logsumexp(z, dim=-1) - torch.logsumexp(z_right, dim=-1)
-    weight = torch.softmax(z, dim=-1) - torch.softmax(z_right, dim=-1)
-    derivatives = torch.einsum("bk,bkm->m", weight, logits)
+    derivative_in_z = torch.softmax(z, dim=-1) - torch.softmax(z_right, dim=-1)
+    derivatives = torch.einsum("bk,bkm->m", derivative_in_z, logits)
     return torch.cat([loss.sum().unsqueeze(0), derivatives]).cpu()
 
 
-def best_calibrated_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
+def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
     """The log m that minimises the expected calibration error of ``n_rows`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
@@ -200,7 +206,7 @@ def best_calibrated_multiplier(train: Rows, n_rows: int, device: torch.device) -
 
     grid = torch.linspace(-MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID, dtype=torch.float64).tolist()
     errors = calibration_errors(train, n_rows, device, grid)
-    best_index = min(range(N_GRID), key=errors.__getitem__)
+    best_index = errors.index(min(errors))
     low = grid[max(best_index - 1, 0)]
     high = grid[min(best_index + 1, N_GRID - 1)]
     refined_point, refined_error = golden_section(error_at, low, high)
@@ -218,14 +224,15 @@ def calibration_errors(
     intervals of the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
+    # for every log m and every bin: number of failures - sum of u
     gaps = torch.zeros(len(log_multipliers), N_BINS, dtype=torch.float64)
     for batch in train.batches(SCORING_BATCH):
-        moved = batch.to(device)
-        failure = moved.failure.cpu()
-        for gap, log_multiplier in zip(gaps, log_multipliers, strict=True):
-            u = tempered_uncertainty(moved, log_multiplier).cpu()
+        device_batch = batch.to(device)
+        failure = device_batch.failure.cpu()
+        for gap_of_bin, log_multiplier in zip(gaps, log_multipliers, strict=True):
+            u = tempered_uncertainty(device_batch, log_multiplier).cpu()
             bin_of_row = torch.bucketize(u, edges)
-            gap.index_add_(0, bin_of_row, failure - u)  # ``gap`` is a row of ``gaps``
+            gap_of_bin.index_add_(0, bin_of_row, failure - u)  # a view: this changes ``gaps``
     errors: list[float] = (gaps.abs().sum(dim=1) / n_rows).tolist()
     return errors
 
@@ -248,15 +255,15 @@ def golden_section(
             left = right
             right = low + GOLDEN_RATIO * (high - low)
             value_at[right] = function(right)
-    best = min(value_at, key=value_at.__getitem__)
-    return best, value_at[best]
+    best_point = min(value_at, key=value_at.__getitem__)
+    return best_point, value_at[best_point]
 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
-    "nll": most_likely_multiplier,
-    "ece": best_calibrated_multiplier,
+    "nll": most_likely_log_multiplier,
+    "ece": best_calibrated_log_multiplier,
 }
-"""Functions that find the best log m, by the name of the objective."""
+"""Maps the name of an objective to the function that finds the best log m."""
 
 
 class WithSecondModel(FailurePredictor):
@@ -299,7 +306,7 @@ class WithSecondModel(FailurePredictor):
 class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
-    l are the logits of the VLM, which is usually the larger model, and s are those of a second
+    l are the logits of the VLM, which is usually the larger model. s are the logits of a second
     model. a is the judged answer. The VLM alone gives this answer, so the second model does not
     change which answers are wrong. T_L and T_S are factors in [0, 100].
 
@@ -356,14 +363,14 @@ class Duo(WithSecondModel):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         multipliers = [0.5, 0.5]
-        if not failure.any():
+        if failure.any():
+            multipliers = best_multipliers(train, len(failure), self.device_)
+        else:
             warn_caller(
                 f"only 0 failures among {len(failure)} training rows: they identify no "
                 f"temperatures, so {self.name} takes the mean of the two models' logits."
             )
-        else:
-            multipliers = best_multipliers(train, len(failure), self.device_)
-        large_multiplier, small_multiplier = multipliers
+        large_multiplier, small_multiplier = multipliers  # the VLM is the large model
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
         notes = {
             "large": large_multiplier,
@@ -381,8 +388,8 @@ class Duo(WithSecondModel):
 def two_logits(batch: Batch) -> Tensor:
     """(B, K, 2) float64 logits of the VLM and of the second model."""
     with torch.autocast(batch.image.device.type, enabled=False):
-        second = batch.columns["second_image"] @ batch.columns["second_text"].T
-    return torch.stack([float64(batch.logits), float64(second)], dim=-1)
+        second_logits = batch.columns["second_image"] @ batch.columns["second_text"].T
+    return torch.stack([float64(batch.logits), float64(second_logits)], dim=-1)
 
 
 def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[float]:

@@ -91,8 +91,8 @@ class Doctor(FailurePredictor):
 
         u = (s (2 + s) - q) / (1 + q)
 
-    q <= s, so the difference loses no digits. The input perturbation of the paper is left out,
-    because the embeddings are fixed.
+    The difference s (2 + s) - q loses no digits, because q <= s. The input perturbation of the
+    paper is left out, because the embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
@@ -117,7 +117,7 @@ class Doctor(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.rivals
         odds = rivals.odds  # s
-        # e_j = largest_ratio * weight_j, since the largest weight is 1
+        # e_j = largest_ratio * weight_j. The largest weight is 1, so this ratio is max_j e_j.
         largest_ratio = rivals.gap.exp()
         squares = largest_ratio.square() * float64(rivals.weight.square().sum(dim=1))  # q
         return (odds * (2 + odds) - squares) / (1 + squares)
@@ -151,7 +151,9 @@ class MaxLogit(FailurePredictor):
 
 @dataclass
 class Margin(FailurePredictor):
-    """Negative gap between the answer's logit and the largest other: u = max_(j != a) l_j - l_a.
+    """Negative gap between the logit of the answer and the largest other logit.
+
+    u = max_(j != a) l_j - l_a
 
     For the zero-shot answer u is the negative gap between the two largest logits. The logit bias
     cancels. The logit scale multiplies all u, so it does not change the order of the rows.
@@ -208,6 +210,7 @@ class ProbMargin(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.judged_rivals
+        # 1 - p_(1) = odds / (1 + odds), and p_(2) = ratio / (1 + odds)
         ratio = rivals.gap.exp()  # p_(2) / p_(1)
         return (ratio + rivals.odds) / (1 + rivals.odds)
 
@@ -245,6 +248,7 @@ class Energy(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = RivalWeights.from_logits(batch.logits, temperature=self.temperature)
+        # sum_j exp(l_j / T) = exp(answer_logit / T) (1 + odds)
         return -(float64(rivals.answer_logit) + self.temperature * torch.log1p(rivals.odds))
 
 
@@ -296,10 +300,10 @@ class GEN(FailurePredictor):
 class KLUniform(FailurePredictor):
     """Negative divergence of the uniform distribution from p: u = -KL(uniform || p), at most 0.
 
-    u = log K + mean_j log p_j. Most candidates are unlikely, and all have the same weight in the
-    mean. So u depends mostly on how far their logits are below the logit of the answer. The
-    divergence in the other direction, KL(p || uniform) = log K - H(p), orders rows exactly as
-    ``entropy`` does.
+    u = log K + mean_j log p_j. All candidates have the same weight in the mean, and most candidates
+    are unlikely. So u depends mostly on how far the logits of unlikely candidates are below the
+    logit of the answer. The divergence in the other direction, KL(p || uniform) = log K - H(p),
+    orders rows exactly as ``entropy`` does.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 
@@ -336,7 +340,9 @@ def entropy(batch: Batch) -> Tensor:
     """
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j
-    # l_j - l = (l_j - second) + gap, where ``second`` is the second-largest logit
+    # With the second-largest logit l', gap = l' - l and weight_j = exp(l_j - l'). Therefore
+    # e_j = exp(gap) weight_j and l_j - l = (l_j - l') + gap.
+    # below_second is sum_j weight_j (l_j - l').
     below_second = (rivals.logits - rivals.max_rival_logit).mul_(rivals.weight).sum(dim=1)
     total = rivals.gap.exp() * float64(below_second) + rivals.gap * odds  # sum_j e_j (l_j - l)
     return torch.log1p(odds) - total / (1 + odds)

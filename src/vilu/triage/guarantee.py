@@ -23,7 +23,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.probability import unchanged
+from vilu.predictors.contract.probability import identity_calibrator
 from vilu.predictors.persistence.storage import write_card
 from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.photos import Photos
@@ -324,7 +324,7 @@ def keep_guarantee(
     """
     # The score is a probability already. It is not calibrated on these labels, because only photos
     # with scores up to the limit have labels.
-    predictor.calibrator_ = unchanged(counted_outcomes.failure)
+    predictor.calibrator_ = identity_calibrator(counted_outcomes.failure)
     target = Target(
         max_risk=rule.max_risk,
         confidence=rule.confidence,

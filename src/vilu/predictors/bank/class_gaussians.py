@@ -21,26 +21,29 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Function of rows that yields blocks: positions among the rows (a slice) and images (b, D).
+"""Function of rows that yields them in blocks: their positions (a slice) and images (b, D).
 
 ``image_blocks`` is such a function. Its images have unit norm.
 """
 
 NO_SPREAD = 1e-12
-"""Variance up to which unit vectors count as equal."""
+"""Unit vectors count as equal if their variance is at most this."""
 RELATIVE_FLOOR = 1e-9
 """``whitener`` adds the mean variance times this number to the diagonal of a covariance.
 
 Otherwise a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
-"""Smallest ridge, as a share of the largest mean variance. Rounding would lose a smaller ridge."""
+"""The ridge is at least this share of the largest mean variance.
+
+Rounding would lose a smaller ridge.
+"""
 
 
 def class_means(
     train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, Tensor]:
-    """Mean (K, D) and number (K,) of the images of each class.
+    """Mean (K, D) and number (K,) of the images of each class, by their class labels (M,).
 
     The mean of a class without images is replaced by the mean of all images.
     """
@@ -57,7 +60,10 @@ def class_means(
 def scatter_within_classes(
     train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, float]:
-    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class."""
+    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class.
+
+    ``label`` (M,) are the classes of the images, and ``mean`` (K, D) the means of the classes.
+    """
     dim = mean.shape[1]
     scatter = torch.zeros(dim, dim, dtype=torch.float64)
     fourth_moment = 0.0
@@ -75,8 +81,8 @@ def whitener(covariance: Tensor, floor: float = RELATIVE_FLOOR) -> Tensor:
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
     raised_covariance = covariance + floor * covariance.diagonal().mean() * identity
-    lower = torch.linalg.cholesky(raised_covariance)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    lower_triangle = torch.linalg.cholesky(raised_covariance)
+    inverse: Tensor = torch.linalg.solve_triangular(lower_triangle, identity, upper=False)
     return inverse.T.contiguous()
 
 
@@ -123,15 +129,15 @@ class ClassDensity(ClosedSet):
         centre, projection, variance = principal_components(train, max_components, blocks)
         scatters, groups = class_scatters(train, label, means, count, projection, blocks)
         identity = torch.eye(len(variance), dtype=torch.float64)
-        n_classes_seen = int((count > 0).sum())
-        pooled = scatters.sum(dim=0) / max(len(label) - n_classes_seen, 1)
-        if float(pooled.trace()) <= NO_SPREAD:
-            pooled = identity * variance.mean()
+        n_classes_with_images = int((count > 0).sum())
+        pooled_covariance = scatters.sum(dim=0) / max(len(label) - n_classes_with_images, 1)
+        if float(pooled_covariance.trace()) <= NO_SPREAD:
+            pooled_covariance = identity * variance.mean()
         has_own_covariance = groups > POOLED_GROUP
         degrees_of_freedom = count[has_own_covariance] - 1
         own_covariances = scatters / degrees_of_freedom[:, None, None]
-        # the covariances in the order of their indices: ABSENT, POOLED, and then single classes
-        covariances = torch.stack([variance.diag(), pooled, *own_covariances])
+        # in the order of their indices: ABSENT_GROUP, POOLED_GROUP, and then single classes
+        covariances = torch.stack([variance.diag(), pooled_covariance, *own_covariances])
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
@@ -147,9 +153,11 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """Log-odds (B,) float64 that the answer a to an image is wrong, for the images (B, D).
+        """Log-odds (B,) float64 that the answer a to an image is wrong, for images (B, D).
 
         log-odds = log sum_{c != a} N_c - log N_a
+
+        The sum is over classes with training images.
         """
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
@@ -183,12 +191,14 @@ class ClassDensity(ClosedSet):
         log_dets = self.tensor("log_dets", image.device)
         log_density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
-            in_group = groups == group
-            whiten = whiteners[group]
+            is_in_group = groups == group
+            whitener_of_group = whiteners[group]
             # In whitened coordinates the Mahalanobis distance is the Euclidean distance, so one
             # matrix product gives the distances to all classes of the group.
-            squares = squared_distances(z @ whiten, means[in_group] @ whiten)
-            log_density[:, in_group] = -(squares + log_dets[group]) / 2
+            squares = squared_distances(
+                z @ whitener_of_group, means[is_in_group] @ whitener_of_group
+            )
+            log_density[:, is_in_group] = -(squares + log_dets[group]) / 2
         return log_density
 
 
@@ -302,29 +312,33 @@ def class_scatters(
     """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
     There is one scatter matrix for each of the G classes with two or more images. The index is
-    ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class of one image. The
-    images are projected on the columns of ``basis`` (D, R).
+    ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class of one image.
+
+    ``label`` (M,) are the classes of the images. ``means`` (K, D) and ``count`` (K,) are the
+    results of ``class_means``. The images are projected on the columns of ``basis`` (D, R).
     """
     large_classes = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED_GROUP, ABSENT_GROUP)
     groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1
-    rows_by_class = label.argsort(stable=True).split(count.tolist())
+    # positions of the rows of each class: the positions sorted by class, and split between classes
+    positions_of_class = label.argsort(stable=True).split(count.tolist())
     rank = basis.shape[1]
     scatters = basis.new_zeros(len(large_classes), rank, rank)
-    for class_scatter, c in zip(scatters, large_classes.tolist(), strict=True):
-        rows_of_class = dataclasses.replace(train, index=train.index[rows_by_class[c]])
+    for class_scatter, class_index in zip(scatters, large_classes.tolist(), strict=True):
+        index_of_rows = train.index[positions_of_class[class_index]]
+        rows_of_class = dataclasses.replace(train, index=index_of_rows)
         for _, image in blocks(rows_of_class):
-            projected = (image.double() - means[c]) @ basis
-            class_scatter.add_(projected.T @ projected)  # a view of ``scatters``
+            projected_image = (image.double() - means[class_index]) @ basis
+            class_scatter.add_(projected_image.T @ projected_image)  # a view of ``scatters``
     return scatters, groups
 
 
-def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
+def squared_distances(queries: Tensor, means: Tensor) -> Tensor:
     """Squared distances (B, K) between whitened queries (B, D) and whitened means (K, D)."""
-    whitened_squares = whitened.square().sum(dim=1, keepdim=True)
-    squares = whitened_squares + means.square().sum(dim=1)
+    query_squares = queries.square().sum(dim=1, keepdim=True)
+    mean_squares = means.square().sum(dim=1)
     # |a|^2 + |b|^2 - 2 a.b may be slightly negative for near points, because of rounding
-    return (squares - 2 * whitened @ means.T).clamp(min=0)
+    return (query_squares + mean_squares - 2 * queries @ means.T).clamp(min=0)
 
 
 def principal_components(

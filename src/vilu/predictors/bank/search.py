@@ -91,9 +91,9 @@ def nearest_in_bank(
     infinity.
 
     The search is exact and runs on the device of the queries. Only one block of similarities
-    (``query_rows``, ``bank_rows``) is in memory at a time. Of equal cosines, the one with the
-    lowest index comes first. The cosines of two equal bank rows may differ in the last bit, because
-    a matrix product rounds differently at the edge of a block.
+    (``query_rows``, ``bank_rows``) is in memory at a time. Bank rows with equal cosines are in the
+    order of their indices. The cosines of two equal bank rows may differ in the last bit, because a
+    matrix product rounds differently at the edge of a block.
     """
     similarities = []
     indices = []
@@ -128,7 +128,8 @@ def _nearest_to_queries(
     """As ``nearest_in_bank``, for one block of queries that begins at the index ``first_query``."""
     query = normalize(query, dim=1)
     query_slice = slice(first_query, first_query + len(query))
-    best = query.new_empty(len(query), 0)
+    # the k most similar rows of the blocks so far
+    best_similarity = query.new_empty(len(query), 0)
     best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), bank_rows):
         block = bank[start : start + bank_rows].to(query.device)
@@ -136,15 +137,15 @@ def _nearest_to_queries(
         if allowed is not None:
             is_allowed = allowed(query_slice, slice(start, start + len(block)))
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
-        best_in_block, index_in_block = k_largest(similarity, k)
-        # Rows of earlier blocks come first in the concatenation, and the sort is stable. So of
-        # equal similarities, the one with the lowest index stays first.
-        candidates = torch.cat([best, best_in_block], dim=1)
-        candidate_index = torch.cat([best_index, start + index_in_block], dim=1)
-        ranked_candidates, order = candidates.sort(dim=1, descending=True, stable=True)
-        best = ranked_candidates[:, :k]
-        best_index = candidate_index.gather(1, order)[:, :k]
-    return best, best_index
+        similarity_in_block, index_in_block = k_largest(similarity, k)
+        # Rows of earlier blocks come first in the concatenation, and the sort is stable. So equal
+        # similarities stay in the order of their indices.
+        joint_similarity = torch.cat([best_similarity, similarity_in_block], dim=1)
+        joint_index = torch.cat([best_index, start + index_in_block], dim=1)
+        sorted_similarity, order = joint_similarity.sort(dim=1, descending=True, stable=True)
+        best_similarity = sorted_similarity[:, :k]
+        best_index = joint_index.gather(1, order)[:, :k]
+    return best_similarity, best_index
 
 
 def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -152,25 +153,24 @@ def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     For ``values`` (B, n), both results are (B, k).
 
-    Of equal values, the one with the lowest index comes first. ``topk`` does not define which of
-    several equal values it returns. So a row is sorted in full if its values of rank k and k + 1
-    are equal.
+    Equal values are in the order of their indices. ``topk`` does not define which of several equal
+    values it returns. So a row is sorted in full if its values of rank k and k + 1 are equal.
     """
     if k >= values.shape[1]:
-        best, index = values.sort(dim=1, descending=True, stable=True)
-        return best, index
-    best, index = values.topk(k + 1, dim=1)
-    value_k = best[:, k - 1]
-    value_after_k = best[:, k]
+        largest, index = values.sort(dim=1, descending=True, stable=True)
+        return largest, index
+    largest, index = values.topk(k + 1, dim=1)
+    value_k = largest[:, k - 1]
+    value_after_k = largest[:, k]
     is_tied = (value_k == value_after_k) & (value_after_k > -math.inf)
     # The results are sorted by ascending index, and then stably by descending value. So equal
     # values stay in the order of their indices.
     index, index_order = index[:, :k].sort(dim=1)
-    best = best[:, :k].gather(1, index_order)
-    best, value_order = best.sort(dim=1, descending=True, stable=True)
+    largest = largest[:, :k].gather(1, index_order)
+    largest, value_order = largest.sort(dim=1, descending=True, stable=True)
     index = index.gather(1, value_order)
     if bool(is_tied.any()):
         all_values, all_indices = values[is_tied].sort(dim=1, descending=True, stable=True)
-        best[is_tied] = all_values[:, :k]
+        largest[is_tied] = all_values[:, :k]
         index[is_tied] = all_indices[:, :k]
-    return best, index
+    return largest, index

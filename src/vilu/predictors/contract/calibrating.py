@@ -15,7 +15,7 @@ from vilu.metrics.counts import Floats, Ints, check_codes, real_vector, require_
 from vilu.predictors.contract.seen import one_per_picture, rows_to_score
 
 MIN_DISTANCE = 1e-15
-"""Smallest distance of a probability from 0 and 1, so that its log-odds are finite."""
+"""Probabilities are clipped to this distance from 0 and from 1, so that log-odds are finite."""
 
 
 class Scorer(Protocol):
@@ -29,18 +29,19 @@ class Scorer(Protocol):
 
 def log_odds(probability: Floats) -> Floats:
     """(N,) ln p - ln(1 - p) of probabilities (N,); NaN stays NaN."""
-    clipped = np.clip(probability, MIN_DISTANCE, 1 - MIN_DISTANCE)
-    logarithms: Floats = np.log(clipped) - np.log1p(-clipped)
+    p = np.clip(probability, MIN_DISTANCE, 1 - MIN_DISTANCE)
+    logarithms: Floats = np.log(p) - np.log1p(-p)
     return logarithms
 
 
 def scores_and_failures(
     predictor: Scorer, calibration: EmbeddingSource, is_unseen: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
-    """(N,) uncertainties and (N,) failures of the rows: NaN and -1 where they are unknown.
+    """(N,) uncertainties and (N,) failures of the rows.
 
-    Both are computed for the rows in the mask ``is_unseen`` (N,). For image-caption pairs both are
-    computed for all rows, since every pool needs all its rows.
+    An unknown uncertainty is NaN, and an unknown failure is -1. Both are computed for the rows in
+    the mask ``is_unseen`` (N,). For image-caption pairs both are computed for all rows, since every
+    pool needs all its rows.
     """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
@@ -57,18 +58,19 @@ def failure_of_pictures(
 ) -> Ints:
     """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
 
-    So every picture counts once. Its row is one that is a failure, if it has such a row, and else
-    its first row. In pools a failure depends on the other captions of the pool. There the first row
-    is always taken.
+    So every picture counts once, by one of its rows. If one of its rows is a failure, such a row is
+    taken, and otherwise its first row. In pools a failure depends on the other captions of the
+    pool, so the first row is always taken. Only rows in the mask ``is_unseen`` (N,) with a known
+    uncertainty (N,) and a known ``failure`` (N,) are considered.
     """
     is_known = is_unseen & np.isfinite(uncertainty) & (failure != UNKNOWN)
-    known = np.flatnonzero(is_known)
-    picture = calibration.picture_identities(known)
-    is_preferred = failure[known]
+    known_rows = np.flatnonzero(is_known)
+    picture = calibration.picture_identities(known_rows)
+    priority = failure[known_rows]  # of the rows of a picture, one with a 1 is taken
     has_pools = calibration.pool_size is not None
     if has_pools:
-        is_preferred = np.zeros_like(known)  # no row: the first row of every picture is taken
-    rows = known[one_per_picture(picture, is_preferred)]
+        priority = np.zeros_like(known_rows)  # without a 1, the first row is taken
+    rows = known_rows[one_per_picture(picture, priority)]
     failure_of_row = np.full(len(calibration), UNKNOWN)
     failure_of_row[rows] = failure[rows]
     return failure_of_row
@@ -83,9 +85,9 @@ def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Int
     scores = real_vector(uncertainty, "uncertainty")
     failures = check_codes(failure, "failure", 1)
     require_same_length(scores, failures)
-    known = np.isfinite(scores) & (failures != UNKNOWN)
-    if not known.any():
+    is_known = np.isfinite(scores) & (failures != UNKNOWN)
+    if not is_known.any():
         raise DataError(
             f"none of the {len(scores)} calibration rows has an uncertainty and a known failure."
         )
-    return scores[known], failures[known]
+    return scores[is_known], failures[is_known]

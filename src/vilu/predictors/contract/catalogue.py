@@ -30,11 +30,13 @@ def add_predictor(cls: object) -> bool:
     if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
         return False
     class_path = f"{cls.__module__}.{cls.__qualname__}"
-    required = ("name", "summary", "reference")
-    missing = [attribute for attribute in required if not getattr(cls, attribute, None)]
-    if missing:
+    required_attributes = ("name", "summary", "reference")
+    missing_attributes = [
+        attribute for attribute in required_attributes if not getattr(cls, attribute, None)
+    ]
+    if missing_attributes:
         raise UsageError(
-            f"the method {class_path} has no {' and no '.join(missing)}. "
+            f"the method {class_path} has no {' and no '.join(missing_attributes)}. "
             "Set it as a class attribute."
         )
     if PREDICTORS.registered.get(cls.name, cls) is not cls:
@@ -48,20 +50,20 @@ def add_predictor(cls: object) -> bool:
             "Decorate it."
         )
     if inspect.isabstract(cls):
-        undefined = ", ".join(sorted(cls.__abstractmethods__))
-        raise UsageError(f"the method {class_path} lacks {undefined}. Define it.")
-    without_default = []
+        undefined_methods = ", ".join(sorted(cls.__abstractmethods__))
+        raise UsageError(f"the method {class_path} lacks {undefined_methods}. Define it.")
+    parameters_without_default = []
     for field in dataclasses.fields(cls):
         has_default = (
             field.default is not dataclasses.MISSING
             or field.default_factory is not dataclasses.MISSING
         )
         if field.init and not has_default:
-            without_default.append(field.name)
-    if without_default:
+            parameters_without_default.append(field.name)
+    if parameters_without_default:
         raise UsageError(
-            f"the method {class_path} needs a default for {', '.join(without_default)}: `vilu fit` "
-            "gives none."
+            f"the method {class_path} needs a default for {', '.join(parameters_without_default)}: "
+            "`vilu fit` gives none."
         )
     PREDICTORS[cls.name] = cls
     return True

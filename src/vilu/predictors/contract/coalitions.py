@@ -31,9 +31,9 @@ IMAGE = "image"
 TEXTS = "texts"
 NONE_OF_CLASSES = "none of the classes"
 PLAYER_OF_INPUT = {"logits": ZERO_SHOT, "image": IMAGE}
-"""The player of a method with one input, by the name of the input in ``looks_at``."""
+"""For methods with one input: maps the name of the input in ``looks_at`` to the player."""
 PLAYER_OF_HEAD_INPUT = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
-"""The player of every input of a ``FailureHead``, by the name of the input."""
+"""Maps the name of an input of a ``FailureHead`` to the player that it belongs to."""
 
 LOG_ODDS = "log-odds of failure"
 """Unit of values that are log-odds, not uncertainties."""
@@ -41,7 +41,7 @@ LOG_ODDS = "log-odds of failure"
 ScoredBatch = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
 LayerTerms = dict[str, Tensor]
-"""By player: the term (B, H) that its inputs add to the first hidden layer of a head."""
+"""Maps a player to the term (B, H) that its inputs add to the first hidden layer of a head."""
 
 
 class Coalitions(ABC):
@@ -87,8 +87,8 @@ class SingleCoalitions(Coalitions):
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2, B): the background mean for the empty coalition, and the scores for the player."""
         score = torch.from_numpy(scores).double()
-        empty = torch.full_like(score, self._mean)
-        return torch.stack([empty, score])
+        background_mean = torch.full_like(score, self._mean)
+        return torch.stack([background_mean, score])
 
 
 class HeadCoalitions(Coalitions):
@@ -113,9 +113,9 @@ class HeadCoalitions(Coalitions):
         self.heads = heads
         self.link = link
         self.unit = unit
-        with_input = {PLAYER_OF_HEAD_INPUT[name] for name in heads[0].first}
-        ordered = (ZERO_SHOT, IMAGE, TEXTS)
-        self.players = tuple(player for player in ordered if player in with_input)
+        players_with_input = {PLAYER_OF_HEAD_INPUT[name] for name in heads[0].first}
+        possible_players = (ZERO_SHOT, IMAGE, TEXTS)
+        self.players = tuple(player for player in possible_players if player in players_with_input)
         self.meaning = (
             "inputs that a coalition lacks are taken from background rows, and the score is "
             "averaged"
@@ -128,7 +128,7 @@ class HeadCoalitions(Coalitions):
             self._background = [self._background_terms(head, background) for head in self.heads]
 
     def _background_terms(self, head: FailureHead, background: list[ScoredBatch]) -> LayerTerms:
-        """What the inputs of the background rows add to the first layer of a head, by player."""
+        """Terms (M, H) that M background rows add to the first layer of a head, by player."""
         terms_of_batches = [first_layer_terms(head, batch) for batch, _ in background]
         terms: LayerTerms = {}
         for player in self.players:
@@ -140,16 +140,16 @@ class HeadCoalitions(Coalitions):
         n_coalitions = 2 ** len(self.players)
         total = torch.zeros(n_coalitions, len(batch.image), dtype=torch.float64)
         with torch.no_grad():
-            for head, background in zip(self.heads, self._background, strict=True):
+            for head, background_terms in zip(self.heads, self._background, strict=True):
                 own_terms = first_layer_terms(head, batch)
                 for coalition in range(n_coalitions):
-                    total[coalition] += self._value(head, own_terms, background, coalition)
+                    total[coalition] += self._value(head, own_terms, background_terms, coalition)
         return total / len(self.heads)
 
     def _value(
         self, head: FailureHead, own_terms: LayerTerms, background_terms: LayerTerms, coalition: int
     ) -> Tensor:
-        """(B,) float64 v(S) of one head, for a coalition S whose bits are its players.
+        """(B,) float64 v(S) of one head for the ``coalition`` S: bit i says if player i is in S.
 
         ``own_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
         """
@@ -178,7 +178,7 @@ class HeadCoalitions(Coalitions):
 
 
 def is_member(player: int, coalition: int) -> bool:
-    """Whether the player with this number is in a coalition, whose bits are its players."""
+    """Whether the player with this number is in the ``coalition``, by the bit of this number."""
     bit = (coalition >> player) & 1
     return bool(bit)
 
@@ -189,7 +189,8 @@ def first_layer_terms(head: FailureHead, batch: Batch) -> LayerTerms:
     The sum over the players plus the bias is ``head.first_layer``.
     """
     terms: LayerTerms = {}
-    for name, term in head.to(batch.image.device).parts(batch).items():
+    parts = head.to(batch.image.device).parts(batch)
+    for name, term in parts.items():
         player = PLAYER_OF_HEAD_INPUT[name]
         if player in terms:
             terms[player] = terms[player] + term
@@ -203,8 +204,8 @@ class PoolCoalitions(Coalitions):
 
     The players are the summands: tempered zero-shot logits ("zero-shot score"), what was learned
     about the candidates for any image ("texts"), and what the image adds ("image"). f(S) is the
-    log-odds of failure of the judged answer under the softmax of the sum over S, with f = 0 for the
-    empty coalition. The value of a coalition S is
+    log-odds of failure of the judged answer, under the softmax of the sum of the summands in S. f
+    of the empty coalition is 0. The value of a coalition S is
 
         v(S) = f(S) + mean over background rows b of [f_b(all) - f_b(S)]
 
@@ -218,9 +219,9 @@ class PoolCoalitions(Coalitions):
     logits of classes, so a summand of one image has no meaning beside the zero-shot logits of
     another image.
 
-    ``parts`` computes the summands. ``outside`` gives the log-odds (B,) of an image of none of the
-    classes. "none of the classes" is then a further player. If this player is in S, f(S) counts
-    "outside" as a further wrong answer.
+    ``parts`` computes the summands of a batch. ``outside_log_odds``, if it is given, computes the
+    log-odds (B,) that an image is of none of the classes. Then "none of the classes" is a further
+    player. If this player is in S, f(S) counts "outside" as a further wrong answer.
     """
 
     unit = LOG_ODDS
@@ -232,12 +233,12 @@ class PoolCoalitions(Coalitions):
     def __init__(
         self,
         parts: Callable[[Batch], PooledLogits],
-        outside: Callable[[Batch], Tensor] | None = None,
+        outside_log_odds: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.parts = parts
-        self.outside = outside
+        self.outside_log_odds = outside_log_odds
         self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
-        if outside is not None:
+        if outside_log_odds is not None:
             self.players = (*self.players, NONE_OF_CLASSES)
         self._mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
@@ -265,9 +266,10 @@ class PoolCoalitions(Coalitions):
                     if is_member(bit, coalition):
                         logits = logits + summand
                 values.append(failure_log_odds(logits, batch).cpu())
-            if self.outside is not None:
-                # "outside" is the last player, which is the highest bit. Therefore all coalitions
-                # without it come first, and the same coalitions with it follow.
-                outside = self.outside(batch).cpu()
-                values += [log_odds_with_outside(log_odds, outside) for log_odds in values]
+            if self.outside_log_odds is not None:
+                # "none of the classes" is the last player, which is the highest bit. Therefore all
+                # coalitions without this player come first, and the same coalitions with it follow.
+                outside = self.outside_log_odds(batch).cpu()
+                with_outside = [log_odds_with_outside(log_odds, outside) for log_odds in values]
+                values += with_outside
         return torch.stack(values)

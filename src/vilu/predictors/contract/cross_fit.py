@@ -22,8 +22,8 @@ ENOUGH_HELD_OUT: Final = 250
 def labelled_folds(train: EmbeddingSource) -> list[tuple[Rows, Rows]]:
     """Divide the usable labelled rows into folds: pairs of rows to fit on and held-out rows."""
     is_labelled = (train.target != UNKNOWN) | train.outside
-    usable = train.usable_rows
-    rows = Rows(train, usable[is_labelled[usable]])
+    usable_rows = train.usable_rows
+    rows = Rows(train, usable_rows[is_labelled[usable_rows]])
     _, failure = rows_and_failures(rows.batches(SCORING_BATCH))
     return cross_fitting(rows, failure, validation=None, seed=0)
 
@@ -35,9 +35,10 @@ def cross_fitted(
     *,
     unlabelled: EmbeddingSource | None = None,
 ) -> HeldOutAnswers:
-    """Both kinds of answers for held-out rows, judged by copies that were fitted without them.
+    """Zero-shot and adapted answers for held-out rows, judged by copies of the predictor.
 
-    No further fold is fitted once there are ``ENOUGH_HELD_OUT`` held-out rows.
+    Each copy is fitted without the rows that it judges. No further fold is fitted once there are
+    ``ENOUGH_HELD_OUT`` held-out rows.
 
     Args:
         predictor: The predictor; it is not changed.
@@ -45,32 +46,38 @@ def cross_fitted(
         folds: Pairs of rows of ``train`` to fit on and held-out rows (``labelled_folds``).
         unlabelled: Rows without labels that every fit uses too.
     """
-    zero_shot = []
-    adapted = []
+    zero_shot_of_folds = []
+    adapted_of_folds = []
     n_held_out = 0
-    for fitted_on, held_out in folds:
+    for rows_to_fit, held_out_rows in folds:
         fold_predictor = copy.copy(predictor)
-        fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
-        zero_shot.append(_judge(fold_predictor.judging("zero_shot"), train, held_out))
-        adapted.append(_judge(fold_predictor.judging("adapted"), train, held_out))
-        n_held_out += len(held_out.index)
+        fold_predictor.fit(train.take(rows_to_fit.index), unlabelled=unlabelled)
+        zero_shot_judge = fold_predictor.judging("zero_shot")
+        adapted_judge = fold_predictor.judging("adapted")
+        zero_shot_of_folds.append(_judge_answers(zero_shot_judge, train, held_out_rows))
+        adapted_of_folds.append(_judge_answers(adapted_judge, train, held_out_rows))
+        n_held_out += len(held_out_rows.index)
         if n_held_out >= ENOUGH_HELD_OUT:
             break
     return HeldOutAnswers(
-        _join(zero_shot), _join(adapted), has_every_class=folds_have_every_class(folds)
+        zero_shot=_join_answers(zero_shot_of_folds),
+        adapted=_join_answers(adapted_of_folds),
+        has_every_class=folds_have_every_class(folds),
     )
 
 
-def _judge(predictor: FailurePredictor, train: EmbeddingSource, held_out: Rows) -> JudgedAnswers:
+def _judge_answers(
+    predictor: FailurePredictor, train: EmbeddingSource, held_out_rows: Rows
+) -> JudgedAnswers:
     """Judge the answers for held-out rows of ``train`` by a predictor."""
     is_held_out = np.zeros(len(train), np.bool_)
-    is_held_out[held_out.index.numpy()] = True
+    is_held_out[held_out_rows.index.numpy()] = True
     uncertainty, failure = scores_and_failures(predictor, train, is_held_out)
     return JudgedAnswers(uncertainty[is_held_out], failure[is_held_out])
 
 
-def _join(parts: list[JudgedAnswers]) -> JudgedAnswers:
-    """Concatenate the answers of all parts."""
-    uncertainty = np.concatenate([part.uncertainty for part in parts])
-    failure = np.concatenate([part.failure for part in parts])
+def _join_answers(answers_of_folds: list[JudgedAnswers]) -> JudgedAnswers:
+    """Concatenate the answers of all folds."""
+    uncertainty = np.concatenate([answers.uncertainty for answers in answers_of_folds])
+    failure = np.concatenate([answers.failure for answers in answers_of_folds])
     return JudgedAnswers(uncertainty, failure)

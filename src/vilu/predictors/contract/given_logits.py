@@ -1,4 +1,4 @@
-"""Checks whether a method, and a fitted predictor, works on given logits, or on a table."""
+"""Checks whether a method or a fitted predictor works on given logits, or on a table."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def _methods_on_vectors() -> str:
 
 
 def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: EmbeddingSource) -> None:
-    """Refuse data whose logits were given, unless they are of the classes of the fit.
+    """Refuse data with given logits, unless the logits are of the classes of the fit.
 
-    A candidate without embedding is known by its place alone. The classes must therefore be the
-    same, in the same order.
+    A candidate without an embedding is identified by its position alone. The classes must therefore
+    be the same, in the same order.
 
     Args:
         method: Name of the fitted method.
-        fit_notes: The notes of its fit, which hold the description by ``candidates_of``.
+        fit_notes: The notes of its fit, which include the description by ``candidates_of``.
         data: The rows to score.
 
     Raises:
@@ -100,13 +100,13 @@ def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: Embeddi
     raise ProvenanceError(
         f"this {method} was fitted on {_candidates_in_words(fit_notes)}, and these rows have "
         f"{_candidates_in_words(candidates)}. Without embeddings of the candidates a class is "
-        "known by its place alone: give the same classes in the same order, or fit on rows like "
-        "these."
+        "identified by its position alone: give the same classes in the same order, or fit on rows "
+        "like these."
     )
 
 
 def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` is of given logits: it has no sketch of texts."""
+    """Whether a description by ``candidates_of`` is of given logits: its sketch is empty."""
     return bool(candidates.get("texts") == [])
 
 
@@ -117,7 +117,8 @@ def _candidates_in_words(candidates: Mapping[str, Any]) -> str:
         kind = "given logits"
     names = "no names"
     if "classes" in candidates:
-        names = f"names {candidates['classes'][:12]}"
+        names_hash = candidates["classes"]
+        names = f"names {names_hash[:12]}"
     return f"{kind} of {candidates.get('n_candidates', '?')} candidates ({names})"
 
 
@@ -125,17 +126,17 @@ KIND_IN_WORDS: dict[DataKind, str] = {
     "embeddings": "embeddings of images",
     "answers": "a table of answers",
 }
-"""What the rows of a source are, in words."""
+"""Maps the kind of the rows of a source to words for a message."""
 
 
 def require_kind(method: type[Any], data: EmbeddingSource) -> None:
     """Refuse a table of answers for a method of embeddings, and embeddings for one of tables."""
     if method.takes == data.holds:
         return
-    suitable = list(METHODS_OF_TABLES)
+    suitable_methods = list(METHODS_OF_TABLES)
     if data.holds == "embeddings":
-        suitable = METHODS.names()
+        suitable_methods = METHODS.names()
     raise UsageError(
         f"{method.name} takes {KIND_IN_WORDS[method.takes]}. Got {KIND_IN_WORDS[data.holds]} "
-        f"instead, for which there are {', '.join(suitable)}."
+        f"instead, for which there are {', '.join(suitable_methods)}."
     )

@@ -64,7 +64,7 @@ class HeldOutAnswers(NamedTuple):
         def judge(answer: NDArray[np.int64]) -> JudgedAnswers:
             log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
             return JudgedAnswers(
-                uncertainty=-np.expm1(log_q_of_answer),
+                uncertainty=-np.expm1(log_q_of_answer),  # 1 - q, without cancellation
                 failure=(answer != target).astype(np.int64),
             )
 
@@ -74,10 +74,10 @@ class HeldOutAnswers(NamedTuple):
 
 def folds_have_every_class(folds: list[tuple[Rows, Rows]]) -> bool:
     """Whether every candidate has a labelled row among the rows to fit on, in every fold."""
-    for fitted_on, _ in folds:
-        source = fitted_on.source
-        labels = source.target[fitted_on.index]
-        n_classes = len(torch.unique(labels[labels >= 0]))
-        if n_classes < source.n_candidates:
+    for rows_to_fit, _ in folds:
+        source = rows_to_fit.source
+        labels = source.target[rows_to_fit.index]
+        known_labels = labels[labels >= 0]
+        if len(torch.unique(known_labels)) < source.n_candidates:
             return False
     return True

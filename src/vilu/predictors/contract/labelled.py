@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vilu.callers import warn_caller
-from vilu.embeddings.checks import SHORT_POOL
+from vilu.embeddings.checks import SHORT_POOL, VALID
 from vilu.embeddings.columns import ANSWER
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH, Rows
@@ -26,8 +26,8 @@ FEW_ROWS = 20  # a fit to fewer rows, fewer failures or fewer successes is unrel
 GROUP_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
 
 
-def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSource:
-    """The validation set without the rows that are also in the training set.
+def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -> EmbeddingSource:
+    """The validation set without the rows that are also in the training set ``train``.
 
     Raises:
         ProvenanceError: If the two sets are of different embedding spaces.
@@ -36,14 +36,14 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     train_name = "the training set"
     validation_name = "the validation set"
     train.space.require_match(validation.space, name=train_name, other_name=validation_name)
-    common = overlap(train, validation, (train_name, validation_name))
-    if common is None:
+    common_rows = overlap(train, validation, names=(train_name, validation_name))
+    if common_rows is None:
         return validation
-    is_new = common.unshared(
+    is_new = common_rows.unshared(
         validation,
         rows_name="validation rows",
         predicate="are in the training set, too",
-        remedy="Selection on training rows is blind: take them out of one of the two sets.",
+        remedy="Training rows cannot select a model. Take them out of one of the two sets.",
     )
     return validation.without(~is_new)
 
@@ -93,9 +93,9 @@ def trainable_rows(
     If ``columns`` has "answer", the failures are those of the answers in this column, and otherwise
     those of the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing".
 
-    Warns if rows are left out.
+    Warns if rows are left out. Messages name the set by its ``role``, such as "training".
     """
-    n_short, n_unusable = _count_unusable(source, role)
+    n_left_over, n_unusable = _count_unusable(source, role)
     rows, failure = rows_and_failures(source.batches(SCORING_BATCH, columns=columns))
     if needs == "nothing":
         if n_unusable:
@@ -118,35 +118,26 @@ def trainable_rows(
         n_ood_left_out = 0
     if not is_trainable.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
-    n_left_out = len(source) - n_short - int(is_trainable.sum())
+    n_left_out = len(source) - n_left_over - int(is_trainable.sum())
     if n_left_out:
-        warn_caller(
-            f"{n_left_out} of {len(source)} {role} rows are left out "
-            f"{_reasons(n_unusable, n_ood_left_out)}.",
-        )
+        rows_left_out = f"{n_left_out} of {len(source)} {role} rows are left out"
+        if n_ood_left_out:
+            warn_caller(
+                f"{rows_left_out} where classes are told apart ({n_unusable} unusable, "
+                f"{n_ood_left_out} of none of the classes, the rest without label).",
+            )
+        else:
+            warn_caller(f"{rows_left_out} ({n_unusable} unusable, the rest without label).")
     return rows[is_trainable], failure[is_trainable]
 
 
-def right_answers(failure: Tensor) -> dict[str, int]:
-    """How many of the answers with known failures (M,) are right, as plain JSON."""
+def count_right_answers(failure: Tensor) -> dict[str, int]:
+    """Count the known failures (M,), and the right answers among them, as plain JSON."""
     return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
 
 
-def _reasons(n_unusable: int, n_ood_left_out: int) -> str:
-    """Why rows are left out, for a message.
-
-    Rows of none of the classes are left out only where classes are learned.
-    """
-    if not n_ood_left_out:
-        return f"({n_unusable} unusable, the rest without label)"
-    return (
-        f"where classes are told apart ({n_unusable} unusable, {n_ood_left_out} of none of the "
-        "classes, the rest without label)"
-    )
-
-
 def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """Number of rows left over when pools were filled, and number of other unusable rows.
+    """Count the rows that were left over when pools were filled, and the other unusable rows.
 
     Raises:
         DataError: If there are no rows, fewer than two candidates, or too many unusable rows.
@@ -158,14 +149,14 @@ def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
             f"the {role} set has one candidate text: it is always the answer, so no failure is "
             "defined."
         )
-    n_short = int(np.count_nonzero(source.status == SHORT_POOL))
-    n_unusable = int(np.count_nonzero(source.status)) - n_short
+    n_left_over = int(np.count_nonzero(source.status == SHORT_POOL))
+    n_unusable = int(np.count_nonzero(source.status != VALID)) - n_left_over
     if n_unusable > MAX_UNUSABLE * len(source):
         raise DataError(
             f"{n_unusable} of {len(source)} {role} rows are not finite or of zero norm, more than "
             f"{MAX_UNUSABLE:.0%}. Embed them again."
         )
-    return n_short, n_unusable
+    return n_left_over, n_unusable
 
 
 def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -183,8 +174,11 @@ def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(failures)
 
 
-def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | None:
+def degenerate_rate(failure: Tensor, method: str, *, allowed: bool) -> float | None:
     """The error rate, 0 or 1, if failures (M,) are all equal; else None.
+
+    Warns if there are fewer than ``FEW_ROWS`` failures or successes. ``method`` is the name of the
+    method in messages.
 
     Raises:
         DataError: If the failures are all equal, unless this is ``allowed``.
@@ -198,7 +192,7 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     n_rarer = min(n_failures, n_successes)
     if n_rarer == 0 and not allowed:
         raise DataError(
-            f"{name} learns to tell failures from successes. Found {n_rarer} {rarer_kind} among "
+            f"{method} learns to tell failures from successes. Found {n_rarer} {rarer_kind} among "
             f"{n_rows} training rows; at least {FEW_ROWS} are needed for a useful fit. Add harder "
             "(or easier) images, or set allow_degenerate=true for a constant predictor."
         )
@@ -211,13 +205,13 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     return n_failures / n_rows
 
 
-def warn_of_few_rows(failure: Tensor, name: str) -> None:
-    """Warn if a probability of failure is learned from fewer than ``FEW_ROWS`` rows."""
+def warn_of_few_rows(failure: Tensor, method: str) -> None:
+    """Warn if the ``method`` learns a probability of failure from fewer than ``FEW_ROWS`` rows."""
     n_rows = len(failure)
     if n_rows < FEW_ROWS:
         unit = "row" if n_rows == 1 else "rows"
         warn_caller(
-            f"{name} is fitted on {n_rows} {unit}: with fewer than {FEW_ROWS} its probabilities "
+            f"{method} is fitted on {n_rows} {unit}: with fewer than {FEW_ROWS} its probabilities "
             "say little."
         )
 
@@ -241,39 +235,52 @@ def fit_and_selection(
     The rows for selection are the validation set. Without one, a ``fraction`` of the training rows
     is held out. Rows whose failures are all equal cannot select anything. In this case all training
     rows are for the fit, and the rows for selection are None.
+
+    ``failure`` (M,) are the failures of the training rows. ``seed`` chooses the held-out rows.
     """
-    rows = train.index
     if validation is not None:
+        index_to_fit = train.index
         validation_rows, selection_failure = trainable_rows(
             validation, role="validation", needs="failure", columns=answer_columns(train)
         )
         selection = Rows(validation, validation_rows, train.columns)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        if isinstance(train.source, PairSource):
-            groups = caption_groups(train.source, rows)
-        else:
-            _, groups = train.pictures()
-        positions = hold_out(failure, fraction, train.source.pool_size, generator, groups)
-        selection = Rows(train.source, rows[positions], train.columns)
+        is_held_out = _held_out_mask(train, failure, fraction, seed)
+        index_to_fit = train.index[~is_held_out]
+        selection = Rows(train.source, train.index[is_held_out], train.columns)
         # failures are computed again, because captions of the held-out rows are in new pools
         _, selection_failure = rows_and_failures(selection.batches(SCORING_BATCH))
-        stays_in_fit = torch.ones(len(rows), dtype=torch.bool)
-        stays_in_fit[positions] = False
-        rows = rows[stays_in_fit]
-        # Both failures and successes must be left. With pools one kind is enough, because every
-        # pass over the rows draws new pools, in which other answers fail.
-        min_kinds = 2 if train.source.pool_size is None else 1
-        if len(failure[stays_in_fit].unique()) < min_kinds:
-            raise DataError(
-                f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
-                "training rows, so that no failure or no success is left to learn from. Make it "
-                "smaller."
-            )
     can_select = len(selection_failure.unique()) == 2
     if not can_select:
         return Rows(train.source, train.index, train.columns), None
-    return Rows(train.source, rows, train.columns), selection
+    return Rows(train.source, index_to_fit, train.columns), selection
+
+
+def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> Tensor:
+    """Mask (M,) of a random ``fraction`` of the training rows, which have failures (M,).
+
+    Raises:
+        DataError: If the other rows have only failures, or only successes.
+    """
+    pool_size = train.source.pool_size
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(train.source, PairSource):
+        groups = caption_groups(train.source, train.index)
+    else:
+        _, groups = train.pictures()
+    positions = hold_out(failure, fraction, pool_size, generator, groups)
+    is_held_out = torch.zeros(len(train.index), dtype=torch.bool)
+    is_held_out[positions] = True
+    # Both failures and successes must be left. With pools one kind is enough, because every pass
+    # over the rows draws new pools, in which other answers fail.
+    min_kinds = 2 if pool_size is None else 1
+    if len(failure[~is_held_out].unique()) < min_kinds:
+        raise DataError(
+            f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
+            "training rows, so that no failure or no success is left to learn from. Make it "
+            "smaller."
+        )
+    return is_held_out
 
 
 def hold_out(
@@ -283,7 +290,7 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted indices (H,) of a random ``fraction`` of rows with failures (M,).
+    """Sorted positions (H,) of a random ``fraction`` of M rows, which have failures (M,).
 
     Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
     stay together.
@@ -298,20 +305,24 @@ def hold_out(
         groups = torch.arange(len(failure))
     _, first_indices = np.unique(groups.numpy(), return_index=True)
     first_rows = torch.from_numpy(first_indices)  # the first row of a group decides its failure
-    chosen = []
+    chosen_rows = []  # first rows of the groups that are held out
     for is_failure in (0, 1):
         candidates = first_rows[failure[first_rows] == is_failure]
         order = torch.randperm(len(candidates), generator=generator)
         n_held_out = round(len(candidates) * fraction)
-        chosen.append(candidates[order[:n_held_out]])
-    is_held_out = torch.isin(groups, groups[torch.cat(chosen)])  # with all rows of their groups
+        chosen_rows.append(candidates[order[:n_held_out]])
+    chosen_groups = groups[torch.cat(chosen_rows)]
+    is_held_out = torch.isin(groups, chosen_groups)
     return is_held_out.nonzero().squeeze(1)
 
 
 def _hold_out_pools(
     n_rows: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
-    """Sorted indices (H,) of random rows that fill whole pools; whole groups where possible."""
+    """Sorted positions (H,) of random rows that fill whole pools; whole groups where possible.
+
+    A ``fraction`` of the pools is held out, but at least one pool, if the rows fill two pools.
+    """
     n_pools = n_rows // pool_size
     n_pools_held_out = 0
     if n_pools > 1 and fraction > 0:
@@ -319,12 +330,13 @@ def _hold_out_pools(
     order = torch.randperm(n_rows, generator=generator)
     n_rows_held_out = n_pools_held_out * pool_size
     if groups is None or len(groups.unique()) < pool_size:
-        chosen = order[:n_rows_held_out]
+        chosen_rows = order[:n_rows_held_out]
     else:
-        chosen = order[whole_groups(groups[order], max_rows=n_rows_held_out)]
-    if len(chosen) < pool_size:  # too few rows for one pool
-        chosen = chosen[:0]
-    return chosen.sort().values
+        positions_in_order = whole_groups(groups[order], max_rows=n_rows_held_out)
+        chosen_rows = order[positions_in_order]
+    if len(chosen_rows) < pool_size:  # too few rows for one pool
+        chosen_rows = chosen_rows[:0]
+    return chosen_rows.sort().values
 
 
 def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
@@ -342,17 +354,17 @@ def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
     is_taken = torch.zeros(len(sizes), dtype=torch.bool)
     rows_left = max_rows
     # groups that may still be taken, in the order of their first rows
-    waiting = first_row.argsort()
-    waiting = waiting[sizes[waiting] <= rows_left]
-    while len(waiting):
+    waiting_groups = first_row.argsort()
+    waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
+    while len(waiting_groups):
         # Take as many of the next groups as fit together. That is at least one group, since every
         # waiting group fits alone.
-        taken_now = waiting[sizes[waiting].cumsum(0) <= rows_left]
-        is_taken[taken_now] = True
-        rows_left -= int(sizes[taken_now].sum())
+        groups_to_take = waiting_groups[sizes[waiting_groups].cumsum(0) <= rows_left]
+        is_taken[groups_to_take] = True
+        rows_left -= int(sizes[groups_to_take].sum())
         # the next group no longer fits: skip all groups that are now too large
-        waiting = waiting[len(taken_now) :]
-        waiting = waiting[sizes[waiting] <= rows_left]
+        waiting_groups = waiting_groups[len(groups_to_take) :]
+        waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
     return is_taken[group_of_row].nonzero().squeeze(1)
 
 
@@ -372,20 +384,22 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
     rng = np.random.default_rng(0)
     halves = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64)
     factors = 2 * halves + 1  # odd
-    sums = []
+    hashes = []
     for block in rows.split(block_rows):
         # the sum of -0 and 0 is 0, so that equal numbers have equal bits
         captions = (source.caption_rows(block).half() + 0).numpy()
-        sums.append(captions.view(np.uint16).astype(np.uint64) @ factors)
-    groups = torch.from_numpy(np.concatenate(sums).view(np.int64))
+        hashes.append(captions.view(np.uint16).astype(np.uint64) @ factors)
+    groups = torch.from_numpy(np.concatenate(hashes).view(np.int64))
+    # the number of a row that is a group of its own is its index
     return torch.where(source.of_classes(rows), rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     """(B,) float64 log((1 - p) / p), with the probability p of the judged answer of the batch.
 
-    p is the softmax of ``logits`` (B, K). They may differ from the zero-shot logits, so the answer
-    need not have the largest of them. The result is exact also where p would round to zero or one.
+    p comes from the softmax of ``logits`` (B, K). These may differ from the zero-shot logits, so
+    the answer need not have the largest logit. The result is exact also where p would round to zero
+    or one.
     """
     if batch.matches is None:  # all candidates are different answers
         answer_column = batch.prediction[:, None].to(logits.device)
@@ -427,7 +441,7 @@ def cross_fitting(
     needs: Needs = "class",
     folded_rows: int = FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and held-out rows.
+    """Split rows into pairs: rows to fit on, and rows that are held out of this fit.
 
     1. With a validation set there is one pair: all training rows, and the validation set.
     2. Up to ``folded_rows`` training rows there is one pair for each of five folds.
@@ -461,9 +475,9 @@ def cross_fitting(
         rows_of_fold = train.index[fold_of_row == fold]
         # chosen at random, since rows may be sorted by class
         order_of_fold = torch.randperm(len(rows_of_fold), generator=generator)
-        chosen = order_of_fold[:folded_rows].sort().values
-        if len(chosen):
-            fitted_on = replace(train, index=train.index[fold_of_row != fold])
-            held_out = replace(train, index=rows_of_fold[chosen])
-            pairs.append((fitted_on, held_out))
+        positions_in_fold = order_of_fold[:folded_rows].sort().values
+        if len(positions_in_fold):
+            rows_to_fit = replace(train, index=train.index[fold_of_row != fold])
+            held_out_rows = replace(train, index=rows_of_fold[positions_in_fold])
+            pairs.append((rows_to_fit, held_out_rows))
     return pairs

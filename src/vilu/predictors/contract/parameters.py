@@ -24,7 +24,8 @@ class Parametrised(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-Made = TypeVar("Made", bound=Parametrised)  # the class of the predictor that is made
+# the class of the predictor that is made; public signatures show this name
+Made = TypeVar("Made", bound=Parametrised)
 
 
 def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, dataclasses.Field[Any]]:
@@ -41,20 +42,22 @@ def check_parameters(predictor: Parametrised) -> None:
 def build(cls: type[Made], values: Mapping[str, object]) -> Made:
     """Make a predictor from parameters, which may be strings (``--set key=value``)."""
     require_known(cls, values)
-    converted = {name: convert(cls, name, value, strict=False) for name, value in values.items()}
-    return cls(**converted)
+    converted_values = {
+        name: convert(cls, name, value, strict=False) for name, value in values.items()
+    }
+    return cls(**converted_values)
 
 
 def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     """Refuse names that are not names of parameters."""
-    known = parameters(cls)
+    known_parameters = parameters(cls)
     for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            if not hint:  # no known name is near: the message lists all of them
-                listing = ", ".join(known) or "none"
-                hint = f" It has: {listing}."
-            raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
+        if name not in known_parameters:
+            suggestion = did_you_mean(name, known_parameters)
+            if not suggestion:  # no known name is near: the message lists all of them
+                listing = ", ".join(known_parameters) or "none"
+                suggestion = f" It has: {listing}."
+            raise UsageError(f"{cls.name} has no parameter {name!r}.{suggestion}")
 
 
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
@@ -87,7 +90,7 @@ def _plain_value(value: object) -> object:
 
 
 def _parsed_value(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples of the command line. Other values stay: pydantic parses them."""
+    """Parse "none" and tuples of the command line. pydantic parses all other values later."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -97,7 +100,7 @@ def _parsed_value(value: object, *, is_tuple: bool) -> object:
 
 @cache
 def _type_and_checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """Type of a parameter and its checker. Cached, because making one is slow."""
+    """Type of a parameter and its checker. Cached, because making a checker is slow."""
     hint = _annotated_type(cls, name)
     # in all methods the seed has the range that every random number generator accepts
     if name == "seed":

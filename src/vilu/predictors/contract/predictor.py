@@ -47,15 +47,16 @@ if TYPE_CHECKING:
 # program that only computes scores from logits then imports a third of the modules.
 
 CONSTANT = "constant"
-"""Name of the saved tensor that has the score of all rows, where a fit had nothing to learn."""
+"""Name of the saved tensor of a fit that had nothing to learn: one score, for all rows."""
 CLASSES = "classes"
-"""Name of the saved tensor that has the embedded texts of the classes."""
+"""Name of the saved tensor with the embedded texts of the classes."""
 
 FEWEST_CANDIDATES = 2
 """Minimum number of candidates. With one candidate no other answer is possible, and u is NaN."""
 
 logger = logging.getLogger(__name__)
 RowsLike = ArrayLike | Tensor
+"""Rows of a matrix, as a tensor or as anything that numpy converts to an array."""
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
@@ -121,9 +122,9 @@ class FailurePredictor(ABC):
             whether it defines ``log_posterior``.
         learns_failure: Whether the method learns to tell failures from successes. Such a method
             needs training rows of both kinds.
-        looks_at: The inputs of the score, if they are only "logits", only "image", or both. Empty
-            where the score also uses the embeddings of the candidates. Only methods that state
-            their inputs work on given logits (``vilu.Embeddings.from_logits``).
+        looks_at: The inputs of the score: "logits", "image", or both. Empty if the score also uses
+            the embeddings of the candidates. Only methods that state their inputs work on given
+            logits (``vilu.Embeddings.from_logits``).
         depends_on_answer: Whether the score depends on which answer is judged.
         tensors: Names of the saved tensors, without the weights of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
@@ -144,7 +145,7 @@ class FailurePredictor(ABC):
         calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
             before ``calibrate_probability``.
         sample_: Image vectors of random rows of the fit, at most 2 MB, with which near copies of
-            these rows are detected; None where none is kept.
+            these rows are detected; None if no sample is stored.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -159,7 +160,7 @@ class FailurePredictor(ABC):
         array([0. , 0.2])
     """
 
-    # says how to get a predictor, in messages about a wrong argument
+    # phrase for messages about a wrong argument: how to get a predictor
     how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -217,7 +218,8 @@ class FailurePredictor(ABC):
         cls.has_posterior = cls.log_posterior is not FailurePredictor.log_posterior
         forms = vars(cls).get("_forms", "").split()
         if forms:
-            cls.tensors = tuple(form.split(":")[0] for form in forms)  # a form is "name:shape"
+            # a form begins with the name of its tensor and a colon
+            cls.tensors = tuple(form.split(":")[0] for form in forms)
         # __repr__ is set here, because the dataclass decorator would otherwise add its own. A class
         # keeps a __repr__ that it defines itself. mypy does not allow to assign a method.
         own_repr = vars(cls).get("__repr__", parameters.constructor_call)
@@ -234,10 +236,11 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Learn from the rows ``train``, and return the result. The predictor is not changed.
+        """Learn from the rows ``train``, and return the result. ``take`` stores it later.
 
         ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
-        labels get unknown failures.
+        labels get unknown failures. ``validation`` are rows for model selection, if the caller has
+        any.
         """
         # Not abstract, because methods that score without a fit do not define it. ``fit`` calls it
         # only if the class defines it (``needs_fit``).
@@ -294,7 +297,7 @@ class FailurePredictor(ABC):
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def coalitions(self) -> Coalitions:
-        """The groups of inputs, and the values of their coalitions.
+        """The groups of inputs for Shapley values, and the value of every coalition of groups.
 
         The default works for methods whose ``looks_at`` has one input.
 
@@ -388,8 +391,8 @@ class FailurePredictor(ABC):
         if self.answer != "adapted":
             return batch
         with torch.no_grad():
-            likeliest = self.log_posterior(batch).argmax(dim=1)
-            return batch.judging(likeliest)
+            likeliest_candidate = self.log_posterior(batch).argmax(dim=1)
+            return batch.judging(likeliest_candidate)
 
     def judging(self, answer: AnswerKind) -> Self:
         """A copy with the same fit that judges another kind of answers.
@@ -431,7 +434,8 @@ class FailurePredictor(ABC):
     def _settings(self, settings_class: type[Settings], **replacements: object) -> Settings:
         """Make settings of a class, whose fields are named like parameters of this predictor.
 
-        Every field gets the value of the parameter of its name, or else its replacement.
+        A field gets its replacement, if there is one, and otherwise the value of the parameter of
+        the same name. The field ``device`` gets the resolved device.
         """
         names = [field.name for field in dataclasses.fields(settings_class)]
         values = {name: getattr(self, name) for name in names}
@@ -534,7 +538,7 @@ class FailurePredictor(ABC):
         source = train.source
         sources = [source]
         if validation is not None:
-            validation = labelled.disjoint(source, validation)
+            validation = labelled.without_training_rows(validation, source)
             sources.append(validation)
         if train.unlabelled is not None:
             sources.append(train.unlabelled)
@@ -555,7 +559,7 @@ class FailurePredictor(ABC):
         self.held_out_ = learnt.held_out
         if self.answer == "given":
             has_class = ~source.outside[rows]
-            self.notes_["given_answers"] = labelled.right_answers(failure[has_class])
+            self.notes_["given_answers"] = labelled.count_right_answers(failure[has_class])
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
@@ -588,6 +592,7 @@ class FailurePredictor(ABC):
         self.space_ = space
 
     def _is_constant(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are the tensors of a fit that had nothing to learn."""
         return self.learns_failure and tensors.keys() == {CONSTANT}
 
     @property
@@ -799,7 +804,7 @@ class FailurePredictor(ABC):
         read_blocks = data.batches
         block_rows = SCORING_BATCH
         if self.looks_at == {"logits"}:
-            # The time of such scores is mostly that of reading memory. Blocks whose logits stay in
+            # Such scores spend most of their time on reading memory. Blocks whose logits stay in
             # the processor's cache are therefore faster.
             read_blocks = data.many
             block_rows = rows_in_cache(data.n_candidates)
@@ -808,8 +813,8 @@ class FailurePredictor(ABC):
             batch = block.to(device)
             n_candidates = batch.text.shape[-2]  # equal captions of a pool are one candidate
             if n_candidates < FEWEST_CANDIDATES:
-                undefined = torch.full((len(batch.index),), torch.nan, dtype=torch.float64)
-                yield batch, undefined.to(device)
+                nan_scores = torch.full((len(batch.index),), torch.nan, dtype=torch.float64)
+                yield batch, nan_scores.to(device)
                 continue
             judged_batch = self.judged(batch)
             with torch.no_grad():
@@ -868,7 +873,7 @@ class FailurePredictor(ABC):
         return self.network_
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """A learned tensor, on a device."""
+        """The learned tensor with this name, on a device."""
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
@@ -885,7 +890,7 @@ class FailurePredictor(ABC):
         """
         from vilu.predictors.contract.seen import Overlap, common_identity
 
-        kind = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
+        kind = common_identity(self.seen_, data.identified_by, names=("the fit", "these"))
         if rows is None:
             rows = np.arange(len(data))
         if kind is None:
@@ -894,6 +899,8 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) bool: whether each row was not used to fit. Warns if some rows were used.
+
+        Messages name the rows by their ``role``, such as "calibration".
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit.
@@ -938,21 +945,22 @@ class FailurePredictor(ABC):
         """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
-        with_posterior = [name for name in METHODS.names() if METHODS[name].has_posterior]
+        names = [name for name in METHODS.names() if METHODS[name].has_posterior]
         return UsageError(
             f"{self.name} has no posterior of its own, so it knows no other answer than the "
-            f"zero-shot one. Take one of {', '.join(with_posterior)}, or leave "
+            f"zero-shot one. Take one of {', '.join(names)}, or leave "
             'answer="adapted" out.'
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
-        """Refuse to score: invalid settings, no fit, or data that do not match the fit."""
+        """Refuse to score with invalid settings, without a fit, or on other data than the fit's."""
         parameters.check_parameters(self)
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
-        is_open_to_classes = self.looks_at == {"logits"} and not self.closed_set
-        if self.needs_fit and not is_open_to_classes:
+        # a score of the logits alone may be fitted on some classes and used on others
+        scores_any_classes = self.looks_at == {"logits"} and not self.closed_set
+        if self.needs_fit and not scores_any_classes:
             from vilu.predictors.contract.given_logits import require_same_logits
 
             require_same_logits(self.name, self.notes_, data)
@@ -965,7 +973,8 @@ class FailurePredictor(ABC):
         if self.similarity_ and is_unverified:
             from vilu.predictors.contract.seen import warn_of_other_space
 
-            warn_of_other_space(data, *self.similarity_)
+            mean, deviation = self.similarity_
+            warn_of_other_space(data, mean, deviation)
 
     # Probabilities.
 

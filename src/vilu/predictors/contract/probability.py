@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """A logistic form: the log-odds of failure are a linear function of features of the score."""
 
     features: Callable[[Floats], Floats]  # from scores (N,) to features (N, F)
-    intercept: bool  # whether the linear function has an intercept
+    has_intercept: bool  # whether the linear function has an intercept
     needs_log_odds: bool  # whether the score must be the log-odds of a probability
 
 
@@ -46,8 +46,8 @@ def expit(log_odds: Floats) -> Floats:
 def _logarithms(score: Floats) -> Floats:
     """(N, 2) features ln p and -ln(1 - p) of log-odds (N,)."""
     log_p = -np.logaddexp(0, -score)
-    minus_log_rest = np.logaddexp(0, score)
-    return np.stack([log_p, minus_log_rest], axis=1)
+    minus_log_complement = np.logaddexp(0, score)
+    return np.stack([log_p, minus_log_complement], axis=1)
 
 
 def _as_column(score: Floats) -> Floats:
@@ -56,9 +56,9 @@ def _as_column(score: Floats) -> Floats:
 
 
 FORMS = {
-    "temperature": Form(_as_column, intercept=False, needs_log_odds=True),
-    "platt": Form(_as_column, intercept=True, needs_log_odds=False),
-    "beta": Form(_logarithms, intercept=True, needs_log_odds=True),
+    "temperature": Form(_as_column, has_intercept=False, needs_log_odds=True),
+    "platt": Form(_as_column, has_intercept=True, needs_log_odds=False),
+    "beta": Form(_logarithms, has_intercept=True, needs_log_odds=True),
 }
 """The logistic forms, the smoothest one first.
 
@@ -66,19 +66,16 @@ Temperature scaling and beta calibration need a probability (Guo et al. 2017; Ku
 """
 
 
-class _Fitted(Model):
-    """Facts about the fit of a calibrator.
+class _FitFacts(Model):
+    """Facts about the fit of a calibrator."""
 
-    These are the numbers of rows and of failures, and the held-out log-loss of every form that was
-    tried.
-    """
-
-    n: int = Field(ge=1)
+    n: int = Field(ge=1)  # number of calibration rows
     n_failures: int = Field(ge=0)
+    # held-out log-loss of every form that was tried, by name
     log_loss: dict[str, float] = Field(default_factory=dict)
 
 
-class Logistic(_Fitted):
+class Logistic(_FitFacts):
     """p = sigmoid(weights . features(s) + intercept) of a score s.
 
     The score is the log-odds of failure where the method estimates a probability.
@@ -95,10 +92,11 @@ class Logistic(_Fitted):
         return expit(features @ np.array(self.weights) + self.intercept)
 
 
-def unchanged(failure: NDArray[np.int64]) -> Logistic:
+def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
     """The calibrator that leaves the probabilities of a method as they are.
 
-    ``failure`` (N,) holds the failures of the calibration rows, which are counted only.
+    ``failure`` (N,) are the failures of the calibration rows. The calibrator only states their
+    number.
     """
     return Logistic(
         form="temperature",
@@ -109,12 +107,12 @@ def unchanged(failure: NDArray[np.int64]) -> Logistic:
     )
 
 
-class Isotonic(_Fitted):
-    """p never falls as the score rises: linear between knots, constant before and after them."""
+class Isotonic(_FitFacts):
+    """A non-decreasing function of the score: linear between knots, constant outside of them."""
 
     form: Literal["isotonic"]
-    score: tuple[float, ...] = Field(min_length=1)
-    probability: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    score: tuple[float, ...] = Field(min_length=1)  # of the knots, ascending
+    probability: tuple[Annotated[float, Field(ge=0, le=1)], ...]  # of the knots
 
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
@@ -159,9 +157,9 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     if len(score) >= MIN_ISOTONIC_ROWS:
         forms.append("isotonic")
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
-    chosen = _fit(_smoothest_good_form(losses), score, failure)
+    calibrator = _fit(_smoothest_good_form(losses), score, failure)
     log_loss = {name: float(loss.mean()) for name, loss in losses.items()}
-    return chosen.model_copy(update={"log_loss": log_loss})
+    return calibrator.model_copy(update={"log_loss": log_loss})
 
 
 def _smoothest_good_form(losses: dict[str, Floats]) -> str:
@@ -173,9 +171,9 @@ def _smoothest_good_form(losses: dict[str, Floats]) -> str:
     """
     losses_of_best = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
-        excess = loss - losses_of_best
-        standard_error = excess.std(ddof=1) / np.sqrt(len(excess))
-        if excess.mean() <= standard_error:
+        excess_loss = loss - losses_of_best
+        standard_error = excess_loss.std(ddof=1) / np.sqrt(len(excess_loss))
+        if excess_loss.mean() <= standard_error:
             return name
     raise AssertionError("the form of the least loss has no excess")
 
@@ -227,11 +225,11 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
         fold_of_row[rng.permutation(rows)] = np.arange(len(rows)) % N_FOLDS
     losses = np.empty(len(score))
     for fold in range(N_FOLDS):
-        held_out = fold_of_row == fold
-        calibrator = _fit(form, score[~held_out], failure[~held_out])
-        p = calibrator(score[held_out])
-        likelihood = np.where(failure[held_out] == 1, p, 1 - p)
-        losses[held_out] = -np.log(likelihood.clip(1e-12))  # finite also for a likelihood of 0
+        is_held_out = fold_of_row == fold
+        calibrator = _fit(form, score[~is_held_out], failure[~is_held_out])
+        p = calibrator(score[is_held_out])
+        likelihood = np.where(failure[is_held_out] == 1, p, 1 - p)
+        losses[is_held_out] = -np.log(likelihood.clip(1e-12))  # finite also for a likelihood of 0
     return losses
 
 
@@ -240,17 +238,21 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
 
     It replaces the function of SciPy, whose import takes half a second.
     """
-    value, value_of_row, n_rows = np.unique(score, return_inverse=True, return_counts=True)
-    n_wrong = np.bincount(value_of_row, weights=failure).astype(np.int64)
+    # the different scores, and the number of rows and of failures at each of them
+    unique_score, index_of_row, n_rows = np.unique(score, return_inverse=True, return_counts=True)
+    n_wrong = np.bincount(index_of_row, weights=failure).astype(np.int64)
     rate = _rising_rates(n_wrong, n_rows)
     min_probability = 1 / (len(score) + 2)
     probability = np.clip(rate, min_probability, 1 - min_probability)
-    # a stretch of equal probabilities needs knots only at its two ends
-    rise_indices = np.flatnonzero(np.diff(probability))
-    knots = np.unique(np.concatenate([[0, len(value) - 1], rise_indices, rise_indices + 1]))
+    # Knots are the first and the last score, and the scores before and after every rise. Between
+    # two rises all probabilities are equal, so no further knots are needed.
+    ends = [0, len(unique_score) - 1]
+    before_rise = np.flatnonzero(np.diff(probability))
+    after_rise = before_rise + 1
+    knots = np.unique(np.concatenate([ends, before_rise, after_rise]))
     return Isotonic(
         form="isotonic",
-        score=value[knots].tolist(),
+        score=unique_score[knots].tolist(),
         probability=probability[knots].tolist(),
         n=len(score),
         n_failures=int(failure.sum()),
@@ -267,14 +269,14 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     pool_rows = n_rows
     begins_pool = _begins_pool(pool_wrong, pool_rows)
     while not begins_pool.all():
-        # a pool whose rate is not above the rate before it is joined to the pool before it
+        # join a pool to the pool before it, if its rate is not above that pool's rate
         first_index = np.flatnonzero(begins_pool)
         pool_wrong = np.add.reduceat(pool_wrong, first_index)
         pool_rows = np.add.reduceat(pool_rows, first_index)
         begins_pool = _begins_pool(pool_wrong, pool_rows)
-    rate_of_rows = np.repeat(pool_wrong / pool_rows, pool_rows)
+    rate_of_row = np.repeat(pool_wrong / pool_rows, pool_rows)  # rows by ascending score
     last_row_of_score = np.cumsum(n_rows) - 1
-    return rate_of_rows[last_row_of_score]
+    return rate_of_row[last_row_of_score]
 
 
 def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -296,12 +298,14 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     if form == "isotonic":
         return _fit_isotonic(score, failure)
     features = FORMS[form].features(score)
-    weights, intercept = _least_log_loss(features, failure, with_intercept=FORMS[form].intercept)
-    negative = np.flatnonzero(np.array(weights) < 0)
+    weights, intercept = _least_log_loss(
+        features, failure, with_intercept=FORMS[form].has_intercept
+    )
+    negative_indices = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
     # and the other feature is fitted again (Kull et al.).
-    if form == "beta" and len(negative):
-        dropped_index = int(negative[0])
+    if form == "beta" and len(negative_indices):
+        dropped_index = int(negative_indices[0])
         remaining_index = 1 - dropped_index  # index of the other one of the two features
         refitted_weights, intercept = _least_log_loss(
             features[:, [remaining_index]], failure, with_intercept=True
@@ -352,7 +356,10 @@ def _smoothed_targets(failure: NDArray[np.int64]) -> Floats:
 
 
 def _newton_weights(x: Floats, target: Floats) -> Floats:
-    """(F,) weights of the features x (N, F) with the least log-loss, by Newton's method."""
+    """(F,) weights of features x (N, F) with the least log-loss, by Newton's method.
+
+    ``target`` (N,) are the smoothed targets.
+    """
     weights = np.zeros(x.shape[1])
     loss = _log_loss(weights, x, target)
     for _ in range(MAX_NEWTON_STEPS):
@@ -377,8 +384,8 @@ def _newton_step(
 
     A full step may be too long. It is halved until the loss is below ``last_loss``, up to 11 times.
     """
-    for halvings in range(12):
-        candidate = weights - step / 2**halvings
+    for n_halvings in range(12):
+        candidate = weights - step / 2**n_halvings
         loss = _log_loss(candidate, x, target)
         if loss < last_loss:
             return candidate, loss

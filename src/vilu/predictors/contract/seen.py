@@ -40,20 +40,20 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
         raise UsageError(
             "shots are rows per class, and image-caption pairs have no classes. Leave shots out."
         )
-    usable = source.usable_rows
-    rows = usable[source.target[usable] != UNKNOWN].sort().values
+    usable_rows = source.usable_rows
+    rows = usable_rows[source.target[usable_rows] != UNKNOWN].sort().values
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
-    chosen = []
+    chosen_rows = []
     for label in range(source.n_candidates):
         rows_of_class = rows[target == label]
         # one generator per class, so that the order does not depend on the rows of other classes
         order = np.random.default_rng([seed, label]).permutation(len(rows_of_class))
-        chosen.append(rows_of_class[order[:n]])
-    _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen], n)
-    ood_rows = usable[source.outside[usable]]
-    return torch.cat([*chosen, ood_rows]).sort().values
+        chosen_rows.append(rows_of_class[order[:n]])
+    _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen_rows], n)
+    ood_rows = usable_rows[source.outside[usable_rows]]
+    return torch.cat([*chosen_rows, ood_rows]).sort().values
 
 
 def _warn_of_small_classes(sizes: list[int], n: int) -> None:
@@ -100,7 +100,7 @@ class RowSketch:
     def of(cls, source: EmbeddingSource, kind: Identity) -> RowSketch:
         """Sketch of all rows of a source, by the hashes of one kind of identity."""
         hashes = np.empty(0, np.int64)
-        for _, hashes_of_block in _hashes(source, kind, np.arange(len(source))):
+        for _, hashes_of_block in _hash_blocks(source, kind, np.arange(len(source))):
             all_hashes = np.concatenate([hashes, hashes_of_block])
             hashes = np.unique(all_hashes)[:MAX_HASHES]  # sorted, so the smallest stay
         return cls(torch.from_numpy(hashes), len(source))
@@ -115,8 +115,9 @@ class RowSketch:
         """Number of different rows. Above 16,384 it is an estimate with a standard error of 1 %."""
         if self.is_complete:
             return len(self.hashes)
-        # The k-th smallest of n uniform hashes lies near k / n of their range. With that share of
-        # the range, (k - 1) / share is the unbiased estimate of n (Bar-Yossef et al., RANDOM 2002).
+        # The k-th smallest of n uniform hashes is at about the share k / n of their range. If it is
+        # at the share s, (k - 1) / s is the unbiased estimate of n (Bar-Yossef et al., RANDOM
+        # 2002).
         share = self.hashes[-1].item() / LARGEST_HASH
         return min(round((MAX_HASHES - 1) / share), self.n_rows)
 
@@ -132,7 +133,7 @@ class RowSketch:
         largest_known = LARGEST_HASH
         if not self.is_complete:
             largest_known = int(self.hashes[-1])
-        for block, hashes in _hashes(source, kind, rows):
+        for block, hashes in _hash_blocks(source, kind, rows):
             has_known_hash[block] = np.isin(hashes, self.hashes.numpy())
             n_comparable += int(np.count_nonzero(hashes <= largest_known))
         return Overlap(
@@ -142,7 +143,7 @@ class RowSketch:
         )
 
 
-def _hashes(
+def _hash_blocks(
     source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
     """Yield for every block of ``rows`` (M,) its slice of ``rows``, and the hashes of its rows."""
@@ -172,6 +173,7 @@ class Overlap:
     is_complete: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
+        """Number of shared rows."""
         return int(np.count_nonzero(self.shared))
 
     def in_words(self, rows_name: str = "rows") -> str:
@@ -219,7 +221,7 @@ def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) ->
 
 
 Sketches = Mapping[Identity, RowSketch]
-"""Sketches of one set of rows by kind of identity; empty where no rows are known."""
+"""Maps a kind of identity to the sketch of a set of rows. It is empty if no rows are known."""
 
 
 def make_sketches(source: EmbeddingSource) -> Sketches:
@@ -277,10 +279,10 @@ def join_sketches(first: Sketches, second: Sketches) -> Sketches:
 
     If the sets have no kind in common, the sketches of each set are returned unchanged.
     """
-    common = first.keys() & second.keys()
-    if not common:
+    common_kinds = first.keys() & second.keys()
+    if not common_kinds:
         return {**first, **second}
-    return {kind: first[kind] | second[kind] for kind in first if kind in common}
+    return {kind: first[kind] | second[kind] for kind in first if kind in common_kinds}
 
 
 def common_identity(
@@ -292,17 +294,17 @@ def common_identity(
     their names alone.
     """
     identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable one first
-    common = [kind for kind in identities if kind in first and kind in second]
-    if not common:
+    common_kinds = [kind for kind in identities if kind in first and kind in second]
+    if not common_kinds:
         return None
-    if common[0] == "names":
+    if common_kinds[0] == "names":
         warn_once(
             f"rows of {names[0]} and of {names[1]} are compared by their names, not by their "
             "pictures, as they have no other mark in common: another picture of the same name "
             "counts as the same row, and a renamed one does not. To mend it, embed both with this "
             "vilu (--overwrite) and fit again."
         )
-    return common[0]
+    return common_kinds[0]
 
 
 def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor | None:
@@ -334,7 +336,7 @@ def overlap(
 
 
 def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ascending indices (M,) of one row per picture: a failure if the picture has one.
+    """Ascending indices (M,) of one row per picture, a failure if one of its rows is a failure.
 
     Args:
         picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
@@ -343,11 +345,11 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
             every picture.
     """
     rows_alone = np.flatnonzero(picture == UNKNOWN)
-    known = np.flatnonzero(picture != UNKNOWN)
-    is_no_failure = failure[known] != 1
+    known_rows = np.flatnonzero(picture != UNKNOWN)
+    is_no_failure = failure[known_rows] != 1
     # The rows are sorted by picture, then failures before other rows, then by index. ``np.lexsort``
     # sorts by its last key first. ``np.unique`` then finds the first row of every picture.
-    order = known[np.lexsort((known, is_no_failure, picture[known]))]
+    order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([rows_alone, order[first_positions]]))
 
@@ -356,21 +358,21 @@ SIMILARITY_ROWS = 100  # usable rows that ``similarity_range`` reads
 
 
 def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
-    """Mean and standard deviation, over the first 100 usable rows, of their largest cosine.
+    """Mean and standard deviation of the largest cosine of a row, over the first 100 usable rows.
 
-    The largest cosine of a row is that with its nearest candidate.
+    The largest cosine of a row is its cosine with the nearest candidate.
     """
     # at least one whole pool is read, where there are pools
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
-    best = (batch.image @ batch.text.T).amax(dim=1)
+    largest_cosine = (batch.image @ batch.text.T).amax(dim=1)
     # Equal rows have a standard deviation of zero. ``warn_of_other_space`` would then warn of any
     # difference, however small. Hence the minimum.
-    min_deviation = 1e-3 * math.sqrt(len(best))
+    min_deviation = 1e-3 * math.sqrt(len(largest_cosine))
     deviation = min_deviation
-    if len(best) > 1:
-        deviation = max(float(best.std()), min_deviation)
-    return float(best.mean()), deviation
+    if len(largest_cosine) > 1:
+        deviation = max(float(largest_cosine.std()), min_deviation)
+    return float(largest_cosine.mean()), deviation
 
 
 N_DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts

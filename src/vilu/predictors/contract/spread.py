@@ -1,8 +1,8 @@
 """The spread of a score among the photos of a fit, for predictors that learned from no label.
 
 Such a score ranks answers. As a probability of failure it can be far off, since it was never
-compared with labels. So it is shown as its place among the photos of the fit: the share of them
-that have at most this score.
+compared with labels. So a score is shown as a quantile: the share of the photos of the fit that
+have at most this score.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ N_STEPS: Final = 200
 
 
 def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
-    """Note the quantiles of the scores (N,) of the fit rows. NaN are left out."""
+    """Note the quantiles of the scores (N,) of the fit rows. Scores that are NaN are left out."""
     scores = uncertainty[np.isfinite(uncertainty)]
     if len(scores):
         steps = np.linspace(0, 1, N_STEPS + 1)

@@ -35,7 +35,7 @@ The factor is below one, because a few images may have a property in common by c
 """
 
 DEFAULT_MISSED_SHARE = 0.1
-"""Assumed share of images of classes without labels, if no class has two labels."""
+"""If no class has two labels, this share of images is assumed to be of classes without labels."""
 
 MAX_STEPS = 150
 """Maximum number of L-BFGS steps."""
@@ -50,7 +50,10 @@ MIN_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this."""
 
 MIN_STREAMED_CHANGE = 3e-5
-"""The same limit for streamed rows. Fifty further steps would not increase the AUROC."""
+"""This limit replaces ``MIN_CHANGE`` for streamed rows.
+
+Fifty further steps would not increase the AUROC.
+"""
 
 FEATURES = "features"
 """Name of the column of image features."""
@@ -60,7 +63,7 @@ MIN_VARIANCE = 1e-6
 
 
 class Moments:
-    """Number ``n`` of rows, their ``total`` (D,) and the sum of their squared norms, in float64."""
+    """The number of rows, their ``total`` (D,), and the sum ``squares`` of their squared norms."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -69,10 +72,10 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Add a block (N, D) of rows."""
-        double = rows.cpu().double()
+        rows = rows.cpu().double()
         self.n_rows += len(rows)
-        self.total = self.total + double.sum(dim=0)
-        self.squares = self.squares + double.square().sum()
+        self.total = self.total + rows.sum(dim=0)
+        self.squares = self.squares + rows.square().sum()
 
 
 class Standardisation(nn.Module):
@@ -89,7 +92,7 @@ class Standardisation(nn.Module):
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
         mean = moments.total / moments.n_rows
-        # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
+        # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this difference has enough digits.
         mean_square = moments.squares / moments.n_rows
         variance = (mean_square - mean.square().sum()).clamp_min(0)
         norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
@@ -213,7 +216,7 @@ class SupervisedAttention(nn.Module):
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
 
     def start_from(self, start: StartLogits) -> None:
-        """Set ``own``, the v of the classes, so that the logits are those of ``start``."""
+        """Set ``own``, the v of the classes, so that the logits equal the logits of ``start``."""
         # If x are the first D inputs, the image is z = image.mean + image.norm * image_gain * x.
         # So (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
         image = self.inputs.image
@@ -250,12 +253,12 @@ class SupervisedAttention(nn.Module):
         # So a zero-shot logit is a product of (x, 1) with a key, too.
         image = self.inputs.image
         dim = batch.text.shape[1]
-        scaled = self.temperature * batch.logit_scale * batch.text
+        scaled_text = self.temperature * batch.logit_scale * batch.text
         keys = torch.zeros(
-            len(batch.text), self.inputs.width + 1, device=scaled.device, dtype=torch.float32
+            len(batch.text), self.inputs.width + 1, device=scaled_text.device, dtype=torch.float32
         )
-        keys[:, :dim] = image.norm * self.inputs.image_gain * scaled
-        keys[:, -1] = scaled @ image.mean
+        keys[:, :dim] = image.norm * self.inputs.image_gain * scaled_text
+        keys[:, -1] = scaled_text @ image.mean
         return keys
 
     def queries(self, batch: Batch) -> Tensor:
@@ -337,7 +340,7 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     device: torch.device,
     *,
     start: StartLogits | None = None,
-    is_few: bool = False,
+    has_few_rows: bool = False,
     warm_start: SupervisedAttention | None = None,
 ) -> SupervisedAttention:
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
@@ -348,8 +351,8 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     2. The learned part, which is added to the start, has a normal prior. The prior of the weights
        of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
        N(0, C / 50). Finding the posterior mode is a convex problem.
-    3. The solution is multiplied by n / (n + 8). If ``is_few``, it is also multiplied by the result
-       of ``held_out_share``.
+    3. The solution is multiplied by n / (n + 8). If ``has_few_rows``, it is also multiplied by the
+       result of ``held_out_share``.
 
     Args:
         inputs: Fitted ``ImageInputs``.
@@ -359,7 +362,7 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         sharing: The share rho of the prior variance that the classes have in common.
         device: Device on which the problem is solved.
         start: Logits that were estimated from images without labels.
-        is_few: Whether the rows are few, so that ``held_out_share`` is used.
+        has_few_rows: Whether the rows are so few that ``held_out_share`` is used.
         warm_start: An attention that was fitted to most of the rows. For streamed rows, the search
             begins at its solution, which saves steps.
     """
@@ -376,7 +379,7 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     prior_variance = variance * zero_shot_variance(attention, rows, device)
     problem = Problem(attention, rows, prior_variance)
     share = 1.0
-    if is_few and problem.whole_block is not None:
+    if has_few_rows and problem.whole_block is not None:
         share = held_out_share(problem)
     n_rows = len(rows.index)
     shrinkage = share * n_rows / (n_rows + SHRINKAGE_ROWS)
@@ -449,7 +452,7 @@ class Solution(NamedTuple):
     class_weights: Tensor  # (K, P) V, one row for each class
 
 
-class Keys(NamedTuple):
+class TextKeys(NamedTuple):
     """Keys of successive blocks with the same texts, and the gradient of the loss in the keys."""
 
     text: Tensor  # (K, Q) texts of the blocks
@@ -489,7 +492,7 @@ class Problem:
         )
         scale[-1] *= math.sqrt(BIAS_SHARE)
         self.scale = scale
-        self.own_scale = math.sqrt(1 - attention.sharing)
+        self.own_scale = math.sqrt(1 - attention.sharing)  # factor of V in the keys
         self.has_labels = scale.new_zeros(len(attention.own), 1)
         if len(attention.own):  # captions have no classes
             labelled_classes = rows.source.target[rows.index].unique()
@@ -501,16 +504,16 @@ class Problem:
 
     def _load_whole_block(self) -> None:
         """Set ``whole_block`` to all rows, in the bases of their images and texts."""
-        (block,) = self._streamed()
-        self.image_basis = basis(block.image)
-        self.text_basis = basis(block.text)
+        (block,) = self._streamed_blocks()
+        self.image_basis = orthonormal_basis(block.image)
+        self.text_basis = orthonormal_basis(block.text)
         self.whole_block = block._replace(
             image=block.image @ self.image_basis,
             text=block.text @ self.text_basis,
             initial_keys=block.initial_keys @ self.image_basis,
         )
 
-    def _streamed(self) -> Iterator[Block]:
+    def _streamed_blocks(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
         # ``_load_whole_block`` reads all rows as one block, if they are few enough
@@ -522,15 +525,15 @@ class Problem:
         text: Tensor | None = None
         initial_keys: Tensor | None = None
         for batch in self.rows.batches(block_rows):
-            moved = batch.to(self.device)
+            device_batch = batch.to(self.device)
             with torch.no_grad():
-                image = attention.queries(moved) * self.scale
+                image = attention.queries(device_batch) * self.scale
                 # classes are the same in every batch, but captions differ from batch to batch
                 if text is None or initial_keys is None or not has_classes:
-                    text = math.sqrt(attention.sharing) * attention.text(moved.text)
-                    initial_keys = attention.initial_keys(moved) / self.scale
-                offset = attention.given_offset(moved)
-            yield Block(moved, image, text, initial_keys, offset)
+                    text = math.sqrt(attention.sharing) * attention.text(device_batch.text)
+                    initial_keys = attention.initial_keys(device_batch) / self.scale
+                offset = attention.given_offset(device_batch)
+            yield Block(device_batch, image, text, initial_keys, offset)
 
     def solve(
         self, weight: Tensor | None = None, warm_start: SupervisedAttention | None = None
@@ -569,16 +572,17 @@ class Problem:
         return MIN_CHANGE
 
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
-        """Where the search begins: at zero, or for streamed rows at the solution of ``warm_start``.
+        """The point at which the search begins, with the sizes of A and V.
 
-        The result has the sizes of A and V.
+        The point is zero. For streamed rows it is the solution of ``warm_start``, if there is one.
         """
         if warm_start is not None and self.whole_block is None:
             scale_column = self.scale[:, None]
             shared_weights = warm_start.shared.detach() / scale_column
             class_weights = (warm_start.own.detach() - self.attention.own.detach()) / self.scale
             return Solution(shared_weights, class_weights)
-        block = self.whole_block or next(self._streamed())  # any block shows the sizes of A and V
+        # any block shows the sizes of A and V
+        block = self.whole_block or next(self._streamed_blocks())
         n_image = block.image.shape[1]
         shared_weights = torch.zeros(
             n_image, block.text.shape[1], device=self.device, dtype=torch.float32
@@ -592,7 +596,7 @@ class Problem:
     def _objective_with_gradient(
         self, shared_weights: Tensor, class_weights: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The negative log-posterior divided by n; sets its gradient on the two weights.
+        """The negative log-posterior divided by n; also sets its gradient on the two weights.
 
         The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
         block in memory.
@@ -600,19 +604,19 @@ class Problem:
         penalty = torch.stack([shared_weights.square().sum(), class_weights.square().sum()]).sum()
         total = penalty / (2 * self.n_rows)
         gradient = Solution(shared_weights / self.n_rows, class_weights / self.n_rows)
-        current: Keys | None = None
+        text_keys: TextKeys | None = None
         for block in self._blocks():
-            if current is None or block.text is not current.text:
-                self._add_gradient(current, gradient)
+            if text_keys is None or block.text is not text_keys.text:
+                self._add_gradient(text_keys, gradient)
                 keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
-                current = Keys(block.text, keys, torch.zeros_like(keys))
+                text_keys = TextKeys(block.text, keys, gradient_of_keys=torch.zeros_like(keys))
             row_weight = self._row_weight(block, weight)
             weight_column = row_weight[:, None]
-            logits = add_offset(block.image @ current.keys.T, block.offset)
+            logits = add_offset(block.image @ text_keys.keys.T, block.offset)
             total += (block.losses(logits) * row_weight).sum()
             weighted_slopes = block.slopes(logits) * weight_column
-            current.gradient_of_keys.addmm_(weighted_slopes.T, block.image)
-        self._add_gradient(current, gradient)
+            text_keys.gradient_of_keys.addmm_(weighted_slopes.T, block.image)
+        self._add_gradient(text_keys, gradient)
         shared_weights.grad = gradient.shared_weights
         class_weights.grad = gradient.class_weights
         return total
@@ -620,7 +624,7 @@ class Problem:
     def _blocks(self) -> Iterable[Block]:
         """The rows: the one block in memory, or the streamed blocks."""
         if self.whole_block is None:
-            return self._streamed()
+            return self._streamed_blocks()
         return (self.whole_block,)
 
     def _row_weight(self, block: Block, weight: Tensor | None) -> Tensor:
@@ -629,17 +633,18 @@ class Problem:
             return torch.full_like(block.image[:, 0], 1 / self.n_rows)
         return weight / self.n_rows
 
-    def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
+    def _add_gradient(self, text_keys: TextKeys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
 
         This method is called once if all blocks have the same classes, and once per pool of
         captions.
         """
-        if current is None:
+        if text_keys is None:
             return
-        gradient.shared_weights.add_(current.gradient_of_keys.T @ current.text)
+        gradient_of_keys = text_keys.gradient_of_keys
+        gradient.shared_weights.add_(gradient_of_keys.T @ text_keys.text)
         if len(gradient.class_weights):
-            gradient.class_weights.add_(self.own_scale * self.has_labels * current.gradient_of_keys)
+            gradient.class_weights.add_(self.own_scale * self.has_labels * gradient_of_keys)
 
     def keys(self, block: Block, shared_weights: Tensor, class_weights: Tensor) -> Tensor:
         """(K, P) learned part of the keys, which is added to ``block.initial_keys``."""
@@ -658,20 +663,20 @@ class Problem:
         return Solution(scale_column * shared_weights, self.scale * class_weights)
 
 
-def basis(rows: Tensor) -> Tensor:
+def orthonormal_basis(rows: Tensor) -> Tensor:
     """Orthonormal basis (P, R) of a space that contains the rows (N, P), with R = min(N, P)."""
     n_rows, width = rows.shape
     if n_rows >= width:
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
-    orthonormal: Tensor = torch.linalg.qr(rows.cpu().double().T).Q
-    return orthonormal.to(rows)
+    columns: Tensor = torch.linalg.qr(rows.cpu().double().T).Q
+    return columns.to(rows)
 
 
 N_FOLDS = 5
 """Number of folds of the rows. One fold is held out at a time."""
 
 ENOUGH_HELD_OUT = 200
-"""Sufficient number of held-out rows. When it is reached, no further fold is held out."""
+"""If this number of held-out rows is reached, no further fold is held out."""
 
 SHARE_SD = 0.2
 """Standard deviation of the normal prior of the held-out share. The mean of the prior is 1."""
@@ -693,16 +698,17 @@ def held_out_share(problem: Problem) -> float:
     fold_of_row = _folds(problem, block)
     rows_per_fold = problem.n_rows / N_FOLDS
     n_folds = min(math.ceil(ENOUGH_HELD_OUT / rows_per_fold), N_FOLDS, problem.n_rows)
-    learned = torch.zeros_like(initial_logits)  # for each row, what is learned without it
+    learned_logits = torch.zeros_like(initial_logits)  # of each row, learned without this row
     for fold in range(n_folds):
         is_fitted = fold_of_row != fold
         solution = problem.solve(weight=is_fitted.to(initial_logits))
-        logits = block.image @ problem.keys(block, *solution).T
-        learned = torch.where(is_fitted[:, None], learned, logits)
+        keys = problem.keys(block, solution.shared_weights, solution.class_weights)
+        logits_of_fold = block.image @ keys.T
+        learned_logits = torch.where(is_fitted[:, None], learned_logits, logits_of_fold)
     was_held_out = fold_of_row < n_folds
 
     def objective(share: float) -> float:
-        losses = block.losses(initial_logits + share * learned)
+        losses = block.losses(initial_logits + share * learned_logits)
         penalty = (share - 1) ** 2 / (2 * SHARE_SD**2)
         return penalty + float(losses[was_held_out].double().sum())
 
@@ -763,13 +769,14 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
     """Variance of the tempered zero-shot logits of a row, averaged over the ``sample_rows``."""
-    total = 0.0
-    n = 0
+    sum_of_variances = 0.0
+    n_rows = 0
     for batch in sample_rows(rows).batches(SCORING_BATCH):
         offset = attention.offset(batch.to(device))
-        total += float(offset.var(dim=1, correction=0).double().sum())
-        n += len(batch.index)
-    return max(total / n, MIN_VARIANCE)
+        variance_of_row = offset.var(dim=1, correction=0)
+        sum_of_variances += float(variance_of_row.double().sum())
+        n_rows += len(batch.index)
+    return max(sum_of_variances / n_rows, MIN_VARIANCE)
 
 
 def sample_rows(rows: Rows) -> Rows:
@@ -804,10 +811,10 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
     def objective(log_a: float) -> float:
         loss = 0.0
         for batch in sampled_rows.batches(SCORING_BATCH):
-            moved = batch.to(device)
+            device_batch = batch.to(device)
             with torch.no_grad():
-                logits = math.exp(log_a) * attention.initial_logits(moved)
-                loss -= float(moved.log_likelihood(logits).sum())
+                logits = math.exp(log_a) * attention.initial_logits(device_batch)
+                loss -= float(device_batch.log_likelihood(logits).sum())
         loss_of_all = loss * len(rows.index) / len(sampled_rows.index)
         penalty = log_a**2 / (2 * TEMPERATURE_SD**2)
         return penalty + loss_of_all

@@ -71,6 +71,7 @@ class Checkpoint(NamedTuple):
 
 
 def _is_count(number: object) -> bool:
+    """Whether a value is an integer of at least 0."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
@@ -106,8 +107,8 @@ class FolderCheckpointSaver(CheckpointSaver):
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
-        # Only the leading process reads, because the other processes may have other disks. They get
-        # None here, and the bytes by ``broadcast`` from the leading process.
+        # Only the leading process reads, because the other processes may have other disks. In the
+        # other processes the call returns None, and ``broadcast`` gives them the bytes.
         record, weights = self.world.call_on_leader(self._read_newest) or (b"", b"")
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
@@ -120,7 +121,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         self.world.call_on_leader(lambda: self._write(make_checkpoint()))
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint under the next serial number, and remove those before the last one."""
+        """Write a checkpoint under the next serial number, and keep only one older checkpoint."""
         last_serial = max(self._serials(), default=0)
         last_name = f"{last_serial:08d}"
         name = f"{last_serial + 1:08d}"
@@ -171,7 +172,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         faults = []
         for serial in reversed(serials):
             try:
-                record, weights = read_checked(self.folder / f"{serial:08d}.json")
+                record, weights = read_checkpoint_files(self.folder / f"{serial:08d}.json")
             except DataError as error:
                 faults.append(str(error))
                 warn_caller(f"a checkpoint is left out: {error}")
@@ -185,30 +186,31 @@ class FolderCheckpointSaver(CheckpointSaver):
             )
         return b"", b""
 
-    def _require_same_binding(self, saved: dict[str, object]) -> None:
+    def _require_same_binding(self, saved_binding: dict[str, object]) -> None:
         """Refuse checkpoints whose saved binding is not the binding of this run."""
-        current = self.binding
         differences = []
-        for key in sorted(saved.keys() | current.keys()):
-            if saved.get(key) != current.get(key):
-                differences.append(f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here")
+        for key in sorted(saved_binding.keys() | self.binding.keys()):
+            saved_value = saved_binding.get(key)
+            own_value = self.binding.get(key)
+            if saved_value != own_value:
+                differences.append(f"{key}: {saved_value!r} there, {own_value!r} here")
         if differences:
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; "
                 f"{'; '.join(differences)}. "
-                "Go on with what they were made with, remove this folder, or give another one."
+                "Use the settings and data of that run, remove this folder, or give another one."
             )
 
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name is a file of a checkpoint, or a temporary form of such a file."""
-    temporary = TEMPORARY.fullmatch(name)
-    if temporary:
-        name = temporary["name"]
+    temporary_name = TEMPORARY.fullmatch(name)
+    if temporary_name:
+        name = temporary_name["name"]
     return CHECKPOINT_FILE_NAME.fullmatch(name) is not None
 
 
-def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_checkpoint_files(path: Path) -> tuple[dict[str, Any], bytes]:
     """The record at ``path`` and the bytes of its tensors, after a check of their hashes."""
     record = read_json(path, RERUN_ADVICE)
     has_binding = isinstance(record.get("binding"), dict)
@@ -277,7 +279,7 @@ class FolderSession(Session):
                 return None
             return path.read_text()
 
-    def runs(self) -> list[Path]:
+    def run_folders(self) -> list[Path]:
         """The existing sub-folders of training runs."""
         return sorted(
             path for path in self.folder.iterdir() if RUN_FOLDER_NAME.fullmatch(path.name)
@@ -287,8 +289,8 @@ class FolderSession(Session):
         """Remove the checkpoints. This is called when the result of the training is saved."""
         if self.world.is_leader:
             with convert_os_errors(f"cannot remove the checkpoints in {self.folder}"):
-                for run in self.runs():
-                    shutil.rmtree(run)
+                for run_folder in self.run_folders():
+                    shutil.rmtree(run_folder)
                 (self.folder / FIT_DIGEST_FILE).unlink(missing_ok=True)
         # the leading process alone removes the folder at the end of ``checkpointing``
         self.is_removed = self.world.is_leader
@@ -343,7 +345,7 @@ def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool
     """
     folder = make_folder(session.folder)
     lock_stack.enter_context(locked(folder, activity="training with the checkpoints in"))
-    if session.runs() and not resume:
+    if session.run_folders() and not resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
         )
@@ -358,33 +360,34 @@ def _remove_empty(folder: Path) -> None:
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of some rows of a source, whose indices are ``rows``.
+    """Hash of the rows of a source with the indices ``rows``.
 
-    It depends on the indices, the targets, the embedding space, and a sample of the identifiers and
-    image embeddings.
+    The hash depends on the indices, the targets, the embedding space, and a sample of the
+    identifiers and image embeddings.
     """
     tensors = {
         "rows": rows,
         "target": source.target[rows],
-        "image": source.image_rows(evenly_spaced(rows, SAMPLED_ROWS)),
+        "image": source.image_rows(evenly_spaced_rows(rows, SAMPLED_ROWS)),
     }
-    ids = [source.ids[row] for row in evenly_spaced(rows, SAMPLED_IDS).tolist()]
+    sampled_rows = evenly_spaced_rows(rows, SAMPLED_IDS)
+    ids = [source.ids[row] for row in sampled_rows.tolist()]
     content = tensors_hash(tensors)
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
-    text = source.candidates(evenly_spaced(rows, SAMPLED_ROWS)).text
+    text = source.candidates(evenly_spaced_rows(rows, SAMPLED_ROWS)).text
     return tensor_hash(text)
 
 
-def evenly_spaced(rows: Tensor, n: int) -> Tensor:
+def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
     """At most ``n`` of the rows (M,), evenly spaced."""
     if not len(rows):
         return rows
-    n_picked = min(n, len(rows))
-    positions = torch.linspace(0, len(rows) - 1, n_picked, dtype=torch.float64).long()
+    n_sampled = min(n, len(rows))
+    positions = torch.linspace(0, len(rows) - 1, n_sampled, dtype=torch.float64).long()
     return rows[positions]
 
 
@@ -434,7 +437,8 @@ def pack(
 ) -> Checkpoint:
     """Make a checkpoint of everything that the rest of a training run depends on.
 
-    ``position`` is the progress of the run. ``order_generator`` shuffles the rows.
+    ``position`` is the progress of the run. ``order_generator`` shuffles the rows. ``stateful`` are
+    the parts of a step that remember earlier batches.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -443,8 +447,8 @@ def pack(
         "masks": _mask_states(head),
         "loop": {"order": order_generator.get_state()},
     }
-    for i, memory in enumerate(stateful):
-        parts[f"memory{i}"] = memory.state()
+    for i, stateful_part in enumerate(stateful):
+        parts[f"memory{i}"] = stateful_part.state()
     tensors = {}
     for part, content in parts.items():
         for name, tensor in content.items():
@@ -460,19 +464,19 @@ def unpack(
     order_generator: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Position:
-    """Set the other arguments to their states in a checkpoint, and return the position.
+    """Restore the head, the optimizer, the generators and the ``stateful`` parts from a checkpoint.
 
-    This is the inverse of ``pack``.
+    Returns the position. This is the inverse of ``pack``.
     """
     parts = _tensors_by_part(checkpoint)
-    head_weights = head.state_dict()  # shares its memory: ``copy_tensors`` changes the head
+    head_weights = head.state_dict()  # shares memory with the head: ``copy_tensors`` changes it
     copy_tensors("weights", parts.get("head", {}), head_weights)
     chosen_weights = parts.get("kept", {})
     _require_same_forms("kept weights", chosen_weights, head_weights)
     _load_momenta(parts.get("momentum", {}), optimizer)
     _load_masks(parts.get("masks", {}), head)
-    for i, memory in enumerate(stateful):
-        memory.restore(parts.get(f"memory{i}", {}))
+    for i, stateful_part in enumerate(stateful):
+        stateful_part.restore(parts.get(f"memory{i}", {}))
     loop = {"order": order_generator.get_state()}
     copy_tensors("state of the loop", parts.get("loop", {}), loop)
     order_generator.set_state(loop["order"])
@@ -499,22 +503,22 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return momenta
 
 
-def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Set the momentum of every parameter that is trained; refuses missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
-    expected = {}
+    trained_parameters = {}
     for name, parameter in _keyed_by_number(itertools.chain(*groups)).items():
         if parameter.requires_grad and optimizer.defaults["momentum"]:
-            expected[name] = parameter
-    _require_same_forms("momenta", saved, expected)
-    momenta = {int(name): {"momentum_buffer": momentum} for name, momentum in saved.items()}
+            trained_parameters[name] = parameter
+    _require_same_forms("momenta", saved_momenta, trained_parameters)
+    momenta = {int(name): {"momentum_buffer": momentum} for name, momentum in saved_momenta.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
 
 
-def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
+def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
     """Set the states of the generators of dropout masks."""
     states = _mask_states(head)
-    copy_tensors("states of masks", saved, states)
+    copy_tensors("states of masks", saved_states, states)
     for generator, state in zip(generators_of(head), states.values(), strict=True):
         generator.set_state(state)
 
@@ -525,7 +529,7 @@ def _mask_states(head: nn.Module) -> dict[str, Tensor]:
 
 
 def _keyed_by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Tensors by their position in the sequence, as a string."""
+    """Maps the position of each tensor in the sequence, as a string, to the tensor."""
     return {str(i): tensor for i, tensor in enumerate(tensors)}
 
 
@@ -535,24 +539,24 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
 
 
 def copy_tensors(
-    tensors_name: str, saved: Mapping[str, Tensor], destination: Mapping[str, Tensor]
+    tensors_name: str, saved_tensors: Mapping[str, Tensor], destination: Mapping[str, Tensor]
 ) -> None:
-    """Copy saved tensors into those of ``destination``, which must have the same names and forms.
+    """Copy saved tensors into the tensors of ``destination`` with the same names and forms.
 
-    ``tensors_name`` is the name of the tensors in messages.
+    Other names or forms are refused. ``tensors_name`` is the name of the tensors in messages.
     """
-    _require_same_forms(tensors_name, saved, destination)
+    _require_same_forms(tensors_name, saved_tensors, destination)
     with torch.no_grad():
         for name, tensor in destination.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(saved_tensors[name])
 
 
 def _require_same_forms(
-    tensors_name: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    tensors_name: str, saved_tensors: Mapping[str, Tensor], expected_tensors: Mapping[str, Tensor]
 ) -> None:
     """Refuse saved tensors whose names, shapes or types are not the expected ones."""
-    saved_forms = _forms(saved)
-    expected_forms = _forms(expected)
+    saved_forms = _forms(saved_tensors)
+    expected_forms = _forms(expected_tensors)
     if saved_forms == expected_forms:
         return
     differing_names = sorted(saved_forms.keys() ^ expected_forms.keys())
@@ -587,8 +591,10 @@ def _history(position: Mapping[str, Any]) -> History:
 
 
 def _is_list_of_numbers(values: object) -> bool:
+    """Whether a value is a list of finite floats."""
     return isinstance(values, list) and all(map(_is_finite, values))
 
 
 def _is_finite(value: object) -> bool:
+    """Whether a value is a finite float."""
     return isinstance(value, float) and math.isfinite(value)

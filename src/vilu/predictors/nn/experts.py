@@ -103,28 +103,28 @@ class Memory(nn.Module):
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """Rows with two more columns, (N, D + F + 2) float64: their products are the exponents.
+        """Append two columns to rows, so that products of rows are the exponents of the kernel.
 
-        The exponent of inputs x and x' is -|x - x'|^2 / 2. This is the product of two longer
-        vectors, one of x and one of the bank's x':
+        The result is (N, D + F + 2) float64. The exponent of inputs x and x' is -|x - x'|^2 / 2.
+        This is the product of two longer vectors, one of x and one of the bank's x':
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
         So the exponents are one matrix product, and no second matrix (N, M) is needed.
         """
-        double = float64(rows)
-        minus_half_square = -double.square().sum(dim=1, keepdim=True) / 2
-        unit_column = torch.ones_like(double[:, :1])
+        rows = float64(rows)
+        minus_half_square = -rows.square().sum(dim=1, keepdim=True) / 2
+        unit_column = torch.ones_like(rows[:, :1])
         if is_bank:
-            return torch.cat([double, unit_column, minus_half_square], dim=1)
-        return torch.cat([double, minus_half_square, unit_column], dim=1)
+            return torch.cat([rows, unit_column, minus_half_square], dim=1)
+        return torch.cat([rows, minus_half_square, unit_column], dim=1)
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Fit a memory to labelled rows, which are so few that they are read as one batch."""
         device = attention.classes.device
-        (all_rows,) = rows.steps(len(rows.index))
-        batch = all_rows.to(device)
+        (batch_of_all,) = rows.steps(len(rows.index))
+        batch = batch_of_all.to(device)
         n_classes = len(batch.text)
         memory = cls(attention.inputs, len(batch.index), n_classes).to(device)
         memory.bank.copy_(attention.inputs(batch))
@@ -214,7 +214,7 @@ class Experts(nn.Module):
             logits = attention.queries(rows) @ keys.T
             if all_are_classes:
                 logits = add_offset(logits, self._given_offset(rows))
-            else:  # candidates that are no training classes have an offset of their own temperature
+            else:  # these keys have no offset, because its temperature depends on the match
                 logits = logits + attention.offset(rows, match)
             for weight, residual in residuals:
                 logits = logits.add_(residual(rows), alpha=weight)
@@ -293,10 +293,9 @@ class Experts(nn.Module):
     def pooled_parts(self, batch: Batch) -> PooledLogits:
         """The pooled logits of a batch, split into three parts.
 
-        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is the
-        temperature, by which they are multiplied, and r_m is the residual of the expert. x is the
-        standardised image, which is 0 for the mean training image. If R = sum_m w_m r_m, the pooled
-        logits are
+        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, which are
+        multiplied by the temperature a. r_m is the residual of the expert. x is the standardised
+        image, which is 0 for the mean training image. If R = sum_m w_m r_m, the pooled logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
@@ -314,7 +313,7 @@ class Experts(nn.Module):
         offset = float64(self.attention.offset(batch, match))
         logits = float64(self.logits(batch))
         residual = pool(logits - offset.unsqueeze(1), self.weights)
-        return residual, offset, weights_for(logits, self.weights).sum()
+        return residual, offset, pool_weights(logits, self.weights).sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
         """A batch of one row, the mean training image, with the candidates of ``batch``."""
@@ -322,7 +321,7 @@ class Experts(nn.Module):
         columns = dict(batch.columns)
         if inputs.has_features:
             columns[FEATURES] = inputs.features.mean.unsqueeze(0)
-        first_row = batch.rows(slice(0, 1))  # a batch of one row, with the candidates
+        first_row = batch.rows(slice(0, 1))
         mean_image = inputs.image.mean.unsqueeze(0)
         return dataclasses.replace(first_row, image=mean_image, columns=columns)
 
@@ -340,11 +339,12 @@ def pool(logits: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
     # Logits are log-probabilities up to a constant. So their weighted sum belongs to a product of
     # probabilities: the log-linear pool q ~ prod_m p_m^w_m.
-    return torch.einsum("m,bmk->bk", weights_for(logits, weights), logits)
+    return torch.einsum("m,bmk->bk", pool_weights(logits, weights), logits)
 
 
-def weights_for(logits: Tensor, weights: Tensor) -> Tensor:
-    """Weights (M,) of the experts with logits (B, M, K). The attention alone (M = 1) has 1."""
-    if logits.shape[1] > 1:
+def pool_weights(logits: Tensor, weights: Tensor) -> Tensor:
+    """The ``weights`` (M,) of the experts with logits (B, M, K), or 1 for the attention alone."""
+    n_experts = logits.shape[1]
+    if n_experts > 1:
         return weights.to(logits.device)
-    return torch.ones_like(logits[0, :1, 0])
+    return torch.ones_like(logits[0, :, 0])

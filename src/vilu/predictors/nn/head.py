@@ -71,10 +71,10 @@ class CrossAttention(nn.Module, ABC):
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
             if has_few_texts(text, image):
-                # Both branches compute the same. Here the texts are projected instead of the
-                # images: a step with 10 texts and 128 images takes three quarters of the time.
-                # The (B, K) weights are small. So a fused kernel, which takes longer, would save
-                # no memory that matters.
+                # Both branches compute the same. This one projects the texts, the other one the
+                # images. With 10 texts and 128 images, this one takes three quarters of the time
+                # of the other one. The (B, K) weights are small here. So a fused kernel, which
+                # takes longer, would save little memory.
                 keys = (text @ key.T) @ query
                 values = (text @ value.T) @ next_layer.T
                 weights = (scale * (image @ keys.T)).softmax(dim=1)
@@ -91,7 +91,7 @@ class CrossAttention(nn.Module, ABC):
 def has_few_texts(text: Tensor, image: Tensor) -> bool:
     """Whether there are at most half as many texts as images; always false in an export.
 
-    An exported graph is for any sizes, so it cannot depend on them.
+    An exported graph is for any numbers of texts and images, so it cannot branch on them.
     """
     return not torch.compiler.is_exporting() and 2 * len(text) <= len(image)
 
@@ -223,9 +223,9 @@ class FailureHead(nn.Module):
         if mcm:
             widths["mcm"] = 1
         layer_outputs = [*hidden, 1]
-        n_first = layer_outputs[0]  # outputs of the first layer; 1 if there is no hidden layer
-        self.first = first_weights(widths, generator, n_outputs=n_first, dim=dim)
-        self.first_bias = nn.Parameter(torch.zeros(n_first, dtype=torch.float32))
+        n_first_outputs = layer_outputs[0]  # 1 if there is no hidden layer
+        self.first = first_weights(widths, generator, n_outputs=n_first_outputs, dim=dim)
+        self.first_bias = nn.Parameter(torch.zeros(n_first_outputs, dtype=torch.float32))
         self.rest = perceptron(layer_outputs, dropout, generator)
         self.attention: CrossAttention | None = None
         if attention is not None:
@@ -290,19 +290,19 @@ def perceptron(
 ) -> nn.Sequential:
     """All layers after the first: for each a ReLU, the ``dropout`` if any, and a linear layer.
 
-    ``widths`` are the numbers of outputs of all layers, the first one included.
+    ``widths`` are the numbers of outputs of all layers, including the first layer.
     """
-    # All layers are built before any is initialised again. In another order, the same seed would
-    # give other weights than in earlier versions.
-    linears = [
+    # All layers are built before any of them is initialised again. In another order, the same seed
+    # would give other weights than in earlier versions.
+    linear_layers = [
         linear(n_inputs, n_outputs, generator) for n_inputs, n_outputs in itertools.pairwise(widths)
     ]
-    for layer in linears:
+    for layer in linear_layers:
         he_std = math.sqrt(2 / layer.in_features)
         layer.weight = normal_matrix(layer.out_features, layer.in_features, he_std, generator)
         nn.init.zeros_(layer.bias)
     layers: list[nn.Module] = []
-    for layer in linears:
+    for layer in linear_layers:
         layers.append(nn.ReLU(inplace=True))
         if dropout is not None:
             layers.append(dropout)
@@ -313,13 +313,15 @@ def perceptron(
 def load_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
     """Give a network a copy of the weights ``state``, and set it to evaluation.
 
+    ``method`` is the name of the method in messages.
+
     Raises:
         DataError: If names, shapes or types of the weights differ from those of the network.
     """
     expected_forms = _shapes_and_types(network.state_dict())
     actual_forms = _shapes_and_types(state)
     if actual_forms != expected_forms:
-        # pairs of a name and its sizes and type that only one of the two has
+        # pairs (name, sizes and type) that only the network or only the state has
         differing_forms = sorted({*actual_forms.items()} ^ {*expected_forms.items()}, key=str)
         raise DataError(
             f"the weights do not fit a {method} with these parameters; "

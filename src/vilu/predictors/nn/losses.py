@@ -17,10 +17,16 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 MIN_ERROR_RATE = 1e-6
-"""Smaller error rates e are replaced by this one. In (1 - e) / e, e is at most 1 - 1e-6 as well."""
+"""Error rates e are clipped to at least this value.
+
+For the weight (1 - e) / e they are also clipped to at most 1 minus this value.
+"""
 
 MIN_WEIGHT = 0.05
-"""Minimum of -log(e). Otherwise a batch with failures only (e = 1) would have no gradient."""
+"""-log(e) is clipped to at least this value.
+
+Otherwise a batch of failures only (e = 1) would have no gradient.
+"""
 
 EMA_MOMENTUM = 0.99
 """Weight of the previous value in the moving average of the error rates of batches."""
@@ -95,11 +101,11 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The error rate on which calls depend beside the batch, for example the moving average."""
+        """The error rate that later calls depend on, for example the moving average."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Replace the error rate by the one in a ``state``."""
+        """Set the error rate to the one in a ``state``."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -147,11 +153,11 @@ def weighted_mse_loss(
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
 
-    The loss is the weighted squared error between link(g) and the target. If the mean square of the
-    targets of the batch exceeds one, the loss is divided by this mean square.
+    The loss is the weighted squared error between link(g) and the ``target`` of a batch. If the
+    mean square of the targets of the batch exceeds one, the loss is divided by this mean square.
     """
 
-    def with_weight(weight: FailureWeight) -> Loss:
+    def make_loss(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
             targets = target(batch)
             # The target -log p grows with the logit scale of the VLM. The size of a training step
@@ -162,7 +168,7 @@ def weighted_mse_loss(
 
         return loss
 
-    return with_weight
+    return make_loss
 
 
 def withheld_probability(batch: Batch) -> Tensor:
@@ -180,4 +186,4 @@ LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
     "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""Functions from a failure weight to the loss of a head, by the name of the loss."""
+"""Maps the name of a loss to a function that makes the loss of a head from a failure weight."""

@@ -19,12 +19,15 @@ from vilu.errors import UsageError, ViLUError
 
 ActionResult = TypeVar("ActionResult")
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets in its processes."""
 
 
 class World:
-    """The processes that train together, seen from one of them. Here there is only this one."""
+    """The processes that train together, as one of them sees them.
+
+    In this base class, this process trains alone.
+    """
 
     rank: int = 0  # number of this process
     size: int = 1  # number of processes
@@ -78,9 +81,9 @@ class World:
 
 
 class Group(World):
-    """Several processes of ``torch.distributed``, seen from one of them.
+    """Several processes of ``torch.distributed``, as one of them sees them.
 
-    A call returns only when all processes have made it.
+    A method returns only after all processes have called it.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -116,10 +119,10 @@ class Group(World):
         padded_rows[: len(rows)] = rows
         blocks = [torch.empty_like(padded_rows) for _ in range(self.size)]
         dist.all_gather(blocks, padded_rows)
-        shares = []
+        rows_of_processes = []
         for block, count in zip(blocks, counts, strict=True):
-            shares.append(block[: int(count)])
-        return torch.cat(shares)
+            rows_of_processes.append(block[: int(count)])  # without the padding
+        return torch.cat(rows_of_processes)
 
     def broadcast(self, data: bytes) -> bytes:
         """The ``data`` of the leading process, in every process."""
@@ -146,8 +149,8 @@ class Group(World):
             return None
         try:
             result = action()
-        # Any exception, because the other processes wait for a message whatever ``action`` raises.
-        # They get its kind and its text, and it is raised again here.
+        # Any exception is caught, because the other processes wait for a message whatever
+        # ``action`` raises. They get the kind and the text of the error. Here it is raised again.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
@@ -163,7 +166,7 @@ def _error_of_leader(error_report: str) -> Exception:
     kind, _, message = error_report.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
     for cls in ViLUError.__subclasses__():
-        if cls.__name__ == kind:  # with the same kind, all processes end with the same exit code
+        if cls.__name__ == kind:  # errors of one kind give all processes the same exit code
             return cls(text)
     return RuntimeError(text)
 
@@ -203,7 +206,7 @@ def world(
         _select_gpu(local_rank)
     connected_world = World()
     if size > 1:
-        connected_world = _join(rank, size, resolved_device, environment, timeout)
+        connected_world = _connect(rank, size, resolved_device, environment, timeout)
     token = _world.set(connected_world)
     try:
         yield connected_world
@@ -244,12 +247,12 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 def _require_all(environment: Mapping[str, str]) -> None:
     """Refuse an environment in which only some of torchrun's variables are set."""
-    missing = [name for name in VARIABLES if not environment.get(name)]
-    if not missing:
+    missing_names = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
+    if not missing_names:
         return
-    present = [name for name in VARIABLES if environment.get(name)]
+    present_names = [name for name in TORCHRUN_VARIABLES if environment.get(name)]
     raise UsageError(
-        f"{', '.join(missing)} not set, but {', '.join(present)} set: "
+        f"{', '.join(missing_names)} not set, but {', '.join(present_names)} set: "
         "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."
     )
 
@@ -260,7 +263,7 @@ def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
     Values of these variables or of MASTER_PORT that are not whole numbers are refused.
     """
     wrong_settings = []
-    for name in VARIABLES:
+    for name in TORCHRUN_VARIABLES:
         value = environment[name]
         is_whole = value.isascii() and value.isdigit()
         if name != "MASTER_ADDR" and not is_whole:
@@ -275,10 +278,10 @@ def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
-def _join(
+def _connect(
     rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
 ) -> Group:
-    """Connect this process with the others. It waits until all processes have called this."""
+    """Connect this process with the others. It waits until all processes call this function."""
     address = _meeting_address(environment)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:

@@ -98,7 +98,7 @@ class Plan:
     def of(
         cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """The plan for epochs of ``steps`` steps; the other arguments are as in ``TrainConfig``."""
+        """The plan for ``steps`` steps per epoch; the other arguments are as in ``TrainConfig``."""
         epochs = epochs or default_epochs(steps)
         frozen_epochs = freeze_epochs
         if frozen_epochs is None:
@@ -139,11 +139,11 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
-    for blocks in zip(*answers_of_batches, strict=True):
-        answers = torch.cat(blocks)
+    for blocks_of_field in zip(*answers_of_batches, strict=True):
+        field_of_rows = torch.cat(blocks_of_field)
         # one entry for every row of the source; entries of rows that are not in ``rows`` are unused
-        source_answers = answers.new_zeros(len(rows.source))
-        fields.append(source_answers.index_put((rows.index,), answers))
+        field_of_source = field_of_rows.new_zeros(len(rows.source))
+        fields.append(field_of_source.index_put((rows.index,), field_of_rows))
     return replace(rows, answers=ZeroShot(*fields))
 
 
@@ -290,9 +290,8 @@ class HeadTrainer:
         checkpoint = self.saver.latest()
         if checkpoint is None:
             return Position()
-        if (
-            checkpoint.n_epochs() > plan.frozen_epochs
-        ):  # then the checkpoint has momenta of the attention
+        attention_was_trained = checkpoint.n_epochs() > plan.frozen_epochs
+        if attention_was_trained:  # then the checkpoint has momenta of the attention
             self.thaw()
         return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
 
@@ -309,11 +308,11 @@ class HeadTrainer:
     ) -> float:
         """Train for one epoch, with these factors of the learning rate; returns the mean loss.
 
-        For several processes, every epoch wraps the network anew, for two reasons. The wrapper must
-        know which parameters are trained, and the attention is thawed between two epochs. And the
-        wrapper chooses in its first step in which order it adds gradients. A resumed run begins
-        with a new wrapper, so a run that was not interrupted must have a new one in every epoch,
-        too. Otherwise the two could round differently.
+        For several processes, every epoch wraps the network anew, for two reasons. First, the
+        wrapper must know which parameters are trained, and the attention is thawed between two
+        epochs. Second, the wrapper chooses in its first step in which order it adds gradients. A
+        resumed run begins with a new wrapper. A run that was not interrupted must therefore have a
+        new wrapper in every epoch, too. Otherwise the two runs could round differently.
         """
         self.network = self.world.averaging_gradients(self.head)
         self.network.train()
@@ -363,12 +362,13 @@ class HeadTrainer:
         if validation is None:
             return True
         logit, failure = self._validate(validation)
-        latest = float(auroc(logit.astype(np.float64), failure))
-        history.validation_auroc.append(latest)
-        best = max(history.validation_auroc)
+        latest_auroc = float(auroc(logit.astype(np.float64), failure))
+        history.validation_auroc.append(latest_auroc)
+        best_auroc = max(history.validation_auroc)
         n_failures = int(failure.sum())
-        standard_error = auroc_standard_error(best, n_failures, len(failure) - n_failures)
-        return latest >= best - standard_error
+        n_successes = len(failure) - n_failures
+        standard_error = auroc_standard_error(best_auroc, n_failures, n_successes)
+        return latest_auroc >= best_auroc - standard_error
 
     @torch.no_grad()
     def _validate(self, validation: Rows) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -469,7 +469,7 @@ def train_adamw(
 def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
-    """Do one step; returns the loss before the step."""
+    """Do one step; returns the mean loss of the batch before the step."""
     mean_loss = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
     mean_loss.backward()

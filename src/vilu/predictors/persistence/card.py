@@ -1,4 +1,4 @@
-"""The model card of a saved predictor, made from the description and the method."""
+"""The model card of a saved predictor, made from its description and its attributes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPACE_FACTS = {
     "logit_scale": "logit scale",
     "logit_bias": "logit bias",
 }
-"""Names of the facts in the section on the embedding space, by key of the space."""
+"""Maps a key of the embedding space to the text before its value in the card."""
 FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -44,19 +44,20 @@ FIT_FACTS = {
     "converted_from": "converted from",
     "pool_size": "pool size (captions that each image chose from)",
     "n_candidates": "classes",
+    # the note ``classes`` has a hash of the names, and ``n_candidates`` has the number of classes
     "classes": "hash of the class names, in their order",
 }
-"""Names of the facts in the section on the fit, by key of the notes."""
+"""Maps a key of the notes on the fit to the text before its value in the card."""
 TABLE_FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
-    "columns": "columns of numbers",
+    "columns": "columns of numbers",  # the note has the names of the columns
     "n_features": "features",
     "signs": "signs (1: a higher number means more likely right)",
     "shares": "share of each column in the score",
     "chosen": "chosen by cross-validation",
 }
-"""Names of the facts in the section on the fit to a table, by key of the notes."""
+"""Maps a key of the notes on the fit to a table to the text before its value in the card."""
 TABLE_USAGE_LINES = [
     "```bash",
     "pip install 'vilu[hub]'",
@@ -78,7 +79,7 @@ GUARANTEE_FACTS = {
     "dataset": "from",
     "split": "split",
 }
-"""Names of the facts in the section on the guarantee, by key of ``risk.json``."""
+"""Maps a key of ``risk.json`` to the text before its value in the card."""
 
 
 class DescribedPredictor(Protocol):
@@ -98,7 +99,7 @@ class DescribedPredictor(Protocol):
 
 def model_card(
     description: Mapping[str, Any],
-    method: DescribedPredictor,
+    predictor: DescribedPredictor,
     risk: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a predictor as Markdown, with a header in YAML.
@@ -106,13 +107,13 @@ def model_card(
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
     or None without a calibration. The header is valid YAML, whatever characters the names contain.
     """
-    if method.takes == "answers":
-        return _card_of_table_method(description, method, risk)
-    return _card_of_image_method(description, method, risk)
+    if predictor.takes == "answers":
+        return _card_of_table_predictor(description, predictor, risk)
+    return _card_of_image_predictor(description, predictor, risk)
 
 
-def _card_of_image_method(
-    description: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
+def _card_of_image_predictor(
+    description: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
     """The card of a predictor for images."""
     space = description["space"] or {}  # None if the method was not fitted
@@ -126,20 +127,20 @@ def _card_of_image_method(
         "For every image it says how likely the zero-shot answer of the frozen model below is "
         "wrong (higher = more likely wrong), from the embeddings alone. "
         f"{MADE_WITH}{code_span(description['vilu'])}.",
-        method_paragraph(name, method),
+        method_paragraph(name, predictor),
         section("Embedding space", space_facts),
-        section("Fit", [*fit_lines(notes, method), *seed]),
+        section("Fit", [*fit_lines(notes, predictor), *seed]),
         section("Hyper-parameters", parameter_lines(description["parameters"])),
         section("Guarantee", guarantee_lines(risk)),
-        section("Use", usage_lines(space, notes, method)),
-        section("Limits", limit_lines(notes, method, risk)),
+        section("Use", usage_lines(space, notes, predictor)),
+        section("Limits", limit_lines(notes, predictor, risk)),
         f"Fingerprint {code_span(description.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _card_of_table_method(
-    description: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
+def _card_of_table_predictor(
+    description: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
     """The card of a predictor for tables of answers."""
     notes = description["notes"]
@@ -151,7 +152,7 @@ def _card_of_table_method(
         f"# {name}, a failure predictor",
         "For every answer in a table it says how likely the answer is wrong (higher = more likely "
         f"wrong), from the columns of numbers. {MADE_WITH}{code_span(description['vilu'])}.",
-        method_paragraph(name, method),
+        method_paragraph(name, predictor),
         section("Fit", [*fit, *seed]),
         section("Hyper-parameters", parameter_lines(description["parameters"])),
         section("Guarantee", guarantee_lines(risk)),
@@ -162,10 +163,10 @@ def _card_of_table_method(
     return "\n\n".join(sections) + "\n"
 
 
-def method_paragraph(name: str, method: DescribedPredictor) -> str:
+def method_paragraph(name: str, predictor: DescribedPredictor) -> str:
     """The name, the summary and the reference of the method."""
-    summary = escaped_text(method.summary)
-    reference = escaped_text(method.reference)
+    summary = escaped_text(predictor.summary)
+    reference = escaped_text(predictor.reference)
     return f"**Method.** {code_span(name)}: {summary}. Reference: {reference}."
 
 
@@ -179,7 +180,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def yaml_header(backbone: str | None, method: str) -> str:
-    """The header in YAML. Its values are written as JSON in ASCII, which is valid YAML."""
+    """The header of a card in YAML. Values are written as JSON in ASCII, which is valid YAML."""
     fields = {
         "library_name": "vilu",
         "license": "unknown",
@@ -207,9 +208,9 @@ def hub_id(backbone: str | None) -> str | None:
     return None
 
 
-def fit_lines(notes: Mapping[str, Any], method: DescribedPredictor) -> list[str]:
+def fit_lines(notes: Mapping[str, Any], predictor: DescribedPredictor) -> list[str]:
     """Lines on the rows, the failures and the candidates of the fit."""
-    if not method.needs_fit:
+    if not predictor.needs_fit:
         return ["- nothing is learned from labels", *fact_lines(notes, FIT_FACTS)]
     lines = fact_lines(notes, FIT_FACTS)
     n_rows = notes.get("n_train")
@@ -235,7 +236,7 @@ def guarantee_lines(risk: Mapping[str, Any] | None) -> list[str]:
 
 
 def usage_lines(
-    space: Mapping[str, Any], notes: Mapping[str, Any], method: DescribedPredictor
+    space: Mapping[str, Any], notes: Mapping[str, Any], predictor: DescribedPredictor
 ) -> list[str]:
     """Lines with the commands that download the predictor and score images with it."""
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
@@ -244,7 +245,7 @@ def usage_lines(
     preprocess = space.get("preprocess")
     if preprocess and not str(preprocess).endswith(REDUCED_JPEGS):
         options.append("--full-decode")
-    if "features" in method.columns_to_score:
+    if "features" in predictor.columns_to_score:
         options.append("--features")
     pool_option = ""
     if isinstance(notes.get("pool_size"), int):
@@ -262,14 +263,14 @@ def usage_lines(
 
 
 def limit_lines(
-    notes: Mapping[str, Any], method: DescribedPredictor, risk: Mapping[str, Any] | None
+    notes: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> list[str]:
     """Sentences on the limits of the predictor."""
     sentences = [
         "It says nothing about other backbones, weights, preprocessing or logit scales; "
         "vilu refuses them."
     ]
-    if not method.is_probability:
+    if not predictor.is_probability:
         sentences.append("Its score orders answers; it is no probability.")
     else:
         calibration = "It was not calibrated on rows of its own (`vilu calibrate`)."
@@ -278,16 +279,16 @@ def limit_lines(
         sentences.append(
             f"Its score estimates P(failure) for images like those of the fit. {calibration}"
         )
-    if method.closed_set:
+    if predictor.closed_set:
         sentences.append("It scores the classes that it was fitted on and no others.")
-    columns = ", ".join(code_span(name) for name in method.columns_to_score)
+    columns = ", ".join(code_span(name) for name in predictor.columns_to_score)
     if columns:
         sentences.append(f"It looks at {columns} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
         sentences.append(
             "Failures depend on the pool size: numbers at different pool sizes are not comparable."
         )
-    if method.needs_fit:
+    if predictor.needs_fit:
         sentences.append(
             "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, "
             "so that vilu can warn if these rows are scored."
@@ -303,13 +304,13 @@ def section(title: str, lines: Iterable[str]) -> str:
     return f"## {title}\n\n" + "\n".join(lines)
 
 
-def fact_lines(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """One line for every key of ``names`` that has a value, with the name of the value."""
+def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]:
+    """One line "- TEXT: VALUE" for every key of ``texts`` that has a value in ``values``."""
     lines = []
-    for key, name in names.items():
+    for key, text in texts.items():
         value = values.get(key)
         if value is not None:
-            lines.append(f"- {name}: {code_span(value)}")
+            lines.append(f"- {text}: {code_span(value)}")
     return lines
 
 

@@ -65,7 +65,7 @@ def convert_official(
     """
     weights = read_checkpoint(Path(path))
     try:
-        return _predictor_with(weights, path, float(logit_scale), embed_dim)
+        return _make_predictor(weights, path, float(logit_scale), embed_dim)
     except ViLUError:  # its message is for users already
         raise
     except DAMAGE_ERRORS as error:
@@ -85,10 +85,10 @@ DAMAGE_ERRORS = (
 """Errors that torch raises for damaged files and for tensors of unexpected shapes."""
 
 
-def _predictor_with(
+def _make_predictor(
     weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
 ) -> HeadPredictor:
-    """The predictor with the ``weights`` of the checkpoint at ``path``."""
+    """Make the predictor with the ``weights`` of the checkpoint at ``path``."""
     layers = _layer_names(weights, path)
     text_projection = weights.get("in_proj_t.weight")  # only heads with attention have it
     width = weights["mlp.0.weight"].shape[1]
@@ -98,8 +98,9 @@ def _predictor_with(
     else:
         dim = embed_dim or len(text_projection)
         possible_inputs = ["image", "attended", "caption"]
-    n_inputs = width // dim  # the first layer reads their concatenation
+    n_inputs = width // dim  # the first layer reads the concatenation of the inputs
     inputs = possible_inputs[:n_inputs]
+    # a head with attention must read the attended text
     lacks_attended = text_projection is not None and inputs == ["image"]
     if width != dim * len(inputs) or lacks_attended:
         raise DataError(
@@ -141,7 +142,7 @@ def weights_of_head(
     In a ``FailureHead``, the first layer has one weight matrix for each of the inputs.
     """
     signs = [1] * len(layers)
-    signs[-1] = -1  # of the last layer
+    signs[-1] = -1  # the sign of the last layer is changed
     first_layer, *later_layers = layers
     first_sign, *later_signs = signs
     first_matrices = weights[f"{first_layer}.weight"].float().chunk(len(inputs), dim=1)

@@ -56,7 +56,7 @@ SKETCH_TENSOR_NAMES: dict[Identity, str] = {
     "rows": "seen.rows",
     "names": "seen",
 }
-"""Names of the tensors with the hashes of fitted rows, by the identity that is hashed."""
+"""Maps a kind of identity to the name of the tensor with the hashes of the fitted rows."""
 FINGERPRINT = "fingerprint"
 """Key of the digest of ``predictor.json`` in the file.
 
@@ -108,8 +108,10 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     Raises:
         UsageError: If parameters were changed after the fit, so that the file could not be loaded.
     """
+    # a new predictor with the same parameters refuses tensors that do not match them
+    unfitted_predictor = dataclasses.replace(predictor)
     try:
-        dataclasses.replace(predictor).take(predictor.state(), predictor.space_)
+        unfitted_predictor.take(predictor.state(), predictor.space_)
     except DataError as error:
         raise UsageError(
             f"parameters were changed after the fit and no longer match it: {error} Fit again."
@@ -149,8 +151,8 @@ def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str)
 def refuse_foreign_files(folder: str | Path, *, is_same_fit: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder has the same fit already, files of users are allowed beside it. But no file of a
-    user may have the name of a predictor's file.
+    If the folder already has the same fit, files of users are allowed, too, unless they have the
+    name of a file of a predictor.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 
@@ -219,6 +221,7 @@ def _has_predictor_content(path: Path) -> bool:
     try:
         with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
+                # a safetensors file begins with the size of its header, then the header as JSON
                 header_size = int.from_bytes(handle.read(8), "little")
                 header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
                 return _has_predictor_header(path.name, header)
@@ -287,7 +290,7 @@ def sketch_tensors(predictor: SavablePredictor) -> dict[str, Tensor]:
 
 
 def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
-    """Make the sketches of the rows of the fit, and remove their hashes from ``tensors``.
+    """Make the sketches of the rows of the fit, and remove the hashes of rows from ``tensors``.
 
     ``description`` is the content of the file at ``path``. It has the number of rows of the fit.
     """

@@ -12,19 +12,21 @@ PREDICTOR: Final = "predictor.json"
 WEIGHTS: Final = "weights.safetensors"
 CARD: Final = "README.md"
 
-# Optional files, each with the key of its metadata if it has one.
+# Optional files. Some have metadata, whose key follows the name of the file.
 
 SAMPLE: Final = "sample.safetensors"
 SAMPLE_KEY: Final = "vilu.sample"
 """The file of a sample of the images of the fit (``FitSample``), and the key of its metadata."""
 
 RISK: Final = "risk.json"
+"""The file with the guarantee of a calibration."""
 ROWS: Final = "calibration.parquet"
+"""The file with the rows of the calibration."""
 LOOKS: Final = "looks.json"
-"""The guarantee of a calibration, the rows of the calibration, and the count of looks at them."""
+"""The file with the targets of all calibrations on these rows (``vilu.calibration.looks``)."""
 
 LIKELY: Final = "likely.json"
-"""The estimate of which answers are likely right (``vilu.calibration.likely``)."""
+"""The file with the estimate of which answers are likely right (``vilu.calibration.likely``)."""
 
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
@@ -34,10 +36,11 @@ VOCABULARY_KEY: Final = "vilu.vocabulary"
 class SavedModel(ABC):
     """A model that can be given in place of the folder in which it would be saved.
 
-    It is the base of ``vilu.Selective``, for modules that ``vilu.Selective`` imports, and which
-    therefore cannot import ``vilu.Selective``.
+    ``vilu.Selective`` is derived from this class. Modules that ``vilu.Selective`` imports use this
+    class, because they cannot import ``vilu.Selective`` itself.
     """
 
+    # phrase for messages about a wrong argument: how to get such a model
     how: ClassVar[str] = "a vilu.Selective"
 
     @property

@@ -1,6 +1,6 @@
 """A sample of the images of a fit, saved with the predictor.
 
-By comparison with the sample, near copies of fitted images are detected among other rows.
+Other rows are compared with the sample, so that near copies of fitted images are detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
 """Maximum size in bytes of the file of a sample, with its metadata."""
 
 SAMPLE_STREAM: Final = 0x5A
-"""Part of the seed of the sample, so that other random numbers of the same fit are different."""
+"""First part of the seed of the sample. The second part is the seed of the fit.
+
+So the random numbers of the sample differ from other random numbers of the fit.
+"""
 
 BLOCK_ROWS: Final = 4096
 """Number of rows whose cosines with the sample are in memory at the same time."""
@@ -129,7 +132,7 @@ class FitSample:
                 metadata = file.metadata() or {}  # without the key, the file is damaged (KeyError)
                 facts = parse_json(metadata[SAMPLE_KEY].encode())
                 image = file.get_tensor("image")
-            sample = cls._checked(facts, image)
+            sample = cls._from_content(facts, image)
         except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}). {remedy}.") from error
         if facts["weights_sha256"] != weights_sha256:
@@ -137,8 +140,8 @@ class FitSample:
         return sample
 
     @classmethod
-    def _checked(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
-        """Make a sample; a ValueError if its metadata ``facts`` do not describe it."""
+    def _from_content(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
+        """Make a sample of ``image`` vectors; a ValueError if ``facts`` do not describe them."""
         saved_digest = facts.pop("digest", None)
         if saved_digest != digest(facts) or facts["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")

@@ -73,7 +73,7 @@ MAX_FILE_SIZES = {
     VOCABULARY: 2**30,
     SAMPLE: MAX_FILE_BYTES,
 }
-"""Maximum sizes in bytes of the files of a predictor, by name. Only these files are copied.
+"""Maps the name of a file of a predictor to its maximum size in bytes. Only these files are copied.
 
 ``2**30`` is one GiB. None of these files is a pickle or code.
 """
@@ -85,11 +85,12 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
 
     If the block raises no error, temporary folders of killed processes are removed, too.
     """
-    unique = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
-    folder = make_folder(target.with_name(f".{target.name}.{unique}.tmp"))
+    unique_suffix = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
+    folder = make_folder(target.with_name(f".{target.name}.{unique_suffix}.tmp"))
     try:
         yield folder
-        # ``pop``, because ``unfinished`` returns the same dictionary every time
+        # ``temporary_paths`` returns the same dictionary at every call. ``pop`` removes the folders
+        # from it, so that they are not found again.
         temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, [])
         for temporary in temporary_folders:
             if is_leftover(temporary):
@@ -103,12 +104,12 @@ def copy_files(
     destination: Path,
     *,
     cache: Path | None = None,
-    excluded: frozenset[str] = frozenset(),
+    excluded_names: frozenset[str] = frozenset(),
 ) -> str:
     """Copy the files of a predictor into an empty folder, and check the copy by loading it.
 
-    Returns the fingerprint of the predictor. Files named in ``excluded`` are not copied. Symbolic
-    links are refused, unless they lead to files in the ``cache`` of the hub.
+    Returns the fingerprint of the predictor. Files named in ``excluded_names`` are not copied.
+    Symbolic links are refused, unless they lead to files in the ``cache`` of the hub.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -124,17 +125,17 @@ def copy_files(
         _open_folder(source) as folder,
     ):
         for name, limit in MAX_FILE_SIZES.items():
-            if name in excluded:
+            if name in excluded_names:
                 continue
             descriptor = _open_file(folder, name, cache)
             if descriptor is None:
                 continue
             copy_path = destination / name
-            with os.fdopen(descriptor, "rb") as content, copy_path.open("xb") as copy:
+            with os.fdopen(descriptor, "rb") as content, copy_path.open("xb") as copy_file:
                 require_size(str(source / name), os.fstat(descriptor).st_size, limit)
-                shutil.copyfileobj(content, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
+                shutil.copyfileobj(content, copy_file)
+                copy_file.flush()
+                os.fsync(copy_file.fileno())
     return check_copy(destination, source)
 
 
@@ -224,7 +225,7 @@ def require_size(name: str, size: int, limit: int) -> None:
         )
 
 
-def check_copy(folder: Path, original: Path) -> str:
+def check_copy(folder: Path, original_folder: Path) -> str:
     """Check a copied predictor by loading all its files; returns the fingerprint.
 
     ``folder`` is the copy. Error messages name the folder of the original instead.
@@ -240,7 +241,7 @@ def check_copy(folder: Path, original: Path) -> str:
                 read_json(folder / document, RECALIBRATE)  # this checks the digest of the file
         return str(read_description(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
-        raise type(error)(str(error).replace(str(folder), str(original))) from error
+        raise type(error)(str(error).replace(str(folder), str(original_folder))) from error
 
 
 def _check_calibration(folder: Path) -> None:
@@ -256,9 +257,9 @@ def _check_calibration(folder: Path) -> None:
 
 
 def _comparable_content(path: Path) -> object:
-    """Content by which two copies of a file are compared, without the version of vilu.
+    """Content of a file without the version of vilu; None if the file does not exist.
 
-    The content is None if the file does not exist.
+    Two copies of a file are compared by this content.
     """
     if not path.is_file():
         return None
@@ -315,7 +316,7 @@ ERROR_REASONS = {
     ),
     "HFValidationError": "that is no name of a repository",
 }
-"""Reasons for messages, by the names of the errors of huggingface_hub."""
+"""Maps the class name of an error of huggingface_hub to the reason in a message."""
 
 FOLDER_PREFIX = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 """Beginning of a path to a folder: /, ./, ../, ~/ or a drive."""
@@ -348,16 +349,16 @@ def push(
             fitted images among calibration rows cannot be detected.
     """
     target_folder = local_folder(repository, revision)
-    excluded: frozenset[str] = frozenset()
+    excluded_names: frozenset[str] = frozenset()
     if not with_sample:
-        excluded = frozenset({SAMPLE})
+        excluded_names = frozenset({SAMPLE})
     if target_folder is not None:
         copied_folder = _copy_to_folder(
-            folder_of(folder), target_folder, overwrite=overwrite, excluded=excluded
+            folder_of(folder), target_folder, overwrite=overwrite, excluded_names=excluded_names
         )
         return str(copied_folder)
     with tempfile.TemporaryDirectory() as staged_folder:
-        copy_files(folder_of(folder), Path(staged_folder), excluded=excluded)
+        copy_files(folder_of(folder), Path(staged_folder), excluded_names=excluded_names)
         return _upload(Path(staged_folder), repository, private, revision)
 
 
@@ -418,18 +419,19 @@ def _copy_to_folder(
     *,
     overwrite: bool,
     cache: Path | None = None,
-    excluded: frozenset[str] = frozenset(),
+    excluded_names: frozenset[str] = frozenset(),
 ) -> Path:
     """Copy a predictor to the folder ``target``, unless the same predictor is there."""
     # files of users are refused before anything is copied
     claim_folder(target, "predictor", is_predictor_file, overwrite=True)
     resolved_target = target.resolve()
     with temporary_folder_beside(resolved_target) as staged_folder:
-        copy_files(source, staged_folder, cache=cache, excluded=excluded)
+        copy_files(source, staged_folder, cache=cache, excluded_names=excluded_names)
         is_same = _have_same_files(staged_folder, resolved_target)
-        if claim_folder(
+        has_same_predictor = claim_folder(
             target, "predictor", is_predictor_file, has_same_inputs=is_same, overwrite=overwrite
-        ):
+        )
+        if has_same_predictor:
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:
             replace_folder(staged_folder, resolved_target)
@@ -478,10 +480,10 @@ def _download(repository: str, revision: str | None) -> Path:
             )
             files = info.siblings or ()  # ``siblings`` is None if the hub lists no files
             sizes = {file.rfilename: file.size for file in files}
-            missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
-            if missing:
+            missing_files = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
+            if missing_files:
                 raise DataError(
-                    f"{repository} holds no predictor: it has no {' and no '.join(missing)}."
+                    f"{repository} holds no predictor: it has no {' and no '.join(missing_files)}."
                 )
             for name, limit in MAX_FILE_SIZES.items():
                 # 0 if the repository does not have the file, or does not know its size

@@ -57,12 +57,12 @@ class GraphBatch(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """Index (K,) int64, for every candidate, of the first candidate with equal embedding.
+        """(K,) int64: for every candidate, the index of the first candidate with equal embedding.
 
-        The result is the same as of the function ``vilu.embeddings.similarity.first_equal``.
+        The function ``vilu.embeddings.similarity.first_equal`` has the same result.
         """
         _, group_of_text = torch.unique(self.text, dim=0, return_inverse=True)
-        # without a conversion torch 2.10 exports it with the dtype of the text
+        # without this conversion, torch 2.10 exports the groups with the dtype of the text
         group_of_text = group_of_text.long()
         indices = row_numbers(self.text)
         after_last = torch.full_like(indices, self.text.shape[0])
@@ -70,18 +70,18 @@ class GraphBatch(Batch):
         return first_of_group[group_of_text]
 
     def alike(self, answer: Tensor) -> Tensor:
-        """Mask (N, K): whether each candidate is the ``answer`` (N,).
+        """Mask (N, K): whether each candidate is the ``answer`` (N,) of a row.
 
-        All candidates of a graph are different answers.
+        In a graph all candidates are different answers, so the indices are compared.
         """
         answer_column = answer[:, None]
         return row_numbers(self.text) == answer_column
 
 
 class Float32Batch(GraphBatch):
-    """A ``GraphBatch`` with the float32 logits that predictors use.
+    """A ``GraphBatch`` with the logits that predictors use, which are computed in float32.
 
-    The difference between these logits and those of ``GraphBatch`` is used to measure rounding.
+    It is used to measure the rounding of scores.
     """
 
     logits = Batch.logits
@@ -96,10 +96,10 @@ class ScoreGraph(nn.Module):
     """Module that computes uncertainties and answers from images, texts and columns.
 
     Attributes:
-        batch: Class of the batches for which the score is computed.
+        batch_class: Class of the batches for which the score is computed.
     """
 
-    batch: type[GraphBatch] = GraphBatch
+    batch_class: type[GraphBatch] = GraphBatch
 
     def __init__(self, score: nn.Module, space: EmbeddingSpace) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class ScoreGraph(nn.Module):
         """Uncertainties (N,) float64 and the judged answers (N,) int64."""
         rows = row_numbers(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
-        batch = self.batch(
+        batch = self.batch_class(
             image=image,
             text=text,
             target=torch.full_like(rows, UNKNOWN),
@@ -160,10 +160,10 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
             "Score with `vilu score`, or vilu.load(folder)."
         )
     if "graph" not in vars(type(predictor)):
-        with_graph = sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls))
+        exportable_names = sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls))
         raise NotExportable(
             f"{predictor.name} cannot be exported as a graph of image and text. These can: "
-            f"{', '.join(with_graph)}."
+            f"{', '.join(exportable_names)}."
         )
     if predictor.answer == "given":
         raise NotExportable(
@@ -185,27 +185,27 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
 
 
 MAX_DIFFERENCE = 1e-5
-"""Difference between uncertainties by ONNX and by torch that is always allowed."""
+"""This difference between uncertainties by ONNX and by torch is always allowed."""
 
 MAX_ROUNDINGS = 4
-"""The difference may also be up to this many times the rounding of the score in float32.
+"""A difference of up to this many times the rounding of the score is allowed as well.
 
-The rounding is the difference between the scores in float32 and in float64, both by torch.
+The rounding is the difference between the scores by torch in float32 and in float64.
 """
 
 MIN_COSINE_GAP = 1e-4
-"""A zero-shot answer is clear if the two largest cosines differ by more than this share.
+"""The gap between the two largest cosines, divided by the largest, must exceed this.
 
-The share is of the largest cosine. Otherwise rounding may change the answer.
+Then the zero-shot answer is clear. In a smaller gap, rounding may change the answer.
 """
 
 MIN_POSTERIOR_GAP = 1e-2
 """An adapted answer is clear if the two largest log probabilities differ by more than this."""
 
-TRIED_SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
+TRIAL_SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates with which an export is tested."""
 
-TRIED_WORDS = 40
+N_TRIAL_WORDS = 40
 """Number of everyday words with which an export is tested."""
 
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
@@ -255,7 +255,7 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     content = to_onnx(predictor, fit_fingerprint(folder))
     run_onnx = onnx_function(content)
     results = []
-    for inputs in trial_inputs(predictor, TRIED_SIZES):
+    for inputs in trial_inputs(predictor, TRIAL_SIZES):
         uncertainty, answer = run_onnx(inputs)
         results.append((inputs, uncertainty, answer))
     difference = largest_difference(predictor, results)
@@ -285,18 +285,19 @@ def write_graph(
     """
     n_rows = torch.export.Dim("N")
     dimensions = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
-    open_sizes = {name: {0: dimensions.get(name, n_rows)} for name in example}
+    # dimension 0 of every input has a size that is not fixed
+    dynamic_shapes = {name: {0: dimensions.get(name, n_rows)} for name in example}
     with quiet():
-        exported = torch.onnx.export(
+        exported_program = torch.onnx.export(
             graph,
             kwargs=example,
             dynamo=True,
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes=open_sizes,
+            dynamic_shapes=dynamic_shapes,
         )
-    program = cast("torch.onnx.ONNXProgram", exported)  # with dynamo=True it always is one
+    program = cast("torch.onnx.ONNXProgram", exported_program)  # with dynamo=True it always is one
     fixed_inputs = []
     for graph_input in program.model.graph.inputs:
         shape = graph_input.shape
@@ -317,7 +318,7 @@ def write_graph(
 
 
 def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
-    """Metadata of every file: facts about its predictor, as strings."""
+    """Metadata of an ONNX file for images or for tables: facts about its predictor, as strings."""
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
@@ -330,7 +331,7 @@ def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[st
 def file_metadata(
     predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
 ) -> dict[str, str]:
-    """Metadata of a file: facts about its predictor and its embedding space, as strings."""
+    """Metadata of an ONNX file for images: facts about its predictor and its embedding space."""
     return {
         **predictor_metadata(predictor, fingerprint),
         "vilu.embeddings.space": space.fingerprint,
@@ -369,13 +370,13 @@ def largest_difference(
     """
     float32_graph = score_graph(predictor)
     float64_graph = copy.deepcopy(float32_graph).double()
-    float32_graph.batch = Float32Batch
+    float32_graph.batch_class = Float32Batch
     differences = []
     roundings = []
     for inputs, uncertainty, answer in results:
         expected_uncertainty, expected_answer, is_clear = reference_scores(predictor, inputs)
-        differs = answer != expected_answer
-        if differs[is_clear].any():
+        is_different = answer != expected_answer
+        if is_different[is_clear].any():
             raise DataError(
                 f"the exported {predictor.name} gives other answers. Nothing was written."
             )
@@ -421,12 +422,12 @@ def reference_scores(
     answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored_batches])
     if predictor.answer == "adapted":
         posteriors = [predictor.log_posterior(batch).cpu() for batch, _ in scored_batches]
-        largest, second = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
-        is_clear = largest - second > MIN_POSTERIOR_GAP
+        largest, second_largest = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
+        is_clear = largest - second_largest > MIN_POSTERIOR_GAP
     else:
         cosines = image @ text.unique(dim=0).T
-        largest, second = cosines.topk(2, dim=1).values.unbind(dim=1)
-        is_clear = largest - second > MIN_COSINE_GAP * largest.abs()
+        largest, second_largest = cosines.topk(2, dim=1).values.unbind(dim=1)
+        is_clear = largest - second_largest > MIN_COSINE_GAP * largest.abs()
     return uncertainty, answer, is_clear.numpy()
 
 
@@ -440,39 +441,41 @@ def trial_inputs(
     together with other texts.
     """
     space = predictor.fitted_space
-    graph = score_graph(predictor).score
+    score = score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
     no_classes = torch.empty(0, 0, dtype=torch.float32)
-    classes = cast("Tensor", getattr(graph, "classes", no_classes)).cpu()
-    known_widths = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
-    widths = {name: known_widths[name] for name in predictor.columns_to_score}
+    classes = cast("Tensor", getattr(score, "classes", no_classes)).cpu()
+    known_widths = {NEGATIVES: space.embed_dim, **getattr(score, "widths", {})}
+    column_widths = {name: known_widths[name] for name in predictor.columns_to_score}
     random_texts = []
     for _, n_candidates in sizes:
         random_texts.append(random_rows(n_candidates, space.embed_dim, generator))
     for (n_images, _), text in zip(sizes, random_texts, strict=True):
-        yield random_inputs(widths, n_images, text, generator)
+        yield random_inputs(column_widths, n_images, text, generator)
     if len(classes) > 1:
-        shuffled = classes[torch.randperm(len(classes), generator=generator)]
-        with_others = torch.cat([shuffled, random_texts[0]])
-        for text in (classes, shuffled, shuffled[:2], with_others):
-            yield random_inputs(widths, n_images=9, text=text, generator=generator)
+        shuffled_classes = classes[torch.randperm(len(classes), generator=generator)]
+        two_classes = shuffled_classes[:2]
+        classes_and_others = torch.cat([shuffled_classes, random_texts[0]])
+        for text in (classes, shuffled_classes, two_classes, classes_and_others):
+            yield random_inputs(column_widths, n_images=9, text=text, generator=generator)
 
 
 def random_inputs(
-    widths: dict[str, int], n_images: int, text: Tensor, generator: torch.Generator
+    column_widths: dict[str, int], n_images: int, text: Tensor, generator: torch.Generator
 ) -> GraphInputs:
-    """Random images for the candidates ``text``, and columns of the ``widths``.
+    """Random images for the candidates ``text``, and random columns by name.
 
-    Every second image is near a candidate.
+    Every second image is near a candidate. ``column_widths`` maps the name of a column to its
+    width.
     """
     image = random_rows(n_images, text.shape[1], generator)
     candidate = text[torch.randint(len(text), (n_images,), generator=generator)]
     near_candidate = functional.normalize(candidate + image / 2, dim=1)
     image[::2] = near_candidate[::2]
     inputs = {"image": image, "text": text}
-    for name, width in widths.items():
+    for name, width in column_widths.items():
         if name == NEGATIVES:
-            inputs[name] = random_rows(TRIED_WORDS, width, generator)
+            inputs[name] = random_rows(N_TRIAL_WORDS, width, generator)
         else:
             inputs[name] = torch.randn(n_images, width, generator=generator, dtype=torch.float32)
     return inputs

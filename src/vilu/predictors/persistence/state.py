@@ -23,6 +23,7 @@ class StateLayout(NamedTuple):
     method: str
     names: tuple[str, ...]  # names of the method's own tensors; all others are network weights
     forms: str  # types and sizes of the method's own tensors, see ``require_forms``
+    # function that makes the network for the tensors and the space; None without a network
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
 
     def read(
@@ -35,7 +36,7 @@ class StateLayout(NamedTuple):
         """
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
-        # contiguous like tensors from a file, so that results are the same bit for bit
+        # contiguous as tensors from a file are, so that both give the same results bit for bit
         method_tensors = {
             name: tensors[name].contiguous() for name in tensors if name in self.names
         }
@@ -47,14 +48,14 @@ class StateLayout(NamedTuple):
             weights = {name: tensors[name] for name in tensors if name not in self.names}
             network = load_weights(network, weights, self.method).requires_grad_(False)
         elif tensors.keys() != set(self.names):
-            raise DataError(self._wrong_names(tensors))
+            raise DataError(self._wrong_names_message(tensors))
         width = 0
         if space is not None:
             width = space.embed_dim
         require_forms(self.method, method_tensors, self.forms, width)
         return method_tensors, network
 
-    def _wrong_names(self, tensors: Mapping[str, Tensor]) -> str:
+    def _wrong_names_message(self, tensors: Mapping[str, Tensor]) -> str:
         """Message for tensors whose names are not the names of the tensors of the method."""
         expectation = f"{self.method} has no weights"
         if self.names:
@@ -63,14 +64,14 @@ class StateLayout(NamedTuple):
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-"""Form of a tensor: name, type, one letter for each size, and the letter of the bound of values."""
+"""Form of a tensor: name, type, one letter for each size, and the size that bounds the values."""
 
 TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
 """Types of tensors by their letter in a form."""
 
 
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors of other types or sizes than ``forms`` describes.
+    """Refuse tensors whose types or sizes are not those that ``forms`` describes.
 
     An example of ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
     classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of ``TYPES``), and
@@ -83,12 +84,14 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
     sizes = {"D": width, "1": 1, "2": 2}  # known sizes, by their letter or digit
     expected_forms = [_Form(*form) for form in FORM.findall(forms)]
     present_forms = [form for form in expected_forms if form.name in tensors]
-    is_empty = _has_small_sizes_of_zero(tensors, present_forms)
+    small_sizes_are_zero = _has_small_sizes_of_zero(tensors, present_forms)
     for name, type_letter, size_letters, bound in present_forms:
         tensor = tensors[name]
         dtype = TYPES[type_letter]
         shape = tuple(tensor.shape)
-        expected_shape = _expected_shape(size_letters, shape, sizes, is_empty=is_empty)
+        expected_shape = _expected_shape(
+            size_letters, shape, sizes, small_sizes_are_zero=small_sizes_are_zero
+        )
         subject = f"{name} of {method} must be"
         if tensor.dtype != dtype or shape != expected_shape:
             raise DataError(
@@ -122,16 +125,16 @@ def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_For
 
 
 def _expected_shape(
-    size_letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
+    size_letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, small_sizes_are_zero: bool
 ) -> tuple[int, ...]:
     """The expected shape of a tensor of this ``shape``, from the letters of its sizes.
 
-    A letter that is not yet in ``sizes`` is added with the size of the tensor, or with 1 if this
-    size is 0.
+    If ``small_sizes_are_zero``, all sizes with small letters must be 0. A letter that is not yet in
+    ``sizes`` is added with the size of the tensor, or with 1 if this size is 0.
     """
     expected_shape = []
     for dimension, letter in enumerate(size_letters):
-        if is_empty and letter.islower():
+        if small_sizes_are_zero and letter.islower():
             expected_shape.append(0)
             continue
         actual_size = 0  # of a dimension that the tensor lacks

@@ -118,8 +118,8 @@ def _assemble(
 def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
     """Digest of everything that decides the result of a fit.
 
-    These are the method and its parameters, the ``files`` that the fit reads, and further ``flags``
-    by name.
+    The result depends on the method and its parameters, on the ``files`` that the fit reads, and on
+    further ``flags``.
     """
     content = description.describe(predictor)
     return inputs_digest(
@@ -134,9 +134,9 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     other inputs is refused, unless ``overwrite``.
     """
     notes: object = None
-    saved = description.read_fit_description(folder / PREDICTOR)
-    if saved is not None:
-        notes = saved.get("notes")
+    saved_description = description.read_fit_description(folder / PREDICTOR)
+    if saved_description is not None:
+        notes = saved_description.get("notes")
     is_same = isinstance(notes, dict) and notes.get("inputs") == inputs
     if is_same and not overwrite:
         try:
@@ -166,7 +166,7 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
         MissingModelError: If the class is one of vilu-bench, which is not installed.
     """
     name = content["method"]
-    home = content.get("home")
+    home = content.get("home")  # package and module of a method outside vilu, else None
     if name in method_names():
         return find_method(name)
     if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):

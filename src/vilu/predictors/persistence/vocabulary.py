@@ -40,7 +40,8 @@ class Vocabulary:
         text: (K, D) float32 unit-norm text embeddings of the classes.
         space: Space of the embeddings.
         dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
-        columns: All columns that have no rows for images, by name (``vilu.embeddings.columns``).
+        columns: Columns whose rows do not belong to images, such as everyday words, by name
+            (``vilu.embeddings.columns``).
     """
 
     names: tuple[str, ...] | None
@@ -72,7 +73,7 @@ class Vocabulary:
 
         Args:
             image: (N, D) embeddings.
-            columns: Columns of the rows (``vilu.embeddings.columns``).
+            columns: Columns whose rows belong to the images (``vilu.embeddings.columns``).
             ids: N identifiers; by default the row numbers.
         """
         return NewImages(
@@ -120,7 +121,7 @@ class Vocabulary:
                 header = parse_json(metadata[VOCABULARY_KEY].encode())
                 names = list(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names}
-            return cls._checked(header, tensors)
+            return cls._from_content(header, tensors)
         except (
             DataError,
             KeyError,
@@ -133,7 +134,7 @@ class Vocabulary:
             raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
 
     @classmethod
-    def _checked(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
+    def _from_content(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
         """Make a vocabulary; a DataError if the header does not describe the tensors."""
         saved_digest = header.pop("digest", None)
         if saved_digest != digest(header) or _tensor_hashes(tensors) != header["tensors"]:

@@ -29,13 +29,16 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
 from vilu.predictors.contract.predictor import FailurePredictor
 
-# Name of the column of "negatives". These are everyday words, which none of the classes means. They
-# stand for images of none of the classes.
 NEGATIVES = "negatives"
+"""Name of the column of everyday words, none of which means a class.
+
+The words represent images of none of the classes.
+"""
 
 
 # All batches of a source have the same texts and words, so the far words are computed for the first
-# batch only. The cache holds them by text and by words, as long as both tensors exist.
+# batch only. The cache maps text, words and settings to the far words, as long as both tensors
+# exist.
 _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
     WeakTensorKeyDictionary()
 )
@@ -170,28 +173,30 @@ WORD_SHARE = 0.25
 """Share of the words that the outcome "outside" uses: the words farthest from the classes."""
 
 DIRECTION_ROWS = 100
-"""Minimum number of rows from which a direction and a share of images outside are estimated."""
+"""A direction and a share of images outside are estimated if there are at least this many rows."""
 
 DIRECTION_VARIANCE = 0.1
 """Prior variance of the weights that predict the margin from the image."""
-DIRECTION_WEIGHT = 2.0
-"""Weight of the predicted margin in its average with the margin, which has the weight 1."""
+PREDICTION_SHARE = 2 / 3
+"""Weight of the predicted margin in its average with the margin."""
 
 CLASS_PRIOR_ROWS = 5.0
 """Weight, in rows, that the mean over all classes has in the estimated mean of one class."""
 OUTSIDE_PRIOR = 0.05
-"""Weight that the expected mean of images outside has in their mean, as a share of the N rows."""
+"""Weight, as a share of the N rows, that the expected mean outside has in the estimated mean."""
 MIN_OUTSIDE_SHARE = 0.02
-"""Minimum estimated share of images outside with which the predicted margin is used."""
+"""The predicted margin is used if the estimated share of images outside is at least this."""
 MIN_SEPARATION = 2.0
-"""Minimum distance of the means inside and outside, in standard deviations, to use the words."""
+"""The words are used if the means inside and outside are this many standard deviations apart."""
 MAX_SEPARATION = 10.0
-"""Maximum distance of the means, in standard deviations. A few equal rows would show a larger one.
+"""Maximum distance of the means, in standard deviations.
+
+Without this limit, a few equal rows would have a larger distance.
 """
 ASSUMED_OUTSIDE_SHARE = 0.1
-"""Share of images outside that is assumed where the rows cannot show it."""
+"""This share of images outside is assumed if it cannot be estimated from the rows."""
 LOG_ODDS_DISCOUNT = 1.0
-"""Number subtracted from log-odds that were estimated without examples of images outside."""
+"""This number is subtracted from log-odds that were estimated without examples outside."""
 
 LABEL_VARIANCE = 100.0
 """Prior variance of the weights of the image, where there are examples of images outside."""
@@ -259,6 +264,7 @@ class Outside:
         return dict(zip(self.names, tensors, strict=True))
 
     def __bool__(self) -> bool:
+        """Whether the outcome was learned."""
         return len(self.slope) > 0
 
     @property
@@ -277,7 +283,7 @@ class Outside:
                 that is no class of the fit. None means -1 for all candidates.
         """
         image = float64(batch.image)
-        if not self:
+        if not self:  # nothing was learned
             return torch.full_like(image[:, 0], -torch.inf)
         weight, bias, word_weight, slope, offset = (
             tensor.to(image.device) for tensor in self.tensors().values()
@@ -506,10 +512,10 @@ def fit_mixture(
         mean_sum: Expected sum of the mean inside and the mean outside.
         known_inside: Whether it is known that all images are inside.
     """
-    n = len(value)
-    ordered = value.sort().values
-    low_quantile = float(ordered[int(0.05 * (n - 1))])  # the 5 % quantile
-    lower_quartile = float(ordered[int(0.25 * (n - 1))])
+    last_index = len(value) - 1
+    ascending_value = value.sort().values
+    low_quantile = float(ascending_value[int(0.05 * last_index)])  # the 5 % quantile
+    lower_quartile = float(ascending_value[int(0.25 * last_index)])
     expected_outside = mean_sum - lower_quartile
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
     # deviation is therefore at least |expected_outside - lower_quartile| / MAX_SEPARATION.
@@ -523,47 +529,71 @@ def fit_mixture(
         variance=deviation**2,
         outside_share=ASSUMED_OUTSIDE_SHARE,
     )
-    zeros = torch.zeros(n_classes, dtype=torch.float64)
     n_passes = 1 if known_inside else MAX_EM_PASSES
     for _ in range(n_passes):
-        slope, offset = mixture.log_odds()
         p_outside = torch.zeros_like(value)
         if not known_inside:
+            slope, offset = mixture.log_odds()
             p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
-        p_inside = 1 - p_outside
-        mean_inside = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
-        mass_of_class = zeros.index_add(0, answer, p_inside)
-        sum_of_class = zeros.index_add(0, answer, p_inside * value)
-        class_means = (sum_of_class + CLASS_PRIOR_ROWS * mean_inside) / (
-            mass_of_class + CLASS_PRIOR_ROWS
+        updated_mixture = _mixture_of_members(
+            value,
+            answer,
+            p_outside,
+            n_classes=n_classes,
+            expected_outside=expected_outside,
+            min_deviation=min_deviation,
         )
-        # the last mean is for any other candidate
-        inside_means = torch.cat([class_means, mean_inside[None]])
-        n_outside = p_outside.sum()
-        # without this prior, EM would split rows that are all inside into two halves
-        prior_rows = OUTSIDE_PRIOR * n
-        outside_total = float((p_outside * value).sum() + prior_rows * expected_outside)
-        outside_mean = outside_total / float(n_outside + prior_rows)
-        squares_outside = p_outside * (value - outside_mean).square()
-        squares_inside = p_inside * (value - inside_means[answer]).square()
-        outside_share = ASSUMED_OUTSIDE_SHARE
-        if not known_inside:
-            # the added 0.5 and 5 keep the share above zero, which EM could never leave
-            outside_share = (float(n_outside) + 0.5) / (n + 5)
-        mean_square = (squares_inside + squares_outside).mean()
-        variance = max(float(mean_square), min_deviation**2)
-        updated = Mixture(
-            inside_means=inside_means,
-            outside_mean=outside_mean,
-            variance=variance,
-            outside_share=min(max(outside_share, 1e-3), 1 - 1e-3),
-        )
-        change_of_mean = abs(updated.outside_mean - mixture.outside_mean)
-        change_of_share = abs(updated.outside_share - mixture.outside_share)
-        mixture = updated
+        if known_inside:
+            updated_mixture = updated_mixture._replace(outside_share=ASSUMED_OUTSIDE_SHARE)
+        change_of_mean = abs(updated_mixture.outside_mean - mixture.outside_mean)
+        change_of_share = abs(updated_mixture.outside_share - mixture.outside_share)
+        mixture = updated_mixture
         if change_of_mean + change_of_share < EM_TOLERANCE:
             break
     return mixture
+
+
+def _mixture_of_members(
+    value: Tensor,
+    answer: Tensor,
+    p_outside: Tensor,
+    *,
+    n_classes: int,
+    expected_outside: float,
+    min_deviation: float,
+) -> Mixture:
+    """The mixture for values (N,) of images that are outside with probabilities ``p_outside`` (N,).
+
+    This is one step of ``fit_mixture``. ``answer`` (N,) are the zero-shot answers.
+    ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the minimum standard
+    deviation.
+    """
+    n = len(value)
+    p_inside = 1 - p_outside
+    mean_inside = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
+    zero_of_class = torch.zeros(n_classes, dtype=torch.float64)
+    mass_of_class = zero_of_class.index_add(0, answer, p_inside)
+    sum_of_class = zero_of_class.index_add(0, answer, p_inside * value)
+    sum_with_prior = sum_of_class + CLASS_PRIOR_ROWS * mean_inside
+    class_means = sum_with_prior / (mass_of_class + CLASS_PRIOR_ROWS)
+    # the last mean is for any other candidate
+    inside_means = torch.cat([class_means, mean_inside[None]])
+    n_outside = p_outside.sum()
+    # without this prior, EM would split rows that are all inside into two halves
+    prior_rows = OUTSIDE_PRIOR * n
+    outside_total = float((p_outside * value).sum() + prior_rows * expected_outside)
+    outside_mean = outside_total / float(n_outside + prior_rows)
+    squares_outside = p_outside * (value - outside_mean).square()
+    squares_inside = p_inside * (value - inside_means[answer]).square()
+    mean_square = (squares_inside + squares_outside).mean()
+    # the added 0.5 and 5 keep the share above zero, which EM could never leave
+    outside_share = (float(n_outside) + 0.5) / (n + 5)
+    return Mixture(
+        inside_means=inside_means,
+        outside_mean=outside_mean,
+        variance=max(float(mean_square), min_deviation**2),
+        outside_share=min(max(outside_share, 1e-3), 1 - 1e-3),
+    )
 
 
 def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
@@ -589,23 +619,23 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
     mixture = None
     has_few_rows = len(margins.margin) < DIRECTION_ROWS
     if not known_inside and not has_few_rows:
-        predicted_share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
         direction, intercept = margins.direction()
-        direction = predicted_share * direction
-        intercept = predicted_share * intercept
+        direction = PREDICTION_SHARE * direction
+        intercept = PREDICTION_SHARE * intercept
         predictions = []
         for batch in rows.batches(SCORING_BATCH):
             predictions.append(float64(batch.image) @ direction + intercept)
-        value = torch.cat(predictions) + (1 - predicted_share) * margins.margin
-        mixture = fit_mixture(value, margins.answer, n_classes, mean_sum, known_inside=False)
+        value = torch.cat(predictions) + (1 - PREDICTION_SHARE) * margins.margin
+        mixture_of_averages = fit_mixture(
+            value, margins.answer, n_classes, mean_sum, known_inside=False
+        )
         # With hardly any image outside, the regression fits another property of the images. The
         # value is then the margin alone.
-        if mixture.outside_share >= MIN_OUTSIDE_SHARE:
+        if mixture_of_averages.outside_share >= MIN_OUTSIDE_SHARE:
+            mixture = mixture_of_averages
             weight = direction
             bias = intercept
-            word_weight = (1 - predicted_share) * word_weight
-        else:
-            mixture = None
+            word_weight = (1 - PREDICTION_SHARE) * word_weight
     if mixture is None:
         # A few rows do not show the share of images outside. The mixture is then fitted as if all
         # rows were inside.
@@ -686,8 +716,9 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         total = penalty.detach()
         for is_outside, regressors in ((0, inside), (1, outside)):
             for inputs in regressors.blocks():
-                standardised = (inputs - centre) / scale
-                logits = standardised @ weights[:-1] + weights[-1]  # the last is the intercept
+                standardised_inputs = (inputs - centre) / scale
+                intercept = weights[-1]
+                logits = standardised_inputs @ weights[:-1] + intercept
                 target = torch.full_like(logits, is_outside)
                 loss_sum = functional.binary_cross_entropy_with_logits(
                     logits, target, reduction="sum"
@@ -698,20 +729,21 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         return total
 
     optimizer.step(objective)
+    # the weights of inputs that are only centred
     direction = weights.detach()[:-1] / scale
-    intercept = weights.detach()[-1]
+    centred_intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     offset = torch.zeros(1, dtype=torch.float64)
     word_weight = torch.zeros((), dtype=torch.float64)  # without words, the margin is not used
     if len(direction) > dim:  # the weights of the image come first, then that of the margin
         word_weight = direction[dim].clone()
-    bias = intercept - direction @ centre
+    bias = centred_intercept - direction @ centre
     notes = {"n_outside": len(outside_rows)}
     return Outside(direction[:dim].clone(), bias, word_weight, slope, offset, notes)
 
 
 def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows of all sets, and means (W,) and scales (W,) of their W regressors.
+    """Number of rows of all sets, and means (W,) and scales (W,) of the W regressors.
 
     The scale of all D image regressors is the root mean square norm of the centred images. The
     scale of the margin is its standard deviation.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -49,11 +49,14 @@ from vilu.predictors.plus.vilu_zero import LearnedClasses, ViLUZero, learn_class
 from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
 POOL_SD = 0.2
-"""Prior standard deviation of the pool weights; their prior mean is 1 for the first expert."""
+"""Prior standard deviation of the pool weights.
+
+The prior mean is 1 for the first expert, the attention, and 0 for the other experts.
+"""
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w (M,) >= 0 of largest posterior for a log-linear pool of M experts.
+    """Weights w (M,) >= 0 with the largest posterior, for a log-linear pool of M experts.
 
     The prior of w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
 
@@ -71,12 +74,12 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
         log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
         # sums of log p_m over the rows: expected under q, and observed at the true candidates
-        expected = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
-        observed = log_p[rows, :, target].sum(axis=0)
+        expected_log_p = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
+        observed_log_p = log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
         loss = -log_q[rows, target].sum()
         penalty = (distance**2).sum() / (2 * POOL_SD**2)
-        gradient = expected - observed + distance / POOL_SD**2
+        gradient = expected_log_p - observed_log_p + distance / POOL_SD**2
         return float(loss + penalty), gradient
 
     # A negative weight would follow the opposite of an expert, so weights are at least 0.
@@ -86,21 +89,21 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 
 
 MEMORY_ROWS = 4_096
-"""Maximum number of training rows with which the memory is one of the experts.
+"""The memory is one of the experts if there are at most this many training rows.
 
 With more rows the network learns enough without the memory (docs/methods/vilu_plus.md).
 """
 
 MIN_LABELS = 10
-"""Minimum mean number of labels per class with which there are experts beside the attention.
+"""There are experts beside the attention if the classes have at least this many labels on average.
 
 With fewer labels, folds lack classes, and the experts overfit.
 """
 
 ENOUGH_POOL_ROWS = 250
-"""Number of held-out rows that suffice to fit the three weights of the pool.
+"""This number of held-out rows suffices to fit the three weights of the pool.
 
-Only as many folds are fitted as give this number of rows.
+Folds are fitted until this number of rows was held out.
 """
 
 # names of the saved tensors from which ``module`` reads the kinds and sizes of the experts
@@ -146,9 +149,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     outside, and what these images have in common.
 
     Args:
-        features: Whether to use the column "features" as an input beside the embedding, where the
-            data have this column. The column has the output of the image encoder before the
-            projection, or the output of a second encoder. If it is used, the ``label`` says so.
+        features: Whether to use the column "features" as an input beside the embedding, if the data
+            have this column. It has the output of the image encoder before the projection, or the
+            output of a second encoder. The ``label`` says whether the column is used.
         variance: Prior variance of what the attention adds to the logits, in units of the variance
             of the tempered zero-shot logits.
         sharing: Share rho of this variance that all classes have in common. Only the common part
@@ -219,9 +222,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(additions)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The columns of features and of words, as far as the data have them and the fit uses them.
+        """The columns of features and of words that the data have and that the fit uses.
 
-        The fit uses words except for image-caption pairs, and features if ``features`` is true.
+        The fit uses features if ``features`` is true, and words except for image-caption pairs.
         """
         columns = []
         if self.features and FEATURES in train.columns:
@@ -232,7 +235,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns of features and of words, as far as the fit used them."""
+        """The columns of features and of words that the fit used."""
         if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
@@ -247,12 +250,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         kinds = self._companion_kinds(train)
         if kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
-        classes = self._learn_classes(train)
+        learned_classes = self._learn_classes(train)
         start = None
-        if classes is not None:
-            start = classes.start_logits(class_texts(train), train.source.space.logit_scale)
+        if learned_classes is not None:
+            logit_scale = train.source.space.logit_scale
+            start = learned_classes.start_logits(class_texts(train), logit_scale)
         experts = None
-        fitted_on = None
+        rows_of_experts = None  # the rows that ``experts`` were fitted on
         held_out_answers = None
         if kinds:
             # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
@@ -260,21 +264,23 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             folds = cross_fitting(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(ENOUGH_POOL_ROWS / len(first_held_out.index))
-            parts = []
-            for fitted_on, held_out in folds[:n_folds]:
+            posteriors_of_batches = []
+            for rows_to_fit, held_out_rows in folds[:n_folds]:
                 experts = self._fit_experts(
-                    fitted_on, kinds, weights, start, similar_experts=experts
+                    rows_to_fit, kinds, weights, start, similar_experts=experts
                 )
-                parts.extend(log_posteriors(experts, held_out, self.device_))
-            # ``zip`` turns the triples of the batches into one tuple for each of the three results
-            log_p, target, answer = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-            weights = torch.from_numpy(fit_pool(log_p, target))
+                rows_of_experts = rows_to_fit
+                posteriors_of_batches += log_posteriors(experts, held_out_rows, self.device_)
+            log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
+            target = torch.cat([batch.target for batch in posteriors_of_batches]).numpy()
+            answer = torch.cat([batch.answer for batch in posteriors_of_batches]).numpy()
+            weights = torch.from_numpy(fit_pool(log_p.numpy(), target))
             if folds_have_every_class(folds):
-                log_q = pool(torch.from_numpy(log_p), weights).log_softmax(dim=1).numpy()
+                log_q = pool(log_p, weights).log_softmax(dim=1).numpy()
                 held_out_answers = HeldOutAnswers.of_posterior(log_q, answer, target)
         # With a validation set, the experts above were already fitted on all training rows.
         # Otherwise they were fitted on a fold, or there are none.
-        if experts is None or fitted_on is not train:
+        if experts is None or rows_of_experts is not train:
             experts = self._fit_experts(train, kinds, weights, start, similar_experts=experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
         tensors[POOL_TENSOR] = weights
@@ -282,8 +288,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         if outside:
             tensors |= outside.tensors()
         notes: dict[str, Any] = {"pool": weights.tolist()}
-        if classes is not None:
-            notes["unlabelled"] = classes.notes
+        if learned_classes is not None:
+            notes["unlabelled"] = learned_classes.notes
         return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
 
     def _learn_classes(self, train: Rows) -> LearnedClasses | None:
@@ -295,7 +301,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return learn_classes(rows, ViLUZero.share, self.seed, self.device_)
 
     def _companion_kinds(self, train: Rows) -> tuple[str, ...]:
-        """The kinds of experts beside the attention that suit the size of the training set."""
+        """The kinds of experts beside the attention, by the size of the training set."""
         n_rows = len(train.index)
         has_few_labels = n_rows < MIN_LABELS * train.source.n_candidates
         if train.source.pool_size is not None or has_few_labels:
@@ -341,7 +347,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             sharing=self.sharing,
             device=self.device_,
             start=start,
-            is_few=not kinds,
+            has_few_rows=not kinds,
             warm_start=warm_start,
         )
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
@@ -365,8 +371,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         # zero-shot answers are computed here for all rows at once, and the batch keeps them
-        answered = batch.answered(batch.zero_shot)
-        blocks = self.experts.blocks(answered)
+        answered_batch = batch.answered(batch.zero_shot)
+        blocks = self.experts.blocks(answered_batch)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
         if self.outcome:
             log_odds = log_odds_with_outside(log_odds, self.outcome_of(batch))
@@ -397,7 +403,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return PoolCoalitions(parts, outside)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
-        """New experts of the sizes of the saved ``tensors``."""
+        """New experts with the sizes of the saved ``tensors``."""
         if not tensors.keys() >= {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR}:
             raise DataError(
                 f"a {self.name} holds experts and a pool. "
@@ -476,7 +482,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
-    n_unknown = validation.n_candidates  # captions are no training classes
+    n_unknown = validation.n_candidates  # of image-caption pairs: captions are no training classes
     if not validation.pool_size:
         text = validation.candidates(torch.arange(0)).text
         similarity, _ = nearest_rows(text, classes)
@@ -490,16 +496,23 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
         )
 
 
-def log_posteriors(
-    experts: Experts, rows: Rows, device: torch.device
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """One tuple per batch: log probabilities (B, M, K), targets (B,) and zero-shot answers (B,).
+class ExpertPosteriors(NamedTuple):
+    """Posteriors of B rows by each of M experts, with the truth and the zero-shot answers."""
 
-    There is one log probability for each of the K candidates by each of the M experts.
-    """
+    log_p: Tensor  # (B, M, K) float64 log probabilities of the K candidates
+    target: Tensor  # (B,) true candidates
+    answer: Tensor  # (B,) zero-shot answers
+
+
+def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[ExpertPosteriors]:
+    """The posteriors of all rows by the experts, batch by batch, on the CPU."""
+    posteriors_of_batches = []
     with torch.no_grad():
-        parts = []
         for batch in rows.batches(SCORING_BATCH):
-            log_p = experts.log_posteriors(batch.to(device)).cpu()
-            parts.append((log_p, batch.target, batch.zero_shot.prediction))
-        return parts
+            posteriors = ExpertPosteriors(
+                log_p=experts.log_posteriors(batch.to(device)).cpu(),
+                target=batch.target,
+                answer=batch.zero_shot.prediction,
+            )
+            posteriors_of_batches.append(posteriors)
+    return posteriors_of_batches

@@ -45,33 +45,36 @@ Without these rows, EM gives a count of zero to many rare classes that the zero-
 with frequent ones.
 """
 N_ROUNDS = 2
-"""Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
+"""Number of passes that learn prototypes.
+
+The first pass uses the zero-shot posterior, and the second the pooled posterior.
+"""
 RIDGE = 0.7
 """Weight of the spherical part in the regularised covariance within classes."""
 NO_SPREAD = 1e-12
-"""Variance up to which all images count as equal."""
+"""All images count as equal if their variance is at most this."""
 ABSENT_SCALE = 0.5
-"""Mean count, in rows, of a class that does not occur."""
+"""Assumed mean count, in rows, of a class that does not occur."""
 KNOWN_TO_OCCUR = 5.0
 """Number of further classes that are taken to occur, as a prior.
 
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Share of the occurring classes with a count near zero: their rows count for wrong classes."""
+"""Assumed share of occurring classes with a count near zero. Their rows count for wrong classes."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
-"""Variance between class means from which the prototypes get their full weight.
+"""The prototypes get their full weight if the variance between class means is at least this.
 
 The unit is the variance within classes.
 """
 MIN_PLACEMENT = 0.5
-"""Purity of the members, or slope of the texts, up to which the prototypes get no weight."""
+"""The prototypes get no weight if purity and slope (``placement``) are at most this."""
 FULL_PLACEMENT = 0.7
-"""Purity of the members, or slope of the texts, from which the prototypes get their full weight."""
+"""The prototypes get their full weight if purity or slope (``placement``) is at least this."""
 MIN_MEMBERS = 2.0
-"""Mean number of rows per occurring class up to which the prototypes get no weight."""
+"""The prototypes get no weight if an occurring class has at most this many rows on average."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 """Candidate values of lambda, by which the log occurrence probabilities are multiplied."""
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
@@ -279,8 +282,8 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     prototypes = Classifier.zero(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # With fewer rows, what one half teaches could not be checked on the other half. Nothing is
-    # learned then, and the pooled logits are the zero-shot logits.
+    # What is learned from one half of the rows is checked on the other half. With fewer rows this
+    # is not possible. Nothing is learned then, and the pooled logits are the zero-shot logits.
     n_rows = len(rows.index)
     if n_rows >= FEW_ROWS:
         halves = UnlabelledHalves(rows, seed, device)
@@ -312,7 +315,7 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
 class SoftMembers(NamedTuple):
     """Sums over rows that are soft members of the K classes, with posteriors p and images x.
 
-    Each tensor may have a further first dimension of size 2, for two halves of the rows.
+    If the sums are over two halves of the rows, each tensor has a first dimension of size 2.
     """
 
     counts: Tensor  # (K,) sums of p: the counts of the classes
@@ -347,7 +350,7 @@ class SoftMembers(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = (z - centre) weight^T + bias, and the estimated prior of class means."""
+    """Discriminants g = (z - centre) weight^T + bias of images z, and estimates of the fit."""
 
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
@@ -387,7 +390,7 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
        ``MAX_ANCHOR``.
     4. ``separation`` is the variance between the means of the classes: the mean square of m_c - m,
-       less sampling noise.
+       minus the sampling noise.
     """
     count = moments.counts.clamp(min=1e-9)  # a divisor, so never 0
     n = float(moments.counts.sum())
@@ -406,6 +409,7 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     # covariance is therefore mixed with a spherical one.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
+    # the slope of weighted least squares: products of means and texts, over products of texts
     centred_texts = text - (moments.counts @ text) / n
     weighted_texts = moments.counts[:, None] * (centred_texts @ precision)
     means_on_texts = (weighted_texts * centred_means).sum()
@@ -414,22 +418,24 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     # mean square of an image within its class, in the metric of W
     mean_square_within = float((precision * covariance).sum())
 
-    def variance_of(vectors: Tensor) -> float:
+    def variance_without_noise(vectors: Tensor) -> float:
         """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
 
-        The variance is the mean square, weighted by the counts, less the noise K / N of K means.
+        The variance is the mean square, weighted by the counts, minus the noise K / N of K means.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
         mean_square = float((moments.counts * squares).sum()) / (mean_square_within * n)
         return mean_square - len(count) / n
 
-    residual_variance = variance_of(centred_means - slope * centred_texts)
+    residual_variance = variance_without_noise(centred_means - slope * centred_texts)
     anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR)
+    # weighted means of the means of the members (weight n_c) and the prior means (weight kappa)
     weighted_sums = moments.counts[:, None] * centred_means + anchor * slope * centred_texts
     means = weighted_sums / (moments.counts + anchor)[:, None]
     weight = means @ precision
     bias = -(weight * means).sum(1) / 2
-    return Classifier(mean, weight, bias, slope, anchor, separation=variance_of(centred_means))
+    separation = variance_without_noise(centred_means)
+    return Classifier(mean, weight, bias, slope, anchor, separation)
 
 
 class UnlabelledHalves:
@@ -454,8 +460,8 @@ class UnlabelledHalves:
         """
         index = self.rows.index[self.halves[half][:max_rows]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
-            moved = batch.to(self.device)
-            yield normalize(moved.image, dim=1), moved.logits
+            device_batch = batch.to(self.device)
+            yield normalize(device_batch.image, dim=1), device_batch.logits
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
@@ -538,8 +544,9 @@ class UnlabelledHalves:
             trust = self._trust(occurrence, other_half_prototypes)
             share = 0.0
             if trust:
-                relative = min(max(prototypes.separation / FULL_TRUST_VARIANCE, 0.0), 1.0)
-                share = max_share * relative**2 * placement(purity, prototypes.slope)
+                relative_variance = prototypes.separation / FULL_TRUST_VARIANCE
+                separation_factor = min(max(relative_variance, 0.0), 1.0) ** 2
+                share = max_share * separation_factor * placement(purity, prototypes.slope)
         return share, trust, prototypes
 
     def purity(self, occurrence: Tensor) -> float:
@@ -571,15 +578,16 @@ class UnlabelledHalves:
         The posterior of a row is pooled with the prototypes of the other half, whose weight is
         ``share`` and whose scale is ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
         """
-        moments = SoftMembers.empty(*self.text.shape)
+        n_classes, dim = self.text.shape
+        moments = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
-                pooled = logits + occurrence.float().to(self.device)
+                pooled_logits = logits + occurrence.float().to(self.device)
                 # prototypes of the same half would only confirm the memberships they come from
                 if trust:
                     prototype_logits = trust * other_half_prototypes[half].discriminants(image)
-                    pooled = pooled + share * (prototype_logits - logits)
-                moments.add(half, pooled.softmax(1), image)
+                    pooled_logits = pooled_logits + share * (prototype_logits - logits)
+                moments.add(half, pooled_logits.softmax(1), image)
         return moments
 
     def _trust(self, occurrence: Tensor, other_half_prototypes: list[Classifier]) -> float:
@@ -600,7 +608,7 @@ class UnlabelledHalves:
 
 
 def sufficiency(n_rows: int, n_classes: float) -> float:
-    """Factor of the weight of the prototypes, in [0, 1], by the number of rows per occurring class.
+    """Factor in [0, 1] of the weight of the prototypes, for ``n_classes`` occurring classes.
 
     The factor is 1 - ``MIN_MEMBERS`` n_classes / n_rows, and at least 0.
     """
@@ -608,7 +616,7 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 
 
 def placement(purity: float, slope: float) -> float:
-    """Factor of the weight of the prototypes, in [0, 1]: whether class means lie at their classes.
+    """Factor in [0, 1] of the weight of the prototypes: whether class means lie at their classes.
 
     The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``MIN_PLACEMENT``, and
     rises from there to 1 at ``FULL_PLACEMENT``.
@@ -648,10 +656,9 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
             return torch.zeros_like(count), 0.0
         # without LOST_SHARE, every class that the zero-shot model overlooks would count as absent
         usual_density = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
-        occurring = (1 - absent_share) * (usual_density + LOST_SHARE * absent_density)
-        p_absent = (
-            absent_share * absent_density / (absent_share * absent_density + occurring)
-        )  # Bayes' rule
-        # below 1, because ``mean`` is divided by 1 - absent
+        mass_occurring = (1 - absent_share) * (usual_density + LOST_SHARE * absent_density)
+        mass_absent = absent_share * absent_density
+        p_absent = mass_absent / (mass_absent + mass_occurring)  # Bayes' rule
+        # the share stays below 1, because ``mean`` is divided by 1 - absent_share
         absent_share = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
     return torch.log1p(-p_absent), absent_share

@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.vilu.head import HeadPredictor
 
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
-"""Parameters that a fine-tuning has by default; all others are those of the first fit.
+"""Default parameters of a fine-tuning. All other parameters are taken from the first fit.
 
 - The learning rate is 1/30 of the rate for a new head, because the weights need only a correction.
   On synthetic data with five labels per class, 0.001 was the best of 0.03, 0.01, 0.003 and 0.001.
@@ -36,7 +36,7 @@ def initialise(
         cls: Class of a method with a failure head.
         fitted: A fitted predictor of this class.
         values: Parameters by name. They may be strings (``--set key=value``). All other parameters
-            are those of ``FINE_TUNING``, or else those of ``fitted``.
+            are taken from ``FINE_TUNING``, or else from ``fitted``.
 
     Raises:
         UsageError: If the method ``cls`` has no failure head.
@@ -44,14 +44,14 @@ def initialise(
         DataError: If ``fitted`` is a constant.
     """
     if not issubclass(cls, HeadPredictor):
-        with_head = []
+        methods_with_head = []
         for name, method in PREDICTORS.items():
             if issubclass(method, HeadPredictor):
-                with_head.append(name)
+                methods_with_head.append(name)
         raise UsageError(
             f"{cls.name} does not begin from another fit; methods with a failure head do: "
-            f"{', '.join(with_head)}. (vilu_plus needs no other fit: with few labels it stays near "
-            "the zero-shot logits.)"
+            f"{', '.join(methods_with_head)}. (vilu_plus needs no other fit: with few labels it "
+            "stays near the zero-shot logits.)"
         )
     if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:
         raise ProvenanceError(
@@ -68,11 +68,11 @@ def initialise(
     if values is not None:
         settings |= values
     predictor = build(cls, settings)
-    # a second predictor, which is used only to check that the fitted weights can be loaded
-    trial = build(cls, settings)
-    trial.space_ = fitted.space_
+    # a second predictor, which only checks that the fitted weights can be loaded
+    trial_predictor = build(cls, settings)
+    trial_predictor.space_ = fitted.space_
     try:
-        trial.restore(fitted.state())
+        trial_predictor.restore(fitted.state())
     except DataError as error:
         raise ProvenanceError(
             f"the {fitted.name} to begin from has another architecture: {error}"

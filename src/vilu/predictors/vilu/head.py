@@ -57,8 +57,8 @@ class HeadPredictor(FailurePredictor):
         warmup_epochs: Length of the warm-up in epochs. It takes at most a tenth of all steps.
         freeze_epochs: Number of epochs before the attention is trained. None: as many as 1,000
             steps (the released code), and at least one (the paper), but at most half of all epochs.
-        patience: Stop if this number of epochs passed since the last one whose validation AUROC was
-            near the best. None: never stop early.
+        patience: Stop if this number of epochs passed since the last epoch whose validation AUROC
+            was near the best one. None: never stop early.
         weighting: Mode of the weight of failures in the loss
             (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: Weight of failures if ``weighting`` is "static".
@@ -103,17 +103,17 @@ class HeadPredictor(FailurePredictor):
                 space, name=f"the fitted {self.name} to start from", other_name="the data"
             )
         super()._fit_rows(train, validation)
-        if start is not None:
+        if start is not None:  # the weights come from the rows of both fits
             self.seen_ = join_sketches(self.seen_, start.seen_)
-        if self.constant_ is not None:
+        if self.constant_ is not None:  # a trained head has these notes already
             self.notes_ |= self._start_notes()
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        fitted_rows, validation_rows = fit_and_selection(
+        rows_to_fit, validation_rows = fit_and_selection(
             train, failure, validation, self.validation_fraction, self.seed
         )
         error_rate = float(failure.double().mean())
-        return self.train_head(fitted_rows, validation_rows, error_rate)
+        return self.train_head(rows_to_fit, validation_rows, error_rate)
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
         """Train one head. If there are validation rows, they choose the best epoch.
@@ -156,7 +156,7 @@ class HeadPredictor(FailurePredictor):
         return binding
 
     def _start_notes(self) -> dict[str, object]:
-        """Notes on the fit whose weights training began with; empty if there was no such fit."""
+        """Notes on the earlier fit whose weights training began with; empty without such a fit."""
         if self.start_ is None:
             return {}
         return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
@@ -177,9 +177,9 @@ class HeadPredictor(FailurePredictor):
     def _log_weight(self) -> float:
         """Number by which the log-odds of a trained head are too large.
 
-        The number is log w, with the weight w of failures in the loss. If p is the probability of
-        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the error
-        rate of the training set. The order of rows does not depend on w.
+        The number is log w, where w is the weight of failures in the loss. If p is the probability
+        of failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the
+        error rate of the training set. The order of rows does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0

@@ -29,7 +29,7 @@ class LVU(HeadPredictor):
     - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
 
     softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
-    sigmoid(g) estimates 1 - p_y, which then stands for the probability of failure. By Jensen's
+    sigmoid(g) estimates 1 - p_y, which is then used as the probability of failure. By Jensen's
     inequality the optimal estimate with "loss" is never below the one with "mse". Only "bce"
     estimates the probability of failure itself.
 
@@ -154,6 +154,7 @@ class ViLU(HeadPredictor):
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
+        """A new head with the parameters of this predictor, and with ``dropout`` if it is given."""
         return FailureHead(
             space.embed_dim,
             self.hidden,
