@@ -211,10 +211,7 @@ def test_commas_and_quotes_within_texts_are_not_counted(
     labels = {'a, "quoted" \\ one': "cat, dog", "b,,,,": '"', "c\\": "(outside)"}
     with hosted(predictors[0], tmp_path / "s", images=3) as running:
         reply = running.post("/v1/labels", json={"labels": labels})
-        assert (reply.status_code, "are neither a class nor" in reply.json()["detail"]) == (
-            422,
-            True,
-        )
+        assert (reply.status_code, "neither a class" in reply.json()["detail"]) == (422, True)
 
 
 def test_numbers_and_labels_have_a_smaller_limit_than_images(
