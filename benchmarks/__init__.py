@@ -1,1 +1,1 @@
-"""Measurements, as ratios of things timed side by side: ``python -m benchmarks [NAME ...]``."""
+"""Measurements: mostly ratios of times taken side by side. ``python -m benchmarks [NAME ...]``."""

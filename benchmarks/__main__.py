@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME ...]``: all measurements, or those named."""
+"""``python -m benchmarks [NAME ...]``: the named measurements, or all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = (
 
 
 def main() -> None:
-    """Run, and end with one line of JSON."""
+    """Run the measurements, and print one line of JSON at the end."""
     chosen = sys.argv[1:] or NAMES
     unknown = sorted(set(chosen) - set(NAMES))
     if unknown:

@@ -3,24 +3,25 @@
     python -m benchmarks.answer_guarantees [--calibrations 10000]
     python -m benchmarks.answer_guarantees --arrays ARRAYS [--divisions 2] [--calibrations 200]
 
-The scored rows of a predictor are a population, so that the risk of every threshold is known.
-Calibration rows (500) are drawn from it with replacement, and a rule is made at a risk of 5 % with
-a confidence of 95 % (``ltt``). A rule is *broken* if the answers that it accepts in the population
-are wrong more often than 5 %. That may happen to 5 % of the rules. Shown are their share, its
-one-sided 95 % bound (Clopper and Pearson), and the mean coverage.
+The scored rows of a predictor are a population, so the risk of every threshold is known. 500
+calibration rows are drawn from the population with replacement, and a rule is made at a risk of 5 %
+with a confidence of 95 % (``ltt``). A rule is *broken* if more than 5 % of the answers that it
+accepts in the population are wrong. That may happen to 5 % of the rules. The output has the share
+of broken rules, its one-sided 95 % bound (Clopper and Pearson), and the mean coverage.
 
 Without ``--arrays`` the data are simulated: 20 Gaussian classes, texts that are noisy class means,
-and a population of 25,000 rows. With it, every set is divided into halves by a seed. Methods are
-fitted on 16 labels a class of the first half, and the second half is the population. For given
-answers these labels are divided: half of them for the probe, half for ViLU+.
+and a population of 25,000 rows. With ``--arrays`` a seed divides every set into halves. Methods are
+fitted on 16 labels per class of the first half, and the second half is the population. For given
+answers the labels are divided: the probe is fitted on one half of them, ViLU+ on the other half.
 
 Three kinds of answers are judged:
 
 - ``adapted, vilu_plus`` and ``adapted, linear_probe``: the method's own answers;
 - ``given``: answers of a linear probe that was fitted on other rows, judged by ViLU+.
 
-Each population is taken as it is, and with 20 % of its rows out of distribution: images of classes
-of another world or set. Their label is ``(outside)``, so every answer about them is wrong.
+Each population is measured twice: as it is, and with out-of-distribution rows, which are 20 % of
+all rows. These rows are images of the classes of another world or set. Their label is
+``(outside)``, so every answer about them is wrong.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ class Problem(NamedTuple):
     """Rows to fit on and a population, labels included."""
 
     text: Floats
-    fit: tuple[Floats, Ints]  # for methods that judge their own answers
-    fit_of_judge: tuple[Floats, Ints]  # for the method that judges given answers
-    elsewhere: tuple[Floats, Ints]  # for the model that gives these answers
+    fit: tuple[Floats, Ints]  # rows that methods which judge their own answers are fitted on
+    fit_of_judge: tuple[Floats, Ints]  # rows that the judge of given answers is fitted on
+    elsewhere: tuple[Floats, Ints]  # rows that the model which gives these answers is fitted on
     population: tuple[Floats, Ints]
     outside: Floats  # images of none of the classes, a fifth of all rows of the population
 
     def data(self, rows: tuple[Floats, Ints], answer: Ints | None = None) -> vilu.Embeddings:
-        """Labelled rows, with given answers where there are some."""
+        """The labelled rows as a source; if there are given answers, they are included."""
         image, target = rows
         columns = {}
         if answer is not None:
@@ -101,14 +102,14 @@ class Problem(NamedTuple):
 
     @property
     def everything(self) -> tuple[Floats, Ints]:
-        """The population, and behind it the images of none of the classes."""
+        """The rows of the population, followed by the images of none of the classes."""
         image, target = self.population
         of_no_class = np.full(len(self.outside), vilu.OUTSIDE)
         return np.concatenate([image, self.outside]), np.concatenate([target, of_no_class])
 
 
 def simulated(seed: int = 0) -> Problem:
-    """A problem with the images of a second world as images of none of the classes."""
+    """A simulated problem; a second world provides the images of none of the classes."""
     world = World(seed)
     outside, _ = World(seed + 1).draw(n_outside(N_POPULATION))
     fit = world.draw(N_FIT)
@@ -117,12 +118,12 @@ def simulated(seed: int = 0) -> Problem:
 
 
 def n_outside(n: int) -> int:
-    """Number of rows that are a share of ``OUTSIDE_SHARE`` beside n rows."""
+    """Number of rows to add to n rows, so that they are the share ``OUTSIDE_SHARE`` of all rows."""
     return round(n * OUTSIDE_SHARE / (1 - OUTSIDE_SHARE))
 
 
 def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
-    """A problem of a set, with images of the next set as images of none of the classes."""
+    """The problem of a set; the next set provides the images of none of the classes."""
     arrays = sets[name]
     rows = Division.of(arrays.target, Cell(name, LABELS, division))
     rng = np.random.default_rng([division, 2])
@@ -148,13 +149,13 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
 
 
 def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
-    """(N,) likeliest candidates of the posterior of a predictor."""
+    """(N,) the candidate of each row that the predictor's posterior makes most likely."""
     parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
     return torch.cat(parts).numpy()
 
 
 def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswers]]:
-    """Every kind of answers about the population and the images of none of the classes."""
+    """Yield each kind of answers, for the population and the images of none of the classes."""
     everything = problem.data(problem.everything)
     own = {
         "adapted, vilu_plus": vilu.ViLUPlus(seed=seed, answer="adapted"),
@@ -190,7 +191,7 @@ class Broken(NamedTuple):
 
 
 def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broken:
-    """Rules of so many calibrations, read on the population that their rows are drawn from."""
+    """Calibrate ``n_rules`` times, and measure the rules on the population of their rows."""
     rng = np.random.default_rng(seed)
     order = population.uncertainty.argsort(kind="stable")
     uncertainty = population.uncertainty[order]
@@ -204,7 +205,7 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
         if rule.threshold is None:
             coverages.append(0.0)
             continue
-        # accepted are the rows with floor < u <= threshold
+        # the rows with floor < u <= threshold are accepted
         first = 0
         if rule.floor is not None:
             first = int(np.searchsorted(uncertainty, rule.floor, side="right"))
@@ -217,7 +218,7 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
 
 
 def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
-    """The population as it is, and with the images of none of the classes."""
+    """The population as it is, and the population with the images of none of the classes."""
     n = len(problem.population[1])
     within = JudgedAnswers(judged.uncertainty[:n], judged.failure[:n])
     return {"0 %": within, "20 %": judged}
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--divisions", type=int, default=2)
     parser.add_argument("--calibrations", type=int, default=10_000)
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", UserWarning)  # classes with few rows
+    warnings.simplefilter("ignore", UserWarning)  # they say that classes have few rows
     torch.set_num_threads(1)
     total: dict[tuple[str, str], list[Broken]] = {}
     for name, division, problem in problems(options.arrays, options.divisions):
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def problems(folder: Path | None, divisions: int) -> Iterator[tuple[str, int, Problem]]:
-    """The simulated problem, or those of all sets, division after division."""
+    """Yield the simulated problem, or the problems of all sets, division by division."""
     if folder is None:
         yield "simulated", 0, simulated()
         return

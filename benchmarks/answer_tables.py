@@ -1,14 +1,14 @@
-"""What a method's own answers gain over zero-shot ones and over simple mixes: the tables.
+"""Tables of what a method's own answers gain over zero-shot answers and over simple mixes.
 
     python -m benchmarks.answer_tables CELLS.jsonl [--resamples 1000]
 
-CELLS.jsonl is written by ``benchmarks.answers``. Divisions that lack a cell are left out. Values
-are means over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000
-resamples: the rows of every whole set are resampled, all divisions, methods and numbers of labels
-of the set share the resample, and the methods stay as they were fitted. So a difference is paired.
+``benchmarks.answers`` writes CELLS.jsonl. Divisions that lack a cell are left out. Values are means
+over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000 resamples. A
+resample is of the rows of a whole set, and all divisions, methods and numbers of labels of the set
+share it. Methods are not fitted again. So differences are paired.
 
-The *best mix* of a set and a number of labels is the one of ``mix`` and ``pool`` with more coverage
-at 5 % on the read rows. So hindsight favours the mixes.
+The *best mix* of a set and a number of labels is ``mix`` or ``pool``, whichever has more coverage
+at 5 % on the test rows. So hindsight favours the mixes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANSWERS = {
     "mix": "mix of probabilities",
     "pool": "pool of log probabilities",
 }
-"""What the methods are called in the tables."""
+"""Maps a method to its name in the tables."""
 
 TITLES = {
     "imagenet1k": "ImageNet ‡ (training images)",
@@ -51,37 +51,38 @@ TITLES = {
     "proto_dtd": "DTD (prototypes) †",
     "proto_oxfordpets": "Oxford pets (prototypes)",
 }
-"""Titles of the sets; † marks those in view when the predictors were developed.
+"""Titles of the sets.
 
-‡ marks sets that were read at the end, with one choice after it (docs/readings.md).
+† marks sets that were looked at while the predictors were developed. ‡ marks sets that were looked
+at only in the end, with one choice afterwards (docs/readings.md).
 """
 
 MARK = "†"
-MODEL = "_b32"  # the end of the files' names
-NOT_COMPARED = "nothing was compared"  # in the reason of a choice
+MODEL = "_b32"  # suffix of the files' names
+NOT_COMPARED = "nothing was compared"  # text in the reason of a choice
 
 APART = "imagenet1k"
-"""The set whose rows are training images; means are shown with it and without it."""
+"""The set whose rows are training images; the tables have means with it and without it."""
 
 Measure = float | str
-"""A risk, at which coverage is measured, or "accuracy"."""
+"""The risk at which coverage is measured, or "accuracy"."""
 
 MEASURES: tuple[Measure, ...] = ("accuracy", *RISKS)
 PAIRS = (("adapted", "zero_shot"), ("adapted", "best_mix"), ("chosen", "zero_shot"))
 
 
 class Certified(NamedTuple):
-    """Rules at one risk: coverage of each, and whether its risk on the read rows is above."""
+    """Rules at one risk: coverage of each rule, and whether its risk on test rows is above it."""
 
     coverage: Floats
     above: Ints
 
 
 class Reading(NamedTuple):
-    """What a method shows of a set at a number of labels, over the divisions."""
+    """The results of a method on a set with a number of labels, over the divisions."""
 
-    values: dict[Measure, Quantity]  # by measure
-    certified: tuple[Certified, ...]  # by risk
+    values: dict[Measure, Quantity]
+    certified: tuple[Certified, ...]  # one for each risk
     seconds: float  # median time of a fit
 
 
@@ -103,7 +104,7 @@ def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, 
 
 
 def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Reading:
-    """Means of a method over the divisions of a set."""
+    """The results of a method, as means over the divisions of a set."""
     of_division = [measured(cell, method, weights) for cell in cells]
     values = {}
     for measure in MEASURES:
@@ -119,19 +120,19 @@ def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Read
 
 
 Readings = dict[tuple[str, int, str], Reading]
-"""By set, number of labels and method."""
+"""Maps a set, a number of labels and a method to the results."""
 
 
 class Cells(NamedTuple):
     """The cells of a file."""
 
     by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, number of labels, division
-    names: list[str]  # of the sets
-    divisions: list[int]  # those of which every cell is there
+    names: list[str]  # names of the sets
+    divisions: list[int]  # the divisions without a missing cell
 
     @classmethod
     def load(cls, path: Path) -> Cells:
-        """Read a file of ``benchmarks.answers``."""
+        """Read a file that ``benchmarks.answers`` wrote."""
         by_key = {}
         for line in path.read_text().splitlines():
             cell = json.loads(line)
@@ -151,7 +152,7 @@ class Cells(NamedTuple):
 
 
 def read(cells: Cells, resamples: int) -> Readings:
-    """What every method shows."""
+    """The results of all methods on all sets."""
     readings: Readings = {}
     for number, name in enumerate(cells.names):
         n = cells.of(name, LABELS[0])[0]["n"]
@@ -170,7 +171,7 @@ def read(cells: Cells, resamples: int) -> Readings:
 def difference(
     readings: Readings, names: Sequence[str], n_labels: int, pair: tuple[str, str]
 ) -> Quantity:
-    """Mean over sets of the difference of two methods in coverage at 5 %."""
+    """Difference of two methods in coverage at 5 %, averaged over sets."""
     differences = []
     for name in names:
         first, second = (readings[name, n_labels, method].values[RISKS[0]] for method in pair)
@@ -255,7 +256,7 @@ def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str,
 
 
 def title_of(n_labels: int) -> str:
-    """Head of a column."""
+    """Heading of the column of a number of labels."""
     if n_labels == 0:
         return "all labels"
     return f"{n_labels} a class"
@@ -281,7 +282,7 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
 
 
 def notes_table(cells: Cells) -> list[str]:
-    """In how many cells the answers were compared or chosen, and the mixes cross-fitted."""
+    """Numbers of cells in which answers were compared, answers were chosen, mixes cross-fitted."""
     lines = [
         "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
         "|---|---|---|---|---|---|",
@@ -302,7 +303,7 @@ def notes_table(cells: Cells) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print all tables as Markdown."""
     parser = argparse.ArgumentParser(description="What adapted answers gain: tables.")
-    parser.add_argument("cells", type=Path, help="what benchmarks.answers has written")
+    parser.add_argument("cells", type=Path, help="file that benchmarks.answers wrote")
     parser.add_argument("--resamples", type=int, default=1_000)
     options = parser.parse_args(arguments)
     cells = Cells.load(options.cells)

@@ -1,24 +1,25 @@
-"""What a method's own answers gain over zero-shot ones and over simple mixes: the measurement.
+"""Measures what a method's own answers gain over zero-shot answers and over simple mixes.
 
     python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
     python -m benchmarks.answer_tables CELLS.jsonl
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). Each set is divided into halves, which a seed draws. Methods are fitted on the labels of the
-first half, so many a class (0: all of them), and the second half is read:
+100). A seed divides each set into halves. Methods are fitted on labels of the first half, with a
+given number of labels per class (0: all labels). They are tested on the second half:
 
 - ``mcm``: zero-shot answers, no fit;
 - ``zero_shot``, ``adapted``: one fit of ViLU+ that judges zero-shot answers, or its own;
 - ``chosen``: one of these two, as ``choose_answer`` chooses at a risk of 5 %;
-- ``adapted_images``, ``chosen_images``: the same with the images of the first half beside;
+- ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
+  images of the first half, without labels;
 - ``probe``: the answers of the linear probe, judged by itself;
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
-A *cell* is a set, a number of labels and a division. It is one line of CELLS.jsonl: for every
-method the rank of the uncertainty and the failure of each row of the second half, and what was
-certified. For that, the labels are divided into halves, stratified by class: one is fitted on, the
-other one calibrates a rule (``ltt``, 95 %), and the rule is read on the second half of the set.
-Images of calibration rows are not among the images beside a fit.
+A *cell* is a set, a number of labels and a division. It is one line of CELLS.jsonl. The line has,
+for every method, the rank of the uncertainty and the failure of each row of the second half, and
+the results of certified rules. For a rule, the labels are divided into halves, stratified by class.
+The method is fitted on one half, the other half calibrates the rule (``ltt``, 95 %), and the rule
+is tested on the second half of the set. A fit gets no images of calibration rows.
 
 Cells that are in the file already are left out. All sets are measured for a division before the
 next division begins.
@@ -50,7 +51,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 RISKS = (0.05, 0.1, 0.2)
 RISK_OF_CHOICE = RISKS[0]
 LABELS = (1, 5, 16, 0)
-LEFT_OUT = "words"  # a set of words, not of classes
+LEFT_OUT = "words"  # this set is left out, because it is of words, not of classes
 
 
 class Cell(NamedTuple):
@@ -71,7 +72,7 @@ class Arrays:
 
     @classmethod
     def load(cls, path: Path) -> Arrays:
-        """Read a file; candidates of one text become one candidate."""
+        """Read a file; candidates with equal texts become one candidate."""
         with np.load(path) as arrays:
             image = arrays["image"].astype(np.float32)
             text = arrays["text"].astype(np.float32)
@@ -91,7 +92,7 @@ class Arrays:
 
 
 def few_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -> Ints:
-    """At most ``n`` random rows of every class, of these; all of them where n is 0."""
+    """At most ``n`` random rows of every class from ``rows``; if n is 0, all of ``rows``."""
     if n == 0:
         return np.sort(rows)
     chosen = []
@@ -102,22 +103,22 @@ def few_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) ->
 
 
 def halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """These rows in two halves with equal shares of every class."""
+    """Divide ``rows`` into two halves with equal shares of every class."""
     shuffled = rng.permutation(rows)
     by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
     return np.sort(by_class[0::2]), np.sort(by_class[1::2])
 
 
 class Measured(NamedTuple):
-    """The answers of every method about some rows, and how they came about."""
+    """The answers of every method for some rows, and how they came about."""
 
     judged: dict[str, JudgedAnswers]
-    seconds: dict[str, float]  # of the fits; of chosen answers with the choice
+    seconds: dict[str, float]  # times of the fits; for chosen answers, the choice is included
     notes: dict[str, Any]
 
 
 def measure(arrays: Arrays, fitted_on: Ints, beside: Ints, new_rows: Ints, seed: int) -> Measured:
-    """Fit all methods on some rows, with images ``beside``, and judge new ones."""
+    """Fit all methods, and judge ``new_rows``; ``beside`` are the images without labels."""
     train = arrays.labelled(fitted_on)
     images = arrays.images(beside)
     new = arrays.labelled(new_rows)
@@ -157,7 +158,7 @@ def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnsw
 
 
 def certified(calibration: JudgedAnswers, new: JudgedAnswers) -> list[dict[str, float | None]]:
-    """Coverage and risk on new rows of a rule for each risk; risk None if it accepts nothing."""
+    """For each risk, coverage and risk of a rule on new rows; risk None if it accepts nothing."""
     rules = []
     for max_risk in RISKS:
         rule = vilu.certify(Outcomes(*calibration), max_risk=max_risk)
@@ -170,17 +171,17 @@ def certified(calibration: JudgedAnswers, new: JudgedAnswers) -> list[dict[str, 
 
 
 class Division(NamedTuple):
-    """The rows of a cell: both halves of the set, and the labelled rows of the first."""
+    """The rows of a cell: both halves of the set, and the labelled rows of the first half."""
 
     first: Ints
     second: Ints
     labelled: Ints
-    fit_half: Ints  # of the labelled rows
+    fit_half: Ints  # the half of the labelled rows that methods are fitted on
     calibration_half: Ints
 
     @classmethod
     def of(cls, target: Ints, cell: Cell) -> Division:
-        """Rows as the seed of the division draws them; few labels are among many labels."""
+        """Draw the rows with the seed of the division; more labels include the fewer labels."""
         rng = np.random.default_rng(cell.division)
         order = rng.permutation(len(target))
         middle = len(order) // 2
@@ -194,7 +195,7 @@ class Division(NamedTuple):
 
 
 def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
-    """Everything that is kept of a cell."""
+    """The content of a cell's line."""
     whole = measure(arrays, rows.labelled, rows.first, rows.second, seed)
     beside = np.setdiff1d(rows.first, rows.calibration_half)
     both = np.concatenate([rows.calibration_half, rows.second])
@@ -235,7 +236,7 @@ def cells_in(path: Path) -> set[Cell]:
 
 
 def wanted(names: Sequence[str], labels: Sequence[int], divisions: int) -> Iterator[Cell]:
-    """All cells, division after division."""
+    """Yield all cells, division by division."""
     for division in range(divisions):
         for name in names:
             for n_labels in labels:
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--divisions", type=int, default=5)
     parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="0: all")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", UserWarning)  # classes with few rows
+    warnings.simplefilter("ignore", UserWarning)  # they say that classes have few rows
     torch.set_num_threads(1)
     sets = {}
     for path in sorted(options.arrays.glob("*.npz")):
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         arrays = sets[cell.name]
         rows = Division.of(arrays.target, cell)
-        # Where no class has more labels, two numbers of labels are the same rows.
+        # If no class has more labels, two numbers of labels give the same rows.
         key = (cell.name, cell.division, rows.labelled.tobytes())
         if key not in measured:
             measured[key] = results_of(arrays, rows, cell.division)

@@ -1,13 +1,16 @@
-"""The table of ``benchmarks.baselines``, as Markdown.
+"""The tables of ``benchmarks.baselines``, as Markdown.
 
     python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars] [--divisions 1]
 
-AUROC of failures and FPR95 in percent: means over sets, of each set's mean over divisions. A method
-stands in a column if every set of the table has a cell for it there. Brackets: 95 % bootstrap
-interval over the rows that are read; the resamples of all cells are averaged one by one. Below, the
-difference of ViLU+ to every other method, paired on the same rows. Last, the difference to the best
-baseline of every column. Its interval is over sets, divisions and rows: a resample draws sets with
-replacement, for each of them divisions with replacement, and one resample of their rows.
+The first table has AUROC of failures and FPR95 in percent, averaged over divisions and then over
+sets. A column is a number of labels. A method has an entry in a column if every set of the table
+has a cell for it there. Brackets are 95 % bootstrap intervals over the test rows: resample number i
+of a mean is the mean of resample number i of all cells.
+
+The second table has the difference of ViLU+ from every other method, paired on the same rows. The
+third has its difference from the best baseline of every column. The interval there is over sets,
+divisions and rows: a resample draws sets with replacement, for each set divisions with replacement,
+and one resample of their rows.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ BASELINES = (
     "tip_adapter",
 )
 IN_VIEW = ("pets among 123", "caltech66", "food9", "dtd")
-"""Sets that were in view when ``vilu_plus`` was developed."""
+"""Sets that were looked at while ``vilu_plus`` was developed."""
 PROTOTYPES = ("ucf101", "dtd", "oxford pets")
 """Sets whose texts are means of images."""
 N_RESAMPLES = 2_000
@@ -52,7 +55,7 @@ class Column(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Lines by column, and in each by set and division."""
+    """The lines of the file by column, and within a column by set and division."""
 
     lines: dict[Column, dict[tuple[str, int], Line]]
 
@@ -69,7 +72,7 @@ class Cells(NamedTuple):
         return cls(lines)
 
     def common(self, names: Sequence[str]) -> list[tuple[str, int]]:
-        """The sets and divisions that all columns with a cell of every set have."""
+        """The sets and divisions for which every column of ``columns`` has a cell."""
         keys = set(next(iter(self.lines.values())))
         for column in self.columns(names):
             keys &= set(self.lines[column])
@@ -117,8 +120,8 @@ def entry(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
 class Gains(NamedTuple):
     """How far ViLU+ is above a method, by set and division."""
 
-    measured: dict[tuple[str, int], Floats]  # ()
-    resampled: dict[tuple[str, int], Floats]  # (B,) of resamples of the rows
+    measured: dict[tuple[str, int], Floats]  # () difference on the test rows
+    resampled: dict[tuple[str, int], Floats]  # (B,) differences on resamples of these rows
 
     @classmethod
     def over(cls, cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> Gains:
@@ -143,7 +146,7 @@ class Gains(NamedTuple):
         return 100 * float(mean_over_sets(self.measured, self.names))
 
     def over_sets(self) -> Floats:
-        """Means of resamples of sets, divisions and rows."""
+        """Means on resamples of sets, divisions and rows."""
         rng = np.random.default_rng(0)
         names = self.names
         of_set = {
@@ -177,12 +180,12 @@ def lead_over_the_best(cells: Cells, n_labels: int, keys: Sequence[tuple[str, in
 
 
 def heading(n_labels: int) -> str:
-    """A number of labels, for people."""
+    """Text for a number of labels."""
     return {WITHOUT_LABELS: "no label", 0: "all labels"}.get(n_labels, f"{n_labels} a class")
 
 
 def table(cells: Cells, names: Sequence[str]) -> None:
-    """Print both tables for some sets."""
+    """Print all tables for some sets."""
     complete = set(cells.columns(names))
     budgets = [
         n_labels for n_labels in LABELS if any(column.n_labels == n_labels for column in complete)
@@ -226,11 +229,13 @@ def table(cells: Cells, names: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Print the tables of the sets that the file has, and without some of them."""
+    """Print the tables of all sets in the file, then the tables without some of the sets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cells", type=Path)
     parser.add_argument("--without", nargs="+", choices=NAMES, default=[])
-    parser.add_argument("--divisions", type=int, default=5, help="only the first so many [5]")
+    parser.add_argument(
+        "--divisions", type=int, default=5, help="number of divisions to use, from the first [5]"
+    )
     options = parser.parse_args()
     names = [name for name in NAMES if name not in options.without]
     table(Cells.read(options.cells, options.divisions), names)

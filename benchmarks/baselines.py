@@ -1,16 +1,16 @@
-"""Simple baselines beside ours on real CLIP: the measurement.
+"""Measures simple baselines beside our methods, on embeddings of CLIP.
 
     python -m benchmarks.baselines ARRAYS CELLS.jsonl [--sets cars ...] [--methods tip_adapter ...]
     python -m benchmarks.baseline_tables CELLS.jsonl
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A seed divides each set into halves; methods are fitted on the first half, with so many labels
-a class (0: all), and the second half is read. A *cell* is a set, a number of labels a class (-1:
-none), a division and a method. It is one line of CELLS.jsonl: AUROC and FPR95 of the failures of
-zero-shot answers, and AUROCs of bootstrap resamples, of the same rows for all methods.
+100). A seed divides each set into halves. Methods are fitted on the first half, with a given number
+of labels per class (0: all, -1: none), and tested on the second half. A *cell* is a set, a number
+of labels, a division and a method. It is one line of CELLS.jsonl: AUROC and FPR95 of the failures
+of zero-shot answers, and AUROCs of bootstrap resamples, which have the same rows for all methods.
 
-``otter_sees`` and ``stata_sees`` see the images that are read, without their labels; all others see
-images of the first half alone. ``vilu_plus_images`` sees all images of the first half.
+``otter_sees`` and ``stata_sees`` also get the test images, without labels. All other methods get
+images of the first half alone. ``vilu_plus_images`` gets all images of the first half.
 
 Cells that are in the file already are left out. All sets are measured for a division before the
 next division begins.
@@ -53,7 +53,7 @@ LABELS = (WITHOUT_LABELS, 1, 5, 16, 0)
 
 
 class Cell(NamedTuple):
-    """A set, labels a class (-1: none, 0: all), a division and a method."""
+    """A set, a number of labels per class (-1: none, 0: all), a division and a method."""
 
     name: str
     n_labels: int
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """What a method may see."""
+    """What a method may see of a set."""
 
     arrays: Arrays
     labelled: Ints  # rows with a label
@@ -70,32 +70,32 @@ class Halves(NamedTuple):
     read: Ints
 
     def without_fit(self) -> Floats:
-        """MCM."""
+        """Uncertainties by MCM."""
         return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.read))
 
     def with_labels(self, name: str) -> Floats:
-        """A method fitted on the labelled rows."""
+        """Uncertainties by a method that is fitted on the labelled rows."""
         predictor = vilu.PREDICTORS[name]().fit(self.arrays.labelled(self.labelled))
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
     def with_images(self) -> Floats:
-        """ViLU+ fitted on the labelled rows, with all images of the first half beside."""
+        """Uncertainties by ViLU+, fitted on the labelled rows and all images of the first half."""
         images = self.arrays.images(self.fitted_on)
         predictor = vilu.ViLUPlus().fit(self.arrays.labelled(self.labelled), unlabelled=images)
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
     def without_labels(self, name: str) -> Floats:
-        """A method fitted on the images of the first half."""
+        """Uncertainties by a method that is fitted on the images of the first half."""
         predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fitted_on))
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
     def otter_sees(self) -> Floats:
-        """OTTER fitted on the images that are read."""
+        """Uncertainties by OTTER, fitted on the test images."""
         data = self.arrays.images(self.read)
         return vilu.PREDICTORS["otter"]().fit(data).predict_uncertainty(data)
 
     def stata_sees(self) -> Floats:
-        """StatA's own posterior of the images that are read, their neighbours among it."""
+        """Uncertainties by StatA's own posterior of the test images, neighbour terms included."""
         data = self.arrays.images(self.read)
         rows = torch.arange(len(data))
         (batch,) = data.batches(len(data))
@@ -133,7 +133,7 @@ LABELLED: dict[str, Callable[[Halves], Floats]] = {
 
 
 def cells(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
-    """The cells in order."""
+    """Yield the cells in the order in which they are measured."""
     for division in range(divisions):
         for name in names:
             for n_labels in LABELS:
@@ -146,7 +146,7 @@ def cells(names: Sequence[str], methods: Sequence[str], divisions: int) -> Itera
 
 
 def measure(folder: Path, cell: Cell) -> dict[str, Any]:
-    """Fit the method of a cell and read it."""
+    """Fit the method of a cell, and measure it on the test rows."""
     rows = rows_of(folder, Division(cell.name, 0, cell.n_labels, cell.division))
     if rows is None:
         raise ValueError(f"{cell.name} has no rows for {cell}")
@@ -170,14 +170,14 @@ def measure(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def known_cells(file: Path) -> set[Cell]:
-    """The cells of a file, which need not exist."""
+    """The cells of a file; none if the file does not exist."""
     if not file.is_file():
         return set()
     return {Cell(*json.loads(line)["cell"]) for line in file.read_text().splitlines()}
 
 
 def main() -> None:
-    """Measure the cells that the file lacks."""
+    """Measure the cells that are not in the file yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=every_method, default=every_method)
     parser.add_argument("--divisions", type=int, default=5)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # of fits to few rows, which are meant here
+    warnings.simplefilter("ignore")  # fits to few rows warn, and few rows are intended here
     known = known_cells(options.cells)
     for cell in cells(options.sets, options.methods, options.divisions):
         if cell in known:

@@ -1,7 +1,7 @@
-"""AUROC of ViLU trained in bfloat16 beside float32, on the photos of the demo.
+"""AUROC of ViLU trained in bfloat16 and in float32, on the photos of the demo.
 
-Batches have 1,024 rows, and each has three seeds. Uses the embeddings that ``vilu demo`` leaves
-behind.
+Each precision has three seeds and batches of 1,024 rows. The embeddings are those that
+``vilu demo`` has made.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A command with something beside it: ``python -m benchmarks.busy``, on two cores or more.
+"""Times a command while another program computes: ``python -m benchmarks.busy``.
 
-A fit of ``vilu_plus`` (3,000 rows, 200 classes), alone and while a program of another session, one
-process per core but one, computes: as torch's OpenMP (libgomp) waits by itself, and as vilu has it
-wait (``GOMP_SPINCOUNT=3000``). By turns; a fit that takes longer than ``MOST`` seconds is ended.
+The command is a fit of ``vilu_plus`` (3,000 rows, 200 classes). It runs alone, and beside a program
+of another session that uses all cores but one; so at least two cores are needed. Both cases are
+timed with two settings, in turn: how torch's OpenMP (libgomp) waits by itself, and how vilu makes
+it wait (``GOMP_SPINCOUNT=3000``). A fit that takes longer than ``MOST`` seconds is ended.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # the first is libgomp's own
+WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # 300000 is libgomp's own default
 ROWS, K, D, REPEATS, MOST = 3_000, 200, 256, 3, 60.0
 
 
 def run(folder: Path, spins: str, *arguments: str) -> float:
-    """Seconds of a command."""
+    """Run a command with ``GOMP_SPINCOUNT`` set to ``spins``, and return its seconds."""
     begun = time.perf_counter()
     try:
         subprocess.run(
@@ -39,7 +40,7 @@ def run(folder: Path, spins: str, *arguments: str) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print and return medians."""
+    """Print and return the medians."""
     rng, found = np.random.default_rng(0), dict[str, float]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

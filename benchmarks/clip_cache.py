@@ -1,19 +1,18 @@
-"""A store of a few-shot cache.
+"""Imports a few-shot cache as a store.
 
     python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd
 
-Methods of Tip-Adapter's kind keep the embeddings of a data set as tensors of unit norm, and
-repositories publish them:
+Methods like Tip-Adapter store the embeddings of a data set as tensors of unit norm, and
+repositories publish these files:
 
-- ``test_f.pt``, ``val_f.pt`` (N, D) of images and ``test_l.pt``, ``val_l.pt`` (N,) of their
-  classes;
-- ``keys_16shots.pt`` (D, S) of labelled training images and ``values_16shots.pt`` (S, K), one-hot,
-  of their classes.
+- ``test_f.pt``, ``val_f.pt``: (N, D) images, and ``test_l.pt``, ``val_l.pt``: (N,) their classes;
+- ``keys_16shots.pt``: (D, S) labelled training images, and ``values_16shots.pt``: (S, K) their
+  classes, one-hot.
 
-The rows of the store are those of ``--splits``, one after the other. Its texts are those of
-``--texts``, or else the mean of the labelled training images of each class: no gap between the
-modalities, the failures of a few-shot classifier. Of the files only tensors are read; nothing in
-them is run.
+The rows of the store are the images of ``--splits``, one split after the other. Its texts are those
+of ``--texts``. Without ``--texts``, the text of a class is the mean of its labelled training
+images. Then there is no gap between the modalities, and failures are those of a few-shot
+classifier. Only tensors are read from the files, and no code in them is run.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def tensor(path: Path) -> Tensor:
 
 
 def class_means(folder: Path, shots: int) -> Tensor:
-    """(K, D) the direction of the mean of each class's labelled training images."""
+    """(K, D) mean of each class's labelled training images, scaled to unit norm."""
     keys, values = (
         tensor(folder / f"{name}_{shots}shots.pt").float() for name in ("keys", "values")
     )
@@ -55,11 +54,11 @@ def class_means(folder: Path, shots: int) -> Tensor:
 
 
 def text_matrix(path: Path, width: int) -> Tensor:
-    """(K, D) texts, which such repositories keep as (D, K)."""
+    """(K, D) texts from a file, which may have them as (D, K)."""
     found = tensor(path)
     if (
         found.ndim != 2 or list(found.shape).count(width) != 1
-    ):  # a square one does not say which side is which
+    ):  # in a square matrix it is unknown which side is D
         raise DataError(
             f"{path} must be ({width}, K) or (K, {width}), K not {width}. "
             f"Got {tuple(found.shape)} instead."
@@ -68,18 +67,23 @@ def text_matrix(path: Path, width: int) -> Tensor:
 
 
 def main() -> None:
-    """Import what a cache holds."""
+    """Import a cache."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of the cache")
     parser.add_argument(
-        "--classes", type=Path, required=True, help="names in the order of the labels, one a line"
+        "--classes", type=Path, required=True, help="class names in label order, one per line"
     )
     parser.add_argument("--splits", default="test", help="joined by commas [test]")
     parser.add_argument(
-        "--shots", type=int, default=16, help="labelled training images a class, for the texts [16]"
+        "--shots",
+        type=int,
+        default=16,
+        help="labelled training images per class, for the texts [16]",
     )
     parser.add_argument(
-        "--texts", type=Path, help="in their place: embeddings of texts, .pt or .npy"
+        "--texts",
+        type=Path,
+        help="embeddings of texts, .pt or .npy, in place of the training images",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="store to make")
     given = parser.parse_args()

@@ -2,20 +2,21 @@
 
     python -m benchmarks.closed_folder [--folders 1000] [--risks 0.05 0.2]
 
-Simulated folders, whose answers are known. Two predictors are fitted in turn, each on more photos
-than the one before. Photos to fit on are picked as ``vilu triage`` picks them: k-means on the
-embeddings, weighted by the uncertainty. They leave the population of the predictor that is fitted
-on them. All other photos are labelled in one random order that was fixed before, and after every
-eighth of the folder somebody looks (``vilu.calibration.closed_set``).
+The folders are simulated, so their true answers are known. Two predictors are fitted, the second on
+more photos than the first. Photos to fit on are picked as ``vilu triage`` picks them: by k-means on
+the embeddings, weighted by the uncertainty. The population of a predictor is all photos that it was
+not fitted on. They are labelled in one random order that was fixed before. Whenever a further
+eighth of the folder has a label, the tests look (``vilu.calibration.closed_set``).
 
-A folder is *broken* if at any look a certified threshold accepts photos without a label of which
-more than the largest risk are wrong. That may happen in 5 % of the folders. Shown are their share,
-its one-sided 95 % bound (Clopper and Pearson), and the largest share of the folder that a look
-accepts without a label, in the mean over the folders. Three tests are compared:
+A folder is *broken* if, at any look, a certified threshold accepts photos without a label, and the
+share of wrong answers among them is above the largest risk. That may happen in 5 % of the folders.
+The output has the share of broken folders, its one-sided 95 % bound (Clopper and Pearson), and the
+largest share of a folder that a look accepts without a label, as a mean over the folders. Three
+tests are compared:
 
 - ``bets``: ``ClosedLooks``, which may look at any time and at all thresholds;
-- ``one look``: the exact test of the limit, at the first look at the first predictor;
-- ``every look``: the same exact test, repeated at every look. It is not valid.
+- ``one look``: the exact test of the limit, made once: at the first look at the first predictor;
+- ``every look``: the same exact test, repeated at every look; this is not valid.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ MOST_PICKED = 40
 """Largest number of photos that are picked to fit each predictor on."""
 
 LOOKS = 3
-"""Number of looks for each predictor. An eighth of the folder is labelled before each."""
+"""Number of looks for each predictor; an eighth of the folder is labelled before each look."""
 
 WIDTH = 0.3
-"""Distance at which a label counts exp(-1/2) of one at the same place, in the predictor."""
+"""In the predictor, a label at this distance has exp(-1/2) of the weight of one at distance 0."""
 
 Rate = Callable[[Floats, float], Floats]
 
 
 def learnable(image: Floats, risk: float) -> Floats:
-    """Wrong answers lie on one side, so a predictor can learn where."""
+    """All wrong answers are on one side of the embeddings, so a predictor can learn where."""
     return np.where(image[:, 0] > 0.4, 6.2 * risk, 0.2 * risk)
 
 
 def just_above(image: Floats, risk: float) -> Floats:
-    """Everywhere a little more answers are wrong than allowed."""
+    """Everywhere the error rate is a little above the largest risk."""
     return np.full(len(image), 1.02 * risk)
 
 
@@ -75,7 +76,7 @@ def confident_mistakes(image: Floats, risk: float) -> Floats:
 
 
 def where_picked(image: Floats, risk: float) -> Floats:
-    """Many answers are wrong where photos are picked to fit on, so that the others are better."""
+    """Many answers are wrong where photos are picked to fit on, so other photos are better."""
     return np.where(image[:, 0] > 0.8, 0.8 + 0.8 * risk, 0.8 * risk)
 
 
@@ -98,28 +99,28 @@ class Folder:
         rate = np.minimum(WORLDS[world](self.image, max_risk), 1.0)
         self.wrong = (rng.random(n_photos) < rate).astype(np.int64)
         self.position = rng.permutation(n_photos)
-        # The uncertainty before the first label: it points to the wrong answers of some worlds.
+        # the uncertainty before the first label, which is informative in some worlds
         self.first_uncertainty = self.image[:, 0] + 0.1 * rng.normal(size=n_photos)
         self.max_risk = max_risk
         self.seed = seed
 
     def uncertainty(self, picked: Ints) -> Floats:
-        """(N,) smoothed share of wrong answers among the picked photos (M,) near a photo."""
+        """(N,) smoothed share of wrong answers among the picked photos (M,) near each photo."""
         distance = np.linalg.norm(self.image[:, None] - self.image[picked], axis=2)
         weight = np.exp(-0.5 * (distance / WIDTH) ** 2)
-        prior = 0.1 + 0.01 * self.first_uncertainty  # where no photo is near
+        prior = 0.1 + 0.01 * self.first_uncertainty  # the value where no picked photo is near
         smoothed: Floats = (weight @ self.wrong[picked] + prior) / (weight.sum(axis=1) + 1)
         return smoothed
 
 
 class Seen(NamedTuple):
-    """What the looks at a folder showed by one test."""
+    """The results of one test at all looks at a folder."""
 
     broken: bool = False
     accepted: float = 0.0  # largest share of the folder that a look accepts without a label
 
     def after(self, folder: Folder, left: NDArray[np.bool_]) -> Seen:
-        """What was seen, and that the photos ``left`` (N,) without a label are accepted."""
+        """The results after a further look, which accepts the unlabelled photos ``left`` (N,)."""
         is_false = bool(folder.wrong[left].sum() > folder.max_risk * left.sum())
         return Seen(self.broken or is_false, max(self.accepted, float(left.mean())))
 
@@ -133,8 +134,8 @@ def look_often(folder: Folder) -> dict[str, Seen]:
     seen = dict.fromkeys(TESTS, Seen())
     n_picks = min(max(int(PICKED * n), 5), MOST_PICKED)
     for attempt in (1, 2):
-        # The photos that were drawn may be picked, too. If they could not, the other photos would
-        # no longer be like them.
+        # Photos that were drawn may be picked, too. Otherwise only photos without a label would be
+        # taken out of the population, and those that stay would differ from the drawn ones.
         rows = np.flatnonzero(~is_picked)
         picks = choose_to_fit(source, rows, uncertainty, n_picks, folder.seed)
         is_picked[picks] = True
@@ -177,7 +178,7 @@ def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
 
 
 def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], left: NDArray[np.bool_]) -> bool:
-    """Whether the exact test shows the guarantee about the photos ``left``, if it is made once."""
+    """Whether the exact test, made once, shows the guarantee about the photos ``left``."""
     n_wrong = int(folder.wrong[drawn].sum())
     n_drawn = int(drawn.sum())
     n_left = int(left.sum())
@@ -196,11 +197,11 @@ def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedLooks:
 
 
 class Broken(NamedTuple):
-    """How many of some folders are broken, and what their looks accept."""
+    """Number of broken folders, and what the looks accept."""
 
     n: int
     n_broken: int
-    accepted: float  # mean over the folders
+    accepted: float  # largest share of a folder that a look accepts, as a mean over the folders
 
     def __str__(self) -> str:
         share = self.n_broken / self.n
@@ -209,7 +210,7 @@ class Broken(NamedTuple):
 
 
 def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[str, Broken]:
-    """Look at many folders of a world, by every test."""
+    """Look at many folders of a world, and evaluate every test."""
     all_seen = []
     for seed in range(n_folders):
         folder = Folder(world, n_photos, seed, max_risk)
@@ -225,7 +226,9 @@ def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line of JSON for every world, size, risk and test, and then a table."""
     parser = argparse.ArgumentParser(description="Guarantees about photos without a label.")
-    parser.add_argument("--folders", type=int, default=1_000, help="folders of every line")
+    parser.add_argument(
+        "--folders", type=int, default=1_000, help="number of folders for every line"
+    )
     parser.add_argument("--risks", type=float, nargs="+", default=RISKS, help="largest risks")
     options = parser.parse_args(arguments)
     total: dict[tuple[str, float], list[Broken]] = {}

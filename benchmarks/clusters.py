@@ -1,15 +1,17 @@
 """Do guarantees hold on rows that come in clusters? ``python -m benchmarks.clusters``.
 
-A made-up world: clusters of rows whose uncertainties are alike. A row of uncertainty u is wrong
-with probability P(u). With probability sqrt(rho) its fate is that of its cluster, so two rows of a
-cluster with equal u are wrong together with the correlation rho. In the world "rising", P(u) is
-0.7 u^6, and 10 % of all answers are wrong. In "waves", the error rate of what is accepted crosses
-the bar of 5 % three times. In "flat", 5.1 % of the answers are wrong whatever u is, so a rule that
-accepts rows is broken.
+The worlds are simulated. The rows of a cluster have similar uncertainties. A row of uncertainty u
+is wrong with probability P(u). With probability sqrt(rho) one draw for the whole cluster decides
+whether the row is wrong, else a draw of its own. So the failures of two rows of a cluster with
+equal u have the correlation rho. In the world "rising", P(u) is 0.7 u^6, and 10 % of all answers
+are wrong. In "waves", the error rate of the accepted rows crosses 5 % three times as the threshold
+rises. In "flat", 5.1 % of the answers are wrong whatever u is, so every rule that accepts rows is
+broken.
 
-Every line is of 500 calibrations. "Broken": a rule accepts rows, and the true error rate of what it
-accepts is above 5 %, at a confidence of 95 %. "rows" is ``vilu.certify``, which counts rows as
-draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact ones of 95 %.
+Every line summarises 500 calibrations at a risk of 5 % and a confidence of 95 %. A rule is "broken"
+if it accepts rows and their true error rate is above 5 %. "rows" is ``vilu.certify``, which treats
+rows as independent draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact
+95 % intervals.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ DRAWS = 500
 CORRELATIONS = (0.0, 0.1, 0.3, 0.6)
 
 ALIKE = 0.8
-"""Correlation of the uncertainties of a cluster, before they are made uniform."""
+"""Correlation of the uncertainties in a cluster, before they are transformed to be uniform."""
 
 TRUTH_CLUSTERS = 40_000
 """Number of clusters from which the true error rate of majority answers is computed."""
 
 WAVES = ((0.3, 0.02), (0.5, 0.15), (0.8, 0.0), (1.0, 0.5))
-"""Ends of the steps of P(u) in the world "waves", and P(u) up to each."""
+"""The steps of P(u) in the world "waves": where each step ends, and P(u) on it."""
 
 FLAT = 0.051
 """P(u) in the world "flat"."""
@@ -46,7 +48,7 @@ FLAT = 0.051
 
 @dataclass(frozen=True)
 class World:
-    """Clusters of ``fewest`` to ``most`` rows, equally often of each size."""
+    """Clusters of ``fewest`` to ``most`` rows, where all sizes are equally likely."""
 
     name: str
     n_clusters: int
@@ -97,7 +99,7 @@ WORLDS = (
 
 
 class MajorityRisk:
-    """True error rate of the majority answers, from many clusters."""
+    """True error rate of the majority answers, estimated from many clusters."""
 
     def __init__(self, world: World, rho: float, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -116,7 +118,7 @@ class MajorityRisk:
 
 @dataclass
 class Tally:
-    """What became of the calibrations of one way."""
+    """Results of the calibrations of one kind."""
 
     broken: int = 0
     nothing: int = 0
@@ -129,7 +131,7 @@ class Tally:
         self.broken += rule.feasible and true_risk > MAX_RISK
 
     def in_words(self, draws: int) -> str:
-        """Shares of the calibrations, and the mean accepted share."""
+        """Text with shares of the calibrations, and the mean accepted share."""
         low = lower_bound(self.broken, draws, 0.025)
         high = upper_bound(self.broken, draws, 0.025)
         return (
@@ -139,7 +141,7 @@ class Tally:
 
 
 WAYS = ("rows", "majority", "ratio")
-"""What counts as a draw, or which risk is bounded."""
+"""Kinds of calibration: what is treated as a draw, or which risk is bounded."""
 
 
 class Simulation:
@@ -154,7 +156,7 @@ class Simulation:
         self.correlations: list[float] = []
 
     def run(self, draws: int) -> None:
-        """Calibrate so many times, and count what became of it."""
+        """Calibrate ``draws`` times, and count the results."""
         for _ in range(draws):
             self._calibrate()
 
@@ -178,7 +180,7 @@ class Simulation:
         self.tallies["ratio"].add(ratio, world.risk(ratio.threshold or 0.0))
 
     def lines(self, draws: int) -> Iterator[str]:
-        """A line for the world, and one per way."""
+        """Yield a line for the world, then a line for each kind of calibration."""
         world = self.world
         sizes = f"{world.n_clusters} clusters of {world.fewest} to {world.most} rows"
         among = f"among accepted rows {np.nanmean(self.correlations):.2f} (mean)"

@@ -1,8 +1,8 @@
-"""Large pools of captions against the dense computation: memory, time and agreement.
+"""Compares training on large pools of captions with the dense computation.
 
-D = 512, float32 (Linux only). Dense is the head as the paper writes it: one matrix of similarities
-for the answers, one for softmax(s q k.T), the concatenation, one linear layer. Ours never has a
-matrix of pool x pool.
+Memory, time and agreement are measured (D = 512, float32; Linux only). "Dense" is the head as the
+paper writes it: one matrix of similarities for the answers, one for softmax(s q k.T), the
+concatenation, one linear layer. "Ours" never has a matrix of pool x pool in memory.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5
 LARGE, LABELS, TIMED = 32_768, 8_192, 4_096
-"""Pools for memory, for the comparison of labels, and for the comparison of times."""
+"""Sizes of the pools to measure memory, to compare labels, and to compare times."""
 
 LIMIT_MB, TOLERANCE = 1_536, 1e-5
 
 
 def pairs(n: int) -> PairEmbeddings:
-    """A pool of random captions and their images, made in blocks, so that no peak is left."""
+    """A pool of random captions and images, made in blocks, so that memory has no peak before."""
     rng = np.random.default_rng(0)
     image, text = np.empty((n, D), np.float32), np.empty((n, D), np.float32)
     for start in range(0, n, 1024):
@@ -55,14 +55,14 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def config(pool: int, device: str) -> TrainConfig:
-    """One pool a step; a rate at which the repeated step of a benchmark changes little."""
+    """One pool per step, and a learning rate so small that repeated steps change little."""
     return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device(device))
 
 
 def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
-    """A training step of the library: batch, answers, head, weighted BCE, backward, SGD.
+    """A function that makes a training step of the library and returns the loss.
 
-    Returns the loss.
+    The step has batch, answers, head, weighted BCE, backward pass and SGD.
     """
     torch.manual_seed(0)
     trainer = HeadTrainer(
@@ -91,7 +91,7 @@ class Dense(nn.Module):
         self.rest = head.rest
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) failure logits, and the zero-shot answers."""
+        """(B,) failure logits, and (B,) zero-shot answers."""
         with torch.no_grad():
             answer = (self.scale * image @ text.T).softmax(dim=1).argmax(dim=1)
         key = text @ self.key.T
@@ -101,7 +101,7 @@ class Dense(nn.Module):
 
 
 def dense(data: PairEmbeddings) -> Callable[[], float]:
-    """A training step of the dense head. Returns the loss."""
+    """A function that makes a training step of the dense head and returns the loss."""
     head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
     optimizer = torch.optim.SGD(
         head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
@@ -120,15 +120,14 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
 
 
 def child(what: str) -> None:
-    """Run once; print its seconds, the peak of memory above the data, and seconds of the products.
+    """Run one step; print its seconds, its peak memory above the data, and the products' seconds.
 
-    The products of a step: similarities for the answers, for the attention, and again for its
-    gradient; averages of texts, gradients of weights, of queries: six of pool x D x pool, here in
-    tiles.
+    A step has six products of pool x D x pool, here in tiles: similarities for the answers, for the
+    attention and for its gradient; averages of texts; gradients of weights and of queries.
     """
     import vilu
 
-    small, data = pairs(1024), pairs(LARGE)  # the small pool warms thread pools and libraries up
+    small, data = pairs(1024), pairs(LARGE)  # the small pool warms up thread pools and libraries
     vilu_fitted = vilu.ViLU(epochs=1).fit(PairEmbeddings(small.image, small.text, 128, SCALE))
     vilu_fitted.similarity_ = None  # more candidates have larger cosines, which is no other model
     runs: dict[str, Callable[[PairEmbeddings], object]] = {
@@ -148,7 +147,7 @@ def child(what: str) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Peaks above the data, each in a process of its own."""
+    """Peak memory above the data; each step runs in a process of its own."""
     figures = {}
     for what, name in (
         ("step", "training step"),
@@ -176,7 +175,7 @@ def memory() -> dict[str, float]:
 
 
 def times() -> dict[str, float]:
-    """Seconds of a training step, dense and ours by turns; the first pair warms up."""
+    """Seconds of a training step, dense and ours in turn; the first pair warms up."""
     data = pairs(TIMED)
     steps = {"dense": dense(data), "ours": ours(data)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -200,7 +199,7 @@ def times() -> dict[str, float]:
 
 
 def agreement() -> dict[str, float]:
-    """How many labels differ from dense ones, and the errors of the attention and its gradient."""
+    """Number of labels that differ from dense ones; errors of the attention and its gradient."""
     data = pairs(LABELS)
     (batch,) = data.steps(LABELS)
     answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
@@ -231,7 +230,7 @@ def agreement() -> dict[str, float]:
 
 
 def plain(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The attention as it is written."""
+    """The attention as its formula says, without tiles."""
     return functional.softmax(scale * query @ keys.T, dim=1) @ values
 
 

@@ -1,31 +1,32 @@
-"""Rows drawn up to a limit for one test: does the guarantee hold, and what do 300 labels accept?
+"""Tests on rows drawn up to a limit: does the guarantee hold, and what do 300 labels accept?
 
     python -m benchmarks.drawn_below simulate [--draws 10000] [--worlds flat ...]
     python -m benchmarks.drawn_below measure build/chains [--draws 4]
 
-``simulate``: rows of a world have a uniform rank in [0, 1), and a claimed and a true error rate at
-every rank. 500 rows of the fit side choose the limit. Of 2,000 rows of the calibration side, 300
-are drawn among those up to the limit, and their answers are right or wrong by the true rate. A
-draw is *broken* if the true risk of the certified threshold is above 5 %. That may happen to 5 % of
-the draws. Shown are the share of broken draws, its one-sided 95 % bound (Clopper and Pearson), and
-the mean share of the answers that is accepted. The worlds:
+``simulate``: Each row of a world has a rank, uniform in [0, 1). A world has a claimed and a true
+error rate at every rank. The limit is chosen from 500 rows of the fit side. The calibration side
+has 2,000 rows. 300 of its rows up to the limit are drawn, and their answers are wrong with the true
+error rate. A draw is *broken* if the true risk of the certified threshold is above 5 %. That may
+happen to 5 % of the draws. The output has the share of broken draws, its one-sided 95 % bound
+(Clopper and Pearson), and the mean share of accepted answers. The worlds:
 
-- ``flat``: every answer is wrong with probability 5.01 %, so that whatever is certified is broken;
-- ``honest``: the error rate is claimed rightly, and rises to 50 %;
-- ``too sure``: twice as many answers are wrong as is claimed;
-- ``trusted``: of the tenth that is trusted most 6 % are wrong, then 1 %, then more and more;
-- ``few``: ``honest``, but 40 rows choose the limit, and 400 rows are on the calibration side;
+- ``flat``: every answer is wrong with probability 5.01 %, so every certificate is broken;
+- ``honest``: the claimed error rate is the true one, and rises to 50 %;
+- ``too sure``: the true error rate is twice the claimed one;
+- ``trusted``: 6 % of the most trusted tenth are wrong, then 1 %, then more and more;
+- ``few``: ``honest``, but the limit is chosen from 40 rows, and the calibration side has 400 rows;
 - ``tied``: ``too sure`` with scores of ten values;
-- ``same rows``: ``too sure``, but the limit is chosen by the calibration side itself, the rows that
-  are drawn from. No command does that. It shows how much depends on the fit side.
+- ``same rows``: ``too sure``, but the limit is chosen from the calibration side, from which the
+  rows are also drawn. No command does that. It shows why the fit side must choose the limit.
 
-``measure``: scores of ``vilu_plus``, fitted on 200 labels of the fit side, of its adapted answers,
-as ``python -m benchmarks.procedures chains`` keeps them: a file for every set and seed. 300 labels
-of the calibration side are tested at a risk of 5 % and a confidence of 95 %, once drawn up to the
-limit, and once uniformly among all rows. Coverage and risk are those of the whole calibration side.
-All rows of the fit side choose the limit, since the files do not say which ones were fitted on;
-``vilu next`` leaves these out. Shown are means over fits and draws. The interval of the difference
-(t, 95 %) takes the mean of every fit as one number.
+``measure``: The scores are those of ``vilu_plus`` for its adapted answers, after a fit on 200
+labels of the fit side. ``python -m benchmarks.procedures chains`` has written them, in a file for
+every set and seed. 300 labels of the calibration side are tested at a risk of 5 % and a confidence
+of 95 %: once the labels are drawn up to the limit, and once uniformly among all rows. Coverage and
+risk are measured on the whole calibration side. All rows of the fit side choose the limit, because
+the files do not say which rows were fitted on; ``vilu next`` leaves out the rows fitted on. The
+output has means over fits and draws. For the interval of the difference (t, 95 %), the mean of a
+fit is one number.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
 
 @dataclass(frozen=True)
 class World:
-    """Claimed, ascending, and true error rates (M,) at all ranks (M,), and the numbers of rows."""
+    """Claimed (ascending) and true error rates (M,) at all ranks, and the numbers of rows."""
 
     claimed: Floats
     true: Floats
@@ -99,7 +100,7 @@ WORLDS: Final = _worlds()
 
 
 def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
-    """Share of all answers that one draw accepts, and their true risk; (0, 0) for no answer."""
+    """Share of all answers that one draw accepts, and their true risk; (0, 0) if there is none."""
     rank = rng.integers(len(RANKS), size=world.n_calibration)
     uncertainty = world.claimed[rank]
     chooses = world.claimed[rng.integers(len(RANKS), size=world.n_fit)]
@@ -150,14 +151,14 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 
 @dataclass(frozen=True)
 class Tested:
-    """What one draw of labels certifies, on the whole calibration side."""
+    """Results, on the whole calibration side, of the threshold that one draw certifies."""
 
     coverage: float
     risk: float
 
 
 def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
-    """The test of the labels of ``rows`` (M,) among all rows of the calibration side (N,)."""
+    """Test the labels of ``rows`` (M,), drawn from all rows (N,) of the calibration side."""
     is_accepted = uncertainty <= certified(uncertainty[rows], failure[rows])
     if not is_accepted.any():
         return Tested(coverage=0.0, risk=0.0)
@@ -166,7 +167,7 @@ def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
 
 @dataclass(frozen=True)
 class Fit:
-    """The tests of a fit: of drawn and of uniform labels, one for every draw."""
+    """The tests of a fit: for every draw one of labels up to the limit, one of uniform labels."""
 
     hindsight: float
     drawn: list[Tested]
@@ -174,7 +175,7 @@ class Fit:
 
     @classmethod
     def of(cls, path: Path, n_draws: int) -> Fit:
-        """Draw labels of a kept fit ``n_draws`` times."""
+        """Draw labels ``n_draws`` times for a fit from a file."""
         with np.load(path) as arrays:
             of_fit = int(np.flatnonzero(arrays["n_fit"] == N_TO_FIT)[0])
             uncertainty = arrays["u"][of_fit]
@@ -205,7 +206,7 @@ def n_broken(fits: Iterable[Fit], kind: Literal["drawn", "uniform"]) -> int:
 
 
 def measure(folder: Path, n_draws: int) -> None:
-    """Print a line for every set of a folder of kept fits."""
+    """Print a line for every set of a folder of fits."""
     by_set: dict[str, list[Fit]] = {}
     for path in sorted(folder.glob("*.npz")):
         name, _, _ = path.stem.rpartition("_")

@@ -1,10 +1,12 @@
-"""Does the interval of the ECE hold the truth as often as it says?
+"""Does the interval of the ECE contain the truth as often as its confidence says?
 
-``python -m benchmarks.ece_coverage [--streams 500] [--percentile]``: predictors whose failure rate
-at every stated probability is known, calibrated ones (the truth is 0) and others; test sets of four
-sizes, both kinds of bins. Printed per case: the truth, the mean of the estimate, how often the
-interval lies above the truth, how often below, its mean width; with ``--percentile`` those of the
-percentiles of resampled rows, for comparison.
+    python -m benchmarks.ece_coverage [--streams 500] [--percentile]
+
+The failure rate of each predictor is known at every stated probability. Some predictors are
+calibrated, so their true error is 0; some are not. Test sets have four sizes, and bins are of both
+kinds. For each case a line has the truth, the mean of the estimate, how often the interval is above
+and below the truth, and its mean width. With ``--percentile``, the intervals are percentiles of
+resampled rows, for comparison.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ MANY = 1_000_000
 
 
 class World(NamedTuple):
-    """Probabilities that a predictor states, and how often it is wrong where it states them."""
+    """The probabilities that a predictor states, and its failure rate at each of them."""
 
     draw: Callable[[np.random.Generator, int], Floats]
     rate: Callable[[Floats], Floats]
@@ -57,19 +59,19 @@ WORLDS = {
 
 
 class Plain:
-    """The same error as a kernel without an interval of its own."""
+    """The ECE as a kernel without an interval of its own, so that its rows are resampled."""
 
     def __init__(self, binning: Binning) -> None:
         self.binning = binning
 
     def __call__(self, counts: TieCounts) -> Floats:
-        """The error (...)."""
+        """The error for each sample of ``counts``."""
         return ece_kernel(counts, binning=self.binning)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of test sets whose interval misses the truth, and means over them."""
+    """Shares of test sets whose interval misses the truth, and means over all test sets."""
 
     truth: float
     estimate: float
@@ -86,14 +88,14 @@ class Coverage:
 
 
 def truth_of(world: World, binning: Binning, seed: int = 0) -> float:
-    """The error of a million rows whose failures are their rates."""
+    """The error on a million rows, with the failure rates in place of failures."""
     rng = np.random.default_rng(seed)
     p = np.sort(world.draw(rng, MANY))
     if binning == "width":
         edges = np.arange(1, 15) / 15
         index = np.searchsorted(edges, p)
     else:
-        first = np.searchsorted(p, p)  # equal probabilities stay together
+        first = np.searchsorted(p, p)  # equal probabilities get the same index, and so one bin
         index = first * 15 // MANY
     return float(np.abs(np.bincount(index, weights=world.rate(p) - p, minlength=15)).sum() / MANY)
 
@@ -107,7 +109,7 @@ def coverage_of(
     draws: int = 500,
     percentile: bool = False,
 ) -> Coverage:
-    """What the intervals of so many test sets of n rows are worth."""
+    """Evaluate the intervals of ``streams`` test sets of n rows."""
     truth, rng = truth_of(world, binning), np.random.default_rng([n, streams])
     kernel = BinnedError(binning=binning)
     ends = np.empty((streams, 3))

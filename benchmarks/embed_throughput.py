@@ -1,7 +1,7 @@
-"""What ``embed`` costs beside the model: a forward pass against JPEG bytes to a sealed store.
+"""The time that ``embed`` takes beside the model.
 
-Both see the same pictures in the same batches, by turns, so that what else the machine does falls
-on both.
+A forward pass alone is compared with ``embed``, from JPEG bytes to a sealed store. Both get the
+same pictures in the same batches, in turn, so that other work on the machine slows down both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pictures:
 
 
 def synthetic(n: int, width: int, height: int) -> list[bytes]:
-    """JPEGs of smooth colours with some noise, which compress about as photos do."""
+    """JPEGs of smooth colours with some noise, which are compressed about as much as photos."""
     generator = np.random.default_rng(0)
     blobs = []
     for _ in range(n):
@@ -119,7 +119,7 @@ def compare(backbone: Backbone, pictures: Pictures, repeats: int) -> dict[str, f
 
 def main(images: int = 512, repeats: int = 5) -> dict[str, float]:
     """Print a table of both cases and return the ratios."""
-    keep_freed_memory()  # of both sides
+    keep_freed_memory()  # for both sides of the comparison
     cases = [
         ("compact", photos(images)),
         ("compact:128", Pictures("32 x 32", synthetic(images, 32, 32))),

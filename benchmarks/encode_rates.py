@@ -2,11 +2,11 @@
 
     python -m benchmarks.encode_rates [NAME ...]
 
-Weights are random and of the real size, so nothing is downloaded: what a tower costs does not
-depend on what it has learned. Only the towers run, on pixels and tokens that are ready: those of
-images in float32 and in bfloat16, those of texts in float32. All take turns, pass by pass, on one
-thread. Processor time is measured, and of each the best pass counts: whatever else the machine does
-can only slow one down.
+Weights are random and have the real size, so nothing is downloaded; the time of a tower does not
+depend on its weights. Only the towers run, on pixels and tokens that are ready. Image towers run in
+float32 and in bfloat16, text towers in float32. All towers take turns, pass by pass, on one thread.
+The result of a tower is the processor time of its fastest pass, because other work on the machine
+can only slow down a pass.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ COMPACT_SIZES = {"compact:128": 128, "compact:224": 224}
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers of a model on a batch each, which is ready.
+    """The two towers of a model, each with a batch that is ready.
 
     Attributes:
-        name: Of the model.
-        pixels: Of a side of an image.
+        name: Name of the model.
+        pixels: Width and height of an image.
         run_images: Encodes ``IMAGES`` images in float32.
         run_images_bf16: Encodes them in bfloat16.
         run_texts: Encodes ``TEXTS`` texts.
-        parameters: Number of weights of both towers, in millions; "-" of the compact model, which
-            hides them.
+        parameters: Number of weights of both towers, in millions; "-" for the compact model, whose
+            weights are not accessible.
     """
 
     name: str
@@ -91,7 +91,7 @@ def named(name: str) -> Towers:
 
 
 def compact(name: str) -> Towers:
-    """The compact model, which has its weights, on prompts."""
+    """The compact model with its real weights; its texts are prompts."""
     size = COMPACT_SIZES[name]
     backbone = load_backbone(name, device="cpu")
     rounded = load_backbone(name, device="cpu", precision="bf16")
@@ -107,8 +107,8 @@ def compact(name: str) -> Towers:
 
 
 def gflop(run: Callable[[], object], number: int) -> float:
-    """10^9 floating point operations per item; a multiplication with its addition is two."""
-    run()  # what is done once only is not counted, and memory is warm
+    """10^9 floating point operations per item; a multiplication and its addition are two."""
+    run()  # work that is done only once is not counted, and memory is warm
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
         value=False
@@ -134,7 +134,7 @@ def processor_seconds(run: Callable[[], object]) -> float:
 
 
 def main(*names: str, repeats: int = 6) -> dict[str, float]:
-    """Print a table of the models, by default of all, and return images per second of a core."""
+    """Print a table of the named models, by default of all; return images per second of a core."""
     keep_freed_memory()
     torch.set_num_threads(1)
     chosen = names or (*named_backbones(), *COMPACT_SIZES)

@@ -1,23 +1,23 @@
 """Do intervals of error rates hold? ``python -m benchmarks.estimate [SET.npz ...]``.
 
-Made-up worlds: 3,000 rows, of which 100, or ``--labels``, are drawn at random and labelled. A row
-is wrong with a probability p and has a prediction f of it. "Held" is the share of 1,000 draws in
-which the interval holds the error rate of the 3,000 rows; the nominal confidence is 95 %. "Width"
-is the mean width as a part of that of the exact interval of the labels alone (Clopper-Pearson).
-``plain normal`` is the usual normal interval of the labels alone.
+A simulated world has 3,000 rows, of which 100 (or ``--labels``) are drawn at random and labelled. A
+row is wrong with probability p, and f is a prediction of p. "Held" is the share of 1,000 draws in
+which the interval contains the error rate of the 3,000 rows; the nominal confidence is 95 %.
+"Width" is the mean width of the interval, divided by the mean width of the exact interval of the
+labels alone (Clopper-Pearson). ``plain normal`` is the usual normal interval of the labels alone.
 
 - calibrated: f = p; three quarters of the rows are almost surely right, a quarter almost surely
   wrong.
-- blind: f knows nothing, 5 % are wrong.
-- rare: 3 % are wrong, and f knows of two thirds of them.
-- too sure: f says 99.9 % of 4 % of the rows, and 80 % of them are wrong.
-- misled: f says 95 % of 5 % of the rows, of which 10 % are wrong, and 0 of the others, of which 3 %
-  are wrong.
-- smooth: f = p = u^3 of a uniform u.
+- blind: 5 % of the rows are wrong, and f is not informative.
+- rare: 3 % of the rows are wrong, and f predicts two thirds of them.
+- too sure: for 4 % of the rows f = 99.9 %, and 80 % of these rows are wrong.
+- misled: for 5 % of the rows f = 95 %, and 10 % of these rows are wrong. For all other rows f = 0,
+  and 3 % of them are wrong.
+- smooth: f = p = u^3 with u uniform.
 
-Sets (arrays ``image``, ``text``, ``target``): ``vilu_plus`` is fitted on a random half. Of the
-other half 100 rows are labelled, 20 times at random. What is estimated is the error rate of the
-zero-shot answers.
+In a set (arrays ``image``, ``text``, ``target``), ``vilu_plus`` is fitted on a random half. 100
+rows of the other half are labelled, 20 times at random. The error rate of the zero-shot answers is
+estimated.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ WORLDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
 
 
 class Held:
-    """How often an interval held the truth, and how wide it was."""
+    """How often an interval contained the truth, and how wide it was."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -95,7 +95,7 @@ class Held:
         self.width += high - low
 
     def in_words(self, plain: Held) -> str:
-        """The share of draws with its exact interval of 95 %, and the width."""
+        """Text with the share of draws, its exact 95 % interval, and the width."""
         low = lower_bound(self.hits, self.n, 0.025)
         high = upper_bound(self.hits, self.n, 0.025)
         held = f"held {self.hits / self.n:.1%} ({low:.1%} to {high:.1%})"
@@ -105,7 +105,7 @@ class Held:
 def repeated(
     probability: Floats, failure: Ints, draws: int, labels: int, random: np.random.Generator
 ) -> dict[str, Held]:
-    """Estimate the error rate of rows from so many random samples of labels."""
+    """Estimate the error rate of rows ``draws`` times, each time from ``labels`` random labels."""
     held = {name: Held() for name in ("predictions", "plain exact", "plain normal")}
     for _ in range(draws):
         add_estimate(held, probability, failure, labels, random)
@@ -119,7 +119,7 @@ def add_estimate(
     labels: int,
     random: np.random.Generator,
 ) -> None:
-    """Estimate once."""
+    """Estimate the error rate once, from ``labels`` random labels, and add the intervals."""
     known = np.full(len(failure), -1)
     labelled = random.permutation(len(failure))[:labels]
     known[labelled] = failure[labelled]

@@ -1,8 +1,9 @@
-"""Metrics and intervals of many rows, and the metrics of others beside ours.
+"""Times metrics and intervals of many rows, and compares our metrics with those of other libraries.
 
-100,000 rows have 1,000 resamples; ten million are counted. Intervals are of all default metrics.
-Others are scikit-learn, and torch-uncertainty where it is installed (it is no dependency of this
-project); they take the same million rows in turn, and of each the least time counts.
+The intervals are those of all default metrics: for 100,000 rows from 1,000 resamples, and for ten
+million rows from their histogram. The other libraries are scikit-learn and, if it is installed,
+torch-uncertainty (no dependency of this project). All get the same million rows, in turn, and the
+result of each is its shortest time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vilu.outcomes.outcomes import Tally
 
 
 def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct probabilities and failures of n rows."""
+    """Probabilities of n rows, all different, and failures."""
     rng = np.random.default_rng(0)
     failure = rng.random(n) < 0.3
     return 1 / (1 + np.exp(1 - 1.5 * failure - rng.normal(size=n))), failure.astype(np.int64)
@@ -29,14 +30,14 @@ def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Counted:
-    """Rows that were counted part by part, as a folder of scores is."""
+    """Rows whose histogram is made part by part, as for a folder of scores."""
 
     uncertainty: np.ndarray
     failure: np.ndarray
     part: int = 2**20
 
     def tally(self) -> Tally:
-        """Their histogram."""
+        """The histogram of all rows."""
         starts = range(0, len(self.failure), self.part)
         parts = (slice(start, start + self.part) for start in starts)
         whole = Histogram.total(
@@ -46,7 +47,7 @@ class Counted:
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """The least of several runs."""
+    """The shortest time of several runs."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -58,7 +59,7 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 def others(
     uncertainty: np.ndarray, failure: np.ndarray
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Ours and theirs, by what is computed."""
+    """Maps the name of a metric to two functions that compute it: that of vilu and the other's."""
     from sklearn import metrics as theirs
 
     ours = vilu.metrics
@@ -76,8 +77,8 @@ def others(
         import torch
         from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
 
-        # class 0 is the answer of every row, the more probable the less uncertain, and right where
-        # there is no failure
+        # Class 0 is the answer of every row. Its probability is high if the uncertainty is low, and
+        # it is the right answer if there is no failure.
         doubt = torch.from_numpy(uncertainty / 2)
         probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
         for name, kind, of in (
@@ -95,7 +96,7 @@ def others(
 
 
 def main() -> dict[str, float]:
-    """Print and return seconds, and how many times as long others take."""
+    """Print and return seconds, and the times of other libraries divided by ours."""
     warnings.simplefilter("ignore")
     figures: dict[str, float] = {}
     uncertainty, failure = rows(10**5)

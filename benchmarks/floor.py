@@ -1,4 +1,4 @@
-"""Plain matrix products, beside which work is timed."""
+"""Plain matrix products, with which the time of other work is compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]
 def products(
     shapes: list[Shape], times: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """Runs all products so many times, into memory that is already there."""
+    """A function that computes all products ``times`` times, into memory allocated before."""
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     made = [
         (torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where))

@@ -1,12 +1,13 @@
-"""Forecasts of a triage beside what labels showed then: ``python -m benchmarks.forecasts CHAINS``.
+"""Compares forecasts of a triage with outcomes: ``python -m benchmarks.forecasts CHAINS``.
 
-CHAINS is a folder of ``python -m benchmarks.procedures chains``. The default procedure is replayed
-on every chain, in many random orders of its photos. So for a set and a number of labels there is
-not one outcome, but a distribution over fits and orders. The tables show
+CHAINS is a folder that ``python -m benchmarks.procedures chains`` wrote. The default procedure is
+replayed on every chain, in many random orders of its photos. So for a set and a number of labels
+there is not one outcome, but a distribution over fits and orders. The tables show
 
-1. how wide the middle 80 % of the outcomes of a set are: no forecast of a set can be narrower and
-   hold in 80 % of the cases;
-2. how often the forecast held before any label and after the first 50, and how wide it was.
+1. how wide the middle 80 % of the outcomes of a set are: a narrower forecast of a set cannot hold
+   in 80 % of the cases;
+2. how often two forecasts held, and how wide they were: the forecast before any label, and the one
+   after the first 50 labels.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from vilu.triage.forecast import BUDGETS, Forecast
 from vilu.triage.guarantee import PhotoSplit
 
 MIDDLE: Final = (0.1, 0.9)
-"""Quantiles of outcomes between which the middle 80 % lie."""
+"""The quantiles that bound the middle 80 % of the outcomes."""
 
 ROUNDED: Final = 0.02
-"""A forecast holds if the outcome is at most so far outside, since people read whole percents."""
+"""A forecast holds if the outcome is at most this far outside, since people read whole percents."""
 
 STAGES: Final = {"without a label": 0, "after 50 labels": 1}
 """Index of the fit in a chain that a forecast is made from."""
@@ -40,8 +41,8 @@ class Made(NamedTuple):
     """A forecast for a chain and a number of labels.
 
     Attributes:
-        width: Upper end less lower end.
-        held: Share of the outcomes within it.
+        width: Upper end minus lower end.
+        held: Share of the outcomes that are within the forecast.
     """
 
     width: float
@@ -49,7 +50,7 @@ class Made(NamedTuple):
 
 
 def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
-    """Coverages (n_orders,) that every number of labels reaches, by number of labels."""
+    """For each number of labels, the coverages (n_orders,) that it reaches."""
     reached = defaultdict(list)
     for number in range(n_orders):
         curve = list(Replay(chain.in_another_order(number), DEFAULT).rounds())
@@ -77,7 +78,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
 
 
 def judged(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, Made]:
-    """How wide the ranges of a forecast are, and how often they held, by number of labels."""
+    """For each number of labels, the width of the forecast's range, and how often it held."""
     made = {}
     for expected in forecast.expected:
         if expected.n_labels not in outcomes:

@@ -1,8 +1,9 @@
-"""``make bench-gpu``: times on an accelerator beside plain products, and its memory.
+"""``make bench-gpu``: times on an accelerator, compared with plain products, and its memory.
 
     python -m benchmarks.gpu [DEVICE] [--small]
 
-Not part of ``make bench``. With ``--small`` and the device "cpu" it shows that it runs.
+This is not part of ``make bench``. With ``--small`` and the device "cpu" it only shows that it
+runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REPEATS = 5
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """The least of several runs, each until the device is done."""
+    """The shortest time of several runs; a run ends when the device has finished."""
     found = []
     for _ in range(REPEATS + 1):
         wait(device)
@@ -37,13 +38,13 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def wait(device: str) -> None:
-    """Until it is done."""
+    """Wait until the device has finished."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def say(what: str, found: float, floor: float, device: str) -> float:
-    """Print and return the share of the floor's rate."""
+    """Print and return the time of plain products, ``floor``, divided by the time ``found``."""
     memory = (
         f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MB at most"
         if device.startswith("cuda")
@@ -81,7 +82,7 @@ def heads(device: str) -> dict[str, float]:
 
 
 def plus(device: str, n: int, k: int) -> dict[str, float]:
-    """Scores of ``vilu_plus``, and a fit of it; scores of logits alone stay on the processor."""
+    """Time scores and a fit of ``vilu_plus``; scores from logits alone stay on the processor."""
     test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
     start = time.perf_counter()
     predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
@@ -97,7 +98,7 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
 
 
 class Downloads(TorchDispatchMode):
-    """The most numbers that one copy has brought from the accelerator to the processor."""
+    """Measures the largest copy from the accelerator to the processor, as a number of values."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -110,7 +111,7 @@ class Downloads(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Note a copy, and make it."""
+        """Measure the copy if the operation is one, then run the operation."""
         target = str((kwargs or {}).get("device"))
         is_copy = func is torch.ops.aten._to_copy.default
         if is_copy and args[0].is_cuda and target.startswith("cpu"):
@@ -119,7 +120,7 @@ class Downloads(TorchDispatchMode):
 
 
 def bare(device: str, n: int, k: int) -> dict[str, float]:
-    """Scores of tensors where they lie: the result lies there, and no embedding leaves."""
+    """Time scores of tensors on a device, and check that embeddings and scores stay there."""
     test = plus_speed.data(k, n, 2)
     image = test.image.to(device)
     text = test.text.to(device)
@@ -138,14 +139,14 @@ def bare(device: str, n: int, k: int) -> dict[str, float]:
 
 
 def pool(device: str, n: int) -> dict[str, float]:
-    """A step of one pool of captions, beside its six products of pool x pool."""
+    """Time a step of one pool of captions, compared with its six products of pool x pool."""
     step = contrast.ours(contrast.pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
     return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}
 
 
 def main(arguments: list[str]) -> dict[str, float]:
-    """Print tables; return shares of floors."""
+    """Print tables; return the times of plain products divided by our times."""
     warnings.simplefilter("ignore")
     device = next((a for a in arguments if not a.startswith("-")), "cuda")
     small = "--small" in arguments

@@ -2,11 +2,12 @@
 
     python -m benchmarks.guarantees SCORES.parquet ...
 
-The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split
-200 times at random into calibration and test rows. A guarantee is about the risk of all answers
-that the threshold accepts. No file holds all answers, so the file as a whole stands for them
-("broken": its risk at the threshold is above the target), and beside it stands what a user would
-see on the test rows alone, whose error rate has noise of its own ("seen above").
+Each file is one of `vilu score`, with labels, and its rows are not rows that the predictor was
+fitted on. The rows are split 200 times at random into calibration and test rows. A guarantee is
+about the risk of all answers that the threshold accepts. No file has all answers, so the whole file
+is taken instead: a guarantee is "broken" if the risk of the file at the threshold is above the
+target. "Seen above" is how often a user would see a risk above the target on the test rows alone,
+whose error rate has noise of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SPLITS = 200
 
 
 def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
-    """Which of some uncertainties are accepted after a calibration."""
+    """A function that calibrates on outcomes, and returns which of the uncertainties it accepts."""
     return lambda rows, u: vilu.certify(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
-"""``Guard`` beside the bare forward pass: ``python -m benchmarks.guard [--images 960]``.
+"""Compares ``Guard`` with the bare forward pass: ``python -m benchmarks.guard [--images 960]``.
 
-The same encoded photos, in the same batches: ``Guard`` decodes, embeds, scores and decides; the
-bare pass runs the image tower on pixels that are there already. By turns, five times; the ratio of
-images per second, median and range.
+Both get the same photos in the same batches. ``Guard`` decodes, embeds, scores and decides. The
+bare pass runs the image tower on pixels that are decoded already. They take turns, five times. The
+output has the ratio of images per second, as median and range.
 """
 
 from __future__ import annotations

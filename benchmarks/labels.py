@@ -1,32 +1,32 @@
-"""What labels buy: ``python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]``.
+"""Coverage as a function of the number of labels.
 
-Of every store, whose labels are hidden until they are asked for: the share of all rows that are
-accepted at a certified risk of 5 % (confidence 95 %), against the number of labels, for
+    python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]
 
-- ``next``: what ``vilu triage`` asks for, round after round, with its guarantee, which is looked at
-  in every round;
-- ``random``: the same command and guarantee, given as many labels of photos picked at random, round
-  after round;
-- ``random, one look``: as many labels at random, half to fit ``vilu_plus`` on, half for evidence of
-  the same kind with the whole level, afresh at every size: what would hold if nobody had looked
-  before;
-- ``uncertain, one look``: half at random for the guarantee; of the other half, to fit on, a half at
-  random and the rows that a predictor fitted on these trusts least;
-- ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
+The labels of a store are hidden until they are asked for. Coverage is the share of all rows that
+are accepted at a certified risk of 5 % (confidence 95 %). The arms:
 
-With ``--divided`` the ways to divide so many random labels that are looked at once, in place of
-these:
+- ``next``: ``vilu triage`` asks for labels, round after round, and its guarantee is looked at in
+  every round;
+- ``random``: the same command and guarantee, but the photos of every round are picked at random;
+- ``random, one look``: as many labels, picked at random. ``vilu_plus`` is fitted on half of them.
+  The other half is evidence of the same kind, with the whole level. Every number of labels begins
+  anew, as if nobody had looked before;
+- ``uncertain, one look``: half of the labels is random, for the guarantee. Of the labels to fit on,
+  half is random, and half is of the rows that a predictor fitted on that random half trusts least;
+- ``random, exact``: like ``random, one look``, with the exact test of ``vilu calibrate``.
 
-- ``half``: fitted on one half, the exact test on the other;
+With ``--divided`` the arms are ways to divide random labels that are looked at once:
+
+- ``half``: fitted on one half, tested exactly on the other half;
 - ``folds``: K predictors, each fitted without its fold and tested on it with 1/K of the level; a
-  hash picks one;
-- ``progressive``: fitted on the first half, and anew after each of four blocks of the second, of
-  which the predictor before it has to say beforehand which answers it accepts (those with a mean
-  probability of failure of at most a share of the risk); what is guaranteed is guaranteed of the
-  mixture of the four (docs/triage.md).
+  hash picks the predictor of a photo;
+- ``progressive``: fitted on the first half, and again after each of four blocks of the second half.
+  Before a block is read, the predictor at hand must say which of the block's answers it accepts:
+  those with a mean probability of failure of at most a share of the risk. The guarantee is about
+  the mixture of the four predictors (docs/triage.md).
 
-One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted
-rows; ``--show`` makes tables of them.
+The file has one line per store, arm, seed and number of labels: coverage, and the error rate of the
+accepted rows. ``--show`` prints tables of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from vilu.triage.state import TriageSettings, TriageState
 SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
 DIVIDED = (400, 800, 2_000)
 ROUND, LATER, MANY = 50, 100, 400
-"""Labels of a round, and of those after so many."""
+"""Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
 MAX_RISK, DELTA = 0.05, 0.05
 COLUMNS = ("store", "arm", "seed", "labels", "coverage", "risk")
 
@@ -77,14 +77,14 @@ def failures(source: EmbeddingSource) -> Ints:
 
 
 def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
-    """(N,) uncertainty of all rows by a predictor fitted on some."""
+    """(N,) uncertainty of all rows by a predictor that is fitted on ``rows``."""
     return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
 
 
 def one_look(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Arm, coverage and error rate of those whose labels are looked at once."""
+    """Yield the arms whose ``n`` labels are looked at once: name, coverage and error rate."""
     order = np.random.default_rng([seed, n]).permutation(len(source))
     fit, rest = order[: n // 2], order[n // 2 :]
     u = fitted_scores(source, fit, seed)
@@ -108,7 +108,7 @@ def one_look(
 def divided(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Arm, coverage and error rate of the ways to divide ``n`` random labels."""
+    """Yield the ways to divide ``n`` random labels: name, coverage and error rate."""
     order = np.random.default_rng([seed, n, 7]).permutation(len(source))[:n]
     for k in (2, 5):
         accepted = []
@@ -143,28 +143,31 @@ def divided(
 
 
 def mixed(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401 - arrays of numbers
-    """Coverage and error rate where each rule is taken as often as its weight says."""
+    """Coverage and error rate of a mixture that takes each rule with the probability ``weight``."""
     coverage = np.average([one.mean() for one in accepted], weights=weight)
     risk = np.average([(one & (wrong == 1)).mean() for one in accepted], weights=weight)
     return float(coverage), float(risk / coverage) if coverage else 0.0
 
 
 def certified(u: Floats, wrong: Ints, rows: Ints) -> float:
-    """The threshold that these rows certify, with the whole level."""
+    """The threshold that the labels of ``rows`` certify, with the whole level."""
     looks = Looks(grid_of(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
     at = looks.certified(u[rows], wrong[rows])
     return -np.inf if at is None else float(looks.grid[at])
 
 
 def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - an array of truth values
-    """Share that is accepted, and error rate among it."""
+    """Share of rows that are accepted, and the error rate of these rows."""
     return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
 def by_triage(
     store: EmbeddingStore, wrong: Ints, seed: int, most: int, *, at_random: bool
 ) -> Iterator[tuple[int, float, float]]:
-    """Labels, coverage and error rate after every round: asked for, or as many at random."""
+    """Yield the number of labels, coverage and error rate after every round of a triage.
+
+    With ``at_random``, the same number of labels is picked at random.
+    """
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     truth = {
@@ -200,7 +203,7 @@ def by_triage(
 
 
 def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
-    """The results on one store."""
+    """Yield the lines of one store."""
     store = EmbeddingStore(path)
     if int((store.target < 0).sum()):
         sys.exit(f"{path} must have a label for every row.")
@@ -230,7 +233,7 @@ def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, obje
 def shown(path: Path) -> Iterator[str]:
     """Tables of results: mean coverage with its 95 % interval (t), and labels until half-way.
 
-    Below every row of ``next`` the difference to ``random``, seed by seed.
+    Below every row of ``next`` is its difference from ``random``, paired by seed.
     """
     columns, rows = csv_rows(path)
     missing = [name for name in COLUMNS if name not in columns]
@@ -267,14 +270,14 @@ def shown(path: Path) -> Iterator[str]:
 
 
 def reached(curve: Sequence[tuple[int, float]], n: int) -> float:
-    """Coverage with at most so many labels."""
+    """Coverage that is reached with at most ``n`` labels."""
     return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[
         1
     ]
 
 
 def interval(found: Floats) -> tuple[Floats, Floats]:
-    """Mean over seeds (S, N) and half the width of its 95 % interval."""
+    """Mean (N,) of ``found`` (S, N) over seeds, and half the width of its 95 % interval."""
     n = len(found)
     half = (
         stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n)
@@ -285,7 +288,7 @@ def interval(found: Floats) -> tuple[Floats, Floats]:
 
 
 def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
-    """Labels at which the mean over seeds reaches a coverage; infinite where it does not."""
+    """Number of labels at which the mean over seeds reaches a coverage; infinite if it does not."""
     sizes = sorted({n for curve in curves.values() for n, _ in curve})
     return next(
         (n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage),
@@ -294,7 +297,7 @@ def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
 
 
 def main() -> None:
-    """Write the lines as they come."""
+    """Write each line as soon as it is measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)

@@ -1,12 +1,12 @@
-"""Answers that are likely right, before anything is guaranteed: the measurement.
+"""Measures answers that are marked as likely right, before anything is guaranteed.
 
     python -m benchmarks.likely ARRAYS CELLS [--seeds 20] [--labels 100 200 400] [--asked]
     python -m benchmarks.likely_tables CELLS
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
 100). A *cell* is a set, a number of labels and a seed. The seed draws the rows that have a label.
-With ``--asked`` it draws a half of the rows, and of these the labels are those that ``vilu triage``
-asks for, in rounds of 50. ``vilu_plus`` is fitted on the labels as ``vilu triage`` does it, and
+With ``--asked`` the seed draws half of the rows, and ``vilu triage`` asks for the labels of some of
+these rows, in rounds of 50. ``vilu_plus`` is fitted on the labels as ``vilu triage`` fits it, and
 judges all rows without a label.
 
 A cell is one file in the folder CELLS: the uncertainties and failures of cross-fitted labels and of
@@ -61,7 +61,7 @@ class Measured(NamedTuple):
     unlabelled: JudgedAnswers
 
     def save(self, path: Path) -> None:
-        """Write a file, complete or not at all."""
+        """Write the file of a cell; it is either complete or not written at all."""
         unfinished = path.with_suffix(".tmp.npz")
         np.savez_compressed(
             unfinished,
@@ -113,7 +113,7 @@ def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
     """Fit on the labels of the chosen rows, and judge all rows without a label."""
     rest = np.setdiff1d(np.arange(len(arrays.target)), chosen)
     labelled = arrays.labelled(chosen)
-    unlabelled = arrays.labelled(rest)  # its labels only judge the answers
+    unlabelled = arrays.labelled(rest)  # the labels are only used to judge the answers
     predictor = vilu.ViLUPlus(seed=cell.seed).fit(labelled)
     predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
     choice = choose_answer(predictor, labelled, MAX_RISK)
@@ -123,7 +123,7 @@ def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
 
 
 def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
-    """All cells; every set has a seed before the next seed begins."""
+    """Yield all cells, seed by seed."""
     for seed in range(seeds):
         for name in (*CHOOSING, *READ):
             for n_labels in labels:

@@ -1,10 +1,10 @@
 """Tables of ``benchmarks.likely``: ``python -m benchmarks.likely_tables CELLS``.
 
-First, for the sets that choose the widening: the largest mean share of wrong answers among those
-that are likely right, for every widening. Then a row for every set and number of labels at the
-widening in use. Shares are means over seeds with their 95 % interval (t). A seed without an
-estimate, or without a likely answer, has no share of wrong answers; seeds without an estimate have
-no coverage either.
+The first table is about the sets on which the widening was chosen. For every widening it has the
+mean share of wrong answers among the likely answers, in the set where this share is largest. The
+second table has a row for every set and number of labels, with the widening in use. Shares are
+means over seeds with their 95 % interval (t). A seed without an estimate has neither a coverage nor
+a share of wrong answers. A seed without a likely answer has no share of wrong answers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Group = tuple[str, int]
 
 
 class Marked(NamedTuple):
-    """What an estimate marks in a cell."""
+    """The answers of a cell that an estimate marks as likely right."""
 
     coverage: float  # share of the rows without a label that are likely right
     wrong: float  # share of wrong answers among these; NaN if there are none
-    hindsight: float  # largest coverage at the risk, by the labels of these rows
+    hindsight: float  # largest coverage at the risk that is possible, known from all labels
 
 
 def marked(cell: Measured, widening: float) -> Marked | None:
-    """What the estimate marks; None without an estimate."""
+    """The answers that the estimate marks as likely right; None if there is no estimate."""
     uncertainty, failure = cell.unlabelled
     likely = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
     if likely.probability is None:

@@ -1,22 +1,22 @@
-"""Whether guarantees hold that are looked at after every round of labels, for several predictors.
+"""Whether guarantees hold if they are looked at after every round, for several predictors in turn.
 
     python -m benchmarks.look_guarantees [--runs 10000] [--photos 2000] [--worlds all ...]
 
-A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels come in
-twelve rounds of 50. As in a triage, a predictor gets a plan from its scores alone, and is tested
-after every round on the labels of all photos up to the first one without a label. The next
-predictor takes its turn one round after a certificate, or after six rounds without one. So the time
-of its turn depends on the labels, as in a triage.
+A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels arrive in
+twelve rounds of 50. As in a triage, the test of a predictor is planned from its scores alone. The
+predictor is tested after every round, on the labels of all photos before the first photo without a
+label. The next predictor takes its turn one round after a certificate, or after six rounds without
+a certificate. So the time of its turn depends on the labels, as in a triage.
 
 A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. That may
-happen to 5 % of the runs. Shown are the share of broken runs, its one-sided 95 % bound (Clopper and
-Pearson), and the mean number of limits that were certified. The worlds:
+happen to 5 % of the runs. The output has the share of broken runs, its one-sided 95 % bound
+(Clopper and Pearson), and the mean number of limits that were certified. The worlds:
 
-- ``all``: every predictor is wrong on 5.1 % of its answers, whatever the uncertainty;
-- ``beyond``: wrong on 1 % up to half of the photos, and on 40 % beyond, so that the risk is above
-  5 % from 56 % of the photos on;
-- ``later``: the first predictor is wrong on 1 %, all later ones on 5.1 %;
-- ``trusted``: the tenth of the photos that is trusted most is wrong on 6 %, all others on 1 %.
+- ``all``: 5.1 % of the answers of every predictor are wrong, whatever the uncertainty;
+- ``beyond``: 1 % of the answers are wrong in the more trusted half of the photos, and 40 % in the
+  other half. So the risk is above 5 % if more than 56 % of the photos are accepted;
+- ``later``: 1 % of the first predictor's answers are wrong, and 5.1 % of all later predictors';
+- ``trusted``: 6 % of the answers are wrong in the most trusted tenth of the photos, 1 % elsewhere.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ PATIENCE: Final = 6
 
 N_PREDICTORS: Final = 4
 CLAIMED: Final = 0.04
-"""Largest uncertainty. It is low, so that much is planned to be accepted."""
+"""Largest uncertainty. It is low, so that plans accept a large share."""
 
 
 def error_rates(world: str, number: int, quantile: Floats) -> Floats:
-    """(N,) probability that the answer of the photo at every quantile (N,) is wrong."""
+    """(N,) probability of a wrong answer for photos at these quantiles (N,) of the uncertainty."""
     if world == "all":
         return np.full(len(quantile), 0.051)
     if world == "beyond":
@@ -71,7 +71,7 @@ class Predictor:
         rank = rng.permutation(n_photos)
         self.sorted_uncertainty = CLAIMED * quantile
         uncertainty = self.sorted_uncertainty[rank]
-        # The same photos are hard for all predictors.
+        # ``luck`` is the same for all predictors, so the same photos are hard for all of them
         failure = (luck < rates[rank]).astype(np.int64)
         self.outcomes = Outcomes(uncertainty, failure, is_probability=True)
         self.mean_rates = np.cumsum(rates) / np.arange(1, n_photos + 1)

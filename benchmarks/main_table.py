@@ -1,13 +1,13 @@
-"""What ViLU's rows of the 13-set main table cost with cached embeddings.
+"""Time to compute ViLU's rows of the main table of 13 sets, with cached embeddings.
 
-The other way is to encode every image in every epoch. Measured here: training rows per second of
-the real loop on random embeddings (D = 512, batches of 1,024) at several numbers of classes, and
-images per second of the same backbone (CLIP ViT-B/32, random weights of the real size). The table's
-time is the sum over the 13 sets of rows times 300 epochs over the rate at the set's number of
-classes. Decoding and the backward pass through the head are left out of the other side, which
-therefore errs on the small side.
+The alternative is to encode every image in every epoch. Two rates are measured: training rows per
+second of the library's loop on random embeddings (D = 512, batches of 1,024), for several numbers
+of classes, and images per second of the backbone (CLIP ViT-B/32, random weights of the real size).
+The time of a set is its rows times 300 epochs, divided by the rate for its number of classes. The
+time of the table is the sum over the 13 sets. The time of the alternative is too small, because
+decoding and the backward pass through the head are left out.
 
-For a GPU nothing can be measured here: a guess scales the same floating point operations to an
+The time on a GPU is not measured. It is a guess, from the same floating point operations and an
 assumed rate.
 """
 
@@ -32,13 +32,13 @@ from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
 BACKBONE = "clip-vit-b32"
 CLASSES = (10, 100, 400, 1000)
-"""Numbers of classes that are measured; a set's rate is that of the next larger one."""
+"""Numbers of classes that are measured. A set has the rate of the next larger number."""
 
 GPU_TFLOPS = 6.0
-"""Assumed: a third of an A100's 19.5 TFLOP/s in float32, which small products do not reach."""
+"""Assumed rate: a third of an A100's 19.5 TFLOP/s in float32, as small products are slower."""
 
 GPU_STEP_SECONDS = 3e-3
-"""Assumed: the least time of a step of some hundred small kernels and a few copies."""
+"""Assumed shortest time of a step, which has some hundred small kernels and a few copies."""
 
 A100 = named_backbones()[BACKBONE].a100_rate or float("nan")
 
@@ -76,7 +76,7 @@ def encoding() -> float:
 
 
 def main() -> dict[str, float]:
-    """Print the sum, return ratio and hours."""
+    """Print the time of the table; return its hours, and the ratio to the alternative."""
     images = encoding()
     rates = {classes: training(classes) for classes in CLASSES}
     passes = {

@@ -12,7 +12,7 @@ N, K, D = 50_000, 1_000, 512
 
 
 def peak_mb() -> float:
-    """Largest resident size since the last reset."""
+    """Largest resident size in MB since the last reset."""
     line = next(
         x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
     )
@@ -20,7 +20,7 @@ def peak_mb() -> float:
 
 
 def child() -> None:
-    """Make the data, note the resident size, fit and score, note the peaks."""
+    """Make the data, fit and score; print the resident size before, and the peaks."""
     import vilu
 
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def child() -> None:
 
 
 def main() -> dict[str, float]:
-    """Run in a process of its own and print the peaks."""
+    """Run ``child`` in a process of its own, and print the peaks."""
     done = subprocess.run(
         [sys.executable, "-c", "from benchmarks.memory import child; child()"],
         capture_output=True,

@@ -1,12 +1,12 @@
-"""Two simple mixes of the zero-shot posterior and a linear probe, to compare methods with.
+"""Two baselines: simple mixes of the zero-shot posterior and a linear probe.
 
 - ``mix``: q = (1 - w) p_zero_shot + w p_probe. w is the best of 21 weights from 0 to 1.
 - ``pool``: log q = a log p_zero_shot + w log p_probe - const, with a, w >= 0.
 
-The weights have the largest likelihood on labelled rows that the probe was not fitted on: five
-folds, stratified by class. A row that is the only label of its class is never held out. If there
-are no other rows, w = 1/2 in the mix, and a = w = 1/2 in the pool, which is the geometric mean of
-both posteriors.
+The weights have the largest likelihood on labelled rows that the probe was not fitted on. For that,
+rows are held out in five folds, stratified by class. A row that is the only label of its class is
+never held out. If no row can be held out, w = 1/2 in the mix, and a = w = 1/2 in the pool, which is
+then the geometric mean of both posteriors.
 
 The answer is the likeliest candidate of q, and its uncertainty is 1 - q_a.
 """
@@ -51,7 +51,7 @@ class Experts(NamedTuple):
 
     @property
     def floored_probe(self) -> Floats:
-        """Log probabilities of the probe, none of them infinite."""
+        """Log probabilities of the probe, clipped so that all are finite."""
         return np.maximum(self.probe, np.log(MIN_PROBABILITY))
 
 
@@ -59,12 +59,12 @@ class Weights(NamedTuple):
     """The fitted weights of both mixes."""
 
     mix: float
-    pool: Floats  # (2,) of the logits and of the probe
+    pool: Floats  # (2,) weight of the logits, weight of the probe
     cross_fitted: bool
 
 
 def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
-    """What logits and probe say about every row."""
+    """Log probabilities by the logits and by the probe for every row."""
     by_logits = []
     by_probe = []
     for batch in data.batches(BATCH):
@@ -74,7 +74,7 @@ def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
 
 
 def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
-    """Weights of largest cross-fitted likelihood."""
+    """The weights with the largest likelihood on held-out rows."""
     is_only_label = np.bincount(target)[target] == 1
     if is_only_label.all():
         return Weights(mix=0.5, pool=np.array([0.5, 0.5]), cross_fitted=False)
@@ -127,6 +127,6 @@ def _mix_weight(held_out: Experts, target: Ints) -> float:
     rows = np.arange(len(target))
     likelihoods = []
     for weight in GRID:
-        with np.errstate(divide="ignore"):  # the probe alone may give a class nothing
+        with np.errstate(divide="ignore"):  # the probe alone may give a class the probability 0
             likelihoods.append(np.log(held_out.mixed(weight)[rows, target]).sum())
     return float(GRID[np.argmax(likelihoods)])

@@ -1,12 +1,15 @@
-"""How soon does a monitor see a shift that sets in half-way, and how often does it cry wolf?
+"""How soon does a monitor see a shift, and how often does it raise a false alarm?
 
-``python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...``: stores of class
-data, the SHIFTED ones of some of CLEAN's images made harder (``vilu_bench.known_datasets.shift``)
-and under the same keys, and predictors fitted on other images.
+    python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...
 
-A replay draws 3,000 calibration rows and 1,500 rows that arrive first, at random; then 1,500 rows
-arrive of CLEAN, or of one of the SHIFTED. No image is there twice, clean and shifted. Every tenth
-row is audited. A delay is counted from the first shifted row; an alarm before it is a false one.
+CLEAN and SHIFTED are stores of class data. A SHIFTED store has some of CLEAN's images, damaged
+(``vilu_bench.known_datasets.shift``) and with the same keys. The predictors were fitted on other
+images.
+
+A replay draws 3,000 calibration rows of CLEAN at random, and 1,500 rows of CLEAN that arrive first.
+Then 1,500 rows of CLEAN, or of a SHIFTED store, arrive. No image occurs both clean and shifted.
+Every tenth row is audited. The delay of an alarm is counted from the first shifted row. An alarm
+before this row is a false alarm.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ LIMIT, AUDITED, MAX_RISK = 500, 0.1, 0.2
 def part(
     outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None = None
 ) -> vilu.Outcomes:
-    """Some rows; of those that are not audited nobody knows whether they failed."""
+    """The outcomes of some rows; without failures for rows that are not audited."""
     failure = outcomes.failure[rows]
     if outcomes.prediction is None:
         raise ValueError("scores of class stores say what was answered")
@@ -48,7 +51,10 @@ def replay(
     shifted: Sequence[vilu.Outcomes],
     seed: int,
 ) -> list[dict[str, int | None]]:
-    """Row of the alarm of every test and of any, from the change on: undisturbed, then shifted."""
+    """Rows of the alarms of every test and of any test, counted from the change.
+
+    The first dict is that of CLEAN alone, the others are those of the SHIFTED stores.
+    """
     rng = np.random.default_rng(seed)
     where = {key: row for row, key in enumerate(clean.ids or ())}
     n_shifted = len(shifted[0])
@@ -72,7 +78,7 @@ def replay(
 
 
 def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
-    """Print and return what became of the replays of one shift."""
+    """Print and return the results of the replays of one shift."""
     n = len(alarms)
     ever = {test: sum(one[test] is not None for one in alarms) / n for test in alarms[0]}
     delays = np.array([np.inf if (row := one["any"]) is None else row for one in alarms])

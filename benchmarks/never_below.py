@@ -1,20 +1,22 @@
-"""Whether images without labels ever do harm: the measurement.
+"""Measures whether images without labels ever make a method worse.
 
     python -m benchmarks.never_below ARRAYS CELLS.jsonl [--sets cars "cars 25 %" ...] [--plus]
     python -m benchmarks.never_below_tables CELLS.jsonl [--before OLD.jsonl]
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A seed divides each set: images of one part are fitted on without labels, the other part is
-read. A *cell* is a set, a number of images to fit on (as many for each class that occurs, drawn at
-random; 0: all of the part), a number of labels a class and a division.
+100). A seed divides each set into two parts. Methods are fitted on images of the first part,
+without labels, and tested on the second part. A *cell* is a set, a number of images to fit on, a
+number of labels per class and a division. The images to fit on are drawn at random, the same number
+for each class that occurs (0: all images of the part).
 
-Without labels a cell has ``mcm`` and ``vilu_zero``. With ``--plus`` it has ``vilu_plus`` fitted on
-so many labels a class (0: all), alone and with all images of the cell beside, and ``vilu_zero``.
+Without labels, the methods of a cell are ``mcm`` and ``vilu_zero``. With ``--plus`` they are
+``vilu_zero``, ``vilu_plus`` fitted on the labels (0 per class: all) alone, and ``vilu_plus`` fitted
+on the labels and all images of the cell.
 
-A cell is one line of CELLS.jsonl: the AUROC and FPR95 of failures of zero-shot answers by each
-method, the accuracy of its own answers, and AUROCs of bootstrap resamples of the rows that are
-read, the same rows for all methods. Cells that are in the file already are left out. All sets are
-measured for a division before the next division begins.
+A cell is one line of CELLS.jsonl. For each method it has the AUROC and FPR95 of failures of
+zero-shot answers, the accuracy of the method's own answers, and AUROCs of bootstrap resamples of
+the test rows, which are the same for all methods. Cells that are in the file already are left out.
+All sets are measured for a division before the next division begins.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 
 N_RESAMPLES = 200
 SIZES = (3, 5, 8, 0)
-"""Images to fit on for each class that occurs; 0: all of the part."""
+"""Numbers of images to fit on for each class that occurs; 0: all images of the part."""
 LABELS = (1, 5, 16, 0)
 WITHOUT_LABELS = -1
 BATCH = 4_096
@@ -46,12 +48,12 @@ BATCH = 4_096
 
 @dataclass(frozen=True)
 class Source:
-    """Which rows and candidates of a file make a set."""
+    """Which rows and candidates of a file are a set."""
 
     file: str
     fitted: float = 0.5  # share of the rows that may be fitted on
-    occurring: float = 1.0  # share of the classes whose rows are kept, drawn by the division
-    only_occurring: bool = False  # whether classes without rows are no candidates
+    occurring: float = 1.0  # share of the classes whose rows are used; the division draws them
+    only_occurring: bool = False  # whether candidates are only the classes whose rows are used
 
 
 CHOOSING = {
@@ -66,19 +68,19 @@ CHOOSING = {
     "food9": Source("food9"),
     "dtd": Source("proto_dtd"),
 }
-"""Sets that choose."""
+"""Sets on which settings of the method were chosen."""
 CONFIRMING = {
     "ucf101": Source("proto_ucf101"),
     "oxford pets": Source("proto_oxfordpets"),
     "cifar10": Source("cifar10"),
     "imagenet": Source("imagenet1k"),
 }
-"""Sets that were read once, after the choice."""
+"""Sets that were tested once, after the choice."""
 SETS = CHOOSING | CONFIRMING
 
 
 class Cell(NamedTuple):
-    """A set, images a class (0: all), labels a class (-1: none, 0: all), and a division."""
+    """A set, images per class (0: all), labels per class (-1: none, 0: all), and a division."""
 
     name: str
     size: int
@@ -95,7 +97,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(folder: Path, cell: Cell) -> Rows | None:
-    """The rows of a cell; None where the set has fewer images than the cell asks for."""
+    """The rows of a cell; None if the set has fewer images than the cell asks for."""
     source = SETS[cell.name]
     arrays = Arrays.load(folder / f"{source.file}_b32.npz")
     occurring = np.unique(arrays.target)
@@ -120,7 +122,7 @@ def rows_of(folder: Path, cell: Cell) -> Rows | None:
 
 
 def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
-    """Fit the methods of a cell and read them."""
+    """Fit the methods of a cell, and measure them on the test rows."""
     data = rows.arrays.labelled(rows.read)
     mcm = vilu.MCM()
     failure = vilu.score(mcm, data).failure
@@ -149,7 +151,7 @@ def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
 
 
 def accuracy(method: FailurePredictor, data: vilu.Embeddings, target: Ints) -> float:
-    """The share of right answers of the method's own posterior; of zero-shot answers for MCM."""
+    """Accuracy of the answers of the method's own posterior; for MCM, of the zero-shot answers."""
     n_right = 0
     for batch in data.batches(BATCH):
         of_candidates = batch.logits
@@ -174,7 +176,11 @@ def resampled(
 
 
 def cells(names: Sequence[str], divisions: int, *, plus: bool) -> Iterator[Cell]:
-    """The cells in order; with labels at all images, and one label a class also at fewer."""
+    """Yield the cells in the order in which they are measured.
+
+    With ``plus`` they have labels and all images. With one label per class they also have fewer
+    images.
+    """
     for division in range(divisions):
         for name in names:
             for size in SIZES:
@@ -189,7 +195,7 @@ def cells(names: Sequence[str], divisions: int, *, plus: bool) -> Iterator[Cell]
 
 
 def known_cells(file: Path) -> set[Cell]:
-    """The cells of a file, which need not exist."""
+    """The cells of a file; none if the file does not exist."""
     if not file.is_file():
         return set()
     lines = file.read_text().splitlines()
@@ -197,7 +203,7 @@ def known_cells(file: Path) -> set[Cell]:
 
 
 def main() -> None:
-    """Measure the cells that the file lacks."""
+    """Measure the cells that are not in the file yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)
@@ -205,7 +211,7 @@ def main() -> None:
     parser.add_argument("--divisions", type=int, default=5)
     parser.add_argument("--plus", action="store_true", help="vilu_plus, alone and with images")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # of fits to few rows, which are meant here
+    warnings.simplefilter("ignore")  # fits to few rows warn, and few rows are intended here
     known = known_cells(options.cells)
     for cell in cells(options.sets, options.divisions, plus=options.plus):
         if cell in known:

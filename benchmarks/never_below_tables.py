@@ -2,9 +2,9 @@
 
     python -m benchmarks.never_below_tables CELLS.jsonl [--before OLD.jsonl]
 
-Means over divisions, in percent. Brackets: 95 % bootstrap interval of the difference over the rows
-that are read, paired; the resamples of all divisions are averaged one by one. OLD.jsonl has cells
-of an earlier version of the method on the same rows.
+Numbers are means over divisions, in percent. Brackets are 95 % bootstrap intervals of a paired
+difference over the test rows: resample number i of a mean is the mean of resample number i of all
+divisions. OLD.jsonl has cells of an earlier version of the method on the same rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 
 class Group(NamedTuple):
-    """Cells that differ in the division alone: set, images a class, labels a class."""
+    """Cells that only differ in the division: a set, images per class and labels per class."""
 
     name: str
     size: int
@@ -42,7 +42,7 @@ def read(file: Path) -> dict[Group, list[Line]]:
 
 
 def place(group: Group) -> tuple[int, int, int]:
-    """Where a group stands in a table: by set, images and labels, all of them last."""
+    """Sort key of a group in a table: set, then images, then labels, where "all" comes last."""
     set_order = list(SETS)
     label_order = [WITHOUT_LABELS, *LABELS]
     return (
@@ -68,19 +68,19 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
 
 
 def size_of(size: int) -> str:
-    """The number of images a class, for people."""
+    """Text for a number of images per class."""
     return str(size) if size else "all"
 
 
 def counts(lines: Sequence[Line]) -> str:
-    """Images that are fitted on, candidates, rows that are read, and the mean number of wrong."""
+    """Text with the numbers of images to fit on, candidates, test rows and wrong answers."""
     first = lines[0]
     n_wrong = np.mean([line["n_wrong"] for line in lines])
     return f"{first['n_fitted']:,} / {first['n_candidates']} | {first['n_read']:,} / {n_wrong:.0f}"
 
 
 def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
-    """MCM and ViLU-zero, and ViLU-zero as it was before."""
+    """Print MCM, ViLU-zero, and the earlier version of ViLU-zero."""
     print(
         "| set | images a class | fitted / classes | read / wrong | MCM | before | ViLU-zero "
         "| gain [95 %] | FPR95 MCM | before | ViLU-zero | accuracy zero-shot | own |"
@@ -106,7 +106,7 @@ def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, lis
 
 
 def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
-    """ViLU+ alone and with images, beside ViLU-zero on the same images."""
+    """Print ViLU+ alone and with images, and ViLU-zero on the same images."""
     print(
         "| set | images a class | labels a class | read / wrong | MCM | ViLU-zero | ViLU+ alone "
         "| before, with images | with images | over alone [95 %] | over ViLU-zero [95 %] |"

@@ -1,15 +1,16 @@
-"""Words that Tesseract reads: which can be trusted? ``python -m benchmarks.ocr FOLDER``.
+"""Which words that Tesseract reads can be trusted? ``python -m benchmarks.ocr FOLDER``.
 
-Renders pages whose words are known (``benchmarks.ocr_pages``), reads them with Tesseract, and
-writes ``words.csv`` into the folder, a row per word that was read. Pages that were read before are
-not read again, so that a run that was stopped goes on.
+Pages whose words are known are rendered (``benchmarks.ocr_pages``) and read with Tesseract. The
+file ``words.csv`` in the folder gets a row for each word that was read. Pages that were read before
+are not read again, so a run that was stopped can be continued.
 
-Pages are divided at random into thirds: to fit, to calibrate, to test. Compared are the confidence
-of the word alone and ``answer_probe`` on all columns of numbers, each by row (every word counts as
-one draw) and by page (every page does). ``splits.jsonl`` has a line per division. The tables show
-means over the divisions, and between which two values 95 % of the divisions are. The confidence
-needs no fit, so by page it is also calibrated on two thirds. Last, 200 draws show how often a
-guarantee by row is broken, since words of a page are wrong together.
+Pages are divided at random into thirds: to fit, to calibrate, to test. Two scores are compared: the
+confidence of the word alone, and ``answer_probe`` on all columns of numbers. Each is calibrated by
+row (every word is an independent draw) and by page (every page is). ``splits.jsonl`` has a line per
+division. The tables have means over the divisions, and the two values between which 95 % of the
+divisions are. The confidence needs no fit, so by page it is also calibrated on two thirds. Finally,
+200 draws show how often a guarantee by row is broken: it can be, because words of a page are wrong
+together.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ N_PAGES = 1_200
 N_SPLITS = 20
 MAX_RISKS = (0.01, 0.02, 0.05)
 LARGEST = MOST_WORDS
-"""Words of a page that the guarantee by page speaks of; a few pages are read as more."""
+"""The guarantee by page is for pages of at most this many words; a few pages are read as more."""
 
 CONFIDENCE, PROBE = "confidence", "answer_probe"
 NAMES = (CONFIDENCE, PROBE)
@@ -53,7 +54,7 @@ Result = dict[str, Any]
 
 
 def dictionary() -> frozenset[str]:
-    """Words of the documentation of NumPy: another text than that of the pages."""
+    """Words of NumPy's documentation, which is another text than that of the pages."""
     words: set[str] = set()
     for module in (np, np.fft, np.linalg, np.random):
         for name in dir(module):
@@ -74,7 +75,7 @@ def read_page(page: Page, output: Path) -> None:
 
 
 def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
-    """Render and read all pages that are not in the folder yet."""
+    """Render and read the pages that are not in the folder yet."""
     folder.mkdir(parents=True, exist_ok=True)
     truth: dict[str, tuple[Word, ...]] = {}
     files = []
@@ -89,7 +90,7 @@ def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
 
 
 def thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
-    """The table in three parts of equally many pages each."""
+    """Divide the table into three parts with the same number of pages."""
     of_row = np.array(table.cluster)
     pages_of_parts = np.array_split(_shuffled_pages(table, seed), 3)
     return [table[np.isin(of_row, pages)] for pages in pages_of_parts]
@@ -101,7 +102,7 @@ def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
 
 
 def split_result(table: vilu.AnswerTable, seed: int) -> Result:
-    """All numbers of one division into thirds."""
+    """The results of one division into thirds."""
     fit, calibration, test = thirds(table, seed)
     methods = {
         CONFIDENCE: AnswerScore(column="score_confidence"),
@@ -131,7 +132,7 @@ def split_result(table: vilu.AnswerTable, seed: int) -> Result:
 
 
 def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
-    """The largest share of the words of which at most ``risk`` are wrong, known afterwards."""
+    """Largest coverage at which the error rate is at most ``risk``, known from all labels."""
     order = np.argsort(outcomes.uncertainty, kind="stable")
     uncertainty = outcomes.uncertainty[order]
     n_accepted = np.arange(1, len(order) + 1)
@@ -147,7 +148,7 @@ def risk_of(wrong: Mask, accepted: Mask) -> float:
 
 
 def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> float:
-    """Correlation of the errors of two words of a page, among the words that are chosen."""
+    """Correlation between the errors of two words of a page, among the ``chosen`` words."""
     _, page = np.unique(np.array(table.cluster)[chosen], return_inverse=True)
     if not chosen.any():
         return float("nan")
@@ -155,7 +156,7 @@ def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> floa
 
 
 def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Result]:
-    """The results of all divisions; those that are in the file are not computed again."""
+    """The results of all divisions; results that are in the file are not computed again."""
     results: list[Result] = []
     if file.is_file():
         results = [json.loads(line) for line in file.read_text().splitlines()]
@@ -168,7 +169,7 @@ def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Re
 
 
 def spread(values: Floats) -> str:
-    """Mean over the divisions, and between which values 95 % of them are, in per cent."""
+    """Text with the mean over divisions, and the range of 95 % of the divisions, in percent."""
     if not values.any():
         return "0"
     low, high = np.quantile(values, [0.025, 0.975])
@@ -206,7 +207,10 @@ def mean_of(results: list[Result], key: str) -> float:
 
 
 def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
-    """How often a guarantee by row is broken: a third of the pages calibrates, the rest judges."""
+    """How often a guarantee by row is broken, if a third of the pages calibrates it.
+
+    All other pages are tested on.
+    """
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
     of_row = np.array(table.cluster)
     pages = np.unique(of_row)
@@ -230,7 +234,7 @@ def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
 
 
 def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[str]:
-    """By page with the confidence, which needs no fit: two thirds of the pages calibrate."""
+    """The confidence by page, which needs no fit, so that two thirds of the pages calibrate."""
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
     of_row = np.array(table.cluster)
     for risk in MAX_RISKS:
@@ -260,7 +264,7 @@ def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[st
 
 
 def gain(results: list[Result], what: str, place: int) -> Floats:
-    """Coverage with the probe less that with the confidence, in each division."""
+    """Coverage with the probe minus coverage with the confidence, in each division."""
     probe = np.array([result[f"{PROBE} {what}"] for result in results], dtype=np.float64)
     confidence = np.array([result[f"{CONFIDENCE} {what}"] for result in results], dtype=np.float64)
     difference: Floats = probe[:, place] - confidence[:, place]
@@ -268,14 +272,14 @@ def gain(results: list[Result], what: str, place: int) -> Floats:
 
 
 def main() -> None:
-    """Read what is missing, decide, and print the tables."""
+    """Read the pages that are missing, calibrate, and print the tables."""
     parser = argparse.ArgumentParser(description="Decisions about words that Tesseract read.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pages", type=int, default=N_PAGES)
     parser.add_argument("--splits", type=int, default=N_SPLITS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # that words of a page are wrong together is what is measured
+    # the warning is about words of a page that are wrong together, which are measured here
     warnings.simplefilter("ignore", UserWarning)
     words = read_pages(options.folder / "pages", options.pages, options.seed)
     words.write(options.folder / "words.csv")

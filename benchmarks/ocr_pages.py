@@ -1,8 +1,8 @@
-"""Pages whose words are known: rendered, and made hard to read as scans and photos are.
+"""Renders pages whose words are known, and makes them as hard to read as scans and photos.
 
-The text is English prose that comes with Python (``pydoc_data``), 10 to 30 words in their order on
-each page and no sentence twice. Font, size, contrast, blur, noise, rotation and the quality of JPEG
-are drawn at random for each page, so that words of one page are wrong together.
+The text is English prose that comes with Python (``pydoc_data``). A page has 10 to 30 consecutive
+words of it, and no part of the text is used twice. Font, size, contrast, blur, noise, rotation and
+the quality of JPEG are drawn at random for each page, so the words of a page are wrong together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from vilu.tables.sources import Word
 
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*[.,;:]?")
-"""Words of letters and digits: quotes have several forms that readers do not tell apart."""
+"""Matches words of letters and digits. Quotes are left out, because OCR confuses their forms."""
 
 FEWEST_WORDS, MOST_WORDS = 10, 30
 MARGIN = 40
@@ -31,7 +31,7 @@ FONTS = (
     *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono"),
     *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol"),
 )
-"""Fonts that come with matplotlib, so that every machine has the same."""
+"""Fonts that come with matplotlib, so that every machine has the same fonts."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Look:
     """What a page looks like; drawn at random."""
 
     font: str
-    size: int  # pixels
-    ink: int  # grey, 0 is black
-    paper: int  # grey, 255 is white
+    size: int  # size of the font, in pixels
+    ink: int  # grey level of the ink; 0 is black
+    paper: int  # grey level of the paper; 255 is white
     blur: float  # radius in pixels
     noise: float  # standard deviation in grey levels
-    angle: float  # degrees
-    quality: int  # of JPEG
+    angle: float  # rotation in degrees
+    quality: int  # quality of JPEG
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> Look:
-        """A look at random: most pages are easy to read, a part is not."""
+        """Draw a look at random: most pages are easy to read, some are hard."""
         paper = int(random.integers(190, 256))
         contrast = int(random.integers(40, 190))
         hardness = random.beta(1.0, 1.4)
@@ -98,7 +98,7 @@ class Page:
 
     @property
     def words(self) -> tuple[Word, ...]:
-        """What stands on the page, with upright boxes around the rotated words."""
+        """The words on the page, with upright boxes around the rotated words."""
         return tuple(_turned(word, self.size, self.look.angle) for word in self.upright)
 
     def picture(self) -> Image.Image:
@@ -116,7 +116,7 @@ def _font_file(name: str) -> str:
 
 
 def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
-    """Set words in lines of at most ``LINE_WIDTH`` pixels."""
+    """Arrange words in lines of at most ``LINE_WIDTH`` pixels."""
     ascent, descent = font.getmetrics()
     space = font.getlength(" ")
     left, top = float(MARGIN), float(MARGIN)
@@ -139,14 +139,14 @@ def _turned(word: Word, size: tuple[int, int], angle: float) -> Word:
     middle = np.array(size) / 2
     corners = np.array([(left, top), (right, top), (left, bottom), (right, bottom)]) - middle
     radians = np.deg2rad(angle)
-    # y grows downwards, so that Pillow's counterclockwise angle has the sine with this sign
+    # y grows downwards, so for Pillow's counterclockwise angle the sine has this sign
     x = corners[:, 0] * np.cos(radians) + corners[:, 1] * np.sin(radians) + middle[0]
     y = corners[:, 1] * np.cos(radians) - corners[:, 0] * np.sin(radians) + middle[1]
     return Word(word.text, (float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))))
 
 
 def _degraded(image: Image.Image, look: Look, random: np.random.Generator) -> Image.Image:
-    """Blur, then noise of the sensor, then JPEG."""
+    """The image after blur, then noise of a sensor, then JPEG."""
     blurred = image.filter(ImageFilter.GaussianBlur(look.blur))
     grey = np.asarray(blurred, dtype=np.float64)
     noisy = grey + look.noise * random.normal(size=grey.shape)

@@ -1,9 +1,9 @@
-"""``vilu_plus`` beside the products that it needs: scores, and fits of 50,000 rows.
+"""Compares ``vilu_plus`` with the products that it needs: scores, and fits of 50,000 rows.
 
-Scores have one thread, and fits have all. Every figure is a ratio of times taken in turn in one
-run, the least of several for scores. A score needs: the zero-shot product (D x K), one product for
-all that is linear in the image ((D + 1) x K), the network's two (D x H, H x K), and with a memory
-of M rows, in float64, D x M and M x K.
+Scores are computed with one thread, fits with all threads. Every figure is a ratio of times taken
+in turn in one run. For scores, a time is the shortest of several. A score needs these products: the
+zero-shot product (D x K), one for everything that is linear in the image ((D + 1) x K), two for the
+network (D x H, H x K), and with a memory of M rows two more in float64 (D x M, M x K).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLASSES = 1_000
 
 
 def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
-    """Images off their class's text by what the class has in common, and by more of their own."""
+    """Images that differ from their class's text by an offset of the class, and by own noise."""
     shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
     text, common = shared.normal(size=(2, k, D)) / np.sqrt(D)
     target = rng.integers(k, size=n)
@@ -44,7 +44,7 @@ def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
 
 
 def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each, taken in turn."""
+    """The shortest time of each function in seconds; the functions take turns."""
     seconds = dict.fromkeys(work, np.inf)
     for _ in range(REPEATS):
         for name, run in work.items():
@@ -55,7 +55,7 @@ def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def products(test: Embeddings) -> None:
-    """Those of a score without a memory."""
+    """Compute the products of a score without a memory."""
     keys, first, last = (
         torch.randn(len(test.text), D),
         torch.randn(HIDDEN, D),
@@ -66,20 +66,23 @@ def products(test: Embeddings) -> None:
 
 
 def memory(test: Embeddings) -> None:
-    """The float64 arithmetic of a score with one."""
+    """Compute the float64 arithmetic of a score with a memory."""
     bank, values = torch.randn(MEMORY, D).double(), torch.randn(MEMORY, len(test.text)).double()
     for block in test.image.double().split(256):
         _ = (block @ bank.T).exp_() @ values
 
 
 def softmax(test: Embeddings) -> None:
-    """What MCM needs."""
+    """Compute what MCM needs: product and softmax."""
     for block in test.image.split(1_024):
         (block @ test.text.T).softmax(dim=1)
 
 
 def scores() -> dict[str, float]:
-    """Shares of the rate of the products alone, K = 10 with a memory and K = 1,000 without."""
+    """Rates of scores divided by the rates of their products alone.
+
+    K = 10 has a memory, K = 1,000 has none.
+    """
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n, floor in ((10, MEMORY, memory), (CLASSES, 12_000, products)):
@@ -100,7 +103,7 @@ def scores() -> dict[str, float]:
 
 
 def fits() -> dict[str, float]:
-    """Seconds of a fit, in products of N x D x K of the same run, and beside the linear probe."""
+    """Times of fits, of ``vilu_plus`` and of the linear probe, as numbers of N x D x K products."""
     threads = torch.get_num_threads()
     image, text = torch.randn(8_192, D), torch.randn(CLASSES, D)
     product = least({"one": lambda: image @ text.T})["one"] / len(image)
@@ -124,7 +127,7 @@ def fits() -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    """Print tables; return ratios."""
+    """Print the tables, and return the ratios."""
     warnings.simplefilter("ignore")
     threads = torch.get_num_threads()
     print("vilu_plus")

@@ -1,20 +1,20 @@
-"""Procedures that test a guarantee while labels come, compared on kept scores.
+"""Compares procedures that test a guarantee while labels arrive, by replays on stored scores.
 
     python -m benchmarks.procedures chains STORE... --out build/chains --seeds 5
     python -m benchmarks.procedures replay build/chains [--names before default ...]
 
-``chains`` fits ``vilu_plus`` on more and more labels that a triage would ask for, and keeps the
-scores: a file for every set and seed. Files that exist are left as they are. ``replay`` takes every
-procedure through every chain (``benchmarks.replays``), and prints
+``chains`` fits ``vilu_plus`` on more and more labels that a triage would ask for, and writes the
+scores to a file for every set and seed. Files that exist are not changed. ``replay`` replays every
+procedure on every chain (``benchmarks.replays``), and prints
 
-1. the mean share of the photos without a label that are accepted at a guaranteed risk of 5 %
-   (confidence 95 %), and its difference to ``before``, over sets, with its 95 % interval (t);
-2. the same over the sets of docs/triage.md, and the number of labels until half of the coverage
-   that random labels reach in the end;
-3. the same shares of every set at 400 labels, over seeds.
+1. the share of the photos without a label that are accepted at a guaranteed risk of 5 % (confidence
+   95 %), as a mean over sets, and its difference from ``before`` with a 95 % interval (t);
+2. the same over the sets of docs/triage.md, and the number of labels with which a procedure gets
+   half-way: to half of the coverage that random labels reach in the end;
+3. the same shares of every set at 400 labels, as means over seeds.
 
-Labels are those of both sides; the photos are those of the calibration side, because the picks of
-the fit side leave a biased rest.
+The labels of both sides are counted. The photos are those of the calibration side, because on the
+fit side photos are picked, so that those without a label are not a random sample.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ HALF_OF_RANDOM: Final = {
     "proto_oxfordpets": 0.51,
     "proto_ucf101": 0.31,
 }
-"""Half of the coverage that random labels reach in the end (docs/triage.md), by set."""
+"""Maps a set to half of the coverage that random labels reach in the end (docs/triage.md)."""
 
 NEVER: Final = 1_600
-"""Number of labels that counts for a set on which a procedure does not get half-way."""
+"""Number of labels that is taken for a set on which a procedure does not get half-way."""
 
 
 def harmonic_level(attempt: int, delta: float) -> float:
-    """Level of predictor number k before: delta / (k (k + 1))."""
+    """Level of predictor number k in the procedure ``before``: delta / (k (k + 1))."""
     return delta / (attempt * (attempt + 1))
 
 
 HANDED_ON: Final = 0.35
-"""Share of the level that a certified limit may hand on to the next predictor."""
+"""Share of the level that a certified limit may pass to the next predictor."""
 
 WHOLE_LEVEL: Final = 1 / dict(STARTS)[64]
 """``planned_share`` at which ``Trial.plan`` plans the limit for the whole level."""
@@ -122,18 +122,20 @@ BEFORE: Final = Procedure(
 )
 
 EXACT_SHARE: Final = 3.0
-"""``planned_share`` for exact tests, which certify with about as many labels as bets would with
-three times their level."""
+"""``planned_share`` for exact tests.
+
+They certify with about as many labels as bets that have three times the level.
+"""
 
 
 def planned_looks(growth: float, first_share: float, decay: float, n_looks: int) -> Procedure:
-    """The default with planned looks in place of bets."""
+    """The default procedure with planned looks in place of bets."""
     test = PlannedLooks(STARTS, 0.0, growth, first_share, decay, n_looks)
     return replace(DEFAULT, test=test, planned_share=EXACT_SHARE)
 
 
 def weighted_draws(floor: float) -> Procedure:
-    """The default with draws by predicted risk, and weighted bets."""
+    """The default procedure with draws by predicted risk, and weighted bets."""
     return replace(DEFAULT, test=WeightedBets(STARTS, 0.0, floor))
 
 
@@ -152,7 +154,7 @@ PROCEDURES: Final = {
     "weighted draws, floor 0.25": weighted_draws(floor=0.25),
     "limit follows the labels": replace(DEFAULT, move_limit=follow),
 }
-"""The procedures that are replayed, by the name in the table."""
+"""Maps the name in the tables to the procedure."""
 
 ONE_LOOK: Final = ExactLook(STARTS, handed_on=0.0)
 ONE_LOOK_NAME: Final = "one exact look"
@@ -162,7 +164,7 @@ ONE_LOOK_NAME: Final = "one exact look"
 
 
 def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
-    """Fit on more and more labels of a store, and keep the scores of all rows by every fit."""
+    """Fit on more and more labels of a store, and write the scores of all rows by every fit."""
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     class_of = dict(zip(photos.ids, [names[k] for k in store.target.tolist()], strict=True))
@@ -206,7 +208,7 @@ def judged(
 
 
 def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
-    """Write the chains that are missing; all sets of a seed come before the next seed."""
+    """Write the chains that are missing: first those of all sets for a seed, then the next seed."""
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
     out.mkdir(parents=True, exist_ok=True)
@@ -216,7 +218,7 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
             path = out / f"{name}_{seed}.npz"
             if path.exists():
                 continue
-            # A run that is killed leaves no half of a file under the name.
+            # a run that is killed leaves no incomplete file with this name
             partial = path.with_suffix(".partial.npz")
             write_chain(store, seed, partial)
             partial.rename(path)
@@ -227,11 +229,11 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
 
 Curve = list[Reached]
 Curves = dict[str, list[Curve]]
-"""A curve for every seed, by the name of the set."""
+"""Maps the name of a set to its curves, one for each seed."""
 
 
 def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Curves:
-    """The curves of a procedure."""
+    """The curves of the chains; ``replayed`` returns the curve of a chain."""
     curves: Curves = {}
     for chain in chains:
         curves.setdefault(chain.name, []).append(replayed(chain))
@@ -239,12 +241,12 @@ def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Cu
 
 
 def replayed_by(procedure: Procedure) -> Callable[[Chain], Curve]:
-    """The rounds of a chain by a procedure."""
+    """A function that replays a procedure on a chain, and returns its rounds."""
     return lambda chain: list(Replay(chain, procedure).rounds())
 
 
 def looked_at_once(chain: Chain) -> Curve:
-    """One exact look at every size, each as if it were the only one."""
+    """One exact look at every number of labels, each as if it were the only look."""
     curve = []
     for n_labels in SIZES:
         curve.append(Reached(n_labels, one_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
@@ -252,18 +254,18 @@ def looked_at_once(chain: Chain) -> Curve:
 
 
 def coverage_at(curve: Curve, n_labels: int) -> float:
-    """Coverage that is reached with at most so many labels."""
+    """Coverage that is reached with at most ``n_labels`` labels."""
     reached = [point.coverage for point in curve if point.n_labels <= n_labels]
     return reached[-1] if reached else 0.0
 
 
 def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
-    """Mean over seeds of the coverage that is reached with at most so many labels."""
+    """Mean over seeds of the coverage that is reached with at most ``n_labels`` labels."""
     return float(np.mean([coverage_at(curve, n_labels) for curve in curves]))
 
 
 def labels_to_half(curves: Sequence[Curve], half: float) -> int:
-    """Smallest number of labels at which the mean over seeds reaches a coverage, or ``NEVER``."""
+    """Smallest number of labels at which the mean over seeds reaches ``half``, or ``NEVER``."""
     numbers = {point.n_labels for curve in curves for point in curve}
     for n_labels in sorted(numbers):
         if mean_coverage(curves, n_labels) >= half:
@@ -280,7 +282,7 @@ def half_width(differences: Floats) -> float:
 
 
 def rows_of_shares(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Mean coverage over sets at every size, with the difference to ``before``."""
+    """Mean coverage over sets at every number of labels, and the difference from ``before``."""
     yield "| procedure | " + " | ".join(f"{n}" for n in SIZES) + " |"
     yield "|---" * (len(SIZES) + 1) + "|"
     before = all_curves["before"]
@@ -298,7 +300,7 @@ def rows_of_shares(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
 
 
 def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Labels until half-way on every set, and the mean ratio to those of ``before``."""
+    """Number of labels until half-way on every set, and the mean ratio to that of ``before``."""
     yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
     yield "|---" * (len(sets) + 2) + "|"
     before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
@@ -310,7 +312,7 @@ def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
 
 
 def rows_of_sets(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Coverage of every set at one size, with the difference to ``before`` over seeds."""
+    """Coverage of every set at one number of labels, and the difference from ``before``."""
     before = all_curves["before"]
     yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
     yield "|---" * (len(sets) + 1) + "|"
@@ -328,7 +330,7 @@ def rows_of_sets(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Itera
 
 
 def largest_risk(curves: Curves) -> float:
-    """Largest error rate of what is accepted, over all rounds of all chains."""
+    """Largest error rate of the accepted photos, over all rounds of all chains."""
     risks = []
     for of_set in curves.values():
         for curve in of_set:
@@ -339,8 +341,8 @@ def largest_risk(curves: Curves) -> float:
 def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
     """Replay the procedures on all chains of a folder, and print the tables.
 
-    Every chain is replayed in ``n_orders`` random orders of its photos. Orders of one chain share
-    its fits, so with several of them there are no intervals over seeds.
+    Every chain is replayed in ``n_orders`` random orders of its photos. The orders of a chain share
+    its fits, so with several orders there are no intervals over seeds.
     """
     chains = []
     for path in sorted(folder.glob("*.npz")):

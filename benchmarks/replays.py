@@ -1,10 +1,11 @@
-"""A triage on kept scores, label by label, with any procedure: what ``procedures`` compares.
+"""Replays a triage on stored scores, label by label, with any procedure of ``procedures``.
 
-A *chain* holds, for a set and a seed, the scores of predictors that were fitted on more and more
-labels. So a procedure can be replayed in a moment, where a triage would fit every predictor again.
-A replay takes the steps of ``vilu.triage.run.advance``, and every label that is asked for arrives
-before the next step. Two things are simpler: where triage would find that no number of labels can
-certify anything, a replay goes on drawing; and adapted answers are judged without a choice.
+A *chain* has, for a set and a seed, the scores of predictors that were fitted on more and more
+labels. So a replay of a procedure takes a moment, while a triage would fit every predictor again. A
+replay takes the steps of ``vilu.triage.run.advance``, and every label that is asked for arrives
+before the next step. It differs from a triage in two points. If no number of labels can certify
+anything, a triage stops and a replay continues to draw. And adapted answers are judged without
+choosing between them and zero-shot answers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DELTA: Final = 0.05
 ROUND: Final = 50
 LATER_ROUND: Final = 100
 MANY: Final = 400
-"""Labels of a round, of a later round, and the number of labels from which rounds are later."""
+"""Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
 
 MOST_LABELS: Final = 800
 
@@ -52,9 +53,9 @@ class Chain:
         name: Name of the set.
         seed: Seed of the sides, of the order and of the fits.
         n_classes: Number of classes.
-        uncertainty: (F, M) uncertainties by every predictor.
-        failure: (F, M) whether the answer of the predictor is wrong.
-        n_fit: (F,) number of labels of the fit side, ascending; 0 for zero-shot answers.
+        uncertainty: (F, M) uncertainties of the M photos by each of the F predictors.
+        failure: (F, M) whether the answer that the predictor judges is wrong.
+        n_fit: (F,) number of labels that each predictor was fitted on, ascending; 0: zero-shot.
         luck: (M,) uniform numbers, which decide weighted draws.
     """
 
@@ -68,7 +69,7 @@ class Chain:
 
     @classmethod
     def load(cls, path: Path) -> Chain:
-        """Read a chain that ``python -m benchmarks.procedures chains`` has written."""
+        """Read a chain that ``python -m benchmarks.procedures chains`` wrote."""
         name, _, seed = path.stem.rpartition("_")
         with np.load(path) as arrays:
             calibration_rows = np.flatnonzero(arrays["cal"])
@@ -84,7 +85,7 @@ class Chain:
             )
 
     def in_another_order(self, number: int) -> Chain:
-        """The chain with its photos in another random order; number 0 is the order as it is."""
+        """The chain with its photos in another random order; number 0 is the present order."""
         if number == 0:
             return self
         rng = np.random.default_rng([self.seed, number])
@@ -98,12 +99,14 @@ class Chain:
 
 
 class Counting(NamedTuple):
-    """Which labels count.
+    """Two functions that decide which labels a test uses.
+
+    Both get which photos (M,) are drawn, which photos (M,) have a label, and the end of the draws
+    so far.
 
     Attributes:
-        counted: From which photos are drawn (M,), which are labelled (M,), and the end of the
-            draws so far: the rows whose labels count.
-        missing: From the same: the rows whose labels have to come before any other.
+        counted: Function that returns the rows whose labels are used.
+        missing: Function that returns the rows whose labels must arrive before any other label.
     """
 
     counted: Callable[[Mask, Mask, int], Ints]
@@ -111,14 +114,14 @@ class Counting(NamedTuple):
 
 
 def before_first_open(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa: ARG001 - see Counting
-    """All drawn rows before the first one without a label."""
+    """All drawn rows before the first drawn row without a label."""
     open_rows = np.flatnonzero(is_drawn & ~answered)
     first_open = int(open_rows[0]) if len(open_rows) else len(is_drawn)
     return np.flatnonzero(is_drawn[:first_open])
 
 
 def nothing_missing(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa: ARG001 - see Counting
-    """No row: in a replay every label that was asked for has come."""
+    """No row, because in a replay every label that was asked for has arrived."""
     return np.zeros(0, np.int64)
 
 
@@ -128,7 +131,7 @@ def open_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
 
 
 def complete_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
-    """All drawn rows before the end of the draws, or none while one of them has no label."""
+    """All drawn rows before the end of the draws; no row if one of them has no label yet."""
     if len(open_before_end(is_drawn, answered, end)):
         return np.zeros(0, np.int64)
     return np.flatnonzero(is_drawn[:end])
@@ -139,13 +142,13 @@ TO_END_OF_DRAWS: Final = Counting(complete_before_end, open_before_end)
 
 
 class Counted(NamedTuple):
-    """The labels that count for a test, and what they certify.
+    """The labels that a test uses, and what they certify.
 
     Attributes:
         looks: Thresholds, risk, level and limit of the test.
         uncertainty: (N,) uncertainties of the counted photos.
         failure: (N,) whether their answers are wrong.
-        certified: Index of the laxest certified threshold; None if none is certified.
+        certified: Index of the laxest certified threshold; None if no threshold is certified.
     """
 
     looks: Looks
@@ -155,24 +158,27 @@ class Counted(NamedTuple):
 
 
 def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:
-    """The trial with a higher limit if all thresholds up to its limit are certified."""
+    """The trial, with a higher limit if all thresholds up to its limit are certified."""
     if counted.certified != counted.looks.last:
         return trial
     return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
 
 LARGEST_STEP: Final = 1.5
-"""A limit that follows the labels includes at most this multiple of the photos before."""
+"""When a limit follows the labels, it includes at most this multiple of the photos before."""
 
 PRIOR: Final = 0.5
-"""Number of wrong answers, seen and expected, that is added before their ratio is taken."""
+"""Is added to the numbers of wrong answers, seen and expected, before their ratio is computed."""
 
 STRICTEST: Final = 7
-"""Index of the strictest threshold that a limit follows the labels to."""
+"""A limit that follows the labels is at least the threshold with this index."""
 
 
 def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
-    """The trial with its limit chosen anew: predicted risks times (wrong / expected wrong)."""
+    """The trial with a new limit.
+
+    For it, predicted risks are multiplied by the number of wrong answers over the expected number.
+    """
     ratio = (counted.failure.sum() + PRIOR) / (counted.uncertainty.sum() + PRIOR)
     n_labels = min(max(200, len(counted.failure) + 100), len(scores))
     limit, _ = choose_limit(scores * ratio, n_labels, MAX_RISK, counted.looks.delta / 2)
@@ -190,22 +196,25 @@ def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
 
 @dataclass(frozen=True)
 class Procedure:
-    """A test, and when which labels are asked for.
+    """A test, and the rules that decide which labels are asked for, and when.
 
     Attributes:
         test: The test of a predictor's thresholds.
-        level_of: Own level of predictor number k (from 1), from k and the level of all.
+        level_of: Function of k and the level of all predictors that returns the own level of
+            predictor number k (from 1).
         planned_share: The limit is planned for this multiple of the level of ``Trial.plan``.
-        counting: Which labels count.
-        move_limit: How the limit moves after a test.
-        most_to_fit: The first draw waits for a label a class to fit on, at least 50, at most this.
-        share_worth_a_draw: Until there are ``enough_to_fit`` labels to fit on, the first draw
-            waits for a limit that includes this share of the photos.
-        enough_to_fit: See above.
-        candidate_part: Part of the labels that are of the calibration side while a candidate is
+        counting: Decides which labels a test uses.
+        move_limit: Function that moves the limit after a test.
+        most_to_fit: Calibration labels are drawn only after there are enough labels to fit on: one
+            per class, but at least 50, and at most this number.
+        share_worth_a_draw: With fewer than ``enough_to_fit`` labels to fit on, calibration labels
+            are drawn only if the limit includes at least this share of the photos.
+        enough_to_fit: Number of labels to fit on from which ``share_worth_a_draw`` is ignored.
+        candidate_part: Share of the labels that are of the calibration side while a candidate is
             tested.
-        worth_more: A candidate's limit includes this multiple of the photos accepted at present.
-        grown_before_a_look: Growth of the labels at which an untested predictor is fitted anew.
+        worth_more: A candidate's limit must include this multiple of the photos accepted now.
+        grown_before_a_look: An untested predictor is replaced by a new fit if the labels have grown
+            by this factor.
     """
 
     test: RiskTest
@@ -227,16 +236,16 @@ class Tested:
 
     fit: int
     trial: Trial
-    has_handed_on: bool = False  # whether the next predictor gets a part of the level
+    has_handed_on: bool = False  # whether a part of the level is passed to the next predictor
 
     @property
     def is_tested(self) -> bool:
-        """Whether the predictor has had enough labels to be certified."""
+        """Whether the predictor has had enough labels for a certificate."""
         return self.trial.level > 0
 
 
 class Reached(NamedTuple):
-    """What a number of labels has reached.
+    """The coverage and the risk that are reached with a number of labels.
 
     Attributes:
         n_labels: Number of labels of both sides.
@@ -262,14 +271,14 @@ class Replay:
     n_fit_of_last_candidate: int = 0
     present: Tested | None = None
     candidate: Tested | None = None
-    threshold: float | None = None  # that is guaranteed of the present predictor
+    threshold: float | None = None  # the guaranteed threshold of the present predictor
     answered: Mask = field(init=False)
 
     def __post_init__(self) -> None:
         self.answered = np.zeros(len(self.chain.luck), np.bool_)
 
     def rounds(self) -> Iterator[Reached]:
-        """Take rounds of labels until there are enough, or nothing is left to ask for."""
+        """Yield the result of every round, until there are enough labels or no photo is left."""
         while True:
             self.choose_predictor()
             counted = self.test()
@@ -290,11 +299,11 @@ class Replay:
 
     @property
     def tested(self) -> Tested | None:
-        """The candidate; without a candidate the present predictor."""
+        """The candidate; if there is no candidate, the present predictor."""
         return self.present if self.candidate is None else self.candidate
 
     def reached(self) -> Reached:
-        """What the guarantee accepts after the labels so far."""
+        """The coverage and the risk of the guarantee after the labels so far."""
         if self.present is None or self.threshold is None or self.answered.all():
             return Reached(self.n_labels, 0.0, 0.0)
         is_accepted = self.chain.uncertainty[self.present.fit] <= self.threshold
@@ -355,13 +364,13 @@ class Replay:
         )
 
     def next_level(self) -> float:
-        """Level of the next predictor: its own, and what was handed on to it."""
+        """Level of the next predictor: its own level, and the level that was passed to it."""
         return self.procedure.level_of(self.n_tested + 1, DELTA) + self.handed_on
 
     # The second step: what the labels certify.
 
     def is_drawn(self, tested: Tested) -> Mask:
-        """(M,) which photos the draw for a predictor takes, without regard to labels."""
+        """(M,) which photos are in the draw for a predictor, whether they have a label or not."""
         trial = tested.trial
         uncertainty = self.chain.uncertainty[tested.fit]
         planned_limit = trial.grid[STEPS - 1]
@@ -370,7 +379,7 @@ class Replay:
         return is_drawn
 
     def test(self) -> Counted | None:
-        """Test the thresholds of the tested predictor; None without a predictor."""
+        """Test the thresholds of the tested predictor; None if there is no predictor."""
         tested = self.tested
         if tested is None:
             return None
@@ -443,7 +452,7 @@ class Replay:
         return rows
 
     def n_to_draw(self, trial: Trial, n: int) -> int:
-        """How many of the next ``n`` labels are of the calibration side."""
+        """The number of the next ``n`` labels that are of the calibration side."""
         if self.candidate is not None:
             return int(n * self.procedure.candidate_part)
         if self.threshold is not None:
@@ -451,7 +460,7 @@ class Replay:
         return n if self.is_ready_to_draw(trial) else 0
 
     def is_ready_to_draw(self, trial: Trial) -> bool:
-        """Whether a predictor without a guarantee is worth calibration labels already."""
+        """Whether calibration labels are drawn for a predictor that has no guarantee yet."""
         if self.n_fit == self.chain.n_fit[-1]:
             return True
         n_wanted = min(max(self.chain.n_classes, FEWEST_TO_FIT), self.procedure.most_to_fit)

@@ -1,9 +1,9 @@
 """Tests of "the error rate at a threshold is above max_risk", to compare in ``procedures``.
 
-Each test takes the labels in the order in which they were drawn, and returns the laxest threshold
+Each test gets the labels in the order in which they were drawn, and returns the laxest threshold
 that they certify. Thresholds are tested as ``vilu.calibration.anytime.Looks`` describes: from
 strict to lax, in sequences that start at ``starts``, each with its share of the level. A certified
-limit hands on the share ``handed_on`` of the level to the next predictor.
+limit passes the share ``handed_on`` of the level to the next predictor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vilu.metrics.counts import Floats, Ints
 Starts = tuple[tuple[int, float], ...]
 
 ROUNDING: Final = 1 + 1e-9
-"""Factor by which a tail may exceed its level, because float64 sums are rounded."""
+"""A tail may exceed its level by this factor, because float64 sums are rounded."""
 
 
 def laxest(
@@ -52,7 +52,7 @@ def laxest(
 
 @dataclass(frozen=True)
 class RiskTest(ABC):
-    """A test of a grid of thresholds, and with which probability it draws photos."""
+    """A test of a grid of thresholds, and the probability with which it draws each photo."""
 
     starts: Starts
     handed_on: float
@@ -71,7 +71,7 @@ class Bets(RiskTest):
     """Bets that may be looked at after every label (``anytime.log_evidence``)."""
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """As ``Looks.certified``, which is this with the constants of ``anytime``."""
+        """Like ``Looks.certified``, which has the constants of ``anytime`` built in."""
         wrong, accepted = looks.counts(uncertainty, failure)
         evidence = log_evidence(wrong, accepted, looks.max_risk)
 
@@ -88,12 +88,12 @@ class PlannedLooks(RiskTest):
     Look number j (from 0) comes after n_j labels of photos up to the planned limit. All n_j, and
     the level that is spent until each look, are known before a label is read:
 
-    - n_0 is the smallest number of right answers that the first look can certify the limit with;
-    - n_j is ``growth`` times the number before it;
-    - until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and all of
-      it until the last look.
+    - n_0 is the smallest number of right answers with which the first look can certify the limit;
+    - n_j is ``growth`` times n_(j-1);
+    - until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and until
+      the last look the whole level.
 
-    At a stricter threshold the same looks see fewer labels, namely those that it accepts.
+    At a stricter threshold the same looks have fewer labels: those of photos that it accepts.
     """
 
     growth: float
@@ -102,7 +102,7 @@ class PlannedLooks(RiskTest):
     n_looks: int
 
     def numbers(self, looks: Looks) -> list[int]:
-        """Numbers of labels at which the labels are looked at."""
+        """The numbers of labels n_j after which the looks come."""
         share_of_limit = dict(self.starts)[STEPS]
         first_level = looks.delta * share_of_limit * self.first_share
         first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
@@ -119,7 +119,7 @@ class PlannedLooks(RiskTest):
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
         """Index of the laxest threshold that any look so far certifies."""
-        # A look ends at a fixed place in the order, whatever limit the draw has by now.
+        # A look ends at a fixed position in the order of the labels, whatever the present limit is.
         is_below_planned = uncertainty <= looks.grid[STEPS - 1]
         n_below = np.cumsum(is_below_planned)
         ends = np.searchsorted(n_below, self.numbers(looks))
@@ -143,18 +143,18 @@ class PlannedLooks(RiskTest):
 def boundaries(
     n_accepted: tuple[int, ...], levels: tuple[float, ...], max_risk: float
 ) -> tuple[int, ...]:
-    """Largest numbers of wrong answers that certify a threshold, one a look; -1 certifies nothing.
+    """For each look, the largest number of wrong answers that certifies a threshold; -1: none does.
 
-    If every answer is wrong with probability ``max_risk``, the probability that look j or one
-    before it certifies is at most ``levels[j]``. With a larger probability it is smaller, because
-    a further wrong answer never helps to certify.
+    If every answer is wrong with probability ``max_risk``, look j or an earlier look certifies with
+    probability at most ``levels[j]``. If answers are wrong more often, looks certify less often,
+    because a further wrong answer never helps to certify.
 
     Args:
-        n_accepted: Numbers of labels at the looks, ascending.
-        levels: Level that is spent until every look, ascending.
+        n_accepted: Number of labels at each look, ascending.
+        levels: Level that is spent until each look, ascending.
         max_risk: Largest error rate that is allowed.
     """
-    # alive[k]: probability of k wrong answers so far, where no look has certified.
+    # alive[k]: probability that k answers are wrong so far and no look has certified
     alive = np.ones(1)
     spent = 0.0
     n_before = 0
@@ -189,8 +189,8 @@ class WeightedBets(RiskTest):
 
         1 - λ w (wrong - r),    λ = b / ((1 - r) max w),    max w = 1 / floor,
 
-    and a photo that is not drawn leaves it as it is. So the mean factor is 1 - λ (R(t) - r), at
-    most 1 where R(t) >= r, and no factor is negative.
+    and a photo that is not drawn does not change the wealth. So the mean factor is
+    1 - λ (R(t) - r), which is at most 1 if R(t) >= r, and no factor is negative.
 
     Source: Xu et al., Active, anytime-valid risk controlling prediction sets, NeurIPS 2024.
     """
@@ -204,7 +204,7 @@ class WeightedBets(RiskTest):
         return probability
 
     def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
-        """Log factors (N, B) of the wealth of every bet by drawn photos."""
+        """Log factors (N, B) by which each drawn photo multiplies the wealth of each bet."""
         bet, _ = np.array(BETS).T
         excess = (failure - max_risk) / (1 - max_risk)
         share_of_largest_weight = self.floor / probability
@@ -227,7 +227,7 @@ class WeightedBets(RiskTest):
 
 @dataclass(frozen=True)
 class ExactLook(RiskTest):
-    """The exact binomial test, which is good for one look only."""
+    """The exact binomial test, which is valid for one look only."""
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
         """Index of the laxest threshold that the labels (N,) certify at their only look."""

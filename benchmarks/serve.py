@@ -1,19 +1,19 @@
-"""``vilu serve`` under load, beside ``Guard``.
+"""``vilu serve`` under load, compared with ``Guard``.
 
     python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300] [--turns 1]
 
 The server runs on one core, its clients on another, both on this machine. One JSON line is printed
 after every step:
 
-- ``turn``: first ``Guard`` alone over all images, on the server's core, then 32 clients who each
-  send an image as soon as the last one is answered, for ``seconds / turns``: images/s of both. On a
-  machine with other work, many short turns are fairer than one long turn;
+- ``turn``: images/s of both. First ``Guard`` alone answers all images, on the server's core. Then
+  32 clients ask for ``seconds / turns``; each sends an image as soon as its last one is answered.
+  On a machine with other work, many short turns are fairer than one long turn;
 - ``steady``: all turns together: the ratio of both rates with a lower bound, latencies beside the
   time of a full batch, resident memory every 10 s, lost and wrong answers;
-- ``overload``: ten times as many images a second as it can answer, whoever waits: how many got 429,
-  latencies of those that were answered, and the seconds until a single request is as quick again as
-  before;
-- ``stop``: SIGTERM under load: requests that were sent whole and got no answer.
+- ``overload``: ten times as many images per second are sent as the service can answer. The line has
+  how many got 429, latencies of those that were answered, and the seconds until a single request is
+  as quick again as before;
+- ``stop``: SIGTERM under load. The line has how many requests were sent whole and got no answer.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ CLIENTS: Final = 32
 WATCHED_EVERY: Final = 10
 """Seconds between two readings of the memory of the service."""
 OVER: Final = 10
-"""In the step ``overload``, so many times as many images are sent as can be answered."""
+"""The step ``overload`` sends this multiple of the images that can be answered."""
 
 SERVER_CORE: Final = 0
 CLIENT_CORE: Final = 1
 
 HALF_STEP: Final = 2e-3
-"""How far batches of another size may move a probability; beyond, it is another answer."""
+"""Probabilities may differ by this much between batch sizes; beyond, answers are different."""
 
 READY: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
-    """Whole requests, one image each."""
+    """The bytes of complete requests, one for each image."""
     requests = []
     for content in images:
         body = (
@@ -76,14 +76,14 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
 
 
 class Client:
-    """One connection, opened anew where it was closed."""
+    """One connection, which is opened again if it was closed."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body; 0 where nobody listens, -1 where the connection ended before."""
+        """Status and body; status 0 if nobody listens, -1 if the connection ended too early."""
         if self.streams is None:
             try:
                 self.streams = await asyncio.open_connection("127.0.0.1", self.port)
@@ -103,7 +103,7 @@ class Client:
         return int(head.split(" ", 2)[1]), body
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if self.streams is not None:
             self.streams[1].close()
             self.streams = None
@@ -123,7 +123,7 @@ class Load:
         self.wrong = 0
 
     async def ask(self, client: Client, place: int, request: bytes) -> None:
-        """Ask about the image at a place, and compare the answer with ``Guard``'s."""
+        """Ask about the image at an index, and compare the answer with ``Guard``'s."""
         began = time.perf_counter()
         status, body = await client.ask(request)
         self.status[status] += 1
@@ -146,21 +146,21 @@ class Load:
 
 
 def is_same(answer: dict[str, Any], expected: Answer) -> bool:
-    """Whether an answer is ``Guard``'s, up to the order of sums in batches of another size."""
+    """Whether an answer is ``Guard``'s, up to rounding, which differs between batch sizes."""
     probability = answer["failure_probability"]
     if probability is None or expected.failure_probability is None:
         return bool(answer["label"] == expected.label)
     difference = abs(probability - expected.failure_probability)
     if answer["label"] == expected.label and difference < HALF_STEP:
         return True
-    # two labels that are equally likely up to rounding
+    # the labels may differ if both are equally likely up to rounding
     return bool(difference < 0.05)
 
 
 async def ask_steadily(
     port: int, requests: Sequence[bytes], places: Iterator[int], load: Load, seconds: float
 ) -> None:
-    """All clients, each asking again as soon as it was answered."""
+    """Let all clients ask, each again as soon as it is answered."""
     end = time.perf_counter() + seconds
 
     async def ask_again_and_again() -> None:
@@ -181,7 +181,7 @@ async def ask_and_watch(
     seconds: float,
     process: psutil.Process,
 ) -> list[float]:
-    """As ``ask_steadily``; returns resident MB of the process every ``WATCHED_EVERY`` seconds."""
+    """Like ``ask_steadily``; returns the process's resident MB, read every ``WATCHED_EVERY`` s."""
     sizes: list[float] = []
 
     async def watch() -> None:
@@ -198,7 +198,7 @@ async def ask_and_watch(
 async def overload(
     port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
 ) -> dict[str, Any]:
-    """Images at ten times the rate, on their own connections; then single ones until quick."""
+    """Send images at ten times the rate, each on its connection; then one by one until quick."""
 
     async def ask_once(place: int) -> None:
         client = Client(port)
@@ -230,7 +230,10 @@ async def overload(
 async def stop(
     port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]
 ) -> dict[str, Any]:
-    """SIGTERM while all clients ask, until nobody listens (0); -1 is a closed connection."""
+    """Send SIGTERM while all clients ask, and let them ask until nobody listens (status 0).
+
+    Status -1 is a connection that was closed before an answer.
+    """
     places = cycle(range(len(requests)))
 
     async def ask_until_the_end() -> None:
@@ -275,7 +278,7 @@ def lower_bound(ratios: Sequence[float]) -> float | None:
 def steady(
     guard: Guard, images: Sequence[bytes], port: int, server: int, options: argparse.Namespace
 ) -> tuple[Load, float]:
-    """All turns; returns what the clients met, and the median of ``Guard``'s rates."""
+    """Run all turns; return the load of the clients, and the median of ``Guard``'s rates."""
     requests = requests_of(images)
     places = cycle(range(len(requests)))
     load = Load(guard(images))
@@ -308,7 +311,7 @@ def steady(
 
 
 def main() -> None:
-    """Start the server, and print what every step found."""
+    """Start the server, and print the results of every step."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("predictor", type=Path)
     parser.add_argument("images", type=Path, help="A folder of images.")

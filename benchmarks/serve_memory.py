@@ -1,21 +1,21 @@
-"""Memory of ``vilu serve`` while rows come in: bytes that the process grows by a row.
+"""Growth of the memory of ``vilu serve`` under requests, in bytes per row.
 
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
-Requests with random vectors come one after the other over ``--clients`` connections. After
-``--warm`` requests the memory is read, and again after each of ``PARTS`` equal parts, each time
-twice:
+Requests with random vectors are sent one after the other over ``--clients`` connections. The memory
+is read after ``--warm`` requests, and again after each of ``PARTS`` equal parts. Each time there
+are two readings:
 
-- "any moment": as soon as the part has ended. Nothing is done to the service before. It returns
-  freed memory by itself once a minute, so this reading may hold what a minute has freed.
+- "any moment": as soon as the part has ended. The service returns freed memory by itself once a
+  minute, so this reading may include memory that was freed in the last minute.
 - "at rest": after ``REST`` seconds without a request, and after the service was told to return
   freed memory (``benchmarks.returning``).
 
 Every reading has two numbers:
 
-- "resident": all pages of the process in memory. The system may take pages of files (libraries)
-  away and bring them back, so this number moves without any request.
-- "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth shows here.
+- "resident": all pages of the process in memory. The system may remove pages of files (libraries)
+  and load them again, so this number changes without any request.
+- "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth is seen here.
 
 The slope is that of the least-squares line through all readings. Its upper bound is one-sided, of
 95 %, by Student's t. Two readings of a heap differ by megabytes in both directions, so the mean
@@ -50,7 +50,7 @@ REST = 5
 
 
 def request_of(vectors: np.ndarray) -> bytes:
-    """A whole request with these vectors (B, D)."""
+    """The bytes of a complete request with vectors (B, D)."""
     body = json.dumps({"embeddings": np.round(vectors, 5).tolist()}).encode()
     head = (
         "POST /v1/scores HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -95,7 +95,7 @@ def memory_of(process: int) -> dict[str, int]:
 
 
 def settled_memory_of(process: int) -> dict[str, int]:
-    """The memory of a service at rest that has returned what it had freed."""
+    """The memory of a service at rest, after it has returned freed memory."""
     time.sleep(REST)
     os.kill(process, signal.SIGUSR1)
     time.sleep(1)
@@ -133,7 +133,7 @@ class Readings:
         self.sizes["at rest"].append(settled_memory_of(self.process))
 
     def facts(self, n_rows: int) -> dict[str, Any]:
-        """First and last size and the slope, of every reading; a part has ``n_rows`` rows."""
+        """First size, last size and slope of every reading; a part has ``n_rows`` rows."""
         facts: dict[str, Any] = {}
         for reading, sizes in self.sizes.items():
             for kind in sizes[0]:
@@ -165,10 +165,10 @@ def main() -> None:
     parser.add_argument("predictor", type=Path)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--warm", type=int, default=20_000)
-    parser.add_argument("--rows", type=int, default=1, help="Rows of a request.")
+    parser.add_argument("--rows", type=int, default=1, help="Number of rows of a request.")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--width", type=int, default=512, help="Width of the embeddings.")
-    parser.add_argument("--plugin", help="Module with the backbone, if it is of a plug-in.")
+    parser.add_argument("--plugin", help="Module with the backbone, if a plug-in has it.")
     options = parser.parse_args()
     command = [sys.executable, "-m", "vilu.cli", "-q", "--plugin", "benchmarks.returning"]
     if options.plugin is not None:

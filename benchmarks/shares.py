@@ -1,20 +1,23 @@
-"""Whether guarantees hold where some pictures are of none of the classes.
+"""Whether guarantees hold if some pictures are of none of the classes.
 
     python -m benchmarks.shares [ARRAYS]
 
-Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk
-is known: simulated, and with ARRAYS (a folder of .npz files with image, text, target) from pots of
-real scores, with replacement. Per world and share of out-of-distribution rows: what the best
-threshold accepts, then mean coverage as a share of that and how often the guarantee is broken
+A calibration has 2,000 rows, at a risk of 5 % and a confidence of 95 %. The rows are drawn from
+worlds whose risk is known: simulated worlds, and with ARRAYS (a folder of .npz files with image,
+text, target) pots of real scores, from which rows are drawn with replacement. For each world and
+share of out-of-distribution rows, a line has the coverage of the best threshold. Then it has the
+mean coverage, divided by this coverage, and how often the guarantee is broken, for three kinds of
+calibration rows:
 
-- with calibration rows that have this share (plain ``ltt``),
-- with a fifth of out-of-distribution rows among them, and the share stated (``--outside-share``),
-- without any out-of-distribution row among them, as a warning.
+- calibration rows that have this share (plain ``ltt``),
+- calibration rows with a fifth of out-of-distribution rows, and the share is stated
+  (``--outside-share``),
+- calibration rows without any out-of-distribution row, as a warning.
 
-And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is
-a broken guarantee; and with ``--compare ltt bonferroni_holm ...`` the worlds without
-out-of-distribution rows, among them one of confident mistakes, by our procedures and by those of
-MAPIE (``pip install mapie``).
+In one more world, "edge", the error rate is just above 5 % everywhere, so every certificate is a
+broken guarantee. With ``--compare ltt bonferroni_holm ...`` the worlds have no out-of-distribution
+rows, and one of them has confident mistakes; our procedures are compared with those of MAPIE
+(``pip install mapie``).
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ SHARES = (0.0, 0.1, 0.3, 0.5)
 
 @dataclass
 class Pot:
-    """A large pot of rows within the classes, and one of out-of-distribution ones."""
+    """A large pot of rows within the classes, and one of out-of-distribution rows."""
 
     u: Floats
     wrong: Ints
@@ -56,7 +59,7 @@ class Pot:
         self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
 
     def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
-        """Accepted, and accepted and wrong, up to thresholds, as shares of all rows."""
+        """Shares of all rows that thresholds accept, and that they accept and that are wrong."""
         below = np.searchsorted(self.u, t, side="right")
         foreign = (
             share * np.searchsorted(self.ood_rows, t, side="right") / max(len(self.ood_rows), 1)
@@ -65,7 +68,7 @@ class Pot:
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
     def best(self, share: float) -> float:
-        """What the laxest threshold with the risk accepts."""
+        """Coverage of the laxest threshold whose risk is small enough."""
         accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_rows]), share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
@@ -76,7 +79,7 @@ class Pot:
         return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
 
     def draw(self, rng: np.random.Generator, share: float) -> Outcomes:
-        """Calibration rows, with replacement; how many are out of distribution is random."""
+        """Draw calibration rows with replacement; how many are out of distribution is random."""
         n = int(rng.binomial(ROWS, share))
         rows = rng.integers(len(self.u), size=ROWS - n)
         u = np.r_[self.u[rows], rng.choice(self.ood_rows, n)]
@@ -85,7 +88,7 @@ class Pot:
 
 
 def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
-    """A predictor that tells out-of-distribution rows well, one that does not, and the edge."""
+    """Pots of a predictor that recognises out-of-distribution rows, one that does not, and edge."""
     u = rng.beta(0.5, 2, n)
     f = (rng.random(n) < 0.9 * u**2).astype(int)
     return {
@@ -95,7 +98,7 @@ def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
 
 
 def edge(share: float, n: int = 400_000) -> Pot:
-    """Scores that say nothing, and an error rate of 5.01 % or barely more up to every threshold."""
+    """Scores without information; up to every threshold the error rate is 5.01 % or barely more."""
     rate = (0.0501 - share) / (1 - share)
     wrong = np.zeros(n, int)
     wrong[np.floor(np.arange(int(np.ceil(n * rate))) / rate).astype(int)] = (
@@ -106,7 +109,10 @@ def edge(share: float, n: int = 400_000) -> Pot:
 
 
 def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
-    """One minus the largest probability of CLIP, among classes, or also among everyday words."""
+    """Scores of CLIP: one minus the largest probability of a class.
+
+    With ``joint``, everyday words are candidates, too.
+    """
     with (
         np.load(folder / f"{inside}_b32.npz") as data,
         np.load(folder / f"{outside}_b32.npz") as other,
@@ -141,7 +147,7 @@ def replay(
 
 
 def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
-    """One world at one share: n calibrations, and the 95 % bound of the broken guarantees."""
+    """The line of a world and a share, with the 95 % bounds of the broken guarantees."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
     ways = (
@@ -156,7 +162,7 @@ def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
 
 
 def confident(u: Floats) -> Floats:
-    """Half are wrong of the 4 % most trusted, 1 % of the next 60 %, and half of the rest."""
+    """Error rates: 50 % in the most trusted 4 % of the rows, 1 % in the next 60 %, then 50 %."""
     return np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))
 
 
@@ -165,7 +171,7 @@ RATES: dict[str, Rate] = {
     "confident mistakes": confident,
     "at the edge": lambda u: np.full_like(u, 0.0501),
 }
-"""Error rates at the quantile of the uncertainty: ``benchmarks.thresholds`` and two more."""
+"""Error rates by quantile of the uncertainty: those of ``benchmarks.thresholds`` and two more."""
 
 
 def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
@@ -188,7 +194,7 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
         fwer_method=method,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fixed sequences, and where it finds nothing
+        warnings.simplefilter("ignore")  # MAPIE warns of fixed sequences, and if it finds nothing
         controller.calibrate(1 - u, 1 - f)
     valid = np.asarray(controller.valid_predict_params)
     return (0.0, float(1 - valid.min())) if len(valid) else None
@@ -207,7 +213,7 @@ def compare(draws: int, method: str) -> None:
                 ends = certified(
                     method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f
                 ) or (0.0, 0.0)
-                if name == "tied":  # a score stands for the tenth that it ends
+                if name == "tied":  # a score is the upper end of its tenth
                     ends = tuple(np.floor(10 * np.array(ends) + 1e-6) / 10)
                 low, high = (round(min(end, 1.0) * len(grid)) for end in ends)
                 coverage.append((high - low) / len(grid))

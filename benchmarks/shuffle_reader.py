@@ -1,7 +1,7 @@
-"""Rows a second that training reads in shuffled order, beside a reader of a file per pair.
+"""Rows per second that training reads in shuffled order, compared with a reader of a file per pair.
 
-1.2 million float16 pairs at D = 512 in 12 shards (2.4 GB, in the page cache); both read with the
-threads they have.
+1.2 million float16 pairs with D = 512 are in 12 shards (2.4 GB, in the page cache). Each reader
+uses its own number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILES = 20_000
 
 
 def write_shards(root: Path, rng: np.random.Generator) -> None:
-    """Pairs of LAION's layout, all rows distinct: those of one shard with their columns turned."""
+    """Write pairs in LAION's layout; rows differ between shards, because columns are rotated."""
     for folder in ("img_emb", "text_emb"):
         (root / folder).mkdir()
         rows = rng.standard_normal((SHARD_ROWS, D), dtype=np.float32)
@@ -31,7 +31,7 @@ def write_shards(root: Path, rng: np.random.Generator) -> None:
 
 
 def write_files(root: Path, rng: np.random.Generator) -> None:
-    """One file for every pair: its image and its caption."""
+    """Write one file for every pair, with its image and its caption."""
     for number in range(FILES):
         np.save(
             root / f"{number}.npy", rng.standard_normal((2, D), dtype=np.float32).astype(np.float16)
@@ -39,7 +39,7 @@ def write_files(root: Path, rng: np.random.Generator) -> None:
 
 
 def shard_pass(root: Path) -> tuple[float, float]:
-    """Rows a second of a shuffled pass through ``steps``, and seconds to check all rows before."""
+    """Rows per second of a shuffled pass through ``steps``; seconds to check all rows before."""
     from vilu.store.laion import LaionPairs
 
     source = LaionPairs(root, logit_scale=100.0)
@@ -58,7 +58,7 @@ def shard_pass(root: Path) -> tuple[float, float]:
 
 
 def file_pass(root: Path) -> float:
-    """Rows a second of a reader of a file per pair, shuffled, to the same float32 batches."""
+    """Rows per second of a shuffled reader of a file per pair, which makes the same batches."""
 
     def load(number: int) -> NDArray[np.float16]:
         pair: NDArray[np.float16] = np.load(root / f"{number}.npy")
@@ -78,7 +78,7 @@ def file_pass(root: Path) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print and return medians of three passes."""
+    """Print and return the medians of three passes."""
     torch.set_num_threads(2)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

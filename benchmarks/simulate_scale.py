@@ -1,17 +1,16 @@
 """A plan for a large extraction, replayed event by event: time, lost work and cost.
 
 ``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints
-medians with 90 % intervals over seeds. ``--receipts STORE`` takes the times of parts from the
-receipts of a real store instead, each scaled so that their mean is ``--seconds`` where that is
-given too.
+medians with 90 % intervals over seeds. With ``--receipts STORE`` the times of parts are drawn from
+the receipts of a real store. If ``--seconds`` is given too, they are scaled to this mean.
 
-Model: free workers take the next part. A worker lives for an exponential time (deaths and
-preemptions each have a mean time between failures); what it was doing is lost, the part goes to the
-front of the queue, and the worker is back after a restart. A poison part kills its worker,
-uniformly within the part; a part in which ``ATTEMPTS`` workers died is set aside in no time
-(preemptions do not count: they are announced, and a worker that is told to end takes its mark
-away). A straggler takes its part's time times a factor. Nothing else is lost: a finished part
-stays.
+The model: a free worker takes the next part. The life of a worker is exponential; deaths and
+preemptions each have a mean time between failures. When a worker ends, its present work is lost,
+the part goes to the front of the queue, and the worker is back after a restart. A poison part kills
+its worker at a uniform time within the part. A part in which ``ATTEMPTS`` workers died is set aside
+at once. Preemptions are not counted there: they are announced, and a worker that is told to end
+removes its mark from the part. A slow part (straggler) takes its time multiplied by a factor. A
+finished part is never lost.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ from vilu.artifacts.disk import LOG
 from vilu.artifacts.documents import read_log
 
 ATTEMPTS = 3
-"""Deaths in a part before it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""
+"""Number of deaths in a part after which it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, with what, and what goes wrong.
+    """The work, the workers, and what goes wrong.
 
     Attributes:
         parts: Number of parts.
-        workers: Processes with an accelerator each.
+        workers: Number of processes, each with an accelerator.
         seconds: Times of parts to draw from.
         start: Seconds from a worker's start to its first part (imports, model).
         death_hours: Mean hours between deaths of a worker.
         preemption_hours: Mean hours between preemptions of a worker.
         preemption_wait: Seconds until a preempted worker is replaced.
-        poison: Share of parts that always kill.
+        poison: Share of parts that always kill their worker.
         stragglers: Share of parts that are slow.
-        straggler_factor: How much slower.
-        price: Of a worker's hour.
+        straggler_factor: Factor by which the time of a slow part is multiplied.
+        price: Price of one hour of a worker.
     """
 
     parts: int
@@ -66,14 +65,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a replay ended.
+    """The results of a replay.
 
     Attributes:
-        hours: Until the last part is done.
-        wasted: Share of the busy time that left no part.
-        deaths: Of workers, preemptions among them.
-        set_aside: Parts without rows.
-        cost: All workers from beginning to end, waits for replacement not paid.
+        hours: Hours until the last part is done.
+        wasted: Share of the workers' busy time that finished no part.
+        deaths: Number of ends of workers, preemptions included.
+        set_aside: Number of parts that were set aside, without rows.
+        cost: Price of all workers from beginning to end; waits for a replacement are not paid.
     """
 
     hours: float
@@ -84,7 +83,7 @@ class Outcome:
 
 
 class Replay:
-    """The state of one replay; a worker is a time at which it is free."""
+    """The state of one replay; a worker is represented by the time at which it is free."""
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.random = plan, np.random.default_rng(seed)
@@ -97,7 +96,7 @@ class Replay:
         self.deaths = self.set_aside = 0
 
     def run(self) -> Outcome:
-        """Until every part is done or set aside."""
+        """Replay until every part is done or set aside."""
         free = [self.plan.start] * min(self.plan.workers, self.plan.parts)
         running: list[tuple[float, int, float]] = []
         waiting = deque(range(self.plan.parts))
@@ -107,7 +106,7 @@ class Replay:
                 self._begin(heapq.heappop(free), waiting.popleft(), running)
                 continue
             when, part, back = heapq.heappop(running)
-            if part >= 0:  # lost with its worker
+            if part >= 0:  # the part was lost with its worker
                 waiting.appendleft(part)
             else:
                 self.end = max(self.end, when)
@@ -120,7 +119,11 @@ class Replay:
         )
 
     def _begin(self, now: float, part: int, running: list[tuple[float, int, float]]) -> None:
-        """Add (end, part or -1 if it is done, when the worker is free again) to those that run."""
+        """Start a part at the time ``now``: add its end to ``running``.
+
+        An entry has the end, the part (-1 if it is done then, else it is lost), and the time at
+        which the worker is free again.
+        """
         plan, need = self.plan, float(self.need[part])
         if self.tries[part] == ATTEMPTS:
             self.set_aside += 1
@@ -180,7 +183,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--seconds", type=float, help="mean time of a part")
-    parser.add_argument("--receipts", type=Path, help="a store whose times of parts are drawn from")
+    parser.add_argument(
+        "--receipts", type=Path, help="a store; times are drawn from those of its parts"
+    )
     parser.add_argument("--seeds", type=int, default=20)
     defaults = Plan(1, 1)
     for name in (

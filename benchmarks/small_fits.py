@@ -1,8 +1,9 @@
-"""Seconds of small fits, beside those of the same rows in the lengths of before.
+"""Compares the seconds of small fits with those of the earlier, longer fits on the same rows.
 
-1,430 rows against 123 classes, D = 512. Seconds are of the processor, so that other programs matter
-little; one thread. "Before" are 300 epochs of 128 rows: a twentieth of them is run, and counts
-twenty times. Of ``vilu_plus``, whose folds were more, there is no such thing.
+There are 1,430 rows and 123 classes, D = 512. Seconds are processor time of one thread, so other
+programs matter little. "Before" is a fit of 300 epochs with batches of 128 rows: a twentieth of the
+epochs is run, and its time is multiplied by twenty. ``vilu_plus`` had more folds before, so it has
+no such number.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def rows() -> Embeddings:
 
 
 def seconds(name: str, data: Embeddings, **values: int) -> float:
-    """Of the processor, for one fit."""
+    """Seconds of processor time for one fit."""
     predictor = build(vilu.PREDICTORS[name], {"device": "cpu", **values})
     start = time.process_time()
     predictor.fit(data)
@@ -42,11 +43,11 @@ def seconds(name: str, data: Embeddings, **values: int) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print a table; return the seconds and, where a method has epochs, the share of before."""
-    warnings.simplefilter("ignore")  # of unit norm, and of probabilities of degenerate rows
+    """Print a table; return the seconds and, if a method has epochs, their share of before."""
+    warnings.simplefilter("ignore")  # on unit norm, and on probabilities of degenerate rows
     torch.set_num_threads(1)
     data = rows()
-    seconds("lvu", data, epochs=1)  # what torch imports at its first step
+    seconds("lvu", data, epochs=1)  # not measured: torch imports modules at its first step
     print(f"fits of {N:,} rows against {K} classes, D = {D}, one thread, seconds of the processor")
     figures = {"fit_vilu_plus": seconds("vilu_plus", data)}
     print(f"  vilu_plus {figures['fit_vilu_plus']:.1f}")

@@ -1,4 +1,4 @@
-"""Seconds of processes: ``vilu --help``, imports, commands on 1,000 rows, and an empty Python."""
+"""Seconds of whole processes: ``vilu --help``, imports, commands on 1,000 rows, an empty Python."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ COMMANDS = {
 }
 REPEATS = 5
 INSTALLED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-"""Modules are compiled once, as where the package was installed; the first round is not counted."""
+"""Environment in which modules are compiled, as in an installed package.
+
+The first round compiles them, and is not counted.
+"""
 ROWS, K, D = 1_000, 10, 64
 
 
 def run(arguments: list[str], folder: Path) -> float:
-    """Seconds of one process."""
+    """Run one process, and return its seconds."""
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, *arguments], capture_output=True, check=True, cwd=folder, env=INSTALLED
@@ -46,7 +49,7 @@ def run(arguments: list[str], folder: Path) -> float:
 
 
 def make(folder: Path) -> None:
-    """A store and a predictor."""
+    """Make a store and a predictor in the folder."""
     rng = np.random.default_rng(0)
     text, target = rng.normal(size=(K, D)), rng.integers(K, size=ROWS)
     image = text[target] + 2 * rng.normal(size=(ROWS, D))
@@ -63,13 +66,13 @@ def make(folder: Path) -> None:
 
 
 def main() -> dict[str, float]:
-    """Print and return medians."""
+    """Print and return the medians."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
         for repeat in range(REPEATS + 1):
             for name, arguments in COMMANDS.items():
-                if name == "vilu score":  # a place that is taken is refused
+                if name == "vilu score":  # the command refuses an output that exists
                     (Path(folder) / "scores.parquet").unlink(missing_ok=True)
                 seconds = run(arguments, Path(folder))
                 if repeat:

@@ -1,9 +1,9 @@
-"""10 million image-caption pairs on disk, scored part by part and evaluated, and the memory.
+"""Scores 10 million image-caption pairs on disk part by part, evaluates them, and measures memory.
 
-D = 64; Linux only. The pairs lie in LAION's layout in float16 (2.6 GB in a temporary folder).
-Memory is said twice: the peak of anonymous memory (what the program holds) and of all resident
-pages, among them pages of mapped files, which the system takes back when it needs room. Both are
-above what the process had after a first small run, with libraries and predictor loaded.
+D = 64; Linux only. The pairs are in LAION's layout in float16 (2.6 GB in a temporary folder). There
+are two peaks of memory: of anonymous memory (allocated by the program), and of all resident pages,
+which include pages of mapped files that the system can remove. Both are measured above the memory
+of the process after a first small run, with libraries and predictor loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRICS = ("auroc", "fpr95")
 
 
 def make(root: Path, n: int, seed: int) -> None:
-    """Pairs of which half are blurred; a blurred image says so in its last coordinate."""
+    """Write pairs of which half are blurred; the last coordinate marks an image as blurred."""
     rng = np.random.default_rng(seed)
     for name in ("img_emb", "text_emb"):
         (root / name).mkdir(parents=True)
@@ -52,26 +52,26 @@ def make(root: Path, n: int, seed: int) -> None:
 
 
 def status_mb(name: str) -> float:
-    """A line of /proc/self/status."""
+    """The value in MB of a line of /proc/self/status."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 class AnonymousPeak(threading.Thread):
-    """Looks at RssAnon a hundred times a second: the kernel keeps no peak of it."""
+    """Reads RssAnon a hundred times a second, because the kernel does not store its peak."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.done = 0.0, threading.Event()
 
     def run(self) -> None:
-        """Look until told that it is done."""
+        """Read until the thread is told to stop."""
         while not self.done.wait(0.01):
             self.peak = max(self.peak, status_mb("RssAnon"))
 
 
 def child(data: str, small: str, out: str, method: str) -> None:
-    """Fit on a few rows, note the memory, score and evaluate all, and print figures as JSON."""
+    """Fit on a few rows, then score and evaluate all rows; print memory and figures as JSON."""
     import vilu
     from vilu.embeddings.pairs import Pools
     from vilu.scoring.score import score_parts
@@ -115,7 +115,7 @@ def child(data: str, small: str, out: str, method: str) -> None:
 
 
 def errors(out: Path) -> dict[str, float]:
-    """Histogram against all rows at once."""
+    """Differences between metrics from the histogram and metrics from all rows at once."""
     from vilu.artifacts.tables import read_table
     from vilu.metrics import METRICS as KNOWN
     from vilu.metrics.counts import tie_counts

@@ -2,15 +2,15 @@
 
     python -m benchmarks.table_guarantees [--fits 20] [--calibrations 25] [--seed 0]
 
-A world has 50,000 answers. For every fit, 300 of them are fitted on. Of the others, 500 random
-ones are calibrated on at 5 %, again and again. A calibration is *broken* if more than 5 % of the
-answers of the world that its rule accepts are wrong. That may happen to 5 % of the calibrations.
-Shown are the share of broken calibrations with its exact 95 % interval (Clopper and Pearson, two
-sides of 2.5 %), and the mean share of answers accepted. The worlds:
+A world has 50,000 answers. A method is fitted on 300 of them, and then calibrated many times, each
+time on 500 random other answers at a risk of 5 %. A calibration is *broken* if more than 5 % of the
+answers that its rule accepts in the world are wrong. That may happen to 5 % of the calibrations.
+The output has the share of broken calibrations with its exact 95 % interval (Clopper and Pearson,
+2.5 % on each side), and the mean share of accepted answers. The worlds:
 
-- ``useful``: three columns see a hidden certainty, each with noise; 18 % of the answers are wrong;
-- ``coarse``: the same, with every column rounded to steps of 0.5, so that scores repeat;
-- ``flat``: 5.1 % of the answers are wrong, whatever the columns say.
+- ``useful``: three columns are a hidden certainty with noise; 18 % of the answers are wrong;
+- ``coarse``: like ``useful``, but columns are rounded to steps of 0.5, so many scores are equal;
+- ``flat``: 5.1 % of the answers are wrong, whatever the values of the columns.
 """
 
 from __future__ import annotations

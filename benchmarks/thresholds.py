@@ -1,10 +1,10 @@
-"""Where fixed-sequence testing should begin: ``python -m benchmarks.thresholds``.
+"""At which thresholds fixed-sequence testing should start: ``python -m benchmarks.thresholds``.
 
-Mean coverage of the certified threshold over 150 calibrations of seven simulated predictors, for
-several beginnings (shares of the calibration rows, with their shares of delta). One list of
-beginnings has to do for all: predictors whose most trusted answers hold some wrong ones, those that
-reach the target at a small coverage only, and models that are good enough as a whole.
-``vilu.calibration.thresholds.STARTS`` and ``WHOLE`` are in use.
+The output has the mean coverage of the certified threshold over 150 calibrations of seven simulated
+predictors, for several lists of starts. A start is a share of the calibration rows, with its share
+of delta. One list must suit all predictors: some have wrong answers among the most trusted ones,
+some reach the target at a small coverage only, and some at full coverage. vilu uses ``STARTS`` and
+``WHOLE`` of ``vilu.calibration.thresholds``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREDICTORS: dict[str, Rate] = {
     "flat": lambda u: np.full_like(u, 0.03),
     "tied": lambda u: 0.01 + 0.9 * (np.floor(10 * u) / 10) ** 1.3,
 }
-"""Failure rate at the quantile u of the uncertainty."""
+"""Function that returns the failure rate at the quantile u of the uncertainty."""
 
 BEGINNINGS = {
     "where possible": (((0.0, 1.0),), 0.0),
@@ -44,7 +44,7 @@ BEGINNINGS = {
 
 
 def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
-    """Of the thresholds of many calibrations."""
+    """Mean coverage of the thresholds of many calibrations."""
     rng, found = np.random.default_rng(0), []
     for _ in range(DRAWS):
         u = rng.random(n)

@@ -1,13 +1,14 @@
-"""Do guarantees hold on copies? ``python -m benchmarks.units [SET.npz ...]``.
+"""Do guarantees hold if pictures have copies? ``python -m benchmarks.units [SET.npz ...]``.
 
-Copies of one another: 40 rows ten times over are 40 answers. Four hundred rows are drawn from a
-made-up world, alone or as copies, equal or with noise; 200 draws each. Copies of fitted rows: a
-predictor is fitted on 300 rows and calibrated on near copies of them. "Counted as files" is what a
-calibration does that looks at scores alone. "Broken": a rule is made, and the error rate of what it
-accepts of 40,000 other rows is above 5 %. Intervals are exact ones of 95 %.
+First, copies of one another: 40 rows, each ten times, are evidence of 40 rows only. 400 rows are
+drawn from a simulated world, without copies or with copies, which are equal or have noise. There
+are 200 draws of each kind. Second, copies of fitted rows: a predictor is fitted on 300 rows and
+calibrated on near copies of them. "Counted as files" is a calibration that uses scores alone. A
+rule is "broken" if the error rate of the answers that it accepts among 40,000 other rows is above
+5 %. Intervals are exact 95 % intervals.
 
-Sets (arrays ``image``, ``text``, ``target``) are halved twenty times at random. Nothing of them may
-be refused, and what is accepted should stay nearly the same.
+Sets (arrays ``image``, ``text``, ``target``) are halved twenty times at random. No half should be
+refused, and the accepted share should hardly change.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ WORLD = 40_000
 MAX_RISK = 0.05
 DRAWS, HALVES = 200, 20
 NOISE = 0.006
-"""In each of 128 coordinates: as far as 0.003 in 512, a cosine of 0.995 between two copies."""
+"""Noise in each of 128 coordinates, at which the cosine of two copies is 0.995.
+
+In 512 coordinates a noise of 0.003 has this effect.
+"""
 
 NOTHING, REFUSED = "nothing accepted", "refused"
 
@@ -64,17 +68,17 @@ class World:
         return unit(image), target
 
     def near(self, image: Floats, noise: float) -> Floats:
-        """Copies with noise in every coordinate."""
+        """Near copies of images, with noise in every coordinate."""
         moved: Floats = image + noise * self.random.normal(size=image.shape)
         return unit(moved)
 
     def embeddings(self, image: Floats, target: NDArray[np.int64]) -> vilu.Embeddings:
-        """As a source."""
+        """The images as a source."""
         return vilu.Embeddings(image, self.text, target=target, logit_scale=SCALE)
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
-    """What became of a guarantee."""
+    """Text on a rule: "broken" or "kept", or ``NOTHING`` if it accepts no row."""
     accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
     if not accepted.any():
         return NOTHING
@@ -90,7 +94,7 @@ def as_files(predictor: FailurePredictor, data: vilu.Embeddings, everything: Out
 
 
 def as_pictures(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
-    """That of the calibration of today."""
+    """The verdict of vilu's calibration, which recognises copies."""
     with tempfile.TemporaryDirectory() as folder:
         predictor.save(folder)
         try:
@@ -115,11 +119,11 @@ SETTINGS = {
     "60 rows x 5, noise": (60, 5, NOISE),
     "200 rows x 2, noise": (200, 2, NOISE),
 }
-"""Rows, copies of each, and noise."""
+"""Number of rows, number of copies of each row, and noise."""
 
 
 def copies_of_one_another(seed: int, draws: int) -> Iterator[str]:
-    """A line per setting and way."""
+    """Yield a line for each setting and each kind of calibration."""
     world = World(seed)
     predictor = vilu.MCM()
     everything = vilu.score(predictor, world.embeddings(*world.rows(WORLD)))
@@ -139,7 +143,7 @@ def copies_of_one_another(seed: int, draws: int) -> Iterator[str]:
 
 
 def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
-    """The same for a predictor that remembers its rows."""
+    """Yield the same lines for a predictor that remembers its rows."""
     world = World(seed)
     image, target = world.rows(300)
     predictor = KNNVote(k=1).fit(world.embeddings(image, target))
@@ -159,7 +163,7 @@ def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
 
 
 def line(name: str, verdicts: list[str]) -> str:
-    """How often a guarantee was broken, with its interval, and how often there was none."""
+    """Text on how often a guarantee was broken, with the interval, and how often there was none."""
     n, broken = len(verdicts), verdicts.count("broken")
     low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
     return (
@@ -169,7 +173,7 @@ def line(name: str, verdicts: list[str]) -> str:
 
 
 def halves(path: Path, seed: int) -> str:
-    """What a set of real images loses: refusals, and the accepted share of the second half."""
+    """The line of a set of real images: refused halves, and accepted shares of the second half."""
     arrays = np.load(path, allow_pickle=False)
     random = np.random.default_rng(seed)
     image = arrays["image"].astype(np.float32)

@@ -1,8 +1,8 @@
-"""The cost of comparing a store's bytes with its receipts: ``score`` of 1 GB at K = 1,000, warm.
+"""The time to compare a store's bytes with its receipts, in ``score`` of 1 GB at K = 1,000.
 
-A million float16 rows at D = 512 in parts of 4,096, in the page cache. Scored with and without the
-comparison, in turn, each time from opening the store; a ratio is of two runs side by side, so that
-what else the machine does is in both.
+The store has a million float16 rows (D = 512) in parts of 4,096 rows, in the page cache. It is
+opened and scored with and without the comparison, in turn. A ratio is that of two neighbouring
+runs, so other work on the machine affects both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPEATS = 3
 
 
 def make(root: Path, n: int) -> None:
-    """A store as ``vilu embed`` leaves it, written by its own ledger."""
+    """Make a store like one of ``vilu embed``, written by the store's own ledger."""
     from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
     from vilu.store.ledger import content_hash
@@ -71,7 +71,7 @@ def make(root: Path, n: int) -> None:
 
 
 def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
-    """Seconds, of the clock and of the processor, of a first opening and scoring."""
+    """Open and score a store; return seconds of the clock and of the processor."""
     import vilu
     from vilu.store import ledger
 
@@ -83,7 +83,7 @@ def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
 
 
 def main(n: int = N, repeats: int = REPEATS) -> dict[str, float]:
-    """Print and return median ratios, and the seconds that the comparison takes for each GB."""
+    """Print and return median ratios, and the seconds per GB that the comparison takes."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="vilu-verified-") as folder:
         root = Path(folder) / "s"

@@ -1,9 +1,9 @@
-"""Scores of the logits against the product and softmax alone, on one thread.
+"""Compares scores of the logits with product and softmax alone, on one thread.
 
-Embeddings are normalised and in memory. Both take the same rows in one run, in turn; the median of
-the ratios of a turn counts. The floor is the product in blocks of 4,096 rows, and a softmax over
-them. Confident rows are those whose other candidates are far below. Beside it, the largest relative
-error against float64 of the same float32 logits.
+Embeddings are normalised and in memory. Both get the same rows in one run, in turn, and the result
+is the median of the ratios of the turns. "Floor" is the product in blocks of 4,096 rows, and a
+softmax over them. In confident rows all logits but the largest are far lower. The output also has
+the largest relative error of scores, compared with float64 on the same float32 logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_un
 
 
 def data(k: int, n: int, noise: float) -> Embeddings:
-    """Images around their class's text."""
+    """Images near the text of their class."""
     generator = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(k, D, generator=generator), dim=1)
     beside = noise * torch.randn(n, D, generator=generator)
@@ -40,7 +40,7 @@ def data(k: int, n: int, noise: float) -> Embeddings:
 
 
 def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
-    """The product and softmax, ``rows`` at a time."""
+    """A function that computes product and softmax, ``rows`` rows at a time."""
 
     def run() -> None:
         for block in image.split(rows):
@@ -50,7 +50,7 @@ def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
 
 
 def exact(name: str, logits: Tensor) -> Tensor:
-    """A score in float64 of float32 logits (B, K); the largest apart, so that nothing cancels."""
+    """A score in float64 from float32 logits (B, K), computed without cancellation."""
     rows = logits.double().sort(dim=1, descending=True).values
     below = (rows - rows[:, :1])[:, 1:]
     e = below.exp()
@@ -64,7 +64,7 @@ def exact(name: str, logits: Tensor) -> Tensor:
 
 
 def shares(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians of each one's rate as a share of the floor's, taken in turn."""
+    """For each function, the median of its rate divided by the floor's rate; they take turns."""
     ratios: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(TURNS):
         seconds = {}
@@ -78,7 +78,7 @@ def shares(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def measure(k: int, n: int, kind: str) -> dict[str, float]:
-    """Shares of the floor's rate for K candidates."""
+    """Rates divided by the floor's rate, for K candidates."""
     source = data(k, n, NOISE[kind])
     work: dict[str, Callable[[], object]] = {
         f"floor of {rows}": floor(source.image, source.text, rows) for rows in (4_096, 256)
@@ -101,7 +101,7 @@ def measure(k: int, n: int, kind: str) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    """Print tables; return shares of the floor's rate."""
+    """Print the tables; return the rates divided by the floor's rate."""
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n in SHAPES.items():

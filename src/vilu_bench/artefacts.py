@@ -16,7 +16,7 @@ CELLS = "cells"
 
 
 def check(path: Path) -> Artefact | None:
-    """Check every document of a benchmark's output folder; None if ``path`` is no such folder."""
+    """Check all documents of a benchmark's output folder; None if ``path`` is another folder."""
     has_studies = (path / STUDIES).is_dir()
     has_cells = (path / CELLS).is_dir()
     if not has_studies and not has_cells:

@@ -73,7 +73,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None,
         Option(
             metavar="I/N",
-            help="Run only share I of N of the cells, on one of N machines; then run without it.",
+            help="Run only share I of N of the cells, one share on each of N machines. "
+            "When all are done, run without it.",
             rich_help_panel=SPEED,
         ),
     ] = None,
@@ -81,7 +82,11 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool, Option("--embed-only", help="Make the embeddings and stop.", rich_help_panel=MORE)
     ] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print what would run, and its bytes; do nothing.")
+        bool,
+        Option(
+            "--dry-run",
+            help="Print what would be run and how many bytes it would take; run nothing.",
+        ),
     ] = False,
     smoke: Annotated[
         bool, Option("--smoke", help="Tiny test run: few images, seeds, epochs; in OUTPUT/smoke.")
@@ -114,7 +119,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     _print_studies(rendered)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
-    elif share is not None and share.of > 1:
+    elif share is not None and share.n_shares > 1:
         next_step(
             f"share {shard} is done; when all are, run the same without --shard to see the results"
         )
@@ -154,8 +159,8 @@ def init(
     study = new_study(train, test, output)
     write_text(output, study.text)
     print_outputs(output)
-    run = shell("vilu", "benchmark", output, "--data", study.folder, "-o", "RUN")
-    next_step(f"change it as you like; then: {run}")
+    command = shell("vilu", "benchmark", output, "--data", study.folder, "-o", "RUN")
+    next_step(f"change it as you like; then: {command}")
 
 
 @wants_inputs(run=STUDIES)
@@ -173,7 +178,8 @@ def render(
     title: Annotated[str, Option(help="Title of that file.")] = "Results",
     intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
     first: Annotated[
-        Path | None, path_option("Markdown file whose text opens that file, before --intro.")
+        Path | None,
+        path_option("Markdown file whose text comes first in that file, before --intro."),
     ] = None,
     submitted: Annotated[
         Path | None,
@@ -266,7 +272,7 @@ PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViL
 
 
 @wants_inputs(store=STORE)
-# ``reading`` stands for several flags
+# the parameter ``reading`` is replaced by several flags
 @partial(with_reading_flags, without={"pool_size", "second", "clusters"})
 def pools(
     store: Annotated[Path, path_argument("Store of images with captions, or shards like LAION's.")],
@@ -286,7 +292,7 @@ def pools(
         int, Option(min=0, max=MAX_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
 ) -> None:
-    """Failure prediction on image-caption pairs by the number of captions: AUROC / FPR95.
+    """Measure failure prediction on image-caption pairs in pools of several sizes: AUROC / FPR95.
 
     A method that does not work on pairs is refused with the reason. Pool sizes that exceed the
     number of pairs are left out.
@@ -325,7 +331,7 @@ def pools(
 
 
 def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
-    """The arguments, folders or methods, by the last part of each path.
+    """Map the last part of each argument, a folder or the name of a method, to the argument.
 
     Raises:
         UsageError: If two arguments have the same last part.
@@ -339,7 +345,7 @@ def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
-    """Print the table by pool size."""
+    """Print the results, with a column for each pool size."""
     from vilu_bench.studies.pool_sizes import size_table
 
     print_result(table.to_dicts(), size_table(table))

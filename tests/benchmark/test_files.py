@@ -77,8 +77,8 @@ def test_the_including_file_has_the_last_word(tmp_path: Path) -> None:
         ),
         ("[use]\ndata = []", r"has \[use\], and no include"),
         ("include = 3", "include must be the name of a file"),
-        ('include = "common.toml"\n[use]\ndata = 5', r"\[use\] hold lists"),
-        ('include = "common.toml"\n[use]\ndata = "two"', r"\[use\] hold lists"),
+        ('include = "common.toml"\n[use]\ndata = 5', r"\[use\] must hold lists"),
+        ('include = "common.toml"\n[use]\ndata = "two"', r"\[use\] must hold lists"),
         (
             'include = "common.toml"\n[use]\nmethods = [["mcm"]]',
             r"common\.toml has no \['mcm'\] in its methods",
@@ -269,5 +269,5 @@ def test_claims_of_the_supplement_name_what_they_are_about() -> None:
 
 
 def test_shares() -> None:
-    assert (Share.parse("2/8").number, Share.parse("2/8").of) == (1, 8)
+    assert Share.parse("2/8") == Share(index=1, n_shares=8)
     assert Share().lock != Share.parse("1/2").lock != Share.parse("2/2").lock

@@ -378,7 +378,7 @@ def test_what_changes_meanwhile_is_said(
     """As when somebody edits a method while worker processes start:
     their cells are of other code than ours.
     """
-    monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_: None)
+    monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_, n_done: None)
     with pytest.raises(
         ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"
     ):

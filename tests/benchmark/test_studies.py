@@ -677,7 +677,7 @@ def test_a_cell_that_was_made_anew(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no study.*Make one: vilu benchmark"):
         load_studies(tmp_path)
     (tmp_path / "smoke/studies").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"That of --smoke is in .*smoke"):
+    with pytest.raises(DataError, match=r"The study of --smoke is in .*smoke"):
         load_studies(tmp_path)
     write_json(moved / "studies/plain/study.json", {})
     with pytest.raises(DataError, match="is not the document of a study"):

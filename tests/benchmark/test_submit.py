@@ -266,7 +266,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     ),
     "another place": (
         lambda _, s: s.update(stands_for=[["none", 0]]),
-        "no study in .* has a result in its place",
+        "no study in .* has a result with its data set, setting and seed",
     ),
     "a key more": (
         lambda _, s: s.update(more=1),

@@ -29,7 +29,9 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """Add the data sets of tables, by name; if one cannot be added, none is.
+    """Add the data sets that tables describe; the key of a table is the name of its data set.
+
+    If one of them cannot be added, none is added.
 
     Raises:
         UsageError: If a key is missing, unknown or of a wrong type, or a name is taken.
@@ -48,8 +50,8 @@ def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
     has_captions = isinstance(reader, ShardReader)
     if entry.captioned != has_captions:
         raise UsageError(
-            f"{where} must have n_classes where it has classes; "
-            "tars have captions, and no n_classes."
+            f"{where} must have n_classes if it has classes, and no n_classes if it has captions "
+            "(layout tars)."
         )
     return entry
 

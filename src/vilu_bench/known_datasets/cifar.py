@@ -52,7 +52,7 @@ class PickledArray:
         """The stored array, (n, width) uint8 with n >= 1.
 
         Raises:
-            ValueError: If the state is not that of such an array.
+            ValueError: If the state does not describe such an array.
         """
         error = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
         if not isinstance(self.state, tuple):
@@ -99,7 +99,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# The only objects that a pickle can use. The keys are the module and the name that it asks for.
+# The only objects that a pickle can use, by the module and the name that the pickle asks for.
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -126,7 +126,10 @@ def _opcode_names(content: bytes) -> Iterator[str]:
         if opcode.name not in MEMO_OPCODES:
             yield opcode.name
         elif isinstance(slot, int) and slot > n_before:
-            raise ValueError(f"it keeps an object in slot {slot}, and at most {n_before} were made")
+            raise ValueError(
+                f"it stores an object in memo slot {slot} after {n_before} opcodes, "
+                f"which can have made {n_before} objects at most"
+            )
 
 
 def read_pickle(file: Path) -> dict[str, object]:
@@ -136,7 +139,8 @@ def read_pickle(file: Path) -> dict[str, object]:
     """
     try:
         content = _unpickle(file)
-    # UnpicklingError: a refused name or a misplaced opcode; the others: a damaged file
+    # ``UnpicklingError`` means a refused name or a misplaced opcode. The other exceptions mean that
+    # the file is damaged.
     except (pickle.UnpicklingError, *DECODING_ERRORS) as error:
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
@@ -185,7 +189,7 @@ class Layout:
     """
 
     folder: str  # name of the folder in the archive
-    splits: dict[str, tuple[str, ...]]  # files by split
+    splits: dict[str, tuple[str, ...]]  # maps a split to the names of its files
     labels: str  # key of the labels in these files
     meta: str  # name of the file with the class names
     names: str  # key of the class names in the file ``meta``
@@ -223,9 +227,9 @@ class CifarDataset:
         folder: Folder with the pickle files.
         layout: Files and keys of the data set.
         split: "train", "test" or "train+test"; None: both splits.
-        classes: File of class names in label order; it may leave out the classes of ``outside``.
+        classes: File of class names in label order. It may leave out the classes of ``outside``.
         raw_names: Whether class names keep their underscores in prompts.
-        outside: Names of classes whose pictures count as pictures of none of the classes.
+        outside: Names of classes whose pictures are treated as pictures of none of the classes.
     """
 
     def __init__(
@@ -241,17 +245,22 @@ class CifarDataset:
         splits = tuple(layout.splits)
         if split is not None:
             splits = parse_split(split, layout.splits, str(folder))
-        raw = _class_names(folder / layout.meta, layout.names)
+        raw_class_names = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
         self.captioned = False
-        names = raw if raw_names else None
-        self.classes = class_table(raw, classes, numeric_labels=True, names=names, outside=outside)
+        self.classes = class_table(
+            raw_class_names,
+            classes,
+            numeric_labels=True,
+            names=raw_class_names if raw_names else None,
+            outside=outside,
+        )
         self.class_names: tuple[str, ...] | None = self.classes.names
         files: list[Path] = []
-        for part in splits:
-            files += [folder / name for name in layout.splits[part]]
-        batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
-        listing = ListingHash(*raw, *splits)
+        for chosen_split in splits:
+            files += [folder / name for name in layout.splits[chosen_split]]
+        batches = [_Batch.read(file, layout.labels, len(raw_class_names)) for file in files]
+        listing = ListingHash(*raw_class_names, *splits)
         self._rows: list[tuple[_Batch, int]] = []
         for file, batch in zip(files, batches, strict=True):
             status = file.stat()

@@ -35,7 +35,10 @@ from vilu_bench.known_datasets.read import (
 )
 
 Files = Sequence[tuple[str, stat_result | OSError]]
-"""Images of one class: the path below the class folder, and the file's status or its error."""
+"""The images of one class.
+
+Each has its path below the class folder, and the file's status, or the error of reading the status.
+"""
 
 RENAMED_CLASSES: Final = {744: "projectile", 836: "sunglass"}
 """Our names of two ImageNet classes, by label.
@@ -63,9 +66,9 @@ class ClassFolders:
     """Images in a folder per class; an iteration lists them, class by class."""
 
     root: Path  # the data set's folder
-    part: str  # folder of the class folders, as a path below ``root``; "" for ``root`` itself
-    labels: Mapping[str, int]  # labels by name of class folder
-    # function that gets the name of a class folder and its images, and returns those to use
+    part: str  # path, below ``root``, of the folder of class folders; "" for ``root`` itself
+    labels: Mapping[str, int]  # maps the name of a class folder to the label
+    # function that gets the name of a class folder and its images, and returns the images to use
     choose: Callable[[str, Files], Files] = every_image
     advice: str = UNPACK_ADVICE  # last sentence of the error if there are no class folders
 
@@ -105,12 +108,12 @@ class ClassFolders:
 class SplitFolders:
     """Lists a data set with a folder per split, and in it a folder per class.
 
-    The classes are those of all splits together. A label is the position of a class name among the
+    A class is in the list if any split has it. A label is the position of a class name among all
     class names, sorted by bytes.
     """
 
-    # folders by split, where "" means the data set's folder itself; by default every split has a
-    # folder of its own name
+    # Maps a split to its folder, where "" is the data set's folder itself. By default the folder of
+    # a split has the name of the split.
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:
@@ -160,12 +163,12 @@ def imagenet_sketch(place: Place) -> Listing:
 
 
 def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
-    """Half of the images of a class: those with the lower hashes (``first``), or the higher ones.
+    """Half of the images of a class: the lower hashes if ``first``, else the higher hashes.
 
     If the number of images is odd, the half with the higher hashes has one more. It is not known
-    which images the paper took as few shots, so a hash decides: BLAKE2b (8 bytes) of
-    ``class/path``. With a hash, the halves depend neither on the order of files, nor on the
-    machine, nor on other classes.
+    which images the paper took as few shots, so a hash of ``class/path`` decides: BLAKE2b with 8
+    bytes. With a hash, the halves depend neither on the order of files, nor on the machine, nor on
+    other classes.
     """
     hashes = []
     for path, _ in files:
@@ -185,7 +188,7 @@ def wnids() -> tuple[str, ...]:
 
 @cache
 def clip_names() -> tuple[str, ...]:
-    """CLIP's names of the 1,000 classes in label order, but for those in ``RENAMED_CLASSES``."""
+    """CLIP's names of the 1,000 classes in label order, with ``RENAMED_CLASSES`` applied."""
     file = resources.files("vilu").joinpath("assets", "imagenet_class_names.json")
     names: list[str] = json.loads(file.read_text(encoding="utf-8"))
     return tuple(RENAMED_CLASSES.get(label, name) for label, name in enumerate(names))
@@ -232,8 +235,8 @@ class CifarReader:
 
     def _count(self, place: Place, split: str) -> Count:
         """Count the pictures of one split."""
-        # CIFAR has no list of pictures. If its files cannot be read, the published number counts as
-        # the number of listed pictures.
+        # CIFAR has no list of pictures. If its files cannot be read, the published number of
+        # pictures stands in for the number of listed pictures.
         published = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
@@ -280,7 +283,7 @@ class ShardReader:
 def find_known_shards(folder: Path) -> list[Path]:
     """The tar files in a folder, sorted by name.
 
-    If there are none, the tar files in its subfolders, such as train and validation.
+    If there are none, the tar files in its subfolders (such as train and validation) are returned.
     """
     shards = find_shards(folder) or []  # it returns None if the folder has no tar files
     if not shards:
@@ -296,7 +299,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
     """Names of missing shards in sequences of numbered shards, at most ``MAX_MISSING_NAMES``."""
-    # by sequence (folder, text before the number, number of digits), the numbers that are there
+    # maps a sequence (folder, text before the number, number of digits) to the present numbers
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
@@ -342,10 +345,10 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }
-"""Readers, by the ``kind`` in ``layout = { kind = ... }`` of a data set's table.
+"""Maps the ``kind`` in ``layout = { kind = ... }`` of a data set's table to a reader.
 
-In place of a reader, a class may stand here. It is called with the other keys of ``layout``, and
-the result is the function ``read`` of a ``ListReader``.
+A value may also be a class. Then an object of the class is made from the other keys of ``layout``,
+and this object is the function ``read`` of a ``ListReader``.
 """
 
 

@@ -39,7 +39,7 @@ class Listing:
     # images of each split; an iteration may list folders, and raises a DataError if that fails
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # text that says where the splits come from
-    # cleaned class names for prompts; None: ``classes``, with spaces in place of underscores
+    # cleaned class names for prompts; None: ``classes`` with underscores replaced by spaces
     names: tuple[str, ...] | None = None
     raw: tuple[str, ...] | None = None  # uncleaned class names for prompts; None: ``classes``
     binding: bool = True  # whether the splits must have the published sizes
@@ -171,11 +171,11 @@ class SplitLists:
     No path occurs twice, and every label 0 ... K-1 has one name.
     """
 
-    # by split, pairs of path and label
+    # maps a split to the paths and labels of its images
     splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
-    _names: dict[int, str] = field(default_factory=dict)
-    _labels: dict[str, int] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _names: dict[int, str] = field(default_factory=dict)  # name by label
+    _labels: dict[str, int] = field(default_factory=dict)  # label by name
+    _added_paths: set[str] = field(default_factory=set)  # paths of all splits
 
     def add(self, split: str, path: str, label: int) -> None:
         """Add one image; raises ValueError for an unusable path, or one that was added before."""
@@ -183,9 +183,9 @@ class SplitLists:
             raise ValueError(
                 f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
             )
-        if path in self._seen:
+        if path in self._added_paths:
             raise ValueError(f"{path!r} is listed more than once")
-        self._seen.add(path)
+        self._added_paths.add(path)
         self.splits[split].append((path, label))
 
     def fill(self, split: str, file: Path, entries: Iterable[T], parse: ParseEntry[T]) -> None:
@@ -206,8 +206,8 @@ class SplitLists:
         lists = cls({split: [] for split in splits})
         try:
             for label, name in enumerate(names):
-                lists.name(label, name)
-            lists.names()  # raises a ValueError if there is no name
+                lists.add_name(label, name)
+            lists.names_in_label_order()  # raises a ValueError if there is no name
         except ValueError as error:
             refuse(file, error)
         return lists
@@ -218,12 +218,12 @@ class SplitLists:
             raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
         return self._labels[name]
 
-    def name(self, label: int, name: str) -> None:
+    def add_name(self, label: int, name: str) -> None:
         """Name the class of a label.
 
         Raises:
             ValueError: If the name is not printable, if the label has another name already, or if
-                the name is that of another label.
+                another label has this name.
         """
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
@@ -235,7 +235,7 @@ class SplitLists:
                 f"{name!r} is label {label} here and label {self._labels[name]} before"
             )
 
-    def names(self) -> tuple[str, ...]:
+    def names_in_label_order(self) -> tuple[str, ...]:
         """Names in label order; raises ValueError if there is none, or if a label is skipped."""
         if not self._names:
             raise ValueError("it names no class")
@@ -251,7 +251,7 @@ class SplitLists:
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
         """The listing of these lists, whose paths are relative to the subfolder ``images``."""
-        names = self.names()
+        names = self.names_in_label_order()
         prefix = f"{images}/" if images else ""
         splits = {}
         for split, entries in self.splits.items():
@@ -261,7 +261,7 @@ class SplitLists:
 
 
 def is_usable(path: str) -> bool:
-    """Whether a path is short, printable, relative, in normal form, and stays below its folder."""
+    """Whether a path is short, printable, relative, in normal form, and below its folder."""
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
@@ -297,10 +297,10 @@ def refuse(where: object, reason: object) -> NoReturn:
 COOP_ASSET: Final = "coop_splits.txt.xz"
 SPLITS: Final = ("train", "validation", "test")
 SPLIT_OF_KEY: Final = {"train": "train", "val": "validation", "test": "test"}
-"""Our names of splits, by key of a ``split_zhou_*.json``."""
+"""Maps a key of a ``split_zhou_*.json`` to our name of the split."""
 
 SPLIT_OF_LETTER: Final = {"t": "train", "v": "validation", "e": "test"}
-"""Our names of splits, by letter in the shipped lists (``COOP_ASSET``)."""
+"""Maps a letter in the shipped lists (``COOP_ASSET``) to our name of the split."""
 
 
 def user_list(place: Place, file: str, images: str) -> Listing | None:
@@ -318,7 +318,7 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
 def read_split_file(file: Path) -> SplitLists:
     """The lists of a ``split_zhou_*.json``.
 
-    It holds ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+    The file has ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
     """
     lists = SplitLists({split: [] for split in SPLITS})
 
@@ -326,7 +326,7 @@ def read_split_file(file: Path) -> SplitLists:
         """The path and the label; the name is added to ``lists``."""
         match entry:
             case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
-                lists.name(label, name)
+                lists.add_name(label, name)
                 return path, label
         raise ValueError(f"expected [relative path, class index, class name]; found {entry!r:.80}")
 
@@ -340,7 +340,7 @@ def read_split_file(file: Path) -> SplitLists:
 
 @cache
 def shipped_list(dataset: str) -> SplitLists | None:
-    """The shipped CoOp list of a data set, by our name of the data set; None if none ships.
+    """The shipped CoOp list of the data set with this name of ours; None if there is no such list.
 
     ``tools/make_split_asset.py`` made the asset. For every data set it has a line with the name and
     the number of classes, then for every class:
@@ -361,7 +361,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
             # would take one more line, to see whether the lines end, too.
             images = list(zip(letters, lines, strict=False))
             if name == dataset:
-                lists.name(label, class_name)
+                lists.add_name(label, class_name)
                 for letter, path in images:
                     lists.add(SPLIT_OF_LETTER[letter], path, label)
         if name == dataset:
@@ -371,7 +371,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Lists a data set by CoOp's list: the user's own if there is one, else the shipped list."""
+    """Reads CoOp's list: the user's own list if there is one, else the shipped list."""
 
     file: str  # file name of the user's list
     # subfolder that the paths of the list are relative to; "" for the data set's folder
@@ -464,13 +464,13 @@ def _official_listing(
     entries: Mapping[Path, tuple[str, Iterable[T]]],
     parse: ParseEntry[T],
 ) -> Listing:
-    """The listing that the files of the authors of a data set give.
+    """The listing of a data set from the files that its authors published.
 
     Args:
         place: The data set on this disk.
         lists: The lists to fill, which have all splits and class names already.
         images: Subfolder that the paths are relative to; "" for the data set's folder.
-        entries: By file, the split that it lists, and its entries.
+        entries: Maps each file to the split that it lists, and to its entries.
         parse: Function that returns the path and the label in an entry.
     """
     for file, (split, lines) in entries.items():

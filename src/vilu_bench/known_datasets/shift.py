@@ -22,7 +22,7 @@ from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
 SEVERITIES: Final = 5  # severities are 1 to 5
-REFERENCE_SIDE: Final = 32  # strengths in pixels hold for a picture with this short side
+REFERENCE_SIDE: Final = 32  # strengths in pixels are for a picture with this short side
 
 Rng = np.random.Generator
 DamageFunction = Callable[[Image.Image, float, Rng], Image.Image]
@@ -36,7 +36,8 @@ def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image
 
 def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Add Poisson noise, as if the value 1 were an expected count of ``strength`` photons."""
-    return _to_image(rng.poisson(_to_pixels(image) * strength).astype(np.float32) / strength)
+    n_photons = rng.poisson(_to_pixels(image) * strength).astype(np.float32)
+    return _to_image(n_photons / strength)
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
@@ -70,7 +71,7 @@ def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # n
 
 
 def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Multiply the sides by ``strength``, then resize to the old size, with bicubic filters.
+    """Shrink by the factor ``strength``, then resize to the old size, both with bicubic filters.
 
     At severity 3 a side of 32 pixels is resized to 16 and back to 32.
     """
@@ -88,21 +89,21 @@ KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""Function and five strengths, one for each severity, of every kind of damage."""
+"""Maps a kind of damage to its function and to its five strengths, one for each severity."""
 
 
 class ShiftedImages(ChosenImages):
     """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
     Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
-    damaged form count as one picture.
+    damaged form have the same identity.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown or not kinds:
-            wrong = ", ".join(unknown) if unknown else "none"
-            raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {wrong} instead.")
+            refused = ", ".join(unknown) if unknown else "none"
+            raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {refused} instead.")
         if not 1 <= severity <= SEVERITIES:
             raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
         self._strengths = {}
@@ -126,9 +127,9 @@ def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     key_hash = blake2b(record.key.encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
     kind = list(strengths)[rng.integers(len(strengths))]
-    change, _ = KINDS[kind]
+    damage, _ = KINDS[kind]
     image = decode_image(record.read()).image
-    damaged = change(image, strengths[kind], rng)
+    damaged = damage(image, strengths[kind], rng)
     buffer = io.BytesIO()
     damaged.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -21,7 +21,7 @@ from vilu.predictors.nn.train import steps_per_epoch
 from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
-BLOCK_ROWS = 1_024  # number of rows whose logits with all candidates are in memory at a time
+BLOCK_ROWS = 1_024  # rows are processed in blocks of this size, so that their logits fit in memory
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def factors(
     loss: str,
     block_rows: int = BLOCK_ROWS,
 ) -> Factors:
-    """Factors of the rows of ``layer``, each row matched with all ``candidates`` (K, D).
+    """Factors of the rows of ``layer`` if each row is matched with all ``candidates`` (K, D).
 
     The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
     of one row is
@@ -155,18 +155,20 @@ class Posterior:
         return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
 
 
-def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
+def posterior(
+    layer_factors: Factors, squared_norm: float, pseudo_count: float
+) -> tuple[Posterior, float]:
     """Posterior of a last layer, and the prior precision lambda that maximises the evidence.
 
     Args:
-        layer: Factors of the layer.
+        layer_factors: Factors of the layer.
         squared_norm: ‖P‖² of the layer's weights P.
         pseudo_count: Weight tau of the data against the prior.
     """
     # each factor is multiplied by this scale, so their product is multiplied by tau / n
-    scale = math.sqrt(pseudo_count / layer.n)
-    a, a_vectors = torch.linalg.eigh(scale * layer.inputs)  # (F,), (F, F)
-    b, b_vectors = torch.linalg.eigh(scale * layer.outputs)  # (D,), (D, D)
+    scale = math.sqrt(pseudo_count / layer_factors.n)
+    a, a_vectors = torch.linalg.eigh(scale * layer_factors.inputs)  # (F,), (F, F)
+    b, b_vectors = torch.linalg.eigh(scale * layer_factors.outputs)  # (D,), (D, D)
     a = a.clamp_min(0)
     b = b.clamp_min(0)
     prior = best_prior_precision(a, b, squared_norm)
@@ -262,8 +264,8 @@ class BayesVLM(FailurePredictor):
 
         p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
 
-    The score is that of the VLM's own answer t̂, although p_t̂ need not be the largest p_j. The
-    logit bias changes p, because the divisor differs between candidates.
+    The VLM's own answer t̂ is scored, although p_t̂ need not be the largest p_j. The logit bias
+    changes p, because the divisor differs between candidates.
 
     The n pairs are the training images, each with the text of its class or with its caption. The
     loss matches an image with all K candidates, and a text with the images of its chunk. A text
@@ -369,16 +371,16 @@ class BayesVLM(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         chunks = self._factors(train)
-        image, text = next(chunks)
-        for image_of_chunk, text_of_chunk in chunks:
-            image = image + image_of_chunk
-            text = text + text_of_chunk
+        image_factors, text_factors = next(chunks)
+        for image_chunk, text_chunk in chunks:
+            image_factors = image_factors + image_chunk
+            text_factors = text_factors + text_chunk
         on_features = bool(train.columns)
         tensors = {"on_features": torch.tensor(on_features)}
         priors = {}
-        for encoder, layer in (("image", image), ("text", text)):
+        for encoder, layer_factors in (("image", image_factors), ("text", text_factors)):
             squared_norm = self._squared_norm(encoder, train)
-            learned, prior = posterior(layer, squared_norm, self.pseudo_count)
+            learned, prior = posterior(layer_factors, squared_norm, self.pseudo_count)
             tensors[f"{encoder}_inputs"] = learned.inputs.cpu()
             tensors[f"{encoder}_outputs"] = learned.outputs.cpu()
             tensors[f"{encoder}_prior"] = torch.tensor(prior, dtype=torch.float64)
@@ -410,14 +412,14 @@ class BayesVLM(FailurePredictor):
         g = float64(g)
         h = float64(h)
         one_pair_per_image = g.new_ones(len(g))
-        image = Layer(float64(phi), g, one_pair_per_image)
+        image_layer = Layer(float64(phi), g, one_pair_per_image)
         pairs_per_text = torch.bincount(batch.target, minlength=len(h))
-        text = Layer(float64(psi), h, pairs_per_text.to(h))
+        text_layer = Layer(float64(psi), h, pairs_per_text.to(h))
         scale = batch.logit_scale
         bias = batch.logit_bias
         return (
-            factors(image, text.directions, scale, bias, self.loss),
-            factors(text, image.directions, scale, bias, self.loss),
+            factors(image_layer, text_layer.directions, scale, bias, self.loss),
+            factors(text_layer, image_layer.directions, scale, bias, self.loss),
         )
 
     def _posterior(self, encoder: str, like: Tensor) -> Posterior:
@@ -457,7 +459,17 @@ def last_layers(
 def last_layer(
     batch: Batch, features: str, projection: str, embedding: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inputs phi and outputs P phi of one encoder's last layer."""
+    """Inputs phi and outputs P phi of one encoder's last layer.
+
+    Args:
+        batch: Rows with both columns.
+        features: Name of the column with phi.
+        projection: Name of the column with P.
+        embedding: The encoder's embeddings, which normalise(P phi) must equal.
+
+    Raises:
+        DataError: If P has another shape than expected, or P phi does not give the embeddings.
+    """
     phi = batch.columns[features]
     layer = batch.columns[projection]
     expected_shape = (embedding.shape[1], phi.shape[1])

@@ -47,7 +47,7 @@ LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in t
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distance to rightly answered images minus that to wrongly answered images.
+    """Delta-KNN: log-distance to rightly answered minus log-distance to wrongly answered images.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))
@@ -55,8 +55,8 @@ class DeltaKNN(ClosedSet):
     There are two banks: the rightly answered and the wrongly answered training images. d_i and e_j
     are the Euclidean distances, between unit vectors, to the nearest images in them. cos_(1) and
     cos_(2) are the two largest cosines with the candidates. Without the margin, u is 2/D times the
-    log-likelihood ratio, wrong over right, of two k-NN density estimates, up to constants. Of a
-    bank with fewer than k images, all images are used. For an empty bank the mean is zero, as if
+    log-likelihood ratio, wrong over right, of two k-NN density estimates, up to constants. If a
+    bank has fewer than k images, all of them are used. For an empty bank the mean is zero, as if
     its density were flat.
 
     Args:
@@ -103,7 +103,7 @@ class DeltaKNN(ClosedSet):
     ) -> Learnt:
         bank_rows, positions = draw_rows(train, self.max_bank, self.seed)
         bank_failure = failure[positions]
-        # the bank of rightly answered images comes first, then that of wrongly answered ones
+        # the rightly answered images come first, then the wrongly answered images
         right_first_order = bank_failure.argsort(stable=True)
         bank = read_images(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
         n_right = (bank_failure == 0).sum()
@@ -112,7 +112,8 @@ class DeltaKNN(ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        # refuses other classes: with them, other training images would be answered wrongly
+        # Raises an error for other classes, because with them other training images would be
+        # answered wrongly.
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
@@ -159,7 +160,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: distance to rightly answered images minus that to wrongly answered images.
+    """Delta-MDS: distance to rightly answered images minus distance to wrongly answered images.
 
     The distances are squared Mahalanobis distances.
 
@@ -224,11 +225,12 @@ class DeltaMDS(ClosedSet):
         return Learnt(right_tensors | wrong_tensors | {CLASSES: class_texts(train)})
 
     def _fit_bank(
-        self, bank: str, train: Rows, label: Tensor, is_member: Tensor
+        self, bank_name: str, train: Rows, label: Tensor, is_member: Tensor
     ) -> dict[str, Tensor]:
         """Compute whitened class means, class counts and the whitening matrix of a bank.
 
-        The bank has the training images at which ``is_member`` (N,) is true.
+        ``is_member`` (N,) says which training images are in the bank. ``bank_name``, "right" or
+        "wrong", begins the names of the tensors.
         """
         n_classes = train.source.n_candidates
         members = dataclasses.replace(train, index=train.index[is_member])
@@ -239,9 +241,9 @@ class DeltaMDS(ClosedSet):
         else:
             whitening = whitener(covariance)
         return {
-            f"{bank}_means": means @ whitening,
-            f"{bank}_counts": counts,
-            f"{bank}_whitener": whitening,
+            f"{bank_name}_means": means @ whitening,
+            f"{bank_name}_counts": counts,
+            f"{bank_name}_whitener": whitening,
         }
 
     def _score(self, batch: Batch) -> Tensor:
@@ -251,11 +253,11 @@ class DeltaMDS(ClosedSet):
         distance_to_wrong = self._distance(image, classes, "wrong")
         return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
-    def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
+    def _distance(self, image: Tensor, classes: Tensor, bank_name: str) -> Tensor:
         """Squared distance (B,) to the nearest class mean of a bank; zero if the bank is empty."""
-        means = self.tensor(f"{bank}_means", image.device)[classes]
-        counts = self.tensor(f"{bank}_counts", image.device)[classes]
-        whitened = image @ self.tensor(f"{bank}_whitener", image.device)
+        means = self.tensor(f"{bank_name}_means", image.device)[classes]
+        counts = self.tensor(f"{bank_name}_counts", image.device)[classes]
+        whitened = image @ self.tensor(f"{bank_name}_whitener", image.device)
         squares = squared_distances(whitened, means)
         smallest = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
         is_bank_empty = smallest == math.inf

@@ -1,16 +1,17 @@
-"""Simple and strong ways to use a few labels a class, to compare with.
+"""Simple and strong baselines that use a few labels per class.
 
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
 Some of these methods have a number to choose. The original work chooses it on a validation set.
 Here there are no further labels, so the number is chosen by cross-fitting (``cross_fitted``):
-labelled rows are held out in folds, and the value is taken that makes their labels most likely. If
-the original work chooses by accuracy, the value with most right answers to held-out rows is taken.
+labelled rows are held out in folds, and the chosen value makes their labels most likely. If the
+original work chooses by accuracy, the chosen value gives most right answers to held-out rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, NamedTuple
@@ -33,7 +34,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 FOLDS = 5
 """Number of folds of the labelled rows."""
 MIN_PROBABILITY = 1e-6
-"""Smallest probability that a probe gives a class; without it, a class without labels has 0."""
+"""Probabilities of a probe are clipped to this value. A class without labels would have 0."""
 
 Floats = NDArray[np.float64]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -62,7 +63,7 @@ class LabelledImages(NamedTuple):
 
 
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Number (M,) of the fold of every row. The rows of a class go to the folds in turn."""
+    """Number (M,) of the fold of every row; the rows of a class are dealt to the folds in turn."""
     shuffled = np.random.default_rng(seed).permutation(len(label))
     rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
     fold = np.empty(len(label), dtype=np.int64)
@@ -109,7 +110,10 @@ def likeliest_value(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the value that makes held-out labels most likely; None if no row is held out."""
+    """Index of the value that makes held-out labels most likely; None if no row is held out.
+
+    The arguments are those of ``cross_fitted``.
+    """
     posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
         return None
@@ -125,7 +129,7 @@ def most_accurate_value(
 ) -> int | None:
     """Index of the value with most right answers to held-out rows, the first of equal values.
 
-    None if no row is held out.
+    None if no row is held out. The arguments are those of ``cross_fitted``.
     """
     posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
@@ -213,7 +217,7 @@ def floored_probe(
 ) -> Tensor:
     """Log posteriors (N, K) of ``rows`` by a linear probe that is fitted on ``fitted_on``.
 
-    They are at least the logarithm of ``MIN_PROBABILITY``.
+    Probabilities are clipped to at least ``MIN_PROBABILITY``. ``penalty`` is C of the probe.
     """
     weight, bias = fit_regression(
         fitted_on.image, fitted_on.label, fitted_on.n_classes, penalty, max_iter
@@ -223,9 +227,9 @@ def floored_probe(
 
 
 def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
-    """Weights (2,) of a log-linear pool, at least 0, that make the labels (N,) most likely.
+    """Weights w (2,), not negative, with which a log-linear pool makes the labels most likely.
 
-    q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K).
+    The pool is q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K) and labels (N,).
     """
     from scipy.optimize import minimize
 
@@ -250,9 +254,9 @@ class ProbeAndZeroShot(ClassRegression):
 
         u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
 
-    a and w, at least 0, make the labels of held-out rows most likely (five folds). If no row can be
-    held out, because every class has one label, a = w = 1/2. No probability of the probe is below
-    1e-6, since a class without labels would have none.
+    a and w are not negative, and make the labels of held-out rows most likely (five folds). If no
+    row can be held out, because every class has one label, a = w = 1/2. Probabilities of the probe
+    are at least 1e-6; a class without labels would have 0.
 
     Args:
         C: Inverse strength of the L2 penalty of the probe, as in scikit-learn.
@@ -358,10 +362,10 @@ class GDAAndZeroShot(AddedToZeroShot):
     and Srivastava 2008). Class priors are equal.
 
     alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one
-    label per class, C is zero and nothing is added. (The original work then uses augmented images.)
+    label per class, C is zero and nothing is added. The original work uses augmented images then.
 
     Args:
-        grid: The values of alpha to choose from, those of the released code.
+        grid: The values of alpha to choose from; the default is that of the released code.
         max_bank: Maximum number of training images; more are sampled with ``seed``.
 
     Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
@@ -434,7 +438,7 @@ def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
     total = torch.zeros(rows.n_classes, dim, dtype=torch.float64)
     total.index_add_(0, rows.label, image)
     mean = total / count.clamp(min=1)[:, None]
-    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean of all
+    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean of all images
     centred = image - mean[rows.label]
     n = len(image)
     scatter = centred.T @ centred  # (n - 1) times the covariance within classes
@@ -448,7 +452,7 @@ def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
 
 
 MIN_VARIANCE = 1e-12
-"""Unit vectors count as equal if their variance is at most this number."""
+"""Unit vectors are treated as equal if their variance is at most this number."""
 
 
 @dataclasses.dataclass
@@ -501,10 +505,10 @@ class TipAdapter(AddedToZeroShot):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         rows = LabelledImages.of(train, self.max_bank, self.seed)
-        shapes = [(alpha, beta) for alpha in self.alphas for beta in self.betas]
+        alpha_beta_pairs = list(itertools.product(self.alphas, self.betas))
 
         def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
-            cache_of_beta = {
+            logits_of_beta = {
                 beta: cache_logits(
                     held_out.image, fitted_on.image, fitted_on.label, beta, rows.n_classes
                 )
@@ -512,22 +516,23 @@ class TipAdapter(AddedToZeroShot):
             }
             return torch.stack(
                 [
-                    (held_out.logits + alpha * cache_of_beta[beta]).log_softmax(dim=1)
-                    for alpha, beta in shapes
+                    (held_out.logits + alpha * logits_of_beta[beta]).log_softmax(dim=1)
+                    for alpha, beta in alpha_beta_pairs
                 ]
             )
 
-        shape = (1.0, 5.5)  # alpha and beta of the paper, if no pair can be selected
+        alpha_and_beta = (1.0, 5.5)  # the paper's values, if no pair can be selected
         best_index = most_accurate_value(rows, self.seed, log_posteriors)
         if best_index is not None:
-            shape = shapes[best_index]
+            alpha_and_beta = alpha_beta_pairs[best_index]
         tensors = {
             "bank": rows.image,
             CLASSES: class_texts(train),
             "labels": rows.label,
-            "shape": torch.tensor(shape, dtype=torch.float64),
+            "shape": torch.tensor(alpha_and_beta, dtype=torch.float64),
         }
-        return Learnt(tensors, {"alpha": shape[0], "beta": shape[1]})
+        alpha, beta = alpha_and_beta
+        return Learnt(tensors, {"alpha": alpha, "beta": beta})
 
     def _added_logits(self, batch: Batch) -> Tensor:
         device = batch.image.device

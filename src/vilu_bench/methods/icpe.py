@@ -108,25 +108,25 @@ class ICPE(ClassDensity):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         on_features = set(self.optional_columns) <= set(train.columns)
-        blocks = outputs_before_norm if on_features else image_blocks
+        blocks = blocks_of_outputs if on_features else image_blocks
         densities = self._densities(train, self.components, self.ridge, blocks, floor=0.0)
         return Learnt(densities | {"on_features": torch.tensor(on_features)})
 
     def _score(self, batch: Batch) -> Tensor:
-        image = before_norm(batch) if self._on_features else float64(batch.image)
+        image = outputs_before_norm(batch) if self._on_features else float64(batch.image)
         return average_with_zero_shot(batch, self._log_odds(batch, image))
 
 
-def before_norm(batch: Batch) -> Tensor:
+def outputs_before_norm(batch: Batch) -> Tensor:
     """Outputs (B, D) of the image encoder before normalisation, float64."""
     phi, _ = last_layer(batch, "features", "image_projection", batch.image)
     return float64(phi) @ float64(batch.columns["image_projection"]).T
 
 
-def outputs_before_norm(train: Rows) -> Iterator[tuple[slice, Tensor]]:
+def blocks_of_outputs(train: Rows) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows: their slice, and their outputs (b, D) before normalisation."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
         stop = start + len(batch.index)
-        yield slice(start, stop), before_norm(batch).cpu()
+        yield slice(start, stop), outputs_before_norm(batch).cpu()
         start = stop

@@ -41,9 +41,9 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
 
 
 def spherical_covariance(train: Rows) -> Tensor:
-    """Mean variance per coordinate of all images, times the identity (D, D).
+    """The identity (D, D) times the variance of a coordinate, averaged over the coordinates.
 
-    If that variance is zero, the result is the identity.
+    The variance is computed from all images. If it is zero, the result is the identity.
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, n_classes=1)
@@ -63,8 +63,8 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_powers: float, n: int) -> Tensor:
         fourth_powers: Sum of |x|^4 over these rows.
         n: Number of rows.
 
-    The estimate needs the sum over rows and pairs of coordinates of x_a^2 x_b^2. This sum equals
-    ``fourth_powers``, so one pass over the rows is enough.
+    The estimate needs the sum of x_a^2 x_b^2 over all rows x and all pairs (a, b) of coordinates.
+    This sum equals ``fourth_powers``, so one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -144,7 +144,7 @@ class Mahalanobis(ClosedSet):
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; the last two, of all images, only with ``relative``."""
+        """Names of the fitted tensors; the two global ones exist only with ``relative``."""
         return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:

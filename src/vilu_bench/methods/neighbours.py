@@ -28,7 +28,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
 MAX_DISTANCE = 2.0  # largest distance between two unit vectors
 TINY = 1e-6
-"""Number that is added to distances, and smallest value of 1 + cos, so that no ratio is 0 / 0."""
+"""Is added to distances, and is the smallest value of 1 + cos. So no ratio is 0 / 0."""
 
 
 @dataclasses.dataclass
@@ -48,13 +48,13 @@ class LabelledBank(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = self._choose(read_images(bank_rows), class_labels(bank_rows))
+        bank, label = self._choose_images(read_images(bank_rows), class_labels(bank_rows))
         return Learnt(
             {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
 
-    def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of the bank, chosen from (N, D), and their classes; by default all images."""
+    def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of ``bank`` (N, D) to keep, and their classes; by default all images."""
         return bank, label
 
 
@@ -227,15 +227,15 @@ class TRINE(LabelledBank):
 
 @dataclasses.dataclass
 class TrustScore(LabelledBank):
-    """Inverse trust score: distance to the predicted class over that to the nearest other class.
+    """Inverse trust score: distance to the predicted class / distance to the nearest other class.
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 
     d(z, H) is the Euclidean distance of z to the nearest image in H, between unit vectors. H_c are
     the training images of class c, without the share ``alpha`` that is in the sparsest regions of
-    the class. An image is in a sparse region if the k-th nearest image of its class is far. The
-    image itself counts as the nearest. The distance to a class without images is 2, the largest
-    possible.
+    the class. An image is in a sparse region if the k-th nearest image of its class is far, where
+    the image itself is the first. The distance to a class without images is 2, the largest
+    possible distance.
 
     Args:
         alpha: Share of each class that is left out; 0: no image is left out.
@@ -267,7 +267,7 @@ class TrustScore(LabelledBank):
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
     k: Count = 10
 
-    def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """The bank without the share ``alpha`` of each class that lies in the sparsest regions."""
         if self.alpha == 0:
             return bank, label
@@ -285,7 +285,8 @@ class TrustScore(LabelledBank):
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        # masks (queries, bank images) of the images of the bank among which the nearest is searched
+        # Both functions return a mask (queries, bank images): which images of the bank are allowed
+        # as the nearest image of which query.
         def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] == label[bank_images]
 
@@ -306,5 +307,5 @@ class TrustScore(LabelledBank):
         # coordinates.
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
-        is_none_allowed = similarity[:, 0] == -math.inf
-        return torch.where(is_none_allowed, MAX_DISTANCE, distance_to_nearest)
+        has_no_allowed_image = similarity[:, 0] == -math.inf
+        return torch.where(has_no_allowed_image, MAX_DISTANCE, distance_to_nearest)

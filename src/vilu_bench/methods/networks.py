@@ -202,7 +202,7 @@ MAX_LOG_TEMPERATURE = math.log(10.0)
 """Largest |log T|. Therefore the temperatures of two rows differ at most by a factor of 100."""
 
 MAX_GAP = 20.0
-"""Largest gap to the largest logit, in nats; a missing candidate has this gap, too."""
+"""Gaps to the largest logit are clipped to this many nats; a missing candidate has this gap."""
 
 
 @dataclasses.dataclass
@@ -233,7 +233,7 @@ class LMN(NetworkPredictor):
     VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the order of the classes are
     fixed. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most 20 nats
     each. If there are fewer candidates, the missing gaps are 20 nats. Here the last layer starts at
-    zero, so that the first scores are those of MCM. Here |log T| is at most log 10.
+    zero, so that the scores before training are those of MCM. Here |log T| is at most log 10.
 
     Examples:
         >>> import numpy as np, vilu
@@ -338,7 +338,7 @@ def logit_gaps(logits: Tensor, n_logits: int) -> Tensor:
 
 
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
-    """Sigmoid of (confidence - 1/2) / steepness, rescaled to 0 at confidence 0 and 1 at 1.
+    """Sigmoid of (confidence - 1/2) / steepness, rescaled to map 0 to 0 and 1 to 1.
 
     This curve is psi of ``LMN``. With s the confidence and lambda the steepness, the curve is
     computed as

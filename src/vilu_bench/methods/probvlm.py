@@ -21,7 +21,7 @@ from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
 MIN_DEVIATION = 1e-6
-"""Smallest |x - mean| / alpha in a loss; at x = mean the gradient is unbounded if beta < 1."""
+"""A loss clips |x - mean| / alpha to this value. At 0 the gradient is unbounded if beta < 1."""
 
 
 class GeneralisedGaussian(NamedTuple):
@@ -62,13 +62,13 @@ class GeneralisedGaussian(NamedTuple):
             - 2 * torch.log(self.inverse_scale)
         )
 
-    def at(self, index: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
+    def index_all(self, index: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
         """Apply an index to all three tensors; a None in the index adds an axis."""
         return GeneralisedGaussian(self.mean[index], self.inverse_scale[index], self.shape[index])
 
 
 MIN_INVERSE_SCALE = 1e-3
-"""Smallest 1 / alpha. Coordinates are of order one after ``times_root_of_width``."""
+"""Smallest 1 / alpha, for coordinates of order one (after ``times_root_of_width``)."""
 MAX_INVERSE_SCALE = 1e3
 """Largest 1 / alpha, for the same coordinates."""
 
@@ -114,7 +114,7 @@ class ProbabilisticAdapter(nn.Module):
         inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(
             MIN_INVERSE_SCALE, MAX_INVERSE_SCALE
         )
-        position = torch.sigmoid(self.shape(y))  # between the lowest and the highest beta
+        position = torch.sigmoid(self.shape(y))  # 0 is the smallest beta, 1 the largest
         shape = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * position
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
 
@@ -218,7 +218,7 @@ class ProbVLM(NetworkPredictor):
         "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP per row, cross_modal K D powers"
     )
 
-    # rows per training step; most of the time of a step does not depend on their number
+    # rows per training step; a step of more rows takes hardly more time
     batch_size: Count | None = 128
     weight_decay: NonNegative = 0.0
     width: Count = 256
@@ -283,10 +283,12 @@ class PairAdapters(nn.Module):
     def _losses(
         self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of the images and of the texts of ``pair`` (2, B, D).
+        """Losses (B,) of the images, and losses (B,) of the texts.
 
-        The losses are those under the distributions that the adapter computes from ``embedding``
-        (B, D).
+        Args:
+            adapter: Computes the distributions under which the losses are.
+            embedding: (B, D) embeddings from which the adapter computes them.
+            pair: (2, B, D) the images and the texts.
         """
         masks = self._masks(len(embedding), self.dropout_draws)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
@@ -294,12 +296,12 @@ class PairAdapters(nn.Module):
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
-        """Log-variance of the image's distribution, averaged over the dimensions: (B,)."""
+        """Log-variances (B,) of the images' distributions, averaged over the dimensions."""
         spread: Tensor = self.image(batch.image).log_variance()
         return spread.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
-        """Variance, over dropout masks, of the mean, averaged over the dimensions: (B,)."""
+        """Variances (B,) of the means over dropout masks, averaged over the dimensions."""
         draws = torch.Generator().manual_seed(self.settings.seed)
         first_masks, second_masks = self._masks(self.settings.samples, draws)
         samples = zip(first_masks, second_masks, strict=True)
@@ -316,11 +318,11 @@ class PairAdapters(nn.Module):
         n_rows, dim = batch.image.shape
         block_size = max(MAX_BLOCK_ENTRIES // (n_rows * dim), 1)
         losses = []
-        image_by_candidate = image.at((slice(None), None))  # (B, 1, D)
+        image_by_candidate = image.index_all((slice(None), None))  # (B, 1, D)
         for start in range(0, len(batch.text), block_size):
             block = slice(start, start + block_size)
             texts_under_image = image_by_candidate.nll(times_root_of_width(batch.text[block]))
-            images_under_text = text.at(block).nll(times_root_of_width(batch.image)[:, None])
+            images_under_text = text.index_all(block).nll(times_root_of_width(batch.image)[:, None])
             losses.append((texts_under_image + images_under_text).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 

@@ -16,7 +16,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-# smallest standard deviation of S2 that is used: the rounding error of a float32 unit norm
+# The standard deviation of S2 is clipped to this value, the rounding error of a float32 unit norm.
 MIN_DEVIATION = 1e-6
 
 
@@ -94,7 +94,7 @@ class SIRC(FailurePredictor):
         return Learnt(learned)
 
     def _complement(self, train: Rows, n_rows: int) -> Tensor:
-        """Orthonormal directions (D, D - components) in which the images have least moment."""
+        """Orthonormal directions (D, D - components) in which the images have the least moment."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
@@ -111,11 +111,11 @@ class SIRC(FailurePredictor):
         return ascending[:, : dim - components].cpu().clone()
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; the last, ``complement``, only for "residual"."""
+        """Names of the fitted tensors; ``complement`` exists only for "residual"."""
         return self.tensors if self.typicality == "residual" else self.tensors[:2]
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
-        """S2 (B,) of the images, float64."""
+        """S2 (B,) of the images, float64; ``learned`` has the complement for "residual"."""
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
@@ -129,8 +129,8 @@ class SIRC(FailurePredictor):
         doubt = DOUBT[self.confidence](log_posterior(batch))
         shift = self.tensor("shift", doubt.device)
         slope = self.tensor("slope", doubt.device)
-        untypical = slope * (shift - self._typicality(batch, self.learned_))
-        return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
+        untypicality = slope * (shift - self._typicality(batch, self.learned_))
+        return doubt + torch.logaddexp(untypicality, torch.zeros_like(untypicality))
 
 
 def log_rest(log_p: Tensor) -> Tensor:

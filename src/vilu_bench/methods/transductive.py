@@ -1,4 +1,4 @@
-"""Methods that adapt the zero-shot posterior to images without labels, to compare with.
+"""Baselines: methods that adapt the zero-shot posterior to images without labels.
 
 Shapes: N images to learn from, B rows to score, K classes, D embedding width.
 
@@ -60,8 +60,8 @@ class OTTER(AdaptedToImages):
     the N images is 1/K for every class.
 
     This is optimal transport between images and classes with the cost -log p and an entropy term of
-    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes. They
-    are used for later images, too.
+    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes, which
+    are also used for new images.
 
     Args:
         passes: Maximum number of passes of Sinkhorn's algorithm.
@@ -123,7 +123,7 @@ class OTTER(AdaptedToImages):
 
 
 MIN_SHARE = 1e-12
-"""Smallest value of a class's share times K, because the logarithm of 0 is not finite."""
+"""The share of a class times K is clipped to this value, so that its logarithm is finite."""
 CONVERGED_STEP = 1e-6
 """Sinkhorn's algorithm ends after a step whose entries are all smaller than this number."""
 
@@ -207,11 +207,11 @@ class StatA(AdaptedToImages):
 
 
 TEMPERATURE = 50.0
-"""Number by which log-likelihoods are divided, as in the code of TransCLIP and StatA."""
+"""Log-likelihoods are divided by this number, as in the code of TransCLIP and StatA."""
 INNER_PASSES = 5
-"""Number of updates of the posteriors between two updates of the Gaussians."""
+"""The posteriors are updated this number of times before each update of the Gaussians."""
 MIN_VARIANCE = 1e-12
-"""Smallest variance, so that equal images have a finite likelihood."""
+"""Variances are clipped to this value, so that equal images have a finite likelihood."""
 
 
 def fit_gaussians(
@@ -219,7 +219,7 @@ def fit_gaussians(
 ) -> Gaussians:
     """Fit the Gaussians of StatA to images (N, D) with zero-shot logits (N, K) and texts (K, D).
 
-    A pass updates the posteriors of the images, and then mean and variance of each class:
+    A pass updates the posteriors of the images, and then the mean and the variance of each class:
 
         m_c ~ b_c (mean of the members) + (1 - b_c) t_c
         s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
@@ -237,14 +237,15 @@ def fit_gaussians(
     first_variance = weighted_variance.sum(dim=0) / len(image)  # (D,)
     variance = first_variance.clamp(min=MIN_VARIANCE).expand_as(text)
     affinity = nearest_affinity(image, n_neighbours)
-    for number in range(passes + 1):
+    for pass_number in range(passes + 1):
         likelihood = gaussian_likelihood(image, mean, variance)
         for _ in range(INNER_PASSES):
-            # an image is drawn to its nearest images, and to the images that have it among theirs
-            neighbours = affinity.T @ posterior + affinity @ posterior
-            pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbours
+            # an image is drawn to its nearest images, and to every image whose nearest images
+            # include it
+            neighbour_posteriors = affinity.T @ posterior + affinity @ posterior
+            pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbour_posteriors
             posterior = (zero_shot + (likelihood + pull) / TEMPERATURE).softmax(dim=1)
-        if number == passes:
+        if pass_number == passes:
             break  # the last pass only updates the posteriors
         count = torch.bincount(posterior.argmax(dim=1), minlength=len(text)).double()
         member_weight = (count / (count + anchor))[:, None]  # b_c
@@ -260,9 +261,9 @@ def fit_gaussians(
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
     """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by their posteriors (N, K)."""
-    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
-    mean_image = posterior.T @ image / count
-    mean_square = posterior.T @ image.square() / count
+    total_weight = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
+    mean_image = posterior.T @ image / total_weight
+    mean_square = posterior.T @ image.square() / total_weight
     return (mean_square - 2 * mean_image * mean + mean.square()).clamp(min=0)
 
 
@@ -278,7 +279,7 @@ def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor
 
 
 def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
-    """Sparse matrix (N, N): the cosines of every image with its nearest other images."""
+    """Sparse matrix (N, N): each row has the cosines of an image with its nearest other images."""
     n = len(image)
     n_neighbours = min(n_neighbours, n - 1)
     rows = torch.arange(n).repeat_interleave(n_neighbours)

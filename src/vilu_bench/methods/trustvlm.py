@@ -26,10 +26,10 @@ class TrustVLM(ClosedSet):
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    f are the image's features from a second encoder, in the column ``features``. A score from
-    features of the VLM itself is not TrustVLM. The prototype P_c is the mean of the features of up
-    to ``shots`` training images of class c, drawn with ``seed``. A class without training images
-    has the prototype 0, and the cosine with this prototype is 0.
+    f are the image's features from a second encoder, in the column ``features``. With the VLM's own
+    features in this column, the method would not be TrustVLM. The prototype P_c is the mean of the
+    features of up to ``shots`` training images of class c, drawn with ``seed``. A class without
+    training images has the prototype 0, and the cosine with this prototype is 0.
 
     Args:
         weight: Weight of the similarity.
@@ -97,8 +97,9 @@ class TrustVLM(ClosedSet):
 def draw_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
     """Sorted indices of at most ``limit`` rows of each class, which are drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[label[shuffled].argsort(stable=True)]  # the rows of a class are consecutive
+    # all rows, sorted by class; the rows of a class stay in random order
+    rows_by_class = shuffled[label[shuffled].argsort(stable=True)]
     count = torch.bincount(label)
-    first_of_class = count.cumsum(0) - count
-    rank_in_class = torch.arange(len(label)) - first_of_class[label[by_class]]
-    return by_class[rank_in_class < limit].sort().values
+    first_of_class = count.cumsum(0) - count  # position in ``rows_by_class`` where a class begins
+    rank_in_class = torch.arange(len(label)) - first_of_class[label[rows_by_class]]
+    return rows_by_class[rank_in_class < limit].sort().values

@@ -67,7 +67,7 @@ def improbability(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def has_other_answer(logits: Tensor, answer: Tensor) -> Tensor:
-    """Array (B,) float64: 1 where the largest logit is not that of ``answer`` (B, 1), else 0."""
+    """(B,) float64: 1 if a candidate other than ``answer`` (B, 1) has the largest logit, else 0."""
     return float64(logits.argmax(dim=1) != answer.squeeze(1))
 
 

@@ -30,11 +30,11 @@ class ViLUPaper(ViLU):
     selects learning rate and batch size for every data set from a grid, which is the study
     ``paper/grid``; the values here are those of the script and are in that grid.
 
-    Some settings of the paper are not possible with embeddings, and others were defects. There this
-    method does as ``vilu``: images are not cropped anew in every epoch, labels and logits are in
-    float32, weight decay leaves a frozen attention as it is, the last batch of an epoch is not
-    dropped, and the learning rate changes with every step instead of every epoch. If ``fit`` gets a
-    validation set, it selects the epoch.
+    Some settings of the paper are not possible with embeddings, and others were defects. In these
+    cases the method works like ``vilu``: images are not cropped anew in every epoch, labels and
+    logits are in float32, weight decay does not change a frozen attention, the last batch of an
+    epoch is not dropped, and the learning rate changes with every step instead of every epoch. If
+    ``fit`` gets a validation set, the best epoch on it is selected.
 
     Source: ViLU, ICCV 2025, supplement A.2. Repository ykrmm/ViLU: scripts/train_vilu_cifar10.sh
     and train_vilu_imagenet.sh (commit d4c6e18), vilu/models (9584263), and the configuration of a
@@ -57,7 +57,7 @@ class ViLUPaper(ViLU):
     summary: ClassVar[str] = "ViLU with the settings of its paper and released scripts"
     cost: ClassVar[str] = "fit: 800 epochs of an MLP; score: 1 MFLOP per row"
 
-    # script; the README beside it says 400
+    # script; the repository's README has 400
     epochs: Count | None = 800
     # script
     batch_size: Count | None = 128
@@ -78,7 +78,7 @@ class ViLUPaper(ViLU):
         tensors: dict[str, Tensor],
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """A new head, whose initial weights are drawn with the seed, by torch's default."""
+        """A new head; the seed draws its initial weights as torch does by default."""
         head = cast("FailureHead", super().module(tensors, space))
         draw_weights_like_torch(head, torch.Generator().manual_seed(self.seed))
         return head

@@ -65,11 +65,11 @@ class Entrant:
             seeds = list(self.results)
         row_of_metric = self.ranked_by.index(metric)
         values = []
-        draws = []
+        bootstrap_values = []
         for seed in seeds:
             values.append(self.results[seed].value(metric))
-            draws.append(self.bootstrap(self.run_cells[seed])[row_of_metric])
-        return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
+            bootstrap_values.append(self.bootstrap(self.run_cells[seed])[row_of_metric])
+        return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(bootstrap_values))
 
     def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
         """This mean minus the rival's mean, over their common seeds.
@@ -126,7 +126,7 @@ def row_counts_in_words(
 class Mean:
     """A method in one setting, averaged over one or several data sets."""
 
-    parts: tuple[Entrant, ...]
+    parts: tuple[Entrant, ...]  # the method's results on each data set
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over data sets; None if the metric is undefined on one of them."""

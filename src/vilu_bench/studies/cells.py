@@ -24,7 +24,7 @@ class Cell:
 
     @property
     def result_cell(self) -> Cell:
-        """The cell whose result is that of this cell: ``same_as``, or this cell itself."""
+        """The cell that was run for this cell's result: ``same_as``, or this cell itself."""
         return self.same_as or self
 
     @property
@@ -42,8 +42,8 @@ class Origin:
 
     # data sets to fit on; empty: no fit; several: a union with class texts as captions
     train: tuple[str, ...] = ()
-    # labels to fit on: a number per class, a share of all, "all", or "none": all rows without
-    # their labels
+    # labels to fit on, as in ``Setting.budget``: a number per class, a share of all labels, "all",
+    # or "none" (all rows, without their labels)
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
     # seed that divides a set of rows into training and test rows; None if every data set has one
@@ -71,7 +71,7 @@ class ScoredSet:
 
     data: str
     role: Role
-    # number of captions in a pool; None: that of the data set
+    # number of captions in a pool; None: the number that the data set sets
     pool_size: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
@@ -92,17 +92,17 @@ def origin_of(config: Config, cell: Cell) -> Origin:
             across_preprocessing=setting.across_preprocessing,
             pool_size=setting.train_pool_size,
         )
-    own = _own_origin(config, cell)
+    own_origin = _own_origin(config, cell)
     if isinstance(setting, Adapt):
         return replace(
-            own,
+            own_origin,
             across_preprocessing=setting.across_preprocessing,
             start=Origin((setting.source,)),
         )
     if isinstance(setting, FromOther):
         seed = _division_seed(config, setting.sources, cell.seed)
-        return replace(own, train=setting.sources, division_seed=seed)
-    return own
+        return replace(own_origin, train=setting.sources, division_seed=seed)
+    return own_origin
 
 
 def _own_origin(config: Config, cell: Cell) -> Origin:
@@ -139,13 +139,14 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
 
 
 def _halves_seed(config: Config, cell: Cell) -> int | None:
+    """The cell's seed if its setting draws class halves; else None."""
     if isinstance(config.settings[cell.setting], Unseen):
         return cell.seed
     return None
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """``seed``, if a seed divides the rows of one of these data sets; else None."""
+    """``seed`` if one of these data sets divides its rows into two by a seed; else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -154,7 +155,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 def plan(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
-    # by everything that decides a result: the first cell that has this result
+    # maps everything that decides a result to the first cell with this result
     first_cell: dict[object, Cell] = {}
     cells = []
     for cell in _grid(config):
@@ -190,10 +191,10 @@ def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         method, origin, seed = fit_key(config, cell)
-        group: object = cell  # a cell without a fit is a group of its own
+        group_key: object = cell  # a cell without a fit is a group of its own
         if origin.train:
-            group = (method, origin.first_fit, seed)
-        groups.setdefault(group, []).append(cell)
+            group_key = (method, origin.first_fit, seed)
+        groups.setdefault(group_key, []).append(cell)
     return list(groups.values())
 
 
@@ -202,7 +203,8 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
-        # without an earlier fit, both are the same fit, and adding its parts twice changes nothing
+        # Without an earlier fit, ``first_fit`` is ``origin``. Its parts are then added twice, which
+        # changes nothing.
         for fit in (origin.first_fit, origin):
             for data in fit.train:
                 needed[data, "train"] = None

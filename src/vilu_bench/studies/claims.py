@@ -26,7 +26,8 @@ class Verdict:
 
     claim: AnyClaim
     # "holds" if the interval of ``number`` is above zero, "does not hold" if it is below zero,
-    # "open" if zero is in it, "not tested" if a method has no result or the number is undefined
+    # "open" if the interval contains zero, "not tested" if a method has no result or the number is
+    # undefined
     ruling: Ruling
     # The number that decides, as a fraction. A positive number is in favour of the claim. A slope
     # is per unit of the axis: per doubling, or per accuracy of 1.
@@ -54,24 +55,25 @@ def _decide_better(board: Board, claim: Better) -> Verdict:
     # "A less B" names a difference of two numbers, and "A below B" compares them.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _subject_in_words(board, claim.better)
-    than_name = _subject_in_words(board, claim.than)
+    rival_name = _subject_in_words(board, claim.than)
     number_in_words = (
-        f"{metric.title} of {better_name} {comparative} that of {than_name}, {_data_in_words(data)}"
+        f"{metric.title} of {better_name} {comparative} that of {rival_name}, "
+        f"{_data_in_words(data)}"
     )
     better_cases = [(name, claim.better.setting) for name in data]
-    than_cases = [(name, claim.than.setting) for name in data]
-    better = _entrants(board, claim.better.method, better_cases)
-    than = _entrants(board, claim.than.method, than_cases)
-    if better is None or than is None:
+    rival_cases = [(name, claim.than.setting) for name in data]
+    better_entrants = _entrants(board, claim.better.method, better_cases)
+    rival_entrants = _entrants(board, claim.than.method, rival_cases)
+    if better_entrants is None or rival_entrants is None:
         return _not_tested(claim, number_in_words)
-    difference = Mean(better).difference_from(Mean(than), claim.metric)
+    difference = Mean(better_entrants).difference_from(Mean(rival_entrants), claim.metric)
     if difference is None:
         return _not_tested(claim, number_in_words, NO_SEED)
     return _verdict(
         board,
         claim,
         _sign(claim) * difference,
-        number_in_words + _common_seeds_in_words(better, than),
+        number_in_words + _common_seeds_in_words(better_entrants, rival_entrants),
     )
 
 
@@ -82,8 +84,8 @@ def _decide_trend(board: Board, claim: Trend) -> Verdict:
         f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, "
         f"going {claim.metric_goes}"
     )
-    x = [board.config.settings[name].x for name in claim.settings]
-    doublings = np.log2(np.array(x, dtype=np.float64))
+    positions = [board.config.settings[name].x for name in claim.settings]
+    doublings = np.log2(np.array(positions, dtype=np.float64))
     slopes = []
     for name in data:
         cases = [(name, setting) for setting in claim.settings]
@@ -105,20 +107,23 @@ def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
         f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, "
         f"{claim.steeper} less {claim.than}, over {len(cases)} cases"
     )
-    steeper = _entrants(board, claim.steeper, cases)
-    than = _entrants(board, claim.than, cases)
-    if steeper is None or than is None:
+    steeper_entrants = _entrants(board, claim.steeper, cases)
+    rival_entrants = _entrants(board, claim.than, cases)
+    if steeper_entrants is None or rival_entrants is None:
         return _not_tested(claim, number_in_words)
     if len(cases) < LEAST_POINTS:
         return _not_tested(claim, number_in_words, f"a trend line needs {LEAST_POINTS} cases")
-    shared = _shared_seeds(steeper, than)
-    if not all(shared):
+    seeds_of_cases = _common_seeds(steeper_entrants, rival_entrants)
+    has_common_seeds = all(len(seeds) > 0 for seeds in seeds_of_cases)
+    if not has_common_seeds:
         return _not_tested(claim, number_in_words, NO_SEED)
-    slope = _slope_over_accuracy(steeper, shared, claim.metric)
-    than_slope = _slope_over_accuracy(than, shared, claim.metric)
-    difference = _sign(claim) * (slope - than_slope)
+    steeper_slope = _slope_over_accuracy(steeper_entrants, seeds_of_cases, claim.metric)
+    rival_slope = _slope_over_accuracy(rival_entrants, seeds_of_cases, claim.metric)
     return _verdict(
-        board, claim, difference, number_in_words + _common_seeds_in_words(steeper, than)
+        board,
+        claim,
+        _sign(claim) * (steeper_slope - rival_slope),
+        number_in_words + _common_seeds_in_words(steeper_entrants, rival_entrants),
     )
 
 
@@ -127,25 +132,31 @@ def _sign(claim: Better | Steeper) -> int:
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
-def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
-    """For each pair of entrants of two methods, the seeds for which both have a result."""
-    shared = []
-    for point, rival in zip(a, b, strict=True):
-        shared.append(point.results.keys() & rival.results.keys())
-    return shared
+def _common_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
+    """For each case, the seeds for which both methods have a result.
+
+    ``a`` and ``b`` have the entrants of the two methods in the same cases.
+    """
+    seeds_of_cases = []
+    for entrant, rival in zip(a, b, strict=True):
+        seeds_of_cases.append(entrant.results.keys() & rival.results.keys())
+    return seeds_of_cases
 
 
 def _slope_over_accuracy(
-    points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
+    points: Sequence[Entrant], seeds_of_points: Sequence[set[int]], metric: str
 ) -> Quantity:
     """Slope of a method's trend line over the zero-shot accuracy.
 
-    ``seeds`` has the seeds of each point, over which its accuracy and its metric are averaged.
+    Args:
+        points: The method's results, each of which is a point of the line.
+        seeds_of_points: For each point, the seeds over which accuracy and metric are averaged.
+        metric: The metric whose slope is computed.
     """
     accuracies = []
     heights = []
-    for point, point_seeds in zip(points, seeds, strict=True):
-        results = {seed: point.results[seed] for seed in sorted(point_seeds)}
+    for point, seeds in zip(points, seeds_of_points, strict=True):
+        results = {seed: point.results[seed] for seed in sorted(seeds)}
         entrant_on_seeds = replace(point, results=results)
         accuracies.append(entrant_on_seeds.accuracy)
         heights.append(entrant_on_seeds.quantity(metric))
@@ -186,13 +197,16 @@ def _not_tested(
 def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
     """Text that names the common seeds of two methods; "" if both have the same seeds.
 
-    The text explains why the number differs from the tables, whose means include the other seeds.
+    The text explains why the number differs from the tables. Their means are over all seeds of a
+    method, and so also over seeds for which the other method has no result.
     """
-    points = zip(a, b, strict=True)
-    have_equal_seeds = all(point.results.keys() == rival.results.keys() for point, rival in points)
+    pairs = zip(a, b, strict=True)
+    have_equal_seeds = all(
+        entrant.results.keys() == rival.results.keys() for entrant, rival in pairs
+    )
     if have_equal_seeds:
         return ""
-    common_seeds = set().union(*_shared_seeds(a, b))
+    common_seeds = set().union(*_common_seeds(a, b))
     return f", on the seeds that both have ({', '.join(map(str, sorted(common_seeds)))})"
 
 

@@ -32,14 +32,14 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 class Setting(Section):
     """Rule that says which rows methods are fitted on, and which rows they are tested on."""
 
-    # labels to fit on: a number per class, a share of all (such as 0.025), "all", or "none": all
-    # rows without their labels
+    # Labels to fit on. An int is a number of labels per class, and a float (such as 0.025) a share
+    # of all labels. "all" takes all labels. "none" takes all rows, without their labels.
     budget: int | float | Literal["all", "none"] = "all"
     # data sets to test on; by default all, except ``source`` of ``FromOther``
     data: Names | None = None
     # which rows to test on; "validation" serves to choose among methods
     test_on: Literal["validation", "test"] = "test"
-    # number of captions in a pool of the test set; by default that of the data set
+    # number of captions in a pool of the test set; by default the number that the data set sets
     pool_size: Annotated[int, Field(ge=2)] | None = None
     seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
     title: str | None = None  # title in tables and figures; by default the name
@@ -80,7 +80,7 @@ class Setting(Section):
         """Text that says what methods are fitted on, then what differs from the defaults.
 
         Args:
-            fitted_on: What methods are fitted on; "": the budget.
+            fitted_on: Text on what methods are fitted on; if it is "", the budget is named instead.
         """
         text = fitted_on or self.amount
         if self.test_on == "validation":
@@ -188,8 +188,8 @@ class Method(Section):
     settings: Names | None = None  # settings to run in; by default all
     data: Names | None = None  # data sets to test on; by default all
     seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
-    # instead of ``epochs``: total number of training steps; the epochs follow from the number of
-    # training rows
+    # total number of training steps, which replaces ``epochs``; the number of epochs follows from
+    # the number of training rows
     steps: Count | None = None
     # whether the seed changes scores only through the training rows that it draws
     deterministic: bool = False
@@ -278,7 +278,7 @@ class Config(Section):
             if name not in across:
                 raise ValueError(
                     f"metrics: {name} compares nothing here, because a method judges adapted "
-                    "answers, which are wrong in other rows than zero-shot answers. There are: "
+                    "answers, which are wrong in other rows than zero-shot answers. Choose from: "
                     f"{', '.join(across)}"
                 )
 
@@ -310,10 +310,12 @@ class Config(Section):
             self._check_validation(name, tested_data)
         if isinstance(setting, Union):
             self._check_union(name)
-        draws_by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
-        if draws_by_class:
-            # Draws are from the tested data sets. But in a transfer or a union they are from the
-            # sources, because no fit is on the tested data set alone.
+        draws_rows_or_classes = isinstance(setting, Unseen | Adapt) or not isinstance(
+            setting.budget, str
+        )
+        if draws_rows_or_classes:
+            # Rows and classes are drawn from the tested data sets. But in a transfer or a union
+            # they are drawn from the sources, because no fit is on the tested data set alone.
             drawn_data: Sequence[str] = tested_data
             if setting.sources and not isinstance(setting, Adapt):
                 drawn_data = setting.sources
@@ -358,7 +360,7 @@ class Config(Section):
 
     @cached_property
     def entries(self) -> dict[str, Method]:
-        """Every method that runs, by label, with defaults from other tables filled in."""
+        """Every method that runs, by label; values missing in its table have their defaults."""
         methods = self.methods
         if self.all_methods or not methods:
             methods = {name: Method() for name in PREDICTORS} | methods
@@ -376,7 +378,8 @@ class Config(Section):
         """A copy that also has methods whose results were submitted.
 
         Args:
-            maker_of_label: By label, the distribution with the code of a submitted method, or "".
+            maker_of_label: Maps the label of each submitted method to the distribution and version
+                that its code is from; to "" if vilu has the code.
         """
         guests = {}
         for label, maker in maker_of_label.items():

@@ -50,23 +50,24 @@ DRAW_DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``per_class`` labelled rows of every class; of fewer rows, all are drawn.
+    """Sorted indices of ``per_class`` labelled rows of every class, drawn at random.
 
-    With the same seed, the rows for a smaller ``per_class`` are a subset of those for a larger one.
+    If a class has fewer labelled rows, all of them are drawn. With the same seed, a larger
+    ``per_class`` draws the same rows and further ones.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
     order = rng.permutation(len(target))
-    rows = [np.empty(0, np.int64)]
+    drawn_rows = [np.empty(0, np.int64)]  # for the case that no row has a label
     for label in np.unique(target[target != UNKNOWN]):
         shuffled = order[target[order] == label]  # the rows with this label, in random order
-        rows.append(shuffled[:per_class])
-    return np.sort(np.concatenate(rows))
+        drawn_rows.append(shuffled[:per_class])
+    return np.sort(np.concatenate(drawn_rows))
 
 
 def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of a share of the labelled rows, at least one row.
+    """Sorted indices of a share of the labelled rows, drawn at random, at least one row.
 
-    With the same seed, the rows for a smaller share are a subset of those for a larger one.
+    With the same seed, a larger share draws the same rows and further ones.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
     rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
@@ -75,15 +76,20 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 
 def held_out_mask(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows that are held out, by ``identities``, which are hashes of rows.
+    """Mask (N,) of the rows to hold out, which are about ``share`` of all rows.
 
-    A row is held out if its hash with reversed bytes is below share * 2^64.
+    ``identities`` (N,) are hashes of the rows. A row is held out if its hash, with its bytes in
+    reverse order, is below share * 2^64.
     """
     return identities.byteswap() < share * 2.0**64
 
 
 def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide n rows at random: sorted indices of a share to fit on, and of the rest to test on."""
+    """Divide n rows at random into a share to fit on and the rest to test on.
+
+    Returns:
+        Sorted indices of the rows to fit on, and sorted indices of the rows to test on.
+    """
     order = np.random.default_rng([DRAW_DIVISION, seed]).permutation(n)
     n_fit = round(share * n)
     return np.sort(order[:n_fit]), np.sort(order[n_fit:])
@@ -156,12 +162,16 @@ class Workbench:
     def _open_part(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a role, and their hash; a share of the training rows may be held out."""
+        """The rows of a role, and their hash.
+
+        If the data set holds out a share of its training rows, the validation rows are these rows,
+        and the training rows are without them.
+        """
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
         training_rows, training_hash = self._open_store(data, "train", pool_size=None)
-        # Copies of a picture have the same identity, so they are all held out, or none of them.
+        # Copies of a picture have the same identity, so either all copies or none are held out.
         best_kind, *_ = training_rows.identified_by  # the kind that recognises copies best is first
         is_validation = held_out_mask(training_rows.identities(best_kind), share)
         is_chosen = is_validation if role == "validation" else ~is_validation
@@ -175,25 +185,27 @@ class Workbench:
         folder = self.folders[data, role]
         if entry.captions:
             pools = Pools(pool_size or entry.pool_size)
-            pairs, content = _open_vilu_store(folder, pools, role)
-            return pairs, digest([*content, role, asdict(pools)])
-        source, content = _open_vilu_store(folder)
+            pairs, content_hashes = _open_vilu_store(folder, pools, role)
+            return pairs, digest([*content_hashes, role, asdict(pools)])
+        source, content_hashes = _open_vilu_store(folder)
         second_folder = self.second_folders.get((data, role))
         if second_folder is not None:
             second_source = open_source(second_folder)
             source = TwoModels(source, second_source)
-            content.append(source_fingerprint(second_source))
+            content_hashes.append(source_fingerprint(second_source))
         limit = entry.limit_of(role)
         if limit is None or limit >= len(source):
-            return source, digest([*content, None])
-        return source.take(evenly_spaced(len(source), limit)), digest([*content, limit])
+            return source, digest([*content_hashes, None])
+        chosen_rows = evenly_spaced(len(source), limit)
+        return source.take(chosen_rows), digest([*content_hashes, limit])
 
     def _fit_or_test_rows(
         self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """The rows of ``source`` to fit on (if ``to_fit``), or else those to test on.
+        """The rows of ``source`` to fit on if ``to_fit``, else the rows to test on.
 
-        If the data set has no ``fit_share``, the rows are not divided, and all are returned.
+        ``seed`` divides the rows. If the data set has no ``fit_share``, the rows are not divided,
+        and all rows are returned.
         """
         share = self.config.data[data].fit_share
         if seed is None or share is None:
@@ -209,7 +221,8 @@ class Workbench:
         warn_caller(
             f"{shared_rows.in_words('rows to fit on')} of {data} are left out: they are tested on.",
         )
-        return fit.take(np.flatnonzero(~shared_rows.shared))
+        is_tested_on = shared_rows.shared  # for every row of ``fit``
+        return fit.take(np.flatnonzero(~is_tested_on))
 
     def check(self) -> None:
         """Raise an error for data sets whose parts do not belong together."""
@@ -220,7 +233,7 @@ class Workbench:
                 self._require_labels(data)
             for name, setting in self.config.settings.items():
                 if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
-                    # raises where there are too few classes
+                    # raises an error if there are too few classes
                     class_halves(self.source(data, "test").n_candidates, seed=0)
             if self.config.data[data].fit_share is not None:
                 continue  # all roles are the same set of rows
@@ -304,7 +317,9 @@ class Workbench:
         if origin.halves_seed is None:
             return source.take(np.union1d(rows_in_budget(target, origin), outside_rows))
         classes, _ = class_halves(source.n_candidates, origin.halves_seed)
-        rows = rows_in_budget(np.where(np.isin(target, classes), target, UNKNOWN), origin)
+        # a row of a class of the other half gets no label here, so it is not drawn
+        target_of_half = np.where(np.isin(target, classes), target, UNKNOWN)
+        rows = rows_in_budget(target_of_half, origin)
         return source.take(np.union1d(rows, outside_rows), classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
@@ -341,7 +356,7 @@ class Workbench:
         return source.take(rows_of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
-        """Texts (K, D) of the candidates in training and in testing; None for captions."""
+        """Texts (K, D) of the candidates in training and of those in testing; None for captions."""
         origin = origin_of(self.config, cell)
         scored_set = scored_set_of(self.config, cell)
         if origin.pool_size is not None:
@@ -365,8 +380,9 @@ class Workbench:
 
     def _compute_truth(self, scored_set: ScoredSet) -> Truth:
         """The truth of a test set."""
-        content = self.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size)
-        facts: list[object] = [content, scored_set.halves_seed]  # they decide which rows are tested
+        content_hash = self.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size)
+        # the facts that decide which rows are tested
+        facts: list[object] = [content_hash, scored_set.halves_seed]
         share = self.config.data[scored_set.data].fit_share
         if share is not None:
             facts += [share, scored_set.division_seed]
@@ -408,7 +424,7 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 def rows_in_budget(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
     """Indices of the labelled rows to fit on, as many as the budget allows.
 
-    They are all labelled rows if ``origin`` has no seed that draws rows.
+    If ``origin`` has no seed that draws rows, all labelled rows are returned.
     """
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
@@ -438,8 +454,8 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
 def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
     """The source with its space replaced by ``space``, if the two differ only in preprocessing.
 
-    Any other source is returned unchanged. One of another model is refused later, when spaces are
-    compared.
+    Any other source is returned unchanged. If it is from another model, it is refused later, when
+    the spaces are compared.
     """
     if not differs_in_preprocessing(source.space, space):
         return source

@@ -52,7 +52,7 @@ class StudyPlan:
     cells: int  # number of cells; a cell is a method, a data set, a setting and a seed
     runs: int  # number of cells to run; every other cell shares the result of a cell that is run
     fits: int  # number of different fits that the runs need
-    # the fields of every cell; ``same_as`` is the cell whose result it shares, if any
+    # the fields of every cell; the field ``same_as`` names the cell whose result this cell shares
     listed: tuple[dict[str, object], ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -91,17 +91,17 @@ def _cell_to_dict(cell: Cell) -> dict[str, object]:
     return content
 
 
-def _plan_of_part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
-    """The plan of a part: by its store if it has one, else by its images, else by the catalogue."""
+def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> PartPlan:
+    """Plan a part from its store if there is one, else from its images, else from the catalogue."""
     _name, role = part
     catalogue_plan = _plan_by_catalogue(part, entry)
-    if not _has_data_here(entry, data):
+    if not _has_data_here(entry, data_folder):
         return replace(catalogue_plan, state="no images here")
     try:
-        folder = store_of(part, entry, data, output)
+        folder = store_of(part, entry, data_folder, output)
         if is_complete(folder):
             return _plan_of_store(part, entry, read_document(folder / MANIFEST, Manifest))
-        with open_images(entry, role, data) as images:
+        with open_images(entry, role, data_folder) as images:
             if not isinstance(images, ShardedDataset):
                 return _plan_to_embed(part, entry, len(images), counted="listing")
     except (UsageError, DataError, StorageError) as error:
@@ -110,12 +110,12 @@ def _plan_of_part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan
     return catalogue_plan
 
 
-def _has_data_here(entry: Data, data: Path) -> bool:
+def _has_data_here(entry: Data, data_folder: Path) -> bool:
     """Whether the images or stores of an entry seem to be on this disk."""
     source = entry.source or "."
     if entry.stores is not None or source.startswith(PACKAGE):
         return True
-    folder = data / source
+    folder = data_folder / source
     if entry.dataset is None:
         is_pattern = "{" in source  # a pattern of tar file names; no file has the pattern's name
         return is_pattern or folder.exists()
@@ -141,13 +141,13 @@ def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _plan_by_catalogue(part: Part, entry: Data) -> PartPlan:
-    """The plan of a part by the number of images in the catalogue."""
+    """The plan of a part, with the number of images that the catalogue states."""
     _name, role = part
     return _plan_to_embed(part, entry, _catalogued_images(entry, role), counted="catalogue")
 
 
 def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
-    """Plan for a part that is still to be embedded; ``counted`` says who counted its images."""
+    """Plan a part that is still to be embedded; ``counted`` says where ``images`` comes from."""
     name, _role = part
     numbers_per_image = _numbers_per_image(part, entry)
     n_bytes = None

@@ -81,7 +81,7 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     def x_of(key: Key) -> float | None:
         return points[getattr(key, view.x)].x
 
-    panels = _panels(board, view, x_of, panel=view.panel, line=view.line)
+    panels = _panels(board, view, x_of, panel_field=view.panel, line_field=view.line)
     table_view = view.as_table(rows=(view.panel, view.line), columns=(view.x, "metric"))
     sheet = table_sheet(board, table_view)
     draw = partial(curves, panels, view.x_label, title=view.title, log=view.log, names=view.ticks)
@@ -98,7 +98,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
             return None
         return entrant.accuracy
 
-    panels = _panels(board, view, accuracy, panel="metric", line="method")
+    panels = _panels(board, view, accuracy, panel_field="metric", line_field="method")
     table_view = view.as_table(rows=("data", "setting"), columns=("method", "metric"))
     sheet = table_sheet(board, table_view)
     return sheet, partial(scatter, panels, "zero-shot accuracy (%)", title=view.title)
@@ -117,8 +117,8 @@ def _panels(
     board: Board,
     view: CurveView | ScatterView,
     x_of: Callable[[Key], float | None],
-    panel: str,
-    line: str,
+    panel_field: str,
+    line_field: str,
 ) -> list[Panel]:
     """The panels of a figure, with their lines.
 
@@ -126,45 +126,46 @@ def _panels(
         board: The results.
         view: The view.
         x_of: Function that returns the x coordinate of a number, or None to leave the number out.
-        panel: Field of a key; there is a panel for each of its values and each metric.
-        line: Field of a key; a panel has a line for each of its values.
+        panel_field: Field of a key. There is a panel for each value of this field and each metric.
+        line_field: Field of a key. A panel has a line for each value of this field.
     """
     from vilu.report.figures import Panel
 
-    # points by panel (value of ``panel``, metric), then by line (value of ``line``)
+    # points by panel (value of ``panel_field``, metric), then by line (value of ``line_field``)
     groups: dict[tuple[str, str], dict[str, list[_Point]]] = {}
     for key, mean in means_by_key(board, view).items():
         x = x_of(key)
         if x is None or not all(part.results for part in mean.parts):
             continue
-        lines = groups.setdefault((getattr(key, panel), key.metric), {})
-        lines.setdefault(getattr(key, line), []).append(_Point(key, x, mean))
+        lines = groups.setdefault((getattr(key, panel_field), key.metric), {})
+        lines.setdefault(getattr(key, line_field), []).append(_Point(key, x, mean))
     if not groups:
         raise DataError(
             f"the view {view.name} has nothing to show: no result with a place on its axis."
         )
     panels = []
-    for (label, metric), lines in groups.items():
+    for (panel_label, metric), lines in groups.items():
         series = []
         for line_label, points in lines.items():
-            line_title = title_of(board.config, line, line_label)
+            line_title = title_of(board.config, line_field, line_label)
             series.append(_series(board, line_title, points))
-        panels.append(Panel(_panel_title(board, view, panel, label), _axis_label(metric), series))
+        panel_title = _panel_title(board, view, panel_field, panel_label)
+        panels.append(Panel(panel_title, _axis_label(metric), series))
     return panels
 
 
 def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
-    """Title of a panel; that of a mean says over how many data sets it is."""
+    """Title of a panel; the title of a mean says how many data sets the mean is over."""
     if field == "data" and label == MEAN:
         return f"mean of {len(view.mean)} sets"
     return title_of(board.config, field, label)
 
 
-def _axis_label(metric: str) -> str:
+def _axis_label(metric_name: str) -> str:
     """Label of the vertical axis: the metric, its unit and the direction that is better."""
-    shown = METRICS[metric]
-    better = "higher" if shown.higher_is_better else "lower"
-    return f"{shown.title} (%), {better} is better"
+    metric = METRICS[metric_name]
+    better = "higher" if metric.higher_is_better else "lower"
+    return f"{metric.title} (%), {better} is better"
 
 
 def _series(board: Board, label: str, points: list[_Point]) -> Series:
@@ -174,11 +175,11 @@ def _series(board: Board, label: str, points: list[_Point]) -> Series:
     intervals = []
     published = []
     for point in points:
-        number = point.mean.quantity(point.key.metric)
-        intervals.append(number.interval(board.config.confidence))
-        from_publication = published_number(board.config, point.key, point.mean.parts)
-        if from_publication is not None:
-            published.append((point.x, from_publication.value))
+        our_number = point.mean.quantity(point.key.metric)
+        intervals.append(our_number.interval(board.config.confidence))
+        their_number = published_number(board.config, point.key, point.mean.parts)
+        if their_number is not None:
+            published.append((point.x, their_number.value))
     return Series(
         label=label,
         x=[point.x for point in points],
@@ -193,20 +194,24 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
     """Table and figure of a histogram view."""
     from vilu.report.figures import score_histograms
 
-    panels = _score_files(board, view, root)
-    if not panels:
+    score_files = _score_files(board, view, root)
+    if not score_files:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     table_view = view.as_table(rows=("data", "method"), columns=("setting", "metric"))
     sheet = table_sheet(board, table_view)
 
     def draw() -> Figure:
-        return score_histograms({title: Outcomes.load(path) for title, path in panels.items()})
+        return score_histograms({title: Outcomes.load(path) for title, path in score_files.items()})
 
     return sheet, draw
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """By title of a panel, the file with the scores that it shows: those of the first seed."""
+    """The title of each panel, with the file of the scores to show there.
+
+    The scores are those of the method's first seed. The setting is in a title only if there are
+    several settings.
+    """
     entrants = {}
     for key, entrant in entrants_by_key(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
@@ -230,7 +235,7 @@ class _DataGrid:
     """The methods of a data set, by their values of two hyper-parameters."""
 
     data: str
-    methods: dict[ValuePair, str]
+    methods: dict[ValuePair, str]  # label of the method with these two values
     best_pair: ValuePair  # the values of the best method
 
 
@@ -253,7 +258,10 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
-    """The methods that set both parameters and have a result on a data set; None without any."""
+    """The methods that set both parameters and have a result on a data set.
+
+    None if there is no such method.
+    """
     first_metric = view.metrics[0]
     sign = 1 if METRICS[first_metric].higher_is_better else -1
     methods: dict[ValuePair, str] = {}
@@ -293,10 +301,11 @@ def _grid_sheet(
     cells = {}
     for data_grid in data_grids:
         for pair, method in data_grid.methods.items():
+            row = len(rows)  # index of the row that is added below
             for column, (setting, metric) in enumerate(columns):
                 shown = _grid_cell(board, Key(method, data_grid.data, setting, metric))
                 if shown is not None:
-                    cells[len(rows), column] = shown
+                    cells[row, column] = shown
             choice = "chosen" if pair == data_grid.best_pair else ""
             rows.append((title_of(config, "data", data_grid.data), *pair, choice))
     column_titles = []
@@ -328,7 +337,7 @@ def _grid_cell(board: Board, key: Key) -> Shown | None:
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
-    """Draw, for every grid, a panel in each of the view's two settings."""
+    """Draw two panels for every data set: one for each of the view's two settings."""
     from vilu.report.figures import grids
 
     panels = []

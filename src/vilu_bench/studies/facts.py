@@ -38,9 +38,8 @@ SHARED_MODULES = (
 def code_digest(*modules: str) -> str:
     """Hash of modules, of ``SHARED_MODULES``, and of all modules of vilu that they import.
 
-    Imports within functions do not count. For a module outside vilu, the modules that it imports
-    from its own package are hashed as well.
-    Comments and docstrings do not change the hash.
+    Imports within functions are ignored. If a module is outside vilu, the modules that it imports
+    from its own package are hashed as well. Comments and docstrings do not change the hash.
     """
     for name in modules:
         if _source_file(name) is None:
@@ -48,16 +47,16 @@ def code_digest(*modules: str) -> str:
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
-    hashes: dict[str, str] = {}  # hashes of modules, by name of the module
-    waiting = [*modules, *SHARED_MODULES]
-    while waiting:
-        name = waiting.pop()
+    hashes: dict[str, str] = {}  # maps the name of a module to the hash of its code
+    names_to_hash = [*modules, *SHARED_MODULES]
+    while names_to_hash:
+        name = names_to_hash.pop()
         if name in hashes or name in REGISTRY_MODULES:
             continue
         file = _source_file(name)
         if file is not None:  # without a file, ``name`` is not a module but an object in a module
             hashes[name], imported = _hash_and_imports(name, file)
-            waiting += imported
+            names_to_hash += imported
     return digest(sorted(hashes.items()))
 
 
@@ -75,8 +74,10 @@ def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
-    """Names that a module imports at its top level: of modules, and of objects in modules."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    """Names of all modules, and objects in modules, that a module imports at its top level."""
+    package = module
+    if file.name != "__init__.py":
+        package, _, _ = module.rpartition(".")
     names = []
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -106,7 +107,10 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _source_file(module: str) -> Path | None:
-    """The source file of a module of vilu or of a loaded module outside vilu; None if not found."""
+    """The source file of a module.
+
+    None if the module has no such file. A module outside vilu is only found if it is loaded.
+    """
     top_package, *submodules = module.split(".")
     if top_package not in {"vilu", "vilu_bench"}:
         loaded_from = getattr(sys.modules.get(module), "__file__", None)
@@ -169,7 +173,10 @@ def _module_of_metric(name: str) -> str:
 
 
 def _division_facts(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
-    """The facts that divide rows into training and test rows; empty if ``seed`` is None."""
+    """The facts that decide how the rows of ``data`` are divided into training and test rows.
+
+    If ``seed`` is None, they are not divided, and there are no facts.
+    """
     if seed is None:
         return {}
     shares = [bench.config.data[name].fit_share for name in data]

@@ -47,7 +47,7 @@ def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
     """The predictor of a cell, fitted if it needs a fit.
 
-    ``fits`` has the fits of earlier cells by origin, and gets the new fits.
+    ``fits`` maps origins to the fits of earlier cells; new fits are added to it.
     """
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
@@ -65,7 +65,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | None) -> Fitted:
     """Fit a predictor on the rows of ``origin``.
 
-    It starts from the weights of ``earlier_fit``, or from scratch if that is None.
+    The fit starts from the weights of ``earlier_fit``, or from scratch if that is None.
     """
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
@@ -110,7 +110,10 @@ def _initialised_from(
 def _with_epochs_for_steps(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor; if its entry sets ``steps``, a copy with the epochs that give these steps."""
+    """A copy of the predictor with as many epochs as the ``steps`` of its entry need.
+
+    If the entry has no ``steps``, the predictor itself is returned.
+    """
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RESAMPLES: Final = 200
 """Number of resamples of a cell that are kept.
 
-Of 200 sorted values, a 95 % interval goes from the fifth smallest to the fifth largest.
+A 95 % interval goes from the fifth smallest to the fifth largest of 200 values.
 """
 
 STEP: Final = 1e-4
@@ -99,8 +99,9 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
     for row, values in enumerate(values_of_cells):
         n_metrics, n_resamples = values.shape
         steps[row, :n_metrics, :n_resamples] = _to_steps(values)
-    # Resamples of a cell differ little, so their differences from its first one take less space.
-    # Whole numbers of 16 bits wrap around, so that no difference is too large.
+    # The resamples of a cell differ little. So the first resample is stored, and for every later
+    # resample its difference from the first, which compresses better. A negative difference wraps
+    # around in 16 bits, and is undone by the addition in ``_stored_steps``.
     steps[:, :, 1:] -= steps[:, :, :1]
     columns = {
         "document": pa.array([_short_document(result) for result in results]),
@@ -122,7 +123,7 @@ def _first_resamples(run: Path, result: CellResult) -> Floats:
 def _short_document(result: CellResult) -> str:
     """The document of a cell as JSON text, with fewer facts in ``decided_by``.
 
-    Only the hash of the code is kept, because rendering compares it with the present code.
+    Of these facts only the hash of the code is stored: rendering compares it with the present code.
     """
     code = {"code": result.decided_by.get("code")}
     short = result.model_copy(update={"decided_by": code, "files": {}})
@@ -150,9 +151,10 @@ def render_file(
     first: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Render the studies of a file that ``keep`` wrote; arguments as those of ``render_studies``.
+    """Render the studies of a file that ``keep`` wrote.
 
-    Only the document and its figures are written.
+    Only the document and its figures are written. The other arguments are those of
+    ``render_studies``.
     """
     with TemporaryDirectory() as folder:
         run = Path(folder)
@@ -164,7 +166,7 @@ def restore(file: Path, run: Path) -> None:
     """Write a run folder from a file that ``keep`` wrote. Its cells have no scores of single rows.
 
     Raises:
-        DataError: If the file is damaged or is no such file.
+        DataError: If the file is damaged, or if ``keep`` did not write it.
     """
     table, metadata = read_table(file, ["document"])
     studies = metadata.get("studies")
@@ -192,13 +194,18 @@ def restore(file: Path, run: Path) -> None:
 
 def _stored_steps(table: pa.Table) -> Steps:
     """Bootstrap values (cells, M, B) of a table, in steps."""
-    indices = [name.split("_")[1:] for name in table.column_names if name.startswith("draw_")]
-    metrics = {int(metric) for metric, _ in indices}
-    resamples = {int(resample) for _, resample in indices}
+    metrics = set()
+    resamples = set()
+    for name in table.column_names:
+        if name.startswith("draw_"):  # the name is draw_METRIC_RESAMPLE, with two indices
+            _, metric, resample = name.split("_")
+            metrics.add(int(metric))
+            resamples.add(int(resample))
     steps = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
-    for metric, resample in np.ndindex(len(metrics), len(resamples)):
-        steps[:, metric, resample] = table[f"draw_{metric}_{resample}"].to_numpy()
-    steps[:, :, 1:] += steps[:, :, :1]
+    for metric_index, resample_index in np.ndindex(len(metrics), len(resamples)):
+        column = table[f"draw_{metric_index}_{resample_index}"]
+        steps[:, metric_index, resample_index] = column.to_numpy()
+    steps[:, :, 1:] += steps[:, :, :1]  # later resamples are stored as differences from the first
     return steps
 
 

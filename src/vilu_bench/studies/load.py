@@ -1,4 +1,4 @@
-"""Reads the file of a study, with the file that it includes."""
+"""Reads the file of a study, and the file that it includes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_config(path: Path) -> Config:
 
 
 def load_configs(names: Sequence[Path | str]) -> list[Config]:
-    """Read and check several benchmarks, given as ``find_studies`` takes them.
+    """Read and check several benchmarks; each name is one that ``find_studies`` accepts.
 
     Raises:
         UsageError: If a file or study does not exist, its content is invalid, or two benchmarks
@@ -63,9 +63,11 @@ def study_names() -> list[str]:
 
 
 def find_studies(name: Path | str) -> list[Path]:
-    """The files of a path, of a study that ships with vilu ("here/main"), or of a group ("here").
+    """The benchmark files that a name stands for.
 
-    If there are both a file and a study of this name, the file is taken.
+    It may be the path of a file, the name of a study that ships with vilu ("here/main"), or the
+    name of a group of such studies ("here"). If there are both a file and a study of this name, the
+    file is taken.
     """
     path = Path(name)
     if path.exists() and not path.is_dir():
@@ -129,10 +131,10 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
     """Refuse an invalid ``include``, or an invalid table ``use`` beside it."""
-    if not isinstance(name, str) or not _holds_lists(use):
+    if not isinstance(name, str) or not _is_table_of_lists(use):
         raise UsageError(
             f"{path.name}: include must be the name of a file, "
-            'and [use] hold lists, as data = ["x"].'
+            'and [use] must hold lists, as data = ["x"].'
         )
     for table in use:
         if table not in TABLES:
@@ -141,7 +143,7 @@ def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 
             )
 
 
-def _holds_lists(use: object) -> bool:
+def _is_table_of_lists(use: object) -> bool:
     """Whether a value from TOML is a table of lists."""
     if not isinstance(use, dict):
         return False
@@ -206,7 +208,10 @@ SMOKE_POOL = 4
 
 
 def shrink(config: Config) -> Config:
-    """A copy with few images, prompts, seeds and epochs; all data sets, settings, methods stay."""
+    """A copy with few images, prompts, seeds and epochs.
+
+    The copy has the same data sets, settings and methods.
+    """
     content: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
     content["seeds"] = min(config.seeds, SMOKE_SEEDS)
     content["resamples"] = min(config.resamples, SMOKE_RESAMPLES)

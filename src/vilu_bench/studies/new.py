@@ -30,12 +30,12 @@ metrics = ["auroc", "fpr95", "aurc"]
 
 [data.{name}]
 stores = {{ train = {train}, test = {test} }}    # relative to --data
-{share}
+{share_line}
 # Which labels the methods are fitted on.
 [settings.all]
 kind = "labels"
 title = "all labels"
-{few}
+{few_labels}
 # Names of `vilu list predictors`. Parameters of a method: params = {{ key = value }}.
 [methods.mcm]
 [methods.margin]
@@ -61,13 +61,13 @@ class NewStudy(NamedTuple):
 def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
     """Write the text of a study that compares the main methods on one store or on two.
 
-    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the others are
+    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the other half is
     tested on. The text is checked as `vilu benchmark` checks it.
 
     Args:
         train: Store with labels to fit on.
-        test: Store with labels to test on; None for the other rows of ``train``.
-        file: File that the text is for, as its comments name it.
+        test: Store with labels to test on; None: the other half of the rows of ``train``.
+        file: Path of the file that will have this text; comments in the text name it.
 
     Raises:
         UsageError: If a store has no labels or only one class, or if the two have different
@@ -75,12 +75,12 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
     """
     train_store = _labelled_store(train)
     name = _toml_key(train)
-    share = ""
+    share_line = ""
     if test is None:
         test = train
-        # with another name, its results are not mixed up with those of a study with a test store
+        # a name of its own, so that its results are not mixed up with results on a test store
         name += "-halves"
-        share = f"fit_share = {FIT_SHARE}    # of the rows; the others are tested on\n"
+        share_line = f"fit_share = {FIT_SHARE}    # of the rows; the others are tested on\n"
     elif _labelled_store(test).class_names != train_store.class_names:
         raise UsageError(
             f"{train} and {test} have different classes. Give two stores that were embedded with "
@@ -93,8 +93,8 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
         name=name,
         train=_toml_path(train, folder),
         test=_toml_path(test, folder),
-        share=share,
-        few=_few_labels_setting(train_store, is_divided=bool(share)),
+        share_line=share_line,
+        few_labels=_few_labels_setting(train_store, is_divided=bool(share_line)),
     )
     parse_config({"name": file.stem, **tomllib.loads(text)}, str(file))
     return NewStudy(text, folder)
@@ -113,11 +113,11 @@ def _labelled_store(path: Path) -> EmbeddingStore:
 
 def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
     """TOML text of a setting with few labels per class; "" if no class has more labels."""
-    counts = store.target[store.target != UNKNOWN].bincount()
-    available = int(counts.max())
+    labels_per_class = store.target[store.target != UNKNOWN].bincount()
+    most_labels = int(labels_per_class.max())
     if is_divided:
-        available = int(available * FIT_SHARE)
-    if available <= FEW_LABELS:
+        most_labels = int(most_labels * FIT_SHARE)
+    if most_labels <= FEW_LABELS:
         return ""
     return (
         '\n[settings.few]\nkind = "labels"\n'

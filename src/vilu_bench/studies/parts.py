@@ -19,7 +19,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
 RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked by the first
-# The metrics in place of ``RANKED_BY`` in a study whose methods judge different answers. AUROC and
+# These metrics replace ``RANKED_BY`` in a study whose methods judge different answers. AUROC and
 # FPR95 ask how well right and wrong answers are told apart, so they cannot compare such methods.
 RANKED_ACROSS = ("coverage_at_risk_0.05", "aurc")
 
@@ -98,23 +98,23 @@ class Data(Section):
     classes: Names | None = None
     # whether the class names of a known data set are used in prompts unchanged, with underscores
     raw_names: bool = False
-    # by column of a table, the value of the rows to use; other rows are left out
+    # maps a column of a table to a value; only rows with this value in the column are used
     where: dict[str, str] = Field(default_factory=dict)
     # Whether images have captions instead of classes. With captions there is one store. The roles
     # are folds of its captions ("train", "validation", "test"), and each image is matched with the
     # captions of its pool.
     captions: bool = False
-    # number of captions in a pool, in training and, unless a setting gives another, in testing
+    # number of captions in a pool, in training and in testing; a setting may replace it in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # damage done to every picture before it is embedded
     train: str = "train"  # split to fit on; several splits are joined by ``+``
-    # Split on which methods select, for example the number of epochs; or the share of the training
-    # rows to hold out for that, chosen by a hash of their pictures. None: a method that selects
-    # holds out training rows itself.
+    # Split on which methods select, for example, the number of epochs. A number instead of a name
+    # is the share of the training rows to hold out for selection; a hash of the picture decides
+    # which rows. None: a method that selects holds out training rows itself.
     validation: str | Share | None = None
     test: str = "test"  # split to test on
-    # If train and test are the same set of rows, the share of it to fit on, which the seed draws.
-    # The rest is tested on.
+    # Only if train and test are the same set of rows: the share of these rows to fit on. The seed
+    # draws them, and all other rows are tested on.
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image
@@ -123,7 +123,8 @@ class Data(Section):
     negatives: bool = False  # whether to store everyday words, as ``vilu embed --negatives`` does
     # maximum number of images of each split, taken evenly spaced
     limit: Count | Limits | None = None
-    # for tar files, whose images are not counted in advance: number of tar files to read
+    # number of tar files to read; it replaces ``limit`` where images are in tar files, because
+    # these images are not counted in advance
     shards: Count | None = None
     title: str | None = None  # title in tables and figures; by default the name
     x: float | None = None  # position on the axis of a curve
@@ -173,14 +174,15 @@ class Data(Section):
 
     def _is_one_set(self) -> bool:
         """Whether training and test rows are the same set, without validation rows."""
-        roles = self if self.stores is None else self.stores  # names a split or a store per role
-        if roles.train != roles.test:
+        # both objects have a field for each role, which names a split or a store
+        rows_by_role = self if self.stores is None else self.stores
+        if rows_by_role.train != rows_by_role.test:
             return False
         if self.limit_of("train") != self.limit_of("test"):
             return False
         if self.captions:
             return False
-        return self.validation is None and roles.validation is None
+        return self.validation is None and rows_by_role.validation is None
 
     @property
     def paper_name(self) -> str | None:

@@ -19,13 +19,13 @@ REASON_LENGTH = 160  # maximum number of characters of a reason in a note
 
 
 def notes_of(
-    board: Board, view: View, shown: Iterable[Shown], measured: Iterable[Entrant]
+    board: Board, view: View, numbers: Iterable[Shown], all_entrants: Iterable[Entrant]
 ) -> tuple[str, ...]:
     """All notes of a table.
 
-    ``measured`` may have an entrant several times, once for every metric.
+    ``all_entrants`` may have an entrant several times, once for every metric.
     """
-    entrant_of_place = {entrant.place: entrant for entrant in measured}
+    entrant_of_place = {entrant.place: entrant for entrant in all_entrants}
     entrants = list(entrant_of_place.values())
     notes = [_interval_note(board.config, view)]
     if any(entrant.results for entrant in entrants):
@@ -34,7 +34,7 @@ def notes_of(
     if not set(view.metrics) <= set(board.config.ranked_by):
         titles = [METRICS[name].title for name in board.config.ranked_by]
         notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
-    notes += _published_notes(board, entrants, shown)
+    notes += _published_notes(board, entrants, numbers)
     notes += _refusal_notes(entrants)
     return tuple(notes)
 
@@ -60,8 +60,8 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # By data set and text of the numbers: the settings with these numbers. They are keys of a dict
-    # instead of a list, so that a setting stands there once.
+    # Maps a data set and the text of its numbers to the settings with these numbers. The settings
+    # are the keys of a dict, so that each of them is listed once.
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
@@ -87,7 +87,7 @@ def _row_numbers_in_words(entrant: Entrant) -> str:
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """Note on the number of different results behind a mean.
+    """Note on the number of different results that are averaged.
 
     At least one entrant must have a result.
     """
@@ -131,18 +131,18 @@ def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entran
 
 
 def _published_notes(
-    board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]
+    board: Board, entrants: Iterable[Entrant], numbers: Iterable[Shown]
 ) -> list[str]:
     """Notes on published numbers: their sources, and why they may differ from ours."""
-    numbers = [number.published for number in shown if number.published is not None]
-    if not numbers:
+    all_published = [number.published for number in numbers if number.published is not None]
+    if not all_published:
         return []
-    sources = dict.fromkeys(number.source for number in numbers)
+    sources = dict.fromkeys(published.source for published in all_published)
     notes = [
         "In parentheses: the published number, then ours less it, whose interval is ours shifted "
         f"by it. Sources: {'; '.join(sources)}."
     ]
-    differences = _differences_in_words(board.config, entrants, numbers)
+    differences = _differences_in_words(board.config, entrants, all_published)
     if differences:
         notes.append(
             f"Ours are of {' and '.join(differences)}, so the differences from the published "
@@ -152,11 +152,11 @@ def _published_notes(
 
 
 def _differences_in_words(
-    config: Config, entrants: Iterable[Entrant], numbers: Iterable[Published]
+    config: Config, entrants: Iterable[Entrant], all_published: Iterable[Published]
 ) -> list[str]:
-    """What differs between our numbers and the published ones, as texts: the model, the data."""
+    """Texts on the differences between our numbers and the published numbers: model and data."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
-    published_models = dict.fromkeys(number.backbone for number in numbers)
+    published_models = dict.fromkeys(published.backbone for published in all_published)
     our_models: dict[str, None] = {}
     stand_ins = []
     for name, entry in entries.items():
@@ -203,8 +203,8 @@ class Key:
     setting: str
     metric: str
 
-    def of(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """The values of ``fields``, for example ("data", "metric")."""
+    def values_of(self, fields: Iterable[str]) -> tuple[str, ...]:
+        """The key's values of ``fields``, for example of ("data", "metric")."""
         return tuple(getattr(self, field) for field in fields)
 
 
@@ -212,16 +212,16 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     """The sheet of a table view."""
     config = board.config
     entrants = entrants_by_key(board, view)
-    measured = means_by_key(board, view)
-    numbers = {key: shown_number(config, key, mean) for key, mean in measured.items()}
-    ranked_numbers = _with_ranks(numbers, measured, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # indices of rows, by their labels
-    columns: dict[tuple[str, ...], int] = {}  # indices of columns, by their labels
+    means = means_by_key(board, view)
+    numbers = {key: shown_number(config, key, mean) for key, mean in means.items()}
+    ranked_numbers = _with_ranks(numbers, means, view.compete)
+    rows: dict[tuple[str, ...], int] = {}  # maps the labels of a row to its index
+    columns: dict[tuple[str, ...], int] = {}  # maps the labels of a column to its index
     cells = {}
     for key, number in ranked_numbers.items():
         # new labels get the next index, and labels that occurred before keep their index
-        row = rows.setdefault(key.of(view.rows), len(rows))
-        column = columns.setdefault(key.of(view.columns), len(columns))
+        row = rows.setdefault(key.values_of(view.rows), len(rows))
+        column = columns.setdefault(key.values_of(view.columns), len(columns))
         cells[row, column] = number
     return Sheet(
         name=view.name,
@@ -238,19 +238,20 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 def means_by_key(board: Board, view: View) -> dict[Key, Mean]:
     """The results that a view shows, by key: single data sets, then means over data sets."""
     entrants = entrants_by_key(board, view)
-    measured = {}
+    means = {}
     if not view.means_only:
         for key, entrant in entrants.items():
-            measured[key] = Mean((entrant,))
+            means[key] = Mean((entrant,))
     if not view.mean:
-        return measured
-    mean_keys = dict.fromkeys(replace(key, data=MEAN) for key in entrants)  # each once
+        return means
+    # the keys of a dict, because several data sets give the same key
+    mean_keys = dict.fromkeys(replace(key, data=MEAN) for key in entrants)
     for key in mean_keys:
         places = [(key.method, data, key.setting) for data in view.mean]
         has_all_parts = board.entrants.keys() >= set(places)
         if has_all_parts:
-            measured[key] = Mean(tuple(board.entrants[place] for place in places))
-    return measured
+            means[key] = Mean(tuple(board.entrants[place] for place in places))
+    return means
 
 
 def entrants_by_key(board: Board, view: View) -> dict[Key, Entrant]:
@@ -293,13 +294,17 @@ def shown_number(config: Config, key: Key, mean: Mean) -> Shown:
 
 
 def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
-    """The published number for a key; for a mean, the published mean over as many data sets."""
+    """The published number for a key; None if there is no such number.
+
+    A mean over data sets is compared with the published mean over the same number of data sets.
+    """
     if config.study is None:
         return None
     if not config.study.published:
         return None
     if key.data == MEAN:
-        entry = config.data[parts[0].data]  # the model of the first data set stands for all
+        # the published mean is looked up for the model of the first data set
+        entry = config.data[parts[0].data]
         name = _name_of_mean(config, parts)
     else:
         entry = config.data[key.data]
@@ -313,7 +318,7 @@ def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) ->
 
 
 def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
-    """Name of a mean among the published numbers.
+    """Name that the published numbers have for a mean over the data sets of ``parts``.
 
     None if a data set has no name in publications, or if two data sets have the same name there.
     """
@@ -326,14 +331,14 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
 
 
 def _with_ranks(
-    numbers: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
+    numbers: Mapping[Key, Shown], means: Mapping[Key, Mean], competing_fields: Sequence[str]
 ) -> dict[Key, Shown]:
     """The numbers with their ranks.
 
-    Numbers compete with each other if they differ only in the fields ``compete``.
+    Numbers compete with each other if they differ only in ``competing_fields``.
     """
     ranked_numbers = dict(numbers)
-    for keys in _contests(numbers, compete):
+    for keys in _contests(numbers, competing_fields):
         metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
         losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
@@ -341,18 +346,18 @@ def _with_ranks(
         best_key = min(keys, key=losses.__getitem__)
         for key in keys:
             n_better = distinct_losses.index(losses[key])
-            tied = n_better > 0 and _is_tied(measured[key], measured[best_key], metric)
+            tied = n_better > 0 and _is_tied(means[key], means[best_key], metric)
             ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), tied=tied)
     return ranked_numbers
 
 
-def _contests(numbers: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
-    """Yield groups of at least two keys that differ only in the fields ``compete``."""
-    fixed_fields = [field for field in FIELDS if field not in compete]
+def _contests(numbers: Mapping[Key, Shown], competing_fields: Sequence[str]) -> Iterator[list[Key]]:
+    """Yield groups of at least two keys that differ only in ``competing_fields``."""
+    fixed_fields = [field for field in FIELDS if field not in competing_fields]
     groups: dict[tuple[str, ...], list[Key]] = {}
     for key, number in numbers.items():
         if number.value is not None:
-            groups.setdefault(key.of(fixed_fields), []).append(key)
+            groups.setdefault(key.values_of(fixed_fields), []).append(key)
     for keys in groups.values():
         if len(keys) > 1:
             yield keys
@@ -380,6 +385,7 @@ def _is_tied(mean: Mean, best_mean: Mean, metric: str) -> bool:
 def _titles_of_labels(
     config: Config, fields: Sequence[str], labels: Sequence[str]
 ) -> tuple[str, ...]:
+    """The titles of labels; each label is a value of the field at the same position."""
     titles = []
     for field, label in zip(fields, labels, strict=True):
         titles.append(title_of(config, field, label))

@@ -19,16 +19,8 @@ from vilu.validation import require_at_least
 
 logger = logging.getLogger("vilu.bench")
 
-PUBLISHED_SIZES = (
-    128,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-    16384,
-    32768,
-)  # pool sizes of the published table
+# pool sizes of the published table
+PUBLISHED_SIZES = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
 
 
@@ -51,7 +43,7 @@ def over_pool_sizes(
         predictors: Fitted predictors by label.
         open_pairs: Function that gets the settings of the pools and opens the pairs.
         sizes: Pool sizes.
-        pools: Settings of the pools; their size and seed are replaced by those of each draw.
+        pools: Settings of the pools; each draw replaces their size and seed.
         draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
             has the seed of its draw.
         dataset: Name of the data set; in the results it reads "NAME, pool SIZE".

@@ -25,7 +25,7 @@ class Ranked:
     method: str
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
-    n_runs: int  # number of different results behind the means; 1 if the seed changes nothing
+    n_runs: int  # number of different results that are averaged; 1 if the seed changes nothing
     values: dict[str, float | None]  # mean over seeds by metric; None if undefined
     # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
     intervals: dict[str, Interval]
@@ -58,13 +58,13 @@ class Ranking:
 
     data: str
     setting: str
-    description: str  # text of the setting
+    description: str  # text that describes the setting
     n: tuple[int, ...]  # the different numbers of test rows
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # the ranking metric by seed and method; only seeds that were planned for all methods of
-    # ``lines``
+    # Maps a seed to the ranking metric of each method. A seed that was not planned for all methods
+    # of ``lines`` is left out.
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows whose pictures are of none of the classes
     n_outside: tuple[int, ...] = ()
@@ -141,7 +141,7 @@ def _result_rows(board: Board) -> list[ResultRow]:
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     """Wins and mean ranks of all methods, sorted by descending wins.
 
-    A contest gives the ranking metric of every method that takes part in it.
+    Each contest maps a method to its ranking metric.
     """
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
@@ -150,8 +150,9 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
         for method, value in contest.items():
             n_better = sum(rival > value for rival in values)
             n_equal = values.count(value)  # including the method itself
-            mean_rank = 1 + n_better + (n_equal - 1) / 2
-            ranks.setdefault(method, []).append(mean_rank)
+            # the mean of the ranks n_better + 1 to n_better + n_equal, which tied methods share
+            rank = 1 + n_better + (n_equal - 1) / 2
+            ranks.setdefault(method, []).append(rank)
             wins.setdefault(method, 0.0)  # at its first contest, a method has no wins
             if n_better == 0:
                 wins[method] += 1 / n_equal
@@ -220,7 +221,10 @@ def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int
 def _ranked_method(
     config: Config, entrant: Entrant, entrants_with_result: Sequence[Entrant]
 ) -> Ranked:
-    """The rank and the numbers of a method; ``entrants_with_result`` are sorted best first."""
+    """The rank and the numbers of a method.
+
+    ``entrants_with_result`` are all methods of the ranking, best first.
+    """
     rivals = [rival for rival in entrants_with_result if rival is not entrant]
     against = None
     gap = None
@@ -258,14 +262,14 @@ def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
-    """Mean seconds of a fit, and mean rows scored per second; None for what was not timed."""
-    fits = []
+    """Mean seconds of a fit, and mean number of rows scored per second; None if none was timed."""
+    fit_times = []
     speeds = []
     for timing in timings:
         speeds.append(timing.rows_per_second)
         if timing.fit_seconds is not None:
-            fits.append(timing.fit_seconds)
-    fit_seconds = fmean(fits) if fits else None
+            fit_times.append(timing.fit_seconds)
+    fit_seconds = fmean(fit_times) if fit_times else None
     rows_per_second = fmean(speeds) if speeds else None
     return fit_seconds, rows_per_second
 
@@ -363,7 +367,7 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
 def _standings_table(summary: Summary, metric: str) -> str:
     """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    merits = []  # for every block, the ranking metric by method
+    merits = []  # for every block, a dict from each method to its ranking metric
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
         merits.append({line.method: line.values[metric] for line in block.lines})
@@ -386,15 +390,15 @@ def _notes(config: Config) -> list[str]:
     """Notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{not_in_percent(metrics)}"
-    best = METRICS[config.ranked_by[0]].title
+    ranking_metric = METRICS[config.ranked_by[0]].title
     return [
         f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows "
         f"({config.strata}) and seeds, {config.resamples} resamples",
         "runs: different results behind a mean; a method that no seed can change is run once. "
-        f"best other, difference, p: mean {best} less that of the best other method, "
+        f"best other, difference, p: mean {ranking_metric} less that of the best other method, "
         "paired by rows and seeds",
-        f"wins: highest {best} of a contest, shared by ties; a contest is a seed that every method "
-        "of a table was to run",
+        f"wins: highest {ranking_metric} of a contest, shared by ties; "
+        "a contest is a seed that every method of a table was to run",
         *(f"{metric.title}: {metric.convention}" for metric in metrics),
         f"{NOTHING}: undefined, or the method was refused",
     ]

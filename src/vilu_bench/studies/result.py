@@ -26,7 +26,7 @@ from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section
 logger = logging.getLogger("vilu.bench")
 
 RUN_AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
-# the files beside the document of a cell: its scores, and its bootstrap values
+# suffixes of the two files beside the document of a cell: the scores, and the bootstrap values
 Suffix = Literal[".parquet", ".npy"]
 SCORES: Suffix = ".parquet"
 BOOTSTRAP: Suffix = ".npy"
@@ -42,9 +42,9 @@ class Refusal(Section):
 class Timing(Section):
     """Wall times of a cell with one thread, from a line of ``log.jsonl`` in the run folder."""
 
-    fit_seconds: float | None  # time of the fit; None where nothing was fitted
+    fit_seconds: float | None  # time of the fit; None if nothing was fitted
     score_seconds: float  # time of scoring the test set
-    rows_per_second: float  # rows scored per second
+    rows_per_second: float  # number of rows scored per second
 
 
 class CellResult(Section):
@@ -59,12 +59,12 @@ class CellResult(Section):
     setting: Name
     seed: int
     variant: str = ""  # suffix of the method's label, such as " (model)"; empty for most methods
-    test_rows: str  # hash that names the rows tested on
-    n_train: int | None = None  # rows in the training set; None where nothing was fitted
+    test_rows: str  # hash of the rows tested on
+    n_train: int | None = None  # number of training rows; None if nothing was fitted
     results: tuple[ResultRow, ...] = ()  # one row per metric; its ``split`` is the setting
     refused: Refusal | None = None  # why there are no results
     warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
-    # SHA-256 of the other files of the cell, which lie beside this document, by suffix
+    # SHA-256, by suffix, of the two files beside this document; empty for a refused cell
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
@@ -121,12 +121,12 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if result.fingerprint != fingerprint:
         return None
     for suffix, sha256 in result.files.items():
-        further_file = path.with_suffix(suffix)
-        if not further_file.exists():
-            logger.warning("%s is gone: %s is run again", further_file, cell)
+        file_beside = path.with_suffix(suffix)
+        if not file_beside.exists():
+            logger.warning("%s is gone: %s is run again", file_beside, cell)
             return None
-        if file_hash(further_file) != sha256:
-            logger.warning("%s is not the file of its cell: %s is run again", further_file, cell)
+        if file_hash(file_beside) != sha256:
+            logger.warning("%s is not the file of its cell: %s is run again", file_beside, cell)
             return None
     return result
 
@@ -173,8 +173,9 @@ def resampled_across_answers(
 ) -> Floats:
     """Values (M, B) of metrics on B resamples, where methods judge different answers.
 
-    The resamples are as in ``resampled_metrics``, but without strata of right and wrong rows.
-    Answers of another kind are wrong in other rows, so no such strata fit all methods.
+    The resamples are as in ``resampled_metrics``, but without strata of right and wrong rows. Such
+    strata do not fit all methods: each method judges answers of its own, and other rows are wrong
+    for each method.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
     values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))

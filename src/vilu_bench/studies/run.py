@@ -144,7 +144,7 @@ def write_result(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> No
 
 
 def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
-    """The result of a cell with all fields that are known before its test rows are scored."""
+    """The result of a cell, with the fields that are known before its test rows are scored."""
     facts = decided_by(bench, cell)
     return CellResult(
         fingerprint=digest(facts),
@@ -179,9 +179,9 @@ def score_test_rows(
     """Score a cell's test rows, and return the outcomes and the wall times."""
     predictor = fitted.predictor
     test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     uncertainty = predictor.predict_uncertainty(test)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     failure = truth.failure
     if predictor.answer != "zero_shot":
         failure = score(predictor, test).failure
@@ -206,7 +206,7 @@ def score_test_rows(
 
 @contextmanager
 def named_in_errors(cell: Cell) -> Iterator[None]:
-    """A block in which errors name the cell, in a note of the exception and in the log."""
+    """A block in which an error names the cell, in a note of the exception and in the log."""
     try:
         yield
     except Exception as error:  # every exception is raised again
@@ -240,8 +240,9 @@ Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 class Crew:
     """Runs the cells of several benchmarks, one benchmark after the other, in ``jobs`` processes.
 
-    With one job, cells run in this process. With more, worker processes start with the first cell
-    and serve all benchmarks. If an exception leaves the block, they are terminated at once.
+    With one job, the cells run in this process. With more jobs, worker processes start with the
+    first cell and run the cells of all benchmarks. If an exception leaves the block, the workers
+    are terminated at once.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
@@ -275,7 +276,7 @@ class Crew:
     def run(self, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
         """Run groups of cells that share a fit, and yield every cell after its file is written.
 
-        ``bench_index`` is the index of the benchmark.
+        ``bench_index`` is the index of the cells' benchmark in ``benches``.
         """
         if self._pool is None:
             for cells in groups:
@@ -289,7 +290,7 @@ class Crew:
 def run_cells(
     crew: Crew, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
-    """Run cells, write their files and show progress; an interruption loses no finished cell.
+    """Run cells, write their files and show progress. An interruption loses no finished cell.
 
     Args:
         crew: Runs the cells.
@@ -309,51 +310,55 @@ def run_cells(
 
 
 # globals of a worker process
-_benchmarks: list[Opening] = []  # the arguments of every benchmark's workbench
-_open: dict[int, Workbench] = {}  # the one open workbench, by the index of its benchmark
+_openings: list[Opening] = []  # one for each benchmark of the crew
+_open_bench: dict[int, Workbench] = {}  # at most one open workbench, by the index of its benchmark
 
 
-def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
-    """Set up a worker process."""
+def _start_worker(modules: Sequence[str], openings: list[Opening]) -> None:
+    """Set up a worker process: load the plugins ``modules``, and store ``openings``."""
     for module in modules:
         load_plugin(module)
-    one_thread("blas")  # without a block, because the limit holds for the life of the process
+    one_thread("blas")  # without a block, so that the limit lasts until the process ends
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process ends its workers
+    # this process ends as soon as its parent process has ended
     threading.Thread(target=end_with_driver, daemon=True).start()
-    _benchmarks[:] = benchmarks
+    _openings[:] = openings
 
 
 def _run_in_worker(bench_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
-    if bench_index not in _open:
-        _open.clear()  # benchmarks run one after the other, so one open workbench is enough
-        _open[bench_index] = Workbench(*_benchmarks[bench_index])
-    return list(run_group(_open[bench_index], cells, root))
+    """Run cells of the benchmark with this index, and return them."""
+    if bench_index not in _open_bench:
+        _open_bench.clear()  # benchmarks run one after the other, so one open workbench is enough
+        _open_bench[bench_index] = Workbench(*_openings[bench_index])
+    return list(run_group(_open_bench[bench_index], cells, root))
 
 
 @dataclass(frozen=True)
 class Share:
     """One share of the cells, to run on one of several machines."""
 
-    number: int = 0  # index of the share, from 0
-    of: int = 1  # number of shares
+    index: int = 0  # index of the share, from 0
+    n_shares: int = 1  # number of all shares
 
     @classmethod
     def parse(cls, text: str) -> Share:
         """The share that ``I/N`` describes, with I from 1 to N."""
         if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
-        number, _, of = text.partition("/")
-        if not 1 <= int(number) <= int(of):
+        before_slash, _, after_slash = text.partition("/")
+        number = int(before_slash)
+        n_shares = int(after_slash)
+        if not 1 <= number <= n_shares:
             raise UsageError(f"--shard takes I/N with I from 1 to N. Got {text!r} instead.")
-        return cls(int(number) - 1, int(of))
+        return cls(number - 1, n_shares)
 
     @property
     def lock(self) -> str:
         """Name of the lock file; every share has its own, so that shares can run in parallel."""
-        if self.of == 1:
+        if self.n_shares == 1:
             return LOCK
-        return f"{LOCK}-{self.number + 1}-of-{self.of}"
+        return f"{LOCK}-{self.index + 1}-of-{self.n_shares}"
 
 
 def run_all(
@@ -366,7 +371,9 @@ def run_all(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
-    """Run every cell of ``configs`` that has no result yet; cells that they share are run once.
+    """Run every cell of ``configs`` that has no result yet.
+
+    A cell that several of the benchmarks have is run once.
 
     The run can be interrupted at any moment: finished cells stay, and the next run does the rest. A
     cell is run again if its method, data, parameters or code have changed. Progress is shown
@@ -379,7 +386,7 @@ def run_all(
     require_at_least("jobs", jobs, 1)
     if share is None:
         share = Share()
-    is_whole = share.of == 1
+    is_whole = share.n_shares == 1
     folder = make_folder(output)
     with locked(folder, activity="at work in", lock_name=share.lock, holder_kind="benchmark"):
         remove_leftovers(output)
@@ -431,7 +438,8 @@ class _OpenBenchmark:
         config = self.bench.config
         groups = group_by_fit(config, cells_to_run(self.cells))
         # of N shares, share i has the groups i, i + N, i + 2 N, ...
-        cells_of_share = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
+        groups_of_share = groups[share.index :: share.n_shares]
+        cells_of_share = list(itertools.chain.from_iterable(groups_of_share))
         finished_cells = finished_results(self.bench, cells_of_share, output)
         missing_cells = [cell for cell in cells_of_share if cell not in finished_cells]
         if not missing_cells:
@@ -444,7 +452,11 @@ class _OpenBenchmark:
                 n_stale,
             )
         run_cells(
-            crew, bench_index, group_by_fit(config, missing_cells), output, len(finished_cells)
+            crew,
+            bench_index,
+            group_by_fit(config, missing_cells),
+            output,
+            n_done=len(finished_cells),
         )
 
     def board(self, output: Path) -> Board:
@@ -463,7 +475,8 @@ class _OpenBenchmark:
 
 def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
     """Refuse benchmarks that share an output folder and would give a cell different results."""
-    # name of the first benchmark with a cell, and the facts that decide the result there
+    # maps each cell to the name of the first benchmark that has it, and to the facts that decide
+    # its result there
     first_use: dict[Cell, tuple[str, dict[str, object]]] = {}
     for benchmark in benchmarks:
         name = benchmark.bench.config.name
@@ -491,7 +504,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def finished_results(bench: Workbench, cells: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
-    """Results by cell, for those of ``cells`` whose result is present and valid."""
+    """The results of ``cells``, by cell; a cell without a valid result is left out."""
     results = {}
     for cell in cells:
         try:

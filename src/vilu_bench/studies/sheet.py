@@ -34,10 +34,10 @@ class Shown:
     value: float | None  # as a fraction; None if undefined
     # bootstrap interval over test rows and seeds; None for metrics without intervals
     interval: Interval | None = None
-    n: tuple[int, ...] = ()  # the different numbers of test rows behind the value
-    n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers behind the value
-    n_runs: int = 0  # number of different results behind the value
-    # "best" or "second" of the competing numbers; None for lower ranks and without competition
+    n: tuple[int, ...] = ()  # the different numbers of test rows in the averaged results
+    n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers in these results
+    n_runs: int = 0  # number of different results that are averaged
+    # rank among the competing numbers; None for lower ranks, and if no other number competes
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
     tied: bool = False
@@ -64,7 +64,7 @@ class Sheet:
     column_fields: Labels  # names of the fields that label a column
     rows: tuple[Labels, ...]  # labels of every row
     columns: tuple[Labels, ...]  # labels of every column
-    # shown numbers by indices of row and column; a cell without a result has no entry
+    # maps (index of row, index of column) to the number; a cell without a result has no entry
     cells: Mapping[tuple[int, int], Shown]
     notes: tuple[str, ...]  # notes below the table
 
@@ -78,7 +78,7 @@ class Sheet:
         return tuple(doubts)
 
 
-# columns of the CSV that follow the labels
+# columns of the CSV, which follow the columns of the labels
 CSV_FIELDS = (
     "metric",
     "value",
@@ -102,7 +102,7 @@ TIED_LEGEND = (
     "≈: the paired bootstrap does not tell it from the best "
     "(p ≥ 0.05, not corrected for picking the best of many)."
 )
-TYPE_LEGEND = "Bold: best; underlined: second best"  # legend where text can be bold
+BOLD_LEGEND = "Bold: best; underlined: second best"  # for Markdown and LaTeX
 
 
 def to_text(sheet: Sheet) -> str:
@@ -121,14 +121,14 @@ def to_markdown(sheet: Sheet) -> str:
     for labels in sheet.columns:
         heading.append("<br>".join(map(in_markdown, labels)))
     lines = markdown_rows(heading, _body_lines(sheet, in_markdown, _markdown_cell))
-    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, TYPE_LEGEND)]
+    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, BOLD_LEGEND)]
     return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
 
 
 def to_latex(sheet: Sheet) -> str:
     """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
-    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, TYPE_LEGEND)]
+    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, BOLD_LEGEND)]
     return "\n".join(
         [
             r"\begin{table}",
@@ -156,8 +156,9 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
         fields = [""] * len(sheet.row_fields)
         if level == depth:
             fields = [in_latex(field) for field in sheet.row_fields]
-        # the labels of the lines above are included, so that no column is merged across them
-        lines.append(fields + _merged_headings([labels[:level] for labels in sheet.columns]))
+        # Columns are merged only if their labels in all lines down to this one are equal.
+        labels_down_to_line = [labels[:level] for labels in sheet.columns]
+        lines.append(fields + _merged_headings(labels_down_to_line))
     return lines
 
 
@@ -169,7 +170,7 @@ def to_csv(sheet: Sheet) -> str:
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
     for (row, column), shown in sorted(sheet.cells.items()):
-        # labels by field, those of the row and then those of the column
+        # labels by field: first the labels of the row, then the labels of the column
         label_of = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
         label_of |= zip(sheet.column_fields, sheet.columns[column], strict=True)
         line: list[object] = [without_formula(label_of[field]) for field in fields]
@@ -232,15 +233,17 @@ def _published_text(shown: Shown, published: Published, doubts: Sequence[str]) -
 
 def _plain_cell(shown: Shown, number: str, side_text: str) -> str:
     """A number in plain text, with the mark of its rank."""
-    text = number + {"best": "*", "second": "+", None: ""}[shown.rank]
+    rank_mark = {"best": "*", "second": "+", None: ""}[shown.rank]
+    text = number + rank_mark
     if shown.tied:
         text += "≈"
     return f"{text} {side_text}".rstrip()
 
 
 def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
-    """A number in Markdown, in the type of its rank."""
-    text = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(number)
+    """A number in Markdown: bold if it is best, underlined if it is second best."""
+    template = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank]
+    text = template.format(number)
     if shown.tied:
         text += "≈"
     if side_text:
@@ -249,8 +252,9 @@ def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
 
 
 def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
-    """A number in LaTeX, in the type of its rank."""
-    text = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
+    """A number in LaTeX: bold if it is best, underlined if it is second best."""
+    template = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank]
+    text = template % number
     if shown.tied:
         text += r"$\approx$"
     if side_text:
@@ -259,9 +263,9 @@ def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
 
 
 def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cells of one heading line; columns with equal labels side by side share a cell.
+    """The cells of one heading line; neighbouring columns with equal labels share a cell.
 
-    ``labels`` has for every column its labels from the first heading line down to this one.
+    ``labels`` has, for every column, its labels from the first heading line down to this line.
     """
     heads = []
     for label, neighbours in groupby(labels):
@@ -294,11 +298,11 @@ def _csv_values(shown: Shown) -> list[object]:
     ]
 
 
-def _all_notes(sheet: Sheet, marks: str) -> list[str]:
-    """All notes: those of the sheet, the legend of ranks (``marks``), and doubts about numbers."""
+def _all_notes(sheet: Sheet, rank_legend: str) -> list[str]:
+    """The sheet's own notes, then the legend of the ranks, then doubts about published numbers."""
     notes = [*sheet.notes]
     if any(shown.rank for shown in sheet.cells.values()):
-        notes.append(f"{marks}; {TIED_LEGEND}")
+        notes.append(f"{rank_legend}; {TIED_LEGEND}")
     for number, doubt in enumerate(sheet.doubts, start=1):
         notes.append(f"?{number}: {doubt}.")
     return notes

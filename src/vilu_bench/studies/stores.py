@@ -57,35 +57,40 @@ Part = tuple[str, Role]  # name of a data set, and a role
 
 
 def find_stores(
-    config: Config, parts: Iterable[Part], data: Path, output: Path
+    config: Config, parts: Iterable[Part], data_folder: Path, output: Path
 ) -> dict[Part, Path]:
     """The folder of each part's store, which may not exist yet; nothing is embedded."""
     folders = {}
     for part in parts:
         name, _role = part
-        folders[part] = store_of(part, config.data[name], data, output)
+        folders[part] = store_of(part, config.data[name], data_folder, output)
     return folders
 
 
 def make_stores(
-    config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
+    config: Config,
+    parts: Iterable[Part],
+    data_folder: Path,
+    output: Path,
+    *,
+    models: Path | None = None,
 ) -> dict[Part, Path]:
     """The folder of each part's store; missing stores are embedded.
 
     An interrupted embedding is continued. If ``models`` is given, a present store must have been
     made by the model in this folder.
     """
-    folders = find_stores(config, parts, data, output)
-    load = functools.cache(functools.partial(load_backbone, models=models))
+    folders = find_stores(config, parts, data_folder, output)
+    load_model = functools.cache(functools.partial(load_backbone, models=models))
     for (name, role), folder in folders.items():
         entry = config.data[name]
         if entry.stores is not None:
             continue
         if not is_complete(folder):
-            _embed(entry, role, data, folder, load(entry.backbone))
+            _embed(entry, role, data_folder, folder, load_model(entry.backbone))
         elif models is not None:
             stored_space = read_document(folder / MANIFEST, Manifest).space
-            load(entry.backbone).space.require_match(
+            load_model(entry.backbone).space.require_match(
                 stored_space, name=f"the model in {models}", other_name=f"{folder}"
             )
     return folders
@@ -97,14 +102,14 @@ def is_complete(folder: Path) -> bool:
 
 
 def require_stores(
-    config: Config, parts: Iterable[Part], data: Path, output: Path
+    config: Config, parts: Iterable[Part], data_folder: Path, output: Path
 ) -> dict[Part, Path]:
     """The folder of each part's store.
 
     Raises:
         UsageError: If a store is missing.
     """
-    folders = find_stores(config, parts, data, output)
+    folders = find_stores(config, parts, data_folder, output)
     missing = [part for part, folder in folders.items() if not is_complete(folder)]
     if missing:
         name, role = missing[0]
@@ -115,7 +120,7 @@ def require_stores(
     return folders
 
 
-def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
+def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
     """The folder of a part's store.
 
     A ready-made store is in the folder that the data set names. Any other folder is named by a hash
@@ -123,9 +128,11 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     """
     name, role = part
     if entry.stores is not None:
-        return _ready_made_folder(name, "stores", paths=entry.stores, role=role, data=data)
+        return _ready_made_folder(
+            name, "stores", paths=entry.stores, role=role, data_folder=data_folder
+        )
     columns = _columns(entry, role)
-    with open_images(entry, role, data) as images:
+    with open_images(entry, role, data_folder) as images:
         recipe = [
             images.fingerprint,
             entry.backbone,
@@ -138,19 +145,23 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     return output / "stores" / f"{stem}-{rows_in_name}-{digest(recipe)[:8]}"
 
 
-def find_second_stores(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
+def find_second_stores(
+    config: Config, parts: Iterable[Part], data_folder: Path
+) -> dict[Part, Path]:
     """Folders of the second model's stores, by part; parts without a second model are left out."""
     folders = {}
     for name, role in parts:
         second_paths = config.data[name].second
         if second_paths is not None:
             folders[name, role] = _ready_made_folder(
-                name, "second", paths=second_paths, role=role, data=data
+                name, "second", paths=second_paths, role=role, data_folder=data_folder
             )
     return folders
 
 
-def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
+def _ready_made_folder(
+    name: str, key: str, paths: StorePaths, role: Role, data_folder: Path
+) -> Path:
     """The folder of a ready-made store that a data set names for a role.
 
     Args:
@@ -158,7 +169,7 @@ def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data:
         key: Key of ``paths`` in the table of the data set: "stores" or "second".
         paths: The paths of the stores by role.
         role: The role.
-        data: Folder that relative paths are relative to.
+        data_folder: Folder that relative paths are relative to.
 
     Raises:
         UsageError: If the data set names no store for the role, or if the folder does not exist.
@@ -168,7 +179,7 @@ def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data:
         raise UsageError(
             f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
         )
-    path = data / str(named_folder)
+    path = data_folder / str(named_folder)
     is_relative = not Path(named_folder).is_absolute()
     if is_relative and not path.is_dir():
         raise UsageError(
@@ -178,9 +189,9 @@ def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data:
     return path
 
 
-def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
+def _embed(entry: Data, role: Role, data_folder: Path, folder: Path, backbone: Backbone) -> None:
     """Embed the images of a role into a store."""
-    with open_images(entry, role, data) as images:
+    with open_images(entry, role, data_folder) as images:
         embed(
             images,
             backbone,
@@ -198,14 +209,14 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
         return ExtraColumns(features=entry.features, negatives=words)
     views = 0
     if role == "test":
-        # only test images have views, because embedding views of training images would take long
+        # Only test images get views. To embed views of the training images would take long.
         views = entry.views
     prompts = named_templates(entry.prompts)
     return ExtraColumns(features=entry.features, views=views, prompts=prompts, negatives=words)
 
 
 def _word_lists(entry: Data) -> list[tuple[str, ...]]:
-    """The lists of words to store: either one list, of everyday words, or no list."""
+    """The lists of words to store: one list if the data set sets ``negatives``, else none."""
     if not entry.negatives:
         return []
     return [everyday_words()]
@@ -233,12 +244,13 @@ def _class_names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 
 
 @contextmanager
-def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
-    """Open the pictures of a part, within its limits, damaged if the data set has a ``shift``.
+def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDataset]:
+    """Open the pictures of a role, within the limits of the data set.
 
-    For captions these are the pictures of all roles.
+    If the data set has a ``shift``, the pictures are damaged. If it has captions, the pictures of
+    all roles are opened.
     """
-    with _source_path(entry, data) as path:
+    with _source_path(entry, data_folder) as path:
         images = open_dataset(
             path,
             split=_split(entry, role),
@@ -259,10 +271,10 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
         yield images
 
 
-def _source_path(entry: Data, data: Path) -> AbstractContextManager[Path]:
+def _source_path(entry: Data, data_folder: Path) -> AbstractContextManager[Path]:
     """Path of the images of a data set: below the data folder, or in vilu's own files."""
     source = entry.source or "."
     if not source.startswith(PACKAGE):
-        return nullcontext(data / source)
+        return nullcontext(data_folder / source)
     asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
     return resources.as_file(asset)

@@ -88,7 +88,7 @@ def load_studies(output: Path) -> list[Board]:
         hint = "Make one: vilu benchmark CONFIG.toml."
         smoke = output / "smoke"
         if (smoke / STUDIES).is_dir():
-            hint = f"That of --smoke is in {smoke}."
+            hint = f"The study of --smoke is in {smoke}."
         raise DataError(f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). {hint}")
     return [_load_study(path, output) for path in documents]
 
@@ -136,7 +136,7 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""Two Markdown texts for each ruling: the first for a table, the second for a heading."""
+"""Maps each ruling to two Markdown texts: the first for a table, the second for a heading."""
 
 
 def study_page(
@@ -169,7 +169,10 @@ def study_page(
 
 
 def _about_paragraph(study: Study) -> list[str]:
-    """A paragraph on what a study reproduces and on its protocol; no paragraph without both."""
+    """A paragraph on what a study reproduces and on its protocol.
+
+    If the study states neither, the list is empty.
+    """
     sentences = []
     if study.reproduces:
         sentences.append(f"Reproduces: {study.reproduces}.")
@@ -197,7 +200,7 @@ def our_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 
 def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
-    """Markdown lists of the claims of several studies: those of the paper, then ours."""
+    """Markdown lists of the claims of several studies: the paper's claims, then our claims."""
     all_verdicts = list(itertools.chain.from_iterable(verdicts))
     sections = []
     for heading, section_verdicts in (
@@ -378,7 +381,7 @@ def run_studies(
 ) -> list[Rendered]:
     """Run some benchmarks and write their tables and figures.
 
-    Arguments and errors are those of ``run_all``.
+    The arguments and the errors are the same as for ``run_all``.
     """
     _claim_folders(configs, output)
     views = itertools.chain.from_iterable(config.views for config in configs)
@@ -401,7 +404,7 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
         )
     for config in configs:
         folder = output / STUDIES / config.name
-        # without the document of a study, every file in the folder counts as foreign
+        # without the document of a study, every file in the folder is treated as foreign
         has_document = (folder / DOCUMENT).is_file()
         claim_folder(folder, "study", is_ours=lambda _: False, has_same_inputs=has_document)
 
@@ -444,7 +447,7 @@ def render_studies(
     is_document_of_vilu = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
     figures = document.with_suffix("")
-    # if vilu did not write the document, every file in the folder of figures counts as foreign
+    # if vilu did not write the document, every file in the folder of figures is treated as foreign
     claim_folder(
         figures, "document's figures", lambda _: False, has_same_inputs=is_document_of_vilu
     )

@@ -30,10 +30,10 @@ from vilu_bench.studies.parts import Section
 from vilu_bench.studies.result import SCORES, CellResult, load_bootstrap, resampled_metrics
 
 KEY = "submission"  # key of the submission in the provenance of a score file
-# keys of ``decided_by`` whose facts must equal those of the study's cell
+# keys of ``decided_by`` that must have the same values as in the study's cell
 SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
-# Keys of ``decided_by["train"]`` whose facts must equal those of a fit of the study. The budget is
-# not among them, because a submitted fit may have the budget "none" instead of the study's.
+# Keys of ``decided_by["train"]`` that must have the same values as in some fit of the study. The
+# budget is not among them: a submitted fit may have the budget "none" instead of the study's.
 SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
@@ -44,7 +44,7 @@ class Submission(Section):
     # distribution and version that a method from outside vilu comes from; "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
     result: CellResult  # the result document of the run folder
-    # the (setting, seed) pairs that have this result, because all that decides it is the same
+    # (setting, seed) pairs of all cells with this result; everything that decides it is equal there
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -62,7 +62,7 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     Raises:
         UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
-    # both by every cell of the method that was run and has a result
+    # The keys of both dicts are the cells of the method that were run and have a result.
     first_board: dict[Cell, Board] = {}  # the first study that has the cell
     stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share its result
     for board in boards:
@@ -119,7 +119,7 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
 
 
 def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
-    """Check submitted files, and add each file to the studies of a run folder that it belongs to.
+    """Check submitted files, and add each file to every study of a run folder that it matches.
 
     Raises:
         DataError: If there is no file, or if a file differs from the result that the study would
@@ -134,13 +134,17 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
     placed_files: set[Path] = set()
     for board in boards:
         _refuse_adapted(board)
-        pairs = [(guest, cell) for guest in guests for cell in _matching_cells(board, guest)]
-        placed_files.update(guest.path for guest, _ in pairs)
+        pairs = []
+        for guest in guests:
+            for cell in _matching_cells(board, guest):
+                pairs.append((guest, cell))
+                placed_files.add(guest.path)
         pairs_by_board.append(pairs)
     for guest in guests:
         if guest.path not in placed_files:
             raise DataError(
-                f"{guest.path}: no study in {run} has a result in its place, to compare it with."
+                f"{guest.path}: no study in {run} has a result with its data set, "
+                "setting and seed, to compare it with."
             )
     boards_with_guests = []
     for board, pairs in zip(boards, pairs_by_board, strict=True):
@@ -177,25 +181,27 @@ def _read(path: Path) -> Guest:
 def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
     """The study's cells to compare a guest with: one for each setting and seed of the guest.
 
-    If the study has no result with a setting and seed, no cell is returned for them.
+    If the study has no result with a setting and seed, no cell is returned for them. If several
+    methods have a result there, the last one is taken: all of them have the same test rows.
     """
     data = guest.submission.result.data
-    wanted_places = set(guest.submission.stands_for)
-    cell_of_place: dict[tuple[str, int], Cell] = {}
+    wanted = set(guest.submission.stands_for)
+    matching: dict[tuple[str, int], Cell] = {}
     for cell in board.cells:
         if cell.data != data:
             continue
-        place = (cell.setting, cell.seed)
+        setting_and_seed = (cell.setting, cell.seed)
         has_result = board.results[cell.result_cell].refused is None
-        if has_result and place in wanted_places:
-            cell_of_place[place] = cell
-    return list(cell_of_place.values())
+        if has_result and setting_and_seed in wanted:
+            matching[setting_and_seed] = cell
+    return list(matching.values())
 
 
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
     """A study with guests added.
 
-    A pair has a guest and the study's cell of the same data set, setting and seed.
+    Each pair has a guest and a cell of the study with the guest's data set, and with one of the
+    guest's settings and seeds.
     """
     guests: dict[Cell, Guest] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}
@@ -209,7 +215,7 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
         elif result.method in board.config.entries:
             raise _conflict_error(guest)
         else:
-            if cell != result.cell:  # another setting or seed that shares the guest's result
+            if cell != result.cell:  # the cell has another setting or seed, and shares the result
                 cell = replace(cell, same_as=result.cell)
             guests[cell] = guest
             results[result.cell] = result
@@ -254,7 +260,7 @@ def _bootstrap_with_guests(
 ) -> Bootstrap:
     """A function that returns the bootstrap values of a cell of the study or of a guest.
 
-    Those of the study are read, and those of a guest are computed from its scores.
+    For a cell of the study the values are read. For a guest they are computed from its scores.
     """
     outcomes = {cell.result_cell: guest.outcomes for cell, guest in guests.items()}
 
@@ -287,7 +293,7 @@ def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> Cel
         fault = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
     if fault is None:
-        with collected_warnings():  # they are not shown, because the submitted result lists them
+        with collected_warnings():  # not shown again, because the submitted result lists them
             rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
         fault = _fault_of_metrics(result, rows)
     if fault is not None:
@@ -298,7 +304,7 @@ def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> Cel
 
 
 def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
-    """How the facts of a submitted result differ from those of our cell; None if they do not."""
+    """How the facts of a submitted result differ from our cell's facts; None if they do not."""
     our_result = board.results[cell.result_cell]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
@@ -327,16 +333,16 @@ def _is_same_fit(submitted_fit: Mapping[str, object], our_fit: Mapping[str, obje
 
 def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
     """Yield the training facts of every fit with the data set, setting and seed of the cell."""
-    place = (cell.data, cell.setting, cell.seed)
+    wanted = (cell.data, cell.setting, cell.seed)
     for our_cell in board.cells:
-        if (our_cell.data, our_cell.setting, our_cell.seed) == place:
+        if (our_cell.data, our_cell.setting, our_cell.seed) == wanted:
             our_fit = board.results[our_cell.result_cell].decided_by.get("train")
             if our_fit:
                 yield our_fit
 
 
 def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | None:
-    """How the rows of a guest differ from those of the study; None if they do not."""
+    """How the rows of a guest differ from the study's rows; None if they do not."""
     if len(guest_outcomes) != len(our_outcomes):
         return f"it has {len(guest_outcomes)} rows, and there are {len(our_outcomes)}"
     differs = (guest_outcomes.failure != our_outcomes.failure) | (
@@ -354,7 +360,10 @@ def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | No
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """Which metrics of a submitted result differ from those of its rows; None if none does."""
+    """Which metrics of a submitted result differ from the metrics ``rows``; None if none differs.
+
+    ``rows`` are computed from the submitted scores.
+    """
     stated = {row.metric: row.value for row in result.results}
     differing = []
     for row in rows:

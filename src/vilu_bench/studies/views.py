@@ -46,7 +46,7 @@ class OnAxis(Protocol):
 
 
 class StudyNames(Protocol):
-    """The names in a study that views and claims may use; ``Config`` provides them."""
+    """The names of a study, which its views and claims may use; ``Config`` provides them."""
 
     metrics: Names
 
@@ -62,12 +62,16 @@ class StudyNames(Protocol):
         """Labels of the methods whose results others submitted."""
 
 
-def require_all(
+def require_known_names(
     where: str, study_names: StudyNames, names_of_axis: Mapping[str, Names | None]
 ) -> None:
-    """Raise a ValueError for an unknown name.
+    """Raise a ValueError for a name that a study does not have.
 
-    ``names_of_axis`` has the names to check by axis; None instead of names stands for all names.
+    Args:
+        where: Text after the name of the axis in the message, such as "(claim)".
+        study_names: The names that the study has.
+        names_of_axis: Maps each axis to the names to check. None means all names of the study, so
+            there is nothing to check.
     """
     for axis, names in names_of_axis.items():
         if names is not None:
@@ -77,8 +81,8 @@ def require_all(
 class View(Section):
     """A table or a figure."""
 
-    with_intervals: ClassVar[bool] = False  # whether all its metrics must have intervals
-    with_guests: ClassVar[bool] = True  # whether it also shows submitted methods
+    needs_intervals: ClassVar[bool] = False  # whether all metrics of the view must have intervals
+    shows_guests: ClassVar[bool] = True  # whether the view also shows submitted methods
 
     name: Name
     title: str
@@ -108,7 +112,7 @@ class View(Section):
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
         # where ``self.data`` is None, all data sets are shown, and there is no name to check
         data = (*(self.data or ()), *self.mean)
-        require_all(
+        require_known_names(
             self.where,
             study_names,
             {"method": self.methods, "data": data, "setting": self.settings},
@@ -121,7 +125,7 @@ class View(Section):
                 "means are for tables, and for curves over something else than data sets "
                 f"{self.where}"
             )
-        if self.with_intervals:
+        if self.needs_intervals:
             require_known(
                 f"metric with an interval {self.where}", self.metrics, study_names.ranked_by
             )
@@ -138,13 +142,13 @@ class View(Section):
     def _methods_to_show(self, study_names: StudyNames) -> Names:
         """The chosen methods (by default all of the study), then the guests.
 
-        Guests are left out if the view is one without guests, or if a single method is chosen.
+        Guests are left out if the view shows no guests, or if a single method is chosen.
         """
         study_methods = [
             name for name in study_names.entries_of("method") if name not in study_names.guests
         ]
         names = self.methods or tuple(study_methods)
-        if not self.with_guests:
+        if not self.shows_guests:
             return names
         has_single_method = self.methods is not None and len(self.methods) == 1
         if has_single_method:
@@ -161,7 +165,8 @@ class TableView(View):
     """A table of values with intervals; the best and second best competing values are marked."""
 
     kind: Literal["table"]
-    # fields that label a row; a field in neither ``rows`` nor ``columns`` must have a single value
+    # Fields that label a row. A field that neither ``rows`` nor ``columns`` name must have a single
+    # value.
     rows: Names = ("method",)
     columns: Names = ("data", "metric")  # fields that label a column
     compete: Names = ("method",)  # values compete if they differ only in these fields
@@ -199,11 +204,13 @@ class TableView(View):
 class CurveView(View):
     """A figure of a metric over a number: lines with intervals, in one or several panels."""
 
-    with_intervals: ClassVar[bool] = True
+    needs_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
-    x: Axis = "setting"  # the horizontal axis is the ``x`` of the methods, data sets or settings
-    line: Axis = "method"  # one line for each of these
-    panel: Axis = "data"  # one panel for each of these and each metric
+    # Whether the points are the methods, the data sets or the settings. The field ``x`` of a point
+    # is its position on the horizontal axis.
+    x: Axis = "setting"
+    line: Axis = "method"  # a panel has one line for each of these
+    panel: Axis = "data"  # there is one panel for each of these and each metric
     x_label: str  # label of the horizontal axis
     log: bool = False  # whether the horizontal axis is logarithmic
     # texts to show at values of the horizontal axis, instead of the values
@@ -221,10 +228,10 @@ class CurveView(View):
         return self
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError if nothing has a position on the axis."""
+        """Also raise a ValueError if no point has a position on the axis."""
         super().check(study_names)
         if all(entry.x is None for entry in self.entries_of(study_names, self.x).values()):
-            raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
+            raise ValueError(f"no {self.x} has an x, its position on the axis {self.where}")
 
 
 class ScatterView(View):
@@ -233,7 +240,7 @@ class ScatterView(View):
     A point is a data set in a setting.
     """
 
-    with_intervals: ClassVar[bool] = True
+    needs_intervals: ClassVar[bool] = True
     kind: Literal["scatter"]
 
 
@@ -243,16 +250,16 @@ class HistogramView(View):
     There is a panel for each data set and method.
     """
 
-    with_guests: ClassVar[bool] = False  # histograms need the score files of a run folder
+    shows_guests: ClassVar[bool] = False  # histograms need the score files of a run folder
     kind: Literal["histograms"]
 
 
 class GridView(View):
     """A grid of two hyper-parameters, which are chosen in one setting and reported in another."""
 
-    with_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
+    shows_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
     kind: Literal["grid"]
-    parameters: tuple[str, str]  # names of the two hyper-parameters, that of the rows first
+    parameters: tuple[str, str]  # hyper-parameter of the rows, hyper-parameter of the columns
     select_on: str  # setting in which the best pair of values is chosen
     report_on: str  # setting in which the results of all pairs are reported
 
@@ -262,16 +269,16 @@ class GridView(View):
         require_known(
             f"metric with an interval {self.where}", self.metrics[:1], study_names.ranked_by
         )
-        require_all(self.where, study_names, {"setting": (self.select_on, self.report_on)})
+        require_known_names(self.where, study_names, {"setting": (self.select_on, self.report_on)})
 
 
 class RankingView(View):
-    """A table of all methods of each data set and setting, best first, and of their wins."""
+    """For each data set and setting a table of all methods, best first; then their wins."""
 
     kind: Literal["ranking"]
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError for chosen names: a ranking shows everything."""
+        """Also raise a ValueError if names are chosen, because a ranking shows all of them."""
         super().check(study_names)
         if any(self.chosen_names.values()) or self.metrics != RANKED_BY:
             raise ValueError(
@@ -296,7 +303,7 @@ THIS_PROJECT = "this project"  # source of a claim that no publication makes
 
 
 class Claim(Section):
-    """A claim of a publication or of this project, which a number and its interval decide."""
+    """A claim of a publication or of this project; a number and its interval decide it."""
 
     says: str  # the claim in our words
     source: str  # where the publication makes the claim; or ``THIS_PROJECT``
@@ -315,10 +322,10 @@ class Claim(Section):
 
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
-        require_all("(claim)", study_names, {"data": self.data})
+        require_known_names("(claim)", study_names, {"data": self.data})
         require_known("metric (claim)", [self.metric], study_names.ranked_by)
         methods, settings = self.subjects
-        require_all("(claim)", study_names, {"method": methods, "setting": settings})
+        require_known_names("(claim)", study_names, {"method": methods, "setting": settings})
 
 
 class Better(Claim):
@@ -350,9 +357,10 @@ class Trend(Claim):
     def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for settings without a position on a logarithmic axis."""
         super().check(study_names)
-        x = [study_names.entries_of("setting")[name].x for name in self.settings]
-        positive = [value for value in x if value is not None and value > 0]
-        if len(positive) < len(x) or len(set(positive)) < 2:
+        positions = [study_names.entries_of("setting")[name].x for name in self.settings]
+        positive = [position for position in positions if position is not None and position > 0]
+        all_positive = len(positive) == len(positions)
+        if not all_positive or len(set(positive)) < 2:
             raise ValueError(
                 f"the trend of {self.method} needs settings with different x above zero"
             )
@@ -384,28 +392,28 @@ class Published:
     """A number of a publication."""
 
     value: float  # the metric, as a fraction
-    backbone: str  # the model that it was measured with (``vilu.backbones.catalog``)
+    backbone: str  # the model with which it was measured (``vilu.backbones.catalog``)
     source: str  # table or figure of the publication
     doubt: str  # why the number is doubtful; "" if there is no doubt
 
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """Published numbers, by name of the table and key: at most one per backbone."""
+    """Maps the name of a table, then a key, to published numbers: at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
     _, rows = parse_csv(text.splitlines(), "published.csv")
     for row in rows:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
-        cells = tables.setdefault(row["table"], {})
+        numbers_of_key = tables.setdefault(row["table"], {})
         value = round(float(row["percent"]) / 100, 6)
         number = Published(value, row["backbone"], row["source"], row["doubt"])
-        earlier_numbers = cells.get(key, ())
+        earlier_numbers = numbers_of_key.get(key, ())
         if number.backbone in {earlier.backbone for earlier in earlier_numbers}:
             raise DataError(
                 f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}."
             )
-        cells[key] = (*earlier_numbers, number)
+        numbers_of_key[key] = (*earlier_numbers, number)
     return tables
 
 
