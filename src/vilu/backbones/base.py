@@ -199,6 +199,7 @@ class DualEncoder:
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
+        # tensors of inference mode cannot be trained on, but a copy made outside of it can
         return _normalise(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +221,7 @@ class DualEncoder:
         if is_bf16:
             with torch.autocast(device_type, torch.bfloat16):
                 return self._image_tower(pixels).float()
+        # the same float32 products, from the library that is faster on this processor
         with torch.autocast(device_type, enabled=False), fast_products(self.device):
             return self._image_tower(pixels).float()
 

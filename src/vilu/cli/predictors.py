@@ -1042,11 +1042,7 @@ def push(
     from vilu.predictors.persistence.hub import push as push_predictor
 
     address = push_predictor(
-        predictor,
-        repository,
-        private=private,
-        overwrite=overwrite,
-        with_sample=with_sample,
+        predictor, repository, private=private, overwrite=overwrite, with_sample=with_sample
     )
     console.print_outputs(address)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")

@@ -450,8 +450,7 @@ class PseudoCaptions(PairSource):
         n_rows_of_sources = torch.tensor([len(rows) for rows in rows_of_sources])
         # for every row, the number of its source: 0 for all rows of source 0, then 1, ...
         self._source_of_row = torch.repeat_interleave(n_rows_of_sources)
-        # for every row, its row number in its source
-        self._row_in_source = torch.cat(rows_of_sources)
+        self._row_in_source = torch.cat(rows_of_sources)  # for every row, its number there
         n_rows = len(self._row_in_source)
         require_full_pools(n_rows, self.pool_size, subject="the union of the labelled rows")
         # the texts of the classes, and for every row the index of its text; this index is 0 if the

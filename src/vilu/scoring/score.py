@@ -403,10 +403,7 @@ def _facts_about_origin(
     split: str | None,
     **more_provenance: object,
 ) -> dict[str, Any]:
-    """Fields of the outcomes that describe their origin.
-
-    ``more_provenance`` are further entries of the field ``provenance``.
-    """
+    """Fields of the outcomes that describe their origin, with ``more_provenance`` in provenance."""
     predictor_space = None
     if predictor.space_ is not None:
         predictor_space = predictor.space_.fingerprint

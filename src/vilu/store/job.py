@@ -213,10 +213,9 @@ class EmbedJob:
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """Do several parts as ``process`` does, in order, and yield their receipts.
+        """Do the parts with these numbers as ``process`` does, in order, and yield their receipts.
 
-        ``parts`` are the numbers of the parts. The first images of a part are decoded while the
-        part before it is still being embedded.
+        The first images of a part are decoded while the part before it is still being embedded.
         """
         if progress is None:
             progress = Silence()

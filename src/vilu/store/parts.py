@@ -101,7 +101,7 @@ def plan_parts(run: Run) -> list[Part]:
 def possible_positions(run: Run, part: Part) -> range:
     """Return the range of positions that the images of a part can have.
 
-    With shards, many of these positions have no image (``SHARD``).
+    Each shard reserves ``SHARD`` positions, which are far more than it has images.
     """
     if run.shards:
         return range(part.start * SHARD, part.stop * SHARD)
@@ -109,7 +109,7 @@ def possible_positions(run: Run, part: Part) -> range:
 
 
 def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64], n_in: int) -> bool:
-    """Whether ``sorted_positions`` can be the positions of all ``n_in`` images of a part.
+    """Whether ``sorted_positions`` are valid positions for all ``n_in`` images of a part.
 
     Without shards, they must be all positions of the part. With shards, the positions in each shard
     must begin at the first position of the shard and have no gap.

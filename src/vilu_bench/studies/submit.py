@@ -200,8 +200,7 @@ def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
     """A study with guests added.
 
-    Each pair has a guest and a cell of the study with the guest's data set, and with one of the
-    guest's settings and seeds.
+    Each pair has a guest and the cell of the study with its data set, its setting and its seed.
     """
     guests: dict[Cell, Guest] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}

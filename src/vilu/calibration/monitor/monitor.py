@@ -356,8 +356,7 @@ class Monitor:
             tables.append(
                 pa.table({"test": pa.repeat(name, len(counts)), "value": values, "count": counts})
             )
-        # This empty table makes sure that the columns "value" and "count" exist, even if there is
-        # no test with values.
+        # without a test, this empty table still brings the columns "value" and "count"
         empty_columns = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty_columns))
         # The hashes of seen rows and seen labels are in the same table. In their lines, the column

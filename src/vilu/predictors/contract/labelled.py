@@ -312,8 +312,7 @@ def hold_out(
         n_held_out = round(len(candidates) * fraction)
         chosen_rows.append(candidates[order[:n_held_out]])
     chosen_groups = groups[torch.cat(chosen_rows)]
-    is_held_out = torch.isin(groups, chosen_groups)
-    return is_held_out.nonzero().squeeze(1)
+    return torch.isin(groups, chosen_groups).nonzero().squeeze(1)
 
 
 def _hold_out_pools(

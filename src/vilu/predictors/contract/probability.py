@@ -280,11 +280,12 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
 
 
 def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(V,) whether a new pool begins: at the first rate, and where a rate exceeds the one before.
+    """(V,) for each rate, whether it begins a new pool.
 
-    The rates are ``n_wrong`` (V,) / ``n_rows`` (V,).
+    The rates are ``n_wrong`` (V,) / ``n_rows`` (V,). The first rate begins a pool, and so does
+    every rate above the rate before it.
     """
-    # the comparison w1 / n1 > w0 / n0 of rates, multiplied by n0 n1, is exact in integers
+    # For the rates w1 / n1 and w0 / n0, "w1 n0 > w0 n1" is the same as "above", and is exact.
     is_above = n_wrong[1:] * n_rows[:-1] > n_wrong[:-1] * n_rows[1:]
     return np.append(True, is_above)
 

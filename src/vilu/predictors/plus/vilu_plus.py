@@ -84,8 +84,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 
     # A negative weight would follow the opposite of an expert, so weights are at least 0.
     bounds = [(0, None)] * len(prior)
-    best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
-    return np.asarray(best.x)
+    return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds).x)
 
 
 MEMORY_ROWS = 4_096
@@ -404,7 +403,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
         """New experts with the sizes of the saved ``tensors``."""
-        if not tensors.keys() >= {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR}:
+        missing_names = {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR} - tensors.keys()
+        if missing_names:
             raise DataError(
                 f"a {self.name} holds experts and a pool. "
                 f"The file has {', '.join(sorted(tensors)[:8])}."
@@ -417,7 +417,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout, self.seed)
         if BANK_TENSOR in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK_TENSOR]), n_classes)
-        n_experts = 1 + len(companions)
+        n_experts = 1 + len(companions)  # the attention and its companions
         n_weights = len(tensors[POOL_TENSOR])
         if n_weights != n_experts:
             raise DataError(
