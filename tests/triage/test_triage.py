@@ -135,7 +135,7 @@ def test_the_page_says_how_many_labels_are_of_one_scene(tmp_path: Path) -> None:
     labels.write_bytes(csv_bytes(label_columns(truth, {})))
     job = dataclasses.replace(job_on(folder), max_risk=0.2)
     said = triage_photos(job, tmp_path / "out", [labels]).guarantee
-    counts = re.search(r"But (\d+) of the (\d+) labels that count are of photos nearly like", said)
+    counts = re.search(r"But (\d+) of the (\d+) labels that count belong to photos", said)
     assert counts is not None
     n_repeated, n_counted = map(int, counts.groups())
     book = list(LabelBook.load(tmp_path / "out" / "labels.parquet"))
@@ -144,7 +144,7 @@ def test_the_page_says_how_many_labels_are_of_one_scene(tmp_path: Path) -> None:
     new_scenes = set(scenes[is_calibration]) - set(scenes[~is_calibration])
     assert n_counted - n_repeated <= len(new_scenes)
     assert n_counted <= is_calibration.sum()
-    assert "With one label for each scene the labels show nothing: rely on this for photos" in said
+    assert "If every scene has only one label, nothing is guaranteed. Rely on this for" in said
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 

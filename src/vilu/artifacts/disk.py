@@ -119,7 +119,7 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
             if file not in failure:  # the message does not name the file yet
                 file_in_brackets = f" ({file})"
         reason = error.strerror or error
-        advice = advice_to_owner(error)
+        advice = advice_to_owner(error)  # "", or a sentence that begins with a space
         if hint:
             advice = f" {hint}{advice}"
         raise StorageError(f"{failure}: {reason}{file_in_brackets}.{advice}") from error
@@ -128,14 +128,15 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
 def advice_to_owner(error: OSError) -> str:
     """Advice on how the owner of a private file lets others read it.
 
-    The advice is "" unless ``error`` says that the user may not read a private file. It begins with
-    a space, because it follows the message of ``error``. A file is private if only its owner may
-    read it, or if it is in a folder that only the owner may open.
+    There is advice only if ``error`` refuses access to a private file, otherwise "" is returned. A
+    file is private if only its owner may read it, or if it is in a folder that only the owner may
+    open. The advice begins with a space, because it follows the message of ``error``.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
     try:
-        is_private = Path(os.fsdecode(error.filename)).stat().st_mode & 0o077 == 0
+        mode = Path(os.fsdecode(error.filename)).stat().st_mode
+        is_private = (mode & 0o077) == 0  # the group and other users have no rights
     except PermissionError:  # the user may not open the folder of the file
         is_private = True
     except OSError:

@@ -22,15 +22,15 @@ from vilu.predictors.persistence.fit_sample import FitSample
 SAME_PICTURE: Final = 0.995
 """Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
 
-Five data sets were divided into random halves (CLIP). 0 to 0.24 % of the rows of one half have a
-copy in the other half.
+CLIP embeddings of five data sets were divided into random halves. 0 to 0.24 % of the rows of one
+half have a copy in the other half.
 """
 
 BOUND_LEVEL: Final = 0.05
 """Level of the upper and of the lower bound of the number of copies."""
 
 SHARE_LEVEL: Final = 0.001
-"""Level of the lower bound of the share of calibration rows that are copies.
+"""Level of the lower bound of a share: the copies among the calibration rows.
 
 The bound is compared with the share of the fitted rows that are copies of other fitted rows.
 """

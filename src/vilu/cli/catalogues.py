@@ -240,6 +240,7 @@ def _predictor_rows() -> list[dict[str, Any]]:
     from vilu.registry import METHODS_OF_TABLES
 
     rows = [_predictor_row(name, cls) for name, cls in PREDICTORS.items()]
+    # the methods for tables of answers are not in ``PREDICTORS``
     rows += [_predictor_row(name, find_method(name)) for name in METHODS_OF_TABLES]
     return rows
 

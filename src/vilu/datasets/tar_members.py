@@ -57,8 +57,10 @@ class Member:
     is_file: bool  # whether it is a plain file, and no link, device or sparse file
 
 
-def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
-    """Yield the members of a tar file of ``size`` bytes in order, without folders.
+def read_members(
+    file: BinaryIO, file_size: int, max_members: int = MAX_MEMBERS
+) -> Iterator[Member]:
+    """Yield the members of a tar file of ``file_size`` bytes in order, without folders.
 
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
@@ -75,7 +77,7 @@ def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> I
         header_start = position
         position = _start_of_data(file, header, header_start)
         if header.type in EXTENSION_TYPES:
-            body = _read_body(file, position, header.size, size)
+            body = _read_body(file, position, header.size, file_size)
             _add_extension_fields(extension_fields, header.type, body, header_start)
             position += _round_up_to_blocks(header.size)
             continue
@@ -83,7 +85,7 @@ def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> I
         extension_fields = {}  # an extension header is valid for the next member only
         # a link may state the size of its target, but no data follow its header
         n_data_bytes = 0 if header.type in TYPES_WITHOUT_DATA else member.size
-        if position + n_data_bytes > size:
+        if position + n_data_bytes > file_size:
             raise BadImage(
                 "open",
                 "truncated_shard",
@@ -192,10 +194,10 @@ def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
     return block[flag_index] != 0
 
 
-def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
+def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> bytes:
     """Return the data of an extension header: ``length`` bytes from ``position`` on.
 
-    ``size`` is the size of the tar file in bytes.
+    ``file_size`` is the size of the tar file in bytes.
     """
     if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
         raise BadImage(
@@ -203,7 +205,7 @@ def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
             "bad_shard",
             f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
         )
-    if position + length > size:
+    if position + length > file_size:
         raise BadImage(
             "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
         )

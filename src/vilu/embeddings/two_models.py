@@ -81,21 +81,24 @@ class TwoModels(RowSubset):
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")
         super().__init__(
-            first, all_rows, classes=None, columns=first.columns | SECOND_MODEL_COLUMNS
+            first,
+            all_rows,
+            classes=None,  # all classes of ``first``
+            columns=first.columns | SECOND_MODEL_COLUMNS,
         )
-        row_of_second = match_rows(first, second)
+        row_in_second = match_rows(first, second)  # for every row of ``first``
         self.first = first
         self.second = second
-        self._row_of_second = torch.from_numpy(row_of_second)
+        self._row_in_second = torch.from_numpy(row_in_second)
         self.ids = first.ids
         self.candidate_of = first.candidate_of
         # a row that is usable in the first source has the status of the second source
-        self.status = np.where(first.status == VALID, second.status[row_of_second], first.status)
+        self.status = np.where(first.status == VALID, second.status[row_in_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the first source, or one of the two columns of the second model."""
         if name == "second_image":
-            return self.second.image_rows(self._row_of_second[index])
+            return self.second.image_rows(self._row_in_second[index])
         if name == "second_text":
             no_rows = index[:0]  # the candidates are the same for all rows
             return self.second.candidates(no_rows).text * self.second.space.logit_scale

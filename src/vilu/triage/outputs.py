@@ -608,18 +608,18 @@ def scenes_in_words(result: TriageResult) -> str:
     certified_index = progress.looks.certified(
         progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
     )
-    what_is_shown = "nothing"
+    what_is_guaranteed = "nothing is guaranteed"
     if certified_index is not None:
         threshold = float(progress.looks.grid[certified_index])
         share = float((_unlabelled_scores(result) <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
-        what_is_shown = f"the guarantee for {share:.0%} of the photos without a label"
+        what_is_guaranteed = f"{share:.0%} of the photos without a label are guaranteed"
         if accepts_as_many:
-            what_is_shown = "the same"
+            what_is_guaranteed = "the guarantee is the same"
     return (
-        f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
-        "another labelled photo, as in bursts and films. With one label for each scene the labels "
-        f"show {what_is_shown}: rely on this for photos of new scenes."
+        f" But {n_repeated:,} of the {len(is_first):,} labels that count belong to photos that are "
+        "nearly like another labelled photo, as in bursts and films. If every scene has only one "
+        f"label, {what_is_guaranteed}. Rely on this for photos of new scenes."
     )
 
 

@@ -317,15 +317,15 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         start: StartLogits | None,
         similar_experts: Experts | None,
     ) -> Experts:
-        """Fit the attention, and companions of these ``kinds``.
+        """Fit the experts of the pool: the attention, and one expert of each of these ``kinds``.
 
         Args:
             rows: The rows to fit on.
-            kinds: Kinds of the companions: "adapter", "memory".
+            kinds: Kinds of the experts beside the attention: "adapter", "memory".
             weights: Weights of the experts in the pool.
             start: Logits that were estimated from images without labels.
-            similar_experts: Experts that were fitted to most of the rows. Beginning at their
-                attention saves steps.
+            similar_experts: Experts that are already fitted to most of these rows. The fit starts
+                from the weights of their attention, and so needs fewer steps.
         """
         n_classes = rows.source.n_candidates
         if rows.source.pool_size:  # image-caption pairs have no classes
