@@ -384,9 +384,7 @@ class Guard:
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """Answers about any number of images, in their order, yielded batch by batch."""
         records = ((index, record_of(index, image)) for index, image in enumerate(images))
-        n_decoded_ahead = (
-            self.batch_size + self.workers
-        )  # images that may be decoded ahead of their use
+        n_decoded_ahead = self.batch_size + self.workers  # images that may wait to be used
         with in_threads(self.model.decoder, records, self.workers, n_decoded_ahead) as decoded:
             batch = list(islice(decoded, self.batch_size))
             while batch:
