@@ -23,7 +23,7 @@ TABLES = {
         "benchmarks.baseline_tables",
         CELLS / "baselines.jsonl",
         "--divisions",
-        "4",
+        "5",
         "--without",
         "imagenet",
     ],
