@@ -158,7 +158,7 @@ def test_a_job_leaves_the_threads_and_a_worker_has_its_share(tmp_path):
         torch.set_num_threads(3)
         job.process(0)
         assert torch.get_num_threads() == 3
-        receipt_of(Worker(pack_job(job, 2)).outcome(1))  # as in a process of its own
+        receipt_of(Worker(pack_job(job, 2)).do_part(1))  # as in a process of its own
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -219,7 +219,7 @@ def test_a_part_whose_listing_kills_is_given_up_by_shard(tmp_path):
     assert (receipt.n_in, receipt.errors) == (2, {"bad_shard": 2})
     errors = pq.read_table(tmp_path / "errors/errors_00001.parquet").to_pydict()
     assert (errors["key"], errors["position"]) == (["shard 2", "shard 3"], [2 * SHARD, 3 * SHARD])
-    with pytest.raises(DataError, match=r"2 of 5 shards .* unknown: shard 2 \(3 processes died"):
+    with pytest.raises(DataError, match=r"2 of 5 shards .* is lost: shard 2 \(3 processes died"):
         run(data, tmp_path, max_error_rate=0.5)
     with pytest.warns(UserWarning, match="2 of 5 shards"):
         run(data, tmp_path, allow_bad_shards=True)

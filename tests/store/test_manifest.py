@@ -157,7 +157,7 @@ def write_altered(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_in": 24}, "fingerprint is not that"),
+        ({"n_in": 24}, "fingerprint does not match the inputs"),
         ({"n_in": -1}, "n_in"),
         ({"n_in": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 images"),
         ({"shards": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 shards"),
