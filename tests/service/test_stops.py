@@ -24,12 +24,13 @@ Answered = dict[str, list[str]]
 
 
 def ask_until(
-    running: Running, ended: threading.Event, photos: list[bytes], who: int
-) -> tuple[Answered, list[str]]:
-    """Requests one after another on one connection:
-    rows that were answered, and what went wrong otherwise.
+    running: Running, ended: threading.Event, photos: list[bytes], who: int, answered: Answered
+) -> list[str]:
+    """Send requests one after another on one connection, and return what went wrong.
+
+    The rows of each answer are added to ``answered``, which all connections share.
     """
-    answered, failed = Answered(), list[str]()
+    failed: list[str] = []
     with httpx.Client(base_url=running.url, timeout=20) as client:
         for number in range(100_000):
             name = f"{who}-{number}"
@@ -49,7 +50,7 @@ def ask_until(
                 failed.append(str(reply.status_code))
             if ended.is_set() and number % 3 == 0:
                 break
-    return answered, failed
+    return failed
 
 
 @pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 2))
@@ -59,7 +60,8 @@ def test_under_load(
     photos: Callable[[int], list[bytes]],
     how: signal.Signals,
 ) -> None:
-    found: list[tuple[Answered, list[str]]] = []
+    answered: Answered = {}
+    failed: list[str] = []
     settings = ("--state", tmp_path / "s", "--batch-size", 4, "--queue", 12)
     with served(predictors[0], *settings, ready=False) as running:
         assert running.get("/healthz").status_code == 200  # at once
@@ -69,18 +71,21 @@ def test_under_load(
         ended, images = threading.Event(), photos(9)
         threads = [
             threading.Thread(
-                target=lambda who=who: found.append(ask_until(running, ended, images, who))
+                target=lambda who=who: failed.extend(
+                    ask_until(running, ended, images, who, answered)
+                )
             )
             for who in range(8)
         ]
         for thread in threads:
             thread.start()
-        time.sleep(1.0)
+        latest = time.monotonic() + 60
+        while len(answered) <= 20 and time.monotonic() < latest:
+            time.sleep(0.05)
         code = running.stop(how)
         ended.set()
         for thread in threads:
             thread.join(30)
-    answered = {name: rows for one, _ in found for name, rows in one.items()}
     assert len(answered) > 20
     rows = [row for one in answered.values() for row in one]
     (kept,) = (tmp_path / "s").glob("*/rows.sqlite")
@@ -89,11 +94,7 @@ def test_under_load(
     assert len(set(there)) == len(there)
     assert set(rows) <= set(there)  # what was answered is on the disk
     # of a connection that is closed between two requests httpx says the same as of one that breaks
-    assert {why for _, failed in found for why in failed} <= {
-        "ReadError",
-        "RemoteProtocolError",
-        "WriteError",
-    }
+    assert set(failed) <= {"ReadError", "RemoteProtocolError", "WriteError"}
     if how is signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
