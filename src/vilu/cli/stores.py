@@ -24,9 +24,9 @@ from vilu.text import plural, printable
 Arrays = Annotated[
     Path | None,
     path_argument(
-        "An .npz file, or a folder of .npy files. Required: image (N, D), class_names (K), and "
-        "text (K, D) or logits (N, K). Optional: target (N), ids, logit_scale, logit_bias, "
-        "negatives (M, D), views, features, prompts, ...",
+        "An .npz file, or a folder of .npy files. Required: class_names (K) or --classes, and "
+        "either image (N, D) with text (K, D), or logits (N, K). Optional: target (N), ids, "
+        "logit_scale, logit_bias, negatives (M, D), views, features, prompts, ...",
         metavar="SOURCE",
     ),
 ]

@@ -269,7 +269,7 @@ class Engine:
             item = self.guard.model.decoder((position, record_of(position, content)))
             picture = content
             if isinstance(item, PreparedImage):
-                # 16 bits tell the 256 levels of a colour apart, and need half of the time to hash
+                # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
                 picture = item.pixels.half().numpy().tobytes()
             row = row_id(request, index, hashlib.sha256(content).digest(), picture)
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
