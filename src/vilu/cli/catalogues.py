@@ -220,7 +220,7 @@ def list_(
     rows = rows_of_catalogue[what]()
     print_result(rows, _catalogue_table(what, rows))
     if what == "datasets":
-        next_step("more of the data sets that have a name: vilu datasets list")
+        next_step("data sets that vilu knows by name: vilu datasets list")
 
 
 def _catalogue_table(what: str, rows: list[dict[str, Any]]) -> str:
