@@ -11,13 +11,13 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vilu.errors import MissingModelError, StorageError, UsageError
+from vilu.errors import MissingModelError, StorageError, UsageError, ViLUError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -149,6 +149,9 @@ class Catalogue(MutableMapping[str, Added]):
     Other distributions add objects by entry points. An entry point is imported when its name is
     looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error, but
     an iteration only logs a warning and leaves the entry point out.
+
+    The order is: objects of this package in the order of ``offer``, objects that were registered,
+    objects of entry points by name. It does not depend on what was looked up before.
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -158,12 +161,19 @@ class Catalogue(MutableMapping[str, Added]):
         # maps the names of objects of this package, imported on first use, to "module:object"
         self.addresses: dict[str, str] = {}
         self._has_imported_all = False
+        self._entry_names: list[str] = []  # sorted names of the entry points that were imported
 
     def names(self) -> list[str]:
         """All names, without importing any entry point."""
         load_plugins()
-        entry_names = [entry.name for entry in self._entries()]
-        return list(dict.fromkeys([*self.addresses, *self.registered, *entry_names]))
+        entry_names = sorted(entry.name for entry in self._entries())
+        return self._in_order(entry_names)
+
+    def _in_order(self, entry_names: Sequence[str]) -> list[str]:
+        """Names of this package, then names that were registered, then those of entry points."""
+        # An entry point that was looked up is in ``registered``, too.
+        registered = [name for name in self.registered if name not in entry_names]
+        return list(dict.fromkeys([*self.addresses, *registered, *entry_names]))
 
     def offer(self, addresses: Mapping[str, str]) -> None:
         """Add objects of this package without importing them.
@@ -194,28 +204,22 @@ class Catalogue(MutableMapping[str, Added]):
         if not self._has_imported_all:
             self._has_imported_all = True
             self._import_all()
-        return iter(self.registered)
+        return iter([name for name in self._in_order(self._entry_names) if name in self.registered])
 
     def _import_all(self) -> None:
-        """Import all objects of the catalogue.
-
-        Afterwards their order is: objects of this package in the order of ``offer``, registered
-        objects, objects of entry points.
-        """
+        """Import all objects of the catalogue."""
         for name in self.addresses:
             if name not in self.registered:
                 self._import_own(name)
-        own_objects = {name: self.registered[name] for name in self.addresses}
-        # own objects come first, then all objects that were registered by anybody else
-        self.registered = own_objects | self.registered
         reasons = []
         for entry in self._entries():
             try:
                 self._import_entry(entry)
-            except UsageError as error:
+            except ViLUError as error:
                 reasons.append(str(error))
         for reason in dict.fromkeys(reasons):
             logger.warning("left out: %s", reason)
+        self._entry_names = sorted(entry.name for entry in self._entries())
 
     def _import_own(self, name: str) -> None:
         """Import an object of this package, and register it."""

@@ -223,6 +223,25 @@ def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
     assert [sheet.cells[row, 0].tied for row in range(3)] == [False, True, False]
 
 
+@pytest.mark.parametrize("order", [("mcm", "vilu", "lvu"), ("lvu", "vilu", "mcm")])
+def test_of_two_equal_bests_the_order_decides_nothing(order: tuple[str, ...]) -> None:
+    """MCM and LVU are best; the bootstrap can tell ViLU from MCM, and not from LVU."""
+    chosen = made(
+        methods={name: {} for name in order}, data={"one": {"stores": {"train": "a", "test": "b"}}}
+    )
+    cells = plan(chosen)
+    values = {"mcm": 0.8, "lvu": 0.8, "vilu": 0.79}
+    noise = np.random.default_rng(0).normal(size=B) / 10
+    draws = {"mcm": np.full(B, 0.8), "lvu": 0.8 + noise, "vilu": np.full(B, 0.79)}
+    results = {
+        cell: result(cell, (values[cell.method], 0.5)) for cell in cells if cell.same_as is None
+    }
+    rigged = Board(chosen, cells, results, lambda cell: np.stack([draws[cell.method]] * 2))
+    sheet = table_sheet(rigged, view(metrics=("auroc",)))
+    tied = {name: sheet.cells[row, 0].tied for row, name in enumerate(order)}
+    assert tied == {"mcm": False, "lvu": False, "vilu": True}
+
+
 def test_published_numbers_stand_beside_ours() -> None:
     sheet = table_sheet(board(), view())
     cells = {(sheet.rows[i][0], *sheet.columns[j]): shown for (i, j), shown in sheet.cells.items()}

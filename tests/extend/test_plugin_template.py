@@ -60,6 +60,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for catalogue in CATALOGUES:
         monkeypatch.setattr(catalogue, "registered", dict(catalogue.registered))
         monkeypatch.setattr(catalogue, "_has_imported_all", False)
+        monkeypatch.setattr(catalogue, "_entry_names", [])
     yield tmp_path / "site"
     for name in [name for name in sys.modules if name.partition(".")[0] == "vilu_example"]:
         del sys.modules[name]

@@ -343,10 +343,10 @@ def _with_ranks(
         sign = -1 if METRICS[metric].higher_is_better else 1
         losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
         distinct_losses = sorted(set(losses.values()))
-        best_key = min(keys, key=losses.__getitem__)
+        best_means = [means[key] for key in keys if losses[key] == distinct_losses[0]]
         for key in keys:
             n_better = distinct_losses.index(losses[key])
-            tied = n_better > 0 and _is_tied(means[key], means[best_key], metric)
+            tied = n_better > 0 and any(_is_tied(means[key], best, metric) for best in best_means)
             ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), tied=tied)
     return ranked_numbers
 
