@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import vilu
-from tests.command import run
+from tests.command import command_line, run
 from tests.compat.artefacts import unpack
 from vilu.artifacts.documents import write_json
 from vilu.errors import DataError
@@ -72,3 +72,11 @@ def test_what_is_none_of_ours(tmp_path: Path) -> None:
     assert "is no output of vilu" in run("inspect", tmp_path, code=3).stderr
     (tmp_path / "notes.txt").write_text("x")
     assert "cannot be checked by itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr
+
+
+@pytest.mark.parametrize("kind", [False, -1e300, [[]], None])
+def test_a_kind_that_is_no_text_is_refused(kind: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "why.json", {"schema_version": 2, "kind": kind})
+    done = command_line("inspect", tmp_path / "why.json")
+    assert done.returncode == DataError.exit_code
+    assert "why.json is damaged: its kind is no text. Make it again." in done.stderr

@@ -106,6 +106,8 @@ def check_file(path: Path) -> Artefact:
 def _check_document(path: Path) -> Artefact:
     """Check a JSON file."""
     kind = read_json(path, "Make it again").get("kind", "document")
+    if not isinstance(kind, str):
+        raise DataError(f"{path} is damaged: its kind is no text. Make it again.")
     n_rows = len(ResultTable.load(path)) if kind == "results" else 0
     return _describe(path, kind, n_rows)
 

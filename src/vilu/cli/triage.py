@@ -13,7 +13,6 @@ from vilu.cli.help import DATA, GUARANTEE, SORTING
 from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
     MAX_SEED,
-    Answer,
     Backbone,
     BatchSize,
     ClusterColumn,
@@ -115,7 +114,13 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_risk: Risk = 0.05,
     confidence: Confidence = 0.95,
     n_next: NumberOfLabels = 50,
-    answer: Answer = None,
+    answer: Annotated[
+        Literal["zero_shot", "adapted"] | None,
+        Option(
+            help="The answer that is judged. zero_shot: the candidate of the largest logit. "
+            "adapted: the likeliest candidate of the method's own posterior."
+        ),
+    ] = None,
     about: GuaranteeScope = "new",
     backbone: Backbone = "compact",
     models: Models = None,
@@ -304,7 +309,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     if is_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
-        _next_of_table(
+        _write_rows_to_label_next(
             store, output, predictor, labels=labels or [], clusters=clusters, n=n_next, seed=seed
         )
         return
@@ -385,7 +390,7 @@ def _require_new_table(output: Path) -> None:
         )
 
 
-def _next_of_table(
+def _write_rows_to_label_next(
     table: Path,
     output: Path,
     predictor: Path,
