@@ -155,11 +155,11 @@ class Seeing(SeesOutside, vilu.MCM):
 
     name = "seeing"
 
-    def outcome_of(self, batch: Batch) -> Tensor:
+    def outside_log_odds(self, batch: Batch) -> Tensor:
         return torch.where(batch.logits.amax(dim=1) < 7, torch.inf, -torch.inf).double()
 
     def outside_probability(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(self.outcome_of(batch))
+        return torch.sigmoid(self.outside_log_odds(batch))
 
 
 def test_stated_shares_are_kept_and_ood_images_named(tmp_path: Path) -> None:

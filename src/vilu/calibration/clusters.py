@@ -76,7 +76,7 @@ class Clusters(Model):
             is_scored = np.isfinite(uncertainty)
             # The clusters with a scored row are numbered from 0 on, so that no cluster is empty.
             _, scored_cluster = np.unique(cluster[is_scored], return_inverse=True)
-            mean_of_cluster = _mean_per_cluster(uncertainty[is_scored], scored_cluster)
+            mean_of_cluster = _mean_per_group(uncertainty[is_scored], scored_cluster)
             scores = np.full(len(uncertainty), np.nan)
             scores[is_scored] = mean_of_cluster[scored_cluster]
             return scores
@@ -148,7 +148,7 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     is_wrong = 2 * n_wrong >= n_labelled
     cluster_failure = np.where(n_labelled > 0, is_wrong, UNKNOWN)
     return Outcomes(
-        uncertainty=_mean_per_cluster(uncertainty, cluster),
+        uncertainty=_mean_per_group(uncertainty, cluster),
         failure=cluster_failure,
         prediction=None if outcomes.prediction is None else majority,
         ids=[cluster_names[index] for index in scored_clusters],
@@ -161,9 +161,12 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     )
 
 
-def _mean_per_cluster(values: Floats, cluster: Ints) -> Floats:
-    """Mean value (C,) of the rows of each cluster; no cluster may be empty."""
-    means: Floats = np.bincount(cluster, weights=values) / np.bincount(cluster)
+def _mean_per_group(values: Floats, group: Ints) -> Floats:
+    """Mean value (G,) of the rows of each group; no group may be empty.
+
+    ``group`` (N,) is the group of each row.
+    """
+    means: Floats = np.bincount(group, weights=values) / np.bincount(group)
     return means
 
 
@@ -174,10 +177,10 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
     """
     # all P different pairs of a cluster and an answer, as an array (2, P)
     pairs, pair_of_row = np.unique(np.stack([cluster, answer]), axis=1, return_inverse=True)
-    pair_of_row = pair_of_row.reshape(-1)
+    pair_of_row = pair_of_row.reshape(-1)  # some versions of NumPy return two dimensions
     cluster_of_pair, answer_of_pair = pairs
     n_rows = np.bincount(pair_of_row)
-    mean_uncertainty = _mean_per_cluster(uncertainty, pair_of_row)
+    mean_uncertainty = _mean_per_group(uncertainty, pair_of_row)
     # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So the first
     # pair of a cluster has its majority answer. (``lexsort`` sorts by the last key first.)
     order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))

@@ -142,13 +142,15 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
     elif target.max_miss != Target.max_miss:  # another value than the default was given
         raise UsageError(
             f"max_miss ({target.max_miss}) is for label sets. Ask for label_sets too, or leave "
-            "it out."
+            "max_miss out."
         )
 
 
 def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -> None:
-    """Refuse a target or a predictor that cannot be tested with rows up to a limit only."""
-    # Means over all answers, coverages, label sets and stated shares need rows beyond the limit.
+    """Refuse a target or a predictor whose test needs rows above the limit of the draw.
+
+    Such targets are coverages, label sets, stated shares, and means over all answers.
+    """
     allowed_target = Target(
         max_risk=target.max_risk, confidence=target.confidence, per_class=target.per_class
     )

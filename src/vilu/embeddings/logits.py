@@ -97,7 +97,7 @@ class LogitEmbeddings(EmbeddingSource):
         self.columns = frozenset(self._columns)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Vectors (B, D) of the rows; (B, 0) if they have none.
+        """Feature vectors (B, D) of the rows at ``index``; (B, 0) if there are no features.
 
         Examples:
             >>> import numpy as np, torch, vilu

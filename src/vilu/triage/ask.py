@@ -294,6 +294,7 @@ def next_of_store(
     was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
     free_fit_rows = np.flatnonzero(split.usable_fit & ~was_asked)
     calibration_rows: list[int] = []
+    # one array of rows for each draw: of the store, or of every class
     for drawn_rows in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
         last_position = int(split.position[drawn_rows].max(initial=-1))  # -1 if no row is drawn
         probability = draw_probability(last_position)

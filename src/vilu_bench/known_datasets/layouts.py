@@ -37,15 +37,16 @@ from vilu_bench.known_datasets.read import (
 Files = Sequence[tuple[str, stat_result | OSError]]
 """The images of one class.
 
-Each has its path below the class folder, and the file's status, or the error of reading the status.
+Each image is a pair: its path below the class folder, and either the file's status or the error of
+reading the status.
 """
 
 RENAMED_CLASSES: Final = {744: "projectile", 836: "sunglass"}
 """Our names of two ImageNet classes, by label.
 
 CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
-"sunglasses". Of two classes with equal names, one can never be the answer. Our names are the first
-words of WordNet's synsets n04008634 and n04355933.
+"sunglasses". Two classes with equal names have equal scores, so the second one would never be the
+answer. Our names are the first words of WordNet's synsets n04008634 and n04355933.
 """
 
 UNPACK_ADVICE: Final = "Unpack the archive of each class into a folder of its name."

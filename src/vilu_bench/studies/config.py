@@ -35,7 +35,7 @@ class Setting(Section):
     # Labels to fit on. An int is a number of labels per class, and a float (such as 0.025) a share
     # of all labels. "all" takes all labels. "none" takes all rows, without their labels.
     budget: int | float | Literal["all", "none"] = "all"
-    # data sets to test on; by default all, except ``source`` of ``FromOther``
+    # Data sets to test on. By default all; a ``FromOther`` setting leaves out its ``source``.
     data: Names | None = None
     # which rows to test on; "validation" serves to choose among methods
     test_on: Literal["validation", "test"] = "test"

@@ -311,10 +311,10 @@ def _grid_sheet(
     column_titles = []
     for setting, metric in columns:
         column_titles.append((title_of(config, "setting", setting), METRICS[metric].title))
-    best_title = METRICS[view.metrics[0]].title
+    deciding_title = METRICS[view.metrics[0]].title
     selection_title = title_of(config, "setting", view.select_on)
     note_on_choice = (
-        f"Chosen: the best {best_title} in {selection_title!r}; the other columns had no say."
+        f"Chosen: the best {deciding_title} in {selection_title!r}; the other columns had no say."
     )
     return Sheet(
         name=view.name,

@@ -359,7 +359,7 @@ def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | No
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """Which metrics of a submitted result differ from the metrics ``rows``; None if none differs.
+    """Say which metrics of a submitted result differ from those in ``rows``; None if none does.
 
     ``rows`` are computed from the submitted scores.
     """

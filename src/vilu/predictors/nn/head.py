@@ -119,8 +119,9 @@ class OfficialAttention(CrossAttention):
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         super().__init__()
         # not torch.eye: on the meta device it would import torch's compiler
-        self.image = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
-        self.text = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
+        identity = torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1)
+        self.image = nn.Parameter(identity)  # W_v
+        self.text = nn.Parameter(identity.clone())  # W_t
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """W_v for queries, W_t for keys and values, and the logit scale of the VLM."""

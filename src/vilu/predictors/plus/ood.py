@@ -219,9 +219,9 @@ class Outside:
 
         log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the index of the zero-shot answer among the classes of the fit. Answers that are no class
-    of the fit use the last entry of ``slope`` and ``offset``. Where g is zero, the words are not
-    used. Where ``slope`` is empty, nothing was learned and P(outside) is zero.
+    a is the index of the zero-shot answer among the classes of the fit. An answer that is not one
+    of these classes uses the last entry of ``slope`` and ``offset``. If g is zero, the words have
+    no effect. If ``slope`` is empty, nothing was learned and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
@@ -362,7 +362,7 @@ class SeesOutside(ABC):
         return Outside.from_tensors(self.learned_)
 
     @abstractmethod
-    def outcome_of(self, batch: Batch) -> Tensor:
+    def outside_log_odds(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
 
     def outside_probability(self, batch: Batch) -> Tensor | None:
@@ -383,7 +383,7 @@ class SeesOutside(ABC):
         """
         if not self.outcome:
             return None
-        return torch.sigmoid(self.outcome_of(batch))
+        return torch.sigmoid(self.outside_log_odds(batch))
 
 
 def learn_outside(train: Rows) -> Outside:

@@ -374,10 +374,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         blocks = self.experts.blocks(answered_batch)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
         if self.outcome:
-            log_odds = log_odds_with_outside(log_odds, self.outcome_of(batch))
+            log_odds = log_odds_with_outside(log_odds, self.outside_log_odds(batch))
         return torch.sigmoid(log_odds)
 
-    def outcome_of(self, batch: Batch) -> Tensor:
+    def outside_log_odds(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
         match = self.experts.attention.match(batch.text)
         classes = torch.where(match.is_class, match.nearest_class, -1)  # -1: no training class
@@ -398,7 +398,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         def parts(batch: Batch) -> PooledLogits:
             return self.experts.to(batch.image.device).pooled_parts(batch)
 
-        outside = self.outcome_of if self.outcome else None
+        outside = self.outside_log_odds if self.outcome else None
         return PoolCoalitions(parts, outside)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:

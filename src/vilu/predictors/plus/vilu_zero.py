@@ -224,9 +224,9 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     def _score(self, batch: Batch) -> Tensor:
         log_odds = failure_log_odds(self.parts(batch).logits, batch)
-        return torch.sigmoid(log_odds_with_outside(log_odds, self.outcome_of(batch)))
+        return torch.sigmoid(log_odds_with_outside(log_odds, self.outside_log_odds(batch)))
 
-    def outcome_of(self, batch: Batch) -> Tensor:
+    def outside_log_odds(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
         return self.outcome.log_odds(batch, self.classes_of(batch.text))
 
@@ -236,7 +236,7 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     def coalitions(self) -> Coalitions:
         """Coalitions of the parts of the pooled logits."""
-        return PoolCoalitions(self.parts, self.outcome_of if self.outcome else None)
+        return PoolCoalitions(self.parts, self.outside_log_odds if self.outcome else None)
 
 
 class LearnedClasses(NamedTuple):

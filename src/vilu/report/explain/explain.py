@@ -197,7 +197,7 @@ class Depth(NamedTuple):
     """How detailed an explanation is."""
 
     candidates: int = 5  # number of competitors
-    neighbours: int = 3  # number of training failures, and number of training successes
+    neighbours: int = 3  # number of nearest training failures, and as many nearest successes
     background: int = 128  # number of rows that an attribution compares with
     seed: int = 0  # seed of the draw of background rows
 

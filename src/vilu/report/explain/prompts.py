@@ -132,8 +132,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         ('cup', 14, 14)
     """
     rows, n, failures = _labelled_rows(data, folds)
+    # The candidates are the same for all rows, so no row has to be read to get their texts.
     no_rows = rows[:0]
-    text = data.candidates(no_rows).text  # all rows have the same candidates
+    text = data.candidates(no_rows).text
     fold = _assign_folds(data, rows, folds, seed)
     means = _ClassMeans(data, rows, fold, folds)
     changes = []

@@ -123,8 +123,9 @@ def completion_answers(
 
     Args:
         path: The file, with one completion per line. Empty lines are skipped.
-        truth: Id of a row -> its right answer. ``correct`` is empty for all other rows. The id of a
-            line is its ``custom_id``, else its ``id``, else the number of the line.
+        truth: Maps the id of a row to its right answer. In rows that it lacks, the column
+            ``correct`` is empty. The id of a line is its ``custom_id``, else its ``id``, else the
+            number of the line.
 
     Raises:
         DataError: If a line is no whole completion with log-probabilities, if an id occurs twice,
