@@ -128,8 +128,9 @@ def look_inside() -> Iterator[str]:
         if not missing and extra in STARTS:
             continue
         code, said = run(words)
-        asks = "pip install 'vilu[" in said
-        fine = (code == 5 and f"pip install 'vilu[{extra}]'" in said) if missing else not asks
+        asked_extra = f"pip install 'vilu[{extra}]'" if missing else "pip install 'vilu["
+        asks = code == 5 and asked_extra in said
+        fine = asks == missing
         if not fine or "Traceback" in said:
             yield f"vilu {words} ({extra} is {'missing' if missing else 'there'}): {code}, {said}"
 

@@ -76,27 +76,29 @@ class Artefact:
     path: Path
     uses: dict[str, Use]
     read: Use
-    pristine: dict[Path, bytes] = field(default_factory=dict)
     suffixes: frozenset[str] = frozenset()
-    """Of its files, where it has not all in the folder."""
+    """Of the files that are damaged, where these are not all in the folder."""
+    pristine: dict[Path, bytes] = field(default_factory=dict)
+    """The files that are damaged, as they were made."""
+    whole: dict[Path, bytes] = field(default_factory=dict)
+    """All files, damaged or not, as they were made: a use may change any of them."""
 
     def files(self) -> list[Path]:
         found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        return [path for path in found if self.holds(path)]
-
-    def holds(self, path: Path) -> bool:
-        if not path.is_file() or path.name in UNSAID:
-            return False
-        return not self.suffixes or path.suffix in self.suffixes
+        return [path for path in found if path.is_file() and path.name not in UNSAID]
 
     def keep(self) -> None:
-        self.pristine = {path: path.read_bytes() for path in self.files()}
+        self.whole = {path: path.read_bytes() for path in self.files()}
+        self.pristine = {}
+        for path, content in self.whole.items():
+            if not self.suffixes or path.suffix in self.suffixes:
+                self.pristine[path] = content
 
     def restore(self) -> None:
         for path in self.files():
-            if path not in self.pristine:
+            if path not in self.whole:
                 path.unlink()
-        for path, content in self.pristine.items():
+        for path, content in self.whole.items():
             if not path.is_file() or path.read_bytes() != content:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
@@ -355,10 +357,10 @@ def _journals(root: Path) -> list[Artefact]:
     for first in range(0, len(ids), 10):
         rows = slice(first, first + 10)
         journals.record(ids[rows], {"first": (answers[rows], scores.uncertainty.tolist()[rows])})
-    journals.label({key: NAMES[answers[place]] for place, key in enumerate(ids[:20])})
+    labels = {key: NAMES[answers[place]] for place, key in enumerate(ids[:20])}
+    journals.label(labels)
     shutil.copytree(stopped, killed, ignore=shutil.ignore_patterns("*-shm"))
     journals.close()
-    labels = dict.fromkeys(ids[:20], NAMES[0])
     artefacts: list[Artefact] = []
     for path in (stopped, killed):
         use = partial(_start_journals, path, root / "head", labels)

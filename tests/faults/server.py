@@ -104,9 +104,14 @@ def child(request: dict[str, Any]) -> None:
     saboteur.busy = True  # the work is over
     threading._shutdown()  # as the interpreter does: threads that hang are a fault of ours
     atexit._run_exitfuncs()
+    for late in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(late, signal.SIG_IGN)  # the command has ended: only the answer is written
     sys.stdout.flush()
     told = {"steps": saboteur.n, "struck": saboteur.struck, "versions": sorted(saboteur.versions)}
-    Path(request["answer"]).write_text(json.dumps(told))
+    answer = Path(request["answer"])
+    unfinished = answer.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(told))
+    unfinished.replace(answer)  # SIGKILL may come at any moment: the answer is whole or not there
     os._exit(code)
 
 

@@ -61,8 +61,8 @@ def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
                 at.book.answer(dict.fromkeys(keys, "any"))
                 at.split.labelled[rows] = at.split.answered[rows] = True  # the draws share these
             standings = at.progress(RISK, DELTA)
-            assert not any(len(one.missing) for one in standings.values())
-            found |= {name for name, one in standings.items() if one.certified is not None}
+            assert not any(len(one.missing_rows) for one in standings.values())
+            found |= {name for name, one in standings.items() if one.certified_index is not None}
         broken, kept = broken + ("broken" in found), kept + ("kept" in found)
     level = DELTA / 2
     assert broken / calibrations <= level + 3 * math.sqrt(level * (1 - level) / calibrations)
