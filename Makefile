@@ -111,7 +111,7 @@ test-extras: build/wheel
 # All that is asked of the wheels themselves.
 test-wheels: test-extras test-types
 
-# Artefacts of every kind, written anew by the wheels (for a release, see tests/compat/write.py), and read by this checkout.
+# Artefacts of every kind, written by the wheels if they are not there (tests/compat/write.py), and read by this checkout.
 compat: build/wheel .venv/.dev
 	$(UV) venv --quiet --clear build/compat
 	$(UV) pip install --quiet --python build/compat build/wheel/*.whl

@@ -87,12 +87,15 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "docs").mkdir()
+    changelog = tmp_path / "CHANGELOG.md"
+    lists = "### Added\n\n- One.\n- Two.\n\n### Fixed\n\n- Three.\n"
+    released = changelog.read_text().partition("\n## [0.1.0]")[2]
+    changelog.write_text(f"## [Unreleased]\n\nA page.\n\n{lists}\n## [0.1.0]{released}")
     return tmp_path
 
 
 def test_a_version_is_set_everywhere_at_once(checkout: Path) -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "set_version.py"))
-    before = (checkout / "CHANGELOG.md").read_text()
     tool["set_version"](checkout, "7.8.9", "2031-02-03")
     texts = {name: (checkout / name).read_text() for name in VERSIONED}
     assert tomllib.loads(texts["pyproject.toml"])["project"]["version"] == "7.8.9"
@@ -102,12 +105,14 @@ def test_a_version_is_set_everywhere_at_once(checkout: Path) -> None:
     headings = re.findall(r"^## (.*)$", texts["CHANGELOG.md"], flags=re.MULTILINE)
     assert headings[:2] == ["[Unreleased]", "[7.8.9] - 2031-02-03"]
     lists = (checkout / "docs" / "changes-7.8.9.md").read_text()
-    (unreleased,) = re.findall(r"^## \[Unreleased\]\n(.*?)^## \[", before, re.MULTILINE | re.DOTALL)
-    n_items = sum(
-        line.startswith("- ") for line in unreleased.partition("### Added")[2].splitlines()
-    )
-    assert sum(line.startswith("- ") for line in lists.splitlines()) == n_items
-    assert len(texts["CHANGELOG.md"].partition("## [0.1.0]")[0].splitlines()) < 80
+    assert re.findall(r"^- (.*)$", lists, re.MULTILINE) == ["One.", "Two.", "Three."]
+    assert "A page." in texts["CHANGELOG.md"]
+    assert "One." not in texts["CHANGELOG.md"]
+
+
+def test_the_changelog_of_a_release_is_a_page() -> None:
+    sections = (ROOT / "CHANGELOG.md").read_text().partition("## [0.1.0]")[0].split("\n## [")
+    assert all(len(section.splitlines()) < 80 for section in sections[2:])
 
 
 def test_the_recipe_for_conda_needs_what_the_packages_need() -> None:

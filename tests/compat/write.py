@@ -1,9 +1,8 @@
-"""Write the kept artefacts and their numbers anew, after a change of what they hold.
+"""Write the kept artefacts of a release and their numbers, if they are not there yet.
 
     OMP_NUM_THREADS=1 python -m tests.compat.write
 
-`make compat` does it with the wheels, in an environment without this source. The books of labels
-of 0.1.0 beside them are never written again.
+`make compat` does it with the wheels, in an environment without this source.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from tests.compat.artefacts import ARCHIVE, NUMBERS, make, numbers, pack, unpack
 
 def main() -> None:
     """Make everything, keep it, and note what the kept files give."""
+    if ARCHIVE.exists():
+        print(f"{ARCHIVE.name} is there. What a release wrote is never written again.")  # noqa: T201
+        return
     print(f"written by vilu {vilu.__version__} of {Path(vilu.__file__).parent}")  # noqa: T201
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made"
