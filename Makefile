@@ -93,7 +93,8 @@ test-newest: build/uv/bin/uv
 build/lowest/.made: build/uv/bin/uv pyproject.toml $(BENCH)/pyproject.toml
 	$(UV) venv --quiet --clear --python 3.11 build/lowest
 	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --exclude-newer 2026-06-15 \
-		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 \
+		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package typer=2026-11-28 \
+		--exclude-newer-package datasets=2025-07-01 \
 		--editable '.[dev]' --editable $(BENCH)
 	@touch $@
 
