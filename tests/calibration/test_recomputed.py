@@ -64,6 +64,9 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
         record[part].update(confidence=0.999999) for part in ("rule", "target")
     ],
     "no target": lambda record: record["target"].update(max_risk=None),
+    "a risk below 0": lambda record: record["target"].update(max_risk=-0.2),
+    "a coverage of 0": lambda record: record["target"].update(min_coverage=0),
+    "a confidence of 1": lambda record: record["target"].update(confidence=1),
     "a count": lambda record: record.update(n=3),
     "rows left out": lambda record: record.update(near_copies=[0, 1, 2]),
     "rows that are not there": lambda record: record.update(near_copies=[10**6]),

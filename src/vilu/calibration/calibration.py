@@ -394,6 +394,7 @@ class Calibration(Document):
         rows = self.rows.take(is_counted)
         if self.target.method == "anytime":
             return self._recompute_from_draws(rows)
+        self.target.check_rule(grouped=self.target.per_class)
         groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
         rule = rule_of(rows, self.target, groups)
         # The limit was fixed before the rows were drawn, so it does not follow from the rows.
@@ -403,7 +404,7 @@ class Calibration(Document):
     def _recompute_from_draws(self, rows: Outcomes) -> Rule:
         """The rule of labels that arrived one after another, computed again."""
         draws = self.draws or {}
-        max_risk = self.target.max_risk or 0.0  # a target with this method always has a max_risk
+        max_risk = self.target.risk_of_anytime()
         total_level = sum(settings.delta for settings in draws.values())
         if total_level > 1 - self.target.confidence + ROUNDING:
             raise DataError("its levels add up to more than 1 - confidence")

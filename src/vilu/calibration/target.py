@@ -119,8 +119,8 @@ class Target:
     def risk_of_anytime(self) -> float:
         """The ``max_risk`` of a target with the method "anytime".
 
-        Targets without a ``max_risk`` are refused, and targets with options that "anytime" does not
-        allow.
+        A target that is out of range or without a ``max_risk`` is refused, and so is a target with
+        options that "anytime" does not allow.
         """
         allowed_target = Target(
             max_risk=self.max_risk,
@@ -133,6 +133,8 @@ class Target:
                 "anytime needs a max_risk, and allows no other target but confidence and per_class "
                 "beside it."
             )
+        require_between("max_risk", self.max_risk)
+        require_between("confidence", self.confidence)
         return self.max_risk
 
     def check_clusters(self, *, grouped: bool) -> None:
