@@ -201,21 +201,31 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     after = read_document(output / "triage.json", TriageState)
     assert after.guarantee
     assert after.trial is not None
-    assert after.trial.n_fit == before.trial.n_fit
+    # If the first predictor accepts all photos, no other one is tested. On some processors its fit
+    # accepts a few less, so that the other one takes its place after the test.
+    is_replaced = after.trial.n_fit != before.trial.n_fit
+    assert after.n_tested == 1 + is_replaced
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
     guaranteed: Folder, tmp_path: Path
 ) -> None:
     (home, truth), output = guaranteed, guaranteed[0] / "out"
+    triage_photos(job_on(home / "photos"), output, [])  # tests the limit, if it was raised
     before = Calibration.load(output / "predictor")
     book = LabelBook.load(output / "labels.parquet")
     chosen = tmp_path / "chosen.csv"
-    wrong_on_purpose = {
-        path: ("cat" if truth[path] != "cat" else "dog")
-        for path in truth
-        if path not in book.entries
-    }
+    photos = PhotoStores(output / "embeddings").open(
+        [(path, (home / "photos" / path).stat()) for path in sorted(truth)]
+    )
+    is_calibration, _ = sides_and_positions(photos.pictures, 0)
+    # only of the calibration side, so that no label leads to another fit
+    wrong_on_purpose = {}
+    for row in np.flatnonzero(is_calibration):
+        path = photos.ids[row]
+        if path not in book.entries:
+            wrong_on_purpose[path] = "cat" if truth[path] != "cat" else "dog"
+    assert wrong_on_purpose
     chosen.write_text(
         "path,label,stream\n" + "".join(f"{p},{n},fit\n" for p, n in wrong_on_purpose.items())
     )
@@ -478,7 +488,11 @@ def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             triage_photos(job, output, labels)
     assert "Guaranteed: at most 10.0% wrong" in triage_photos(job, output, labels).guarantee
-    undisturbed = home / "out"
+    undisturbed = Path(shutil.copytree(home / "half", tmp_path / "undisturbed"))
+    # A run may raise the limit, and the next one tests it. So both are run until nothing changes.
+    for folder in (undisturbed, output):
+        for _ in range(3):
+            triage_photos(job, folder, labels)
     for name in ("triage.json", "decisions.csv", "predictor/risk.json"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes(), name
     paths = [row["path"] for row in rows(output / "next_labels.csv")]

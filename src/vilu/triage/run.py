@@ -739,8 +739,11 @@ def ask_for_labels(
     if not len(missing_rows):
         n_to_fit = run.settings.n_next - len(run.book.waiting())
         _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
+    # The state comes first. If the run is killed in between, the next run asks for the same labels.
+    # A raised limit would be lost if they were asked for already.
+    state = run.write(state)
     run.book.save(run.root / BOOK)
-    return run.write(state)
+    return state
 
 
 def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
