@@ -100,7 +100,7 @@ def test_zero_shot_answers_can_be_kept_and_given_ones_are_refused(tmp_path: Path
     (tmp_path / "known.csv").write_text("\n".join(["path,label", *lines[:40]]))
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
     done = run(*arguments, "--answer", "given", code=2, cwd=tmp_path)
-    assert "photos in a folder have no given answers" in done.stderr
+    assert "'given' is not one of 'zero_shot', 'adapted'" in done.stderr
     labelled = (*arguments, "--labels", "known.csv")
     done = run(*labelled, "--answer", "zero_shot", cwd=tmp_path)
     assert "zero-shot answers of the model are judged: --answer zero_shot asks" in done.stderr
