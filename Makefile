@@ -5,6 +5,9 @@ UV := build/uv/bin/uv --no-managed-python
 BENCH := src/vilu_bench
 SBOM := $(BIN)/cyclonedx-py environment --output-reproducible
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
+# Packages are installed without compiled modules (see .venv/.% below). Where the environment forbids Python to write
+# those of its imports, each start of a command compiles torch anew, which doubles the time of the tests.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-wheels compat test-coverage lint types format bench bench-gpu audit docs release clean
 
@@ -190,7 +193,7 @@ clean:
 		{ echo "vilu needs Python 3.11 or newer; found $$($(PYTHON) --version). Say: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# Of all that is installed a tenth is ever imported, and compiled then: half of the time of an installation.
+# A tenth of all modules is ever imported. Python compiles these on import, so to compile none here halves the time.
 .venv/.%: .venv/pyvenv.cfg pyproject.toml $(BENCH)/pyproject.toml
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --editable '.[$*]' --editable $(BENCH)
 	@touch $@

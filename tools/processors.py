@@ -94,7 +94,9 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
         os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
     )
     workers = max((os.cpu_count() or 1) // threads, 1)
-    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--tb=short", *more, *arguments]
+    # one worker runs a whole file: what a file's tests share is made once
+    spread = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+    command = [sys.executable, "-m", "pytest", *spread, "--tb=short", *more, *arguments]
     start = time.monotonic()
     with (OUTPUT / f"{name}.log").open("w") as log:
         log.write(
