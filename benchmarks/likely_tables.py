@@ -39,10 +39,10 @@ class Marked(NamedTuple):
 def marked(cell: Measured, widening: float) -> Marked | None:
     """The answers that the estimate marks as likely right; None if there is no estimate."""
     uncertainty, failure = cell.unlabelled
-    likely = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
-    if likely.probability is None:
+    likely_right = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
+    if likely_right.probability is None:
         return None
-    widened = likely.model_copy(update={"widening": widening})
+    widened = likely_right.model_copy(update={"widening": widening})
     is_likely = np.array(widened.flags_by_own_threshold(uncertainty), dtype=np.bool_)
     wrong = float(failure[is_likely].mean()) if is_likely.any() else np.nan
     hindsight = coverage_at_risk(uncertainty, failure, risk=MAX_RISK)

@@ -273,7 +273,7 @@ PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViL
 
 @wants_inputs(store=STORE)
 # the parameter ``reading`` is replaced by several flags
-@partial(with_reading_flags, without={"pool_size", "second", "clusters"})
+@partial(with_reading_flags, without={"pool_size", "second", "cluster_column"})
 def pools(
     store: Annotated[Path, path_argument("Store of images with captions, or shards like LAION's.")],
     predictors: Annotated[
@@ -302,7 +302,7 @@ def pools(
     argument_of = _arguments_by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _parse_sizes(sizes)
-    save_unless_done = prepare_output(
+    write_output = prepare_output(
         output,
         "results",
         [store, *folders],
@@ -326,7 +326,7 @@ def pools(
         dataset=store.name,
         n_resamples=resamples,
     )
-    save_unless_done(lambda path, inputs: table.save(path, inputs=inputs))
+    write_output(lambda path, inputs: table.save(path, inputs=inputs))
     _print_sizes(table, draws)
 
 

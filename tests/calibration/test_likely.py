@@ -40,8 +40,8 @@ def estimate(*, max_risk: float = 0.05, widening: float = 1.0) -> LikelyRight:
 def test_the_threshold_is_where_the_mean_reaches_the_risk(
     uncertainty: list[float], max_risk: float, widening: float, expected: float | None
 ) -> None:
-    likely = estimate(max_risk=max_risk, widening=widening)
-    assert likely.threshold_among(np.array(uncertainty)) == expected
+    likely_right = estimate(max_risk=max_risk, widening=widening)
+    assert likely_right.threshold_among(np.array(uncertainty)) == expected
 
 
 def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
@@ -56,19 +56,19 @@ def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
 def test_five_wrong_answers_are_needed(n_wrong: int) -> None:
     u = np.linspace(0.01, 0.95, 100) ** 6
     failure = (np.arange(100) >= 100 - n_wrong).astype(np.int64)
-    likely = LikelyRight.estimate(JudgedAnswers(u, failure), u, max_risk=0.05)
-    assert (likely.n, likely.n_wrong) == (100, n_wrong)
+    likely_right = LikelyRight.estimate(JudgedAnswers(u, failure), u, max_risk=0.05)
+    assert (likely_right.n, likely_right.n_wrong) == (100, n_wrong)
     has_estimate = n_wrong >= LEAST_WRONG
-    assert (likely.probability is not None) is has_estimate
-    assert (likely.flags_of_new(u)[0] is True) is has_estimate
+    assert (likely_right.probability is not None) is has_estimate
+    assert (likely_right.flags_of_new(u)[0] is True) is has_estimate
     if not has_estimate:
-        assert likely.flags_of_new(u) == [None] * 100
+        assert likely_right.flags_of_new(u) == [None] * 100
 
 
 def test_rows_that_cannot_be_judged_are_left_out() -> None:
     u = np.array([0.1, float("nan"), 0.3, 0.4])
-    likely = LikelyRight.estimate(JudgedAnswers(u, np.array([0, 1, -1, 1])), u, max_risk=0.05)
-    assert (likely.n, likely.n_wrong) == (2, 1)
+    likely_right = LikelyRight.estimate(JudgedAnswers(u, np.array([0, 1, -1, 1])), u, max_risk=0.05)
+    assert (likely_right.n, likely_right.n_wrong) == (2, 1)
 
 
 def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
@@ -107,9 +107,11 @@ def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     rng = np.random.default_rng(0)
     u = rng.uniform(0.001, 0.2, size=25_000)
     failure = (rng.random(25_000) < u).astype(np.int64)
-    likely = LikelyRight.estimate(JudgedAnswers(u[:5000], failure[:5000]), u[5000:], max_risk=0.05)
-    marked = np.array(likely.flags_of_new(u[5000:]))
-    expected = 0.05 / likely.widening
+    likely_right = LikelyRight.estimate(
+        JudgedAnswers(u[:5000], failure[:5000]), u[5000:], max_risk=0.05
+    )
+    marked = np.array(likely_right.flags_of_new(u[5000:]))
+    expected = 0.05 / likely_right.widening
     # three standard errors of the rate, and 0.5 % for the calibrator
     assert failure[5000:][marked].mean() == pytest.approx(expected, abs=0.011)
 
@@ -118,9 +120,9 @@ def test_it_lies_beside_its_predictor_and_no_other(tmp_path: Path) -> None:
     data = vilu.Embeddings(np.eye(2)[[0, 1] * 20], np.eye(2), target=[0, 1] * 20)
     assert LikelyRight.find(tmp_path) is None
     vilu.ViLUPlus(width=8, epochs=1).fit(data).save(tmp_path / "one")
-    likely = estimate()
-    likely.save(tmp_path / "one")
-    assert LikelyRight.find(tmp_path / "one") == likely
+    likely_right = estimate()
+    likely_right.save(tmp_path / "one")
+    assert LikelyRight.find(tmp_path / "one") == likely_right
     other = vilu.Embeddings(np.eye(2)[[0, 1] * 20], np.eye(2), target=[1, 0] * 20)
     vilu.ViLUPlus(width=8, epochs=1).fit(other).save(tmp_path / "two")
     content = (tmp_path / "one" / "likely.json").read_bytes()

@@ -230,8 +230,8 @@ def numbers(root: Path) -> dict[str, Any]:
     found["labels"] = sorted(LabelBook.load(root / "triage" / "labels.parquet").labels.items())
     table = vilu.open_table(root / "answers.parquet")
     found["answers"] = vilu.load(root / "of-answers").predict_uncertainty(table).tolist()
-    likely = LikelyRight.find(root / "triage" / "predictor")
-    found["likely"] = None if likely is None else likely.threshold
+    likely_right = LikelyRight.find(root / "triage" / "predictor")
+    found["likely"] = None if likely_right is None else likely_right.threshold
     found["served"] = _of_journals(root)
     found["study"] = vilu.ResultTable.load(_results(root)).to_dicts()
     return found

@@ -189,7 +189,7 @@ def test_read_image_tells_unreadable_from_too_large():
 
 
 def test_bad_image_is_a_data_error_and_crosses_processes():
-    error = pickle.loads(pickle.dumps(BadImage("decode", "truncated", "half of it")))
+    error = pickle.loads(pickle.dumps(BadImage("half of it", stage="decode", kind="truncated")))
     assert isinstance(error, DataError)
     assert isinstance(error, ViLUError)
     assert (error.stage, error.kind, str(error)) == ("decode", "truncated", "half of it")

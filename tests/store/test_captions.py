@@ -88,8 +88,8 @@ def test_there_are_no_classes(tmp_path):
 
 BROKEN = {
     "missing_caption": None,
-    "empty_text": BadImage("text", "empty_text", "the caption is blank"),
-    "bad_text": BadImage("text", "bad_text", "the caption must be UTF-8"),
+    "empty_text": BadImage("the caption is blank", stage="text", kind="empty_text"),
+    "bad_text": BadImage("the caption must be UTF-8", stage="text", kind="bad_text"),
     "read_error": PermissionError(13, "Permission denied"),
 }
 

@@ -66,8 +66,8 @@ class LikelyRight(Model):
         >>> from vilu.predictors.contract.held_out import JudgedAnswers
         >>> u = np.linspace(0.01, 0.5, 100)  # the 80 most trusted answers are right
         >>> wrong = (np.arange(100) >= 80).astype(int)
-        >>> likely = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
-        >>> likely.n_wrong, likely.flags_of_new(u).count(True) > 70
+        >>> likely_right = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
+        >>> likely_right.n_wrong, likely_right.flags_of_new(u).count(True) > 70
         (20, True)
     """
 

@@ -321,7 +321,7 @@ def prepare_output(
     overwrite: bool,
     **settings: object,
 ) -> Callable[[Write], None]:
-    """Check the output file of a command before its work, and return a function that writes it.
+    """Check the output file of a command before its work, and return the function that writes it.
 
     Args:
         output: The output file; None if the user asks for none.
@@ -331,9 +331,10 @@ def prepare_output(
         **settings: All other values that the result depends on.
 
     Returns:
-        The function ``save_unless_done(write)``. It calls ``write(path, inputs)``, where ``inputs``
-        is the digest of ``input_paths`` and ``settings``. It does nothing if there is no output
-        file, or if the file already has the result of the same inputs.
+        The function ``write_output(write)``, to be called after the work. It writes the output file
+        with ``write(path, inputs)``, where ``inputs`` is the digest of ``input_paths`` and
+        ``settings``. If the file already has the result of the same inputs, it only logs that there
+        is nothing to do. If there is no output file, it does nothing.
     """
     inputs = ""
     is_done = False
@@ -344,7 +345,7 @@ def prepare_output(
         inputs = inputs_digest(*input_paths, **settings)
         is_done = claim_file(output, kind, inputs, overwrite=overwrite)
 
-    def save_unless_done(write: Write) -> None:
+    def write_output(write: Write) -> None:
         if output is None:
             return
         if is_done:
@@ -352,7 +353,7 @@ def prepare_output(
         else:
             write(output, inputs)
 
-    return save_unless_done
+    return write_output
 
 
 # Kinds of input, as messages name them.

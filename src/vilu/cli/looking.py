@@ -131,7 +131,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "depth": str(depth),
     }
     input_paths = [predictor, *files_of(store), *reading.named_paths, *console.present_paths(train)]
-    save_unless_done = console.prepare_output(
+    write_output = console.prepare_output(
         output,
         "explanation",
         input_paths,
@@ -161,7 +161,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         explanations = explain_rows(loaded_predictor, data, training_rows, rows, n=n, depth=depth)
         has_summary = data.pool_size is None  # a summary is about classes, and captions have none
         result = _rows_in_words(explanations, command, has_summary=has_summary)
-    save_unless_done(lambda path, inputs: write_with_inputs(path, result.facts, inputs))
+    write_output(lambda path, inputs: write_with_inputs(path, result.facts, inputs))
     console.print_result(result.facts, printable(result.text, "\n"))
     next_step(result.closing_line)
 

@@ -217,7 +217,7 @@ class Reading:
             rich_help_panel=PAIRS,
         ),
     ] = None
-    clusters: ClusterColumn = None
+    cluster_column: ClusterColumn = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -230,9 +230,10 @@ class Reading:
         if flags.pop("second") is not None:
             flags["second"] = True
         # This flag is newer than the digest. If it is not given, the digest must be the same as
-        # before there was the flag.
-        if self.clusters is None:
-            del flags["clusters"]
+        # before there was the flag. In the digest it has the name of the flag, --clusters.
+        cluster_column = flags.pop("cluster_column")
+        if cluster_column is not None:
+            flags["clusters"] = cluster_column
         return flags
 
     @property
@@ -292,13 +293,13 @@ class Reading:
         from vilu.tables.read import is_table, open_table
 
         if is_table(store):
-            if replace(self, clusters=None) != Reading():
+            if replace(self, cluster_column=None) != Reading():
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
                     "read, such as --second."
                 )
-            return open_table(store, clusters=self.clusters)
-        if self.clusters is not None:
+            return open_table(store, clusters=self.cluster_column)
+        if self.cluster_column is not None:
             raise UsageError(
                 f"--clusters names a column of a table of answers, and {store} is none. Leave it "
                 "out."

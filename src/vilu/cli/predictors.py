@@ -479,7 +479,7 @@ def score(
     if is_folder:
         # With None, ``prepare_output`` checks nothing. ``score_parts`` checks the folder.
         file = None
-    save_unless_done = console.prepare_output(
+    write_output = console.prepare_output(
         file,
         "scores",
         [predictor, *files_of(store), *reading.named_paths],
@@ -509,7 +509,7 @@ def score(
             )
             outcomes.save(path, inputs=inputs)
 
-        save_unless_done(write)
+        write_output(write)
     console.print_outputs(output)
     evaluation = console.shell("vilu", "evaluate", output)
     without_decisions = ""
@@ -533,7 +533,7 @@ def evaluate(
         int, Option(min=1, max=MAX_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the bootstrap.")] = 0,
-    clusters: ClusterColumn = None,
+    cluster_column: ClusterColumn = None,
 ) -> None:
     """Compute failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
@@ -544,18 +544,18 @@ def evaluate(
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
     # This flag is newer than the digest. If it is not given, the digest must not change.
-    if clusters is not None:
-        settings["clusters"] = clusters
-    save_unless_done = console.prepare_output(
+    if cluster_column is not None:
+        settings["clusters"] = cluster_column
+    write_output = console.prepare_output(
         output, "results", files_of(*scores), overwrite=overwrite, **settings
     )
     scored_sets: list[Tallied] = []
     for path in scores:
-        table_scores = scores_in(path, clusters=clusters)
+        table_scores = scores_in(path, cluster_column=cluster_column)
         if table_scores:
             scored_sets += table_scores
             continue
-        if clusters is not None:
+        if cluster_column is not None:
             raise UsageError(
                 f"--clusters names a column of a table of answers, and {path} is none. Leave it "
                 "out: scores have the clusters of their table."
@@ -565,7 +565,7 @@ def evaluate(
         else:
             scored_sets.append(Outcomes.load(path))
     table = evaluate_outcomes(scored_sets, n_resamples=resamples, seed=seed)
-    save_unless_done(lambda path, inputs: table.save(path, inputs=inputs))
+    write_output(lambda path, inputs: table.save(path, inputs=inputs))
     console.print_result(table.to_dicts(), str(table))
 
 
@@ -829,7 +829,7 @@ def _write_predictor_of_only_score(
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = method_of_only_score(open_table(table, clusters=reading.clusters))
+    predictor = method_of_only_score(open_table(table, clusters=reading.cluster_column))
     input_digest = storage.inputs_of_fit(predictor, [])
     is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if not is_written:

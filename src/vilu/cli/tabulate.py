@@ -43,11 +43,11 @@ def completions_(
     from vilu.tables.sources import completion_answers
     from vilu.tables.sources.truth import read_truth
 
-    save_unless_done = prepare_output(
+    write_output = prepare_output(
         output, "answers", _require_files(run, truth), overwrite=overwrite
     )
     truth_of_id = None if truth is None else read_truth(truth)
-    _write_and_report(completion_answers(run, truth_of_id), output, save_unless_done)
+    _write_and_report(completion_answers(run, truth_of_id), output, write_output)
 
 
 def detections_(
@@ -66,11 +66,11 @@ def detections_(
     from vilu.tables.sources import detection_answers
 
     input_paths = _require_files(results, annotations)
-    save_unless_done = prepare_output(
+    write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, min_iou=min_iou
     )
     _write_and_report(
-        detection_answers(results, annotations, min_iou=min_iou), output, save_unless_done
+        detection_answers(results, annotations, min_iou=min_iou), output, write_output
     )
 
 
@@ -93,7 +93,7 @@ def logits_(
     """
     from vilu.tables.sources import logit_answers
 
-    save_unless_done = prepare_output(
+    write_output = prepare_output(
         output,
         "answers",
         _require_files(logits, labels, classes),
@@ -103,7 +103,7 @@ def logits_(
     )
     arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
     logit_array = arrays.pop("logits")
-    _write_and_report(logit_answers(logit_array, **arrays), output, save_unless_done)
+    _write_and_report(logit_answers(logit_array, **arrays), output, write_output)
 
 
 def words_(
@@ -131,7 +131,7 @@ def words_(
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
 
-    save_unless_done = prepare_output(
+    write_output = prepare_output(
         output,
         "answers",
         _require_files(*pages, truth, dictionary),
@@ -142,7 +142,7 @@ def words_(
     true_words = None if truth is None else read_words(truth)
     known_words = () if dictionary is None else read_dictionary(dictionary)
     _write_and_report(
-        word_answers(pages, truth=true_words, dictionary=known_words), output, save_unless_done
+        word_answers(pages, truth=true_words, dictionary=known_words), output, write_output
     )
 
 
@@ -173,10 +173,10 @@ def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
 def _write_and_report(
     converted: Converted,
     output: Path,
-    save_unless_done: Callable[[Write], None],
+    write_output: Callable[[Write], None],
 ) -> None:
     """Write the table, print its path, and log its number of answers and the next step."""
-    save_unless_done(converted.write)
+    write_output(converted.write)
     print_outputs(output)
     missed_text = ""
     if converted.missed_share is not None:

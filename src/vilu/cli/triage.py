@@ -278,7 +278,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     seed: SplitSeed = 0,
     per_class: PerClassFlag = False,
     for_guarantee: ForGuaranteeFlag = False,
-    clusters: ClusterColumn = None,
+    cluster_column: ClusterColumn = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the images to label next: half to fit on, half for a guarantee.
@@ -310,10 +310,10 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if is_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
         _write_rows_to_label_next(
-            store, output, predictor, labels=labels or [], clusters=clusters, n=n_next, seed=seed
+            store, output, predictor, labels or [], cluster_column, n=n_next, seed=seed
         )
         return
-    if clusters is not None:
+    if cluster_column is not None:
         raise UsageError(f"--clusters is for a table of answers, and {store} is none.")
     if max_risk is None:
         max_risk = DEFAULT_DRAW_RISK
@@ -394,9 +394,9 @@ def _write_rows_to_label_next(
     table: Path,
     output: Path,
     predictor: Path,
-    *,
     labels: list[Path],
-    clusters: str | None,
+    cluster_column: str | None,
+    *,
     n: int,
     seed: int,
 ) -> None:
@@ -406,7 +406,7 @@ def _write_rows_to_label_next(
     from vilu.tables.read import open_table
 
     _require_new_table(output)
-    answers = open_table(table, clusters=clusters)
+    answers = open_table(table, clusters=cluster_column)
     rows, purposes = next_answers(
         answers, load_predictor(predictor), read_asked_ids(labels), n, seed
     )

@@ -156,9 +156,9 @@ def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
         plugin = import_module("pillow_heif")
     except ImportError as error:
         raise BadImage(
-            "open",
-            NEEDS_PILLOW_HEIF,
             "HEIC is decoded by pillow-heif: pip install 'vilu[heic]', or export the photo as JPEG",
+            stage="open",
+            kind=NEEDS_PILLOW_HEIF,
         ) from error
     image: ImageFile.ImageFile = plugin.HeifImageFile(file)
     return image
@@ -383,17 +383,17 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         kind: Kind of error. Errors are counted by their kind.
     """
 
-    def __init__(self, stage: Stage, kind: ErrorKind, message: str) -> None:
+    def __init__(self, message: str, *, stage: Stage, kind: ErrorKind) -> None:
         super().__init__(message)
         self.stage: Stage = stage
         self.kind: ErrorKind = kind
 
-    def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, ErrorKind, str]]:
-        """Return the class and the arguments that make the same error when it is unpickled.
+    def __reduce__(self) -> tuple[Callable[[str], BadImage], tuple[str]]:
+        """Return a function and its argument that make the same error when it is unpickled.
 
         It is needed because workers send errors to the driver as pickles.
         """
-        return BadImage, (self.stage, self.kind, str(self))
+        return partial(BadImage, stage=self.stage, kind=self.kind), (str(self),)
 
 
 @dataclass(frozen=True)
@@ -471,7 +471,7 @@ def read_image(
         kind: ErrorKind = "read_error"
         if error.errno == errno.EFBIG:
             kind = "too_large"
-        raise BadImage("open", kind, f"cannot read the file: {error}") from error
+        raise BadImage(f"cannot read the file: {error}", stage="open", kind=kind) from error
     return decode_image(data, limits, jpeg_side=jpeg_side)
 
 
@@ -523,7 +523,9 @@ def decode_image(
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
         if opened.mode not in MODES:
-            raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
+            raise BadImage(
+                f"pixel mode {opened.mode} is not converted", stage="decode", kind="unsupported"
+            )
         with _convert_damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion_flags = to_rgb(opened)
     # A JPEG may be decoded at a reduced size, so its full size is taken from its header. The header
@@ -545,21 +547,25 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
     BadImage if there are no bytes or too many, or if their format is unknown or not decoded.
     """
     if not data:
-        raise BadImage("open", "empty", "the file has no bytes")
+        raise BadImage("the file has no bytes", stage="open", kind="empty")
     if len(data) > limits.max_bytes:
         raise BadImage(
-            "open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read"
+            f"{len(data)} bytes; at most {limits.max_bytes} are read",
+            stage="open",
+            kind="too_large",
         )
     format_name = detect_format(data)
     if format_name is None:
-        raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of an unknown format")
+        raise BadImage(
+            f"no image: {len(data)} bytes of an unknown format", stage="open", kind="unidentified"
+        )
     if format_name.startswith("RAW"):
         raise _raw_photo_error(format_name.removeprefix("RAW "))
     if format_name not in OPENERS:
         raise BadImage(
-            "open",
-            "unsupported",
             f"{format_name} is not decoded; convert it to one of {', '.join(OPENERS)}",
+            stage="open",
+            kind="unsupported",
         )
     return format_name
 
@@ -567,10 +573,10 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
 def _raw_photo_error(format_name: str) -> BadImage:
     """Return the error of a RAW photo, which says what to do."""
     return BadImage(
-        "open",
-        "raw_photo",
         f"{format_name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or "
         "take the JPEG that the camera wrote beside it",
+        stage="open",
+        kind="raw_photo",
     )
 
 
@@ -604,30 +610,30 @@ def _convert_damage(stage: Stage, failure: str) -> Iterator[None]:
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(stage, "bomb", str(error)) from error
+        raise BadImage(str(error), stage=stage, kind="bomb") from error
     except DECODING_ERRORS as error:
         kind: ErrorKind = "decode_error"
         if "truncated" in str(error).lower():
             kind = "truncated"
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise BadImage(stage, kind, f"{failure}: {reason}") from error
+        raise BadImage(f"{failure}: {reason}", stage=stage, kind=kind) from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
     """Raise BadImage if the size breaks a limit."""
     if width * height > limits.max_pixels:
         raise BadImage(
-            "geometry",
-            "bomb",
             f"{width} x {height} pixels; at most {limits.max_pixels} are decoded",
+            stage="geometry",
+            kind="bomb",
         )
     short, long = sorted((width, height))
     if short < limits.min_side or long > limits.max_aspect * short:
         raise BadImage(
-            "geometry",
-            "bad_geometry",
             f"{width} x {height} pixels; sides must be at least {limits.min_side}, and their "
             f"ratio at most {limits.max_aspect:g}",
+            stage="geometry",
+            kind="bad_geometry",
         )
 
 
@@ -659,7 +665,9 @@ def read_caption(record: ImageRecord) -> str:
     try:
         return record.caption()
     except OSError as error:
-        raise BadImage("text", "read_error", f"cannot read the caption: {error}") from error
+        raise BadImage(
+            f"cannot read the caption: {error}", stage="text", kind="read_error"
+        ) from error
 
 
 def decode_caption(data: bytes | None) -> str:
@@ -677,22 +685,24 @@ def decode_caption(data: bytes | None) -> str:
         'a red fox'
     """
     if data is None:
-        raise BadImage("text", "missing_caption", "the image has no caption")
+        raise BadImage("the image has no caption", stage="text", kind="missing_caption")
     if len(data) > MAX_CAPTION_BYTES:
         raise BadImage(
-            "text",
-            "too_large",
             f"a caption of {len(data)} bytes; at most {MAX_CAPTION_BYTES} are read",
+            stage="text",
+            kind="too_large",
         )
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadImage(
-            "text", "bad_text", f"the caption must be UTF-8: {error.reason} at byte {error.start}"
+            f"the caption must be UTF-8: {error.reason} at byte {error.start}",
+            stage="text",
+            kind="bad_text",
         ) from error
     is_blank = all(unicodedata.category(character) in INVISIBLE_CATEGORIES for character in text)
     if is_blank:
-        raise BadImage("text", "empty_text", "the caption is blank")
+        raise BadImage("the caption is blank", stage="text", kind="empty_text")
     return text
 
 

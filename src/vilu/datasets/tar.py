@@ -58,12 +58,12 @@ class Sample:
         for member in self.members.values():
             if not stays_below(member.name):
                 raise BadImage(
-                    "open",
-                    "bad_path",
                     f"{member.name!r}: a name must be relative and without '..'",
+                    stage="open",
+                    kind="bad_path",
                 )
         if self.fault is not None:
-            raise BadImage("open", self.fault, ORDER_ERRORS[self.fault])
+            raise BadImage(ORDER_ERRORS[self.fault], stage="open", kind=self.fault)
         image: Member | None = None
         for extension in self.members:
             if extension in IMAGE_EXTENSIONS:
@@ -71,14 +71,16 @@ class Sample:
                 break
         if image is None:
             raise BadImage(
-                "open",
-                "missing_image",
                 f"the sample has no image; it has {self.list_extensions()} "
                 "(an extension begins at the name's first dot)",
+                stage="open",
+                kind="missing_image",
             )
         if image.size > MAX_FILE_BYTES:
             raise BadImage(
-                "open", "too_large", f"{image.size} bytes; at most {MAX_FILE_BYTES} are read"
+                f"{image.size} bytes; at most {MAX_FILE_BYTES} are read",
+                stage="open",
+                kind="too_large",
             )
         return image
 
@@ -87,15 +89,15 @@ class Sample:
         member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
             raise BadImage(
-                "text",
-                "missing_caption",
                 f"the sample has no .{CAPTION_EXTENSION}; it has {self.list_extensions()}",
+                stage="text",
+                kind="missing_caption",
             )
         if member.size > MAX_CAPTION_BYTES:
             raise BadImage(
-                "text",
-                "too_large",
                 f"a caption of {member.size} bytes; at most {MAX_CAPTION_BYTES} are read",
+                stage="text",
+                kind="too_large",
             )
         return member
 
@@ -107,9 +109,9 @@ class Sample:
         member = self.members.get(extension)
         if member is not None and not member.is_file:
             raise BadImage(
-                "open",
-                "not_a_file",
                 f"{member.name!r} is a link, a device or sparse, not a plain file",
+                stage="open",
+                kind="not_a_file",
             )
         return member
 
@@ -163,7 +165,9 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     except BadImage as error:
         shard_error = error
     except OSError as error:
-        shard_error = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
+        shard_error = BadImage(
+            f"cannot read the shard: {error.strerror}", stage="open", kind="bad_shard"
+        )
     samples = list(sample_of_key.values())
     if shard_error is None or not samples:
         return samples, shard_error
@@ -326,7 +330,7 @@ class TarShards:
 
     def _unusable_record(self, key: str, error: BadImage, position: int) -> ImageRecord:
         """Return a record without a label. Reading the record raises a copy of the error."""
-        raise_error = partial(_raise_bad_image, error.stage, error.kind, str(error))
+        raise_error = partial(_raise_bad_image, str(error), stage=error.stage, kind=error.kind)
         caption = raise_error if self.captioned else None
         return ImageRecord(key, None, raise_error, caption, position)
 
@@ -339,7 +343,7 @@ class TarShards:
             text = _read_at(path, member.start, n_bytes).strip()
         except OSError as error:
             raise BadImage(
-                "text", "read_error", f"cannot read the label: {error.strerror}"
+                f"cannot read the label: {error.strerror}", stage="text", kind="read_error"
             ) from error
         outside_labels = {str(OUTSIDE), *self.strays}
         if text.decode("latin-1") in outside_labels:  # Latin-1 decodes any bytes without an error
@@ -347,9 +351,9 @@ class TarShards:
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
         if not is_number or int(text) >= self._n_classes:
             raise BadImage(
-                "text",
-                "bad_label",
                 f"the label must be 0 to {self._n_classes - 1}, or -2. Found {text!r}",
+                stage="text",
+                kind="bad_label",
             )
         return int(text)
 
@@ -390,9 +394,9 @@ def _read_caption(path: Path, member: Member) -> str:
     return decode_caption(_read_at(path, member.start, member.size))
 
 
-def _raise_bad_image(stage: Stage, kind: ErrorKind, message: str) -> NoReturn:
+def _raise_bad_image(message: str, *, stage: Stage, kind: ErrorKind) -> NoReturn:
     """Raise BadImage. A record of an unusable sample has this function in place of a reader."""
-    raise BadImage(stage, kind, message)
+    raise BadImage(message, stage=stage, kind=kind)
 
 
 TAR_SUFFIX: Final = ".tar"

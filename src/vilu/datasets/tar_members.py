@@ -87,19 +87,22 @@ def read_members(
         n_data_bytes = 0 if header.type in TYPES_WITHOUT_DATA else member.size
         if position + n_data_bytes > file_size:
             raise BadImage(
-                "open",
-                "truncated_shard",
                 f"the shard ends inside {member.name!r}; {_TRUNCATION_HINT}",
+                stage="open",
+                kind="truncated_shard",
             )
         position += _round_up_to_blocks(n_data_bytes)
         if header.isdir():
             continue
         n_members += 1
         if n_members > max_members:
-            raise BadImage(
-                "open", "bad_shard", f"more than {max_members} members. Write smaller shards"
-            )
+            raise _bad_shard(f"more than {max_members} members. Write smaller shards")
         yield member
+
+
+def _bad_shard(message: str) -> BadImage:
+    """Return the error of a whole shard, for any reason but that it ends too early."""
+    return BadImage(message, stage="open", kind="bad_shard")
 
 
 _TRUNCATION_HINT: Final = "members before the break are kept. Write or download it again"
@@ -117,20 +120,16 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
         # Most readers ignore members behind the end mark, as `cat a.tar b.tar` writes them.
         has_more = any(file.read(MAX_HEADER_BYTES))  # a byte that is not 0
         if has_more:
-            raise BadImage(
-                "open",
-                "bad_shard",
-                "more bytes follow the end mark. Join shards with `tar -A`, not `cat`",
-            )
+            raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
         return None
     # An empty file is a truncated shard. Any other file that is shorter than a block is no tar
     # file, and _parse_header reports it.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
-            "open",
-            "truncated_shard",
             f"the shard ends at byte {position + len(block)}; {_TRUNCATION_HINT}",
+            stage="open",
+            kind="truncated_shard",
         )
     return _parse_header(block, position)
 
@@ -139,10 +138,8 @@ def _refuse_compressed(block: bytes) -> None:
     """Raise BadImage if a shard begins with the first bytes of a compressed file."""
     for magic, program in UNCOMPRESS_PROGRAMS.items():
         if block.startswith(magic):
-            raise BadImage(
-                "open",
-                "bad_shard",
-                f"the shard is compressed, so it cannot be read in parts: {program} it",
+            raise _bad_shard(
+                f"the shard is compressed, so it cannot be read in parts: {program} it"
             )
 
 
@@ -154,9 +151,9 @@ def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise BadImage("open", "bad_shard", f"{problem}: {error}. Write it again") from error
+        raise _bad_shard(f"{problem}: {error}. Write it again") from error
     if header.size < 0:
-        raise BadImage("open", "bad_shard", f"{problem}: a size of {header.size}. Write it again")
+        raise _bad_shard(f"{problem}: a size of {header.size}. Write it again")
     return header
 
 
@@ -189,7 +186,9 @@ def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
     block = file.read(BLOCK_BYTES)
     if len(block) < BLOCK_BYTES:
         raise BadImage(
-            "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
+            f"the shard ends inside a header; {_TRUNCATION_HINT}",
+            stage="open",
+            kind="truncated_shard",
         )
     return block[flag_index] != 0
 
@@ -200,14 +199,14 @@ def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> by
     ``file_size`` is the size of the tar file in bytes.
     """
     if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
-        raise BadImage(
-            "open",
-            "bad_shard",
-            f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
+        raise _bad_shard(
+            f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
         )
     if position + length > file_size:
         raise BadImage(
-            "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
+            f"the shard ends inside a header; {_TRUNCATION_HINT}",
+            stage="open",
+            kind="truncated_shard",
         )
     file.seek(position)
     return file.read(length)
@@ -228,9 +227,7 @@ def _add_extension_fields(
     elif header_type == tarfile.XGLTYPE and _pax_fields(body, position):
         # The name or size in a global header is valid for all members. This is refused, because
         # the positions of all later headers would be wrong.
-        raise BadImage(
-            "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
-        )
+        raise _bad_shard(f"the header at byte {position} gives all members one name or size")
 
 
 _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
@@ -265,9 +262,7 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
 
 def _damaged_header(position: int) -> BadImage:
     """Return the error that the header at a position is damaged."""
-    return BadImage(
-        "open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again"
-    )
+    return _bad_shard(f"the header at byte {position} is damaged. Write the shard again")
 
 
 def _make_member(
@@ -288,15 +283,9 @@ def _make_member(
         name = extended_name.decode("utf-8", "surrogateescape")
     size = extension_fields.get(b"size", str(header.size).encode())
     if not re.fullmatch(rb"[0-9]{1,19}", size):
-        raise BadImage(
-            "open", "bad_shard", f"the header at byte {header_start} gives a size of {size[:30]!r}"
-        )
+        raise _bad_shard(f"the header at byte {header_start} gives a size of {size[:30]!r}")
     if len(name) > MAX_NAME_LENGTH:
-        raise BadImage(
-            "open",
-            "bad_shard",
-            f"a name of {len(name)} characters; at most {MAX_NAME_LENGTH} are read",
-        )
+        raise _bad_shard(f"a name of {len(name)} characters; at most {MAX_NAME_LENGTH} are read")
     is_file = header.type in PLAIN_FILE_TYPES and not is_sparse
     return Member(portable_name(name), data_start, int(size), is_file)
 

@@ -143,7 +143,7 @@ def files_of(*paths: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
+def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
@@ -152,7 +152,7 @@ def _read_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     else:
         table, _ = read_table(path, ())
         columns = _columns_by_name(table)
-    columns = _with_cluster_column(columns, clusters)
+    columns = _with_cluster_column(columns, cluster_column)
     vectors = columns.pop("features", None)
     features_file = path.with_suffix(FEATURES_SUFFIX)
     if not features_file.is_file():
@@ -287,22 +287,22 @@ def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
 
 
 def _with_cluster_column(
-    columns: dict[str, pa.ChunkedArray], clusters: str | None
+    columns: dict[str, pa.ChunkedArray], cluster_column: str | None
 ) -> dict[str, pa.ChunkedArray]:
-    """The columns, where the column ``clusters`` is renamed to ``cluster``, its role.
+    """The columns, where the column ``cluster_column`` is renamed to ``cluster``, its role.
 
-    Without ``clusters``, the columns are returned unchanged.
+    Without ``cluster_column``, the columns are returned unchanged.
     """
-    if clusters is None:
+    if cluster_column is None:
         return columns
-    if clusters not in columns:
+    if cluster_column not in columns:
         raise DataError(
-            f"the table has no column {clusters!r} with the clusters of its rows. It has "
+            f"the table has no column {cluster_column!r} with the clusters of its rows. It has "
             f"{', '.join(columns)}."
         )
-    renamed = {**columns, "cluster": columns[clusters]}
-    if clusters not in ROLE_COLUMNS:  # a column with another role also keeps its own name
-        del renamed[clusters]
+    renamed = {**columns, "cluster": columns[cluster_column]}
+    if cluster_column not in ROLE_COLUMNS:  # a column with another role also keeps its own name
+        del renamed[cluster_column]
     return renamed
 
 

@@ -17,7 +17,7 @@ from vilu.tables.table import AnswerTable, sign_of
 
 
 def scores_in(
-    path: Path, predictor: Path | None = None, *, clusters: str | None = None
+    path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
     """The scores of a table of answers; an empty list if the path is no such table.
 
@@ -25,14 +25,14 @@ def scores_in(
         path: The table.
         predictor: Folder of the predictor that scores the answers. If it is calibrated, the scores
             have decisions, too. None: each column whose name says its sign is a method of its own.
-        clusters: Name of the column with the clusters, if it is not ``cluster``.
+        cluster_column: Name of the column with the clusters, if it is not ``cluster``.
 
     Raises:
         UsageError: If no column says its sign and there is no predictor.
     """
     if not has_answers(path):
         return []
-    table = open_table(path, clusters=clusters)
+    table = open_table(path, clusters=cluster_column)
     if predictor is None:
         return scores_of_columns(table)
     calibration = Calibration.find(predictor)

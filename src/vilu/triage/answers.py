@@ -36,7 +36,7 @@ def answers_of(
     predictor: FailurePredictor,
     outcomes: Outcomes,
     labels: Mapping[str, str],
-    likely_estimate: LikelyRight | None = None,
+    likely_right: LikelyRight | None = None,
 ) -> list[Answer]:
     """The answers about all photos, unreadable ones included, in the order of their paths.
 
@@ -45,13 +45,13 @@ def answers_of(
         predictor: Judges the answers.
         outcomes: The scores of the photos by the predictor.
         labels: Maps paths to labels. The answer about a labelled photo is its label.
-        likely_estimate: Which answers are likely right; None if this was not estimated.
+        likely_right: Which answers are likely right; None if this was not estimated.
     """
     runners_up = all_runners_up(photos, predictor)
     flags: Flags = [None] * len(photos)
-    if likely_estimate is not None:
+    if likely_right is not None:
         scores = unlabelled_scores(photos, outcomes, labels)
-        flags = likely_estimate.flags_by_own_threshold(scores)
+        flags = likely_right.flags_by_own_threshold(scores)
     quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):

@@ -69,7 +69,7 @@ class StoreDraws:
     """A labelled store that a predictor has scored, with the calibration rows of every group.
 
     Attributes:
-        predictor: Fingerprint of the predictor.
+        predictor_fingerprint: Fingerprint of the predictor (``fingerprint_of``).
         photos: The rows of the store.
         book: The labels of the rows.
         outcomes: The scores of all rows.
@@ -78,7 +78,7 @@ class StoreDraws:
             all small classes together. Draws are planned from the scores alone, without labels.
     """
 
-    predictor: str
+    predictor_fingerprint: str
     photos: Photos
     book: LabelBook
     outcomes: Outcomes
@@ -120,7 +120,7 @@ class StoreDraws:
             require_scores(outcomes.uncertainty, rows, photos.ids)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(
-            predictor=fingerprint_of(predictor),
+            predictor_fingerprint=fingerprint_of(predictor),
             photos=photos,
             book=book,
             outcomes=outcomes,
@@ -172,15 +172,16 @@ class StoreDraws:
         """
         if not self.draws:
             return {}
+        fingerprint = self.predictor_fingerprint
         # Each calibration label was requested for the test of one predictor, which its entry names.
-        predictor_of_path = {
+        fingerprint_of_path = {
             entry.path: entry.predictor for entry in self.book if _was_drawn(entry)
         }
         is_for_this_predictor = np.array(
-            [predictor_of_path.get(path) == self.predictor for path in self.photos.ids], np.bool_
+            [fingerprint_of_path.get(path) == fingerprint for path in self.photos.ids], np.bool_
         )
-        other_predictors = set(predictor_of_path.values()) - {self.predictor}
-        level = level_of(len(other_predictors) + 1, delta / len(self.draws))
+        other_fingerprints = set(fingerprint_of_path.values()) - {fingerprint}
+        level = level_of(len(other_fingerprints) + 1, delta / len(self.draws))
         awaited = self.split.awaited & is_for_this_predictor
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
@@ -290,7 +291,7 @@ def next_of_store(
     paths = store_draws.photos.ids
     book = store_draws.book
     split = store_draws.split
-    fingerprint = store_draws.predictor
+    fingerprint = store_draws.predictor_fingerprint
     was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
     free_fit_rows = np.flatnonzero(split.usable_fit & ~was_asked)
     calibration_rows: list[int] = []

@@ -160,7 +160,7 @@ def draw_for_guarantee(
     entries, answers = _entries_and_answers(draws, drawn_rows)
     record = DrawRecord(
         store=source_fingerprint(store),
-        predictor=draws.predictor,
+        predictor=draws.predictor_fingerprint,
         max_risk=max_risk,
         limit=limit,
         seed=seed,
@@ -253,7 +253,7 @@ def _entries_and_answers(
 ) -> tuple[list[Entry], dict[str, Answer]]:
     """The entries of the drawn rows (M,), and the answers by path."""
     paths = [draws.photos.ids[row] for row in drawn_rows.tolist()]
-    draws.book.ask(paths, "calibration", predictor=draws.predictor)
+    draws.book.ask(paths, "calibration", predictor=draws.predictor_fingerprint)
     entries = [draws.book.entries[path] for path in paths]
     answers = {}
     for row, path in zip(drawn_rows.tolist(), paths, strict=True):

@@ -179,8 +179,8 @@ def estimate_likely_right(
     held_out = predictor.held_out_.judged(predictor.answer)
     zero_shot_failure = predictor.held_out_.zero_shot.failure
     n_wrong_zero_shot = int((zero_shot_failure[held_out.is_known] == 1).sum())
-    estimate = LikelyRight.estimate(held_out, uncertainty, max_risk)
-    return estimate.model_copy(update={"n_wrong_zero_shot": n_wrong_zero_shot})
+    likely_right = LikelyRight.estimate(held_out, uncertainty, max_risk)
+    return likely_right.model_copy(update={"n_wrong_zero_shot": n_wrong_zero_shot})
 
 
 def refuse_given_answers(answer: AnswerKind | None) -> None:

@@ -147,7 +147,7 @@ def triage_photos(
             result.predictor,
             result.outcomes,
             result.book.labels,
-            result.likely_estimate,
+            result.likely_right,
         )
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
@@ -271,7 +271,7 @@ def summary_of(
         counts=f"{plural(counts['photos'], 'photo')}{new_photos}: {counts_in_words(counts)}",
         guarantee=guarantee_in_words(result, settings),
         forecast=str(result.forecast),
-        likely=likely_in_words(result.likely_estimate, counts),
+        likely=likely_in_words(result.likely_right, counts),
         prompts=_prompts_text(settings),
         sidecars=sidecars,
         n_asked=len(result.asked),
@@ -292,24 +292,26 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
     return f"{', '.join(parts)}; {counts['labelled']:,} {verb} a label"
 
 
-def likely_in_words(estimate: LikelyRight | None, counts: Mapping[str, int]) -> str:
+def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int]) -> str:
     """How many photos without a label are likely right, or why there is no estimate."""
     no_estimate = "Which answers are likely right cannot be estimated"
-    if estimate is None:
+    if likely_right is None:
         return f"{no_estimate}: the predictor was fitted before there was such an estimate."
-    if estimate.n == 0:
+    if likely_right.n == 0:
         return f"{no_estimate} yet: the predictor was not fitted on labels."
-    basis = f"{estimate.n_wrong:,} of {estimate.n:,} cross-fitted labels show a wrong answer"
-    if estimate.n_drawn:
-        basis += f", and {estimate.n_drawn_wrong:,} of {estimate.n_drawn:,} drawn ones"
-    if estimate.probability is None:
+    basis = (
+        f"{likely_right.n_wrong:,} of {likely_right.n:,} cross-fitted labels show a wrong answer"
+    )
+    if likely_right.n_drawn:
+        basis += f", and {likely_right.n_drawn_wrong:,} of {likely_right.n_drawn:,} drawn ones"
+    if likely_right.probability is None:
         return f"{no_estimate} yet: {basis}, and {LEAST_WRONG} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]
     if not n_unlabelled:
         return "Every photo has a label, so no answer is left to be likely right."
     return (
         f"{counts['likely']:,} of {n_unlabelled:,} photos without a label are likely right. "
-        f"At most {percent(estimate.max_risk, decimals=1)} of these answers are expected to be "
+        f"At most {percent(likely_right.max_risk, decimals=1)} of these answers are expected to be "
         f"wrong. This is an estimate, not a guarantee: {basis}."
     )
 
@@ -321,7 +323,7 @@ def _verdict_text(result: TriageResult) -> str:
         result.outcomes,
         result.predictor,
         result.is_calibration,
-        result.likely_estimate,
+        result.likely_right,
     )
     has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
     return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
@@ -641,7 +643,7 @@ def write_page(
         verdict=verdict,
         counts=counts,
         guarantee=guarantee_in_words(result, settings),
-        likely=likely_in_words(result.likely_estimate, counts),
+        likely=likely_in_words(result.likely_right, counts),
         answer=result.answer,
         forecast=str(result.forecast),
         prompts=_prompts_text(settings),

@@ -148,7 +148,7 @@ class TriageResult:
         outcomes: Outcomes of all photos by the present predictor, with decisions.
         predictor: The present predictor, which decides.
         answer: Which answers the present predictor judges, and why.
-        likely_estimate: Which answers of the present predictor are likely right; None if an
+        likely_right: Which answers of the present predictor are likely right; None if an
             earlier version of vilu fitted this predictor.
         rule: The guarantee of the present predictor; None if nothing is certified.
         progress: Progress of the guarantee of the tested predictor; None if the tested predictor
@@ -170,7 +170,7 @@ class TriageResult:
     outcomes: Outcomes
     predictor: FailurePredictor
     answer: AnswerChoice
-    likely_estimate: LikelyRight | None
+    likely_right: LikelyRight | None
     rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
@@ -352,7 +352,7 @@ def _result(
         outcomes=outcomes,
         predictor=predictor,
         answer=state.answer,
-        likely_estimate=likely_with_drawn_labels(run, state, predictor, outcomes),
+        likely_right=likely_with_drawn_labels(run, state, predictor, outcomes),
         rule=rule_in_force(run.present_folder),
         progress=progress,
         tested_outcomes=tested_outcomes,
@@ -388,18 +388,18 @@ def likely_with_drawn_labels(
         predictor: The present predictor.
         outcomes: Outcomes of all photos by the present predictor.
     """
-    likely_estimate = LikelyRight.find(run.present_folder)
-    if likely_estimate is None or state.trial is None:
-        return likely_estimate
-    lacks_answers = len(likely_estimate.failure) != likely_estimate.n
+    likely_right = LikelyRight.find(run.present_folder)
+    if likely_right is None or state.trial is None:
+        return likely_right
+    lacks_answers = len(likely_right.failure) != likely_right.n
     if lacks_answers:  # an earlier version of vilu did not save the answers
-        return likely_estimate
+        return likely_right
     split = run.split.for_predictor(predictor, run.photos)
     rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
     drawn_answers = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
-    new_estimate = likely_estimate.with_drawn(drawn_answers, outcomes.uncertainty)
-    new_estimate.save(run.present_folder)
-    return new_estimate
+    likely_right = likely_right.with_drawn(drawn_answers, outcomes.uncertainty)
+    likely_right.save(run.present_folder)
+    return likely_right
 
 
 def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
@@ -486,13 +486,13 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
     uncertainty = run.score(predictor).uncertainty
-    likely_estimate = estimate_likely_right(predictor, uncertainty, run.settings.max_risk)
+    likely_right = estimate_likely_right(predictor, uncertainty, run.settings.max_risk)
     if case is FitCase.NO_GUARANTEE:
         state = _save_as_present(
-            run, state, predictor, trial=None, answer=answer, likely_estimate=likely_estimate
+            run, state, predictor, trial=None, answer=answer, likely_right=likely_right
         )
         return run.write(state), predictor
-    return _begin_trial(run, state, predictor, answer, likely_estimate, uncertainty)
+    return _begin_trial(run, state, predictor, answer, likely_right, uncertainty)
 
 
 def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
@@ -522,12 +522,12 @@ def _save_as_present(
     *,
     trial: Trial | None,
     answer: AnswerChoice,
-    likely_estimate: LikelyRight | None,
+    likely_right: LikelyRight | None,
 ) -> TriageState:
     """Save a predictor as the present predictor. The caller writes the returned state."""
     predictor.save(run.present_folder)
-    if likely_estimate is not None:
-        likely_estimate.save(run.present_folder)
+    if likely_right is not None:
+        likely_right.save(run.present_folder)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present_folder)
     return state.model_copy(
         update={
@@ -545,7 +545,7 @@ def _begin_trial(
     state: TriageState,
     predictor: FailurePredictor,
     answer: AnswerChoice,
-    likely_estimate: LikelyRight,
+    likely_right: LikelyRight,
     scores: Floats,
 ) -> tuple[TriageState, FailurePredictor]:
     """Make a new predictor the candidate if its test is worth the labels.
@@ -560,7 +560,7 @@ def _begin_trial(
     if not is_worth_testing(candidate, state, n_labels):
         return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate_folder)
-    likely_estimate.save(run.candidate_folder)
+    likely_right.save(run.candidate_folder)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
     return run.write(next_state), predictor
 
@@ -670,9 +670,11 @@ def _replace_present_predictor(
         run,
         state,
         candidate,
+        # The field ``candidate`` of the state is the trial of the candidate (``tested_trial``). The
+        # field keeps this name, because saved files (triage.json) have it.
         trial=state.candidate,
         answer=state.candidate_answer,
-        likely_estimate=LikelyRight.find(run.candidate_folder),
+        likely_right=LikelyRight.find(run.candidate_folder),
     )
     # The old state refers to the folder of the candidate. So the new state is written before the
     # folder is removed.

@@ -102,7 +102,7 @@ def labelled_answers(
     outcomes: Outcomes,
     predictor: FailurePredictor,
     is_calibration: NDArray[np.bool_],
-    likely_estimate: LikelyRight | None,
+    likely_right: LikelyRight | None,
 ) -> LabelledAnswers:
     """The labels of all labelled photos, and the answers about these photos.
 
@@ -114,7 +114,7 @@ def labelled_answers(
         outcomes: Outcomes of all photos by the present predictor.
         predictor: The present predictor.
         is_calibration: (N,) bool, which photos are of the calibration side.
-        likely_estimate: The estimate that was saved with the predictor. It has the numbers of
+        likely_right: The estimate that was saved with the predictor. It has the numbers of
             cross-fitted answers and of wrong ones.
     """
     label = np.where(photos.outside.numpy(), OUTSIDE, photos.target.numpy())
@@ -128,11 +128,11 @@ def labelled_answers(
         answers["zero_shot"] = zero_shot[rows]
     n_cross_fitted = 0
     cross_fitted_wrong: dict[AnswerKind, int] = {}
-    if likely_estimate is not None and likely_estimate.n_wrong_zero_shot is not None:
-        n_cross_fitted = likely_estimate.n
+    if likely_right is not None and likely_right.n_wrong_zero_shot is not None:
+        n_cross_fitted = likely_right.n
         cross_fitted_wrong = {
-            "zero_shot": likely_estimate.n_wrong_zero_shot,
-            "adapted": likely_estimate.n_wrong,
+            "zero_shot": likely_right.n_wrong_zero_shot,
+            "adapted": likely_right.n_wrong,
         }
     is_calibration_row = is_calibration[rows]
     has_judging_label = n_cross_fitted > 0 or is_calibration_row.any()

@@ -469,8 +469,8 @@ def unpack(
     Returns the position. This is the inverse of ``pack``.
     """
     parts = _tensors_by_part(checkpoint)
-    head_weights = head.state_dict()  # shares memory with the head: ``copy_tensors`` changes it
-    copy_tensors("weights", parts.get("head", {}), head_weights)
+    head_weights = head.state_dict()  # shares memory with the head, so the copy sets its weights
+    copy_tensors_into(head_weights, saved_tensors=parts.get("head", {}), tensors_name="weights")
     chosen_weights = parts.get("kept", {})
     _require_same_forms("kept weights", chosen_weights, head_weights)
     _load_momenta(parts.get("momentum", {}), optimizer)
@@ -478,7 +478,7 @@ def unpack(
     for i, stateful_part in enumerate(stateful):
         stateful_part.restore(parts.get(f"memory{i}", {}))
     loop = {"order": order_generator.get_state()}
-    copy_tensors("state of the loop", parts.get("loop", {}), loop)
+    copy_tensors_into(loop, saved_tensors=parts.get("loop", {}), tensors_name="state of the loop")
     order_generator.set_state(loop["order"])
     return Position(checkpoint.n_epochs(), chosen_weights, _history(checkpoint.position))
 
@@ -518,7 +518,7 @@ def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Op
 def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
     """Set the states of the generators of dropout masks."""
     states = _mask_states(head)
-    copy_tensors("states of masks", saved_states, states)
+    copy_tensors_into(states, saved_tensors=saved_states, tensors_name="states of masks")
     for generator, state in zip(generators_of(head), states.values(), strict=True):
         generator.set_state(state)
 
@@ -538,8 +538,8 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
-def copy_tensors(
-    tensors_name: str, saved_tensors: Mapping[str, Tensor], destination: Mapping[str, Tensor]
+def copy_tensors_into(
+    destination: Mapping[str, Tensor], *, saved_tensors: Mapping[str, Tensor], tensors_name: str
 ) -> None:
     """Copy saved tensors into the tensors of ``destination`` with the same names and forms.
 
