@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME ...]``: the named measurements, or all of them."""
+"""``python -m benchmarks [NAME ...]``: run the named measurements, by default all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = (
 
 
 def main() -> None:
-    """Run the measurements, and print one line of JSON at the end."""
+    """Run the measurements, and print a line of JSON at the end."""
     chosen = sys.argv[1:] or NAMES
     unknown = sorted(set(chosen) - set(NAMES))
     if unknown:

@@ -5,23 +5,24 @@
 
 The scored rows of a predictor are a population, so the risk of every threshold is known. 500
 calibration rows are drawn from the population with replacement, and a rule is made at a risk of 5 %
-with a confidence of 95 % (``ltt``). A rule is *broken* if more than 5 % of the answers that it
-accepts in the population are wrong. That may happen to 5 % of the rules. The output has the share
-of broken rules, its one-sided 95 % bound (Clopper and Pearson), and the mean coverage.
+with a confidence of 95 % (``ltt``). A rule is *broken* if more than 5 % of the accepted answers in
+the population are wrong. At most 5 % of the rules may be broken. The output has the share of broken
+rules, a one-sided 95 % bound of this share (Clopper and Pearson), and the mean coverage.
 
-Without ``--arrays`` the data are simulated: 20 Gaussian classes, texts that are noisy class means,
-and a population of 25,000 rows. With ``--arrays`` a seed divides every set into halves. Methods are
+Without ``--arrays`` the data are simulated: 20 Gaussian classes, noisy class means as texts, and a
+population of 25,000 rows. With ``--arrays`` a seed divides every set into halves. Methods are
 fitted on 16 labels per class of the first half, and the second half is the population. For given
-answers the labels are divided: the probe is fitted on one half of them, ViLU+ on the other half.
+answers the labels are divided: the probe is fitted on one half of the labels, and ViLU+ on the
+second half.
 
 Three kinds of answers are judged:
 
 - ``adapted, vilu_plus`` and ``adapted, linear_probe``: the method's own answers;
-- ``given``: answers of a linear probe that was fitted on other rows, judged by ViLU+.
+- ``given``: answers of a linear probe fitted on other rows, judged by ViLU+.
 
-Each population is measured twice: as it is, and with out-of-distribution rows, which are 20 % of
-all rows. These rows are images of the classes of another world or set. Their label is
-``(outside)``, so every answer about them is wrong.
+Each population is measured twice: without out-of-distribution rows, and with out-of-distribution
+rows as 20 % of all rows. These rows are images of the classes of another world or set. The label of
+these rows is ``(outside)``, so every answer is wrong.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class World:
         self.text = self._unit(self.mean + TEXT_NOISE * self.rng.normal(size=(K, DIM)))
 
     def draw(self, n: int) -> tuple[Floats, Ints]:
-        """Images (n, D) and their classes (n,)."""
+        """Images (n, D) and the classes (n,) of the images."""
         target = self.rng.integers(K, size=n)
         noise = IMAGE_NOISE * self.rng.normal(size=(n, DIM))
         return self._unit(self.mean[target] + noise), target
@@ -86,14 +87,14 @@ class Problem(NamedTuple):
     """Rows to fit on and a population, labels included."""
 
     text: Floats
-    fit: tuple[Floats, Ints]  # rows that methods which judge their own answers are fitted on
-    fit_of_judge: tuple[Floats, Ints]  # rows that the judge of given answers is fitted on
-    elsewhere: tuple[Floats, Ints]  # rows that the model which gives these answers is fitted on
+    fit: tuple[Floats, Ints]  # rows for the fit of methods that judge their own answers
+    fit_of_judge: tuple[Floats, Ints]  # rows for the fit of the judge of given answers
+    elsewhere: tuple[Floats, Ints]  # rows for the fit of the model with the given answers
     population: tuple[Floats, Ints]
     outside: Floats  # images of none of the classes, a fifth of all rows of the population
 
     def data(self, rows: tuple[Floats, Ints], answer: Ints | None = None) -> vilu.Embeddings:
-        """The labelled rows as a source; if there are given answers, they are included."""
+        """The labelled rows as a source, with the given answers if there are any."""
         image, target = rows
         columns = {}
         if answer is not None:
@@ -118,7 +119,7 @@ def simulated(seed: int = 0) -> Problem:
 
 
 def n_outside(n: int) -> int:
-    """Number of rows to add to n rows, so that they are the share ``OUTSIDE_SHARE`` of all rows."""
+    """Number of rows to add to n rows; the added rows are then ``OUTSIDE_SHARE`` of all rows."""
     return round(n * OUTSIDE_SHARE / (1 - OUTSIDE_SHARE))
 
 
@@ -132,7 +133,7 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
     next_name = names[(names.index(name) + 1) % len(names)]
     images = sets[next_name].image
     n = n_outside(len(rows.second))
-    # a small set has fewer images than that, so they are drawn with replacement
+    # a small set has fewer than n images, so images are drawn with replacement
     drawn = rng.integers(len(images), size=n)
 
     def labelled(index: Ints) -> tuple[Floats, Ints]:
@@ -149,7 +150,7 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
 
 
 def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
-    """(N,) the candidate of each row that the predictor's posterior makes most likely."""
+    """(N,) the most likely candidate of each row, by the posterior of the predictor."""
     parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
     return torch.cat(parts).numpy()
 
@@ -178,7 +179,7 @@ def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> JudgedAnswers
 
 
 class Broken(NamedTuple):
-    """How many of some rules are broken, and what they accept."""
+    """Numbers of rules and of broken rules, and the coverage of the rules."""
 
     n: int
     n_broken: int
@@ -191,7 +192,7 @@ class Broken(NamedTuple):
 
 
 def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broken:
-    """Calibrate ``n_rules`` times, and measure the rules on the population of their rows."""
+    """Calibrate ``n_rules`` times, and measure the rules on the population."""
     rng = np.random.default_rng(seed)
     order = population.uncertainty.argsort(kind="stable")
     uncertainty = population.uncertainty[order]
@@ -218,7 +219,7 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
 
 
 def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
-    """The population as it is, and the population with the images of none of the classes."""
+    """The population alone, and the population with the images of none of the classes."""
     n = len(problem.population[1])
     within = JudgedAnswers(judged.uncertainty[:n], judged.failure[:n])
     return {"0 %": within, "20 %": judged}
@@ -231,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--divisions", type=int, default=2)
     parser.add_argument("--calibrations", type=int, default=10_000)
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", UserWarning)  # they say that classes have few rows
+    warnings.simplefilter("ignore", UserWarning)  # the warnings are about classes with few rows
     torch.set_num_threads(1)
     total: dict[tuple[str, str], list[Broken]] = {}
     for name, division, problem in problems(options.arrays, options.divisions):

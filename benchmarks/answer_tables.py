@@ -1,14 +1,14 @@
-"""Tables of what a method's own answers gain over zero-shot answers and over simple mixes.
+"""Tables of the gain of a method's own answers over zero-shot answers and over simple mixes.
 
     python -m benchmarks.answer_tables CELLS.jsonl [--resamples 1000]
 
-``benchmarks.answers`` writes CELLS.jsonl. Divisions that lack a cell are left out. Values are means
-over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000 resamples. A
-resample is of the rows of a whole set, and all divisions, methods and numbers of labels of the set
-share it. Methods are not fitted again. So differences are paired.
+``benchmarks.answers`` writes CELLS.jsonl. Divisions with a missing cell are left out. Values are
+means over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000 resamples. A
+resample draws from the rows of a whole set. All divisions, methods and numbers of labels of the set
+share the resample. Methods are not fitted again. So differences are paired.
 
-The *best mix* of a set and a number of labels is ``mix`` or ``pool``, whichever has more coverage
-at 5 % on the test rows. So hindsight favours the mixes.
+The *best mix* of a set and a number of labels is ``mix`` or ``pool``: the mix with more coverage at
+5 % on the test rows. So hindsight favours the mixes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANSWERS = {
     "mix": "mix of probabilities",
     "pool": "pool of log probabilities",
 }
-"""Maps a method to its name in the tables."""
+"""Maps a method to the name in the tables."""
 
 TITLES = {
     "imagenet1k": "ImageNet ‡ (training images)",
@@ -53,8 +53,8 @@ TITLES = {
 }
 """Titles of the sets.
 
-† marks sets that were looked at while the predictors were developed. ‡ marks sets that were looked
-at only in the end, with one choice afterwards (docs/readings.md).
+† marks sets used during the development of the predictors. ‡ marks sets used only in the end, with
+one choice afterwards (docs/readings.md).
 """
 
 MARK = "†"
@@ -62,17 +62,17 @@ MODEL = "_b32"  # suffix of the files' names
 NOT_COMPARED = "nothing was compared"  # text in the reason of a choice
 
 APART = "imagenet1k"
-"""The set whose rows are training images; the tables have means with it and without it."""
+"""A set of training images; the tables have means with and without this set."""
 
 Measure = float | str
-"""The risk at which coverage is measured, or "accuracy"."""
+"""A risk, for the coverage at this risk, or "accuracy"."""
 
 MEASURES: tuple[Measure, ...] = ("accuracy", *RISKS)
 PAIRS = (("adapted", "zero_shot"), ("adapted", "best_mix"), ("chosen", "zero_shot"))
 
 
 class Certified(NamedTuple):
-    """Rules at one risk: coverage of each rule, and whether its risk on test rows is above it."""
+    """Rules at a given risk: coverages, and whether the risks on test rows are larger."""
 
     coverage: Floats
     above: Ints
@@ -82,7 +82,7 @@ class Reading(NamedTuple):
     """The results of a method on a set with a number of labels, over the divisions."""
 
     values: dict[Measure, Quantity]
-    certified: tuple[Certified, ...]  # one for each risk
+    certified: tuple[Certified, ...]  # an entry for each risk
     seconds: float  # median time of a fit
 
 
@@ -92,7 +92,7 @@ def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, 
     failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
     order = rank.argsort(kind="stable")
     starts = np.flatnonzero(np.diff(rank[order], prepend=-1))
-    own = np.ones((1, len(rank)), dtype=np.int64)  # the sample itself is the first resample
+    own = np.ones((1, len(rank)), dtype=np.int64)  # the original sample is the first resample
     weights = np.concatenate([own, weights[:, cell["rows"]]])[:, order]
     wrong = np.add.reduceat(weights * failure[order], starts, axis=1)
     size = np.add.reduceat(weights, starts, axis=1)
@@ -132,7 +132,7 @@ class Cells(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> Cells:
-        """Read a file that ``benchmarks.answers`` wrote."""
+        """Read a file written by ``benchmarks.answers``."""
         by_key = {}
         for line in path.read_text().splitlines():
             cell = json.loads(line)
@@ -180,7 +180,7 @@ def difference(
 
 
 def in_points(quantity: Quantity, sign: str = "") -> str:
-    """A quantity in percent with its interval."""
+    """A quantity and the interval, in percent."""
     ends = quantity.interval(0.95)
     shown = [format(100 * number, f"{sign}.1f") for number in ends]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
@@ -263,7 +263,7 @@ def title_of(n_labels: int) -> str:
 
 
 def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Share of the mean gain of adapted answers that chosen answers keep."""
+    """Share of the mean gain of adapted answers left with chosen answers."""
     lines = ["| labels a class | chosen keeps of the gain | with images |", "|---|---|---|"]
     for n_labels in LABELS:
         row = [str(n_labels or "all")]
@@ -282,7 +282,7 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
 
 
 def notes_table(cells: Cells) -> list[str]:
-    """Numbers of cells in which answers were compared, answers were chosen, mixes cross-fitted."""
+    """Numbers of cells with compared answers, with chosen answers, and with cross-fitted mixes."""
     lines = [
         "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Measures what a method's own answers gain over zero-shot answers and over simple mixes.
+"""Measures the gain of a method's own answers over zero-shot answers and over simple mixes.
 
     python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
     python -m benchmarks.answer_tables CELLS.jsonl
@@ -8,21 +8,23 @@ ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CL
 given number of labels per class (0: all labels). They are tested on the second half:
 
 - ``mcm``: zero-shot answers, no fit;
-- ``zero_shot``, ``adapted``: one fit of ViLU+ that judges zero-shot answers, or its own;
-- ``chosen``: one of these two, as ``choose_answer`` chooses at a risk of 5 %;
+- ``zero_shot``, ``adapted``: a single fit of ViLU+, which judges zero-shot answers, or adapted
+  answers;
+- ``chosen``: ``zero_shot`` or ``adapted``, chosen by ``choose_answer`` at a risk of 5 %;
 - ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
   images of the first half, without labels;
-- ``probe``: the answers of the linear probe, judged by itself;
+- ``probe``: the answers of the linear probe, judged by the probe;
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
-A *cell* is a set, a number of labels and a division. It is one line of CELLS.jsonl. The line has,
-for every method, the rank of the uncertainty and the failure of each row of the second half, and
-the results of certified rules. For a rule, the labels are divided into halves, stratified by class.
-The method is fitted on one half, the other half calibrates the rule (``ltt``, 95 %), and the rule
-is tested on the second half of the set. A fit gets no images of calibration rows.
+A *cell* is a set, a number of labels and a division. Every cell is a line of CELLS.jsonl. The line
+has, for every method, the rank of the uncertainty and the failure of each row of the second half,
+and the results of certified rules. For a rule, the labels are divided into halves, stratified by
+class. The first half of the labels fits the method, the second half calibrates the rule (``ltt``,
+95 %), and the rule is tested on the second half of the set. A fit gets no images of calibration
+rows.
 
-Cells that are in the file already are left out. All sets are measured for a division before the
-next division begins.
+Cells already in the file are left out. All sets are measured for a division before the next
+division begins.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 RISKS = (0.05, 0.1, 0.2)
 RISK_OF_CHOICE = RISKS[0]
 LABELS = (1, 5, 16, 0)
-LEFT_OUT = "words"  # this set is left out, because it is of words, not of classes
+LEFT_OUT = "words"  # this set is left out, because the candidates are words, not classes
 
 
 class Cell(NamedTuple):
@@ -83,7 +85,7 @@ class Arrays:
         return cls(image, text[kept], candidate[target])
 
     def labelled(self, rows: Ints) -> vilu.Embeddings:
-        """These rows with their labels."""
+        """These rows with labels."""
         return vilu.Embeddings(self.image[rows], self.text, target=self.target[rows])
 
     def images(self, rows: Ints) -> vilu.Embeddings:
@@ -110,7 +112,7 @@ def halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, In
 
 
 class Measured(NamedTuple):
-    """The answers of every method for some rows, and how they came about."""
+    """The answers of every method for some rows, with times and notes of the fits."""
 
     judged: dict[str, JudgedAnswers]
     seconds: dict[str, float]  # times of the fits; for chosen answers, the choice is included
@@ -158,7 +160,7 @@ def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnsw
 
 
 def certified(calibration: JudgedAnswers, new: JudgedAnswers) -> list[dict[str, float | None]]:
-    """For each risk, coverage and risk of a rule on new rows; risk None if it accepts nothing."""
+    """For each risk, coverage and risk of a rule on new rows; risk None if no row is accepted."""
     rules = []
     for max_risk in RISKS:
         rule = vilu.certify(Outcomes(*calibration), max_risk=max_risk)
@@ -176,7 +178,7 @@ class Division(NamedTuple):
     first: Ints
     second: Ints
     labelled: Ints
-    fit_half: Ints  # the half of the labelled rows that methods are fitted on
+    fit_half: Ints  # the half of the labelled rows for the fits
     calibration_half: Ints
 
     @classmethod
@@ -187,7 +189,7 @@ class Division(NamedTuple):
         middle = len(order) // 2
         first = np.sort(order[:middle])
         labelled = few_per_class(target, first, cell.n_labels, rng)
-        # A generator of its own, so that equal labelled rows have equal halves.
+        # A separate generator, so that equal labelled rows have equal halves.
         fit_half, calibration_half = halves(
             target, labelled, np.random.default_rng([cell.division, 1])
         )
@@ -195,7 +197,7 @@ class Division(NamedTuple):
 
 
 def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
-    """The content of a cell's line."""
+    """The content of the line of a cell."""
     whole = measure(arrays, rows.labelled, rows.first, rows.second, seed)
     beside = np.setdiff1d(rows.first, rows.calibration_half)
     both = np.concatenate([rows.calibration_half, rows.second])
@@ -244,14 +246,14 @@ def wanted(names: Sequence[str], labels: Sequence[int], divisions: int) -> Itera
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the cells that are missing, and add each to the file."""
+    """Measure the missing cells, and add each cell to the file."""
     parser = argparse.ArgumentParser(description="What adapted answers gain: measurement.")
     parser.add_argument("arrays", type=Path, help="folder of .npz files")
     parser.add_argument("cells", type=Path, help="JSON lines, one for each cell")
     parser.add_argument("--divisions", type=int, default=5)
     parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="0: all")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", UserWarning)  # they say that classes have few rows
+    warnings.simplefilter("ignore", UserWarning)  # the warnings are about classes with few rows
     torch.set_num_threads(1)
     sets = {}
     for path in sorted(options.arrays.glob("*.npz")):

@@ -4,13 +4,13 @@
 
 The first table has AUROC of failures and FPR95 in percent, averaged over divisions and then over
 sets. A column is a number of labels. A method has an entry in a column if every set of the table
-has a cell for it there. Brackets are 95 % bootstrap intervals over the test rows: resample number i
-of a mean is the mean of resample number i of all cells.
+has a cell of the method there. Brackets are 95 % bootstrap intervals over the test rows: resample
+number i of a mean is the mean of resample number i of all cells.
 
 The second table has the difference of ViLU+ from every other method, paired on the same rows. The
-third has its difference from the best baseline of every column. The interval there is over sets,
-divisions and rows: a resample draws sets with replacement, for each set divisions with replacement,
-and one resample of their rows.
+third table has the difference from the best baseline of every column. The interval there is over
+sets, divisions and rows: a resample draws sets with replacement, for each set divisions with
+replacement, and one resample of the rows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ BASELINES = (
     "tip_adapter",
 )
 IN_VIEW = ("pets among 123", "caltech66", "food9", "dtd")
-"""Sets that were looked at while ``vilu_plus`` was developed."""
+"""Sets used during the development of ``vilu_plus``."""
 PROTOTYPES = ("ucf101", "dtd", "oxford pets")
-"""Sets whose texts are means of images."""
+"""Sets with means of images as texts."""
 N_RESAMPLES = 2_000
 SEES = {
     "otter_sees": "otter, seeing the rows that are read",
@@ -106,7 +106,7 @@ def interval(resamples: Floats) -> str:
 
 
 def entry(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
-    """AUROC with its interval, and FPR95."""
+    """AUROC with an interval, and FPR95."""
     names = sorted({name for name, _ in keys})
     lines = {key: cells.lines[column][key] for key in keys}
     area = mean_over_sets({key: np.array(line["auroc"]) for key, line in lines.items()}, names)

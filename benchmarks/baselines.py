@@ -6,14 +6,15 @@
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
 100). A seed divides each set into halves. Methods are fitted on the first half, with a given number
 of labels per class (0: all, -1: none), and tested on the second half. A *cell* is a set, a number
-of labels, a division and a method. It is one line of CELLS.jsonl: AUROC and FPR95 of the failures
-of zero-shot answers, and AUROCs of bootstrap resamples, which have the same rows for all methods.
+of labels, a division and a method. Every cell is a line of CELLS.jsonl: AUROC and FPR95 of the
+failures of zero-shot answers, and AUROCs of bootstrap resamples. All methods have the same
+resamples of rows.
 
 ``otter_sees`` and ``stata_sees`` also get the test images, without labels. All other methods get
 images of the first half alone. ``vilu_plus_images`` gets all images of the first half.
 
-Cells that are in the file already are left out. All sets are measured for a division before the
-next division begins.
+Cells already in the file are left out. All sets are measured for a division before the next
+division begins.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Cell(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """What a method may see of a set."""
+    """The rows of a set, divided for fits and tests."""
 
     arrays: Arrays
     labelled: Ints  # rows with a label
@@ -74,7 +75,7 @@ class Halves(NamedTuple):
         return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.read))
 
     def with_labels(self, name: str) -> Floats:
-        """Uncertainties by a method that is fitted on the labelled rows."""
+        """Uncertainties by a method fitted on the labelled rows."""
         predictor = vilu.PREDICTORS[name]().fit(self.arrays.labelled(self.labelled))
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
@@ -85,7 +86,7 @@ class Halves(NamedTuple):
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
     def without_labels(self, name: str) -> Floats:
-        """Uncertainties by a method that is fitted on the images of the first half."""
+        """Uncertainties by a method fitted on the images of the first half."""
         predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fitted_on))
         return predictor.predict_uncertainty(self.arrays.labelled(self.read))
 
@@ -133,7 +134,7 @@ LABELLED: dict[str, Callable[[Halves], Floats]] = {
 
 
 def cells(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
-    """Yield the cells in the order in which they are measured."""
+    """Yield the cells in the order of measurement."""
     for division in range(divisions):
         for name in names:
             for n_labels in LABELS:
@@ -177,7 +178,7 @@ def known_cells(file: Path) -> set[Cell]:
 
 
 def main() -> None:
-    """Measure the cells that are not in the file yet."""
+    """Measure the cells missing in the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)

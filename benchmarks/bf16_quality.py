@@ -1,7 +1,6 @@
 """AUROC of ViLU trained in bfloat16 and in float32, on the photos of the demo.
 
-Each precision has three seeds and batches of 1,024 rows. The embeddings are those that
-``vilu demo`` has made.
+Each precision has three seeds and batches of 1,024 rows. ``vilu demo`` has made the embeddings.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ SEEDS = 3
 
 
 def main() -> dict[str, float]:
-    """Print both means and return their difference in percentage points."""
+    """Print both means and return the difference in percentage points."""
     folders = sorted(Path("demo-output/cache").glob("*/embeddings/test/manifest.json"))
     if not folders:
         print("bf16 quality: skipped, run `make demo` first")

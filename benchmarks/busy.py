@@ -1,9 +1,10 @@
 """Times a command while another program computes: ``python -m benchmarks.busy``.
 
-The command is a fit of ``vilu_plus`` (3,000 rows, 200 classes). It runs alone, and beside a program
-of another session that uses all cores but one; so at least two cores are needed. Both cases are
-timed with two settings, in turn: how torch's OpenMP (libgomp) waits by itself, and how vilu makes
-it wait (``GOMP_SPINCOUNT=3000``). A fit that takes longer than ``MOST`` seconds is ended.
+The command is a fit of ``vilu_plus`` (3,000 rows, 200 classes). The command runs alone, and beside
+a program of another session. This program uses all cores except the last, so at least two cores are
+needed. Both cases are timed with two settings, in turn: the default wait of torch's OpenMP
+(libgomp), and the wait set by vilu (``GOMP_SPINCOUNT=3000``). A fit of more than ``MOST`` seconds
+is ended.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # 300000 is libgomp's own default
+WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # 300000 is the default of libgomp
 ROWS, K, D, REPEATS, MOST = 3_000, 200, 256, 3, 60.0
 
 
 def run(folder: Path, spins: str, *arguments: str) -> float:
-    """Run a command with ``GOMP_SPINCOUNT`` set to ``spins``, and return its seconds."""
+    """Run a command with ``GOMP_SPINCOUNT`` set to ``spins``, and return the seconds."""
     begun = time.perf_counter()
     try:
         subprocess.run(

@@ -5,14 +5,15 @@
 Methods like Tip-Adapter store the embeddings of a data set as tensors of unit norm, and
 repositories publish these files:
 
-- ``test_f.pt``, ``val_f.pt``: (N, D) images, and ``test_l.pt``, ``val_l.pt``: (N,) their classes;
-- ``keys_16shots.pt``: (D, S) labelled training images, and ``values_16shots.pt``: (S, K) their
-  classes, one-hot.
+- ``test_f.pt``, ``val_f.pt``: (N, D) images, and ``test_l.pt``, ``val_l.pt``: (N,) classes of the
+  images;
+- ``keys_16shots.pt``: (D, S) labelled training images, and ``values_16shots.pt``: (S, K) classes of
+  these images, one-hot.
 
-The rows of the store are the images of ``--splits``, one split after the other. Its texts are those
-of ``--texts``. Without ``--texts``, the text of a class is the mean of its labelled training
-images. Then there is no gap between the modalities, and failures are those of a few-shot
-classifier. Only tensors are read from the files, and no code in them is run.
+The rows of the store are the images of ``--splits``, split by split. The texts come from
+``--texts``. Without ``--texts``, the text of a class is the mean of the labelled training images of
+the class. Then there is no gap between the modalities, and failures are the failures of a few-shot
+classifier. Only tensors are read from the files, and no code in the files is run.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def class_means(folder: Path, shots: int) -> Tensor:
 
 
 def text_matrix(path: Path, width: int) -> Tensor:
-    """(K, D) texts from a file, which may have them as (D, K)."""
+    """(K, D) texts from a file with texts (K, D) or (D, K)."""
     found = tensor(path)
     if (
         found.ndim != 2 or list(found.shape).count(width) != 1
-    ):  # in a square matrix it is unknown which side is D
+    ):  # in a square matrix the side D is unknown
         raise DataError(
             f"{path} must be ({width}, K) or (K, {width}), K not {width}. "
             f"Got {tuple(found.shape)} instead."

@@ -2,19 +2,19 @@
 
     python -m benchmarks.closed_folder [--folders 1000] [--risks 0.05 0.2]
 
-The folders are simulated, so their true answers are known. Two predictors are fitted, the second on
+The folders are simulated, so the true answers are known. Two predictors are fitted, the second on
 more photos than the first. Photos to fit on are picked as ``vilu triage`` picks them: by k-means on
-the embeddings, weighted by the uncertainty. The population of a predictor is all photos that it was
-not fitted on. They are labelled in one random order that was fixed before. Whenever a further
+the embeddings, weighted by the uncertainty. The population of a predictor is all photos outside the
+fit of the predictor. These photos are labelled in a random order, fixed before. Whenever a further
 eighth of the folder has a label, the tests look (``vilu.calibration.closed_set``).
 
 A folder is *broken* if, at any look, a certified threshold accepts photos without a label, and the
-share of wrong answers among them is above the largest risk. That may happen in 5 % of the folders.
-The output has the share of broken folders, its one-sided 95 % bound (Clopper and Pearson), and the
-largest share of a folder that a look accepts without a label, as a mean over the folders. Three
-tests are compared:
+share of wrong answers among these photos is above the largest risk. At most 5 % of the folders may
+be broken. The output has the share of broken folders, and a one-sided 95 % bound of this share
+(Clopper and Pearson). It also has the largest share of a folder accepted without a label at a look,
+as a mean over the folders. Three tests are compared:
 
-- ``bets``: ``ClosedLooks``, which may look at any time and at all thresholds;
+- ``bets``: ``ClosedLooks``, valid at any time and at all thresholds;
 - ``one look``: the exact test of the limit, made once: at the first look at the first predictor;
 - ``every look``: the same exact test, repeated at every look; this is not valid.
 """
@@ -46,22 +46,22 @@ LIMIT = 0.6
 """Share of the population up to the limit of the draws."""
 
 PICKED = 0.1
-"""Share of the folder that is picked to fit each predictor on."""
+"""Share of the folder picked for the fit of each predictor."""
 
 MOST_PICKED = 40
-"""Largest number of photos that are picked to fit each predictor on."""
+"""Largest number of photos picked for the fit of each predictor."""
 
 LOOKS = 3
 """Number of looks for each predictor; an eighth of the folder is labelled before each look."""
 
 WIDTH = 0.3
-"""In the predictor, a label at this distance has exp(-1/2) of the weight of one at distance 0."""
+"""In the predictor, a label at this distance has exp(-1/2) of the weight at distance 0."""
 
 Rate = Callable[[Floats, float], Floats]
 
 
 def learnable(image: Floats, risk: float) -> Floats:
-    """All wrong answers are on one side of the embeddings, so a predictor can learn where."""
+    """Most wrong answers are on one side of the embeddings, so a predictor can learn this side."""
     return np.where(image[:, 0] > 0.4, 6.2 * risk, 0.2 * risk)
 
 
@@ -76,7 +76,7 @@ def confident_mistakes(image: Floats, risk: float) -> Floats:
 
 
 def where_picked(image: Floats, risk: float) -> Floats:
-    """Many answers are wrong where photos are picked to fit on, so other photos are better."""
+    """Many answers are wrong where photos are picked for a fit, and fewer elsewhere."""
     return np.where(image[:, 0] > 0.8, 0.8 + 0.8 * risk, 0.8 * risk)
 
 
@@ -90,7 +90,7 @@ WORLDS: dict[str, Rate] = {
 
 
 class Folder:
-    """Photos of a world with their true answers, and the random order of their labels."""
+    """Photos of a world with true answers, and the random order of the labels."""
 
     def __init__(self, world: str, n_photos: int, seed: int, max_risk: float) -> None:
         rng = np.random.default_rng([seed, n_photos])
@@ -99,7 +99,7 @@ class Folder:
         rate = np.minimum(WORLDS[world](self.image, max_risk), 1.0)
         self.wrong = (rng.random(n_photos) < rate).astype(np.int64)
         self.position = rng.permutation(n_photos)
-        # the uncertainty before the first label, which is informative in some worlds
+        # the uncertainty before the first label: informative in some worlds
         self.first_uncertainty = self.image[:, 0] + 0.1 * rng.normal(size=n_photos)
         self.max_risk = max_risk
         self.seed = seed
@@ -114,13 +114,13 @@ class Folder:
 
 
 class Seen(NamedTuple):
-    """The results of one test at all looks at a folder."""
+    """The results of a test at all looks at a folder."""
 
     broken: bool = False
-    accepted: float = 0.0  # largest share of the folder that a look accepts without a label
+    accepted: float = 0.0  # largest share of the folder accepted at a look without a label
 
     def after(self, folder: Folder, left: NDArray[np.bool_]) -> Seen:
-        """The results after a further look, which accepts the unlabelled photos ``left`` (N,)."""
+        """The results after a further look: the unlabelled photos ``left`` (N,) are accepted."""
         is_false = bool(folder.wrong[left].sum() > folder.max_risk * left.sum())
         return Seen(self.broken or is_false, max(self.accepted, float(left.mean())))
 
@@ -134,8 +134,9 @@ def look_often(folder: Folder) -> dict[str, Seen]:
     seen = dict.fromkeys(TESTS, Seen())
     n_picks = min(max(int(PICKED * n), 5), MOST_PICKED)
     for attempt in (1, 2):
-        # Photos that were drawn may be picked, too. Otherwise only photos without a label would be
-        # taken out of the population, and those that stay would differ from the drawn ones.
+        # Photos already drawn may be picked, too. Otherwise only photos without a label would be
+        # taken out of the population, and the rest of these photos would differ from the drawn
+        # photos.
         rows = np.flatnonzero(~is_picked)
         picks = choose_to_fit(source, rows, uncertainty, n_picks, folder.seed)
         is_picked[picks] = True
@@ -160,9 +161,9 @@ def look_often(folder: Folder) -> dict[str, Seen]:
 def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
     """P-value of "``total`` or more of the photos are answered wrongly", for a single look.
 
-    It is the probability of at most ``wrong`` wrong answers among the drawn photos if ``total`` of
-    all photos are wrong (hypergeometric). With more wrong photos this is less probable, so the
-    p-value is valid for all larger numbers, too.
+    The p-value is the probability of at most ``wrong`` wrong answers among the drawn photos if
+    ``total`` of all photos are wrong (hypergeometric). With more wrong photos this probability is
+    smaller, so the p-value is valid for all larger numbers, too.
 
     Examples:
         >>> from benchmarks.closed_folder import exact_tail
@@ -189,7 +190,7 @@ def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], left: NDArray[np.
 
 
 def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedLooks:
-    """The tests of a predictor on the uncertainties (M,) of its population."""
+    """The tests of a predictor on the uncertainties (M,) of a population."""
     limit = float(np.quantile(population, LIMIT, method="higher"))
     grid = grid_of(population, limit)
     closed = ClosedCounts.of(grid, population, aside=np.zeros(0), failure=np.zeros(0, np.int64))
@@ -197,11 +198,11 @@ def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedLooks:
 
 
 class Broken(NamedTuple):
-    """Number of broken folders, and what the looks accept."""
+    """Number of broken folders, and the accepted share."""
 
     n: int
     n_broken: int
-    accepted: float  # largest share of a folder that a look accepts, as a mean over the folders
+    accepted: float  # largest share of a folder accepted at a look, as a mean over the folders
 
     def __str__(self) -> str:
         share = self.n_broken / self.n

@@ -1,17 +1,17 @@
 """Do guarantees hold on rows that come in clusters? ``python -m benchmarks.clusters``.
 
 The worlds are simulated. The rows of a cluster have similar uncertainties. A row of uncertainty u
-is wrong with probability P(u). With probability sqrt(rho) one draw for the whole cluster decides
-whether the row is wrong, else a draw of its own. So the failures of two rows of a cluster with
-equal u have the correlation rho. In the world "rising", P(u) is 0.7 u^6, and 10 % of all answers
-are wrong. In "waves", the error rate of the accepted rows crosses 5 % three times as the threshold
-rises. In "flat", 5.1 % of the answers are wrong whatever u is, so every rule that accepts rows is
-broken.
+is wrong with probability P(u). With probability sqrt(rho) a draw for the whole cluster decides
+whether the row is wrong, else a separate draw for the row. So the failures of two rows of a cluster
+with equal u have the correlation rho. In the world "rising", P(u) is 0.7 u^6, and 10 % of all
+answers are wrong. In "waves", the error rate of the accepted rows crosses 5 % three times as the
+threshold rises. In "flat", 5.1 % of the answers are wrong at every u, so every rule that accepts
+rows is broken.
 
 Every line summarises 500 calibrations at a risk of 5 % and a confidence of 95 %. A rule is "broken"
-if it accepts rows and their true error rate is above 5 %. "rows" is ``vilu.certify``, which treats
-rows as independent draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact
-95 % intervals.
+if the true error rate of the accepted rows is above 5 %. "rows" is ``vilu.certify``, with rows as
+independent draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact 95 %
+intervals.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ DRAWS = 500
 CORRELATIONS = (0.0, 0.1, 0.3, 0.6)
 
 ALIKE = 0.8
-"""Correlation of the uncertainties in a cluster, before they are transformed to be uniform."""
+"""Correlation of the uncertainties in a cluster, before the transformation to uniform numbers."""
 
 TRUTH_CLUSTERS = 40_000
-"""Number of clusters from which the true error rate of majority answers is computed."""
+"""Number of clusters for the true error rate of majority answers."""
 
 WAVES = ((0.3, 0.02), (0.5, 0.15), (0.8, 0.0), (1.0, 0.5))
-"""The steps of P(u) in the world "waves": where each step ends, and P(u) on it."""
+"""The steps of P(u) in the world "waves": the end of each step, and P(u) on the step."""
 
 FLAT = 0.051
 """P(u) in the world "flat"."""
@@ -118,14 +118,14 @@ class MajorityRisk:
 
 @dataclass
 class Tally:
-    """Results of the calibrations of one kind."""
+    """Results of the calibrations of a kind."""
 
     broken: int = 0
     nothing: int = 0
     coverage: float = 0.0
 
     def add(self, rule: vilu.Rule, true_risk: float) -> None:
-        """Count one calibration."""
+        """Count a calibration."""
         self.nothing += not rule.feasible
         self.coverage += rule.coverage
         self.broken += rule.feasible and true_risk > MAX_RISK
@@ -141,11 +141,11 @@ class Tally:
 
 
 WAYS = ("rows", "majority", "ratio")
-"""Kinds of calibration: what is treated as a draw, or which risk is bounded."""
+"""Kinds of calibration, by the unit of a draw or the bounded risk."""
 
 
 class Simulation:
-    """Calibrations in one world with one correlation."""
+    """Calibrations in a world with a given correlation."""
 
     def __init__(self, world: World, rho: float, seed: int) -> None:
         self.world = world

@@ -1,8 +1,8 @@
 """Compares training on large pools of captions with the dense computation.
 
-Memory, time and agreement are measured (D = 512, float32; Linux only). "Dense" is the head as the
-paper writes it: one matrix of similarities for the answers, one for softmax(s q k.T), the
-concatenation, one linear layer. "Ours" never has a matrix of pool x pool in memory.
+Memory, time and agreement are measured (D = 512, float32; Linux only). "Dense" is the head as in
+the paper: a matrix of similarities for the answers, a matrix for softmax(s q k.T), the
+concatenation, and a linear layer. "Ours" never has a matrix of pool x pool in memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def config(pool: int, device: str) -> TrainConfig:
-    """One pool per step, and a learning rate so small that repeated steps change little."""
+    """Settings: a pool per step, and a learning rate so small that steps change little."""
     return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device(device))
 
 
@@ -74,7 +74,7 @@ def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
 
 
 class Dense(nn.Module):
-    """The same head with the same weights, as the paper writes it."""
+    """The same head with the same weights, written as in the paper."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -120,16 +120,17 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
 
 
 def child(what: str) -> None:
-    """Run one step; print its seconds, its peak memory above the data, and the products' seconds.
+    """Run a step; print seconds, peak memory above the data, and seconds of the products.
 
     A step has six products of pool x D x pool, here in tiles: similarities for the answers, for the
-    attention and for its gradient; averages of texts; gradients of weights and of queries.
+    attention and for the gradient of the attention; averages of texts; gradients of weights and of
+    queries.
     """
     import vilu
 
     small, data = pairs(1024), pairs(LARGE)  # the small pool warms up thread pools and libraries
     vilu_fitted = vilu.ViLU(epochs=1).fit(PairEmbeddings(small.image, small.text, 128, SCALE))
-    vilu_fitted.similarity_ = None  # more candidates have larger cosines, which is no other model
+    vilu_fitted.similarity_ = None  # more candidates have larger cosines with the same model
     runs: dict[str, Callable[[PairEmbeddings], object]] = {
         "step": lambda pool: ours(pool)(),
         "vilu": vilu_fitted.predict_uncertainty,
@@ -147,7 +148,7 @@ def child(what: str) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Peak memory above the data; each step runs in a process of its own."""
+    """Peak memory above the data; each step runs in a separate process."""
     figures = {}
     for what, name in (
         ("step", "training step"),
@@ -199,7 +200,7 @@ def times() -> dict[str, float]:
 
 
 def agreement() -> dict[str, float]:
-    """Number of labels that differ from dense ones; errors of the attention and its gradient."""
+    """Number of labels that differ from dense labels; errors of the attention and the gradient."""
     data = pairs(LABELS)
     (batch,) = data.steps(LABELS)
     answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
@@ -230,7 +231,7 @@ def agreement() -> dict[str, float]:
 
 
 def plain(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The attention as its formula says, without tiles."""
+    """The attention by the formula, without tiles."""
     return functional.softmax(scale * query @ keys.T, dim=1) @ values
 
 

@@ -1,32 +1,31 @@
-"""Tests on rows drawn up to a limit: does the guarantee hold, and what do 300 labels accept?
+"""Tests on rows drawn up to a limit: does the guarantee hold, and how much do 300 labels accept?
 
     python -m benchmarks.drawn_below simulate [--draws 10000] [--worlds flat ...]
     python -m benchmarks.drawn_below measure build/chains [--draws 4]
 
 ``simulate``: Each row of a world has a rank, uniform in [0, 1). A world has a claimed and a true
 error rate at every rank. The limit is chosen from 500 rows of the fit side. The calibration side
-has 2,000 rows. 300 of its rows up to the limit are drawn, and their answers are wrong with the true
-error rate. A draw is *broken* if the true risk of the certified threshold is above 5 %. That may
-happen to 5 % of the draws. The output has the share of broken draws, its one-sided 95 % bound
-(Clopper and Pearson), and the mean share of accepted answers. The worlds:
+has 2,000 rows. 300 rows of this side up to the limit are drawn, and the answers are wrong with the
+true error rate. A draw is *broken* if the true risk of the certified threshold is above 5 %. At
+most 5 % of the draws may be broken. The output has the share of broken draws, a one-sided 95 %
+bound of this share (Clopper and Pearson), and the mean share of accepted answers. The worlds:
 
 - ``flat``: every answer is wrong with probability 5.01 %, so every certificate is broken;
-- ``honest``: the claimed error rate is the true one, and rises to 50 %;
-- ``too sure``: the true error rate is twice the claimed one;
+- ``honest``: the claimed error rate is the true error rate, and rises to 50 %;
+- ``too sure``: the true error rate is twice the claimed error rate;
 - ``trusted``: 6 % of the most trusted tenth are wrong, then 1 %, then more and more;
 - ``few``: ``honest``, but the limit is chosen from 40 rows, and the calibration side has 400 rows;
 - ``tied``: ``too sure`` with scores of ten values;
-- ``same rows``: ``too sure``, but the limit is chosen from the calibration side, from which the
-  rows are also drawn. No command does that. It shows why the fit side must choose the limit.
+- ``same rows``: ``too sure``, but the limit is chosen from the calibration side, like the drawn
+  rows. No command does this. The result shows why the fit side must choose the limit.
 
-``measure``: The scores are those of ``vilu_plus`` for its adapted answers, after a fit on 200
-labels of the fit side. ``python -m benchmarks.procedures chains`` has written them, in a file for
-every set and seed. 300 labels of the calibration side are tested at a risk of 5 % and a confidence
-of 95 %: once the labels are drawn up to the limit, and once uniformly among all rows. Coverage and
-risk are measured on the whole calibration side. All rows of the fit side choose the limit, because
-the files do not say which rows were fitted on; ``vilu next`` leaves out the rows fitted on. The
-output has means over fits and draws. For the interval of the difference (t, 95 %), the mean of a
-fit is one number.
+``measure``: The scores are from ``vilu_plus`` for adapted answers, after a fit on 200 labels of the
+fit side. ``python -m benchmarks.procedures chains`` has written the scores, in a file for every set
+and seed. 300 labels of the calibration side are tested at a risk of 5 % and a confidence of 95 %:
+once the labels are drawn up to the limit, and once uniformly among all rows. Coverage and risk are
+measured on the whole calibration side. All rows of the fit side choose the limit, because the files
+do not name the rows of the fit; ``vilu next`` leaves out the rows of the fit. The output has means
+over fits and draws. For the interval of the difference (t, 95 %), the mean of a fit is one number.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ N_LABELS: Final = 300
 N_TO_FIT: Final = 200
 
 RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
-"""Ranks at which the true risk of a threshold is computed."""
+"""Ranks for computing the true risk of a threshold."""
 
 
 # Simulation.
@@ -100,7 +99,7 @@ WORLDS: Final = _worlds()
 
 
 def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
-    """Share of all answers that one draw accepts, and their true risk; (0, 0) if there is none."""
+    """Share and true risk of the answers accepted after a draw; (0, 0) without a threshold."""
     rank = rng.integers(len(RANKS), size=world.n_calibration)
     uncertainty = world.claimed[rank]
     chooses = world.claimed[rng.integers(len(RANKS), size=world.n_fit)]
@@ -118,7 +117,7 @@ def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
 
 
 def certified(uncertainty: Floats, failure: Ints) -> float:
-    """The threshold that the drawn labels certify; -inf if there is none."""
+    """The threshold certified by the drawn labels; -inf if there is none."""
     if not len(uncertainty):
         return -math.inf
     best = learn_then_test(tie_counts(uncertainty, failure), MAX_RISK, DELTA)
@@ -151,7 +150,7 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 
 @dataclass(frozen=True)
 class Tested:
-    """Results, on the whole calibration side, of the threshold that one draw certifies."""
+    """Results of the certified threshold of a draw, on the whole calibration side."""
 
     coverage: float
     risk: float
@@ -167,7 +166,7 @@ def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
 
 @dataclass(frozen=True)
 class Fit:
-    """The tests of a fit: for every draw one of labels up to the limit, one of uniform labels."""
+    """The tests of a fit: for every draw with labels up to the limit, and with uniform labels."""
 
     hindsight: float
     drawn: list[Tested]
@@ -201,7 +200,7 @@ def mean_coverage(tests: Iterable[Tested]) -> float:
 
 
 def n_broken(fits: Iterable[Fit], kind: Literal["drawn", "uniform"]) -> int:
-    """Number of tests whose accepted answers have a risk above 5 %."""
+    """Number of tests with a risk of the accepted answers above 5 %."""
     return sum(test.risk > MAX_RISK for fit in fits for test in getattr(fit, kind))
 
 

@@ -1,12 +1,12 @@
-"""Does the interval of the ECE contain the truth as often as its confidence says?
+"""Does the interval of the ECE contain the truth as often as the nominal confidence?
 
     python -m benchmarks.ece_coverage [--streams 500] [--percentile]
 
 The failure rate of each predictor is known at every stated probability. Some predictors are
-calibrated, so their true error is 0; some are not. Test sets have four sizes, and bins are of both
+calibrated, with a true error of 0; some are not. Test sets have four sizes, and bins are of both
 kinds. For each case a line has the truth, the mean of the estimate, how often the interval is above
-and below the truth, and its mean width. With ``--percentile``, the intervals are percentiles of
-resampled rows, for comparison.
+and below the truth, and the mean width of the interval. With ``--percentile``, the intervals are
+percentiles of resampled rows, for comparison.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANY = 1_000_000
 
 
 class World(NamedTuple):
-    """The probabilities that a predictor states, and its failure rate at each of them."""
+    """The probabilities stated by a predictor, and the failure rate at each stated probability."""
 
     draw: Callable[[np.random.Generator, int], Floats]
     rate: Callable[[Floats], Floats]
@@ -59,7 +59,7 @@ WORLDS = {
 
 
 class Plain:
-    """The ECE as a kernel without an interval of its own, so that its rows are resampled."""
+    """The ECE as a kernel without a special interval, so that rows are resampled."""
 
     def __init__(self, binning: Binning) -> None:
         self.binning = binning
@@ -71,7 +71,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of test sets whose interval misses the truth, and means over all test sets."""
+    """Shares of test sets with an interval that misses the truth, and means over all test sets."""
 
     truth: float
     estimate: float

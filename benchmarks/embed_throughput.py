@@ -1,7 +1,7 @@
-"""The time that ``embed`` takes beside the model.
+"""The time of ``embed``, compared with the time of the model alone.
 
 A forward pass alone is compared with ``embed``, from JPEG bytes to a sealed store. Both get the
-same pictures in the same batches, in turn, so that other work on the machine slows down both.
+same pictures in the same batches, in turn, so other work on the machine slows down both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pictures:
 
 
 def synthetic(n: int, width: int, height: int) -> list[bytes]:
-    """JPEGs of smooth colours with some noise, which are compressed about as much as photos."""
+    """JPEGs of smooth colours with some noise, compressed about as much as photos."""
     generator = np.random.default_rng(0)
     blobs = []
     for _ in range(n):

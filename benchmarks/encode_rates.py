@@ -1,11 +1,11 @@
-"""Images and texts per second of one core, of the named backbones and of the compact model.
+"""Images and texts per second on one core, for the named backbones and the compact model.
 
     python -m benchmarks.encode_rates [NAME ...]
 
 Weights are random and have the real size, so nothing is downloaded; the time of a tower does not
-depend on its weights. Only the towers run, on pixels and tokens that are ready. Image towers run in
+depend on the weights. Only the towers run, on prepared pixels and tokens. Image towers run in
 float32 and in bfloat16, text towers in float32. All towers take turns, pass by pass, on one thread.
-The result of a tower is the processor time of its fastest pass, because other work on the machine
+The result of a tower is the processor time of the fastest pass, because other work on the machine
 can only slow down a pass.
 """
 
@@ -34,16 +34,16 @@ COMPACT_SIZES = {"compact:128": 128, "compact:224": 224}
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers of a model, each with a batch that is ready.
+    """The two towers of a model, each with a prepared batch.
 
     Attributes:
         name: Name of the model.
         pixels: Width and height of an image.
         run_images: Encodes ``IMAGES`` images in float32.
-        run_images_bf16: Encodes them in bfloat16.
+        run_images_bf16: Encodes these images in bfloat16.
         run_texts: Encodes ``TEXTS`` texts.
-        parameters: Number of weights of both towers, in millions; "-" for the compact model, whose
-            weights are not accessible.
+        parameters: Number of weights of both towers, in millions; "-" for the compact model, since
+            these weights are not accessible.
     """
 
     name: str
@@ -91,7 +91,7 @@ def named(name: str) -> Towers:
 
 
 def compact(name: str) -> Towers:
-    """The compact model with its real weights; its texts are prompts."""
+    """The compact model with the real weights; the texts are prompts."""
     size = COMPACT_SIZES[name]
     backbone = load_backbone(name, device="cpu")
     rounded = load_backbone(name, device="cpu", precision="bf16")
@@ -107,12 +107,12 @@ def compact(name: str) -> Towers:
 
 
 def gflop(run: Callable[[], object], number: int) -> float:
-    """10^9 floating point operations per item; a multiplication and its addition are two."""
-    run()  # work that is done only once is not counted, and memory is warm
+    """10^9 floating point operations per item; a multiplication and an addition are two."""
+    run()  # not counted: work done only in the first run; memory is warm then
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
         value=False
-    )  # its one big operation would not be counted
+    )  # the single big operation of the fast path would not be counted
     try:
         with FlopCounterMode(display=False) as counter:
             run()

@@ -1,22 +1,22 @@
 """Do intervals of error rates hold? ``python -m benchmarks.estimate [SET.npz ...]``.
 
-A simulated world has 3,000 rows, of which 100 (or ``--labels``) are drawn at random and labelled. A
-row is wrong with probability p, and f is a prediction of p. "Held" is the share of 1,000 draws in
-which the interval contains the error rate of the 3,000 rows; the nominal confidence is 95 %.
-"Width" is the mean width of the interval, divided by the mean width of the exact interval of the
-labels alone (Clopper-Pearson). ``plain normal`` is the usual normal interval of the labels alone.
+A simulated world has 3,000 rows. 100 rows (or ``--labels``) are drawn at random and labelled. A row
+is wrong with probability p, and f is a prediction of p. "Held" is the share of 1,000 draws with an
+interval that contains the error rate of the 3,000 rows; the nominal confidence is 95 %. "Width" is
+the mean width of the interval, divided by the mean width of the exact interval of the labels alone
+(Clopper-Pearson). ``plain normal`` is the usual normal interval of the labels alone.
 
 - calibrated: f = p; three quarters of the rows are almost surely right, a quarter almost surely
   wrong.
 - blind: 5 % of the rows are wrong, and f is not informative.
-- rare: 3 % of the rows are wrong, and f predicts two thirds of them.
+- rare: 3 % of the rows are wrong, and f predicts two thirds of the wrong rows.
 - too sure: for 4 % of the rows f = 99.9 %, and 80 % of these rows are wrong.
-- misled: for 5 % of the rows f = 95 %, and 10 % of these rows are wrong. For all other rows f = 0,
-  and 3 % of them are wrong.
+- misled: for 5 % of the rows f = 95 %, and 10 % of these rows are wrong. For the rest f = 0, and
+  3 % of the rest are wrong.
 - smooth: f = p = u^3 with u uniform.
 
 In a set (arrays ``image``, ``text``, ``target``), ``vilu_plus`` is fitted on a random half. 100
-rows of the other half are labelled, 20 times at random. The error rate of the zero-shot answers is
+rows of the second half are labelled, 20 times at random. The error rate of the zero-shot answers is
 estimated.
 """
 
@@ -39,7 +39,7 @@ ROWS, LABELS, DRAWS, SEEDS = 3_000, 100, 1_000, 20
 
 
 def calibrated(u: Floats) -> tuple[Floats, Floats]:
-    """Probabilities that rows are wrong, and their predictions, from uniform numbers (N,)."""
+    """Probabilities of wrong rows, and predictions of these, from uniform numbers (N,)."""
     p = np.where(u < 0.75, 0.02, 0.9)
     return p, p
 
@@ -81,7 +81,7 @@ WORLDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
 
 
 class Held:
-    """How often an interval contained the truth, and how wide it was."""
+    """How often an interval contained the truth, and the sum of the widths."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -89,13 +89,13 @@ class Held:
         self.width = 0.0
 
     def add(self, low: float, high: float, truth: float) -> None:
-        """Count one interval."""
+        """Count an interval."""
         self.n += 1
         self.hits += low <= truth <= high
         self.width += high - low
 
     def in_words(self, plain: Held) -> str:
-        """Text with the share of draws, its exact 95 % interval, and the width."""
+        """Text with the share of draws, the exact 95 % interval of this share, and the width."""
         low = lower_bound(self.hits, self.n, 0.025)
         high = upper_bound(self.hits, self.n, 0.025)
         held = f"held {self.hits / self.n:.1%} ({low:.1%} to {high:.1%})"

@@ -1,9 +1,9 @@
-"""Times metrics and intervals of many rows, and compares our metrics with those of other libraries.
+"""Times metrics and intervals of many rows, and compares our metrics with other libraries.
 
-The intervals are those of all default metrics: for 100,000 rows from 1,000 resamples, and for ten
-million rows from their histogram. The other libraries are scikit-learn and, if it is installed,
-torch-uncertainty (no dependency of this project). All get the same million rows, in turn, and the
-result of each is its shortest time.
+The intervals of all default metrics are timed: for 100,000 rows from 1,000 resamples, and for ten
+million rows from a histogram. The libraries are scikit-learn and, if installed, torch-uncertainty
+(no dependency of this project). All libraries get the same million rows, in turn. The result of a
+library is the shortest time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Counted:
-    """Rows whose histogram is made part by part, as for a folder of scores."""
+    """Rows with a histogram made part by part, as for a folder of scores."""
 
     uncertainty: np.ndarray
     failure: np.ndarray
@@ -59,7 +59,7 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 def others(
     uncertainty: np.ndarray, failure: np.ndarray
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Maps the name of a metric to two functions that compute it: that of vilu and the other's."""
+    """Maps the name of a metric to the functions of vilu and of the other library."""
     from sklearn import metrics as theirs
 
     ours = vilu.metrics
@@ -77,8 +77,8 @@ def others(
         import torch
         from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
 
-        # Class 0 is the answer of every row. Its probability is high if the uncertainty is low, and
-        # it is the right answer if there is no failure.
+        # Class 0 is the answer of every row. The probability of class 0 is high if the uncertainty
+        # is low. Class 0 is right if there is no failure.
         doubt = torch.from_numpy(uncertainty / 2)
         probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
         for name, kind, of in (

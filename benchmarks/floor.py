@@ -1,4 +1,4 @@
-"""Plain matrix products, with which the time of other work is compared."""
+"""Plain matrix products, as a standard of comparison for times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def products(
 
 
 def per_step(run: Callable[[], None], steps: int) -> float:
-    """Seconds per step of one call."""
+    """Seconds per step of a call."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) / steps

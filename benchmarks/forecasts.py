@@ -1,13 +1,13 @@
 """Compares forecasts of a triage with outcomes: ``python -m benchmarks.forecasts CHAINS``.
 
-CHAINS is a folder that ``python -m benchmarks.procedures chains`` wrote. The default procedure is
-replayed on every chain, in many random orders of its photos. So for a set and a number of labels
-there is not one outcome, but a distribution over fits and orders. The tables show
+CHAINS is a folder written by ``python -m benchmarks.procedures chains``. The default procedure is
+replayed on every chain, in many random orders of the photos. So a set and a number of labels have a
+distribution of outcomes, over fits and orders. The tables show
 
 1. how wide the middle 80 % of the outcomes of a set are: a narrower forecast of a set cannot hold
    in 80 % of the cases;
-2. how often two forecasts held, and how wide they were: the forecast before any label, and the one
-   after the first 50 labels.
+2. how often two forecasts held, and the width of the forecasts: the forecast before any label, and
+   the forecast after the first 50 labels.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vilu.triage.forecast import BUDGETS, Forecast
 from vilu.triage.guarantee import PhotoSplit
 
 MIDDLE: Final = (0.1, 0.9)
-"""The quantiles that bound the middle 80 % of the outcomes."""
+"""The quantiles at the ends of the middle 80 % of the outcomes."""
 
 ROUNDED: Final = 0.02
-"""A forecast holds if the outcome is at most this far outside, since people read whole percents."""
+"""A forecast holds if the outcome is at most this far outside: readers see whole percents."""
 
 STAGES: Final = {"without a label": 0, "after 50 labels": 1}
-"""Index of the fit in a chain that a forecast is made from."""
+"""Maps a stage to the index of the fit in a chain: the forecast is made from this fit."""
 
 
 class Made(NamedTuple):
@@ -42,7 +42,7 @@ class Made(NamedTuple):
 
     Attributes:
         width: Upper end minus lower end.
-        held: Share of the outcomes that are within the forecast.
+        held: Share of the outcomes within the forecast.
     """
 
     width: float
@@ -50,7 +50,7 @@ class Made(NamedTuple):
 
 
 def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
-    """For each number of labels, the coverages (n_orders,) that it reaches."""
+    """For each number of labels, the reached coverages (n_orders,)."""
     reached = defaultdict(list)
     for number in range(n_orders):
         curve = list(Replay(chain.in_another_order(number), DEFAULT).rounds())
@@ -60,7 +60,7 @@ def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
 
 
 def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
-    """The forecast that a triage makes from one fit of a chain."""
+    """The forecast of a triage from a given fit of a chain."""
     with np.load(path) as arrays:
         n_photos = len(arrays["cal"])
     n_fit = int(chain.n_fit[stage])
@@ -78,7 +78,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
 
 
 def judged(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, Made]:
-    """For each number of labels, the width of the forecast's range, and how often it held."""
+    """For each number of labels, the width of the forecast, and how often the forecast held."""
     made = {}
     for expected in forecast.expected:
         if expected.n_labels not in outcomes:

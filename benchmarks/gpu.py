@@ -1,9 +1,9 @@
-"""``make bench-gpu``: times on an accelerator, compared with plain products, and its memory.
+"""``make bench-gpu``: times and memory on an accelerator, compared with plain products.
 
     python -m benchmarks.gpu [DEVICE] [--small]
 
-This is not part of ``make bench``. With ``--small`` and the device "cpu" it only shows that it
-runs.
+This is not part of ``make bench``. With ``--small`` and the device "cpu" the only purpose is to
+test the code.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Downloads(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Measure the copy if the operation is one, then run the operation."""
+        """Run the operation; if the operation is a copy, also measure the size."""
         target = str((kwargs or {}).get("device"))
         is_copy = func is torch.ops.aten._to_copy.default
         if is_copy and args[0].is_cuda and target.startswith("cpu"):
@@ -139,7 +139,7 @@ def bare(device: str, n: int, k: int) -> dict[str, float]:
 
 
 def pool(device: str, n: int) -> dict[str, float]:
-    """Time a step of one pool of captions, compared with its six products of pool x pool."""
+    """Time a step on a pool of captions, compared with the six products of pool x pool."""
     step = contrast.ours(contrast.pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
     return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.guarantees SCORES.parquet ...
 
-Each file is one of `vilu score`, with labels, and its rows are not rows that the predictor was
-fitted on. The rows are split 200 times at random into calibration and test rows. A guarantee is
-about the risk of all answers that the threshold accepts. No file has all answers, so the whole file
-is taken instead: a guarantee is "broken" if the risk of the file at the threshold is above the
-target. "Seen above" is how often a user would see a risk above the target on the test rows alone,
-whose error rate has noise of its own.
+Each file comes from `vilu score`, with labels. The predictor was fitted on other rows. The rows are
+split 200 times at random into calibration and test rows. A guarantee is about the risk of all
+answers up to the threshold. No file has all answers, so the whole file is taken instead: a
+guarantee is "broken" if the risk of the file at the threshold is above the target. "Seen above" is
+how often a user would see a risk above the target on the test rows alone. The error rate of the
+test rows has noise, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = 200
 
 
 def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
-    """A function that calibrates on outcomes, and returns which of the uncertainties it accepts."""
+    """Function that calibrates on outcomes, and returns a mask of the accepted uncertainties."""
     return lambda rows, u: vilu.certify(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 
@@ -66,7 +66,7 @@ def _risk(accepted: NDArray[np.bool_], failure: Ints, joint: bool) -> float:
 
 
 def main() -> None:
-    """Print one line per file, method and size."""
+    """Print a line per file, method and size."""
     parser = argparse.ArgumentParser(description="Whether guaranteed risks hold on real scores.")
     parser.add_argument("scores", nargs="+", type=Path)
     parser.add_argument("--max-risk", type=float, default=0.05)

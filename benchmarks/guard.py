@@ -1,8 +1,8 @@
 """Compares ``Guard`` with the bare forward pass: ``python -m benchmarks.guard [--images 960]``.
 
 Both get the same photos in the same batches. ``Guard`` decodes, embeds, scores and decides. The
-bare pass runs the image tower on pixels that are decoded already. They take turns, five times. The
-output has the ratio of images per second, as median and range.
+bare pass runs the image tower on decoded pixels. Both take turns, five times. The output has the
+ratio of images per second, as median and range.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compares training of the ViLU head on cached embeddings with plain matrix products.
 
 D = 512, the published MLP, K = 10 and 1,000. "Executed" are the products of a step, forward and
-backward, into memory that is allocated before. A rate of 1 means that training takes as long as
-these products. "Plain" is the head as the paper writes it in torch, on embeddings in memory, with
-the same optimiser. All are timed in turn, in one run.
+backward, into memory allocated before. A rate of 1 means that training takes as long as these
+products. "Plain" is the head of the paper, written in torch, on embeddings in memory, with the same
+optimiser. All are timed in turn, in the same run.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def mlp_tail(b: int) -> list[Shape]:
 
 
 def executed(b: int, k: int) -> list[Shape]:
-    """(rows, inner, columns) of every product of a training step, with its gradients."""
+    """(rows, inner, columns) of every product of a training step, gradients included."""
     h = HIDDEN[0]
     row_projection, weight_gradient = (b, D, D), (D, b, D)
     attention = [(b, D, k), (b, k, D)]
     attention_gradient = [(b, D, k), (b, D, k), (b, k, D), (k, b, D), (k, b, D)]
-    if k > b:  # the query times two matrices, the average times one; then their three gradients
+    if k > b:  # the query times two matrices, the average times a matrix; then three gradients
         projections = [row_projection] * 3
         changes = [row_projection] * 2 + [weight_gradient] * 3
     else:
@@ -69,7 +69,7 @@ def embeddings(k: int) -> Embeddings:
 
 
 def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
-    """A function that runs one epoch of the library's training loop."""
+    """A function that runs an epoch of the library's training loop."""
     config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
@@ -85,7 +85,7 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
 
 
 def plain(data: Embeddings, b: int) -> Callable[[], None]:
-    """A function that runs one epoch of the head as the paper writes it."""
+    """A function that runs an epoch of the head as in the paper."""
     head, weight = Dense(data.space.logit_scale), FailureWeight("batch", 0.9)
     optimizer = torch.optim.SGD(
         head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True

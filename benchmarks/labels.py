@@ -2,31 +2,32 @@
 
     python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]
 
-The labels of a store are hidden until they are asked for. Coverage is the share of all rows that
-are accepted at a certified risk of 5 % (confidence 95 %). The arms:
+The labels of a store are hidden until the triage asks for the labels. Coverage is the accepted
+share of all rows at a certified risk of 5 % (confidence 95 %). The arms:
 
-- ``next``: ``vilu triage`` asks for labels, round after round, and its guarantee is looked at in
-  every round;
+- ``next``: ``vilu triage`` asks for labels, round after round, and looks at the guarantee in every
+  round;
 - ``random``: the same command and guarantee, but the photos of every round are picked at random;
-- ``random, one look``: as many labels, picked at random. ``vilu_plus`` is fitted on half of them.
-  The other half is evidence of the same kind, with the whole level. Every number of labels begins
-  anew, as if nobody had looked before;
-- ``uncertain, one look``: half of the labels is random, for the guarantee. Of the labels to fit on,
-  half is random, and half is of the rows that a predictor fitted on that random half trusts least;
+- ``random, one look``: as many labels, picked at random. ``vilu_plus`` is fitted on half of the
+  labels. The second half is evidence of the same kind, with the whole level. Every number of labels
+  begins anew, as if nobody had looked before;
+- ``uncertain, one look``: half of the labels is random, for the guarantee. The labels to fit on are
+  again divided. The first half is random, and a predictor is fitted on this half. The second half
+  has the least trusted rows of this predictor;
 - ``random, exact``: like ``random, one look``, with the exact test of ``vilu calibrate``.
 
-With ``--divided`` the arms are ways to divide random labels that are looked at once:
+With ``--divided`` the arms are ways to divide random labels, with a single look:
 
-- ``half``: fitted on one half, tested exactly on the other half;
-- ``folds``: K predictors, each fitted without its fold and tested on it with 1/K of the level; a
-  hash picks the predictor of a photo;
+- ``half``: fitted on the first half, tested exactly on the second half;
+- ``folds``: K predictors, each fitted without a fold and tested on this fold with 1/K of the level;
+  a hash picks the predictor of a photo;
 - ``progressive``: fitted on the first half, and again after each of four blocks of the second half.
-  Before a block is read, the predictor at hand must say which of the block's answers it accepts:
-  those with a mean probability of failure of at most a share of the risk. The guarantee is about
+  Before a block is read, the present predictor must choose the accepted answers of the block: the
+  answers with a mean probability of failure of at most a share of the risk. The guarantee is about
   the mixture of the four predictors (docs/triage.md).
 
-The file has one line per store, arm, seed and number of labels: coverage, and the error rate of the
-accepted rows. ``--show`` prints tables of them.
+The file has a line per store, arm, seed and number of labels: coverage, and the error rate of the
+accepted rows. ``--show`` prints tables of these lines.
 """
 
 from __future__ import annotations
@@ -77,14 +78,14 @@ def failures(source: EmbeddingSource) -> Ints:
 
 
 def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
-    """(N,) uncertainty of all rows by a predictor that is fitted on ``rows``."""
+    """(N,) uncertainty of all rows by a predictor fitted on ``rows``."""
     return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
 
 
 def one_look(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Yield the arms whose ``n`` labels are looked at once: name, coverage and error rate."""
+    """Yield the arms with a single look at ``n`` labels: name, coverage and error rate."""
     order = np.random.default_rng([seed, n]).permutation(len(source))
     fit, rest = order[: n // 2], order[n // 2 :]
     u = fitted_scores(source, fit, seed)
@@ -143,21 +144,21 @@ def divided(
 
 
 def mixed(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401 - arrays of numbers
-    """Coverage and error rate of a mixture that takes each rule with the probability ``weight``."""
+    """Coverage and error rate of a mixture of rules with the probabilities ``weight``."""
     coverage = np.average([one.mean() for one in accepted], weights=weight)
     risk = np.average([(one & (wrong == 1)).mean() for one in accepted], weights=weight)
     return float(coverage), float(risk / coverage) if coverage else 0.0
 
 
 def certified(u: Floats, wrong: Ints, rows: Ints) -> float:
-    """The threshold that the labels of ``rows`` certify, with the whole level."""
+    """The threshold certified by the labels of ``rows``, with the whole level."""
     looks = Looks(grid_of(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
     at = looks.certified(u[rows], wrong[rows])
     return -np.inf if at is None else float(looks.grid[at])
 
 
 def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - an array of truth values
-    """Share of rows that are accepted, and the error rate of these rows."""
+    """Share of accepted rows, and the error rate of these rows."""
     return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
@@ -203,7 +204,7 @@ def by_triage(
 
 
 def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
-    """Yield the lines of one store."""
+    """Yield the lines of a store."""
     store = EmbeddingStore(path)
     if int((store.target < 0).sum()):
         sys.exit(f"{path} must have a label for every row.")
@@ -231,9 +232,9 @@ def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, obje
 
 
 def shown(path: Path) -> Iterator[str]:
-    """Tables of results: mean coverage with its 95 % interval (t), and labels until half-way.
+    """Tables of results: mean coverage with a 95 % interval (t), and labels until half-way.
 
-    Below every row of ``next`` is its difference from ``random``, paired by seed.
+    Below every row of ``next`` is the difference from ``random``, paired by seed.
     """
     columns, rows = csv_rows(path)
     missing = [name for name in COLUMNS if name not in columns]
@@ -270,14 +271,14 @@ def shown(path: Path) -> Iterator[str]:
 
 
 def reached(curve: Sequence[tuple[int, float]], n: int) -> float:
-    """Coverage that is reached with at most ``n`` labels."""
+    """Coverage reached with at most ``n`` labels."""
     return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[
         1
     ]
 
 
 def interval(found: Floats) -> tuple[Floats, Floats]:
-    """Mean (N,) of ``found`` (S, N) over seeds, and half the width of its 95 % interval."""
+    """Mean (N,) of ``found`` (S, N) over seeds, and half the width of the 95 % interval."""
     n = len(found)
     half = (
         stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n)
@@ -288,7 +289,7 @@ def interval(found: Floats) -> tuple[Floats, Floats]:
 
 
 def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
-    """Number of labels at which the mean over seeds reaches a coverage; infinite if it does not."""
+    """Number of labels for a mean coverage over seeds; infinite if this coverage is not reached."""
     sizes = sorted({n for curve in curves.values() for n, _ in curve})
     return next(
         (n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage),
@@ -297,7 +298,7 @@ def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
 
 
 def main() -> None:
-    """Write each line as soon as it is measured."""
+    """Measure and write line by line, or show tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)

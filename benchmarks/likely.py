@@ -1,18 +1,17 @@
-"""Measures answers that are marked as likely right, before anything is guaranteed.
+"""Measures answers marked as likely right, before any guarantee.
 
     python -m benchmarks.likely ARRAYS CELLS [--seeds 20] [--labels 100 200 400] [--asked]
     python -m benchmarks.likely_tables CELLS
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A *cell* is a set, a number of labels and a seed. The seed draws the rows that have a label.
-With ``--asked`` the seed draws half of the rows, and ``vilu triage`` asks for the labels of some of
-these rows, in rounds of 50. ``vilu_plus`` is fitted on the labels as ``vilu triage`` fits it, and
-judges all rows without a label.
+100). A *cell* is a set, a number of labels and a seed. The seed draws the rows with a label. With
+``--asked`` the seed draws half of the rows, and ``vilu triage`` asks for the labels of some of
+these rows, in rounds of 50. ``vilu_plus`` is fitted on the labels as in ``vilu triage``, and judges
+all rows without a label.
 
 A cell is one file in the folder CELLS: the uncertainties and failures of cross-fitted labels and of
-the rows without a label, for the kind of answers that ``choose_answer`` chooses at a risk of 5 %.
-Cells that have a file already are left out. All sets are measured for a seed before the next seed
-begins.
+the rows without a label. ``choose_answer`` chooses the kind of answers, at a risk of 5 %. Cells
+with an existing file are left out. All sets are measured for a seed before the next seed begins.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ ROUND = 50
 
 
 class Cell(NamedTuple):
-    """A set, a number of labels, and the seed that draws the rows with a label."""
+    """A set, a number of labels, and the seed for drawing the rows with a label."""
 
     name: str
     n_labels: int
@@ -61,7 +60,7 @@ class Measured(NamedTuple):
     unlabelled: JudgedAnswers
 
     def save(self, path: Path) -> None:
-        """Write the file of a cell; it is either complete or not written at all."""
+        """Write the file of a cell; an incomplete file never has this name."""
         unfinished = path.with_suffix(".tmp.npz")
         np.savez_compressed(
             unfinished,
@@ -88,7 +87,7 @@ def random_rows(arrays: Arrays, cell: Cell) -> Ints:
 
 
 def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
-    """Rows with a label that ``vilu triage`` would ask for, in one half of the rows."""
+    """Rows for which ``vilu triage`` would ask for a label, in one half of the rows."""
     order = shuffled(arrays, cell)
     fit_side = np.sort(order[: len(order) // 2])
     source = arrays.labelled(np.arange(len(order)))
@@ -131,7 +130,7 @@ def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
 
 
 def main() -> None:
-    """Measure the cells that have no file."""
+    """Measure the cells without a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)

@@ -1,10 +1,10 @@
 """Tables of ``benchmarks.likely``: ``python -m benchmarks.likely_tables CELLS``.
 
-The first table is about the sets on which the widening was chosen. For every widening it has the
-mean share of wrong answers among the likely answers, in the set where this share is largest. The
-second table has a row for every set and number of labels, with the widening in use. Shares are
-means over seeds with their 95 % interval (t). A seed without an estimate has neither a coverage nor
-a share of wrong answers. A seed without a likely answer has no share of wrong answers.
+The first table is about the sets used to choose the widening. Every widening has the mean share of
+wrong answers among the likely answers, in the set where this share is largest. The second table has
+a row for every set and number of labels, with the widening in use. Shares are means over seeds with
+a 95 % interval (t). A seed without an estimate has neither a coverage nor a share of wrong answers.
+A seed without a likely answer has no share of wrong answers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Group = tuple[str, int]
 
 
 class Marked(NamedTuple):
-    """The answers of a cell that an estimate marks as likely right."""
+    """The answers of a cell marked as likely right by an estimate."""
 
-    coverage: float  # share of the rows without a label that are likely right
+    coverage: float  # share of likely right answers among the rows without a label
     wrong: float  # share of wrong answers among these; NaN if there are none
-    hindsight: float  # largest coverage at the risk that is possible, known from all labels
+    hindsight: float  # largest possible coverage at the risk, known from all labels
 
 
 def marked(cell: Measured, widening: float) -> Marked | None:
-    """The answers that the estimate marks as likely right; None if there is no estimate."""
+    """The answers marked as likely right by the estimate; None if there is no estimate."""
     uncertainty, failure = cell.unlabelled
     likely_right = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
     if likely_right.probability is None:
@@ -59,7 +59,7 @@ def read_cells(folder: Path) -> dict[Group, list[Measured]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of the values that are not NaN, and half the width of its 95 % interval (t)."""
+    """Mean of the values except NaN, and half the width of the 95 % interval (t)."""
     known = np.array([value for value in values if not np.isnan(value)])
     if not len(known):
         return np.nan, np.nan

@@ -1,20 +1,20 @@
-"""Whether guarantees hold if they are looked at after every round, for several predictors in turn.
+"""Whether guarantees hold with a look after every round, for several predictors in turn.
 
     python -m benchmarks.look_guarantees [--runs 10000] [--photos 2000] [--worlds all ...]
 
-A run is a folder of 2,000 calibration photos (``--photos``) in a random order. Its labels arrive in
-twelve rounds of 50. As in a triage, the test of a predictor is planned from its scores alone. The
+A run is a folder of 2,000 calibration photos (``--photos``) in a random order. The labels arrive in
+twelve rounds of 50. As in a triage, the test of a predictor is planned from the scores alone. The
 predictor is tested after every round, on the labels of all photos before the first photo without a
-label. The next predictor takes its turn one round after a certificate, or after six rounds without
-a certificate. So the time of its turn depends on the labels, as in a triage.
+label. The turn of the next predictor comes one round after a certificate, or after six rounds
+without a certificate. So the time of the turn depends on the labels, as in a triage.
 
-A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. That may
-happen to 5 % of the runs. The output has the share of broken runs, its one-sided 95 % bound
-(Clopper and Pearson), and the mean number of limits that were certified. The worlds:
+A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. At most 5
+% of the runs may be broken. The output has the share of broken runs, a one-sided 95 % bound of this
+share (Clopper and Pearson), and the mean number of certified limits. The worlds:
 
-- ``all``: 5.1 % of the answers of every predictor are wrong, whatever the uncertainty;
+- ``all``: 5.1 % of the answers of every predictor are wrong, at every uncertainty;
 - ``beyond``: 1 % of the answers are wrong in the more trusted half of the photos, and 40 % in the
-  other half. So the risk is above 5 % if more than 56 % of the photos are accepted;
+  less trusted half. So the risk is above 5 % if more than 56 % of the photos are accepted;
 - ``later``: 1 % of the first predictor's answers are wrong, and 5.1 % of all later predictors';
 - ``trusted``: 6 % of the answers are wrong in the most trusted tenth of the photos, 1 % elsewhere.
 """
@@ -41,11 +41,11 @@ DELTA: Final = 0.05
 N_ROUNDS: Final = 12
 ROUND: Final = 50
 PATIENCE: Final = 6
-"""Number of rounds without a certificate after which the next predictor takes its turn."""
+"""Number of rounds without a certificate until the turn of the next predictor."""
 
 N_PREDICTORS: Final = 4
 CLAIMED: Final = 0.04
-"""Largest uncertainty. It is low, so that plans accept a large share."""
+"""Largest uncertainty. This value is low, so that plans accept a large share."""
 
 
 def error_rates(world: str, number: int, quantile: Floats) -> Floats:
@@ -71,7 +71,7 @@ class Predictor:
         rank = rng.permutation(n_photos)
         self.sorted_uncertainty = CLAIMED * quantile
         uncertainty = self.sorted_uncertainty[rank]
-        # ``luck`` is the same for all predictors, so the same photos are hard for all of them
+        # ``luck`` is the same for all predictors, so the same photos are hard for all predictors
         failure = (luck < rates[rank]).astype(np.int64)
         self.outcomes = Outcomes(uncertainty, failure, is_probability=True)
         self.mean_rates = np.cumsum(rates) / np.arange(1, n_photos + 1)
@@ -85,7 +85,7 @@ class Predictor:
 def tested(
     state: TriageState, trial: Trial, outcomes: Outcomes, split: PhotoSplit
 ) -> GuaranteeProgress:
-    """The test of a trial, without an estimate of how many more labels are needed."""
+    """The test of a trial, without an estimate of the number of labels still needed."""
     rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
     level = trial.level or level_of(state.n_tested + 1, DELTA)
     looks = Looks(np.array(trial.grid), MAX_RISK, level, trial.limit)
@@ -98,7 +98,7 @@ def tested(
 
 
 def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
-    """The plan of a predictor, from its scores alone."""
+    """The plan of a predictor, from the scores alone."""
     return Trial.plan(
         n_fit=0,
         scores=outcomes.uncertainty,
@@ -109,7 +109,7 @@ def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
 
 
 def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]:
-    """Whether a run is broken, and how many limits were certified in it."""
+    """Whether a run is broken, and the number of certified limits."""
     none = np.zeros(n_photos, np.bool_)
     luck = rng.random(n_photos)
     predictors = [Predictor(world, number, luck, rng) for number in range(N_PREDICTORS)]

@@ -3,11 +3,11 @@
 The alternative is to encode every image in every epoch. Two rates are measured: training rows per
 second of the library's loop on random embeddings (D = 512, batches of 1,024), for several numbers
 of classes, and images per second of the backbone (CLIP ViT-B/32, random weights of the real size).
-The time of a set is its rows times 300 epochs, divided by the rate for its number of classes. The
-time of the table is the sum over the 13 sets. The time of the alternative is too small, because
-decoding and the backward pass through the head are left out.
+The time of a set is the number of rows times 300 epochs, divided by the rate for the number of
+classes. The time of the table is the sum over the 13 sets. The time of the alternative is too
+small, because decoding and the backward pass through the head are left out.
 
-The time on a GPU is not measured. It is a guess, from the same floating point operations and an
+The time on a GPU is not measured, but guessed from the same floating point operations and an
 assumed rate.
 """
 
@@ -32,7 +32,7 @@ from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
 BACKBONE = "clip-vit-b32"
 CLASSES = (10, 100, 400, 1000)
-"""Numbers of classes that are measured. A set has the rate of the next larger number."""
+"""Measured numbers of classes. A set has the rate of the next larger number."""
 
 GPU_TFLOPS = 6.0
 """Assumed rate: a third of an A100's 19.5 TFLOP/s in float32, as small products are slower."""
@@ -76,7 +76,7 @@ def encoding() -> float:
 
 
 def main() -> dict[str, float]:
-    """Print the time of the table; return its hours, and the ratio to the alternative."""
+    """Print the time of the table; return the hours, and the ratio to the alternative."""
     images = encoding()
     rates = {classes: training(classes) for classes in CLASSES}
     passes = {

@@ -27,7 +27,7 @@ def child() -> None:
     text = rng.standard_normal((K, D), dtype=np.float32)
     target = rng.integers(K, size=N)
     image = rng.standard_normal((N, D), dtype=np.float32)
-    for start in range(0, N, 1000):  # in blocks, so that making the data leaves no peak behind
+    for start in range(0, N, 1000):  # in blocks, so the data are made without a peak of memory
         block = slice(start, start + 1000)
         image[block] += (
             1.5 * text[target[block]] * rng.random((len(target[block]), 1), dtype=np.float32)
@@ -48,7 +48,7 @@ def child() -> None:
 
 
 def main() -> dict[str, float]:
-    """Run ``child`` in a process of its own, and print the peaks."""
+    """Run ``child`` in a separate process, and print the peaks."""
     done = subprocess.run(
         [sys.executable, "-c", "from benchmarks.memory import child; child()"],
         capture_output=True,

@@ -3,12 +3,12 @@
 - ``mix``: q = (1 - w) p_zero_shot + w p_probe. w is the best of 21 weights from 0 to 1.
 - ``pool``: log q = a log p_zero_shot + w log p_probe - const, with a, w >= 0.
 
-The weights have the largest likelihood on labelled rows that the probe was not fitted on. For that,
-rows are held out in five folds, stratified by class. A row that is the only label of its class is
-never held out. If no row can be held out, w = 1/2 in the mix, and a = w = 1/2 in the pool, which is
-then the geometric mean of both posteriors.
+The weights have the largest likelihood on labelled rows outside the fit of the probe. For this
+purpose rows are held out in five folds, stratified by class. The only labelled row of a class is
+never held out. If no row can be held out, w = 1/2 in the mix, and a = w = 1/2 in the pool. The pool
+is then the geometric mean of both posteriors.
 
-The answer is the likeliest candidate of q, and its uncertainty is 1 - q_a.
+The answer a is the likeliest candidate of q, and the uncertainty is 1 - q_a.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Experts(NamedTuple):
 
     @property
     def both(self) -> Floats:
-        """(N, 2, K) log probabilities that are pooled."""
+        """(N, 2, K) log probabilities for the pool."""
         return np.stack([self.zero_shot, self.floored_probe], axis=1)
 
     @property
     def floored_probe(self) -> Floats:
-        """Log probabilities of the probe, clipped so that all are finite."""
+        """Log probabilities of the probe, clipped to finite numbers."""
         return np.maximum(self.probe, np.log(MIN_PROBABILITY))
 
 
@@ -102,7 +102,7 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
 
 
 def linear_probe() -> FailurePredictor:
-    """The linear probe, which judges its own answers."""
+    """The linear probe as the judge of its own answers."""
     return vilu.PREDICTORS["linear_probe"](answer="adapted")
 
 

@@ -1,4 +1,4 @@
-"""How soon does a monitor see a shift, and how often does it raise a false alarm?
+"""How soon does a monitor see a shift, and how often is there a false alarm?
 
     python -m benchmarks.monitor_replay CLEAN SHIFTED... --predictor FOLDER...
 
@@ -6,7 +6,7 @@ CLEAN and SHIFTED are stores of class data. A SHIFTED store has some of CLEAN's 
 (``vilu_bench.known_datasets.shift``) and with the same keys. The predictors were fitted on other
 images.
 
-A replay draws 3,000 calibration rows of CLEAN at random, and 1,500 rows of CLEAN that arrive first.
+A replay draws 3,000 calibration rows of CLEAN at random, and 1,500 rows of CLEAN to arrive first.
 Then 1,500 rows of CLEAN, or of a SHIFTED store, arrive. No image occurs both clean and shifted.
 Every tenth row is audited. The delay of an alarm is counted from the first shifted row. An alarm
 before this row is a false alarm.
@@ -34,7 +34,7 @@ LIMIT, AUDITED, MAX_RISK = 500, 0.1, 0.2
 def part(
     outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None = None
 ) -> vilu.Outcomes:
-    """The outcomes of some rows; without failures for rows that are not audited."""
+    """The outcomes of some rows; only audited rows have failures."""
     failure = outcomes.failure[rows]
     if outcomes.prediction is None:
         raise ValueError("scores of class stores say what was answered")
@@ -53,7 +53,7 @@ def replay(
 ) -> list[dict[str, int | None]]:
     """Rows of the alarms of every test and of any test, counted from the change.
 
-    The first dict is that of CLEAN alone, the others are those of the SHIFTED stores.
+    The first dict is for CLEAN alone, and the next dicts are for the SHIFTED stores.
     """
     rng = np.random.default_rng(seed)
     where = {key: row for row, key in enumerate(clean.ids or ())}
@@ -78,7 +78,7 @@ def replay(
 
 
 def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
-    """Print and return the results of the replays of one shift."""
+    """Print and return the results of the replays of a shift."""
     n = len(alarms)
     ever = {test: sum(one[test] is not None for one in alarms) / n for test in alarms[0]}
     delays = np.array([np.inf if (row := one["any"]) is None else row for one in alarms])

@@ -7,16 +7,16 @@ ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CL
 100). A seed divides each set into two parts. Methods are fitted on images of the first part,
 without labels, and tested on the second part. A *cell* is a set, a number of images to fit on, a
 number of labels per class and a division. The images to fit on are drawn at random, the same number
-for each class that occurs (0: all images of the part).
+for each occurring class (0: all images of the part).
 
 Without labels, the methods of a cell are ``mcm`` and ``vilu_zero``. With ``--plus`` they are
 ``vilu_zero``, ``vilu_plus`` fitted on the labels (0 per class: all) alone, and ``vilu_plus`` fitted
 on the labels and all images of the cell.
 
-A cell is one line of CELLS.jsonl. For each method it has the AUROC and FPR95 of failures of
-zero-shot answers, the accuracy of the method's own answers, and AUROCs of bootstrap resamples of
-the test rows, which are the same for all methods. Cells that are in the file already are left out.
-All sets are measured for a division before the next division begins.
+Every cell is a line of CELLS.jsonl. For each method, the line has the AUROC and FPR95 of failures
+of zero-shot answers, the accuracy of the method's own answers, and AUROCs of bootstrap resamples of
+the test rows. All methods have the same resamples. Cells already in the file are left out. All sets
+are measured for a division before the next division begins.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 
 N_RESAMPLES = 200
 SIZES = (3, 5, 8, 0)
-"""Numbers of images to fit on for each class that occurs; 0: all images of the part."""
+"""Numbers of images to fit on for each occurring class; 0: all images of the part."""
 LABELS = (1, 5, 16, 0)
 WITHOUT_LABELS = -1
 BATCH = 4_096
@@ -48,12 +48,12 @@ BATCH = 4_096
 
 @dataclass(frozen=True)
 class Source:
-    """Which rows and candidates of a file are a set."""
+    """A set: some rows and candidates of a file."""
 
     file: str
-    fitted: float = 0.5  # share of the rows that may be fitted on
-    occurring: float = 1.0  # share of the classes whose rows are used; the division draws them
-    only_occurring: bool = False  # whether candidates are only the classes whose rows are used
+    fitted: float = 0.5  # share of the rows for fits
+    occurring: float = 1.0  # share of the classes with used rows, drawn by the division
+    only_occurring: bool = False  # whether only the classes with rows in the file are candidates
 
 
 CHOOSING = {
@@ -68,14 +68,14 @@ CHOOSING = {
     "food9": Source("food9"),
     "dtd": Source("proto_dtd"),
 }
-"""Sets on which settings of the method were chosen."""
+"""Sets used to choose settings of the method."""
 CONFIRMING = {
     "ucf101": Source("proto_ucf101"),
     "oxford pets": Source("proto_oxfordpets"),
     "cifar10": Source("cifar10"),
     "imagenet": Source("imagenet1k"),
 }
-"""Sets that were tested once, after the choice."""
+"""Sets tested once, after the choice."""
 SETS = CHOOSING | CONFIRMING
 
 
@@ -97,7 +97,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(folder: Path, cell: Cell) -> Rows | None:
-    """The rows of a cell; None if the set has fewer images than the cell asks for."""
+    """The rows of a cell; None if the set has fewer images than the cell needs."""
     source = SETS[cell.name]
     arrays = Arrays.load(folder / f"{source.file}_b32.npz")
     occurring = np.unique(arrays.target)
@@ -176,10 +176,10 @@ def resampled(
 
 
 def cells(names: Sequence[str], divisions: int, *, plus: bool) -> Iterator[Cell]:
-    """Yield the cells in the order in which they are measured.
+    """Yield the cells in the order of measurement.
 
-    With ``plus`` they have labels and all images. With one label per class they also have fewer
-    images.
+    With ``plus``, cells have labels and all images. With one label per class there are also cells
+    with fewer images.
     """
     for division in range(divisions):
         for name in names:
@@ -203,7 +203,7 @@ def known_cells(file: Path) -> set[Cell]:
 
 
 def main() -> None:
-    """Measure the cells that are not in the file yet."""
+    """Measure the cells missing in the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)

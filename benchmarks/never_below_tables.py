@@ -133,7 +133,7 @@ def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[L
 
 
 def main() -> None:
-    """Print the tables that the cells fill, and how many divisions they have."""
+    """Print the tables with cells, and the number of divisions."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cells", type=Path)
     parser.add_argument("--before", type=Path, help="cells of an earlier version")

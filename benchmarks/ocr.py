@@ -1,16 +1,16 @@
-"""Which words that Tesseract reads can be trusted? ``python -m benchmarks.ocr FOLDER``.
+"""Which words read by Tesseract can be trusted? ``python -m benchmarks.ocr FOLDER``.
 
-Pages whose words are known are rendered (``benchmarks.ocr_pages``) and read with Tesseract. The
-file ``words.csv`` in the folder gets a row for each word that was read. Pages that were read before
-are not read again, so a run that was stopped can be continued.
+Pages with known words are rendered (``benchmarks.ocr_pages``) and read with Tesseract. The file
+``words.csv`` in the folder gets a row for each word read. Pages read before are not read again, so
+a stopped run can be continued.
 
 Pages are divided at random into thirds: to fit, to calibrate, to test. Two scores are compared: the
-confidence of the word alone, and ``answer_probe`` on all columns of numbers. Each is calibrated by
-row (every word is an independent draw) and by page (every page is). ``splits.jsonl`` has a line per
-division. The tables have means over the divisions, and the two values between which 95 % of the
-divisions are. The confidence needs no fit, so by page it is also calibrated on two thirds. Finally,
-200 draws show how often a guarantee by row is broken: it can be, because words of a page are wrong
-together.
+confidence of the word alone, and ``answer_probe`` on all columns of numbers. Each score is
+calibrated by row (every word is an independent draw) and by page (every page is an independent
+draw). ``splits.jsonl`` has a line per division. The tables have means over the divisions, and the
+range of the middle 95 % of the divisions. The confidence needs no fit, so by page the confidence is
+also calibrated on two thirds. Finally, 200 draws show how often a guarantee by row is broken. Such
+a guarantee can be broken, because words of a page are wrong together.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Result = dict[str, Any]
 
 
 def dictionary() -> frozenset[str]:
-    """Words of NumPy's documentation, which is another text than that of the pages."""
+    """Words of NumPy's documentation: a different text from the text of the pages."""
     words: set[str] = set()
     for module in (np, np.fft, np.linalg, np.random):
         for name in dir(module):
@@ -75,7 +75,7 @@ def read_page(page: Page, output: Path) -> None:
 
 
 def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
-    """Render and read the pages that are not in the folder yet."""
+    """Render and read the pages missing in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     truth: dict[str, tuple[Word, ...]] = {}
     files = []
@@ -102,7 +102,7 @@ def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
 
 
 def split_result(table: vilu.AnswerTable, seed: int) -> Result:
-    """The results of one division into thirds."""
+    """The results of a division into thirds."""
     fit, calibration, test = thirds(table, seed)
     methods = {
         CONFIDENCE: AnswerScore(column="score_confidence"),
@@ -143,7 +143,7 @@ def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
 
 
 def risk_of(wrong: Mask, accepted: Mask) -> float:
-    """Share of wrong words among those that are accepted; 0 if there are none."""
+    """Share of wrong words among the accepted words; 0 if no word is accepted."""
     return float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
@@ -156,7 +156,7 @@ def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> floa
 
 
 def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Result]:
-    """The results of all divisions; results that are in the file are not computed again."""
+    """The results of all divisions; results in the file are not computed again."""
     results: list[Result] = []
     if file.is_file():
         results = [json.loads(line) for line in file.read_text().splitlines()]
@@ -202,14 +202,14 @@ def tables(results: list[Result]) -> Iterator[str]:
 
 
 def mean_of(results: list[Result], key: str) -> float:
-    """Mean over the divisions in which the number is defined."""
+    """Mean over the divisions with a defined number."""
     return float(np.nanmean([result[key] for result in results]))
 
 
 def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
-    """How often a guarantee by row is broken, if a third of the pages calibrates it.
+    """How often a guarantee by row is broken, calibrated on a third of the pages.
 
-    All other pages are tested on.
+    The test is on all other pages.
     """
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
     of_row = np.array(table.cluster)
@@ -234,7 +234,7 @@ def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
 
 
 def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[str]:
-    """The confidence by page, which needs no fit, so that two thirds of the pages calibrate."""
+    """The confidence by page, calibrated on two thirds of the pages, since no fit is needed."""
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
     of_row = np.array(table.cluster)
     for risk in MAX_RISKS:
@@ -272,14 +272,15 @@ def gain(results: list[Result], what: str, place: int) -> Floats:
 
 
 def main() -> None:
-    """Read the pages that are missing, calibrate, and print the tables."""
+    """Read the missing pages, calibrate, and print the tables."""
     parser = argparse.ArgumentParser(description="Decisions about words that Tesseract read.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pages", type=int, default=N_PAGES)
     parser.add_argument("--splits", type=int, default=N_SPLITS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # the warning is about words of a page that are wrong together, which are measured here
+    # the warning is about words of a page that are wrong together; this benchmark measures such
+    # words
     warnings.simplefilter("ignore", UserWarning)
     words = read_pages(options.folder / "pages", options.pages, options.seed)
     words.write(options.folder / "words.csv")

@@ -1,8 +1,9 @@
-"""Renders pages whose words are known, and makes them as hard to read as scans and photos.
+"""Renders pages with known words, as hard to read as scans and photos.
 
-The text is English prose that comes with Python (``pydoc_data``). A page has 10 to 30 consecutive
-words of it, and no part of the text is used twice. Font, size, contrast, blur, noise, rotation and
-the quality of JPEG are drawn at random for each page, so the words of a page are wrong together.
+The text is English prose shipped with Python (``pydoc_data``). A page has 10 to 30 consecutive
+words of the text, and no part of the text is used twice. Font, size, contrast, blur, noise,
+rotation and the quality of JPEG are drawn at random for each page, so the words of a page are wrong
+together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from vilu.tables.sources import Word
 
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*[.,;:]?")
-"""Matches words of letters and digits. Quotes are left out, because OCR confuses their forms."""
+"""Matches words of letters and digits. No quotes, because OCR confuses the forms of quotes."""
 
 FEWEST_WORDS, MOST_WORDS = 10, 30
 MARGIN = 40
@@ -31,12 +32,12 @@ FONTS = (
     *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono"),
     *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol"),
 )
-"""Fonts that come with matplotlib, so that every machine has the same fonts."""
+"""Fonts shipped with matplotlib, so every machine has the same fonts."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a page looks like; drawn at random."""
+    """Look of a page, drawn at random."""
 
     font: str
     size: int  # size of the font, in pixels
@@ -81,11 +82,11 @@ def snippets(n_pages: int, seed: int) -> list[list[str]]:
 
 
 class Page:
-    """Words in lines on a page, as a camera or a scanner gives it.
+    """Words in lines on a page, as in the picture of a camera or a scanner.
 
     Args:
-        words: The words in their order.
-        seed: Seed of the look of the page and of its noise.
+        words: The words in order.
+        seed: Seed of the look and the noise of the page.
     """
 
     def __init__(self, words: list[str], seed: tuple[int, int]) -> None:
@@ -132,7 +133,7 @@ def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
 
 
 def _turned(word: Word, size: tuple[int, int], angle: float) -> Word:
-    """The upright box around a word after a rotation of the page around its middle."""
+    """The upright box around a word after a rotation of the page around the middle."""
     left, top, width, height = word.box
     right = left + width
     bottom = top + height

@@ -1,9 +1,10 @@
-"""Compares ``vilu_plus`` with the products that it needs: scores, and fits of 50,000 rows.
+"""Compares scores and fits (50,000 rows) of ``vilu_plus`` with the matrix products needed.
 
 Scores are computed with one thread, fits with all threads. Every figure is a ratio of times taken
-in turn in one run. For scores, a time is the shortest of several. A score needs these products: the
-zero-shot product (D x K), one for everything that is linear in the image ((D + 1) x K), two for the
-network (D x H, H x K), and with a memory of M rows two more in float64 (D x M, M x K).
+in turn in the same run. For scores, a time is the shortest of several. A score needs these
+products: the zero-shot product (D x K), a product for all terms linear in the image ((D + 1) x K),
+two products for the network (D x H, H x K), and with a memory of M rows two more products in
+float64 (D x M, M x K).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CLASSES = 1_000
 
 
 def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
-    """Images that differ from their class's text by an offset of the class, and by own noise."""
+    """Images as class text plus an offset of the class plus noise of the image."""
     shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
     text, common = shared.normal(size=(2, k, D)) / np.sqrt(D)
     target = rng.integers(k, size=n)
@@ -73,13 +74,13 @@ def memory(test: Embeddings) -> None:
 
 
 def softmax(test: Embeddings) -> None:
-    """Compute what MCM needs: product and softmax."""
+    """Compute product and softmax, as for MCM."""
     for block in test.image.split(1_024):
         (block @ test.text.T).softmax(dim=1)
 
 
 def scores() -> dict[str, float]:
-    """Rates of scores divided by the rates of their products alone.
+    """Rates of scores divided by the rates of the products alone.
 
     K = 10 has a memory, K = 1,000 has none.
     """

@@ -1,20 +1,20 @@
-"""Compares procedures that test a guarantee while labels arrive, by replays on stored scores.
+"""Compares procedures for testing a guarantee while labels arrive, by replays on stored scores.
 
     python -m benchmarks.procedures chains STORE... --out build/chains --seeds 5
     python -m benchmarks.procedures replay build/chains [--names before default ...]
 
-``chains`` fits ``vilu_plus`` on more and more labels that a triage would ask for, and writes the
-scores to a file for every set and seed. Files that exist are not changed. ``replay`` replays every
-procedure on every chain (``benchmarks.replays``), and prints
+``chains`` fits ``vilu_plus`` on more and more labels, chosen as in a triage, and writes the scores
+to a file for every set and seed. Existing files are not changed. ``replay`` replays every procedure
+on every chain (``benchmarks.replays``), and prints
 
-1. the share of the photos without a label that are accepted at a guaranteed risk of 5 % (confidence
-   95 %), as a mean over sets, and its difference from ``before`` with a 95 % interval (t);
-2. the same over the sets of docs/triage.md, and the number of labels with which a procedure gets
-   half-way: to half of the coverage that random labels reach in the end;
+1. the accepted share of the photos without a label at a guaranteed risk of 5 % (confidence 95 %),
+   as a mean over sets, and the difference from ``before`` with a 95 % interval (t);
+2. the same over the sets of docs/triage.md, and the number of labels until a procedure is half-way:
+   at half of the final coverage of random labels;
 3. the same shares of every set at 400 labels, as means over seeds.
 
-The labels of both sides are counted. The photos are those of the calibration side, because on the
-fit side photos are picked, so that those without a label are not a random sample.
+The labels of both sides are counted. Only photos of the calibration side are used. On the fit side
+photos are picked, so the photos without a label are not a random sample.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from vilu.triage.run import CANDIDATE_COVERAGE_FACTOR
 
 SIZES: Final = (100, 150, 200, 300, 400, 600, 800)
 SIZE_OF_SETS: Final = 400
-"""Number of labels at which the sets are shown one by one."""
+"""Number of labels for the table of single sets."""
 
 STEP: Final = 50
 """Number of labels from one fit of a chain to the next."""
@@ -76,10 +76,10 @@ HALF_OF_RANDOM: Final = {
     "proto_oxfordpets": 0.51,
     "proto_ucf101": 0.31,
 }
-"""Maps a set to half of the coverage that random labels reach in the end (docs/triage.md)."""
+"""Maps a set to half of the final coverage of random labels (docs/triage.md)."""
 
 NEVER: Final = 1_600
-"""Number of labels that is taken for a set on which a procedure does not get half-way."""
+"""Assumed number of labels for a set where a procedure does not get half-way."""
 
 
 def harmonic_level(attempt: int, delta: float) -> float:
@@ -88,10 +88,10 @@ def harmonic_level(attempt: int, delta: float) -> float:
 
 
 HANDED_ON: Final = 0.35
-"""Share of the level that a certified limit may pass to the next predictor."""
+"""Maximum share of the level that a certified limit passes to the next predictor."""
 
 WHOLE_LEVEL: Final = 1 / dict(STARTS)[64]
-"""``planned_share`` at which ``Trial.plan`` plans the limit for the whole level."""
+"""With this ``planned_share``, ``Trial.plan`` plans the limit for the whole level."""
 
 DEFAULT: Final = Procedure(
     test=Bets(STARTS, handed_on=0.0),
@@ -124,7 +124,7 @@ BEFORE: Final = Procedure(
 EXACT_SHARE: Final = 3.0
 """``planned_share`` for exact tests.
 
-They certify with about as many labels as bets that have three times the level.
+An exact test certifies with about as many labels as bets with three times the level.
 """
 
 
@@ -208,7 +208,7 @@ def judged(
 
 
 def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
-    """Write the chains that are missing: first those of all sets for a seed, then the next seed."""
+    """Write the missing chains, seed by seed; for each seed the chains of all sets."""
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
     out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
             path = out / f"{name}_{seed}.npz"
             if path.exists():
                 continue
-            # a run that is killed leaves no incomplete file with this name
+            # a killed run leaves no incomplete file with this name
             partial = path.with_suffix(".partial.npz")
             write_chain(store, seed, partial)
             partial.rename(path)
@@ -229,7 +229,7 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
 
 Curve = list[Reached]
 Curves = dict[str, list[Curve]]
-"""Maps the name of a set to its curves, one for each seed."""
+"""Maps the name of a set to the curves of the set, one for each seed."""
 
 
 def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Curves:
@@ -241,12 +241,12 @@ def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Cu
 
 
 def replayed_by(procedure: Procedure) -> Callable[[Chain], Curve]:
-    """A function that replays a procedure on a chain, and returns its rounds."""
+    """Function that replays a procedure on a chain, and returns the rounds."""
     return lambda chain: list(Replay(chain, procedure).rounds())
 
 
 def looked_at_once(chain: Chain) -> Curve:
-    """One exact look at every number of labels, each as if it were the only look."""
+    """An exact look at every number of labels, each as if there were no other look."""
     curve = []
     for n_labels in SIZES:
         curve.append(Reached(n_labels, one_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
@@ -254,13 +254,13 @@ def looked_at_once(chain: Chain) -> Curve:
 
 
 def coverage_at(curve: Curve, n_labels: int) -> float:
-    """Coverage that is reached with at most ``n_labels`` labels."""
+    """Coverage reached with at most ``n_labels`` labels."""
     reached = [point.coverage for point in curve if point.n_labels <= n_labels]
     return reached[-1] if reached else 0.0
 
 
 def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
-    """Mean over seeds of the coverage that is reached with at most ``n_labels`` labels."""
+    """Mean over seeds of the coverage reached with at most ``n_labels`` labels."""
     return float(np.mean([coverage_at(curve, n_labels) for curve in curves]))
 
 
@@ -300,7 +300,7 @@ def rows_of_shares(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
 
 
 def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Number of labels until half-way on every set, and the mean ratio to that of ``before``."""
+    """Number of labels until half-way on every set, and the mean ratio to ``before``."""
     yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
     yield "|---" * (len(sets) + 2) + "|"
     before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
@@ -312,7 +312,7 @@ def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
 
 
 def rows_of_sets(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Coverage of every set at one number of labels, and the difference from ``before``."""
+    """Coverage of every set at ``SIZE_OF_SETS`` labels, and the difference from ``before``."""
     before = all_curves["before"]
     yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
     yield "|---" * (len(sets) + 1) + "|"
@@ -341,8 +341,8 @@ def largest_risk(curves: Curves) -> float:
 def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
     """Replay the procedures on all chains of a folder, and print the tables.
 
-    Every chain is replayed in ``n_orders`` random orders of its photos. The orders of a chain share
-    its fits, so with several orders there are no intervals over seeds.
+    Every chain is replayed in ``n_orders`` random orders of the photos. The orders of a chain share
+    the same fits, so with several orders there are no intervals over seeds.
     """
     chains = []
     for path in sorted(folder.glob("*.npz")):
@@ -367,7 +367,7 @@ def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write chains, or replay them."""
+    """Write or replay chains."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     chains = commands.add_parser("chains", help="Fit once for every set, seed and labels.")

@@ -1,11 +1,11 @@
-"""Replays a triage on stored scores, label by label, with any procedure of ``procedures``.
+"""Replay of a triage on stored scores, label by label, with a procedure of ``procedures``.
 
-A *chain* has, for a set and a seed, the scores of predictors that were fitted on more and more
-labels. So a replay of a procedure takes a moment, while a triage would fit every predictor again. A
-replay takes the steps of ``vilu.triage.run.advance``, and every label that is asked for arrives
-before the next step. It differs from a triage in two points. If no number of labels can certify
-anything, a triage stops and a replay continues to draw. And adapted answers are judged without
-choosing between them and zero-shot answers.
+A *chain* has, for a set and a seed, the scores of predictors fitted on more and more labels. So a
+replay of a procedure takes a moment, while a triage would fit every predictor again. A replay takes
+the steps of ``vilu.triage.run.advance``, and every requested label arrives before the next step. A
+replay differs from a triage in two points. First, if no number of labels can certify anything, a
+triage stops and a replay continues to draw. Second, a replay always judges adapted answers, without
+a choice between adapted and zero-shot answers.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ MOST_LABELS: Final = 800
 class Chain:
     """Scores of a set's calibration photos by predictors fitted on more and more labels.
 
-    The photos are in their random order.
+    The photos are in random order.
 
     Attributes:
         name: Name of the set.
         seed: Seed of the sides, of the order and of the fits.
         n_classes: Number of classes.
         uncertainty: (F, M) uncertainties of the M photos by each of the F predictors.
-        failure: (F, M) whether the answer that the predictor judges is wrong.
-        n_fit: (F,) number of labels that each predictor was fitted on, ascending; 0: zero-shot.
-        luck: (M,) uniform numbers, which decide weighted draws.
+        failure: (F, M) whether the judged answer is wrong.
+        n_fit: (F,) number of labels in the fit of each predictor, ascending; 0: zero-shot.
+        luck: (M,) uniform numbers for weighted draws.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Chain:
 
     @classmethod
     def load(cls, path: Path) -> Chain:
-        """Read a chain that ``python -m benchmarks.procedures chains`` wrote."""
+        """Read a chain written by ``python -m benchmarks.procedures chains``."""
         name, _, seed = path.stem.rpartition("_")
         with np.load(path) as arrays:
             calibration_rows = np.flatnonzero(arrays["cal"])
@@ -85,7 +85,7 @@ class Chain:
             )
 
     def in_another_order(self, number: int) -> Chain:
-        """The chain with its photos in another random order; number 0 is the present order."""
+        """The chain with the photos in another random order; number 0 is the present order."""
         if number == 0:
             return self
         rng = np.random.default_rng([self.seed, number])
@@ -94,19 +94,19 @@ class Chain:
         return replace(self, uncertainty=uncertainty, failure=self.failure[:, order])
 
     def fit_of(self, n_labels: int) -> int:
-        """Index of the predictor that was fitted on the most labels up to ``n_labels``."""
+        """Index of the predictor fitted on the most labels up to ``n_labels``."""
         return int(np.searchsorted(self.n_fit, n_labels, side="right")) - 1
 
 
 class Counting(NamedTuple):
-    """Two functions that decide which labels a test uses.
+    """Two functions that choose the labels for a test.
 
-    Both get which photos (M,) are drawn, which photos (M,) have a label, and the end of the draws
-    so far.
+    Both functions get a mask (M,) of the drawn photos, a mask (M,) of the photos with a label, and
+    the end of the draws so far.
 
     Attributes:
-        counted: Function that returns the rows whose labels are used.
-        missing: Function that returns the rows whose labels must arrive before any other label.
+        counted: Function that returns the rows with used labels.
+        missing: Function that returns the rows to label before any other row.
     """
 
     counted: Callable[[Mask, Mask, int], Ints]
@@ -121,7 +121,7 @@ def before_first_open(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa
 
 
 def nothing_missing(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa: ARG001 - see Counting
-    """No row, because in a replay every label that was asked for has arrived."""
+    """No row, because in a replay every requested label has arrived."""
     return np.zeros(0, np.int64)
 
 
@@ -131,7 +131,7 @@ def open_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
 
 
 def complete_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
-    """All drawn rows before the end of the draws; no row if one of them has no label yet."""
+    """All drawn rows before the end of the draws; no row while a label of these rows is missing."""
     if len(open_before_end(is_drawn, answered, end)):
         return np.zeros(0, np.int64)
     return np.flatnonzero(is_drawn[:end])
@@ -142,12 +142,12 @@ TO_END_OF_DRAWS: Final = Counting(complete_before_end, open_before_end)
 
 
 class Counted(NamedTuple):
-    """The labels that a test uses, and what they certify.
+    """The labels used by a test, and the certified threshold.
 
     Attributes:
         looks: Thresholds, risk, level and limit of the test.
         uncertainty: (N,) uncertainties of the counted photos.
-        failure: (N,) whether their answers are wrong.
+        failure: (N,) whether the answers to the counted photos are wrong.
         certified: Index of the laxest certified threshold; None if no threshold is certified.
     """
 
@@ -158,17 +158,17 @@ class Counted(NamedTuple):
 
 
 def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:
-    """The trial, with a higher limit if all thresholds up to its limit are certified."""
+    """The trial, with a higher limit if all thresholds up to the limit are certified."""
     if counted.certified != counted.looks.last:
         return trial
     return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
 
 LARGEST_STEP: Final = 1.5
-"""When a limit follows the labels, it includes at most this multiple of the photos before."""
+"""A limit that follows the labels includes at most this multiple of the photos before."""
 
 PRIOR: Final = 0.5
-"""Is added to the numbers of wrong answers, seen and expected, before their ratio is computed."""
+"""This number is added to the seen and the expected number of wrong answers before the division."""
 
 STRICTEST: Final = 7
 """A limit that follows the labels is at least the threshold with this index."""
@@ -177,7 +177,8 @@ STRICTEST: Final = 7
 def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
     """The trial with a new limit.
 
-    For it, predicted risks are multiplied by the number of wrong answers over the expected number.
+    For the new limit, predicted risks are multiplied by the number of wrong answers over the
+    expected number.
     """
     ratio = (counted.failure.sum() + PRIOR) / (counted.uncertainty.sum() + PRIOR)
     n_labels = min(max(200, len(counted.failure) + 100), len(scores))
@@ -196,22 +197,21 @@ def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
 
 @dataclass(frozen=True)
 class Procedure:
-    """A test, and the rules that decide which labels are asked for, and when.
+    """A test, and the rules for requesting labels.
 
     Attributes:
         test: The test of a predictor's thresholds.
-        level_of: Function of k and the level of all predictors that returns the own level of
+        level_of: Function of k and the level of all predictors. The result is the level of
             predictor number k (from 1).
         planned_share: The limit is planned for this multiple of the level of ``Trial.plan``.
-        counting: Decides which labels a test uses.
+        counting: Chooses the labels for a test.
         move_limit: Function that moves the limit after a test.
         most_to_fit: Calibration labels are drawn only after there are enough labels to fit on: one
             per class, but at least 50, and at most this number.
         share_worth_a_draw: With fewer than ``enough_to_fit`` labels to fit on, calibration labels
             are drawn only if the limit includes at least this share of the photos.
-        enough_to_fit: Number of labels to fit on from which ``share_worth_a_draw`` is ignored.
-        candidate_part: Share of the labels that are of the calibration side while a candidate is
-            tested.
+        enough_to_fit: From this number of labels to fit on, ``share_worth_a_draw`` is ignored.
+        candidate_part: Share of the labels for the calibration side while a candidate is tested.
         worth_more: A candidate's limit must include this multiple of the photos accepted now.
         grown_before_a_look: An untested predictor is replaced by a new fit if the labels have grown
             by this factor.
@@ -232,11 +232,11 @@ class Procedure:
 
 @dataclass
 class Tested:
-    """A predictor with its trial: the index of its fit in the chain, and the plan of its test."""
+    """A predictor with a trial: the index of the fit in the chain, and the plan of the test."""
 
     fit: int
     trial: Trial
-    has_handed_on: bool = False  # whether a part of the level is passed to the next predictor
+    has_handed_on: bool = False  # whether a part of the level was passed on
 
     @property
     def is_tested(self) -> bool:
@@ -245,12 +245,12 @@ class Tested:
 
 
 class Reached(NamedTuple):
-    """The coverage and the risk that are reached with a number of labels.
+    """The coverage and the risk reached with a number of labels.
 
     Attributes:
         n_labels: Number of labels of both sides.
-        coverage: Share of the calibration photos without a label that are accepted.
-        risk: Error rate of all calibration photos that are accepted.
+        coverage: Accepted share of the calibration photos without a label.
+        risk: Error rate of all accepted calibration photos.
     """
 
     n_labels: int
@@ -312,7 +312,7 @@ class Replay:
         return Reached(self.n_labels, float(coverage), float(risk))
 
     def share_accepted(self) -> float:
-        """Share of all calibration photos that the guarantee accepts."""
+        """Share of all calibration photos accepted under the guarantee."""
         if self.present is None or self.threshold is None:
             return 0.0
         return float((self.chain.uncertainty[self.present.fit] <= self.threshold).mean())
@@ -320,7 +320,7 @@ class Replay:
     # The first step: which predictor is tested.
 
     def choose_predictor(self) -> None:
-        """Take the newest predictor of the chain if there are enough new labels for it."""
+        """Take the newest predictor of the chain if there are enough new labels."""
         fit = self.chain.fit_of(self.n_fit)
         needs_labels = fit > 0
         if not needs_labels or self.n_fit < self.n_labels_for_a_new_fit():
@@ -339,7 +339,7 @@ class Replay:
             self.candidate = Tested(fit, trial)
 
     def n_labels_for_a_new_fit(self) -> float:
-        """Number of labels to fit on from which a new predictor is taken."""
+        """From this number of labels to fit on, a new predictor is taken."""
         tested = self.tested
         if tested is None:
             return 0
@@ -352,7 +352,7 @@ class Replay:
         return self.procedure.grown_before_a_look * tested.trial.n_fit
 
     def plan(self, fit: int, *, least_share: float) -> Trial:
-        """The plan of a predictor's test, from its scores alone."""
+        """The plan of a predictor's test, from the scores alone."""
         n_answered = int(self.answered.sum())
         return Trial.plan(
             n_fit=self.n_fit,
@@ -364,13 +364,13 @@ class Replay:
         )
 
     def next_level(self) -> float:
-        """Level of the next predictor: its own level, and the level that was passed to it."""
+        """Level of the next predictor: the level by number, plus the level passed on."""
         return self.procedure.level_of(self.n_tested + 1, DELTA) + self.handed_on
 
-    # The second step: what the labels certify.
+    # The second step: the labels certify a threshold.
 
     def is_drawn(self, tested: Tested) -> Mask:
-        """(M,) which photos are in the draw for a predictor, whether they have a label or not."""
+        """(M,) mask of the photos in the draw for a predictor, with or without a label."""
         trial = tested.trial
         uncertainty = self.chain.uncertainty[tested.fit]
         planned_limit = trial.grid[STEPS - 1]
@@ -403,7 +403,7 @@ class Replay:
             self.handed_on = test.handed_on * level
         return Counted(looks, uncertainty, failure, certified)
 
-    # The third step: keep what is certified, if it is more than before.
+    # The third step: keep a certified threshold that accepts more than before.
 
     def keep(self, counted: Counted) -> None:
         """Keep a laxer threshold; a candidate that accepts more becomes the present predictor."""
@@ -443,7 +443,7 @@ class Replay:
             self.n_fit += min(n - len(drawn), n_left)
 
     def draw(self, tested: Tested, counted: Counted, n: int) -> Ints:
-        """Move the limit, and draw the next ``n`` photos up to it."""
+        """Move the limit, and draw the next ``n`` photos up to the limit."""
         scores = self.chain.uncertainty[tested.fit]
         tested.trial = self.procedure.move_limit(tested.trial, scores, counted)
         rows = np.flatnonzero(self.is_drawn(tested) & ~self.answered)[:n]
@@ -452,7 +452,7 @@ class Replay:
         return rows
 
     def n_to_draw(self, trial: Trial, n: int) -> int:
-        """The number of the next ``n`` labels that are of the calibration side."""
+        """The number of calibration labels among the next ``n`` labels."""
         if self.candidate is not None:
             return int(n * self.procedure.candidate_part)
         if self.threshold is not None:
@@ -460,7 +460,7 @@ class Replay:
         return n if self.is_ready_to_draw(trial) else 0
 
     def is_ready_to_draw(self, trial: Trial) -> bool:
-        """Whether calibration labels are drawn for a predictor that has no guarantee yet."""
+        """Whether calibration labels are drawn for a predictor without a guarantee."""
         if self.n_fit == self.chain.n_fit[-1]:
             return True
         n_wanted = min(max(self.chain.n_classes, FEWEST_TO_FIT), self.procedure.most_to_fit)
@@ -470,7 +470,7 @@ class Replay:
 
 
 def one_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float) -> float:
-    """Coverage of one exact look: half of the labels to fit on, half drawn up to the limit.
+    """Coverage of an exact look: half of the labels to fit on, half drawn up to the limit.
 
     The limit is planned for the multiple ``planned_share`` of the level.
     """

@@ -1,4 +1,4 @@
-"""``--plugin benchmarks.returning``: a process that returns freed memory when it gets SIGUSR1."""
+"""``--plugin benchmarks.returning``: a process returns freed memory on SIGUSR1."""
 
 from __future__ import annotations
 

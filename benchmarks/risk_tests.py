@@ -1,9 +1,9 @@
 """Tests of "the error rate at a threshold is above max_risk", to compare in ``procedures``.
 
-Each test gets the labels in the order in which they were drawn, and returns the laxest threshold
-that they certify. Thresholds are tested as ``vilu.calibration.anytime.Looks`` describes: from
-strict to lax, in sequences that start at ``starts``, each with its share of the level. A certified
-limit passes the share ``handed_on`` of the level to the next predictor.
+Each test gets the labels in the order of the draws, and returns the laxest certified threshold.
+Thresholds are tested as in ``vilu.calibration.anytime.Looks``: from strict to lax, in sequences
+from ``starts``, each sequence with a share of the level. A certified limit passes the share
+``handed_on`` of the level to the next predictor.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from vilu.metrics.counts import Floats, Ints
 Starts = tuple[tuple[int, float], ...]
 
 ROUNDING: Final = 1 + 1e-9
-"""A tail may exceed its level by this factor, because float64 sums are rounded."""
+"""A tail may exceed the level by this factor, because float64 sums are rounded."""
 
 
 def laxest(
     looks: Looks, starts: Starts, handed_on: float, rejects: Callable[[int, float], bool]
 ) -> int | None:
-    """Index of the laxest threshold that sequences from ``starts`` reach; None if none does.
+    """Index of the laxest threshold reached by sequences from ``starts``; None if there is none.
 
-    ``rejects(index, level)`` says whether the labels reject "the error rate at this threshold is
-    above the risk" at this level.
+    ``rejects(index, level)`` is true if the labels reject, at this level, the hypothesis "the error
+    rate at this threshold is above the risk".
     """
     share_at_start = dict(starts)
     level = 0.0
@@ -52,26 +52,26 @@ def laxest(
 
 @dataclass(frozen=True)
 class RiskTest(ABC):
-    """A test of a grid of thresholds, and the probability with which it draws each photo."""
+    """A test of a grid of thresholds, and the probability of drawing each photo."""
 
     starts: Starts
     handed_on: float
 
     @abstractmethod
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that the labels (N,), in their order, certify."""
+        """Index of the laxest threshold certified by the labels (N,), in the order of the draws."""
 
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:  # noqa: ARG002 - a test may weight its draws
-        """Probability (N,) with which photos up to the limit are drawn: 1, unless weighted."""
+        """Probability (N,) of drawing photos up to the limit: 1, unless weighted."""
         return np.ones(len(uncertainty))
 
 
 @dataclass(frozen=True)
 class Bets(RiskTest):
-    """Bets that may be looked at after every label (``anytime.log_evidence``)."""
+    """Bets, valid with a look after every label (``anytime.log_evidence``)."""
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Like ``Looks.certified``, which has the constants of ``anytime`` built in."""
+        """Like ``Looks.certified``, but without the built-in constants of ``anytime``."""
         wrong, accepted = looks.counts(uncertainty, failure)
         evidence = log_evidence(wrong, accepted, looks.max_risk)
 
@@ -83,17 +83,17 @@ class Bets(RiskTest):
 
 @dataclass(frozen=True)
 class PlannedLooks(RiskTest):
-    """Exact binomial tests at a few numbers of labels, which share a level (group-sequential).
+    """Exact binomial tests at a few numbers of labels, with a shared level (group-sequential).
 
     Look number j (from 0) comes after n_j labels of photos up to the planned limit. All n_j, and
-    the level that is spent until each look, are known before a label is read:
+    the level spent until each look, are known before a label is read:
 
-    - n_0 is the smallest number of right answers with which the first look can certify the limit;
+    - n_0 is the smallest number of right answers for the first look to certify the limit;
     - n_j is ``growth`` times n_(j-1);
     - until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and until
       the last look the whole level.
 
-    At a stricter threshold the same looks have fewer labels: those of photos that it accepts.
+    At a stricter threshold the same looks have fewer labels: the labels of the accepted photos.
     """
 
     growth: float
@@ -102,7 +102,7 @@ class PlannedLooks(RiskTest):
     n_looks: int
 
     def numbers(self, looks: Looks) -> list[int]:
-        """The numbers of labels n_j after which the looks come."""
+        """The numbers of labels n_j before the looks."""
         share_of_limit = dict(self.starts)[STEPS]
         first_level = looks.delta * share_of_limit * self.first_share
         first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
@@ -112,14 +112,14 @@ class PlannedLooks(RiskTest):
         return numbers
 
     def spent(self) -> Floats:
-        """Share (J,) of the level that is spent until every look."""
+        """Share (J,) of the level spent until every look."""
         left: Floats = (1 - self.first_share) * self.decay ** np.arange(self.n_looks, dtype=float)
         left[-1] = 0.0
         return 1 - left
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that any look so far certifies."""
-        # A look ends at a fixed position in the order of the labels, whatever the present limit is.
+        """Index of the laxest threshold certified by any look so far."""
+        # A look ends at a fixed position in the order of the labels, for every present limit.
         is_below_planned = uncertainty <= looks.grid[STEPS - 1]
         n_below = np.cumsum(is_below_planned)
         ends = np.searchsorted(n_below, self.numbers(looks))
@@ -143,7 +143,7 @@ class PlannedLooks(RiskTest):
 def boundaries(
     n_accepted: tuple[int, ...], levels: tuple[float, ...], max_risk: float
 ) -> tuple[int, ...]:
-    """For each look, the largest number of wrong answers that certifies a threshold; -1: none does.
+    """For each look, the largest number of wrong answers for a certificate; -1: no certificate.
 
     If every answer is wrong with probability ``max_risk``, look j or an earlier look certifies with
     probability at most ``levels[j]``. If answers are wrong more often, looks certify less often,
@@ -151,8 +151,8 @@ def boundaries(
 
     Args:
         n_accepted: Number of labels at each look, ascending.
-        levels: Level that is spent until each look, ascending.
-        max_risk: Largest error rate that is allowed.
+        levels: Level spent until each look, ascending.
+        max_risk: Largest allowed error rate.
     """
     # alive[k]: probability that k answers are wrong so far and no look has certified
     alive = np.ones(1)
@@ -181,16 +181,16 @@ def wrong_among(n: int, rate: float) -> Floats:
 
 @dataclass(frozen=True)
 class WeightedBets(RiskTest):
-    """Draws with a probability that rises with predicted risk, and bets on weighted failures.
+    """Draws with a probability rising with predicted risk, and bets on weighted failures.
 
     A photo of uncertainty u is drawn with probability q = √(u / planned limit), at least ``floor``
-    and at most 1. A drawn photo has the weight w = 1 / q. A bet b in (0, 1] multiplies its wealth
+    and at most 1. A drawn photo has the weight w = 1 / q. A bet b in (0, 1] multiplies the wealth
     by
 
         1 - λ w (wrong - r),    λ = b / ((1 - r) max w),    max w = 1 / floor,
 
-    and a photo that is not drawn does not change the wealth. So the mean factor is
-    1 - λ (R(t) - r), which is at most 1 if R(t) >= r, and no factor is negative.
+    and a photo that is not drawn does not change the wealth. So the mean factor is 1 - λ
+    (R(t) - r). This factor is at most 1 if R(t) >= r, and no factor is negative.
 
     Source: Xu et al., Active, anytime-valid risk controlling prediction sets, NeurIPS 2024.
     """
@@ -198,13 +198,13 @@ class WeightedBets(RiskTest):
     floor: float
 
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:
-        """Probability (N,) with which photos up to the limit are drawn."""
+        """Probability (N,) of drawing photos up to the limit."""
         relative_risk = np.maximum(uncertainty, 0) / max(planned_limit, 1e-12)
         probability: Floats = np.clip(np.sqrt(relative_risk), self.floor, 1.0)
         return probability
 
     def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
-        """Log factors (N, B) by which each drawn photo multiplies the wealth of each bet."""
+        """Logarithms (N, B) of the factors of each drawn photo for the wealth of each bet."""
         bet, _ = np.array(BETS).T
         excess = (failure - max_risk) / (1 - max_risk)
         share_of_largest_weight = self.floor / probability
@@ -212,7 +212,7 @@ class WeightedBets(RiskTest):
         return factors
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that the weighted labels (N,) certify."""
+        """Index of the laxest threshold certified by the weighted labels (N,)."""
         _, share = np.array(BETS).T
         probability = self.draw_probability(uncertainty, looks.grid[STEPS - 1])
         factors = self.log_factors(probability, failure, looks.max_risk)
@@ -227,10 +227,10 @@ class WeightedBets(RiskTest):
 
 @dataclass(frozen=True)
 class ExactLook(RiskTest):
-    """The exact binomial test, which is valid for one look only."""
+    """The exact binomial test, valid for a single look only."""
 
     def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that the labels (N,) certify at their only look."""
+        """Index of the laxest threshold certified by the labels (N,) at a single look."""
         wrong, accepted = looks.counts(uncertainty, failure)
         tail = stats.binom.cdf(wrong, accepted, looks.max_risk)
 

@@ -2,18 +2,18 @@
 
     python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300] [--turns 1]
 
-The server runs on one core, its clients on another, both on this machine. One JSON line is printed
-after every step:
+The server runs on a core of this machine, and the clients run on a second core. A JSON line is
+printed after every step:
 
 - ``turn``: images/s of both. First ``Guard`` alone answers all images, on the server's core. Then
-  32 clients ask for ``seconds / turns``; each sends an image as soon as its last one is answered.
-  On a machine with other work, many short turns are fairer than one long turn;
-- ``steady``: all turns together: the ratio of both rates with a lower bound, latencies beside the
-  time of a full batch, resident memory every 10 s, lost and wrong answers;
+  32 clients ask for ``seconds / turns``; each client sends an image as soon as the last image is
+  answered. On a machine with other work, many short turns are fairer than one long turn;
+- ``steady``: all turns together: the ratio of both rates with a lower bound, latencies compared
+  with the time of a full batch, resident memory every 10 s, lost and wrong answers;
 - ``overload``: ten times as many images per second are sent as the service can answer. The line has
-  how many got 429, latencies of those that were answered, and the seconds until a single request is
-  as quick again as before;
-- ``stop``: SIGTERM under load. The line has how many requests were sent whole and got no answer.
+  the number of 429 responses, latencies of the answered requests, and the seconds until a single
+  request is as quick again as before;
+- ``stop``: SIGTERM under load. The line has the number of complete requests without an answer.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ CLIENTS: Final = 32
 WATCHED_EVERY: Final = 10
 """Seconds between two readings of the memory of the service."""
 OVER: Final = 10
-"""The step ``overload`` sends this multiple of the images that can be answered."""
+"""The step ``overload`` sends this multiple of the images that the service can answer."""
 
 SERVER_CORE: Final = 0
 CLIENT_CORE: Final = 1
 
 HALF_STEP: Final = 2e-3
-"""Probabilities may differ by this much between batch sizes; beyond, answers are different."""
+"""Largest difference of probabilities that comes from rounding in batches of other sizes."""
 
 READY: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
-    """The bytes of complete requests, one for each image."""
+    """The bytes of complete requests, a request for each image."""
     requests = []
     for content in images:
         body = (
@@ -76,7 +76,7 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
 
 
 class Client:
-    """One connection, which is opened again if it was closed."""
+    """A connection, opened again after a close."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -146,7 +146,7 @@ class Load:
 
 
 def is_same(answer: dict[str, Any], expected: Answer) -> bool:
-    """Whether an answer is ``Guard``'s, up to rounding, which differs between batch sizes."""
+    """Whether an answer equals ``Guard``'s answer, up to rounding in batches of other sizes."""
     probability = answer["failure_probability"]
     if probability is None or expected.failure_probability is None:
         return bool(answer["label"] == expected.label)
@@ -160,7 +160,7 @@ def is_same(answer: dict[str, Any], expected: Answer) -> bool:
 async def ask_steadily(
     port: int, requests: Sequence[bytes], places: Iterator[int], load: Load, seconds: float
 ) -> None:
-    """Let all clients ask, each again as soon as it is answered."""
+    """Let all clients ask; each client asks again after every answer."""
     end = time.perf_counter() + seconds
 
     async def ask_again_and_again() -> None:
@@ -181,7 +181,7 @@ async def ask_and_watch(
     seconds: float,
     process: psutil.Process,
 ) -> list[float]:
-    """Like ``ask_steadily``; returns the process's resident MB, read every ``WATCHED_EVERY`` s."""
+    """Like ``ask_steadily``; returns resident MB of the process, every ``WATCHED_EVERY`` s."""
     sizes: list[float] = []
 
     async def watch() -> None:
@@ -198,7 +198,7 @@ async def ask_and_watch(
 async def overload(
     port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
 ) -> dict[str, Any]:
-    """Send images at ten times the rate, each on its connection; then one by one until quick."""
+    """Send images at ten times the rate over new connections; then single images until quick."""
 
     async def ask_once(place: int) -> None:
         client = Client(port)
@@ -230,9 +230,9 @@ async def overload(
 async def stop(
     port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]
 ) -> dict[str, Any]:
-    """Send SIGTERM while all clients ask, and let them ask until nobody listens (status 0).
+    """Send SIGTERM while all clients ask; the clients ask until nobody listens (status 0).
 
-    Status -1 is a connection that was closed before an answer.
+    Status -1 is a connection closed before an answer.
     """
     places = cycle(range(len(requests)))
 
@@ -323,7 +323,7 @@ def main() -> None:
     images = [path.read_bytes() for path in paths]
     requests = requests_of(images)
     os.sched_setaffinity(0, {SERVER_CORE})
-    vilu.tune_process()  # as the command line does for the service
+    vilu.tune_process()  # as in the command of the service
     from vilu.guard.guard import Guard
 
     guard = Guard(options.predictor, workers=1)

@@ -2,27 +2,27 @@
 
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
-Requests with random vectors are sent one after the other over ``--clients`` connections. The memory
+Requests with random vectors are sent in sequence over each of ``--clients`` connections. The memory
 is read after ``--warm`` requests, and again after each of ``PARTS`` equal parts. Each time there
 are two readings:
 
-- "any moment": as soon as the part has ended. The service returns freed memory by itself once a
-  minute, so this reading may include memory that was freed in the last minute.
+- "any moment": as soon as the part has ended. The service returns freed memory once a minute, so
+  this reading may include memory freed in the last minute.
 - "at rest": after ``REST`` seconds without a request, and after the service was told to return
   freed memory (``benchmarks.returning``).
 
 Every reading has two numbers:
 
-- "resident": all pages of the process in memory. The system may remove pages of files (libraries)
-  and load them again, so this number changes without any request.
-- "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth is seen here.
+- "resident": all pages of the process in memory. The system may remove and reload pages of files
+  (libraries), so this number changes without any request.
+- "own": the pages without a file (``Anonymous`` in smaps_rollup). Growth is seen here.
 
-The slope is that of the least-squares line through all readings. Its upper bound is one-sided, of
-95 %, by Student's t. Two readings of a heap differ by megabytes in both directions, so the mean
-growth of the parts, which knows the first and the last reading only, has a bound three times as
-wide. The correlation of neighbouring residuals is printed, too: the bound is too low where it is
-above 0, and too high below. A line is printed after every part, so a run that is ended early is of
-use. Needs Linux.
+The slope is the slope of the least-squares line through all readings. The upper bound of the slope
+is one-sided, of 95 %, by Student's t. Two readings of a heap differ by megabytes in both
+directions, so the mean growth of the parts would have a bound three times as wide, because only the
+first and the last reading count. The correlation of neighbouring residuals is printed, too: the
+bound is too low with a positive correlation, and too high with a negative correlation. A line is
+printed after every part, so a run ended early is of use. Needs Linux.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def send_all(port: int, options: argparse.Namespace, n_requests: int, seed
 
 
 def memory_of(process: int) -> dict[str, int]:
-    """Resident memory of a process, and its pages that belong to no file, in bytes."""
+    """Resident memory of a process, and the memory of pages without a file, in bytes."""
     sizes = {}
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
         name, kilobytes, *_ = line.split()
@@ -95,7 +95,7 @@ def memory_of(process: int) -> dict[str, int]:
 
 
 def settled_memory_of(process: int) -> dict[str, int]:
-    """The memory of a service at rest, after it has returned freed memory."""
+    """The memory of a service at rest, after the return of freed memory."""
     time.sleep(REST)
     os.kill(process, signal.SIGUSR1)
     time.sleep(1)
@@ -103,7 +103,7 @@ def settled_memory_of(process: int) -> dict[str, int]:
 
 
 def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
-    """Growth a row in bytes, and its upper bound; ``n_rows`` came between two sizes.
+    """Growth per row in bytes, and the upper bound; ``n_rows`` came between two sizes.
 
     The dictionary has the bound only from three sizes on, and the correlation from four.
     """
@@ -160,7 +160,7 @@ def measure(port: int, process: int, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Start the service, and print its growth."""
+    """Start the service, and print the growth of the memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("predictor", type=Path)
     parser.add_argument("--requests", type=int, default=200_000)

@@ -3,20 +3,20 @@
     python -m benchmarks.shares [ARRAYS]
 
 A calibration has 2,000 rows, at a risk of 5 % and a confidence of 95 %. The rows are drawn from
-worlds whose risk is known: simulated worlds, and with ARRAYS (a folder of .npz files with image,
-text, target) pots of real scores, from which rows are drawn with replacement. For each world and
-share of out-of-distribution rows, a line has the coverage of the best threshold. Then it has the
-mean coverage, divided by this coverage, and how often the guarantee is broken, for three kinds of
-calibration rows:
+worlds with a known risk: simulated worlds, and with ARRAYS (a folder of .npz files with image,
+text, target) pots of real scores. Rows are drawn from a pot with replacement. For each world and
+share of out-of-distribution rows, a line has the coverage of the best threshold. Then the line has
+the mean coverage, divided by this coverage, and how often the guarantee is broken, for three kinds
+of calibration rows:
 
-- calibration rows that have this share (plain ``ltt``),
+- calibration rows with this share (plain ``ltt``),
 - calibration rows with a fifth of out-of-distribution rows, and the share is stated
   (``--outside-share``),
 - calibration rows without any out-of-distribution row, as a warning.
 
-In one more world, "edge", the error rate is just above 5 % everywhere, so every certificate is a
+In a further world, "edge", the error rate is just above 5 % everywhere, so every certificate is a
 broken guarantee. With ``--compare ltt bonferroni_holm ...`` the worlds have no out-of-distribution
-rows, and one of them has confident mistakes; our procedures are compared with those of MAPIE
+rows, and one world has confident mistakes; our procedures are compared with the procedures of MAPIE
 (``pip install mapie``).
 """
 
@@ -43,7 +43,7 @@ SHARES = (0.0, 0.1, 0.3, 0.5)
 
 @dataclass
 class Pot:
-    """A large pot of rows within the classes, and one of out-of-distribution rows."""
+    """A large pot of rows within the classes, and a large pot of out-of-distribution rows."""
 
     u: Floats
     wrong: Ints
@@ -59,7 +59,7 @@ class Pot:
         self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
 
     def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
-        """Shares of all rows that thresholds accept, and that they accept and that are wrong."""
+        """For each threshold, the shares of accepted rows, and of accepted and wrong rows."""
         below = np.searchsorted(self.u, t, side="right")
         foreign = (
             share * np.searchsorted(self.ood_rows, t, side="right") / max(len(self.ood_rows), 1)
@@ -68,7 +68,7 @@ class Pot:
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
     def best(self, share: float) -> float:
-        """Coverage of the laxest threshold whose risk is small enough."""
+        """Coverage of the laxest threshold with a small enough risk."""
         accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_rows]), share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
@@ -88,7 +88,7 @@ class Pot:
 
 
 def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
-    """Pots of a predictor that recognises out-of-distribution rows, one that does not, and edge."""
+    """Pots of predictors that do and do not recognise out-of-distribution rows, and edge."""
     u = rng.beta(0.5, 2, n)
     f = (rng.random(n) < 0.9 * u**2).astype(int)
     return {
@@ -171,11 +171,11 @@ RATES: dict[str, Rate] = {
     "confident mistakes": confident,
     "at the edge": lambda u: np.full_like(u, 0.0501),
 }
-"""Error rates by quantile of the uncertainty: those of ``benchmarks.thresholds`` and two more."""
+"""Error rates by quantile of the uncertainty: worlds of ``benchmarks.thresholds`` and two more."""
 
 
 def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
-    """The interval that a procedure certifies at 5 % and delta 0.1, ours or one of MAPIE's."""
+    """The interval certified by a procedure, ours or from MAPIE, at 5 % and delta 0.1."""
     if method in PROCEDURES:
         counts = tie_counts(u, f)
         threshold = PROCEDURES[method](counts, RISK, 0.1)
@@ -194,7 +194,7 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
         fwer_method=method,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MAPIE warns of fixed sequences, and if it finds nothing
+        warnings.simplefilter("ignore")  # MAPIE warns of fixed sequences, and of missing thresholds
         controller.calibrate(1 - u, 1 - f)
     valid = np.asarray(controller.valid_predict_params)
     return (0.0, float(1 - valid.min())) if len(valid) else None

@@ -1,7 +1,7 @@
-"""Rows per second that training reads in shuffled order, compared with a reader of a file per pair.
+"""Rows per second in shuffled order, in training and in a reader of a file per pair.
 
-1.2 million float16 pairs with D = 512 are in 12 shards (2.4 GB, in the page cache). Each reader
-uses its own number of threads.
+1.2 million float16 pairs with D = 512 are in 12 shards (2.4 GB, in the page cache). The readers
+have different numbers of threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write_shards(root: Path, rng: np.random.Generator) -> None:
 
 
 def write_files(root: Path, rng: np.random.Generator) -> None:
-    """Write one file for every pair, with its image and its caption."""
+    """Write a file for every pair, with the image and the caption."""
     for number in range(FILES):
         np.save(
             root / f"{number}.npy", rng.standard_normal((2, D), dtype=np.float32).astype(np.float16)
@@ -58,7 +58,7 @@ def shard_pass(root: Path) -> tuple[float, float]:
 
 
 def file_pass(root: Path) -> float:
-    """Rows per second of a shuffled reader of a file per pair, which makes the same batches."""
+    """Rows per second of a shuffled reader of a file per pair, with the same batches."""
 
     def load(number: int) -> NDArray[np.float16]:
         pair: NDArray[np.float16] = np.load(root / f"{number}.npy")

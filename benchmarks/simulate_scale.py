@@ -2,15 +2,15 @@
 
 ``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints
 medians with 90 % intervals over seeds. With ``--receipts STORE`` the times of parts are drawn from
-the receipts of a real store. If ``--seconds`` is given too, they are scaled to this mean.
+the receipts of a real store. If ``--seconds`` is given too, the times are scaled to this mean.
 
 The model: a free worker takes the next part. The life of a worker is exponential; deaths and
-preemptions each have a mean time between failures. When a worker ends, its present work is lost,
+preemptions each have a mean time between failures. When a worker ends, the present work is lost,
 the part goes to the front of the queue, and the worker is back after a restart. A poison part kills
-its worker at a uniform time within the part. A part in which ``ATTEMPTS`` workers died is set aside
-at once. Preemptions are not counted there: they are announced, and a worker that is told to end
-removes its mark from the part. A slow part (straggler) takes its time multiplied by a factor. A
-finished part is never lost.
+the worker at a uniform time within the part. A part is set aside at once after the deaths of
+``ATTEMPTS`` workers. Preemptions do not count as deaths: a preemption is announced, and the worker
+removes the mark from the part before the end. The time of a slow part (straggler) is multiplied by
+a factor. A finished part is never lost.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from vilu.artifacts.disk import LOG
 from vilu.artifacts.documents import read_log
 
 ATTEMPTS = 3
-"""Number of deaths in a part after which it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""
+"""A part is set aside after this number of deaths (``vilu.store.job.MAX_ATTEMPTS``)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work, the workers, and what goes wrong.
+    """The work, the workers, and the rates of failures.
 
     Attributes:
         parts: Number of parts.
         workers: Number of processes, each with an accelerator.
         seconds: Times of parts to draw from.
-        start: Seconds from a worker's start to its first part (imports, model).
+        start: Seconds from the start of a worker to the first part (imports, model).
         death_hours: Mean hours between deaths of a worker.
         preemption_hours: Mean hours between preemptions of a worker.
         preemption_wait: Seconds until a preempted worker is replaced.
-        poison: Share of parts that always kill their worker.
-        stragglers: Share of parts that are slow.
-        straggler_factor: Factor by which the time of a slow part is multiplied.
+        poison: Share of parts that always kill the worker.
+        stragglers: Share of slow parts.
+        straggler_factor: Factor of the time of a slow part.
         price: Price of one hour of a worker.
     """
 
@@ -69,9 +69,9 @@ class Outcome:
 
     Attributes:
         hours: Hours until the last part is done.
-        wasted: Share of the workers' busy time that finished no part.
+        wasted: Share of the workers' busy time spent on unfinished attempts.
         deaths: Number of ends of workers, preemptions included.
-        set_aside: Number of parts that were set aside, without rows.
+        set_aside: Number of parts set aside, without rows.
         cost: Price of all workers from beginning to end; waits for a replacement are not paid.
     """
 
@@ -83,7 +83,7 @@ class Outcome:
 
 
 class Replay:
-    """The state of one replay; a worker is represented by the time at which it is free."""
+    """The state of a replay; a worker is represented by the time when the worker is free."""
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.random = plan, np.random.default_rng(seed)
@@ -106,7 +106,7 @@ class Replay:
                 self._begin(heapq.heappop(free), waiting.popleft(), running)
                 continue
             when, part, back = heapq.heappop(running)
-            if part >= 0:  # the part was lost with its worker
+            if part >= 0:  # the part was lost with the worker
                 waiting.appendleft(part)
             else:
                 self.end = max(self.end, when)
@@ -119,10 +119,10 @@ class Replay:
         )
 
     def _begin(self, now: float, part: int, running: list[tuple[float, int, float]]) -> None:
-        """Start a part at the time ``now``: add its end to ``running``.
+        """Start a part at the time ``now``: add the end to ``running``.
 
-        An entry has the end, the part (-1 if it is done then, else it is lost), and the time at
-        which the worker is free again.
+        An entry has the end, the part (-1 for a finished part, else the lost part), and the time
+        when the worker is free again.
         """
         plan, need = self.plan, float(self.need[part])
         if self.tries[part] == ATTEMPTS:
@@ -178,7 +178,7 @@ def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
-    """The plan and the number of seeds that the command line asks for."""
+    """The plan and the number of seeds from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
@@ -206,7 +206,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Print the plan's outcome and return its medians."""
+    """Print the outcome of the plan and return the medians."""
     plan, seeds = parse(arguments)
     found = summary(plan, seeds)
     scale = {"wasted": (100.0, "%")}

@@ -1,9 +1,9 @@
-"""Compares the seconds of small fits with those of the earlier, longer fits on the same rows.
+"""Compares the seconds of small fits with the earlier, longer fits on the same rows.
 
-There are 1,430 rows and 123 classes, D = 512. Seconds are processor time of one thread, so other
-programs matter little. "Before" is a fit of 300 epochs with batches of 128 rows: a twentieth of the
-epochs is run, and its time is multiplied by twenty. ``vilu_plus`` had more folds before, so it has
-no such number.
+There are 1,430 rows and 123 classes, D = 512. Seconds are processor time of a single thread, so
+other programs matter little. "Before" is a fit of 300 epochs with batches of 128 rows: a twentieth
+of the epochs is run, and the time is multiplied by twenty. ``vilu_plus`` had more folds before, and
+so has no such number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = ("lvu", "vilu", "mc_dropout", "deep_ensemble", "pvu", "lmn", "probvlm"
 
 
 def rows() -> Embeddings:
-    """Images around their class's text; about a fifth of the answers is wrong."""
+    """Images around the class texts; about a fifth of the answers is wrong."""
     rng = np.random.default_rng(0)
     text = rng.normal(size=(K, D)) + 2 * rng.normal(size=D)
     target = rng.integers(K, size=N)
@@ -35,7 +35,7 @@ def rows() -> Embeddings:
 
 
 def seconds(name: str, data: Embeddings, **values: int) -> float:
-    """Seconds of processor time for one fit."""
+    """Seconds of processor time for a fit."""
     predictor = build(vilu.PREDICTORS[name], {"device": "cpu", **values})
     start = time.process_time()
     predictor.fit(data)
@@ -43,11 +43,11 @@ def seconds(name: str, data: Embeddings, **values: int) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print a table; return the seconds and, if a method has epochs, their share of before."""
+    """Print a table; return the seconds, and the ratios to before for methods with epochs."""
     warnings.simplefilter("ignore")  # on unit norm, and on probabilities of degenerate rows
     torch.set_num_threads(1)
     data = rows()
-    seconds("lvu", data, epochs=1)  # not measured: torch imports modules at its first step
+    seconds("lvu", data, epochs=1)  # not measured: torch imports modules at the first step
     print(f"fits of {N:,} rows against {K} classes, D = {D}, one thread, seconds of the processor")
     figures = {"fit_vilu_plus": seconds("vilu_plus", data)}
     print(f"  vilu_plus {figures['fit_vilu_plus']:.1f}")

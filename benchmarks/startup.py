@@ -32,15 +32,15 @@ COMMANDS = {
 }
 REPEATS = 5
 INSTALLED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-"""Environment in which modules are compiled, as in an installed package.
+"""Environment with compiled modules, as in an installed package.
 
-The first round compiles them, and is not counted.
+The first round compiles the modules, and is not counted.
 """
 ROWS, K, D = 1_000, 10, 64
 
 
 def run(arguments: list[str], folder: Path) -> float:
-    """Run one process, and return its seconds."""
+    """Run a process, and return the seconds."""
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, *arguments], capture_output=True, check=True, cwd=folder, env=INSTALLED
@@ -72,7 +72,7 @@ def main() -> dict[str, float]:
         make(Path(folder))
         for repeat in range(REPEATS + 1):
             for name, arguments in COMMANDS.items():
-                if name == "vilu score":  # the command refuses an output that exists
+                if name == "vilu score":  # the command refuses an existing output
                     (Path(folder) / "scores.parquet").unlink(missing_ok=True)
                 seconds = run(arguments, Path(folder))
                 if repeat:

@@ -1,9 +1,10 @@
-"""Scores 10 million image-caption pairs on disk part by part, evaluates them, and measures memory.
+"""Scores and evaluates 10 million image-caption pairs on disk, part by part; measures memory.
 
 D = 64; Linux only. The pairs are in LAION's layout in float16 (2.6 GB in a temporary folder). There
-are two peaks of memory: of anonymous memory (allocated by the program), and of all resident pages,
-which include pages of mapped files that the system can remove. Both are measured above the memory
-of the process after a first small run, with libraries and predictor loaded.
+are two peaks of memory: the peak of anonymous memory (allocated by the program), and the peak of
+all resident pages. Resident pages include pages of mapped files; the system can remove such pages.
+Both are measured above the memory of the process after a first small run, with libraries and
+predictor loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ METRICS = ("auroc", "fpr95")
 
 
 def make(root: Path, n: int, seed: int) -> None:
-    """Write pairs of which half are blurred; the last coordinate marks an image as blurred."""
+    """Write pairs, half of them blurred; the last coordinate marks an image as blurred."""
     rng = np.random.default_rng(seed)
     for name in ("img_emb", "text_emb"):
         (root / name).mkdir(parents=True)
@@ -58,7 +59,7 @@ def status_mb(name: str) -> float:
 
 
 class AnonymousPeak(threading.Thread):
-    """Reads RssAnon a hundred times a second, because the kernel does not store its peak."""
+    """Reads RssAnon a hundred times a second, because the kernel does not store the peak."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -135,7 +136,7 @@ def errors(out: Path) -> dict[str, float]:
 
 
 def main(n: int = N) -> dict[str, float]:
-    """Make pairs, score them with two methods, each in its own process, and print the figures."""
+    """Make and score pairs with two methods, each in a separate process, and print the figures."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="vilu-stream-") as folder:
         root = Path(folder)
@@ -149,7 +150,7 @@ def main(n: int = N) -> dict[str, float]:
             one_thread = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-            }  # the products of a pool are too small to be shared
+            }  # the products of a pool are too small for several threads
             command = [sys.executable, "-c", code]
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, text=True, check=True, env=one_thread

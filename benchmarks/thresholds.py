@@ -1,10 +1,10 @@
 """At which thresholds fixed-sequence testing should start: ``python -m benchmarks.thresholds``.
 
 The output has the mean coverage of the certified threshold over 150 calibrations of seven simulated
-predictors, for several lists of starts. A start is a share of the calibration rows, with its share
-of delta. One list must suit all predictors: some have wrong answers among the most trusted ones,
-some reach the target at a small coverage only, and some at full coverage. vilu uses ``STARTS`` and
-``WHOLE`` of ``vilu.calibration.thresholds``.
+predictors, for several lists of starts. A start is a share of the calibration rows, with a share of
+delta. The same list must suit all predictors: some have wrong answers among the most trusted
+answers, some reach the target at a small coverage only, and some at full coverage. vilu uses
+``STARTS`` and ``WHOLE`` of ``vilu.calibration.thresholds``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREDICTORS: dict[str, Rate] = {
     "flat": lambda u: np.full_like(u, 0.03),
     "tied": lambda u: 0.01 + 0.9 * (np.floor(10 * u) / 10) ** 1.3,
 }
-"""Function that returns the failure rate at the quantile u of the uncertainty."""
+"""Function from the quantile u of the uncertainty to the failure rate."""
 
 BEGINNINGS = {
     "where possible": (((0.0, 1.0),), 0.0),

@@ -1,11 +1,11 @@
 """Do guarantees hold if pictures have copies? ``python -m benchmarks.units [SET.npz ...]``.
 
-First, copies of one another: 40 rows, each ten times, are evidence of 40 rows only. 400 rows are
-drawn from a simulated world, without copies or with copies, which are equal or have noise. There
-are 200 draws of each kind. Second, copies of fitted rows: a predictor is fitted on 300 rows and
-calibrated on near copies of them. "Counted as files" is a calibration that uses scores alone. A
-rule is "broken" if the error rate of the answers that it accepts among 40,000 other rows is above
-5 %. Intervals are exact 95 % intervals.
+First, copies within the calibration rows: 40 rows, each ten times, are evidence of 40 rows only.
+400 rows are drawn from a simulated world, without copies or with copies. The copies are equal or
+have noise. There are 200 draws of each kind. Second, copies of fitted rows: a predictor is fitted
+on 300 rows and calibrated on near copies of the same rows. "Counted as files" is a calibration from
+scores alone. A rule is "broken" if the error rate of the accepted answers among 40,000 other rows
+is above 5 %. Intervals are exact 95 % intervals.
 
 Sets (arrays ``image``, ``text``, ``target``) are halved twenty times at random. No half should be
 refused, and the accepted share should hardly change.
@@ -38,7 +38,7 @@ WORLD = 40_000
 MAX_RISK = 0.05
 DRAWS, HALVES = 200, 20
 NOISE = 0.006
-"""Noise in each of 128 coordinates, at which the cosine of two copies is 0.995.
+"""Noise in each of 128 coordinates; the cosine of two copies is then 0.995.
 
 In 512 coordinates a noise of 0.003 has this effect.
 """
@@ -53,7 +53,7 @@ def unit(rows: Floats) -> Floats:
 
 
 class World:
-    """Images of ten classes, some blurred, so that the doubtful answers are more often wrong."""
+    """Images of ten classes, some blurred; doubtful answers are then more often wrong."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ class World:
         self.text = unit(text)
 
     def rows(self, n: int) -> tuple[Floats, NDArray[np.int64]]:
-        """Unit images (N, D), and their classes."""
+        """Unit images (N, D), and the classes of the images."""
         target = self.random.integers(CLASSES, size=n)
         blur = self.random.uniform(0.4, 3.2, size=(n, 1)) / np.sqrt(WIDTH) * 2
         image = self.text[target] + blur * self.random.normal(size=(n, WIDTH))
@@ -78,7 +78,7 @@ class World:
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
-    """Text on a rule: "broken" or "kept", or ``NOTHING`` if it accepts no row."""
+    """Text on a rule: "broken" or "kept", or ``NOTHING`` if no row is accepted."""
     accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
     if not accepted.any():
         return NOTHING
@@ -87,14 +87,14 @@ def verdict(rule: object, everything: Outcomes) -> str:
 
 
 def as_files(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
-    """The verdict of a calibration that looks at scores alone."""
+    """The verdict of a calibration from scores alone."""
     rows = vilu.score(predictor, data)
     rule = vilu.certify(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
     return verdict(rule, everything)
 
 
 def as_pictures(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
-    """The verdict of vilu's calibration, which recognises copies."""
+    """The verdict of vilu's calibration, with recognition of copies."""
     with tempfile.TemporaryDirectory() as folder:
         predictor.save(folder)
         try:
@@ -143,7 +143,7 @@ def copies_of_one_another(seed: int, draws: int) -> Iterator[str]:
 
 
 def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
-    """Yield the same lines for a predictor that remembers its rows."""
+    """Yield the same lines for a predictor that remembers the fitted rows."""
     world = World(seed)
     image, target = world.rows(300)
     predictor = KNNVote(k=1).fit(world.embeddings(image, target))
@@ -163,7 +163,7 @@ def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
 
 
 def line(name: str, verdicts: list[str]) -> str:
-    """Text on how often a guarantee was broken, with the interval, and how often there was none."""
+    """Text on how often a guarantee was broken, with the interval, and how often none was given."""
     n, broken = len(verdicts), verdicts.count("broken")
     low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
     return (

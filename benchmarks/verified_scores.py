@@ -1,7 +1,7 @@
 """The time to compare a store's bytes with its receipts, in ``score`` of 1 GB at K = 1,000.
 
-The store has a million float16 rows (D = 512) in parts of 4,096 rows, in the page cache. It is
-opened and scored with and without the comparison, in turn. A ratio is that of two neighbouring
+The store has a million float16 rows (D = 512) in parts of 4,096 rows, in the page cache. The store
+is opened and scored with and without the comparison, in turn. A ratio compares two neighbouring
 runs, so other work on the machine affects both.
 """
 
@@ -22,7 +22,7 @@ REPEATS = 3
 
 
 def make(root: Path, n: int) -> None:
-    """Make a store like one of ``vilu embed``, written by the store's own ledger."""
+    """Make a store as with ``vilu embed``, written by the ledger of the store."""
     from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
     from vilu.store.ledger import content_hash
@@ -83,7 +83,7 @@ def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
 
 
 def main(n: int = N, repeats: int = REPEATS) -> dict[str, float]:
-    """Print and return median ratios, and the seconds per GB that the comparison takes."""
+    """Print and return median ratios, and the seconds per GB for the comparison."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="vilu-verified-") as folder:
         root = Path(folder) / "s"

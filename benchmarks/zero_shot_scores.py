@@ -1,9 +1,9 @@
 """Compares scores of the logits with product and softmax alone, on one thread.
 
-Embeddings are normalised and in memory. Both get the same rows in one run, in turn, and the result
-is the median of the ratios of the turns. "Floor" is the product in blocks of 4,096 rows, and a
-softmax over them. In confident rows all logits but the largest are far lower. The output also has
-the largest relative error of scores, compared with float64 on the same float32 logits.
+Embeddings are normalised and in memory. Both get the same rows in the same run, in turn, and the
+result is the median of the ratios of the turns. "Floor" is the product in blocks of 4,096 rows, and
+a softmax over each block. In confident rows all logits but the largest are far lower. The output
+also has the largest relative error of scores, compared with float64 on the same float32 logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_un
 
 
 def data(k: int, n: int, noise: float) -> Embeddings:
-    """Images near the text of their class."""
+    """Images near the class texts."""
     generator = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(k, D, generator=generator), dim=1)
     beside = noise * torch.randn(n, D, generator=generator)
@@ -64,7 +64,7 @@ def exact(name: str, logits: Tensor) -> Tensor:
 
 
 def shares(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """For each function, the median of its rate divided by the floor's rate; they take turns."""
+    """For each function, the median of the rate divided by the floor's rate, in turns."""
     ratios: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(TURNS):
         seconds = {}

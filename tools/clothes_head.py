@@ -3,8 +3,8 @@
     python tools/clothes_head.py TARGET [--work FOLDER]
 
 TARGET is ORG/NAME of a model hub, or a folder such as ./shelf/clothes. The head is fitted on the
-train split, calibrated on the validation split, and measured on the test split. The measured
-numbers, the licence and the photos stand on its card. FOLDER keeps the embeddings.
+train split, calibrated on the validation split, and measured on the test split. The card of the
+head has the measured numbers, the licence and a section on the photos. FOLDER keeps the embeddings.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ that the head has adapted to labels. The test split was looked at while vilu was
 
 
 def make(photos: Path, work: Path) -> Path:
-    """Fit, calibrate and measure the head in a folder; returns its folder."""
+    """Fit, calibrate and measure the head; returns the folder of the head."""
     stores = embed_splits(photos, work)
     head = work / "head"
     model = vilu.ViLUPlus(seed=0, answer="adapted").fit(stores["train"])
@@ -74,7 +74,7 @@ def describe(card: Path, about: str) -> None:
 
 
 def main() -> None:
-    """Make the head and push it."""
+    """Make and push the head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("--work", type=Path, default=Path("build/clothes-head"))

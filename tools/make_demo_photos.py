@@ -25,7 +25,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu" / "assets" / "clothing.parqu
 
 
 def shrink(data: bytes) -> bytes:
-    """The central square, small."""
+    """Crop a photo to the central square, and reduce the size."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -48,14 +48,14 @@ def split_of(label: NDArray[np.int32]) -> list[str]:
 
 
 def main() -> None:
-    """Read, shrink, split, write."""
+    """Read and shrink the photos, split the rows, and write the asset."""
     source = pq.read_table(sys.argv[1])
     photos = [shrink(data.as_py()) for data in source["image"]]
     columns = {
         "image": pa.array(photos, pa.binary()),
         "label": source["label"],
         "split": pa.array(split_of(source["label"].to_numpy())),
-        # The folder names the old split, which is not the one here.
+        # The folder is the old split. This file has a new split, so the folder is dropped.
         "key": pa.array([key.as_py().split("/", 1)[1] for key in source["key"]]),
     }
     names = source.schema.metadata[b"class_names"]

@@ -4,8 +4,8 @@
 
 Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
 same facts as text, sorted by class and path (the order of the lists decides nothing here),
-compressed; how it is laid out says ``vilu_bench/known_datasets/read.py``. The same input gives the
-same text, and the same liblzma the same bytes.
+compressed; ``vilu_bench/known_datasets/read.py`` describes the layout. The same input gives the
+same text, and with the same liblzma the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_spl
 
 
 def lines_of(name: str, file: Path) -> list[str]:
-    """One data set: its head, then per class its name, a letter per image, and their paths."""
+    """Lines of a data set: a head, then per class the name, a letter per image, and the paths."""
     images: dict[int, list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
     for split, entries in json.loads(file.read_text(encoding="utf-8")).items():
@@ -48,7 +48,7 @@ def lines_of(name: str, file: Path) -> list[str]:
 
 
 def main() -> None:
-    """Read, sort, write."""
+    """Read the lists, sort the images, and write the asset."""
     folder = Path(sys.argv[1])
     lines = [
         line

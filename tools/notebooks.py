@@ -1,10 +1,10 @@
-"""Run the notebooks from top to bottom, and keep what they print.
+"""Run the notebooks from top to bottom, and keep the printed output.
 
     python tools/notebooks.py                              # all notebooks in notebooks/
     python tools/notebooks.py notebooks/own_classifier.ipynb
 
-A notebook runs in a temporary folder with examples/ on its path. Equal runs leave equal files: no
-times, counts of executions or versions of Python are kept.
+A notebook runs in a temporary folder, with examples/ on the import path. Equal runs leave equal
+files: no times, counts of executions or versions of Python are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 FOLDER: Final = ROOT / "notebooks"
 
 TIMEOUT: Final = 600
-"""Seconds that a cell may take."""
+"""Maximum time of a cell, in seconds."""
 
 PATH_CELL: Final = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})"
 
@@ -40,7 +40,7 @@ def run(notebook: Any) -> None:  # noqa: ANN401 - nbformat has no types
 
 
 def clean(notebook: Any) -> None:  # noqa: ANN401
-    """Remove what differs between two equal runs."""
+    """Remove metadata that differs between equal runs."""
     notebook.metadata.pop("language_info", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -53,7 +53,7 @@ def clean(notebook: Any) -> None:  # noqa: ANN401
 
 
 def main(names: list[str]) -> None:
-    """Run notebooks, and write them with their outputs."""
+    """Run notebooks, and write the notebooks with the outputs."""
     paths = [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb"))
     for path in paths:
         notebook = nbformat.read(path, as_version=4)

@@ -1,13 +1,14 @@
-"""Run the tests as other processors and numbers of threads round, and in a random order.
+"""Run the tests as on other processors, with other numbers of threads, and in a random order.
 
     python tools/processors.py [--only NAME ...] [PYTEST ARGUMENTS]
 
 Without arguments the whole suite runs.
 
-Each library has its own switch and obeys no other's: torch's kernels, MKL and oneDNN below them,
-numpy's loops, and OpenBLAS below numpy and scipy. What was in force is asked of the libraries,
-since they ignore a switch that a processor lacks, but for OpenBLAS, which is told of no more than
-there is. The table and the whole output of each run are in build/processors, as the runs end.
+Each library has a separate switch: torch's kernels, MKL and oneDNN below torch, numpy's loops, and
+OpenBLAS below numpy and scipy. A library ignores a switch if the processor lacks the instructions.
+So the libraries are asked for the settings in force. OpenBLAS is an exception, and is only told of
+instructions that the processor has. The table and the whole output of each run are in
+build/processors, written as the runs end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WIDE = [name for name in FOUND if "512" in name or name == "X86_V4"]
 
 
 def switches(*, torch: str, onednn: str, openblas: str, numpy_without: list[str]) -> dict[str, str]:
-    """Environment of one level, but for MKL's, which has two switches."""
+    """Environment variables of a level, except for MKL: MKL has two switches."""
     return {
         "ATEN_CPU_CAPABILITY": torch,
         "ONEDNN_MAX_CPU_ISA": onednn,
@@ -74,7 +75,7 @@ SAID = re.compile(
 
 
 def in_force(environment: dict[str, str]) -> Iterator[str]:
-    """What the libraries say of themselves."""
+    """Yield the settings in force, as reported by the libraries."""
     verbose = environment | {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True
@@ -83,18 +84,18 @@ def in_force(environment: dict[str, str]) -> Iterator[str]:
 
 
 def run(name: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit status of one run, and its row of the table."""
+    """Do a run; returns the exit status, and the row of the table."""
     threads, switched, more = RUNS[name]
     of_threads = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
     )
-    # MKL takes no more threads than there are cores unless it is told to; and threads without a
-    # core are not to spin
+    # by default MKL uses at most as many threads as cores, so MKL_DYNAMIC is off; threads without a
+    # core must not spin
     environment = (
         os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
     )
     workers = max((os.cpu_count() or 1) // threads, 1)
-    # one worker runs a whole file: what a file's tests share is made once
+    # one worker runs a whole file, so fixtures shared by the tests of a file are made once
     spread = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     command = [sys.executable, "-m", "pytest", *spread, "--tb=short", *more, *arguments]
     start = time.monotonic()
@@ -124,7 +125,7 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def main() -> int:
-    """All runs, and the table."""
+    """Do all runs, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

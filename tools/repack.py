@@ -1,7 +1,8 @@
 """Make a source package the same bytes at every build: `python tools/repack.py dist/NAME.tar.gz`.
 
-The build writes when and by whom each file was made; here all are of SOURCE_DATE_EPOCH, of nobody,
-and in order. (The wheel is built from it, and setuptools sees to its times by itself.)
+The build writes the time and the owner of each file. Here all files get the time SOURCE_DATE_EPOCH
+and no owner, and are sorted. (The wheel is built from the source package, and setuptools sets the
+times in the wheel.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def repacked(package: bytes, epoch: int) -> bytes:
-    """The same files without what differs from build to build."""
+    """The same package without the differences from build to build."""
     made = io.BytesIO()
     with (
         tarfile.open(fileobj=io.BytesIO(package)) as old,

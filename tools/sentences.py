@@ -1,12 +1,13 @@
 """Length of the sentences of pages: median, share above 30 words, longest.
 
     python tools/sentences.py                  # every page; fails for a page outside a limit
-    python tools/sentences.py docs/start.md    # with the sentences that are too long
+    python tools/sentences.py docs/start.md    # with the too long sentences
 
 A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A
 colon or a semicolon does not end it. Code, tables, headings and HTML are left out, and so are bold
-words that head a paragraph (``**Two sides.**``) and items of a list of links (``[Title](page.md):
-what it is``). A code span is one word, and a link counts as its words.
+headings of paragraphs (``**Two sides.**``) and items of a list of links
+(``[Title](page.md): what it is``). A code span is one word, and a link counts as the words of the
+link text.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ MOST_LONG: Final = 0.03
 """Largest share of long sentences of a page."""
 
 LONGEST: Final = 40
-"""Words that no sentence exceeds."""
+"""Maximum length of a sentence, in words."""
 
 HEAD: Final = re.compile(r"^\*\*[^*]+(?:[.?!]\*\*\s*|\*\*$)")
-"""Bold words at the beginning of a paragraph that are its heading."""
+"""Bold words at the beginning of a paragraph, as a heading."""
 
 LISTED_LINK: Final = re.compile(r"\[[^\]]+\]\([^)]+\): (?:[^.]|\.(?=\S))*\.?")
 """An item of a list of links."""
@@ -109,12 +110,12 @@ def _plain(text: str) -> str:
     """Text without marks of Markdown. A code span is one word."""
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "Code", text)  # with a capital, since it may begin a sentence
+    text = re.sub(r"`[^`]*`", "Code", text)  # with a capital, as in a sentence that begins here
     return re.sub(r"[*_]{1,2}(\S[^*_]*)[*_]{1,2}", r"\1", text)
 
 
 def _sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph. A full stop after an abbreviation or in a number ends none."""
+    """The sentences of a paragraph. No sentence ends after an abbreviation or in a number."""
     for number, abbreviation in enumerate(ABBREVIATIONS):
         paragraph = paragraph.replace(abbreviation, f"\0{number}")
     parts = re.split(r"(?<=[.!?])[)\"”]?\s+(?=[\"“(]?[A-Z0-9\0])", paragraph)

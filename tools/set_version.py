@@ -1,11 +1,11 @@
-"""Set the version everywhere it stands, and begin its section of the changelog.
+"""Set the version in all files, and begin the section of the version in the changelog.
 
     python tools/set_version.py VERSION [--date YYYY-MM-DD]
 
-It changes both pyproject.toml (and the pin of vilu-bench), the recipe for conda, and CHANGELOG.md:
-what is unreleased gets the version and the date. The page of the changelog says what to change
-first; its lists (Added, Changed, Fixed) move to docs/changes-VERSION.md. Commit the result, then
-tag the commit.
+Changes both pyproject.toml (and the pin of vilu-bench), the recipe for conda, and CHANGELOG.md: the
+unreleased section gets the version and the date. The changelog page only says what to change first.
+The lists (Added, Changed, Fixed) move to docs/changes-VERSION.md. Commit the result, then tag the
+commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LISTS = "### Added\n"
 
 
 def set_version(root: Path, version: str, date: str) -> None:
-    """Change every file; all are read before one is written."""
+    """Change every file. All files are read before the first file is written."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         sys.exit(f"a version is MAJOR.MINOR.PATCH. Got {version!r}.")
     changed = {}
@@ -48,7 +48,7 @@ def read(path: Path) -> str:
 
 
 def replaced(path: Path, text: str, pattern: str, replacement: str) -> str:
-    """The text of a file in which the one place of a pattern is replaced."""
+    """Replace the single match of a pattern in the text of a file."""
     changed, n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if n != 1:
         sys.exit(f"{path} has {n} places like {pattern}, expected 1.")
@@ -56,7 +56,7 @@ def replaced(path: Path, text: str, pattern: str, replacement: str) -> str:
 
 
 def divided(changelog: str, version: str, date: str) -> tuple[str, str]:
-    """The changelog with the new section, and the lists that stand on a page of their own."""
+    """The changelog with the new section, and the lists for a separate page."""
     before, _, rest = changelog.partition(UNRELEASED)
     section, following, older = rest.partition("\n## [")
     page, heading, lists = section.partition(LISTS)
@@ -64,7 +64,7 @@ def divided(changelog: str, version: str, date: str) -> tuple[str, str]:
         sys.exit("CHANGELOG.md has nothing unreleased.")
     link = f"All changes: [docs/changes-{version}.md](docs/changes-{version}.md).\n"
     new = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
-    # links of the lists are those of the root, and the page is one folder below it
+    # links of the lists start at the root, but the page is in a folder below the root
     moved = re.sub(r"\]\(docs/", "](", lists)
     return new, f"# All changes of {version}\n\n## Added\n{moved.replace('### ', '## ')}"
 

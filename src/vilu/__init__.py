@@ -1,7 +1,8 @@
 """vilu: how likely is the answer of a frozen vision-language model wrong?
 
 Public names are imported on first use, so ``import vilu`` imports neither torch nor a backbone.
-It also leaves the settings of the process unchanged (docs/architecture.md); see ``tune_process``.
+This import also leaves the settings of the process unchanged (docs/architecture.md); see
+``tune_process``.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# maps each module to its public names, which are separated by spaces
+# maps each module to public names, separated by spaces
 _NAMES_OF_MODULE = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of code that called vilu."""
+"""Warnings at the line of code that called vilu."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 import warnings
 
 OWN_PACKAGES = {"vilu", "vilu_bench"}
-"""Packages whose code does not count as the caller."""
+"""Packages of vilu. Code in these packages does not count as the caller."""
 
 WRAPPER_MODULES = {"contextlib", "functools"}
-"""Modules of Python whose code does not count as the caller either.
+"""Modules of Python. Code in these modules does not count as the caller, either.
 
-Their decorators wrap functions of vilu, so their code runs between the caller and the function.
+Decorators of these modules wrap functions of vilu. So code of these modules runs between the caller
+and the function.
 """
 
 
@@ -28,7 +29,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
         few rows
     """
     frame = sys._getframe(1)  # faster than inspect.stack, which reads the source files
-    level = 2  # stack level 1 is this function, level 2 is its caller
+    level = 2  # stack level 1 is this function, level 2 is the caller of this function
     while frame.f_back is not None and _is_skipped(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         level += 1

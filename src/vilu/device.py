@@ -1,4 +1,4 @@
-"""Devices by name, and blocks of code in which torch has its default settings."""
+"""Devices by name, and blocks of code with the default settings of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilu.errors import UsageError
 def resolve_device(name: str) -> torch.device:
     """The device of this name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    "auto" is the first of cuda, mps and cpu that is available.
+    "auto" is the first available device of cuda, mps and cpu.
     """
     is_kind_available = {
         "cuda": torch.cuda.is_available(),
@@ -42,11 +42,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-"""Capabilities of a processor, as torch names them, which include instructions for bfloat16."""
+"""torch's names of processor capabilities with instructions for bfloat16."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions that multiply bfloat16. If not, torch emulates them slowly.
+    """Whether a device has instructions to multiply bfloat16. If not, torch emulates them slowly.
 
     The result is False if torch does not know the instructions of the processor.
     """
@@ -69,12 +69,12 @@ def torch_defaults() -> Iterator[None]:
 
     The settings are: gradients on, inference mode off, the CPU as default device, autocast off.
     These settings belong to the current thread. The default number format of torch belongs to all
-    threads, so it is not changed. Therefore code in the block must name the number format of every
-    floating-point tensor that it makes.
+    threads, so the default format is not changed. Therefore code in the block must name the number
+    format of every new floating-point tensor.
 
     There are two reasons for such a block. First, results must not depend on the settings of the
-    caller. Second, tensors that are made in the block must be usable anywhere, but a tensor that is
-    made in inference mode can never be used for training.
+    caller. Second, tensors made in the block must be usable anywhere, but a tensor made in
+    inference mode can never be used for training.
     """
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
@@ -111,11 +111,11 @@ FILLING_FUNCTIONS = {
     "kaiming_uniform_",
     "kaiming_normal_",
 }
-"""Names of functions that fill their first argument, a tensor, with random numbers.
+"""Names of functions for filling the first argument, a tensor, with random numbers.
 
-They are methods of tensors and functions of ``torch.nn.init``. A function is recognised by its
-name, because transformers replaces these functions by its own of the same names while it makes a
-model.
+The functions are methods of tensors and functions of ``torch.nn.init``. A function is recognised by
+name, because transformers replaces these functions while making a model. The replacements have the
+same names.
 """
 
 MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
@@ -123,11 +123,11 @@ MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.n
 
 
 class OwnGenerator(TorchFunctionMode):
-    """A block in which random numbers on the CPU come from a generator of the block.
+    """A block with a separate generator for random numbers on the CPU.
 
-    Libraries draw random initial weights even for a model whose weights are then read from a file.
-    Within this block, such draws do not change the state of torch's global generator. Other threads
-    are not affected.
+    Libraries draw random initial weights even if the weights of the model are then read from a
+    file. Within this block, such draws do not change the state of torch's global generator. Other
+    threads are not affected.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class OwnGenerator(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Call a function of torch, with the generator of the block if it draws random numbers."""
+        """Call a function of torch. A draw of random numbers uses the generator of the block."""
         keywords = dict(kwargs or {})  # torch passes None if there are no keyword arguments
         if keywords.get("generator") is None and _draws_on_cpu(func, args, keywords):
             keywords["generator"] = self.generator

@@ -1,7 +1,7 @@
-"""All errors that vilu raises on purpose, each with its exit code of the command line.
+"""All errors that vilu raises on purpose, each with an exit code of the command line.
 
-A message states what was found, what was expected, and how to correct it. This module also defines
-the codes for labels that are no class, because all subpackages use them.
+A message states the found value, the expected value, and the correction. This module also defines
+the codes for labels outside the classes, because all subpackages use these codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Final
 
 UNKNOWN = -1
-"""Code of a label, an answer or a failure that is not known."""
+"""Code of an unknown label, answer or failure."""
 
 OUTSIDE = -2
 """Label of a picture of none of the classes, in files and in arguments.
@@ -22,12 +22,12 @@ In memory such a picture has the label ``UNKNOWN`` and the Boolean ``outside`` i
 OUTSIDE_NAME: Final = "(outside)"
 """Label of a picture of none of the classes, where labels are names of classes."""
 
-# Label in files for a picture that no person could name. The class of the picture is not known.
+# Label in files for a picture that nobody could name. The class of the picture is not known.
 NO_NAME = "(skip)"
 
 
 class ViLUError(Exception):
-    """Base of all errors that the user can correct; it is never raised for a bug."""
+    """Base of all errors that the user can correct; never raised for a bug."""
 
     exit_code: ClassVar[int] = 1
 
@@ -84,7 +84,7 @@ class BusyError(ViLUError):
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Question such as " Did you mean 'cat'?" about a similar known name; "" if none is similar.
+    """Question such as " Did you mean 'cat'?" about a similar known name; "" without such a name.
 
     ``cutoff`` is the smallest similarity, from 0 to 1.
     """

@@ -1,4 +1,4 @@
-"""Import optional libraries, silence their messages, and check whether the hub can be reached."""
+"""Import optional libraries, silence their messages, and check the connection to the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REACH_TIMEOUT = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional library; MissingModelError states how to install it."""
+    """Import a module of an optional library; MissingModelError says how to install the library."""
     try:
         with quiet():
             return importlib.import_module(module)
@@ -36,11 +36,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
 def quiet() -> Iterator[None]:
     """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
 
-    Other threads are not affected, because every hook asks whether its thread is in such a block.
+    Other threads are not affected, because every hook asks whether the thread is in such a block.
     The hooks are removed when no thread is in such a block any more.
 
     Loaders of models warn if weights are missing or wrong. vilu does not need these warnings,
-    because it checks the weights itself and raises an error.
+    because vilu checks the weights and raises an error.
     """
     token = _is_quiet.set(True)
     try:
@@ -60,7 +60,7 @@ _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 class _QuietCategory(type):
     """Metaclass of a category of warnings.
 
-    In a quiet thread every warning belongs to this category, in any other thread none does.
+    In a quiet thread every warning belongs to this category, in any other thread no warning does.
     """
 
     def __subclasscheck__(cls, category: type) -> bool:
@@ -68,7 +68,7 @@ class _QuietCategory(type):
 
 
 class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
-    """The category by which the filter of warnings finds the warnings of quiet threads."""
+    """The category in the warning filter, to find the warnings of quiet threads."""
 
 
 @contextmanager
@@ -86,13 +86,13 @@ def _hook_warnings() -> Iterator[None]:
 
 
 BELOW_ALL_HANDLERS = -1
-"""Log level below that of every handler, so no handler shows a record of this level."""
+"""Log level below the levels of all handlers, so no handler shows a record of this level."""
 
 
 @contextmanager
 def _hook_logging() -> Iterator[None]:
-    """Within the block, drop the log records of quiet threads that are below ERROR."""
-    make_record = logging.getLogRecordFactory()  # the factory that is replaced
+    """Within the block, drop log records below ERROR from quiet threads."""
+    make_record = logging.getLogRecordFactory()  # the factory to replace
     configure = logging.basicConfig
 
     def make_silent(*args: object, **fields: object) -> logging.LogRecord:
@@ -107,24 +107,24 @@ def _hook_logging() -> Iterator[None]:
 
     logging.setLogRecordFactory(make_silent)
     try:
-        # open_clip calls ``logging.info``, which would add a handler to a root logger that has none
+        # open_clip calls ``logging.info``, and so adds a handler to a root logger without handlers
         with temporarily_set(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
-        # a factory that another thread has set meanwhile stays
+        # keep a factory set by another thread meanwhile
         if logging.getLogRecordFactory() is make_silent:
             logging.setLogRecordFactory(make_record)
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
-"""Module of transformers that makes progress bars."""
+"""Module of transformers with progress bars."""
 HUB_BARS = "huggingface_hub.utils.tqdm"
-"""Module of the client of the hub that makes progress bars."""
+"""Module of the hub client with progress bars."""
 
 
 @contextmanager
 def _hook_transformers_bars() -> Iterator[None]:
-    """Within the block, hide the progress bars that transformers makes in quiet threads."""
+    """Within the block, hide the progress bars of transformers in quiet threads."""
     bars = importlib.import_module(TRANSFORMERS_BARS)
 
     def make_bar(
@@ -136,7 +136,7 @@ def _hook_transformers_bars() -> Iterator[None]:
             return previous_hook(bar_class, args, options)
         return bar_class(*args, **options)
 
-    previous_hook = bars.set_tqdm_hook(make_bar)  # ``make_bar`` calls the hook that it replaces
+    previous_hook = bars.set_tqdm_hook(make_bar)  # ``make_bar`` calls the replaced hook
     try:
         yield
     finally:
@@ -145,7 +145,7 @@ def _hook_transformers_bars() -> Iterator[None]:
 
 @contextmanager
 def _hook_hub_bars() -> Iterator[None]:
-    """Within the block, hide progress bars that the client of the hub makes in quiet threads."""
+    """Within the block, hide the progress bars of the hub client in quiet threads."""
     bars = importlib.import_module(HUB_BARS)
     are_disabled = bars.are_progress_bars_disabled
 
@@ -157,14 +157,14 @@ def _hook_hub_bars() -> Iterator[None]:
 
 
 HUB_CONSTANTS = "huggingface_hub.constants"
-"""Module of the client of the hub with the constant that says whether it is offline."""
+"""Module of the hub client with the constant for offline use."""
 
 _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
 """Whether the current thread is in an ``offline_hub`` block."""
 
 
 class _OfflineSwitch:
-    """A value that is true in offline threads, and equals ``usual_value`` in all other threads."""
+    """A value: true in offline threads, equal to ``usual_value`` in all other threads."""
 
     def __init__(self, usual_value: object) -> None:
         self.usual_value = usual_value
@@ -175,22 +175,22 @@ class _OfflineSwitch:
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
-    """Within the block, the client of the hub asks whether its thread is offline."""
-    # When the client is imported, it sets this constant from the environment variable of the same
-    # name. It reads the constant at every request.
+    """Within the block, let the hub client ask whether the current thread is offline."""
+    # At import, the client sets this constant from the environment variable of the same name. The
+    # client reads the constant at every request.
     client: Any = importlib.import_module(HUB_CONSTANTS)
     switch = _OfflineSwitch(client.HF_HUB_OFFLINE)
     client.HF_HUB_OFFLINE = switch
     try:
         yield
     finally:
-        # a value that another thread has set meanwhile stays
+        # keep a value set by another thread meanwhile
         if client.HF_HUB_OFFLINE is switch:
             client.HF_HUB_OFFLINE = switch.usual_value
 
 
 class _SharedContext:
-    """A context that several threads share. The first thread enters it, the last one leaves it."""
+    """A context shared by several threads: entered by the first thread, left by the last thread."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         self._context = context
@@ -217,7 +217,7 @@ HOOKS = {
     TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
     HUB_BARS: _SharedContext(_hook_hub_bars),
 }
-"""Maps the name of a module to the context that silences its output in quiet threads."""
+"""Maps the name of a module to the context that silences the module in quiet threads."""
 
 
 _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
@@ -228,7 +228,7 @@ def offline_hub() -> Iterator[None]:
     """Within the block, keep the client of the hub from the network in this thread.
 
     Other threads are not affected. Libraries have an argument ``local_files_only`` for this, but
-    open_clip does not have it.
+    open_clip lacks the argument.
     """
     token = _is_offline.set(True)
     try:
@@ -240,7 +240,7 @@ def offline_hub() -> Iterator[None]:
 
 @contextmanager
 def temporarily_set(target: object, **values: object) -> Iterator[None]:
-    """Set attributes of ``target`` within the block, and restore their values afterwards."""
+    """Set attributes of ``target`` within the block, and restore the old values afterwards."""
     previous_values = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

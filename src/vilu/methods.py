@@ -1,11 +1,11 @@
-"""All methods by the names of their classes: ``from vilu.methods import MCM, ViLUPlus``.
+"""All methods by the names of the classes: ``from vilu.methods import MCM, ViLUPlus``.
 
-The names come from the catalogue of methods, which also has the methods of other distributions and
-all methods that were registered. A class is imported when it is first used. ``dir(vilu.methods)``
+The names come from the catalogue of methods. The catalogue also has the methods of other
+distributions and all registered methods. A class is imported on first use. ``dir(vilu.methods)``
 imports no class. If two classes have the same name, the class of vilu is taken.
 
 For a type checker every name of this module is ``Any``, because the catalogue is only known at run
-time. The classes that ``vilu`` itself has, such as ``vilu.MCM``, have their types.
+time. Classes in ``vilu`` itself, such as ``vilu.MCM``, have types.
 
 Examples:
     >>> import vilu
@@ -42,7 +42,7 @@ def __dir__() -> list[str]:
 
 
 def _methods_by_class() -> dict[str, str]:
-    """Map the name of every class to the name of its method, without importing the classes."""
+    """Map the name of every class to the name of the method, without importing the classes."""
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
     # maps the name of a method to "module:class"

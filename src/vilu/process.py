@@ -10,11 +10,11 @@ import sys
 from vilu.callers import warn_caller
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
-"""Environment variable by which vilu sets how long a waiting thread spins."""
+"""Environment variable for how long a waiting thread spins; set by vilu."""
 WAITING_VARIABLES = {SPIN_VARIABLE, "OMP_WAIT_POLICY"}
-"""If the user has set one of these environment variables, vilu does not set how threads wait."""
+"""If the user has set any of these environment variables, vilu does not set how threads wait."""
 SHORT_WAIT = "3000"
-"""Number of turns that a waiting thread spins before it sleeps (docs/performance.md)."""
+"""Number of times that a waiting thread spins before it sleeps (docs/performance.md)."""
 
 RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 """Environment variable for whether Ray sends usage statistics."""
@@ -25,16 +25,16 @@ RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LARGEST_KEPT_BLOCK = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
-"""Environment variable for where Arrow takes its memory from."""
+"""Environment variable for the source of Arrow's memory."""
 HEAP_VARIABLES = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
-"""If the user has set one of these environment variables, vilu does not set the heaps of glibc."""
+"""If the user has set any of these environment variables, vilu does not set the heaps of glibc."""
 KEPT_MEMORY_VARIABLES = {
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_MMAP_MAX_",
     "GLIBC_TUNABLES",
 }
-"""If the user has set one of these environment variables, vilu does not set what glibc keeps."""
+"""If the user has set any of these environment variables, vilu does not change what glibc keeps."""
 
 
 def tune_process() -> None:
@@ -42,17 +42,17 @@ def tune_process() -> None:
 
     ``import vilu`` and all other functions of vilu leave the settings of the process unchanged. A
     program that mainly computes with vilu should call this function first, like the command line
-    does. There are three settings. Each is skipped if the user has set it by an environment
+    does. There are three settings. A setting is skipped if the user has set it by an environment
     variable:
 
     - Freed memory is kept for later use, if the C library is glibc.
     - A waiting thread of torch spins only for a moment before it sleeps
-      (``GOMP_SPINCOUNT=3000``), so that torch is not slow on a busy machine.
-    - A Ray that this process starts sends no usage statistics (``RAY_USAGE_STATS_ENABLED=0``).
+      (``GOMP_SPINCOUNT=3000``). Otherwise torch would be slow on a busy machine.
+    - Ray, if started by this process, sends no usage statistics (``RAY_USAGE_STATS_ENABLED=0``).
 
-    torch reads the second setting when it is imported. Neither ``import vilu`` nor
-    ``vilu.tune_process`` imports torch. If torch was imported before, a warning states that this
-    setting has no effect.
+    torch reads the second setting during the import of torch. ``import vilu`` and
+    ``vilu.tune_process`` do not import torch. If torch was imported before, a warning states that
+    this setting has no effect.
 
     Examples:
         >>> import subprocess, sys
@@ -79,7 +79,7 @@ def _is_any_set(variables: set[str]) -> bool:
 
 
 def keep_ray_on_this_machine() -> None:
-    """Let a Ray that this process starts listen at 127.0.0.1 alone.
+    """Let Ray, if started by this process, listen at 127.0.0.1 alone.
 
     Call this before ray is imported. Nothing is changed if the environment names a cluster
     (``RAY_ADDRESS``), or if the user has set the environment variable.
@@ -92,28 +92,28 @@ def keep_ray_on_this_machine() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 512 MiB each, and 1 GiB in total, for later use.
 
-    By default, glibc returns large blocks to the operating system, which must set up every page
-    again when the next block is written. Setting up pages took half of the time of an image tower,
-    and a sixth of the time of an entropy of 1,000 candidates. Nothing is changed if an environment
-    variable of the user sets what glibc keeps, or if the C library is not glibc.
+    By default, glibc returns large blocks to the operating system. The operating system must then
+    set up every page again when the next block is written. Setting up pages took half of the time
+    of an image tower, and a sixth of the time of an entropy of 1,000 candidates. Nothing is changed
+    if the user has set this behaviour by an environment variable, or if the C library is not glibc.
     """
     if sys.platform != "linux" or _is_any_set(KEPT_MEMORY_VARIABLES):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # the C library is musl, which has no mallopt
+    if mallopt is None:  # the C library is musl, without mallopt
         return
     mallopt(-3, LARGEST_KEPT_BLOCK)  # -3 is M_MMAP_THRESHOLD of <malloc.h>
     mallopt(-1, 2 * LARGEST_KEPT_BLOCK)  # -1 is M_TRIM_THRESHOLD
 
 
 def use_one_heap() -> None:
-    """Let Arrow and all threads take their memory from the main heap of glibc.
+    """Let Arrow and all threads take memory from the main heap of glibc.
 
-    This is for a process that runs for months. Call it before pyarrow is imported and before other
-    threads are started. Without it, every thread has a heap of its own, and ``return_freed_memory``
-    cannot return the end of such a heap. Arrow's own pool keeps some memory, too. So the process
-    would keep as much memory as its largest table ever took. Settings that the user has made by
-    environment variables are not changed.
+    This is for a process that runs for months. Call this function before pyarrow is imported and
+    before further threads are started. Without this call, every thread has a separate heap, and
+    ``return_freed_memory`` cannot return the end of such a heap. Arrow's own pool keeps memory,
+    too. So the process would keep as much memory as the largest table ever took. Settings made by
+    the user through environment variables are not changed.
     """
     os.environ.setdefault(ARROW_POOL, "system")
     if sys.platform != "linux" or _is_any_set(HEAP_VARIABLES):
@@ -124,9 +124,10 @@ def use_one_heap() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the operating system, where ``keep_freed_memory`` would keep it.
+    """Return freed memory to the operating system, despite ``keep_freed_memory``.
 
-    Arrow returns its memory on every system. Memory of other libraries is returned only by glibc.
+    Memory of Arrow is returned on every system. Memory of other libraries is returned only with
+    glibc.
     """
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()

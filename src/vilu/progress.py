@@ -1,6 +1,6 @@
-"""Progress reports of long work, independent of how they are shown.
+"""Progress reports of long work, independent of the display.
 
-By default nothing is shown. The command line installs a reporter that shows a progress bar.
+By default nothing is shown. The command line installs a reporter with a progress bar.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Reporter(Protocol):
     """An object that shows the progress of tasks."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Start a task of ``total`` steps; ``total`` is None if their number is not known."""
+        """Start a task of ``total`` steps; None for an unknown number of steps."""
 
     def finish(self, task: Task) -> None:
         """Finish a task, also after an exception."""
 
 
 class Silence:
-    """A reporter that shows nothing. ``start`` returns the reporter itself as the task."""
+    """A reporter without any display. ``start`` returns the reporter itself as the task."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
         """Show nothing."""

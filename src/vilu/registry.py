@@ -1,7 +1,7 @@
 """Registration of methods, metrics, data sets and backbones from outside of this package.
 
-``register`` adds an object in the current process. An entry point or a plugin adds it in every
-process.
+``register`` adds an object in the current process. An entry point or a plugin adds an object in
+every process.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Maps the description of a kind of objects to the function that registers such an object.
+"""Maps the description of a kind of objects to the function for registering such an object.
 
 The function returns False if the object is of another kind. Every subpackage with a catalogue adds
 a function here.
 """
 
 SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Maps a section of TOML files to "module:function", the function that registers its tables.
+"""Maps a section of TOML files to "module:function", the function that registers the tables.
 
 Entry points of the group ``SECTION_GROUP`` add further sections.
 """
@@ -45,34 +45,34 @@ SECTION_GROUP = "vilu.sections"
 MAX_TOML_BYTES = 2**22
 """Maximum size of a TOML file in bytes."""
 PLUGINS_VARIABLE = "VILU_PLUGINS"
-"""Environment variable with the comma-separated names of modules that every process imports."""
+"""Environment variable with comma-separated names of modules to import in every process."""
 
 IMPORTED_PLUGINS: list[str] = []
-"""Names of the modules that ``load_plugin`` has imported in this process."""
+"""Names of the modules imported by ``load_plugin`` in this process."""
 
 
 def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
     Afterwards the object can be listed, used, evaluated and benchmarked like the objects of vilu.
-    ``register`` returns its argument, so it can be used as a decorator. There are two ways to
+    ``register`` returns the argument, so ``register`` can be a decorator. There are two ways to
     register an object in all processes (commands and workers):
 
-    - Pass ``--plugin MODULE``, which imports a module that calls this function.
-    - Install a distribution that has an entry point with the name of the object. The groups are
-      "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts", "vilu.backbones" and
-      "vilu.commands".
+    - Pass ``--plugin MODULE`` to import a module with a call of this function.
+    - Install a distribution with an entry point. The name of the entry point is the name of the
+      object. The groups are "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts",
+      "vilu.backbones" and "vilu.commands".
 
     Args:
-        thing: One of the following: a subclass of ``FailurePredictor``; a
+        thing: Any of the following: a subclass of ``FailurePredictor``; a
             ``vilu.metrics.catalog.Metric`` with a name; a ``vilu.datasets.known.KnownDataset``; a
             ``BackboneKind`` or ``NamedBackbone`` of ``vilu.backbones.catalog``; the path of a TOML
             file with tables [datasets.NAME] and [backbones.NAME]. The tables have the keys of
             ``assets/datasets.toml`` and ``assets/backbones.toml``.
 
     Raises:
-        UsageError: If the object cannot be registered, if a part of it is missing, or if its name
-            is already in use.
+        UsageError: If the object cannot be registered, if a part of the object is missing, or if
+            the name is already in use.
 
     Examples:
         >>> import vilu
@@ -113,7 +113,7 @@ def _register_file(path: Path) -> None:
 
 
 def read_toml_text(path: Path) -> str:
-    """Read a TOML file; UsageError for a large file (``MAX_TOML_BYTES``), which parses slowly."""
+    """Read a TOML file; UsageError for a large file (``MAX_TOML_BYTES``): parsing would be slow."""
     with path.open("rb") as file:
         content = file.read(MAX_TOML_BYTES + 1)
     if len(content) > MAX_TOML_BYTES:
@@ -124,7 +124,7 @@ def read_toml_text(path: Path) -> str:
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """Parse a TOML file (a ``Path``) or TOML text (a ``str``): its tables, by their names."""
+    """Parse a TOML file (a ``Path``) or TOML text (a ``str``); return tables by name."""
     try:
         text = read_toml_text(source) if isinstance(source, Path) else source
         tables = tomllib.loads(text)
@@ -146,22 +146,22 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
 class Catalogue(MutableMapping[str, Added]):
     """Objects of one kind by name, from vilu, from ``register`` and from other distributions.
 
-    Other distributions add objects by entry points. An entry point is imported when its name is
+    Other distributions add objects by entry points. An entry point is imported when the name is
     looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error, but
     an iteration only logs a warning and leaves the entry point out.
 
-    The order is: objects of this package in the order of ``offer``, objects that were registered,
-    objects of entry points by name. It does not depend on what was looked up before.
+    The order is: objects of this package in the order of ``offer``, then registered objects, then
+    objects of entry points by name. Earlier lookups do not change the order.
     """
 
     def __init__(self, kind: str, group: str) -> None:
         self.kind = kind  # kind of the objects, for messages
         self.group = group  # group of entry points
-        self.registered: dict[str, Added] = {}  # objects that are registered in this process
+        self.registered: dict[str, Added] = {}  # objects registered in this process
         # maps the names of objects of this package, imported on first use, to "module:object"
         self.addresses: dict[str, str] = {}
         self._has_imported_all = False
-        self._entry_names: list[str] = []  # sorted names of the entry points that were imported
+        self._entry_names: list[str] = []  # sorted names of the imported entry points
 
     def names(self) -> list[str]:
         """All names, without importing any entry point."""
@@ -170,8 +170,8 @@ class Catalogue(MutableMapping[str, Added]):
         return self._in_order(entry_names)
 
     def _in_order(self, entry_names: Sequence[str]) -> list[str]:
-        """Names of this package, then names that were registered, then those of entry points."""
-        # An entry point that was looked up is in ``registered``, too.
+        """Names of this package, then registered names, then names of entry points."""
+        # an entry point is in ``registered``, too, after a lookup
         registered = [name for name in self.registered if name not in entry_names]
         return list(dict.fromkeys([*self.addresses, *registered, *entry_names]))
 
@@ -235,8 +235,8 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.kind)
-        # If the entry point is the path of a TOML file, the object with its name was made from a
-        # table of the file. So this object cannot equal what was loaded.
+        # If the entry point is the path of a TOML file, the object with this name was made from a
+        # table of the file. So this object cannot equal ``loaded``.
         is_file = isinstance(loaded, str | os.PathLike)
         object_of_name = self.registered.get(entry.name)
         is_same = is_file or object_of_name == loaded
@@ -255,7 +255,7 @@ def entry_points(group: str) -> list[EntryPoint]:
 
 @cache
 def names_of_bench() -> dict[str, list[str]]:
-    """Map each group of entry points to the names that vilu-bench adds, installed or not."""
+    """Map each group of entry points to the names added by vilu-bench, installed or not."""
     text = resources.files("vilu").joinpath("assets", "bench.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
@@ -263,7 +263,7 @@ def names_of_bench() -> dict[str, list[str]]:
 def refuse_name_of_bench(group: str, name: str) -> None:
     """Raise MissingModelError if only vilu-bench adds a name to a group of entry points.
 
-    This function is called for a name that no installed package has.
+    This function is called for a name missing in all installed packages.
     """
     if name in names_of_bench().get(group, ()):
         raise MissingModelError(
@@ -280,8 +280,8 @@ def load_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any objec
     """
     try:
         return entry.load()
-    # The import runs code of another package, which may raise any exception. The new error names
-    # the distribution of this package.
+    # The import runs code of another package, and may raise any exception. The new error names the
+    # distribution of this package.
     except Exception as error:
         raise _import_error(entry, kind, error) from error
 
@@ -296,7 +296,7 @@ def register_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any o
 
 
 def _import_error(entry: EntryPoint, kind: str, error: Exception) -> UsageError:
-    """The error for an entry point that cannot be imported. It names a package that is missing."""
+    """The error for an entry point that cannot be imported; names a missing package."""
     message = f"{_entry_in_words(entry, kind)} cannot be imported: {type(error).__name__}: {error}"
     package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
@@ -305,7 +305,7 @@ def _import_error(entry: EntryPoint, kind: str, error: Exception) -> UsageError:
 
 
 def _entry_in_words(entry: EntryPoint, kind: str) -> str:
-    """Text that names an entry point, its distribution and its value."""
+    """Text with the name, the distribution and the value of an entry point."""
     distribution = entry.dist.name if entry.dist else "?"
     return f"the {kind} {entry.name!r} of {distribution} ({entry.value})"
 
@@ -313,7 +313,7 @@ def _entry_in_words(entry: EntryPoint, kind: str) -> str:
 def load_plugin(module: str) -> None:
     """Import a module that calls ``register``.
 
-    Worker processes that this process starts import the module, too.
+    Worker processes of this process import the module, too.
 
     Raises:
         UsageError: If the module cannot be imported, or raises any exception.
@@ -326,8 +326,8 @@ def load_plugin(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"the plugin {module!r} cannot be imported: {error}.") from error
-    # The import runs code of other people, which may raise any exception. It is raised again in one
-    # sentence that names the plugin.
+    # The import runs code of other people, and may raise any exception. A new error repeats the
+    # exception in a sentence with the name of the plugin.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error
@@ -336,7 +336,7 @@ def load_plugin(module: str) -> None:
 
 
 def load_plugins() -> None:
-    """Import all plugins of this process that are not imported yet."""
+    """Import all plugins of this process, unless imported already."""
     for module in plugins():
         load_plugin(module)
 
@@ -349,9 +349,9 @@ def plugins() -> list[str]:
 
 
 METHODS = Catalogue[Any]("method", "vilu.predictors")
-"""All methods by their names, for modules that need the names but must not import the methods.
+"""All methods by name, for modules that must not import the methods.
 
-``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue with its types.
+``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue, with types.
 """
 
 METHODS_OF_TABLES = {
@@ -359,4 +359,4 @@ METHODS_OF_TABLES = {
     "answer_probe": "vilu.tables.methods:AnswerProbe",
     "answer_score": "vilu.tables.methods:AnswerScore",
 }
-"""Maps each method that scores tables of answers, and not embeddings, to its "module:class"."""
+"""Maps each method for scoring tables of answers (not embeddings) to "module:class"."""

@@ -1,4 +1,4 @@
-"""A predictor and the calibration that decides about its answers, as one object."""
+"""A predictor with a calibration, as one object that decides about answers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from vilu.triage.ask import calibrate_by_labels, next_of_store
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
-"""Risk at which zero-shot and adapted answers are compared if the target has no ``max_risk``."""
+"""Zero-shot and adapted answers are compared at this risk if the target has no ``max_risk``."""
 
 CALIBRATION_FILES = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
-"""Files of a calibration, in the order in which they are copied.
+"""Files of a calibration, in the order of copying.
 
 A folder with the file RISK counts as calibrated. RISK is the last file, so an incomplete copy does
 not count.
@@ -48,7 +48,7 @@ not count.
 
 
 class Selective(DecidingModel):
-    """A predictor with the calibration that accepts its answers or leaves them for review.
+    """A predictor with a calibration; it accepts answers or leaves them for review.
 
     ``save`` writes the object into a folder, as ``vilu fit`` and ``vilu calibrate`` do, and
     ``vilu.load`` reads such a folder. ``vilu.score``, ``vilu.score_parts``, ``vilu.Guard``,
@@ -56,21 +56,21 @@ class Selective(DecidingModel):
     object in place of the folder.
 
     Args:
-        predictor: The method with its parameters. The object takes a copy of this predictor, which
-            keeps the fit unless ``answer`` differs from the answer of the predictor.
-        answer: Which answer is judged ("zero_shot", "adapted" or "given"). None: the answer of the
-            predictor. If this is the zero-shot answer and the method learns a posterior from
+        predictor: The method with all parameters. The object takes a copy of this predictor. The
+            copy keeps the fit unless ``answer`` differs from the answer of the predictor.
+        answer: Kind of answers to judge ("zero_shot", "adapted" or "given"). None: the answer of
+            the predictor. If this is the zero-shot answer and the method learns a posterior from
             labels, ``calibrate`` chooses between zero-shot and adapted answers (``choose_answer``).
 
     Attributes:
         predictor: The predictor; after ``calibrate`` with the calibrated probability of failure.
         calibration: The calibration; None before ``calibrate``.
-        choice: The kind of answers that was chosen, and why; None if there was no choice.
+        choice: The chosen kind of answers, and the reason; None if there was no choice.
         vocabulary: The classes of the calibration rows; None before ``calibrate``, and for
             captions.
 
     Raises:
-        UsageError: If the answer is "adapted" and the method has no posterior of its own.
+        UsageError: If the answer is "adapted" and the method computes no posterior.
 
     Examples:
         >>> import numpy as np, vilu
@@ -100,8 +100,8 @@ class Selective(DecidingModel):
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
         self._chooses_answer = answer is None and predictor.answer == "zero_shot"
-        # The rows of the fit, and the unlabelled rows of the fit. They are kept until the kind of
-        # answers is chosen.
+        # The rows of the fit, and the unlabelled rows of the fit, until the kind of answers is
+        # chosen.
         self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
@@ -168,34 +168,34 @@ class Selective(DecidingModel):
     ) -> Self:
         """Learn a rule, label sets and the probability of failure, as ``vilu calibrate`` does.
 
-        In place of ``target``, its fields may be given: the arguments from ``max_risk`` to
-        ``largest_cluster``.
+        In place of ``target``, the fields of a target may be given: the arguments from ``max_risk``
+        to ``largest_cluster``.
 
         Args:
-            data: Labelled rows that were not fitted on; for "anytime" the store from which
-                ``next_labels`` has chosen rows.
-            target: What is to be guaranteed.
-            max_risk: Largest share of wrong answers among the accepted ones.
+            data: Labelled rows not used in the fit; for "anytime" the store given to
+                ``next_labels``.
+            target: The guarantee to reach.
+            max_risk: Largest share of wrong answers among the accepted answers.
             min_coverage: Smallest share of answers to accept.
-            confidence: Confidence with which the guarantee holds.
-            method: "ltt", "crc" or "selection" for labels that are all there, or "anytime" for
-                labels that ``next_labels`` asks for. With "anytime", ``calibrate`` may be called
-                again after every label.
-            per_class: Whether every predicted class has a threshold of its own.
+            confidence: Confidence of the guarantee.
+            method: "ltt", "crc" or "selection" if all labels are there, or "anytime" for labels
+                chosen by ``next_labels``. With "anytime", ``calibrate`` may be called again after
+                every label.
+            per_class: Whether every predicted class has a separate threshold.
             label_sets: "lac" or "aps"; None: no label sets.
             max_miss: Largest share of label sets without the right label.
-            outside_share: Expected share of pictures of none of the classes.
-            class_shares: Expected share of each class among the pictures that belong to a class.
+            outside_share: Expected share of pictures outside all classes.
+            class_shares: Expected share of each class among the pictures inside a class.
             cluster_risk: For rows with clusters: "majority" or "ratio". None: every row counts.
             largest_cluster: For "ratio": rows of larger clusters are left for review.
             labels: For "anytime": all files of ``next_labels``, filled in.
             seed: For "anytime": the seed of ``next_labels``.
-            dataset: Name of the data set; not for "anytime", whose store has one.
-            split: Name of its part; not for "anytime".
+            dataset: Name of the data set; not for "anytime", because the store has a name.
+            split: Name of the part of the data set; not for "anytime".
 
         Raises:
-            UsageError: If neither ``target`` nor fields of it are given, or if both are, or if the
-                target is not possible.
+            UsageError: If ``target`` and all fields are missing, if both ``target`` and fields are
+                given, or if the target is not possible.
             NotFittedError: If the predictor needs ``fit`` first.
             DataError: If more than 1 % of the rows were used in the fit.
             InfeasibleError: If the target cannot be reached; the message says what is missing.
@@ -247,14 +247,14 @@ class Selective(DecidingModel):
     def _calibrate_by_labels(
         self, data: EmbeddingSource, target: Target, labels: Sequence[str | Path], seed: int
     ) -> None:
-        """Calibrate the predictor in the folder by labels that ``next_labels`` has asked for."""
+        """Calibrate the predictor in the folder by labels of rows chosen by ``next_labels``."""
         if not isinstance(data, EmbeddingStore):
             raise UsageError(
                 "anytime takes the store that next_labels has chosen rows of. `vilu embed` and "
                 "vilu.import_arrays make one."
             )
         max_risk = target.risk_of_anytime()
-        # A rule for the same target stays certified, even if new labels came after it.
+        # a rule for the same target stays certified, even after new labels
         is_other_target = self.calibration is not None and self.calibration.target != target
         try:
             calibrate_by_labels(
@@ -290,25 +290,25 @@ class Selective(DecidingModel):
     ) -> Path:
         """Choose the rows of a store to label next, and write a CSV to fill in, as ``vilu next``.
 
-        Half of the rows are to fit on. The other half is for a guarantee, by ``calibrate`` with the
-        method "anytime". This half is drawn from the answers that could be accepted. The first call
-        fixes which kind of answers is judged.
+        Half of the rows are for a fit. The second half is for a guarantee, by ``calibrate`` with
+        the method "anytime". This half is drawn from the answers that could be accepted. The first
+        call fixes the kind of answers to judge.
 
         Args:
-            store: The rows; its labels are used, too.
-            output: The file, .csv. Its column ``label`` is empty.
+            store: The rows; labels in the store are used, too.
+            output: The file, .csv. The column ``label`` is empty.
             n: Number of rows.
-            max_risk: Error rate that the guarantee is to stay below.
+            max_risk: Upper limit of the error rate for the guarantee.
             labels: Files of earlier calls, filled in.
             seed: Seed of the split into rows to fit on and rows for the guarantee.
-            per_class: Whether every predicted class gets a guarantee of its own.
+            per_class: Whether every predicted class gets a separate guarantee.
             overwrite: Whether an earlier file may be replaced.
 
         Returns:
             The path of the file.
 
         Raises:
-            UsageError: If the output is one of ``labels`` or exists already, or if the predictor
+            UsageError: If the output is among ``labels`` or exists already, or if the predictor
                 gives no probability.
 
         Examples:
@@ -361,20 +361,20 @@ class Selective(DecidingModel):
         """Answers, probabilities of failure and decisions about every row of ``data``.
 
         Args:
-            data: Embeddings; or only image embeddings (N, D), whose candidates are the classes of
-                the calibration. A tensor is scored on its device. Only results are copied to the
-                CPU: a few numbers per row, and for label sets (N, K) probabilities. Embeddings are
-                not copied, so rows on a GPU are not recognised as rows of the fit, nor as equal
-                pictures.
+            data: Embeddings; or only image embeddings (N, D), with the classes of the calibration
+                as candidates. A tensor is scored on the device of the tensor. Only results are
+                copied to the CPU: a few numbers per row, and for label sets (N, K) probabilities.
+                Embeddings are not copied, so rows on a GPU are not recognised as rows of the fit or
+                as equal pictures.
             dataset: Name of the data set.
-            split: Name of its part.
+            split: Name of the part of the data set.
 
         Raises:
-            UsageError: If the model is not calibrated, or if it has no classes for bare image
-                embeddings.
+            UsageError: If the model is not calibrated, or if ``data`` are bare image embeddings and
+                the model has no classes.
             DataError: If there is no row, or if a shape is wrong.
-            ProvenanceError: If the rows come from another embedding space, or have other candidates
-                than the calibration.
+            ProvenanceError: If the embedding space or the candidates of the rows differ from the
+                calibration.
 
         Examples:
             >>> import numpy as np, vilu
@@ -454,7 +454,7 @@ class Selective(DecidingModel):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write the folder that ``vilu calibrate`` leaves, and return the predictor's fingerprint.
+        """Write the same folder as ``vilu calibrate``; return the fingerprint of the predictor.
 
         Raises:
             UsageError: If the model is not calibrated, or if the folder holds something else.
@@ -486,7 +486,7 @@ class Selective(DecidingModel):
         """Read a calibrated predictor back.
 
         Raises:
-            DataError: If the folder holds no predictor, no calibration, or a damaged one.
+            DataError: If the folder holds no predictor or no calibration, or damaged files.
             ProvenanceError: If predictor and calibration do not belong together.
 
         Examples:
@@ -506,7 +506,7 @@ class Selective(DecidingModel):
         return model
 
     def _choose_answer(self, max_risk: float) -> None:
-        """Choose which answers the fitted predictor judges, once after every fit."""
+        """Choose the kind of answers to judge, once after every fit."""
         if self._fit_data is None:
             return
         train, unlabelled = self._fit_data
@@ -525,7 +525,7 @@ class Selective(DecidingModel):
 
     @property
     def folder(self) -> Path:
-        """Temporary folder with predictor, calibration, and the number of looks at its rows."""
+        """Temporary folder with predictor, calibration, and the number of looks at the rows."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
         if self._folder is None:
@@ -537,7 +537,7 @@ class Selective(DecidingModel):
 
 
 def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool) -> None:
-    """Refuse arguments of ``Selective.calibrate`` that the method does not use."""
+    """Refuse arguments of ``Selective.calibrate`` not used by the method."""
     if method == "anytime" and has_name:
         raise UsageError(
             "anytime takes the name of the data from the store. Leave dataset and split out."
@@ -563,7 +563,7 @@ def _copy_calibration(source: Path, destination: Path) -> None:
 def load(folder: str | Path) -> FailurePredictor | Selective:
     """Load a ``Selective`` where the folder is calibrated, else a predictor.
 
-    The scores of the loaded object equal those of the saved object bit for bit.
+    The loaded object and the saved object give bit for bit the same scores.
     ``vilu.Selective.load`` raises an error if there is no calibration.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A classifier of scikit-learn that accepts its answers or leaves them for review."""
+"""A classifier of scikit-learn that accepts answers or leaves them for review."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 REVIEW: Final = None
-"""Value that ``predict_or_review`` returns for an answer that is left for review."""
+"""Value of ``predict_or_review`` for an answer left for review."""
 
 
-# scikit-learn has no type hints, so mypy sees its classes as Any, which it does not allow as bases.
+# scikit-learn has no type hints. So mypy sees its classes as Any, but allows no base class Any.
 class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Classifier that accepts answers of a wrapped classifier, with a guaranteed error rate.
 
-    ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the other rows.
-    On the calibration part it certifies a threshold of the uncertainty 1 - max_c p_c by "ltt"
-    (``vilu.certify``). With probability ``confidence`` over the draw of this part, at most the
-    share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified, nothing
-    is accepted, and a warning says why.
+    ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the remaining
+    rows. On the calibration part, ``fit`` certifies a threshold of the uncertainty 1 - max_c p_c by
+    "ltt" (``vilu.certify``). With probability ``confidence`` over the draw of this part, at most
+    the share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified,
+    nothing is accepted, and a warning gives the reason.
 
     Args:
-        estimator: A classifier with ``predict_proba``. A clone of it is fitted.
-        max_risk: Largest share of wrong answers among the accepted ones, in (0, 1).
-        confidence: Confidence with which the guarantee holds, in (0, 1).
-        calibration_size: Share of the rows of every class that are set aside, in (0, 1).
+        estimator: A classifier with ``predict_proba``. A clone of the classifier is fitted.
+        max_risk: Largest share of wrong answers among the accepted answers, in (0, 1).
+        confidence: Confidence of the guarantee, in (0, 1).
+        calibration_size: Share of the rows of every class to set aside, in (0, 1).
         prefit: Whether the estimator is fitted already. Then all rows of ``fit`` are for
-            calibration, and the estimator must not have been fitted on them.
-        random_state: Seed or generator that decides which rows are set aside. None: other rows in
+            calibration, and the estimator must not have been fitted on these rows.
+        random_state: Seed or generator for the choice of the calibration rows. None: other rows in
             every fit; NumPy's global generator is not used.
 
     Attributes:
         estimator_: The fitted estimator.
         classes_: The classes.
-        rule_: The ``vilu.Rule`` that accepts answers; None if there was no row to calibrate on.
+        rule_: The ``vilu.Rule`` for accepting answers; None if there was no row to calibrate on.
         n_features_in_: Number of features, if the estimator has this attribute.
         feature_names_in_: Names of the features, if the estimator has this attribute.
 
@@ -95,7 +95,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return tags
 
     def fit(self, X: Any, y: ArrayLike) -> Self:  # noqa: ANN401 - whatever the estimator takes
-        """Fit the estimator on a part of the rows, and certify a threshold on the other rows.
+        """Fit the estimator on a part of the rows, and certify a threshold on the remaining rows.
 
         Warns:
             UserWarning: If no threshold can be certified; the warning says what is missing.
@@ -141,7 +141,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         outcomes = Outcomes(uncertainty, failure=is_wrong.astype(np.int64))
         rule = certify(outcomes, max_risk=self.max_risk, confidence=self.confidence)
         if not rule.feasible:
-            (threshold,) = rule.thresholds.values()  # without groups there is one threshold
+            (threshold,) = rule.thresholds.values()  # without groups there is a single threshold
             warn_caller(f"nothing is accepted: {threshold.why}.")
         return rule
 
@@ -163,14 +163,14 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return uncertainty
 
     def accept(self, X: Any) -> NDArray[np.bool_]:  # noqa: ANN401
-        """Mask (N,) of the rows whose answers are accepted."""
+        """Mask (N,) of the rows with accepted answers."""
         uncertainty = self.predict_uncertainty(X)
         if self.rule_ is None:
             return np.zeros(len(uncertainty), np.bool_)
         return self.rule_.accept(uncertainty)
 
     def predict_or_review(self, X: Any) -> NDArray[np.object_]:  # noqa: ANN401
-        """The class (N,) of every accepted row, and ``REVIEW`` (None) for every other row."""
+        """The class (N,) of every accepted row, and ``REVIEW`` (None) for every rejected row."""
         answers = self.predict(X).astype(object)
         answers[~self.accept(X)] = REVIEW
         return answers
@@ -183,14 +183,14 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
     ) -> float:
         """Accuracy of the answers about all rows, accepted or not.
 
-        ``max_risk`` bounds another number, the error rate of the accepted answers:
+        ``max_risk`` does not bound this number. It bounds the error rate of the accepted answers:
         ``(model.predict(X) != y)[model.accept(X)].mean()``.
         """
         return float(super().score(X, y, sample_weight))
 
 
 def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # noqa: ANN401
-    """The checked rows in a form that can be indexed, and their checked classes (N,)."""
+    """The checked rows, ready for indexing, and the checked classes (N,)."""
     if y is None:
         raise UsageError(
             "SelectiveClassifier requires y to be passed, but the target y is None. Give the "
@@ -207,9 +207,9 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
 def _calibration_mask(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows for calibration, which are drawn at random from each class.
+    """Mask (N,) of the rows for calibration, drawn at random from each class.
 
-    ``share`` is the share of the rows of each class. Their number is rounded down.
+    ``share`` is the share of the rows of each class. The number of rows is rounded down.
     """
     if random_state is None:
         # With None, check_random_state would give the global generator of the process.

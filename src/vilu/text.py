@@ -1,4 +1,4 @@
-"""Text for people: tables as aligned text, Markdown and LaTeX, and the escaping of their cells."""
+"""Text for people: tables as aligned text, Markdown and LaTeX, and the escaping of cells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 NOTHING = "-"  # cell without a number
 WIDEST_CELL = 120  # maximum number of characters in a cell of an aligned table
-# characters that have a meaning in Markdown, and their replacements
+# characters with a meaning in Markdown, and the replacements
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _LATEX = str.maketrans(
     {
@@ -30,17 +30,17 @@ _LATEX = str.maketrans(
         "±": r"$\pm$",
     }
 )
-"""Characters that are commands in LaTeX or that LaTeX does not have, and their replacements."""
+"""Characters that are commands or unknown in LaTeX, and the replacements."""
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Format lines of cells as text whose columns are aligned at their left ends.
+    """Format lines of cells as text, with columns aligned at the left ends.
 
     Cells are escaped and shortened by ``shown``.
     """
     cells = [[shown(cell) for cell in line] for line in lines]
     widths: list[int] = []
-    for column in zip(*cells, strict=True):  # the cells of one column after another
+    for column in zip(*cells, strict=True):  # the cells of each column
         widths.append(max(map(len, column)))
     aligned_lines: list[str] = []
     for line in cells:
@@ -67,17 +67,17 @@ def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def in_markdown(text: str) -> str:
-    """Escape the characters of a text that have a meaning in Markdown."""
+    """Escape the characters of a text with a meaning in Markdown."""
     return text.translate(_MARKDOWN)
 
 
 def in_latex(text: str) -> str:
-    """Escape the characters of a text that have a meaning in LaTeX."""
+    """Escape the characters of a text with a meaning in LaTeX."""
     return text.translate(_LATEX)
 
 
 def without_formula(text: str) -> str:
-    """Put an apostrophe before a text that a spreadsheet would run as a formula."""
+    """Put an apostrophe before a text if a spreadsheet would run the text as a formula."""
     if text.startswith(("=", "+", "-", "@")):
         return f"'{text}"
     return text
@@ -86,7 +86,7 @@ def without_formula(text: str) -> str:
 def printable(text: str, keep: str = "") -> str:
     """Escape all non-printable characters of a text, except the characters in ``keep``.
 
-    Names come from files, so they may contain line breaks or control sequences of the terminal.
+    Names come from files, and may contain line breaks or control sequences of the terminal.
     """
     characters: list[str] = []
     for character in text:
@@ -103,7 +103,7 @@ def shown(text: str) -> str:
 
 
 def _cut(line: str, length: int) -> str:
-    """Shorten a line to ``length`` characters, the last of which is then an ellipsis."""
+    """Shorten a line to ``length`` characters; an ellipsis is then the last character."""
     if len(line) <= length:
         return line
     return line[: length - 1] + "…"
@@ -115,7 +115,7 @@ def span(values: Iterable[object]) -> str:
 
 
 def plural(n: int, noun: str) -> str:
-    """A number and its noun, whose plural ends in "s", such as "1 row" or "1,200 rows"."""
+    """A number and a noun with a plural in "s", such as "1 row" or "1,200 rows"."""
     if n == 1:
         return f"1 {noun}"
     return f"{n:,} {noun}s"
@@ -127,9 +127,10 @@ def short(text: str, length: int) -> str:
 
 
 def more_line(n: int, n_shown: int, what: str) -> list[str]:
-    """A list with one line that says how many of ``n`` rows are not shown.
+    """A list with a line about the number of hidden rows.
 
-    The list is empty if all rows are shown. ``what`` is the noun for the rows.
+    ``n_shown`` of ``n`` rows are shown. The list is empty if all rows are shown. ``what`` is the
+    noun for the rows.
     """
     if n <= n_shown:
         return []
@@ -137,18 +138,18 @@ def more_line(n: int, n_shown: int, what: str) -> list[str]:
 
 
 def csp_hash(content: str) -> str:
-    """The hash with which a Content-Security-Policy allows an inline script or style."""
+    """The hash to allow an inline script or style in a Content-Security-Policy."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def page_of(package: str, name: str, images: str) -> tuple[str, str]:
-    """An HTML page with its style and script, and the Content-Security-Policy of the page.
+    """An HTML page with style and script, and the Content-Security-Policy of the page.
 
     The three parts are templates of ``package``, in files with this name. The policy allows no
-    other style or script. It allows images from the source ``images``, such as "blob:".
+    other style or script. Images are allowed from the source ``images``, such as "blob:".
     """
-    from importlib import resources  # imported here because it is slower than the whole module
+    from importlib import resources  # imported here because this import is slower than the module
 
     folder = resources.files(package).joinpath("templates")
     style = folder.joinpath(f"{name}.css").read_text("utf-8")

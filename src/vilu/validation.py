@@ -1,4 +1,4 @@
-"""Checks of arguments: their ranges, their choices, and their annotated types."""
+"""Checks of arguments: ranges, choices, and annotated types."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 LARGEST_SEED = 2**63 - 1
-"""Largest seed that all generators of random numbers accept."""
+"""Largest seed accepted by all generators of random numbers."""
 
 MOST_ELEMENTS_CHECKED = 100
-"""Number of elements at the beginning of a list whose types are checked."""
+"""Number of elements at the beginning of a list to check for the right type."""
 
 MOST_JOINED_BY_OR = 2
-"""Up to this many choices are joined by "or" in a message. More are listed after "one of"."""
+"""Maximum number of choices joined by "or" in a message. Longer lists begin with "one of"."""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
@@ -60,7 +60,7 @@ def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argumen
 
 
 def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
-    """Return the mask if it is a Boolean array (N,), or else raise DataError."""
+    """Return the mask if it is a Boolean array (N,); otherwise raise DataError."""
     if mask.dtype != bool or mask.shape != (n,):
         raise DataError(
             f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead."
@@ -69,16 +69,16 @@ def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays,
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function with a check of the types of its arguments by their annotations.
+    """Decorate a function with a check of the argument types against the annotations.
 
-    A number may be given as a numpy number or as an array without dimensions. The function gets it
-    as a Python number. Neither True nor "1" counts as a number. Arrays are not checked here.
+    A number may be given as a numpy number or as an array without dimensions. The function gets a
+    Python number. True and "1" do not count as numbers. Arrays are not checked here.
 
-    Every error names the function as it was called, such as "score" or "MCM.fit".
+    Every error begins with the name of the called function, such as "score" or "MCM.fit".
 
     Raises:
-        UsageError: If an argument has another type. The message states both types.
-        TypeError: If there are too many arguments, too few, or unknown ones.
+        UsageError: If an argument has a wrong type. The message states both types.
+        TypeError: If there are too many arguments, too few, or unknown arguments.
     """
     signature = inspect.signature(function)
 
@@ -101,11 +101,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    """Name of a function as a user calls it. A constructor has the name of its class."""
+    """Name of a function as in a call. A constructor has the name of the class."""
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
-    # A function that is defined in a function "f" has a name such as "f.<locals>.MCM.fit".
+    # A function inside a function "f" has a name such as "f.<locals>.MCM.fit".
     _, _, name_in_source = function.__qualname__.rpartition("<locals>.")
     is_method = "." in name_in_source and hasattr(owner, function.__name__)
     if not is_method:
@@ -116,8 +116,8 @@ def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> 
 
 
 def checked_fields(cls: C) -> C:
-    """Decorate a dataclass so that its constructor is ``checked``."""
-    # mypy does not allow to replace a constructor; here it is intended, as in ``dataclass``
+    """Decorate a dataclass to get a ``checked`` constructor."""
+    # mypy does not allow a new constructor; here the change is intended, as in ``dataclass``
     cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls
 
@@ -143,9 +143,9 @@ def _with_article(name: str) -> str:
 
 @cache
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
-    """Map the names of the parameters to their annotated types.
+    """Map the names of the parameters to the annotated types.
 
-    Parameters that are positional-only, *args and **kwargs are left out.
+    Positional-only parameters, *args and **kwargs are left out.
     """
     annotations = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -167,7 +167,7 @@ def _problem(
     hint: object,
     arguments: Mapping[str, object],
 ) -> str | None:
-    """What is wrong with an argument; None if it is right."""
+    """Describe the problem of an argument; None if the argument is right."""
     if not _fits(value, hint):
         swapped_name = _fitting_argument(name, hint, arguments)
         question = f" {swapped_name} is one: are they swapped?" if swapped_name else ""
@@ -178,10 +178,10 @@ def _problem(
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument that has the type ``hint``, which ``name`` should have; else None.
+    """Name of another argument of the type ``hint``, the type expected of ``name``; else None.
 
-    Other arguments are only looked at if ``hint`` is a type of vilu, which has an attribute ``how``
-    with a description of the type.
+    Other arguments are only looked at if ``hint`` is a type of vilu. Types of vilu have an
+    attribute ``how`` with a description of the type.
     """
     kinds = get_args(hint) or (hint,)
     if not any(hasattr(kind, "how") for kind in kinds):
@@ -205,7 +205,7 @@ def _is_number(value: object) -> bool:
 
 
 def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
-    """Convert a number or text of numpy or torch to Python, so that JSON and hashes accept it.
+    """Convert a number or text of numpy or torch to Python, for JSON and hashes.
 
     Arrays without dimensions, such as the logit scale of a model, are converted, too.
     """
@@ -247,7 +247,7 @@ def _is_instance(value: object, kind: object, type_arguments: tuple[object, ...]
 
 
 def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN401 - any argument
-    """Whether a value is a collection whose first elements have the type ``element``."""
+    """Whether a value is a collection, and the first elements have the type ``element``."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):
@@ -255,7 +255,7 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
         return is_vector and all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
-    # A source of embeddings has __getitem__, too. It is no list of elements: it is not iterable.
+    # A source of embeddings has __getitem__, too, but is not iterable. So a source is no list.
     is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
     return isinstance(value, kind) or is_ordered
 
@@ -274,7 +274,7 @@ def _expected(hint: object) -> str:
 
 
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
-    """Whether a value is of one of the types; True if a numpy type is among the types.
+    """Whether a value has any of the types; True if a numpy type is among the types.
 
     An argument that can be an array is checked by the decorated function, not here.
     """
@@ -291,7 +291,7 @@ def _any_in_words(types: tuple[object, ...]) -> str:
 
 
 def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
-    """Whether a value equals a choice of the same type, so that True does not count as 1."""
+    """Whether a value equals a choice of the same type. So True does not count as 1."""
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
@@ -320,7 +320,7 @@ TYPE_CHECKS: dict[object, tuple[Fits, InWords]] = {
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
 }
-"""Maps a type to two functions: one tests a value, and one describes the type in a message.
+"""Maps a type to two functions: the first tests a value, the second describes the type.
 
 Both functions also get the arguments of the type, such as the choices of a ``Literal``.
 """

@@ -1,4 +1,4 @@
-"""Studies that compare methods: further methods, known data sets, and the commands on studies."""
+"""Studies to compare methods: further methods, known data sets, and the commands on studies."""
 
 from __future__ import annotations
 

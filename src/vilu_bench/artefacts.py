@@ -35,7 +35,7 @@ def check(path: Path) -> Artefact | None:
 
 
 def _check_cell(file: Path, run: Path) -> None:
-    """Raise a DataError if a document is damaged or is not at the path of its cell."""
+    """Raise a DataError if a document is damaged or is not at the path of the cell."""
     try:
         result = CellResult.model_validate(read_json(file, RUN_AGAIN))
     except ValidationError as error:

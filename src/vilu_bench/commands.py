@@ -95,8 +95,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer.
 
     Runs the studies of the paper, and your own. Prints tables, and writes tables and figures to
-    OUTPUT/studies. It can be interrupted at any moment: the next run does what is missing. Studies
-    in one output share embeddings and cells.
+    OUTPUT/studies. A run can be interrupted at any moment: the next run does the rest. Studies
+    in the same output share embeddings and cells.
     """
     from vilu_bench.studies.load import load_configs, shrink
     from vilu_bench.studies.run import Share, one_thread
@@ -146,7 +146,7 @@ def init(
         path_option("Store with labels to test on. [the other half of TRAIN]", metavar="STORE"),
     ] = None,
 ) -> None:
-    """Write a benchmark file that runs on your stores, to change by hand. Prints the file."""
+    """Write a benchmark file for your stores, to change by hand. Prints the file."""
     from vilu.artifacts.disk import write_text
     from vilu_bench.studies.new import new_study
 
@@ -196,9 +196,9 @@ def render(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the tables and figures of finished studies again, from their cells alone.
+    """Write the tables and figures of finished studies again, from the cells alone.
 
-    If RUN is a file that --keep wrote, only the document and its figures are written.
+    If RUN is a file of --keep, only the document and the figures of the document are written.
     """
     from vilu_bench.studies.keep import keep, render_file
     from vilu_bench.studies.study import render_studies
@@ -246,7 +246,7 @@ def submit(
 
 
 def _print_studies(studies: list[Rendered]) -> None:
-    """Print the tables of studies; with --json their summaries."""
+    """Print the tables of studies; with --json the summaries of the studies."""
     if wants_json():
         _print_summaries(studies)
         return
@@ -294,7 +294,7 @@ def pools(
 ) -> None:
     """Measure failure prediction on image-caption pairs in pools of several sizes: AUROC / FPR95.
 
-    A method that does not work on pairs is refused with the reason. Pool sizes that exceed the
+    A method that does not work on pairs is refused with the reason. Pool sizes above the
     number of pairs are left out.
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
@@ -356,7 +356,7 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
 
 
 def _load_or_make_predictor(name: str) -> FailurePredictor:
-    """The predictor saved in a folder, or a new predictor of a method that needs no fit."""
+    """Load the predictor in a folder, or make a new predictor of a method that needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.persistence.storage import load_predictor
 
@@ -391,7 +391,7 @@ def _parse_sizes(text: str) -> list[int]:
 
 
 def _whole_number(word: str) -> int | None:
-    """The number in a text of ASCII digits; None if the text has any other character."""
+    """The number in a text of ASCII digits; None if the text has further characters."""
     if re.fullmatch("[0-9]+", word) is None:
         return None
     return int(word)

@@ -1,1 +1,1 @@
-"""Writing, hashing and sealing of files, and their checks when they are read."""
+"""Files: writing, hashing, sealing with a digest, and checks during reading."""

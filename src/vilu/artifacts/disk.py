@@ -1,4 +1,4 @@
-"""Files on the disk: atomic writes, removal of what crashes left behind, and locks."""
+"""Files on the disk: atomic writes, removal of leftovers of crashes, and locks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"  # name of the lock file in a folder
 
 RUN = "run.json"
-"""Name of the document that a run writes first into its folder (``vilu.store.ledger``)."""
+"""Name of the first document that a run writes into the folder (``vilu.store.ledger``)."""
 
 MANIFEST = "manifest.json"
-"""Name of the document that a run writes last into its folder."""
+"""Name of the last document that a run writes into the folder."""
 
-# Log of durations, one JSON object per line. It differs between runs, and no result depends on it.
+# Log of durations, a JSON object per line. The log differs between runs; no result depends on it.
 LOG = "log.jsonl"
 
-# error numbers by which a network file system says that it cannot sync a folder
+# error numbers of network file systems that cannot sync a folder
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 TEMPORARY = re.compile(
@@ -42,24 +42,24 @@ TEMPORARY = re.compile(
 Temporary names of older versions of vilu have no host hash.
 """
 
-# A temporary file is treated as abandoned if it is older than this number of seconds.
+# A temporary file counts as abandoned if it is older than this number of seconds.
 MAX_TEMPORARY_AGE = 24 * 3600.0
 
-# Maximum number of bytes that a temporary name takes from the final name. File systems allow 255
-# bytes for the whole name.
+# Maximum number of bytes of the final name in a temporary name. File systems allow 255 bytes for
+# the whole name.
 MAX_NAME_BYTES = 220
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file that replaces ``path`` when the block ends without an exception.
+    """Open a binary file for the block; replace ``path`` if the block ends without an exception.
 
     The bytes are written to a temporary file in the same folder and synced to the disk. Then the
     temporary file is renamed to ``path``. After an exception or a crash, ``path`` is unchanged.
-    Temporary files that earlier crashes left for ``path`` are removed.
+    Temporary files for ``path`` from earlier crashes are removed.
     """
     target = Path(path)
-    # "ignore" drops the last character if the limit of bytes cuts it in two
+    # "ignore" drops the last character if the limit cuts the bytes of the character in two
     final_name = os.fsencode(target.name)[:MAX_NAME_BYTES].decode("utf-8", "ignore")
     random_digits = secrets.token_hex(4)
     temporary = target.with_name(f".{final_name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
@@ -85,10 +85,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @lru_cache(maxsize=1024)
 def temporary_paths(folder: Path) -> dict[str, list[Path]]:
-    """Map each final name to the temporary files and folders that a folder has for it.
+    """Map each final name to the temporary files and folders for this name in a folder.
 
     The folder is listed only once per process, because listing 100,000 files is slow. Therefore
-    temporary files that other processes make after the first call are not found.
+    temporary files of other processes are not found if they are made after the first call.
     """
     paths_of_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
@@ -105,7 +105,7 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
     The message is "FAILURE: REASON. HINT", where REASON is the message of the OSError.
 
     Args:
-        failure: What failed, such as "cannot read scores.parquet".
+        failure: The failed action, such as "cannot read scores.parquet".
         hint: Advice for the user, as a sentence.
     """
     try:
@@ -119,18 +119,18 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
             if file not in failure:  # the message does not name the file yet
                 file_in_brackets = f" ({file})"
         reason = error.strerror or error
-        advice = advice_to_owner(error)  # "", or a sentence that begins with a space
+        advice = advice_to_owner(error)  # "", or a sentence with a space at the beginning
         if hint:
             advice = f" {hint}{advice}"
         raise StorageError(f"{failure}: {reason}{file_in_brackets}.{advice}") from error
 
 
 def advice_to_owner(error: OSError) -> str:
-    """Advice on how the owner of a private file lets others read it.
+    """Advice for the owner of a private file: how to let other users read the file.
 
     There is advice only if ``error`` refuses access to a private file, otherwise "" is returned. A
-    file is private if only its owner may read it, or if it is in a folder that only the owner may
-    open. The advice begins with a space, because it follows the message of ``error``.
+    file is private if only the owner may read the file, or may open the folder of the file. The
+    advice begins with a space, because the advice follows the message of ``error``.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
@@ -156,18 +156,18 @@ def host_hash() -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file has a temporary name, and the process that made the file has abandoned it.
+    """Whether a file has a temporary name and was abandoned by the process that made it.
 
-    A file is abandoned if its process ran on this machine and has ended. A process of another
-    machine cannot be checked from here. Therefore every temporary file that was last changed more
-    than a day ago is also treated as abandoned.
+    A file is abandoned if the process ran on this machine and has ended. A process of another
+    machine cannot be checked from here. Therefore a temporary file without changes for more than a
+    day is also treated as abandoned.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
     try:
         age = time.time() - path.stat().st_mtime
-    except FileNotFoundError:  # its process has just renamed or removed the file
+    except FileNotFoundError:  # the process has just renamed or removed the file
         return False
     if age > MAX_TEMPORARY_AGE:
         return True
@@ -178,7 +178,7 @@ def is_leftover(path: Path) -> bool:
 
 def _is_alive(pid: int) -> bool:
     """Whether a process of this machine still runs; True if this cannot be checked."""
-    if os.name == "nt":  # os.kill is no check on Windows, because it would end the process
+    if os.name == "nt":  # os.kill is no check on Windows: os.kill would end the process
         return True
     try:
         os.kill(pid, 0)  # the signal 0 does nothing, but raises an error if there is no process
@@ -189,12 +189,12 @@ def _is_alive(pid: int) -> bool:
         return True
     # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
     _, _, after_name = stat.rpartition(b")")
-    # in the state Z (zombie) a process has ended, but its parent has not read the exit status yet
+    # in the state Z (zombie) a process has ended, but the parent has not read the exit status yet
     return not after_name.lstrip().startswith(b"Z")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that a rename in the folder survives a power cut."""
+    """Sync a folder to the disk, so a rename in the folder survives a power cut."""
     if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -208,7 +208,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and its parents if missing; StorageError if they cannot be made."""
+    """Make a folder and its parents if missing; StorageError if this fails."""
     folder = Path(path)
     with convert_os_errors(f"cannot make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
 """Pattern of the content of a holder file.
 
-A holder file names the process that holds a lock. If the process dies, the file stays until another
+A holder file names the process with the lock. If the process dies, the file stays until another
 process takes the lock.
 """
 
@@ -235,19 +235,19 @@ def locked(
     """Hold the lock of an existing folder during the block.
 
     The operating system releases the lock when the process dies. Some network file systems give the
-    same lock to several machines at once. Folders that are written in parts stay correct even then,
-    because all writers of a part write the same bytes. A file next to the lock names the holder. If
-    this file names a process of another machine when the lock is taken, a warning is logged.
+    same lock to several machines at once. Folders written in parts stay correct even then, because
+    all writers of a part write the same bytes. A file next to the lock names the holder. If this
+    file names a process of another machine when the lock is taken, a warning is logged.
 
     If another process holds the lock, the message is "another HOLDER_KIND is ACTIVITY FOLDER."
 
     Args:
-        folder: The folder, which must exist.
-        activity: What the holder of the lock does with the folder, such as "embedding into". It is
-            ACTIVITY in the message.
+        folder: The folder; must exist.
+        activity: What the holder of the lock does with the folder, such as "embedding into". Fills
+            in ACTIVITY in the message.
         wait_seconds: Seconds to wait if another process holds the lock.
         lock_name: Name of the lock file. A folder may have several locks.
-        holder_kind: Noun for the holder of the lock. It is HOLDER_KIND in the message.
+        holder_kind: Noun for the holder of the lock. Fills in HOLDER_KIND in the message.
 
     Raises:
         BusyError: If another process still holds the lock after ``wait_seconds``.
@@ -275,8 +275,8 @@ def locked(
         yield
     finally:
         # The holder file is removed before the lock is released, because the next holder of the
-        # lock writes its own holder file. If the file names another process, the lock did not
-        # exclude that process, which may still be at work. Then the file stays.
+        # lock writes a new holder file. If the file names another process, the lock did not exclude
+        # that process. The process may still be at work, so the file stays.
         holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
@@ -285,7 +285,7 @@ def locked(
 
 
 def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
-    """Warn if a holder file names a process that does not run on this machine, ``host``."""
+    """Warn if a holder file names a process of a machine other than ``host``, this machine."""
     holder = _read_holder(holder_file)
     if holder and holder["host"] != host:
         logger.warning(
@@ -298,7 +298,7 @@ def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
 
 
 def _write_holder(holder_file: Path, this_process: str) -> None:
-    """Write a holder file that names this process; replace an earlier holder file."""
+    """Write a holder file for this process; replace an earlier holder file."""
     holder = _read_holder(holder_file)
     # the file is read only for messages, so the work goes on if the file cannot be written
     with suppress(OSError):
@@ -309,7 +309,7 @@ def _write_holder(holder_file: Path, this_process: str) -> None:
 
 
 def _read_holder(holder_file: Path) -> re.Match[str] | None:
-    """Read which process holds the lock, or died while it held the lock.
+    """Read the holder of the lock: a process that holds the lock, or died while holding the lock.
 
     Returns the match of ``HOLDER`` in the holder file. None if there is no such file or no match.
     """
@@ -321,9 +321,9 @@ def _read_holder(holder_file: Path) -> re.Match[str] | None:
 
 
 def cache_folder() -> Path:
-    """The folder of vilu in this user's cache, for files that vilu can make again.
+    """The folder of vilu in the cache of this user, for files that vilu can make again.
 
-    The folder may not exist, and users may delete it at any time.
+    The folder may not exist. Users may delete the folder at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the XDG specification says to ignore a relative path
@@ -332,7 +332,7 @@ def cache_folder() -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; StorageError if it cannot be read."""
+    """SHA-256 of a file; StorageError if the file cannot be read."""
     with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
         return stream_hash(handle)
 

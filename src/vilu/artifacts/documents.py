@@ -1,4 +1,4 @@
-"""JSON documents that vilu writes: sealed with a digest, and checked when they are read."""
+"""JSON documents of vilu: sealed with a digest when written, and checked when read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
-    """Digest of the part of a document's content that ``without_version`` returns."""
+    """Digest of the content of a document, without the parts removed by ``without_version``."""
     return digest(without_version(content, *excluded_keys))
 
 
@@ -38,10 +38,10 @@ def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[
 
 
 VERSION_KEY: Final = "vilu"
-"""Key of the version of vilu that wrote a document. It informs people, and is never compared."""
+"""Key of the version of vilu in a document. The version informs people, and is never compared."""
 
 SEAL: Final = "digest"
-"""Last key of a document. Its value is the digest of all other entries (``hashing.digest``)."""
+"""Last key of a document. The value is the digest of all other entries (``hashing.digest``)."""
 
 SCHEMA: Final = "schema_version"
 """Key of the schema version, in every document and table of vilu."""
@@ -53,7 +53,7 @@ MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read; documents of vilu 
 
 
 class Model(BaseModel):
-    """Immutable pydantic model that refuses unknown fields, NaN and infinity."""
+    """Immutable pydantic model without unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class Document(Model):
 
     # for messages: how to make the document again, such as "Run `vilu embed` again"
     remedy: ClassVar[str]
-    # exception that is raised if the document is missing or damaged
+    # exception to raise if the document is missing or damaged
     error_class: ClassVar[type[ViLUError]] = StorageError
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -78,7 +78,7 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def read_document(path: Path, document_class: type[D]) -> D:
-    """Read a document, and check its digest, its schema version and the fields of its class."""
+    """Read a document; check the digest, the schema version and the fields of the class."""
     remedy = document_class.remedy
     error_class = document_class.error_class
     content = read_json(path, remedy, error_class)
@@ -93,13 +93,13 @@ def read_document(path: Path, document_class: type[D]) -> D:
 def read_json(
     path: Path, remedy: str, error_class: type[ViLUError] = DataError, *, seal: str = SEAL
 ) -> dict[str, Any]:
-    """Read a JSON document of vilu, check its digest, and return its content without the digest.
+    """Read a JSON document of vilu, check the digest, and return the content without the digest.
 
     Args:
         path: The file.
         remedy: For messages: how to make the document again, such as "Run `vilu embed` again".
         error_class: Exception to raise if the document is missing or damaged.
-        seal: Key of the digest in the document. In ``predictor.json`` it is "fingerprint".
+        seal: Key of the digest in the document. In ``predictor.json`` the key is "fingerprint".
 
     Raises:
         ProvenanceError: If this vilu does not read the schema version.
@@ -167,8 +167,8 @@ def parse_json(content: bytes) -> dict[str, Any]:
         parse_float=_parse_finite,
         parse_constant=_refuse_number,
     )
-    # The escapes \ud800 to \udfff are halves of characters. A half without its other half cannot be
-    # encoded as UTF-8: ``encode`` raises a ValueError.
+    # The escapes \ud800 to \udfff are halves of characters. A single half cannot be encoded as
+    # UTF-8: ``encode`` raises a ValueError.
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
@@ -186,7 +186,7 @@ def object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_finite(text: str) -> float:
-    """Parse a number for ``json.loads``; ValueError if it is too large for a float ("1e999")."""
+    """Parse a number for ``json.loads``; ValueError if too large for a float ("1e999")."""
     value = float(text)
     if not math.isfinite(value):
         _refuse_number(text)
@@ -202,7 +202,7 @@ def read_bounded(
 ) -> bytes:
     """Read a file of at most ``max_bytes``, by default ``MAX_DOCUMENT_BYTES``.
 
-    If the file is missing or larger, ``error_class`` is raised. A larger file is not read to its
+    If the file is missing or larger, ``error_class`` is raised. A larger file is not read to the
     end. ``remedy`` tells in the message how to make a missing file.
     """
     if max_bytes is None:
@@ -211,14 +211,14 @@ def read_bounded(
         if not path.is_file():
             raise error_class(f"{path} is missing. {remedy} to complete the folder.")
         with path.open("rb") as handle:
-            content = handle.read(max_bytes + 1)  # one byte more shows that a file is too large
+            content = handle.read(max_bytes + 1)  # one byte more, to notice a file above the limit
     if len(content) > max_bytes:
         raise error_class(f"{path} is larger than {max_bytes} bytes, so it is no file of vilu.")
     return content
 
 
 def first_error(error: ValidationError) -> str:
-    """Describe the first error that pydantic found, on one line."""
+    """Describe the first error found by pydantic, on a single line."""
     errors = error.errors(include_url=False, include_context=False)
     first = errors[0]
     field = ".".join(str(step) for step in first["loc"]) or "document"
@@ -227,16 +227,16 @@ def first_error(error: ValidationError) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
-    """Write a JSON document atomically, and return its digest.
+    """Write a JSON document atomically, and return the digest of the document.
 
-    The file begins with the schema version and ends with the digest, whose key is ``seal``. It is
-    UTF-8 and indented, and the keys keep their order.
+    The file begins with the schema version and ends with the digest, under the key ``seal``. The
+    text is indented UTF-8, and the keys keep their order.
     """
     subject = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
-    content.pop(seal, None)  # a document that was read and changed may have its earlier digest
-    # The digest must be computed from the values that a reader will get. So the values are encoded
-    # and parsed, which turns a tuple into a list.
+    content.pop(seal, None)  # a document that was read and changed may have an old digest
+    # The digest must be computed from the values for a later reader. So the values are encoded and
+    # parsed. This turns a tuple into a list, for example.
     document = json.loads(plain_json(content, subject=subject))
     document[seal] = digest(document)
     write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")
@@ -244,9 +244,9 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: 
 
 
 def append_to_log(folder: Path, **facts: object) -> None:
-    """Add ``facts`` to the log of a folder, as one line of JSON.
+    """Add ``facts`` to the log of a folder, as a line of JSON.
 
-    The line is written in a single call, so that lines of several processes do not mix.
+    The line is written in a single call, so lines of several processes do not mix.
     """
     path = folder / LOG
     line = plain_json(facts, subject="a line of the log") + b"\n"
@@ -255,7 +255,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the facts in each line of a folder's log, without a line that a crash cut off."""
+    """Yield the facts in each line of the log of a folder, without a line cut off by a crash."""
     path = folder / LOG
     lines: list[bytes] = []
     with convert_os_errors(f"cannot read {path}"):
@@ -283,12 +283,12 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def fill_dataclass(entry_class: type[Entry], values: Mapping[str, object], title: str) -> Entry:
-    """Make an ``entry_class`` from the values of its fields, and check their names and types.
+    """Make an ``entry_class`` from the values of fields; check the names and types of the fields.
 
     Args:
         entry_class: The dataclass.
-        values: Maps names of fields to their values.
-        title: What messages call the entry, such as "backbone 'compact'".
+        values: Maps names of fields to values.
+        title: Name of the entry in messages, such as "backbone 'compact'".
     """
     field_names = [field.name for field in fields(entry_class)]
     for name in values:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MAX_BLOCK_SIZE = 2**20
 """Maximum number of entries in a block of a tensor.
 
-A tensor is copied block by block, which limits the memory of the copy. A block has at least one row
-of the tensor, so a block of wide rows may be larger.
+A tensor is copied block by block, to limit the memory of the copy. A block has at least one row of
+the tensor, so a block of wide rows may be larger.
 """
 
 
@@ -32,7 +32,7 @@ def digest(value: object) -> str:
         True
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    # file names that are not valid UTF-8 contain surrogates
+    # file names without valid UTF-8 contain surrogates
     content = text.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -43,7 +43,7 @@ def bytes_hash(content: bytes) -> str:
 
 
 def stream_hash(handle: BufferedReader) -> str:
-    """SHA-256 of an open file from its current position to its end, in hex.
+    """SHA-256 of an open file from the current position to the end, in hex.
 
     See also ``disk.file_hash``.
     """
@@ -66,7 +66,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, in the order of their names."""
+    """SHA-256 of named tensors, in the order of the names."""
     sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
@@ -79,8 +79,8 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor, in blocks of rows with about ``MAX_BLOCK_SIZE`` entries.
 
-    A tensor that repeats its rows (``Tensor.expand``) takes little memory. Block by block, it is
-    never copied as a whole.
+    A tensor with repeated rows (``Tensor.expand``) takes little memory. Block by block, such a
+    tensor is never copied as a whole.
     """
     import torch
 

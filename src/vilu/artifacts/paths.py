@@ -1,9 +1,8 @@
-"""Checks of output paths, so that no file of a user is overwritten.
+"""Checks of output paths; no file of a user is overwritten.
 
-A path is accepted if nothing is there yet, if it is an empty folder, or if it has the result of the
-same inputs. Any other path is refused. With ``--overwrite``, or when it is called as a library,
-vilu replaces files that it wrote itself. Files that vilu does not recognise as its own are never
-changed.
+A path is accepted if nothing is there yet, if the path is an empty folder, or if the path has the
+result of the same inputs. Otherwise the path is refused. With ``--overwrite``, or when called as a
+library, vilu replaces files written by vilu. Files that vilu does not recognise are never changed.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Kind = Literal[
     "kept studies",
     "ONNX export",
 ]
-"""The kinds of files that vilu writes, as messages call them."""
+"""The kinds of files written by vilu, as named in messages."""
 
 KIND_OF_ENTRY: dict[str, Kind] = {
     "answers": "answers",
@@ -65,7 +64,7 @@ KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
     b"path,label,suggested,quality,is_error": "label errors",
     b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
-"""Maps the beginning of a CSV file to its kind. CSV files have no metadata that state the kind."""
+"""Maps the beginning of a CSV file to the kind of the file. CSV files have no metadata."""
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
@@ -76,16 +75,16 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "monitor state": (".parquet",),
     "kept studies": (".parquet",),
 }
-"""Maps kinds of files that have a fixed format to the suffixes that are allowed."""
+"""Maps kinds of files with a fixed format to the allowed suffixes."""
 
-INPUTS_KEY = "inputs"  # key of the digest of the inputs that a file was made from
+INPUTS_KEY = "inputs"  # key of the digest of the inputs of a file
 
 TEXT_MARK = re.compile(
     rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
 )
-"""Pattern of the last line of a text (HTML, Markdown) that vilu wrote.
+"""Pattern of the last line of a text (HTML, Markdown) written by vilu.
 
-The line has the kind of the text and the digest of its inputs.
+The line has the kind of the text and the digest of the inputs.
 """
 
 KIND_OF_TEXT: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
@@ -97,7 +96,7 @@ r"""Pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file.
 Protobuf puts two bytes between the key and the value: \x12 and the length of the value.
 """
 
-SEARCHED_BYTES = 4096  # bytes that are searched at the beginning and at the end of a file
+SEARCHED_BYTES = 4096  # bytes to search at the beginning and at the end of a file
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
@@ -108,7 +107,7 @@ def inputs_entry(inputs: str | None) -> dict[str, str]:
 
 
 def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
-    """Write a document with the digest of its inputs."""
+    """Write a document together with the digest of the inputs."""
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
@@ -117,14 +116,14 @@ LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
 
 
 class KindAndInputs(NamedTuple):
-    """What a file of vilu states about itself."""
+    """The kind and the inputs stated in a file of vilu."""
 
     kind: Kind
     inputs: str  # digest of the inputs; "" if the file has none
 
 
 def text_mark(kind: str, inputs: str) -> str:
-    """Last line of a text (HTML, Markdown). It lets vilu recognise the file as its own."""
+    """Last line of a text (HTML, Markdown), by which vilu recognises the file later."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
@@ -135,13 +134,13 @@ def claim_file(
 
     Args:
         path: The output file.
-        kind: The kind of file that will be written.
-        inputs: Digest of the inputs; None if files are not compared by their inputs.
-        overwrite: Replace an existing file of the same kind, whatever its inputs.
+        kind: The kind of file to write.
+        inputs: Digest of the inputs; None if inputs are not compared.
+        overwrite: Replace an existing file of the same kind, made from any inputs.
 
     Returns:
         True if the file already exists, is not damaged and was made from the same inputs. False if
-        it must be written.
+        the file must be written.
 
     Raises:
         UsageError: If another file exists at this path, if the folder does not exist, or if the
@@ -168,7 +167,7 @@ def claim_file(
 
 
 def _require_suffix(target: Path, kind: Kind) -> None:
-    """Raise UsageError if the suffix of a file is wrong for its kind."""
+    """Raise UsageError if the suffix of a file is wrong for this kind."""
     suffixes = SUFFIXES.get(kind)
     if suffixes is not None and target.suffix.lower() not in suffixes:
         raise UsageError(
@@ -177,7 +176,7 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 
 def _stated_inputs(target: Path, kind: Kind) -> str:
-    """The digest of inputs that a file states; UsageError if the file is not of this kind."""
+    """The digest of inputs stated in a file; UsageError if the file is not of this kind."""
     statement = kind_and_inputs(target)
     if statement is None or statement.kind != kind:
         raise UsageError(
@@ -198,19 +197,20 @@ def claim_folder(
     """Check an output folder before the work begins.
 
     Args:
-        path: The output folder. It is not made here.
-        result_kind: The kind of result that the folder will have, for messages.
-        is_ours: Returns whether a file in the folder belongs to such a result. It is not called for
+        path: The output folder. The folder is not made here.
+        result_kind: The kind of the result, for messages.
+        is_ours: Returns whether a file in the folder belongs to such a result. Not called for
             temporary files and locks.
         has_same_inputs: Whether the existing result was made from the same inputs.
-        overwrite: Replace an existing result, whatever its inputs.
+        overwrite: Replace an existing result, made from any inputs.
 
     Returns:
-        True if the folder already has the result of the same inputs. False if it must be written.
+        True if the folder already has the result of the same inputs. False if the result must be
+        written.
 
     Raises:
-        UsageError: If the path is no folder, or if the folder has other files or the result of
-            other inputs.
+        UsageError: If the path is no folder, or if the folder has foreign files or the result of
+            different inputs.
         StorageError: If the folder cannot be written to.
     """
     root = Path(path)
@@ -229,7 +229,7 @@ def claim_folder(
         raise UsageError(
             f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
-    # A folder that does not exist can be made if its nearest existing parent can be written to.
+        # A missing folder can be made if the nearest existing parent is writable.
     _require_writable_folder(_first_existing(root), target=root)
     return False
 
@@ -250,9 +250,9 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
 
     Args:
         root: The output folder.
-        result_kind: The kind of result that the folder will have, for the message.
-        foreign_paths: Paths of the foreign files: files in ``root`` that belong to no result of
-            this kind.
+        result_kind: The kind of the result, for the message.
+        foreign_paths: Paths of the foreign files: files in ``root`` outside all results of this
+            kind.
     """
     first = min(foreign_paths, default=None)
     if first is not None:
@@ -263,7 +263,7 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
 
 
 def kind_and_inputs(path: Path) -> KindAndInputs | None:
-    """The kind that a file of vilu states, and the digest of its inputs; None for other files."""
+    """The kind and the digest of the inputs stated in a file of vilu; None for a foreign file."""
     if not path.is_file():
         return None
     with convert_os_errors(f"cannot read {path}"):
@@ -283,18 +283,18 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
 
 
 def inputs_digest(*paths: Path, **settings: object) -> str:
-    """Digest of the files that a command reads, and of the settings of the command."""
+    """Digest of the files read by a command, and of the settings of the command."""
     identities = [content_identity(path) for path in paths]
     return digest([identities, settings])
 
 
 def content_identity(path: Path) -> object:
-    """A JSON value that identifies the content of a file or folder.
+    """A JSON value to identify the content of a file or folder.
 
-    - A JSON document that states which version of vilu wrote it: the content of the document,
-      without this version and without the document's own digest.
+    - A JSON document with the version of vilu: the content of the document, without the version and
+      the digest of the document.
     - A Parquet table of vilu: the digest in the metadata of the table.
-    - Any other file: the SHA-256 of its bytes.
+    - Any other file: the SHA-256 of the bytes.
     - A folder with documents of vilu (``predictor.json``, ...): names and contents of these
       documents, without versions and digests as above.
     - Any other folder: names, sizes and modification times of all files.
@@ -324,7 +324,7 @@ def _list_files(folder: Path) -> list[object]:
 
 
 def _table_or_file_digest(path: Path) -> object:
-    """The digest in the metadata of a Parquet table of vilu; for any other file, its SHA-256."""
+    """The digest in the metadata of a Parquet table of vilu; the SHA-256 of any other file."""
     if path.suffix.lower() == ".parquet":
         with convert_os_errors(f"cannot read {path}"):
             metadata = _table_metadata(path) or {}
@@ -334,14 +334,14 @@ def _table_or_file_digest(path: Path) -> object:
 
 
 def _document_identity(path: Path) -> object:
-    """The content of a document, without the version of vilu and the document's own digest.
+    """The content of a document, without the version of vilu and the digest of the document.
 
-    If the document is damaged, it is the SHA-256 of the file.
+    For a damaged document, the SHA-256 of the file.
     """
     content = _document_content(path)
     if content is None:
         return file_hash(path)
-    # the key of the digest is "fingerprint" in ``predictor.json``, and ``SEAL`` in other documents
+    # the key of the digest is "fingerprint" in ``predictor.json``, and ``SEAL`` everywhere else
     return without_version(content, "fingerprint", SEAL)
 
 
@@ -368,10 +368,10 @@ def _table_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _kind_by_bytes(path: Path) -> KindAndInputs | None:
-    """Recognise a file of vilu by the bytes at its beginning or at its end.
+    """Recognise a file of vilu by the bytes at the beginning or at the end.
 
-    A CSV file is recognised by its header, and any other file by a mark at its end. Returns None if
-    the file has neither.
+    CSV files are recognised by the header. All other files are recognised by a mark at the end.
+    Returns None if both are missing.
     """
     with path.open("rb") as handle:
         start = handle.read(SEARCHED_BYTES)
@@ -388,14 +388,14 @@ def _kind_by_bytes(path: Path) -> KindAndInputs | None:
     if text_match:
         kind_of_text = KIND_OF_TEXT[text_match["kind"]]
         return KindAndInputs(kind_of_text, text_match["inputs"].decode())
-    # a page of vilu without the mark, which would have the digest of its inputs
+    # a page of vilu without the mark, and so without the digest of the inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", inputs="")
     return None
 
 
 def _is_undamaged(path: Path) -> bool:
-    """Whether the content of a file matches its digest; True for files that have no digest."""
+    """Whether the content of a file matches the digest; True for files without a digest."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -410,7 +410,7 @@ def _is_undamaged(path: Path) -> bool:
 
 
 def _first_existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
+    """The folder, or the nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
@@ -419,7 +419,7 @@ def _first_existing(folder: Path) -> Path:
 def _require_writable_folder(folder: Path, target: Path) -> None:
     """Raise if ``folder`` does not exist or cannot be written to.
 
-    Messages say that ``target`` cannot be written.
+    Messages name ``target`` as the file that cannot be written.
     """
     if not folder.is_dir():
         problem = "does not exist"
@@ -428,8 +428,8 @@ def _require_writable_folder(folder: Path, target: Path) -> None:
         raise UsageError(
             f"cannot write {target}: the folder {folder} {problem}. Make it, or give another place."
         )
-    # By default, os.access checks the rights of the user who started the process. If the system can
-    # do it, the rights of the effective user are checked: the user as whom the process acts.
+    # By default, os.access checks the rights of the user who started the process. Where the system
+    # supports this, the rights of the effective user are checked: the user of the process now.
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

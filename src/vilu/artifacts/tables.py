@@ -1,4 +1,4 @@
-"""Tables: Parquet with metadata and a digest, and CSV that is safe to open in a spreadsheet."""
+"""Tables: Parquet with metadata and a digest, and CSV that spreadsheets can open safely."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}
 """Pattern of the metadata of vilu in the footer of a Parquet file.
 
 If a bit in the key or in the length of the metadata is flipped, pyarrow does not find the metadata.
-This pattern still finds them.
+This pattern still finds the metadata.
 """
 
 REMEDIES: Final = {
@@ -43,10 +43,10 @@ REMEDIES: Final = {
 """Maps the kind of a table to the advice in messages: how to make the table again."""
 
 OLDEST_VERSIONS: Final = {"labels": 1}
-"""Maps the kind of a table to the lowest schema version that is read.
+"""Maps the kind of a table to the lowest readable schema version.
 
-For all kinds that are not here, it is ``SCHEMA_VERSION``. Labels are the work of people, so tables
-of labels are read whatever their version.
+For all kinds not listed here, the lowest version is ``SCHEMA_VERSION``. Labels are the work of
+people, so tables of labels of every version are read.
 """
 
 MAX_COLUMNS = 10_000
@@ -54,10 +54,11 @@ MAX_COLUMNS = 10_000
 MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
-# A spreadsheet runs a cell as a formula if the cell begins with one of the characters in brackets.
-# ``_FORMULA`` matches such a beginning, and also apostrophes before it. When a CSV file is written,
-# a cell that matches gets one more apostrophe, which makes it a text. When the file is read, this
-# apostrophe is removed from every cell that matches ``_QUOTED_FORMULA``.
+# A spreadsheet runs a cell as a formula if the cell begins with a character in these brackets.
+# ``_FORMULA`` matches such a beginning, with or without apostrophes before the character. When a
+# CSV file is written, a matching cell gets one more apostrophe at the beginning, so spreadsheets
+# show the cell as text. When the file is read, this apostrophe is removed again from every cell
+# matched by ``_QUOTED_FORMULA``.
 _FORMULA = r"^('*[=+\-@\t\r])"
 _QUOTED_FORMULA = r"^'('*[=+\-@\t\r])"
 
@@ -77,13 +78,13 @@ def write_table(
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
-    """Encode columns of equal length as CSV in which no spreadsheet runs a cell as a formula."""
+    """Encode columns of equal length as CSV; no spreadsheet runs a cell as a formula."""
     import pyarrow as pa
     import pyarrow.csv
 
     table = pa.table(dict(columns))
     text_columns = [column.name for column in table.schema if pa.types.is_string(column.type)]
-    # group 1 of the pattern is the beginning of the cell, which gets an apostrophe before it
+    # group 1 of the pattern is the beginning of the cell; an apostrophe is put before this group
     table = _replace_in_texts(table, text_columns, pattern=_FORMULA, replacement=r"'\1")
     buffer = BytesIO()
     header = StringIO()
@@ -100,10 +101,10 @@ def parquet_bytes(
     *,
     compression: Literal["snappy", "zstd"] = "snappy",
 ) -> bytes:
-    """Encode columns of equal length as a Parquet file, with plain JSON metadata in its schema.
+    """Encode columns of equal length as a Parquet file with plain JSON metadata in the schema.
 
-    Every page has a checksum. Because the checksums cover neither the footer nor the headers of
-    pages, the metadata also have a digest of all columns and of the other metadata.
+    Every page has a checksum. The checksums do not cover the footer and the headers of pages.
+    Therefore the metadata also have a digest of all columns and of the remaining metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -130,8 +131,8 @@ SAMPLE_SIZE = 1_024  # number of values at the beginning of a column, for ``_is_
 def _is_repetitive(column: pa.ChunkedArray) -> bool:
     """Whether at most half of the first values of a column are distinct.
 
-    Parquet can write a dictionary of the distinct values of a column. It saves time and space only
-    if the values repeat.
+    Parquet can write a dictionary of the distinct values of a column. The dictionary saves time and
+    space only if the values repeat.
     """
     import pyarrow.compute as pc
 
@@ -164,7 +165,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     if column.null_count:
         for chunk in column.chunks:
             sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
-        # the bytes that Arrow stores for a null are undefined, so a fixed value replaces them
+        # Arrow stores undefined bytes for a null, so a fixed value replaces these bytes
         fixed_value = "" if is_text else pa.scalar(0).cast(column.type)
         column = pc.fill_null(column, fixed_value)
     if not is_text:
@@ -187,7 +188,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     if not len(chunk) or content is None:
         return memoryview(b"")
     # String i of the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
-    # be a slice of them, whose first string is string number ``chunk.offset`` of the buffers.
+    # be a slice of the buffers: its first string is string number ``chunk.offset``.
     all_offsets = np.frombuffer(offsets, np.int32)
     start = all_offsets[chunk.offset]
     end = all_offsets[chunk.offset + len(chunk)]
@@ -197,7 +198,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
 def _replace_in_texts(
     table: pa.Table, text_columns: Collection[str], *, pattern: str, replacement: str
 ) -> pa.Table:
-    """Return a table in which a regular expression is replaced in some columns of texts."""
+    """Replace a regular expression in some columns of texts; return the new table."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
@@ -210,26 +211,26 @@ def _replace_in_texts(
 
 
 def remove_apostrophes(table: pa.Table, text_columns: Collection[str]) -> pa.Table:
-    """Remove the apostrophes that ``csv_bytes`` puts before cells that look like formulas."""
+    """Remove the apostrophes put by ``csv_bytes`` before cells that look like formulas."""
     return _replace_in_texts(table, text_columns, pattern=_QUOTED_FORMULA, replacement=r"\1")
 
 
 def read_table(
     path: str | Path, text_columns: Collection[str], delimiter: str = ","
 ) -> tuple[pa.Table, dict[str, object]]:
-    """Read a Parquet or CSV table and its metadata.
+    """Read a Parquet or CSV table, and the metadata of the table.
 
-    The metadata are empty for CSV files and for tables of other programs.
+    CSV files and tables of other programs have empty metadata.
 
     Args:
         path: The file.
-        text_columns: Names of columns that are read as text, even if they look like numbers.
+        text_columns: Names of columns to read as text, even if the texts look like numbers.
         delimiter: Character between the columns of a CSV file.
 
     Raises:
         DataError: If the file is damaged, or is no Parquet or CSV table.
         StorageError: If the file does not exist or cannot be opened.
-        ProvenanceError: If vilu wrote the table with a schema version that this vilu does not read.
+        ProvenanceError: If the table has a schema version of vilu that this vilu does not read.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -264,12 +265,12 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True).read()
-    table.validate(full=True)  # checks that strings are UTF-8 and offsets are within their buffers
+    table.validate(full=True)  # checks the UTF-8 of strings, and the offsets into the buffers
     return table
 
 
 def _footer(source: pa.NativeFile) -> bytes:
-    """The raw bytes of the footer of a Parquet file, even if they cannot be parsed."""
+    """The raw bytes of the footer of a Parquet file, even of a damaged footer."""
     # a file ends with the footer, the length of the footer in four bytes, and the text "PAR1"
     end = source.size() - 8
     source.seek(end)
@@ -306,10 +307,10 @@ def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) ->
 class CsvRow(dict[str, str]):
     """A row of a CSV file: maps each column to the text of the cell.
 
-    If the row ends early, the cells that are missing are "".
+    If the row ends early, the missing cells are "".
 
     Attributes:
-        line: Line of the file on which the row begins, counted from 1.
+        line: Line of the file where the row begins, counted from 1.
         ends_early: Whether the row has fewer cells than there are columns.
     """
 
@@ -320,10 +321,10 @@ class CsvRow(dict[str, str]):
 
 
 def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]:
-    """Read the column names and the rows of a CSV file that people edit; all cells are text.
+    """Read the column names and the rows of a CSV file edited by people; all cells are text.
 
-    Three things that spreadsheets add are ignored: a byte order mark, lines without cells, and
-    empty cells to the right of the named columns.
+    Three additions of spreadsheets are ignored: a byte order mark, lines without cells, and empty
+    cells to the right of the named columns.
 
     Raises:
         DataError: If the file is no CSV in UTF-8, if two columns have the same name, or if a row
@@ -341,12 +342,12 @@ def parse_csv(
     lines: Iterable[str], source: str, delimiter: str = ","
 ) -> tuple[list[str], list[CsvRow]]:
     """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
-    # without ``strict``, an unclosed quote would make the remaining file one cell
+    # without ``strict``, an unclosed quote would turn the remaining file into a single cell
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
         names = next(reader, [])
-        last_line = reader.line_num  # last line of the row that was read last
+        last_line = reader.line_num  # last line of the row read last
         for cells in reader:
             line = last_line + 1
             last_line = reader.line_num  # more than ``line`` if a cell has line breaks
@@ -357,7 +358,7 @@ def parse_csv(
                 continue
             texts = [re.sub(_QUOTED_FORMULA, r"\1", cell) for cell in cells]
             missing_texts = [""] * (len(names) - len(cells))  # empty if no cells are missing
-            # strict=False leaves out cells without a column, which are empty: see the check above
+            # strict=False leaves out empty cells without a column; the check above refused texts
             text_of_column = dict(zip(names, texts + missing_texts, strict=False))
             rows.append(CsvRow(text_of_column, line, ends_early=bool(missing_texts)))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -372,7 +373,7 @@ def parse_csv(
 def require_distinct_columns(
     location: str, names: Sequence[str], first_cells: Sequence[str] = ()
 ) -> None:
-    """Raise DataError if two columns have the same name, which would be ambiguous.
+    """Raise DataError if two columns have the same name. Such a name would be ambiguous.
 
     Columns without a name are not checked: spreadsheets add empty columns, and pandas an index.
 
@@ -407,7 +408,7 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
         cells: The cells of the row.
     """
     n_named_columns = len(names)
-    # columns at the end that have no name are not counted
+    # columns without a name at the end are not counted
     while n_named_columns and not names[n_named_columns - 1].strip():
         n_named_columns -= 1
     for index in range(n_named_columns, len(cells)):
@@ -449,7 +450,7 @@ def read_columns(
 
     Args:
         source: The file.
-        types: Maps names of columns to their types. Arrow infers the types of all other columns.
+        types: Maps names of columns to types. Arrow infers the types of columns not named here.
         delimiter: Character between the columns.
         convert_options: Further options of ``pyarrow.csv.ConvertOptions``.
     """
@@ -486,7 +487,7 @@ def require_width(path: str | Path, n_columns: int) -> None:
 
 
 def table_suffix(path: str | Path) -> str:
-    """The suffix of a table, ``.parquet`` or ``.csv``; UsageError for any other suffix."""
+    """The suffix of a table, ``.parquet`` or ``.csv``; UsageError for a different suffix."""
     suffix = Path(path).suffix.lower()
     if suffix not in {".parquet", ".csv"}:
         raise UsageError(f"a table is a .parquet or a .csv file. Got {Path(path).name!r} instead.")
@@ -508,15 +509,16 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: 
 
 
 def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[str, object]) -> str:
-    """Return the digest of a table that was read; DataError if it is too damaged for a digest."""
+    """Return the digest of a table that was read; DataError if the damage prevents a digest."""
     import pyarrow as pa
 
     try:
         return table_digest(table, metadata)
-    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values that do
-    # not fit the type (ArrowInvalid, a ValueError), or it cannot convert the type
-    # (ArrowNotImplementedError, which is no ValueError). ``table_digest`` encodes the metadata,
-    # which may be nested too deeply for that, although they could be parsed (RecursionError).
+    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values of a
+    # wrong type (ArrowInvalid, a ValueError), or cannot convert the type
+    # (ArrowNotImplementedError, not a ValueError). ``table_digest`` encodes the metadata. The
+    # metadata may be nested too deeply to encode, even if the nesting could be parsed
+    # (RecursionError).
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
@@ -524,11 +526,11 @@ def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[s
 
 
 def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
-    """Check the digest of a table of vilu, and return its metadata; empty for any other table.
+    """Check the digest of a table of vilu and return the metadata; {} for any other table.
 
     Args:
         path: The file, for messages.
-        table: The table, as pyarrow has read it.
+        table: The table, as read by pyarrow.
         is_ours: Whether the footer of the file contains metadata of vilu. If pyarrow finds no
             metadata in such a table, the file is damaged.
     """
@@ -537,9 +539,9 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
     if text is None and not is_ours:
         return {}
     try:
-        # if pyarrow does not find the metadata, b"" is parsed, which raises a ValueError
+        # if pyarrow does not find the metadata, parsing b"" raises a ValueError
         metadata = parse_json(text or b"")
-    except (ValueError, RecursionError) as error:  # no JSON, or JSON that is nested too deeply
+    except (ValueError, RecursionError) as error:  # no JSON, or JSON with too deep nesting
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error

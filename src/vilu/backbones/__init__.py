@@ -1,1 +1,1 @@
-"""Encoders of images and texts: the only package that imports open_clip or transformers."""
+"""Encoders of images and texts. No other package imports open_clip or transformers."""

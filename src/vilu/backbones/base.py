@@ -1,4 +1,4 @@
-"""Backbones: an image encoder and a text encoder of one embedding space."""
+"""Backbones: an image encoder and a text encoder of the same embedding space."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Backbone(Protocol):
     """A frozen dual encoder with the preprocessing and the tokenizer of its model.
 
     Attributes:
-        space: Identity of the joint embedding space, with the model's own logit scale and bias.
-        feature_dim: Width F of the image features. They are the output of the image tower before
-            the projection into the joint space. If the projection cannot be separated from the
-            tower, they are the embeddings before normalisation.
+        space: Identity of the joint embedding space, with the logit scale and bias of the model.
+        feature_dim: Width F of the image features: the output of the image tower before the
+            projection into the joint space. If the projection cannot be separated from the tower,
+            the features are the embeddings before normalisation.
         projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower, on the CPU.
             None unless both maps are linear without bias.
     """
@@ -54,19 +54,19 @@ class Backbone(Protocol):
         """
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU, in one pass."""
+        """Embeddings of ``encode_images``, and features (B, F) float32 on the CPU, in one pass."""
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm embeddings (M, D) float32 on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """For each text, whether the tokenizer cuts off its end, which is then not embedded."""
+        """For each text, whether the tokenizer cuts off the end. The end is then not embedded."""
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """Output (M, F_t) float32 of the text tower before its projection in ``projections``."""
+        """Output (M, F_t) float32 of the text tower before the projection in ``projections``."""
 
 
-TEXT_BATCH = 64  # maximum number of texts that are encoded at a time
+TEXT_BATCH = 64  # maximum number of texts to encode at a time
 
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
@@ -85,14 +85,14 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
 
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
-    """The progress display for ``n_texts`` texts; it is silent if they fit into one batch."""
+    """The progress display for ``n_texts`` texts; silent if all texts fit into a single batch."""
     if n_texts > TEXT_BATCH:
         return track("encode texts", n_texts, "texts")
     return nullcontext(Silence())
 
 
 MIN_JPEG_FACTOR: Final = 2
-"""The side of a reduced JPEG is at least this many times as long as the side that a model needs.
+"""Minimum side of a reduced JPEG, as a multiple of the side needed by a model.
 
 With this factor, resizing still averages over several pixels. So the resized pixels change by only
 about half a grey level.
@@ -109,33 +109,33 @@ def jpeg_side_of(backbone: Backbone) -> int | None:
 
 
 class DualEncoder:
-    """A frozen dual encoder (the ``Backbone`` protocol), assembled from the parts of a model.
+    """A frozen dual encoder (the ``Backbone`` protocol), assembled from parts of a model.
 
     Args:
-        space: Identity of the joint space. If its ``precision`` is "bf16", images are encoded in
-            bfloat16: by ``bf16_tower`` if there is one, else by ``image_tower`` under autocast.
+        space: Identity of the joint space. If ``space.precision`` is "bf16", images are encoded in
+            bfloat16: by ``bf16_tower`` if given, else by ``image_tower`` under autocast.
         device: Device of the towers.
         transform: Function from an image to pixels (3, H, W); thread-safe.
         image_tower: Function from pixels (B, 3, H, W) to features (B, F).
-        text_tower: Function from M texts to features (M, F_t); it always runs in float32.
+        text_tower: Function from M texts to features (M, F_t); always in float32.
         truncates: Function from M texts to M booleans: whether the tokenizer truncates each text.
         image_head: Function from image features in float32 to embeddings (B, D) of any norm. None:
             the head is ``image_projection``.
         image_projection: Matrix (D, F) from image features to embeddings of any norm. None: the
-            image tower itself returns embeddings, unless there is an ``image_head``.
+            image tower already returns embeddings, unless there is an ``image_head``.
         text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
-            text tower itself returns embeddings.
+            text tower already returns embeddings.
         feature_dim: Width F; needed only if there is an ``image_head``.
-        text_cache_key: Text that identifies everything that determines the embeddings of texts. It
-            is a part of their key in the user's cache. None: texts are not cached.
+        text_cache_key: Text that identifies everything that determines the embeddings of texts. The
+            key of texts in the user's cache includes this text. None: texts are not cached.
         bf16_tower: Function from bfloat16 pixels (B, 3, H, W) to features (B, F): the image tower
-            with its weights in bfloat16. With it, autocast need not convert the weights.
+            with weights in bfloat16. Then autocast need not convert the weights.
         resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
             a larger number. None: not known, so JPEGs are never decoded at a reduced size.
 
     Attributes:
         jpeg_side: Least length of the shorter side to which JPEGs may be reduced in decoding. None:
-            they are decoded in full.
+            JPEGs are decoded in full.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -174,21 +174,21 @@ class DualEncoder:
         self._truncates = truncates
 
     def reduce_jpegs(self) -> None:
-        """Let JPEGs be decoded at a reduced size, if the size that the model needs is known."""
+        """Let JPEGs be decoded at a reduced size, if the size needed by the model is known."""
         if self._resize_to is None:
             return
         self.jpeg_side = MIN_JPEG_FACTOR * self._resize_to
         self.space = self.space.with_reduced_jpegs
 
     def in_float32(self) -> DualEncoder:
-        """The same model in float32; weights are shared."""
+        """Return the same model in float32; weights are shared."""
         model = copy(self)
         model.space = replace(self.space, precision="fp32")
         return model
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""
-        # torchvision uses the default type of torch, which a caller may have changed
+        # torchvision uses torch's default type, and a caller may have changed this type
         return self._transform(image).float()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -197,14 +197,14 @@ class DualEncoder:
         return _normalise(rows)
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU."""
+        """Embeddings of ``encode_images``, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
-        # tensors of inference mode cannot be trained on, but a copy made outside of it can
+        # tensors of inference mode cannot be trained on, but a copy from outside this mode can
         return _normalise(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
-        # an export needs the graph, which inference mode would not record
+        # an export needs the graph, and inference mode would not record a graph
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
             features = self._features(pixels.to(self.device))
@@ -221,7 +221,7 @@ class DualEncoder:
         if is_bf16:
             with torch.autocast(device_type, torch.bfloat16):
                 return self._image_tower(pixels).float()
-        # the same float32 products, from the library that is faster on this processor
+        # the same float32 products, from the faster library on this processor
         with torch.autocast(device_type, enabled=False), fast_products(self.device):
             return self._image_tower(pixels).float()
 
@@ -238,7 +238,7 @@ class DualEncoder:
         return _normalise(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """The embeddings of ``encode_texts``, from the user's cache if they are stored there."""
+        """The embeddings of ``encode_texts``, from the user's cache if stored there."""
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
@@ -256,11 +256,11 @@ class DualEncoder:
 
 
 MAX_CACHED_ENTRIES = 2**22
-"""Maximum number of float32 entries of a tensor in the user's cache, which take 16 MiB."""
+"""Maximum number of float32 entries (16 MiB) of a tensor in the user's cache."""
 
 
 def cached_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Rows on the CPU from the user's cache; if they are not there, ``compute`` computes them.
+    """Return rows on the CPU from the user's cache; missing rows are computed by ``compute``.
 
     Computed rows are written to the cache, unless they have more than ``MAX_CACHED_ENTRIES``.
     """
@@ -307,19 +307,19 @@ def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
 def _normalise(rows: Tensor) -> Tensor:
     """Normalise rows to unit norm, and copy them to the CPU.
 
-    The function must run outside inference mode, because predictors cannot be trained on tensors
-    that are made in inference mode.
+    The function must run outside inference mode. Predictors cannot be trained on tensors made in
+    inference mode.
     """
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
 def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - any class
-    """A copy of a network in which the members ``names`` have weights in bfloat16.
+    """Copy a network. In the copy, the members ``names`` have weights in bfloat16.
 
-    It has the class of the network. All other members are shared. A name that the network lacks is
-    ignored.
+    The copy has the class of the network. All other members are shared. A name that the network
+    lacks is ignored.
     """
-    # ``deepcopy`` does not copy the objects in its memo, so the copy shares them
+    # ``deepcopy`` does not copy the objects in the memo, so both networks share these objects
     shared_memo: dict[int, Any] = {}
     for name, member in network.named_children():
         if name not in names:
@@ -332,7 +332,7 @@ def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa:
 
 
 PROJECTION_TOLERANCE = 1e-4
-"""Largest accepted rounding error of an embedding, relative to the embedding's largest entry."""
+"""Largest accepted rounding error of an embedding, relative to the largest entry."""
 
 
 def detach_projection(
@@ -341,14 +341,14 @@ def detach_projection(
     """Remove the last linear map from a tower, so that the tower returns the features before it.
 
     A member such as ``proj`` need not be applied last. Therefore a map is removed only if it is
-    linear without bias, and if it maps the features of a probe to the embedding of the probe.
+    linear without bias, and maps the features of a probe to the embedding of the probe.
 
     Args:
-        network: The model that contains the tower. It is changed in place.
-        candidates: Dotted names of members that may be the last map. A member is a matrix (F, D)
-            that is applied from the right, or an ``nn.Linear``.
-        run_probe: Function that runs the tower on a probe. It returns (1, D) before the map is
-            removed, and (1, F) afterwards.
+        network: The model with the tower. The model is changed in place.
+        candidates: Dotted names of members that may be the last map. A member is a matrix (F, D),
+            applied from the right, or an ``nn.Linear``.
+        run_probe: Function that runs the tower on a probe. It returns (1, D) before the removal of
+            the map, and (1, F) afterwards.
 
     Returns:
         The map (D, F). None if no member is the last map; then the network is not changed.
@@ -368,12 +368,12 @@ def detach_projection(
         features = run_probe()
         if _is_mapped(features, weight, embedding):
             return weight
-        setattr(parent, name, member)  # put back, because it was not the last map
+        setattr(parent, name, member)  # put back, because this was not the last map
     return None
 
 
 def _linear_weight(member: object) -> Tensor | None:
-    """Matrix (D, F) of a member that is a linear map without bias; None for other members."""
+    """Matrix (D, F) of a linear map without bias; None for any other member."""
     if isinstance(member, nn.Linear):
         parameters = [name for name, _ in member.named_parameters()]
         return member.weight.detach() if parameters == ["weight"] else None
@@ -383,7 +383,7 @@ def _linear_weight(member: object) -> Tensor | None:
 
 
 def _is_mapped(features: Tensor, weight: Tensor, embedding: Tensor) -> bool:
-    """Whether ``weight`` (D, F) maps the features (1, F) of the probe to its embedding (1, D)."""
+    """Whether ``weight`` (D, F) maps the features (1, F) of the probe to ``embedding`` (1, D)."""
     if weight.shape != (embedding.shape[-1], features.shape[-1]):
         return False
     largest_error = (features @ weight.T - embedding).abs().max()

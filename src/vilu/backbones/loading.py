@@ -1,7 +1,7 @@
 """Loading of model weights from a folder or from the model hub.
 
-While a model is loaded, libraries print nothing, and a missing network causes no waiting. A model
-that is incomplete or damaged raises an error.
+While a model is loaded, libraries print nothing, and a missing network causes no waiting. An
+incomplete or damaged model raises an error.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ READING_ERRORS = (
     EOFError,
     struct.error,
 )
-"""Exceptions that other libraries raise when they read damaged or malicious files."""
+"""Exceptions of other libraries for damaged or malicious files."""
 
 PROBE_TEXTS = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
-"""Sentences whose tokens identify a tokenizer."""
+"""Sentences for identifying a tokenizer by the tokens."""
 MIN_DISTINCT_TOKENS = 5
 """Number of different words and signs in the first probe text.
 
@@ -49,7 +49,7 @@ Loaded = TypeVar("Loaded")
 
 
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
-    """Class of the tokenizer, and a hash of its tokens for two sentences.
+    """Return the class of the tokenizer, and a hash of the tokens for two sentences.
 
     Tokenizers with different vocabularies have different hashes.
 
@@ -72,8 +72,8 @@ def require_hub_id(text: str) -> str:
     """Return ``text`` if it can be the name of a repository of the model hub.
 
     Raises:
-        UsageError: If ``text`` cannot be such a name. Usually it is then the path of a folder that
-            does not exist.
+        UsageError: If ``text`` cannot be such a name. Usually, ``text`` is then the path of a
+            missing folder.
     """
     if not HUB_ID.fullmatch(text):
         raise UsageError(
@@ -83,7 +83,7 @@ def require_hub_id(text: str) -> str:
 
 
 class _MissingFileError(Exception):
-    """A file that a model needs is missing; the message names it."""
+    """A file of a model is missing; the message names the file."""
 
 
 def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
@@ -97,13 +97,13 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
     """Run ``load`` on the local cache of the hub; if files are missing, again with downloads.
 
-    So a cached model loads without network access, and does not change when the model on the hub
-    changes. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
-    do.
+    So a cached model loads without network access, and stays the same if the model on the hub
+    changes. ``load`` must raise OSError if a file is missing. The hub, transformers and Python do
+    so.
     """
     try:
         return _load_quietly(load, name, offline=True)
-    # A ProvenanceError means that files do not match. Perhaps one of them is not cached yet.
+    # A ProvenanceError means that files do not match. Perhaps a file is not cached yet.
     except (_MissingFileError, ProvenanceError) as error:
         cache_error = error
     is_reachable = hub_reachable()
@@ -126,7 +126,7 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
 
 
 def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
-    """Run ``load`` without output of libraries, and convert their exceptions to errors of vilu.
+    """Run ``load`` without output of libraries, and convert exceptions to errors of vilu.
 
     If ``offline``, the libraries do not use the network.
     """
@@ -157,9 +157,9 @@ def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Lo
 
 
 def unpickling_problem(error: Exception) -> str:
-    """The reason why the restricted unpickler of torch refused a file, as a clause for messages.
+    """Return torch's reason for refusing to unpickle a file, as a clause for messages.
 
-    The message of torch is not shown, because it explains how to execute arbitrary code.
+    The message of torch is not shown, because this message explains how to execute arbitrary code.
     """
     refused_global = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as "os.system"
     if refused_global:
@@ -168,6 +168,6 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def _short_message(error: BaseException) -> str:
-    """The message of an exception on one line, shortened to 300 characters."""
+    """The message of an exception on a single line, shortened to 300 characters."""
     message = str(error) or type(error).__name__
     return textwrap.shorten(message, 300, placeholder=" ...").rstrip(".")

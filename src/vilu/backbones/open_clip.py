@@ -30,9 +30,9 @@ from vilu.extras import import_extra
 CONFIG_FILE = "open_clip_config.json"  # name of the configuration file in a folder
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
-"""Dotted names that the last map of an image tower may have in open_clip."""
+"""Possible dotted names of the last map of an image tower in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
-"""Dotted names that the last map of a text tower may have in open_clip."""
+"""Possible dotted names of the last map of a text tower in open_clip."""
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -51,27 +51,27 @@ class Source:
     """Location of a model."""
 
     name: str  # name of the backbone, without local paths
-    model: str  # name of the model in open_clip; it may begin with a schema such as "hf-hub:"
+    model: str  # name of the model in open_clip, with or without a schema such as "hf-hub:"
     repository: str | None  # repository on the hub; None for a local folder
-    # downloads weights that are not on this machine; raises OSError if the download fails
+    # downloads weights missing on this machine; raises OSError if the download fails
     fetch: Callable[[], object]
-    # for a model whose name has no schema: its pretraining tag, or the path of a checkpoint file
+    # for a model name without schema: the pretraining tag, or the path of a checkpoint file
     tag: str | None = None
-    # whether the weights need QuickGELU; open_clip only warns if the model does not use it
+    # whether the weights need QuickGELU; open_clip only warns if the model does not use QuickGELU
     quick_gelu: bool = False
 
 
 def load(
     argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False
 ) -> DualEncoder:
-    """Load a model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
+    """Load a model of OpenCLIP with the model's preprocessing, tokenizer, logit scale and bias.
 
     Args:
         argument: NAME/TAG, NAME/PATH of a checkpoint file, "hf-hub:ORG/NAME", or a folder (also as
             "local-dir:FOLDER") with ``open_clip_config.json`` and weights.
         device: Device of the model.
         precision: "fp32" or "bf16" (image tower in bfloat16).
-        tanh_gelu: Whether every GELU is replaced by its tanh approximation.
+        tanh_gelu: Whether every GELU is replaced by the tanh approximation.
     """
     open_clip = import_extra("open_clip", "clip")
     source = find_source(open_clip, argument)
@@ -124,7 +124,7 @@ def load(
 
 
 def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, Tokenizer, str]:
-    """Load the network, its preprocessing, its tokenizer, and the identity of the tokenizer."""
+    """Load the network, the preprocessing, the tokenizer, and the identity of the tokenizer."""
 
     def read() -> tuple[Any, Transform, Tokenizer, str]:
         source.fetch()
@@ -133,7 +133,7 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
         )
         network.float()  # needed if the caller has changed the default type of torch
         tokenizer = open_clip.get_tokenizer(source.model)
-        # a tokenizer of open_clip is itself the function that encodes texts
+        # a tokenizer of open_clip is also the function for encoding texts
         tokenizer_id = tokenizer_identity(tokenizer, encode=tokenizer)
         return network, transform, tokenizer, tokenizer_id
 
@@ -143,7 +143,7 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
 
 
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
-    """Replace every GELU of a model by its tanh approximation."""
+    """Replace every GELU of a model by the tanh approximation."""
     activations = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not activations:
         raise ProvenanceError(
@@ -158,9 +158,9 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Whether a tokenizer of open_clip truncates each text.
 
     The tokenizers do not report truncation. So every text is tokenized twice: with the limit L of
-    the tokenizer, and with the limit L + 1. The first L tokens of both are compared. If the text
-    fits, they are equal. If the text is truncated, they differ at the end: the first has the end
-    token where the second has the next token of the text.
+    the tokenizer, and with the limit L + 1. The first L tokens of both results are compared. If the
+    text fits, these tokens are equal. If the text is truncated, the last of these tokens differs:
+    with limit L, it is the end token; with limit L + 1, it is the next token of the text.
     """
     limit = tokenizer.context_length
     tokens = tokenizer(texts)
@@ -170,7 +170,7 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:
-    """Location of the model that ``argument`` names."""
+    """Return the location of the model named by ``argument``."""
     if argument.startswith("hf-hub:"):
         return _hub_source(open_clip, argument)
     folder = Path(argument.removeprefix("local-dir:")).expanduser()
@@ -186,7 +186,7 @@ def find_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _hub_source(open_clip: ModuleType, argument: str) -> Source:
-    """Location of a model hf-hub:ORG/NAME, whose configuration is on the hub, too."""
+    """Return the location of a model hf-hub:ORG/NAME. The configuration is on the hub, too."""
     repository = require_hub_id(argument.removeprefix("hf-hub:"))
     hub = open_clip.pretrained
 
@@ -198,7 +198,7 @@ def _hub_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _registry_source(open_clip: ModuleType, argument: str) -> Source:
-    """Location of a model in the registry of open_clip: NAME/TAG, or NAME/PATH of its weights."""
+    """Return the location of a model in open_clip's registry: NAME/TAG, or NAME/PATH of weights."""
     model, _, tag = argument.partition("/")
     if model not in open_clip.list_models():
         similar_names = difflib.get_close_matches(model, open_clip.list_models(), n=3)
@@ -230,7 +230,7 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
-    """Location of a model of open_clip's registry whose weights are in a file."""
+    """Return the location of a model of open_clip's registry with the weights in a file."""
     file = Path(path).expanduser()
     if not path or not file.is_file():
         tags = open_clip.list_pretrained_tags_by_model(model)
@@ -250,9 +250,9 @@ def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
 
 
 def _require_weights(folder: Path) -> None:
-    """Refuse a folder without a configuration or without weights.
+    """Raise MissingModelError for a folder without a configuration or without weights.
 
-    open_clip would create a model with random weights for it.
+    open_clip would create a model with random weights for such a folder.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise MissingModelError(

@@ -1,11 +1,12 @@
-"""Matrix products of image towers by oneDNN, where that is faster than MKL.
+"""Matrix products of image towers by oneDNN, on processors where oneDNN is faster than MKL.
 
-torch multiplies float32 matrices by MKL, which chooses its code by the maker of the processor. On
-processors of AMD it does not use the instructions of AVX-512. oneDNN, which is a part of torch,
-uses them: ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still
-multiplies by MKL, because torch runs it as one function, which ``ProductsByOneDNN`` does not reach.
+torch multiplies float32 matrices by MKL. MKL chooses code by the maker of the processor, and does
+not use the instructions of AVX-512 on processors of AMD. oneDNN, a part of torch, uses these
+instructions: ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still
+multiplies by MKL, because torch runs attention as a single function, out of reach of
+``ProductsByOneDNN``.
 
-A convolution with a kernel of one pixel is a product, too. If torch has one thread, it runs this
+A convolution with a kernel of one pixel is a product, too. With a single thread, torch runs this
 convolution by oneDNN only for batches of at least 16 images. Without this module, an image in a
 smaller batch takes 1.6 times as long.
 """
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class ProductsByOneDNN(TorchFunctionMode):
-    """Mode in which products of float32 tensors are computed by oneDNN, in this thread.
+    """Mode for computing products of float32 tensors by oneDNN, in this thread.
 
     The products are ``functional.linear``, and ``functional.conv2d`` with a kernel of one pixel.
     """
@@ -36,7 +37,7 @@ class ProductsByOneDNN(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - the type that ``func`` returns
-        """Call ``func``; if it is a product, call the product of oneDNN instead."""
+        """Call ``func``; for a product, call the product of oneDNN instead."""
         kwargs = kwargs or {}
         if func is functional.linear:
             return _linear(*args, **kwargs)
@@ -66,13 +67,13 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The result of ``functional.conv2d``.
+    """Return the result of ``functional.conv2d``.
 
-    It is computed by oneDNN for images (B, C, H, W) and a kernel of one pixel.
+    oneDNN computes the result for images (B, C, H, W) and a kernel of one pixel.
     """
     is_float32 = input.dtype == weight.dtype == torch.float32
     is_product = input.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
-    # ``nn.Conv2d`` passes these tuples if its stride and padding are the defaults
+    # ``nn.Conv2d`` passes these tuples if stride and padding are the defaults
     is_plain = stride == (1, 1) and padding == (0, 0)
     if is_float32 and is_product and is_plain:
         product: Tensor = torch.ops.aten.mkldnn_convolution(
@@ -83,9 +84,9 @@ def _convolution(
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which products on a device are computed by oneDNN, if oneDNN is faster there.
+    """Context for computing products on a device by oneDNN, if oneDNN is faster there.
 
-    The context has an effect only in the calling thread. Products that are computed in it cannot be
+    The context has an effect only in the calling thread. Products from this context cannot be
     differentiated. While a model is exported, the context does nothing, because ONNX has no product
     of oneDNN.
     """

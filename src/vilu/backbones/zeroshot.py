@@ -35,23 +35,23 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 DETERMINERS = frozenset(
     {"a", "an", "the", "this", "that", "these", "those", "some", "any", "my", "our", "your"}
 )
-"""Words that may not follow one another, as in "a the"."""
+"""Words that may not follow each other, as in "a the"."""
 
 MAX_SHOWN = 3
-"""Maximum number of templates that ``prompts_in_words`` shows."""
+"""Maximum number of templates in the text of ``prompts_in_words``."""
 
 NEAR_DUPLICATE_COSINE = 0.999
-"""If two candidates have a cosine above this number, the model can hardly tell them apart."""
+"""Above this cosine, the model can hardly tell two candidates apart."""
 BLOCK_SIZE = 1024
-"""Number of candidates whose cosines with all candidates are in memory at a time."""
+"""Number of candidates in a block. The cosines of a block with all candidates are in memory."""
 
 
 @cache
 def everyday_words() -> tuple[str, ...]:
     """About 2,200 everyday words for objects in photos.
 
-    The words help to detect images of none of the classes. The list was written for vilu and has
-    the MIT licence.
+    The words help to detect images outside all classes. The list was written for vilu and has the
+    MIT licence.
     """
     text = (
         resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
@@ -65,13 +65,13 @@ def class_texts(
     """Unit-norm embeddings (K, D) float32 of K classes.
 
     The embedding of a class is the normalised mean over all templates: prompt ensembling in
-    embedding space (Radford et al., ICML 2021). A warning reports pairs of classes whose embeddings
-    are nearly equal.
+    embedding space (Radford et al., ICML 2021). A warning reports pairs of classes with nearly
+    equal embeddings.
 
     Args:
         backbone: Encoder of the prompts.
         names: K class names. Equal names have exactly the same embedding.
-        templates: Prompt templates, each with one ``{}`` for the name.
+        templates: Prompt templates, each with a single ``{}`` for the name.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     text = mean_texts(backbone, names, templates)
@@ -94,8 +94,8 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
-    # Each name is encoded once. Otherwise equal names in different batches could get embeddings
-    # that are rounded differently.
+    # Each name is encoded once. Otherwise the embeddings of equal names in different batches could
+    # be rounded differently.
     distinct_names = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(distinct_names, templates)
@@ -107,7 +107,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
 
 
 def _check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that do not have exactly one ``{}`` for a name."""
+    """Raise UsageError if a template does not have exactly one ``{}`` for a name."""
     if isinstance(templates, str):
         raise UsageError(
             f"templates must be a list of templates. Got the text {templates!r} instead."
@@ -131,9 +131,9 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The prompts in which an article of the template comes before a name that has an article.
+    """Return the prompts with two articles: in the template and at the beginning of the name.
 
-    A model has seen few texts such as "a photo of a a textile with a hole.", so its answers suffer.
+    A model has seen few texts such as "a photo of a a textile with a hole.", so answers suffer.
 
     Examples:
         >>> from vilu.backbones.zeroshot import clumsy_prompts
@@ -177,7 +177,7 @@ def prompts_in_words(names: Sequence[str], templates: Sequence[str]) -> str:
 def named_templates(names_or_templates: Sequence[str]) -> tuple[str, ...]:
     """Replace each name of a set in ``TEMPLATES`` by the templates of this set.
 
-    A text that is no such name is a template itself.
+    Any other text is a template.
     """
     templates: list[str] = []
     for text in names_or_templates:
@@ -186,7 +186,7 @@ def named_templates(names_or_templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
-    """Warn of pairs of classes whose embeddings are nearly equal."""
+    """Warn of pairs of classes with nearly equal embeddings."""
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK_SIZE):
         block = text[start : start + BLOCK_SIZE]

@@ -16,13 +16,13 @@ from vilu.predictors.contract.predictor import FailurePredictor
 CONFIDENCE = 0.8
 """Confidence of the interval of the gain in coverage (adapted minus zero-shot answers).
 
-It is lower than the usual 95 %, because two errors are equally bad here: to choose adapted answers
-that lose coverage, and to reject adapted answers that gain coverage.
+The confidence is lower than the usual 95 %, because two errors are equally bad here: to choose
+adapted answers with less coverage, and to reject adapted answers with more coverage.
 """
 
 
 class AnswerChoice(Model):
-    """Which answers are judged, and the reason.
+    """Kind of the judged answers, with the reason.
 
     Attributes:
         answer: Kind of the judged answers.
@@ -51,10 +51,10 @@ def choose_answer(
 ) -> AnswerChoice:
     """Choose between the zero-shot answers and the own answers of a fitted predictor.
 
-    Both kinds of answers are compared on labelled rows that were held out. The measure is coverage
-    at a risk: the largest share of rows that can be accepted with a share ``max_risk`` of wrong
-    answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They clearly
-    lose coverage if the 80 % interval of their gain lies below zero (paired bootstrap over rows).
+    Both kinds of answers are compared on held-out labelled rows. The measure is coverage at a risk:
+    the largest share of accepted rows with a share ``max_risk`` of wrong answers. The own
+    ("adapted") answers are chosen unless adapted answers clearly lose coverage. A loss is clear if
+    the 80 % interval of the gain in coverage lies below zero (paired bootstrap over rows).
 
     If the fit held out rows, the answers are compared on these rows. Otherwise the training rows
     are divided into folds. For each fold, a copy of the predictor is fitted to the rows outside the
@@ -62,10 +62,10 @@ def choose_answer(
     compared, and the adapted answers are chosen.
 
     Args:
-        predictor: A predictor that was fitted on ``train``.
+        predictor: A predictor, fitted on ``train``.
         train: The rows of the fit.
         max_risk: The largest share of wrong answers among the accepted answers.
-        unlabelled: The rows without labels that the fit used.
+        unlabelled: The rows without labels in the fit.
 
     Examples:
         >>> import numpy as np, vilu
@@ -96,7 +96,7 @@ def choose_answer(
 
 
 def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoice:
-    """Choose the adapted answers, unless they clearly lose coverage on the held-out rows."""
+    """Choose the adapted answers, unless these clearly lose coverage on the held-out rows."""
     kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
     adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
@@ -114,7 +114,7 @@ def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoi
 def _held_out_answers(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOutAnswers | None:
-    """Both kinds of answers to rows that the fit held out, or else to the rows of a cross-fit.
+    """Return both kinds of answers to held-out rows of the fit, or else to rows of a cross-fit.
 
     None if no cross-fit is possible, because some class has no label outside some fold.
     """

@@ -1,10 +1,10 @@
 """Thresholds that may be tested again after every label, with anytime-valid evidence.
 
-Fix a threshold t. The accepted answers are labelled one after another. They are independent draws,
-and each is wrong with probability R(t). A bet b in (0, 1] against "the error rate is above r"
-multiplies its wealth at every label by
+Fix a threshold t. The accepted answers are labelled one after another. The answers are independent
+draws, each wrong with probability R(t). A bet b in (0, 1] against "the error rate is above r"
+multiplies a wealth at every label by
 
-    1 - b (wrong - r) / (1 - r),    whose mean is at most 1 where R(t) >= r.
+    1 - b (wrong - r) / (1 - r),    with a mean of at most 1 where R(t) >= r.
 
 If k of the first m answers are wrong, the wealth after m labels is
 
@@ -33,32 +33,32 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.validation import require_between
 
 BETS: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
-"""Bets b, each with its share of the initial wealth.
+"""Bets b, each with a share of the initial wealth.
 
-With these bets 72 right answers and no wrong one certify a risk of 5 % with confidence 95 %. The
+With these bets 72 right answers and no wrong answer certify a risk of 5 % with confidence 95 %. The
 exact test for a single look needs 59.
 """
 
 STEPS: Final = 64
-"""Number of thresholds in a grid up to its limit."""
+"""Number of thresholds in a grid up to the limit."""
 
 STARTS: Final = ((40, 0.3), (STEPS, 0.7))
-"""For every sequence of thresholds: number of its first threshold, and share of the level.
+"""For every sequence of thresholds: number of the first threshold, and share of the level.
 
 Thresholds are numbered from 1. The thresholds 1 to ``STEPS`` divide the rows up to the limit into
-equal parts, so number ``STEPS`` is the limit itself. The sequence that starts there gets the
-largest share, because its first test uses all labels.
+equal parts, so threshold ``STEPS`` is the limit. The sequence that starts there gets the largest
+share, because the first test of this sequence uses all labels.
 """
 
 GROWTH: Final = 1.02
-"""Beyond the limit, each threshold accepts this many times the rows of the threshold before it."""
+"""Beyond the limit, each threshold accepts this many times the rows of the previous threshold."""
 
 
-@np.errstate(under="ignore")  # a term far smaller than the largest one is rounded to 0
+@np.errstate(under="ignore")  # terms far smaller than the largest term are rounded to 0
 def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
-    """Log evidence (...) against "the error rate is above ``max_risk``": log E.
+    """Return the log evidence (...) against "the error rate is above ``max_risk``": log E.
 
-    ``accepted`` is the number of labels so far, ``wrong`` the number of wrong answers among them.
+    ``accepted`` is the number of labels so far, and ``wrong`` the number of wrong answers.
 
     Examples:
         >>> import math
@@ -71,12 +71,12 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     bet, share = np.array(BETS).T
     k = np.asarray(wrong, dtype=np.float64)[..., None]
     m = np.asarray(accepted, dtype=np.float64)[..., None]
-    # Logarithms are added instead of multiplying wealth, because after thousands of labels the
-    # wealth itself is outside the range of float64.
+    # Logarithms are added, because after thousands of labels the wealth is outside the range of
+    # float64.
     change_by_wrong = k * np.log1p(-bet)
     change_by_right = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
-    # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds for
-    # it. The wealth of the bet that is best in hindsight would reach 1 / a too often.
+    # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds. The
+    # wealth of the bet that is best in hindsight would reach 1 / a too often.
     evidence: Floats = np.logaddexp.reduce(
         np.log(share) + change_by_wrong + change_by_right, axis=-1
     )
@@ -84,12 +84,14 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
-    """Smallest number of labels that certify one threshold at level delta if no answer is wrong."""
+    """Return the smallest number of right answers that certifies a threshold at level delta."""
     return labels_needed(wrong=0, max_risk=max_risk, delta=delta)
 
 
 def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
-    """Smallest number of labels that certify one threshold at level delta with ``wrong`` errors.
+    """Return the smallest number of labels that certifies a threshold with ``wrong`` errors.
+
+    The level is delta.
 
     Examples:
         >>> from vilu.calibration.anytime import labels_needed
@@ -101,12 +103,12 @@ def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
         return float(log_evidence(wrong, wrong + n_right, max_risk))
 
     # Every bet wins at a right answer. So the evidence rises with the number of right answers, and
-    # bisection finds the smallest number that is enough.
+    # bisection finds the smallest sufficient number.
     return wrong + bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
 
 
 def level_of(attempt: int, delta: float) -> float:
-    """Level of predictor number k = ``attempt`` (from 1): delta / 2^k.
+    """Return the level of predictor number k = ``attempt`` (from 1): delta / 2^k.
 
     The levels of infinitely many predictors add up to delta.
     """
@@ -116,10 +118,10 @@ def level_of(attempt: int, delta: float) -> float:
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
-    """Thresholds (G,) from scores (N,), without labels.
+    """Choose thresholds (G,) from scores (N,), without labels.
 
     The first 64 thresholds divide the rows up to ``limit`` into equal parts. Beyond the limit, each
-    threshold accepts ``GROWTH`` times as many rows as the threshold before it.
+    threshold accepts ``GROWTH`` times as many rows as the previous threshold.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
     # scores where the answers happen to be right, and a test for fixed thresholds would not hold.
@@ -137,9 +139,10 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
 
 
 def accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """For each threshold (G,) of ``grid_of``: accepted rows divided by the rows up to the limit.
+    """Return the accepted rows of each threshold (G,) of ``grid_of``, relative to the limit.
 
-    The quotients are not rounded to whole rows, so they follow from the number of thresholds alone.
+    The number of accepted rows is divided by the number of rows up to the limit. The quotients are
+    not rounded to whole rows, and depend only on the number of thresholds.
     """
     number = np.arange(1, n_thresholds + 1)
     share_up_to_limit = np.minimum(number / STEPS, 1.0)
@@ -149,7 +152,7 @@ def accepted_relative_to_limit(n_thresholds: int) -> Floats:
 
 
 def require_grid(grid: Floats) -> None:
-    """Raise DataError if a grid has too few thresholds, or if they are not in ascending order."""
+    """Raise a DataError for a grid with too few thresholds, or not in ascending order."""
     if len(grid) < STEPS or (np.diff(grid) < 0).any():
         raise DataError(
             f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
@@ -158,7 +161,7 @@ def require_grid(grid: Floats) -> None:
 
 
 class SavedLooks(Model):
-    """Saved settings of the tests of labels that arrive one after another (``Looks``).
+    """Saved settings of repeated tests (``Looks``).
 
     The settings are fixed before any label is seen.
     """
@@ -169,22 +172,22 @@ class SavedLooks(Model):
 
     @classmethod
     def of(cls, looks: Looks) -> Self:
-        """The settings of the tests ``looks``."""
+        """Return the settings of the tests ``looks``."""
         return cls(grid=tuple(looks.grid.tolist()), delta=looks.delta, limit=looks.limit)
 
     def looks(self, max_risk: float) -> Looks:
-        """The tests of the thresholds for a maximal risk."""
+        """Make the tests of the thresholds for a maximal risk."""
         return Looks(np.array(self.grid), max_risk, self.delta, self.limit)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Tests of a grid of thresholds, which may be repeated after every label.
+    """Repeatable tests of a grid of thresholds: all thresholds may be tested after every label.
 
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
-    Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
-    share of ``delta``. A sequence that reaches the start of the next sequence adds its level to
-    the level of the next sequence.
+    Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with a share of
+    ``delta``. If a sequence reaches the start of the next sequence, the level of the next sequence
+    grows by the level of the earlier sequence.
 
     1. The level at a true H_t consists of the shares of the sequences that started after the
        preceding true H_t.
@@ -225,11 +228,11 @@ class Looks:
 
     @property
     def last(self) -> int:
-        """Index of the laxest threshold that can be tested."""
+        """Index of the laxest threshold up to the limit."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
-        """For each threshold (G,): number of accepted wrong answers, and of all accepted answers.
+        """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
 
         ``uncertainty`` (N,) and ``failure`` (N,) belong to the N labelled answers.
         """
@@ -239,26 +242,26 @@ class Looks:
         return is_wrong.sum(axis=1), is_accepted.sum(axis=1)
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that the labels (N,) so far certify; None: no threshold."""
+        """Return the index of the laxest threshold certified by the labels (N,) so far, or None."""
         wrong, accepted = self.counts(uncertainty, failure)
         return self._laxest_certified(wrong, accepted)
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right.
 
-        If they would not, a test can certify nothing yet. Such a test does not count as a look.
+        If not, a test can certify nothing yet. Such a test does not count as a look.
         """
-        # All answers count as right here, so that the result does not depend on the labels.
+        # All answers count as right here. So the result does not depend on the labels.
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
         wrong, accepted = self.counts(uncertainty, no_failures)
         return self._laxest_certified(wrong, accepted) is not None
 
     def _laxest_certified(self, wrong: Ints, accepted: Ints) -> int | None:
-        """Index of the laxest threshold that is certified; None: no threshold.
+        """Return the index of the laxest certified threshold; None: no threshold.
 
-        ``wrong`` (G,) and ``accepted`` (G,) are the numbers that ``counts`` returns.
+        ``wrong`` (G,) and ``accepted`` (G,) are the results of ``counts``.
         """
-        share_at_start = dict(STARTS)  # maps the number of a threshold to its share of the level
+        share_at_start = dict(STARTS)  # maps the number of a threshold to a share of the level
         level = 0.0
         laxest = None
         # Labelled rows are a random sample only up to the limit. So no threshold beyond the limit
@@ -269,24 +272,24 @@ class Looks:
             level += self.delta * share_at_start.get(number, 0.0)
             is_rejected = level > 0 and log_e >= -math.log(level)
             if is_rejected:
-                # The next threshold is tested at the full level. A sequence makes an error only if
-                # it rejects the first true H_t that it meets, so its level counts once (Wiens).
+                # The next threshold is tested at the full level. A sequence makes an error only by
+                # rejecting the first true H_t that it meets, so the level counts once (Wiens).
                 laxest = index
             else:
-                # H_t may be true, and its test has used up the level. If the same level were used
+                # H_t may be true, and this test has used up the level. If the same level were used
                 # again, the levels at true hypotheses could add up to more than delta.
                 level = 0.0
         return laxest
 
     def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """About how many more labels would certify a threshold, if the error rates stay the same.
+        """Estimate how many more labels would certify a threshold, at the same error rates.
 
         Only labels of rows up to the limit count. Without any label so far, all answers are assumed
         to be right. None if no number of labels would be enough.
         """
         wrong, accepted = self.counts(uncertainty, failure)
-        # All new labels are of rows up to the limit. A threshold that accepts half of these rows
-        # also accepts about half of the new labels.
+        # All new labels are of rows up to the limit. If a threshold accepts half of these rows, the
+        # threshold also accepts about half of the new labels.
         relative_size = accepted_relative_to_limit(len(self.grid))
         share_accepted = np.minimum(relative_size / relative_size[self.last], 1.0)
         error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)

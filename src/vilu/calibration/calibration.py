@@ -1,4 +1,4 @@
-"""``risk.json``: rule, probabilities and label sets of a predictor, and the data behind them."""
+"""``risk.json``: rule, probabilities and label sets of a predictor, with the calibration data."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ from vilu.predictors.persistence.description import RECALIBRATE, fit_fingerprint
 from vilu.predictors.persistence.files import RISK, ROWS
 
 ROUNDING = 1e-9
-"""Tolerance when bounds and levels are compared: versions of SciPy may round them differently."""
+"""Tolerance for comparing bounds and levels: versions of SciPy may round differently."""
 
 SCORE_TOLERANCE = 1e-6
-"""Relative tolerance of a score that is computed again in a batch with other rows."""
+"""Relative tolerance of a score that is computed again in a different batch."""
 
 ABOUT_NEW = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
 )
-"""Advice for messages about data that a guarantee for the photos of one folder does not cover."""
+"""Advice in messages, for data outside a guarantee about the photos of a folder."""
 
 
 class Calibration(Document):
     """Result of calibrating a predictor on labelled rows: rule, probabilities and label sets.
 
-    ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write it into the folder of
-    the predictor as ``risk.json``, beside the calibration rows. The rule of a
+    ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write the calibration into
+    the folder of the predictor as ``risk.json``, beside the calibration rows. The rule of a
     calibration decides which answers are accepted.
 
     Attributes:
         vilu: Version of vilu that made the calibration.
-        predictor: Hash of the predictor with its weights and its probabilities. The hash does not
-            depend on the version of vilu that loads the predictor.
+        predictor: Hash of the predictor with weights and probabilities. The hash does not depend on
+            the version of vilu that loads the predictor.
         n_candidates: Number of candidates of the calibration rows; None for pools.
         classes: Hash of the class names; None without class names.
         texts: Sketch of the candidates' texts; None for pools.
@@ -68,16 +68,16 @@ class Calibration(Document):
         n: Number of calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
         guarantee_text: Text of the guarantee; None without a rule.
-        target: The target that was asked for.
-        rule: Accepts answers or leaves them for review; None if only probabilities were calibrated.
+        target: Target of the calibration.
+        rule: Rule for accepting answers or leaving answers for review; None if only probabilities
+            were calibrated.
         probability: Calibrator that turns scores into probabilities of failure.
         label_sets: Label sets; None without label sets.
         draws: Settings of the tests of every group, fixed before the first label of the group was
-            seen. None if labels did not arrive one after another.
-        inputs: Digest of everything that the calibration was made from; None if labels arrived one
-            after another.
-        near_copies: Indices of calibration rows that the rule leaves out, because they are near
-            copies of other rows.
+            seen. None if the method is not "anytime".
+        inputs: Digest of all inputs of the calibration; None for the method "anytime".
+        near_copies: Indices of near copies among the calibration rows. The rule leaves out these
+            rows.
         looks: Number of targets that were tried on these rows; None: only this target.
 
     Examples:
@@ -109,7 +109,7 @@ class Calibration(Document):
     split: str | None
     n: int = Field(ge=0)
     rows_sha256: str
-    # all later versions read this key, so it must not be renamed
+    # all later versions read this key, so the key must not be renamed
     guarantee_text: str | None
     target: Target
     rule: Rule | None
@@ -124,7 +124,7 @@ class Calibration(Document):
     _rows: Outcomes = PrivateAttr()
 
     def __eq__(self, other: object) -> bool:
-        """Whether two calibrations are equal; their rows are compared by hash."""
+        """Whether two calibrations are equal; the calibration rows are compared by hash."""
         if not isinstance(other, Calibration):
             return False
         return vars(self) == vars(other)
@@ -134,10 +134,10 @@ class Calibration(Document):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The calibration in a predictor's folder, checked against the predictor and the rows.
+        """Load the calibration in a predictor's folder, and check predictor, rows and rule.
 
         Raises:
-            DataError: If there is no calibration, if its file is damaged, or if its rule does not
+            DataError: If there is no calibration, if the file is damaged, or if the rule does not
                 follow from the calibration rows.
             ProvenanceError: If the calibration was made for another predictor, or with another
                 schema.
@@ -174,7 +174,7 @@ class Calibration(Document):
 
     @classmethod
     def find(cls, folder: str | Path) -> Self | None:
-        """The calibration as ``load`` gives it; None if the predictor is not calibrated.
+        """Load the calibration, as in ``load``; None if the predictor is not calibrated.
 
         Examples:
             >>> import tempfile, vilu
@@ -194,10 +194,10 @@ class Calibration(Document):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee, its predictor and its data; saved with scores and monitors.
+        """Hash of the guarantee, the predictor and the data; saved with scores and monitors.
 
-        The hash depends neither on the version of vilu nor on the bytes of
-        ``calibration.parquet``, which contain the version of pyarrow.
+        The hash does not depend on the version of vilu, or on the bytes of
+        ``calibration.parquet``. These bytes contain the version of pyarrow.
         """
         return content_digest(self.model_dump(mode="json"), "rows_sha256")
 
@@ -220,11 +220,12 @@ class Calibration(Document):
         return self.rule.needs_batch or self.rule.clusters is not None
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse a predictor, candidates or photos that the guarantee is not about.
+        """Refuse a predictor, candidates or photos outside the guarantee.
 
         Raises:
-            ProvenanceError: If the calibration was made with another predictor or other candidates,
-                or if the guarantee is about the photos of a folder and the data show other photos.
+            ProvenanceError: If the calibration was made with another predictor or different
+                candidates, or if the guarantee is about the photos of a folder and the data show
+                different photos.
 
         Examples:
             >>> import numpy as np, vilu
@@ -257,7 +258,7 @@ class Calibration(Document):
             "pool_size": self.pool_size,
         }
         facts_of_data = _candidate_facts(data)
-        candidates_of_data = None  # in words, if they differ from the saved candidates
+        candidates_of_data = None  # in words, if different from the saved candidates
         if saved_facts != facts_of_data:
             candidates_of_data = _candidates_in_words(facts_of_data)
         elif not same_candidates(vars(self), candidates_of(data)):
@@ -270,7 +271,7 @@ class Calibration(Document):
             )
 
     def _require_closed(self, data: EmbeddingSource) -> None:
-        """Refuse data with pictures that a guarantee about a folder does not cover."""
+        """Refuse data with pictures outside a guarantee about a folder."""
         if self.rule is None or self.rule.closed is None:
             return
         is_covered = self.rule.closed.covers(data.picture_identities())
@@ -288,15 +289,15 @@ class Calibration(Document):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None without label sets, or if there is only one candidate.
+        """Return the label sets of a batch; None without label sets, or with a single candidate.
 
-        ``vilu.score`` calls it batch by batch, and ``Outcomes.label_set`` has the result.
+        ``vilu.score`` calls ``sets_of`` batch by batch, and ``Outcomes.label_set`` has the result.
 
         Args:
             predictor: The calibrated predictor.
             batch: B rows with K candidates.
             uncertainty: Scores (B,) of the rows by the predictor.
-            class_names: Names of the candidates; None: their numbers.
+            class_names: Names of the candidates; None: the numbers of the candidates.
 
         Returns:
             B texts, each a JSON list of names.
@@ -320,7 +321,7 @@ class Calibration(Document):
         return named_sets(self.label_sets.members(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with a decision for every row. Each row left for review has a reason, too.
+        """Return the outcomes with a decision for every row, and reasons for rows left for review.
 
         Without a rule the outcomes are returned unchanged.
 
@@ -355,17 +356,17 @@ class Calibration(Document):
         if self.rule.closed is not None:
             reasons = _reasons_in_folder(reasons, outcomes, self.rule.closed)
         decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
-        # A row without an uncertainty is not judged. Its reason says why it has no uncertainty.
+        # A row without an uncertainty is not judged. The reason says why there is no uncertainty.
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
             decisions[row] = REVIEW
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _first_wrong_statement(self) -> str | None:
-        """First statement of this calibration that does not follow from its rows and its target.
+        """Return the first statement that does not follow from the calibration rows and the target.
 
-        It is a part of a sentence, such as "it counts 30 calibration rows". None if all statements
-        follow.
+        The statement is a part of a sentence, such as "it counts 30 calibration rows". None if all
+        statements follow.
         """
         n = int(self.rows.evaluable.sum())
         if self.n != n:
@@ -388,7 +389,7 @@ class Calibration(Document):
         return _first_difference(self.rule, rule)
 
     def _recompute_rule(self) -> Rule:
-        """The rule, computed again from the calibration rows and the target."""
+        """Compute the rule again from the calibration rows and the target."""
         is_counted = np.ones(len(self.rows), np.bool_)
         is_counted[list(self.near_copies)] = False
         rows = self.rows.take(is_counted)
@@ -397,19 +398,19 @@ class Calibration(Document):
         self.target.check_rule(grouped=self.target.per_class)
         groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
         rule = rule_of(rows, self.target, groups)
-        # The limit was fixed before the rows were drawn, so it does not follow from the rows.
+        # The limit was fixed before the draw of the rows, and does not follow from the rows.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
 
     def _recompute_from_draws(self, rows: Outcomes) -> Rule:
-        """The rule of labels that arrived one after another, computed again."""
+        """Compute the rule of the method "anytime" again."""
         draws = self.draws or {}
         max_risk = self.target.risk_of_anytime()
         total_level = sum(settings.delta for settings in draws.values())
         if total_level > 1 - self.target.confidence + ROUNDING:
             raise DataError("its levels add up to more than 1 - confidence")
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
-        # Rows of groups without settings of their own are tested together as the group "(other)".
+        # Rows of groups without separate settings are tested together as the group "(other)".
         group_of_row = np.array([name if name in draws else OTHER for name in names], dtype=object)
         groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
         for name, settings in draws.items():
@@ -423,10 +424,10 @@ class Calibration(Document):
 def _reasons_in_folder(
     reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
 ) -> list[str | None]:
-    """Reasons of N rows, with ``NOT_COVERED`` for accepted rows that show none of the photos.
+    """Return the reasons of N rows, with ``NOT_COVERED`` for accepted rows outside ``closed``.
 
     ``reasons`` come from ``Rule.reasons``, where None stands for an accepted row. ``closed`` are
-    the photos that the guarantee covers.
+    the photos under the guarantee.
     """
     if outcomes.picture is None:
         is_covered = np.zeros(len(reasons), np.bool_)
@@ -443,14 +444,14 @@ def _reasons_in_folder(
 
 
 def above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows whose uncertainty is above ``limit``, up to which rows were drawn."""
-    # If a row is scored again in another batch, the last digits of its score may change.
+    """Return the mask (N,) of the rows with an uncertainty above ``limit``, the limit of a draw."""
+    # If a row is scored again in another batch, the last digits of the score may change.
     tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
 
 
 def require_about_new(guarantee: Rule | LabelSets | None) -> None:
-    """Refuse a rule about one folder or about clusters, because new rows come one by one."""
+    """Refuse a rule about a folder or about clusters, because new rows come one by one."""
     if not isinstance(guarantee, Rule):
         return
     if guarantee.closed is not None:
@@ -466,7 +467,7 @@ def require_about_new(guarantee: Rule | LabelSets | None) -> None:
 
 
 def _first_difference(rule: Rule, recomputed: Rule) -> str | None:
-    """First difference between a saved rule and the rule that was computed again; None: equal.
+    """Return the first difference between a saved rule and the recomputed rule; None: equal.
 
     The difference is a statement of the saved rule, as a part of a sentence.
     """
@@ -499,7 +500,7 @@ def _is_same_threshold(threshold: Threshold, recomputed: Threshold) -> bool:
 
 
 def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
-    """Number of candidates, hash of the class names, and pool size, by the fields' names.
+    """Return the number of candidates, the hash of class names, and the pool size, by field name.
 
     A guarantee holds only for data with the same facts.
     """
@@ -511,7 +512,7 @@ def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
 
 
 def _candidates_in_words(facts: dict[str, Any]) -> str:
-    """Text on candidates for messages, from the facts that ``_candidate_facts`` returns."""
+    """Return a text on candidates for messages, from the result of ``_candidate_facts``."""
     if facts["pool_size"] is not None:
         return f"pools of {facts['pool_size']}"
     return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"
@@ -540,7 +541,7 @@ def save_calibration(
 
 
 def _read_rows(folder: Path, sha256: str) -> Outcomes:
-    """The calibration rows in a folder; DataError if they are missing or have another hash."""
+    """Read the calibration rows in a folder; DataError for missing rows or a different hash."""
     path = folder / ROWS
     if not path.is_file():
         raise DataError(f"{path} is missing. {RECALIBRATE}.")

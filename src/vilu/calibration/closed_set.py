@@ -1,31 +1,32 @@
 """Guarantees about the unlabelled photos of one folder, from draws without replacement.
 
 The folder is a closed set of photos. Fix a predictor and a threshold t. The threshold accepts c
-photos of the set, and the answers about K of these photos are wrong. Nobody knows K, and it never
-changes. The photos are labelled in a random order that was fixed before. Let k of the first m
-answers be wrong. Then c - m photos have no label. The guarantee is that at most the share r of the
-answers about them is wrong. It is false if
+photos of the set, and the answers about K of these photos are wrong. Nobody knows K, and K never
+changes. The photos are labelled in a random order, fixed before the first label. Let k of the first
+m answers be wrong. Then c - m photos have no label. The guarantee says: among the answers about
+photos without a label, at most the share r is wrong. The guarantee is false if
 
     K >= k + floor(r (c - m)) + 1.
 
 The right side changes with every label, but Ville's inequality needs a fixed hypothesis. The
-sequences of ``vilu.calibration.anytime`` do not help either. They are valid only if the first
-threshold whose guarantee is false stays the same. So the hypotheses here are the fixed values of K:
+sequences of ``vilu.calibration.anytime`` do not help either: the first threshold with a false
+guarantee would have to stay the same. So the hypotheses here are the fixed values of K:
 
-1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
-   probability of the labels if the share of wrong answers is drawn from a beta distribution,
-   divided by their probability if K are wrong. A label of a wrong answer multiplies E(K) by q / p,
-   and any other label by (1 - q) / (1 - p). q is the probability of a wrong answer under the beta
-   distribution. p = (K - k) / (c - m) is its probability if K are wrong. So E(K) is a bet against
-   p, and its expectation is 1 if K are wrong.
-2. If a certified guarantee is false, the true K was rejected. No other K can be rejected wrongly.
-   So testing all K at the full level is valid, as in a confidence sequence.
-3. The thresholds share the level. With shares w that add up to 1, the sum of w E(K) over all
-   thresholds, each with its true K, has an expectation of at most 1. By Ville's inequality (1939)
-   the probability that it ever reaches 1 / delta is at most delta.
+1. E(K) is the evidence against "exactly K of c are wrong". E(K) is a likelihood ratio. The
+   numerator is the probability of the labels if the share of wrong answers is drawn from a beta
+   distribution. The denominator is the probability of the labels if K are wrong. A label of a wrong
+   answer multiplies E(K) by q / p, and a label of a right answer by (1 - q) / (1 - p). q is the
+   probability of a wrong answer under the beta distribution. p = (K - k) / (c - m) is the
+   probability of a wrong answer if K are wrong. So E(K) is a bet against p, with an expectation of
+   1 if K are wrong.
+2. If a certified guarantee is false, the true K was rejected. Only the true K can be rejected
+   wrongly. So testing all K at the full level is valid, as in a confidence sequence.
+3. The thresholds share the level. Let the shares w add up to 1. Take the sum of w E(K) over all
+   thresholds, each with the true K of the threshold. This sum has an expectation of at most 1. By
+   Ville's inequality (1939) the sum ever reaches 1 / delta with a probability of at most delta.
 
 Source: Waudby-Smith and Ramdas, Confidence sequences for sampling without replacement (2020),
-section 2, with one mixture over thresholds in place of one threshold.
+section 2, with a mixture over thresholds in place of a single threshold.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SHARE_AT_LIMIT: Final = 0.5
 """Share of the level for threshold number ``STEPS``, the first limit of the draws."""
 
 SHARE_BELOW: Final = 0.3
-"""Share of the level for the thresholds below the first limit, which divide it equally."""
+"""Share of the level for the thresholds below the first limit, divided equally."""
 
 SHARE_BEYOND: Final = 0.2
 """Share of the level for all thresholds beyond the first limit.
@@ -65,14 +66,14 @@ The j-th threshold beyond the limit gets the part 1 / (j (j + 1)) of this share.
 """
 
 ROUNDING: Final = 1e-9
-"""Tolerance when numbers are rounded up: it keeps a float64 like 3.0000000001 at 3."""
+"""Tolerance for rounding up: a float64 like 3.0000000001 is rounded to 3."""
 
 MOST_TRIED: Final = 100
-"""Largest number of label counts that ``more_needed`` tries."""
+"""``more_needed`` tries at most this many numbers of labels."""
 
 
 def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
-    """Logarithm of the product of the k factors n, n - 1, n - 2, ..., for 0 <= k <= n."""
+    """Return the logarithm of the product of the k factors n, n - 1, ..., for 0 <= k <= n."""
     factors: Floats = gammaln(n + 1) - gammaln(n - k + 1)
     return factors
 
@@ -80,15 +81,15 @@ def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
 def log_evidence(
     wrong: ArrayLike, drawn: ArrayLike, n_photos: ArrayLike, total: ArrayLike, max_risk: float
 ) -> Floats:
-    """Log evidence (...) against "``total`` or more of the answers about all photos are wrong".
+    """Return the log evidence (...) against "``total`` or more answers about photos are wrong".
 
     Args:
         wrong: Number of wrong answers among the drawn photos.
         drawn: Number of photos that were drawn in the random order and labelled.
         n_photos: Number of photos in the closed set.
-        total: The tested hypothesis is that at least this number of answers about the closed set
-            are wrong.
-        max_risk: Largest error rate that is allowed. It sets the mean of the beta distribution.
+        total: Number of wrong answers in the tested hypothesis: at least ``total`` answers about
+            the closed set are wrong.
+        max_risk: Largest allowed error rate. ``max_risk`` sets the mean of the beta distribution.
 
     Returns:
         The log evidence; infinite where ``total`` or more wrong answers are impossible.
@@ -103,13 +104,13 @@ def log_evidence(
     k = np.asarray(wrong, dtype=np.float64)
     m = np.asarray(drawn, dtype=np.float64)
     c = np.asarray(n_photos, dtype=np.float64)
-    # The probability of the labels rises with the number of wrong answers up to its mode and falls
-    # beyond it. So the evidence against all numbers from ``total`` on is least at ``total``, or at
-    # the mode if the mode is larger.
+    # The probability of the labels rises with the number of wrong answers up to the mode and falls
+    # beyond the mode. So the evidence against all numbers from ``total`` on is least at ``total``,
+    # or at the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
     tested_number = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
-    # m - k of the drawn answers are right. This is impossible if the whole set has fewer right
-    # answers than that.
+    # m - k of the drawn answers are right. This is impossible if the whole set has fewer than m - k
+    # right answers.
     n_right = c - tested_number
     is_impossible = n_right < m - k
     # Where the labels are impossible, the valid number k is used. The result is replaced below.
@@ -128,7 +129,7 @@ def log_evidence(
 
 
 def level_shares(n_thresholds: int) -> Floats:
-    """Share (G,) of the level that each threshold gets, fixed before any label is seen."""
+    """Return the share (G,) of the level for each threshold, fixed before any label is seen."""
     shares = np.full(n_thresholds, SHARE_BELOW / (STEPS - 1))
     shares[STEPS - 1] = SHARE_AT_LIMIT
     # 1 / (j (j + 1)) adds up to 1 over all j, so a grid of any length can be tested.
@@ -138,12 +139,12 @@ def level_shares(n_thresholds: int) -> Floats:
 
 
 class ClosedCounts(Model):
-    """For each threshold (G,) of a grid, how many photos of a closed set it accepts.
+    """Numbers of accepted photos of a closed set, for each threshold (G,) of a grid.
 
     Attributes:
         photos: Number of accepted photos, with or without a label.
-        aside: Number of accepted photos that have a label but were not drawn at random.
-        aside_wrong: Number of photos among ``aside`` whose answer is wrong.
+        aside: Number of accepted photos with a label that were not drawn at random.
+        aside_wrong: Number of photos among ``aside`` with a wrong answer.
     """
 
     photos: tuple[int, ...]
@@ -157,9 +158,8 @@ class ClosedCounts(Model):
         Args:
             grid: Thresholds (G,), ascending.
             photos: Uncertainties (N,) of all photos of the set.
-            aside: Uncertainties (M,) of the photos that have a label but were not drawn at random.
-            failure: (M,) for the photos of ``aside``: 1 where the answer is wrong, 0 where it is
-                right.
+            aside: Uncertainties (M,) of the photos with a label that were not drawn at random.
+            failure: (M,) for the photos of ``aside``: 1 for a wrong answer, 0 for a right answer.
         """
         return cls(
             photos=_n_accepted(grid, photos),
@@ -169,26 +169,26 @@ class ClosedCounts(Model):
 
 
 def _n_accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
-    """For each threshold (G,), how many of the uncertainties (N,) it accepts."""
+    """Count for each threshold (G,) the accepted uncertainties among ``uncertainty`` (N,)."""
     ascending = np.sort(uncertainty)
     return tuple(np.searchsorted(ascending, grid, side="right").tolist())
 
 
 class ClosedPhotos(Model):
-    """The photos that a guarantee about one folder covers.
+    """Photos under a guarantee about a folder.
 
-    They are accepted, and nobody had labelled them when the guarantee was certified.
+    These photos are accepted, and had no label when the guarantee was certified.
 
     Attributes:
         pictures: Identities of the pictures, ascending (``EmbeddingSource.picture_identities``).
-        files: Number of files that show these pictures.
+        files: Number of files with these pictures.
     """
 
     pictures: tuple[int, ...] = Field(min_length=1)
     files: int = Field(ge=1)
 
     def covers(self, pictures: Ints) -> NDArray[np.bool_]:
-        """Mask (N,) of the pictures (N,) that the guarantee covers."""
+        """Return the mask (N,) of the pictures (N,) under the guarantee."""
         return np.isin(pictures, np.array(self.pictures))
 
     def __str__(self) -> str:
@@ -208,38 +208,38 @@ class SavedClosedLooks(Model):
 
     @classmethod
     def of(cls, looks: ClosedLooks) -> Self:
-        """The settings of the tests ``looks``."""
+        """Return the settings of the tests ``looks``."""
         grid = tuple(looks.grid.tolist())
         return cls(grid=grid, delta=looks.delta, limit=looks.limit, counts=looks.closed)
 
     def looks(self, max_risk: float) -> ClosedLooks:
-        """The tests of the thresholds for a maximal risk."""
+        """Make the tests of the thresholds for a maximal risk."""
         return ClosedLooks(np.array(self.grid), max_risk, self.delta, self.counts, self.limit)
 
 
 @dataclass(frozen=True)
 class ClosedLooks:
-    """Tests of a grid of thresholds on a closed set, which may be repeated after every label.
+    """Repeatable tests of a grid of thresholds on a closed set: a test is valid after every label.
 
-    It has the methods of ``vilu.calibration.anytime.Looks``, but it certifies another statement.
-    Let a threshold accept n photos of the set that have no label. The statement is: at most the
-    share ``max_risk`` of the answers about these n photos is wrong.
+    ``ClosedLooks`` has the methods of ``vilu.calibration.anytime.Looks``, but certifies a different
+    statement. Let a threshold accept n photos of the set without a label. The statement is: at most
+    the share ``max_risk`` of the answers about these n photos is wrong.
 
     Let B be the number of wrong answers among the labels, plus floor(max_risk n). If the statement
-    is false, the set up to the threshold holds at least B + 1 wrong answers, and so does the set up
-    to every laxer threshold. So the threshold is certified if the evidence against "at least B + 1"
-    reaches 1 / delta. This evidence is a sum over the threshold itself and all laxer thresholds,
-    weighted with their shares (``level_shares``). Then
+    is false, the set up to the threshold holds at least B + 1 wrong answers. The set up to every
+    laxer threshold then holds at least B + 1 wrong answers, too. So the threshold is certified if
+    the evidence against "at least B + 1" reaches 1 / delta. This evidence is a sum over the
+    threshold and all laxer thresholds, weighted with ``level_shares``. Then
 
         P[the statement about a certified threshold is ever false] <= delta
 
-    Labels of photos that were not drawn at random are counted in B, but they are no evidence.
+    Labels of photos that were not drawn at random are counted in B, but are no evidence.
 
     Args:
         grid: Thresholds (G,), ascending, fixed before the labels (``anytime.grid_of``).
         max_risk: Largest error rate among accepted answers without a label, in (0, 1).
         delta: The level, in (0, 1).
-        closed: For each threshold, how many photos of the set it accepts.
+        closed: Numbers of accepted photos of the set, for each threshold.
         limit: Only photos up to this uncertainty are labelled, so no larger threshold is tested.
 
     Examples:
@@ -275,11 +275,11 @@ class ClosedLooks:
 
     @property
     def last(self) -> int:
-        """Index of the laxest threshold that can be tested."""
+        """Index of the laxest threshold up to the limit."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
-        """For each threshold (G,): number of accepted wrong answers, and of all accepted answers.
+        """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
 
         ``uncertainty`` (N,) and ``failure`` (N,) belong to the N drawn photos.
         """
@@ -288,15 +288,15 @@ class ClosedLooks:
         return np.array(wrong), np.array(accepted)
 
     def n_unlabelled(self, drawn: Ints) -> Ints:
-        """For each threshold (G,), how many accepted photos have no label.
+        """Count for each threshold (G,) the accepted photos without a label.
 
-        ``drawn`` (G,) is the number of accepted photos that were drawn. All of them have a label.
+        ``drawn`` (G,) is the number of accepted drawn photos. All drawn photos have a label.
         """
         n_unlabelled: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
         return n_unlabelled
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """Index of the laxest threshold that the drawn labels (N,) certify; None: no threshold."""
+        """Return the index of the laxest threshold certified by the drawn labels (N,), or None."""
         wrong, drawn = self.counts(uncertainty, failure)
         return self._laxest_certified(wrong, drawn)
 
@@ -307,14 +307,14 @@ class ClosedLooks:
         return self._laxest_certified(wrong, drawn) is not None
 
     def _laxest_certified(self, wrong: Ints, drawn: Ints) -> int | None:
-        """Index of the laxest threshold that is certified; None: no threshold.
+        """Return the index of the laxest certified threshold; None: no threshold.
 
-        ``wrong`` (G,) and ``drawn`` (G,) are the numbers that ``counts`` returns.
+        ``wrong`` (G,) and ``drawn`` (G,) are the results of ``counts``.
         """
         n_unlabelled = self.n_unlabelled(drawn)
         n_known_wrong = wrong + np.array(self.closed.aside_wrong)
         n_tolerated = n_known_wrong + np.floor(self.max_risk * n_unlabelled).astype(np.int64)
-        up_to_limit = slice(0, self.last + 1)  # the thresholds that are tested
+        up_to_limit = slice(0, self.last + 1)  # the tested thresholds
         evidence = self._evidence(wrong[up_to_limit], drawn[up_to_limit], n_tolerated[up_to_limit])
         is_rejected = evidence >= -math.log(self.delta)
         # A guarantee about no photo at all would be true, but useless.
@@ -323,16 +323,16 @@ class ClosedLooks:
         return int(certified[-1]) if len(certified) else None
 
     def _evidence(self, wrong: Ints, drawn: Ints, n_tolerated: Ints) -> Floats:
-        """Log evidence (T,), for each tested threshold, against "its guarantee is false".
+        """Return the log evidence (T,) against a false guarantee of each tested threshold.
 
         Args:
             wrong: (T,) number of wrong answers among the drawn photos.
             drawn: (T,) number of drawn photos.
-            n_tolerated: (T,) largest number of wrong answers with which the guarantee is true.
+            n_tolerated: (T,) largest number of wrong answers under a true guarantee.
         """
         n_photos = np.array(self.closed.photos[: len(wrong)])
-        # A matrix (T, T): one row for each threshold whose guarantee is tested, one column for each
-        # threshold whose labels are evidence. Wrong answers up to the threshold of the row are also
+        # A matrix (T, T): the rows are thresholds with a tested guarantee, and the columns are
+        # thresholds with labels as evidence. Wrong answers up to the threshold of the row are also
         # wrong answers up to a laxer threshold of a column. So all these columns test the total of
         # the row.
         total = n_tolerated[:, None] + 1
@@ -345,7 +345,7 @@ class ClosedLooks:
         return evidence
 
     def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """About how many more labels would certify a threshold, if the error rates stay the same.
+        """Estimate how many more labels would certify a threshold, at the same error rates.
 
         Only labels of photos up to the limit count. Without any label so far, all answers are
         assumed to be right. None if the photos up to the limit are too few.
@@ -353,15 +353,15 @@ class ClosedLooks:
         wrong, drawn = self.counts(uncertainty, failure)
         n_unlabelled = self.n_unlabelled(drawn)
         error_rate = wrong / np.maximum(drawn, 1)
-        n_up_to_limit = int(n_unlabelled[self.last])  # photos that can still be labelled
+        n_up_to_limit = int(n_unlabelled[self.last])  # photos up to the limit without a label
         # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
-        # could therefore miss the smallest number. So numbers are tried one after another.
+        # could therefore miss the smallest number. So numbers are tried in ascending order.
         evenly_spaced = np.linspace(0, n_up_to_limit, MOST_TRIED, endpoint=False)
         label_counts: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
         for n_more in label_counts:
             n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
             drawn_then = drawn + n_more_drawn
-            # Rounded up, so that the estimate is not too small.
+            # Rounded up to avoid an estimate that is too small.
             wrong_then = np.ceil(error_rate * drawn_then - ROUNDING).astype(np.int64)
             if self._laxest_certified(wrong_then, drawn_then) is not None:
                 return n_more
@@ -376,7 +376,7 @@ AnySavedLooks = SavedLooks | SavedClosedLooks
 
 
 def saved_looks(looks: AnyLooks) -> AnySavedLooks:
-    """The settings of the tests ``looks``, to be saved."""
+    """Return the settings of the tests ``looks``, to be saved."""
     if isinstance(looks, ClosedLooks):
         return SavedClosedLooks.of(looks)
     return SavedLooks.of(looks)

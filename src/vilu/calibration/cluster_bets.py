@@ -1,37 +1,39 @@
-"""Thresholds that bound wrong rows per accepted row, however the rows of a cluster correlate.
+"""Thresholds with a bound on wrong rows per accepted row, for any correlation in clusters.
 
-**One threshold.** A cluster c has at most M rows. Let
+**Single threshold.** A cluster c has at most M rows. Let
 
-    Z_c(t) = sum over its rows of 1{u <= t} (wrong - r),    r = max_risk.
+    Z_c(t) = sum over the rows of c of 1{u <= t} (wrong - r),    r = max_risk.
 
-The clusters are independent draws, whatever happens within them. The error rate R(t) of the
+The clusters are independent draws, for any dependence within clusters. The error rate R(t) of the
 accepted rows is r or more where E[Z_c(t)] >= 0. Z_c(t) is at most (1 - r) M. So for a fixed bet b
 in (0, 1) every factor of
 
     E(t) = prod_c (1 - b Z_c(t) / ((1 - r) M))
 
-is positive, and E[E(t)] <= 1 where R(t) >= r. The same holds for the mean of E(t) over several
-bets, which is used here. H_t, "R(t) is r or more", is rejected at level a where E(t) >= 1 / a
-(Markov's inequality). With M = 1 these are the bets of ``vilu.calibration.anytime``.
+is positive, and E[E(t)] <= 1 where R(t) >= r. The evidence used here is the mean of E(t) over
+several bets. The inequality holds for this mean, too. H_t, "R(t) is r or more", is rejected at
+level a where E(t) >= 1 / a (Markov's inequality). With M = 1 these are the bets of
+``vilu.calibration.anytime``.
 
-**Starts.** A random tenth of the clusters is set aside. The scores of its rows, not their labels,
-fix the thresholds at which sequences start: 25, 50, 70 and 90 % of these rows lie below the starts.
-These clusters are not tested. So for the clusters that are tested, the starts are fixed thresholds.
+**Starts.** A random tenth of the clusters is set aside. The scores of the rows in this tenth fix
+the starts of the sequences; labels have no effect. The starts are thresholds: 25, 50, 70 and 90 %
+of these rows lie below the starts. The clusters set aside are not tested. So for the tested
+clusters, the starts are fixed thresholds.
 
-**Fixed sequences.** From a start on, thresholds are tested from strict to lax until one H_t is not
-rejected. A sequence that reaches the start of the next sequence adds its level to the level of the
-next sequence (Wiens 2003).
+**Fixed sequences.** From a start on, thresholds are tested from strict to lax until an H_t is not
+rejected. If a sequence reaches the start of the next sequence, the level of the next sequence grows
+by the level of the earlier sequence (Wiens 2003).
 
-**Proof.** Condition on the tenth that is set aside.
+**Proof.** Condition on the tenth of the clusters set aside.
 
-1. Let t* be the first threshold from a start on at which H_t is true. R(t) is continuous from the
-   right, so there is a first one. It does not depend on the tested rows. So E[E(t*)] <= 1.
-2. The sequence certifies a wrong threshold only if it has rejected H_t*. At level a this has a
+1. Let t* be the first threshold from a start on with a true H_t. R(t) is continuous from the right,
+   so there is a first threshold. t* does not depend on the tested rows. So E[E(t*)] <= 1.
+2. The sequence certifies a wrong threshold only after rejecting H_t*. At level a this has a
    probability of at most a.
 3. A level is passed on only if all H_t before the next start were rejected. So before a true H_t
    is rejected, the levels at which different t* are tested add up to at most delta.
 
-R(t) may cross r as often as it likes, and scores may be equal. ``benchmarks/clusters.py`` simulates
+R(t) may cross r any number of times, and scores may be equal. ``benchmarks/clusters.py`` simulates
 the procedure.
 
 Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith and Ramdas,
@@ -51,38 +53,38 @@ from vilu.calibration.thresholds import Threshold
 from vilu.metrics.counts import Floats, Ints, tie_counts
 
 SHARE_ASIDE: Final = 0.1
-"""Share of the clusters that is set aside for the starts."""
+"""Share of the clusters set aside for the starts."""
 
 STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
-"""For every sequence: the quantile of the scores at which it starts, and its share of the level.
+"""For every sequence: quantile of the scores at the start, and share of the level.
 
-It is a quantile over the rows that are set aside. The last sequence has no level of its own. It
-gets the levels that no earlier sequence can use.
+The quantile is taken over the rows set aside. The last sequence has the share 0, and gets
+the levels that no earlier sequence can use.
 """
 
 
 class LabelledRows(NamedTuple):
-    """Rows with a label, their clusters, and M, the largest size that a cluster may have."""
+    """Rows with a label, the clusters of the rows, and M, the largest allowed cluster size."""
 
     uncertainty: Floats  # (N,)
-    failure: Ints  # (N,) 1 where the answer is wrong, 0 where it is right
+    failure: Ints  # (N,) 1 for a wrong answer, 0 for a right answer
     cluster: Ints  # (N,) index of the cluster
-    largest: int  # M; the labels must not decide how large it is
+    largest: int  # M; M must not depend on the labels
 
     @property
     def n_clusters(self) -> int:
-        """Number of clusters that have at least one of these rows."""
+        """Number of clusters with these rows."""
         return len(np.unique(self.cluster))
 
 
 def ratio_threshold(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> Threshold:
-    """The laxest threshold at which at most ``max_risk`` of the accepted rows are wrong.
+    """Return the laxest certified threshold: at most ``max_risk`` of the accepted rows are wrong.
 
-    The probability that more than ``max_risk`` of them are wrong is at most ``delta``. If nothing
-    is certified, the threshold accepts nothing and says why. ``start_rows`` are the rows of the
-    clusters that were set aside; their scores fix the starts.
+    The probability of a larger error rate is at most ``delta``. If nothing is certified, the
+    threshold accepts nothing and says why. ``start_rows`` are the rows of the clusters set aside.
+    The scores of ``start_rows`` fix the starts.
     """
     counts = tie_counts(rows.uncertainty, rows.failure)
     # No threshold separates rows with equal scores. So the evidence for a score is taken at the
@@ -97,27 +99,27 @@ def ratio_threshold(
 
 
 def _laxest_certified(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
-    """Index of the largest score that the sequences certify as a threshold; None: no score.
+    """Return the index of the largest score that is a certified threshold; None: no score.
 
     Args:
         scores: Distinct scores (G,), ascending.
         log_e: Log evidence (G,) against H_t at each score t.
-        levels: Maps the start of each sequence to its level.
+        levels: Maps the start of each sequence to the level of the sequence.
     """
     carried_level = 0.0
     laxest = None
     for start, end in pairwise([*sorted(levels), math.inf]):
         level = carried_level + levels[start]
-        carried_level = 0.0  # unless this sequence reaches the start of the next one
-        # The start need not be one of the scores. A threshold between two scores accepts the same
-        # rows as the lower score. So the evidence at the last score up to the start is used.
+        carried_level = 0.0  # unless this sequence reaches the start of the next sequence
+        # The start may lie between two scores. A threshold between two scores accepts the same rows
+        # as the lower score. So the evidence at the last score up to the start is used.
         first = int(np.searchsorted(scores, start, side="right")) - 1
         last = int(np.searchsorted(scores, end, side="right")) - 1
         if first < 0:
             continue
         not_rejected = first + np.flatnonzero(log_e[first : last + 1] < -math.log(level))
         first_not_rejected = int(min(not_rejected, default=last + 1))
-        # A score below the start was not tested, so it is not certified.
+        # A score below the start was not tested, and so is not certified.
         is_certified = first_not_rejected > first and scores[first_not_rejected - 1] >= start
         if is_certified:
             laxest = first_not_rejected - 1
@@ -127,17 +129,17 @@ def _laxest_certified(scores: Floats, log_e: Floats, levels: dict[float, float])
 
 
 def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
-    """Log evidence (N,) after each row, in ascending order of scores.
+    """Return the log evidence (N,) after each row, in ascending order of scores.
 
-    The entry of a row is log E(t) of a threshold t that accepts this row and all rows before it.
+    The entry of a row is log E(t) of a threshold t that accepts this row and all earlier rows.
     """
     by_score = np.argsort(rows.uncertainty, kind="stable")
     is_wrong = rows.failure[by_score] == 1
     z_before_row, z_with_row = _cluster_sums(is_wrong - max_risk, rows.cluster[by_score])
     bet, share = np.array(BETS).T
     scaled_bet = bet[:, None] / ((1 - max_risk) * rows.largest)  # (B, 1)
-    # E(t) is a product of one factor per cluster. One more accepted row changes only the factor of
-    # its own cluster.
+    # E(t) is a product with a factor for every cluster. An additional accepted row changes only the
+    # factor of the row's cluster.
     log_factor_with_row = np.log1p(-scaled_bet * z_with_row)  # (B, N)
     log_factor_before_row = np.log1p(-scaled_bet * z_before_row)
     change = log_factor_with_row - log_factor_before_row
@@ -147,19 +149,19 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
 
 
 def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
-    """For each row, the sum Z_c of its cluster before the row (N,), and with the row (N,).
+    """Return Z_c of the cluster of each row: sums before the row (N,), and sums with the row (N,).
 
-    ``values`` (N,) are the numbers that Z_c adds up, and ``cluster`` (N,) is the cluster of each
-    row. Both are in ascending order of scores.
+    ``values`` (N,) are the terms of Z_c, and ``cluster`` (N,) is the cluster of each row. Both are
+    in ascending order of scores.
     """
     by_cluster = np.argsort(cluster, kind="stable")  # keeps the order of scores within a cluster
     sorted_cluster = cluster[by_cluster]
     sorted_values = values[by_cluster]
-    is_first = np.ones(len(cluster), dtype=np.bool_)  # whether a row is the first of its cluster
+    is_first = np.ones(len(cluster), dtype=np.bool_)  # whether a row is the first of a cluster
     is_first[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
-    # for each row, the index of the first row of its cluster
+    # for each row, the index of the first row of the same cluster
     first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(cluster)), 0))
-    # Z_c with a row is the running total over all clusters, minus the total before its cluster.
+    # Z_c with a row is the running total over all clusters, minus the total before cluster c.
     total = np.cumsum(sorted_values)
     total_before = total - sorted_values
     sorted_with_row = total - total_before[first_of_row]
@@ -174,14 +176,14 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
 def _level_at_start(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> dict[float, float]:
-    """For each start of a sequence, which is a threshold, the level of the sequence.
+    """Map the start of each sequence, a threshold, to the level of the sequence.
 
     A sequence that could reject nothing, even if all answers were right, gives its level to the
-    next one.
+    next sequence.
     """
     start_scores = np.sort(start_rows.uncertainty)
-    # The tested rows must not move a start. So their number is estimated from the number of rows in
-    # the clusters that were set aside.
+    # The tested rows must not move a start. So the number of tested rows is estimated from the
+    # number of rows in the clusters set aside.
     rows_expected = len(start_scores) * rows.n_clusters / start_rows.n_clusters
     levels: dict[float, float] = {}
     level = 0.0
@@ -189,8 +191,8 @@ def _level_at_start(
         level += delta * level_share
         if level == 0:
             continue
-        # In ``anytime``, one right answer wins as much as a full cluster wins here: a cluster of
-        # M = rows.largest rows, all of them right. So n rows count as n / M full clusters.
+        # In ``anytime``, a single right answer wins as much as a full cluster wins here: a cluster
+        # of M = rows.largest right rows. So n rows count as n / M full clusters.
         full_clusters = row_share * rows_expected / rows.largest
         could_reject = full_clusters >= flawless_labels(max_risk, level)
         if could_reject or row_share == 1:
@@ -204,10 +206,10 @@ def _level_at_start(
 def _why_nothing(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> str:
-    """Why no threshold is certified."""
+    """Explain why no threshold is certified."""
     n_clusters = rows.n_clusters + start_rows.n_clusters
     mean_size = (len(rows.cluster) + len(start_rows.cluster)) / n_clusters
-    # the number of tested clusters that is needed even if each of them had M rows, all right
+    # smallest number of tested clusters in the best case: every cluster has M right rows
     n_tested_needed = flawless_labels(max_risk, delta)
     n_needed = math.ceil(n_tested_needed / (1 - SHARE_ASIDE))
     sizes = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"

@@ -1,12 +1,13 @@
-"""Guarantees for rows that come in clusters: bursts, tracks, pages, documents, conversations.
+"""Guarantees for rows in clusters: bursts, tracks, pages, documents, conversations.
 
-Rows of one cluster tend to be wrong together, so they are no independent draws. But the clusters
-are independent draws. There are two risks, and a rule says which one its guarantee is about.
+Rows of the same cluster tend to be wrong together, so rows are no independent draws. But clusters
+are independent draws. There are two risks, and the guarantee of a rule is about one of them:
 
-1. "majority": the share of the accepted clusters whose majority answer is wrong. A cluster is one
-   draw, with one score and one answer, and the exact binomial test of ``learn_then_test`` applies.
-2. "ratio": the share of the accepted rows that are wrong. Rows are accepted one by one. A cluster
-   is one draw of a bounded number, and bets test its mean (``vilu.calibration.cluster_bets``).
+1. "majority": the share of accepted clusters with a wrong majority answer. A cluster is a single
+   draw, with a score and an answer. The exact binomial test of ``learn_then_test`` applies.
+2. "ratio": the share of wrong rows among the accepted rows. Rows are accepted one by one. A cluster
+   is a draw of a bounded number, and bets test the mean of this number
+   (``vilu.calibration.cluster_bets``).
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes, check_texts
 
 TOO_LARGE: Final = math.inf
-"""Score of a row whose cluster is too large. No threshold accepts this score."""
+"""Score of a row in a cluster that is too large. No threshold accepts this score."""
 
 NEGLIGIBLE_EFFECT: Final = 1.1
-"""Largest design effect for which a message says that the correlation matters little."""
+"""Up to this design effect, a message says that the correlation matters little."""
 
 
 class Clusters(Model):
-    """What the guarantee of a rule says about clusters of rows.
+    """Guarantee of a rule about clusters of rows.
 
     Attributes:
         risk: "majority": at most ``max_risk`` of the accepted clusters have a wrong majority
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
         n: Number of tested calibration clusters. For "ratio", a tenth of the clusters is set aside
             and not tested.
-        largest: Largest number of rows of a cluster that the guarantee covers. Rows of larger
-            clusters are left for review. None for "majority", which takes clusters of any size.
+        largest: Largest number of rows in a cluster under the guarantee. Rows of larger clusters
+            are left for review. None for "majority", because clusters may then have any size.
     """
 
     risk: ClusterRisk
@@ -52,29 +53,29 @@ class Clusters(Model):
 
     @property
     def units_in_words(self) -> str:
-        """What the rule counts, in words that follow a number: "calibration clusters"."""
+        """Words after a number of units, such as "calibration clusters"."""
         if self.risk == "majority":
             return "calibration clusters"
         return f"calibration rows in {self.n:,} clusters"
 
     @property
     def errors_in_words(self) -> str:
-        """What is guaranteed to be rare, in words that follow "at most 5%"."""
+        """Words after "at most 5%", such as "of the accepted clusters have a wrong answer"."""
         if self.risk == "majority":
             return "of the accepted clusters have a wrong majority answer"
         return f"of the accepted answers are wrong, of clusters of up to {self.largest:,} rows"
 
     def compared_scores(self, uncertainty: Floats, clusters: Sequence[str | None]) -> Floats:
-        """Scores (N,) that are compared with the threshold, from uncertainties (N,) of rows.
+        """Return scores (N,) to compare with the threshold, from uncertainties (N,) of rows.
 
-        For "majority", the score of a row is the mean uncertainty of its cluster. For "ratio", it
-        is the uncertainty of the row, or ``TOO_LARGE``. A row without an uncertainty has the score
-        NaN.
+        For "majority", the score of a row is the mean uncertainty of the cluster. For "ratio", the
+        score is the uncertainty of the row, or ``TOO_LARGE``. A row without an uncertainty has the
+        score NaN.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
             is_scored = np.isfinite(uncertainty)
-            # The clusters with a scored row are numbered from 0 on, so that no cluster is empty.
+            # The clusters with a scored row are numbered from 0 on. So no cluster is empty.
             _, scored_cluster = np.unique(cluster[is_scored], return_inverse=True)
             mean_of_cluster = _mean_per_group(uncertainty[is_scored], scored_cluster)
             scores = np.full(len(uncertainty), np.nan)
@@ -85,10 +86,10 @@ class Clusters(Model):
 
 
 def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
-    """Names of the C clusters in order of appearance, and index (N,) of the cluster of every row.
+    """Return the names of the C clusters in order of appearance, and the cluster (N,) of each row.
 
     Raises:
-        DataError: If ``clusters`` does not name one cluster per row.
+        DataError: If ``clusters`` does not name a cluster for every row.
     """
     names = check_texts(clusters, "clusters", optional=True) or ()
     if len(names) != n:
@@ -104,20 +105,20 @@ def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], 
 
 
 def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Outcomes:
-    """One outcome per cluster: its score, and whether its majority answer is wrong.
+    """Make an outcome for each cluster, from the mean score and the majority answer of the rows.
 
-    The score of a cluster is the mean uncertainty of its rows. Its answer is the one that most of
-    its rows give. If several answers have equally many rows, the answer with the smallest mean
-    uncertainty is taken. The answer is wrong if at least half of the labelled rows that give it are
-    wrong. If no row that gives it has a label, the failure of the cluster is unknown. Rows without
-    an uncertainty are left out.
+    The score of a cluster is the mean uncertainty of the rows. The answer of a cluster is the
+    answer of most rows. If several answers have equally many rows, the answer with the smallest
+    mean uncertainty is taken. The majority answer is wrong if at least half of the labelled rows
+    with this answer are wrong. If no row with this answer has a label, the failure of the cluster
+    is unknown. Rows without an uncertainty are left out.
 
     Args:
-        outcomes: N rows. Without ``prediction`` all rows of a cluster count as one answer.
+        outcomes: N rows. Without ``prediction`` all rows of a cluster count as the same answer.
         clusters: Names of the clusters of the N rows.
 
     Returns:
-        Outcomes of the C clusters with a scored row. Their ``ids`` are the names of the clusters.
+        Outcomes of the C clusters with a scored row. ``ids`` are the names of the clusters.
 
     Examples:
         >>> import vilu
@@ -131,7 +132,7 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     """
     cluster_names, cluster_of_row = cluster_indices(clusters, len(outcomes))
     scored_rows = np.flatnonzero(np.isfinite(outcomes.uncertainty))
-    # ``cluster`` numbers the clusters that have a scored row from 0 on.
+    # ``cluster`` numbers the clusters with a scored row from 0 on.
     scored_clusters, cluster = np.unique(cluster_of_row[scored_rows], return_inverse=True)
     uncertainty = outcomes.uncertainty[scored_rows]
     failure = outcomes.failure[scored_rows]
@@ -162,7 +163,7 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
 
 
 def _mean_per_group(values: Floats, group: Ints) -> Floats:
-    """Mean value (G,) of the rows of each group; no group may be empty.
+    """Return the mean value (G,) of the rows of each group; no group may be empty.
 
     ``group`` (N,) is the group of each row.
     """
@@ -171,9 +172,9 @@ def _mean_per_group(values: Floats, group: Ints) -> Floats:
 
 
 def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
-    """For each cluster (C,), the answer that most of its rows give.
+    """Return the answer of most rows, for each cluster (C,).
 
-    ``cluster``, ``answer`` and ``uncertainty`` have one entry per row (N,).
+    ``cluster`` (N,), ``answer`` (N,) and ``uncertainty`` (N,) have an entry for every row.
     """
     # all P different pairs of a cluster and an answer, as an array (2, P)
     pairs, pair_of_row = np.unique(np.stack([cluster, answer]), axis=1, return_inverse=True)
@@ -182,7 +183,7 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
     n_rows = np.bincount(pair_of_row)
     mean_uncertainty = _mean_per_group(uncertainty, pair_of_row)
     # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So the first
-    # pair of a cluster has its majority answer. (``lexsort`` sorts by the last key first.)
+    # pair of a cluster has the majority answer. (``lexsort`` sorts by the last key first.)
     order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
     _, first_of_cluster = np.unique(cluster_of_pair[order], return_index=True)
     majority: Ints = answer_of_pair[order[first_of_cluster]]
@@ -190,14 +191,14 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
 
 
 class Correlation(NamedTuple):
-    """How strongly the failures of rows of one cluster correlate.
+    """Correlation between the failures of rows of the same cluster.
 
     Attributes:
         n_rows: Number of rows.
-        n_clusters: Number of clusters that have at least one of these rows.
-        value: Intra-cluster correlation. It is NaN if it is not defined: if no cluster has two
-            rows, or if all rows are right, or if all are wrong.
-        n_effective: Number of independent rows that give as much information as these rows. It is
+        n_clusters: Number of clusters with these rows.
+        value: Intra-cluster correlation. NaN if the correlation is not defined: with fewer than two
+            clusters, if no cluster has two rows, or if all rows are right, or all rows are wrong.
+        n_effective: Number of independent rows with as much information as these rows. Equal to
             ``n_rows`` if the correlation is not defined or not positive.
     """
 
@@ -208,7 +209,7 @@ class Correlation(NamedTuple):
 
     @property
     def design_effect(self) -> float:
-        """Variance of the error rate, divided by its variance if all rows were independent."""
+        """Variance of the error rate, divided by the variance for independent rows."""
         return self.n_rows / self.n_effective
 
     def __str__(self) -> str:
@@ -222,7 +223,7 @@ class Correlation(NamedTuple):
 
 
 def correlation(failure: Ints, cluster: Ints) -> Correlation:
-    """Intra-cluster correlation of failures (N,) in clusters (N,), by the analysis of variance.
+    """Estimate the correlation of failures (N,) in clusters (N,), by the analysis of variance.
 
     There are k clusters. Cluster c has n_c rows, and all clusters together have N rows. B is the
     mean square between clusters, and W the mean square within clusters. With
@@ -230,8 +231,8 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
         n_0 = (N - sum n_c^2 / N) / (k - 1),
 
     the estimate is rho = (B - W) / (B + (n_0 - 1) W). The N rows give as much information as
-    N / (1 + (m - 1) rho) independent rows, with m = sum n_c^2 / N, the mean over all rows of the
-    size of their cluster (Kish 1965).
+    N / (1 + (m - 1) rho) independent rows. m = sum n_c^2 / N is the mean cluster size, where every
+    row contributes the size of the row's cluster (Kish 1965).
 
     Source: Donner, A review of inference procedures for the intraclass correlation coefficient in
     the one-way random effects model (1986).
@@ -259,7 +260,7 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
 
 
 def _mean_squares(failure: Ints, cluster: Ints, size: Ints) -> tuple[float, float]:
-    """Mean square of failures (N,) between k clusters, and mean square within clusters.
+    """Return the mean squares of failures (N,) between k clusters, and within clusters.
 
     ``cluster`` (N,) is the cluster of each row, and ``size`` (k,) the number of rows per cluster.
     """
@@ -275,7 +276,7 @@ def _mean_squares(failure: Ints, cluster: Ints, size: Ints) -> tuple[float, floa
 def correlation_warning(
     outcomes: Outcomes, clusters: Sequence[str | None], accepted: NDArray[np.bool_]
 ) -> str | None:
-    """Warning about a rule that counts rows as independent, although they come in clusters.
+    """Return a warning about a rule that counts rows in clusters as independent, or None.
 
     The correlation is estimated from the accepted rows with a label, because the bound of the rule
     depends on these rows only. Among all rows the correlation is often larger. If no cluster has
@@ -284,7 +285,7 @@ def correlation_warning(
     Args:
         outcomes: N calibration rows.
         clusters: Names of the clusters of the N rows.
-        accepted: Mask (N,) of the rows that the rule accepts.
+        accepted: Mask (N,) of the rows accepted by the rule.
     """
     _, cluster = cluster_indices(clusters, len(outcomes))
     is_counted = accepted & (outcomes.failure != UNKNOWN)
@@ -307,7 +308,7 @@ def ratio_rows(
     clusters: Sequence[str | None],
     largest: int | None,
 ) -> tuple[LabelledRows, LabelledRows]:
-    """The rows to test for the risk "ratio", and the rows of the clusters that are set aside.
+    """Return the rows to test for the risk "ratio", and the rows of the clusters set aside.
 
     Clusters of more than M rows are left out. M is ``largest``. If ``largest`` is None, M is the
     size of the largest cluster.
@@ -316,14 +317,14 @@ def ratio_rows(
         outcomes: N calibration rows.
         is_usable: Mask (N,) of the rows with an uncertainty and a label.
         clusters: Names of the clusters of the N rows.
-        largest: Largest size of a cluster, where all its rows count, usable or not.
+        largest: Largest size of a cluster. All rows of a cluster count, usable or not.
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
     size = np.bincount(cluster)
     if largest is None:
         largest = int(size.max())
-        # The largest cluster sets the bound M, so it is no random draw and is left out. Given its
-        # size, all other clusters are random draws of clusters with at most M rows.
+        # The largest cluster sets the bound M. So this cluster is no random draw and is left out.
+        # Given M, all other clusters are random draws of clusters with at most M rows.
         is_in_draw = cluster != int(size.argmax())
     else:
         is_in_draw = size[cluster] <= largest
@@ -345,10 +346,10 @@ def ratio_rows(
 
 
 def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
-    """Indices of a random tenth of the clusters (C,), rounded up.
+    """Choose a random tenth of the clusters (C,), rounded up, and return the indices.
 
-    The clusters whose names have the smallest hashes are chosen. Hashes do not depend on scores or
-    labels, so the choice is random, and it is the same at every run.
+    The clusters with the smallest hashes of names are chosen. Hashes do not depend on scores or
+    labels, so the choice is random, and the same at every run.
 
     Args:
         cluster: Indices (C,) of the clusters to choose from.

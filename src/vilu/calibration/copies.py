@@ -20,10 +20,10 @@ from vilu.predictors.contract.seen import MAX_SHARED
 from vilu.predictors.persistence.fit_sample import FitSample
 
 SAME_PICTURE: Final = 0.995
-"""Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
+"""Smallest cosine between a fitted row and a copy, such as a picture saved again.
 
-CLIP embeddings of five data sets were divided into random halves. 0 to 0.24 % of the rows of one
-half have a copy in the other half.
+CLIP embeddings of five data sets were divided into random halves. 0 to 0.24 % of the rows of the
+first half have a copy in the second half.
 """
 
 BOUND_LEVEL: Final = 0.05
@@ -32,7 +32,7 @@ BOUND_LEVEL: Final = 0.05
 SHARE_LEVEL: Final = 0.001
 """Level of the lower bound of a share: the copies among the calibration rows.
 
-The bound is compared with the share of the fitted rows that are copies of other fitted rows.
+The bound is compared with the share of copies within the fitted rows.
 """
 
 logger = logging.getLogger(__name__)
@@ -40,26 +40,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copies:
-    """How many of n rows are copies of fitted rows, estimated from a sample of the fitted rows.
+    """Number of copies of fitted rows among n rows, estimated from a sample of the fitted rows.
 
-    Each fitted row is in the sample with probability f. A copy is detected only if its fitted row
-    is in the sample. So of K copies, k ~ Bin(K, f) are detected.
+    Each fitted row is in the sample with probability f. A copy is detected only if the copied
+    fitted row is in the sample. So of K copies, k ~ Bin(K, f) are detected.
     """
 
-    n_seen: int  # k, number of copies that are detected
-    n: int  # number of rows that were compared with the sample
-    share: float  # f, share of the fitted rows that are in the sample
+    n_seen: int  # k, number of detected copies
+    n: int  # number of rows, all compared with the sample
+    share: float  # f, share of the fitted rows in the sample
 
     @property
     def estimate(self) -> float:
-        """Share of the rows that are copies, k / (f n)."""
+        """Share of copies among the rows, k / (f n)."""
         return min(self.n_seen / (self.share * self.n), 1.0)
 
     @property
     def largest_count(self) -> int:
         """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
-        # Chance decides how many of the fitted rows with copies are in the sample. If only few of
-        # them are, k / f is too low. So an upper bound is returned.
+        # Chance decides how many of the fitted rows with copies are in the sample. If only few such
+        # rows are in the sample, k / f is too low. So an upper bound is returned.
         n_copies = np.arange(self.n_seen, self.n + 1)
         is_likely = self._probability_up_to(self.n_seen, n_copies) >= BOUND_LEVEL
         return int(n_copies[is_likely].max())
@@ -78,7 +78,7 @@ class Copies:
         return int(n_copies[is_likely].min())
 
     def _probability_up_to(self, limit: int, n_copies: Ints) -> Floats:
-        """Probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
+        """Return the probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
         # The sample is drawn without replacement, so the number of detected copies varies a little
         # less than a binomial number. The bounds are therefore conservative.
         if limit < 0:
@@ -86,7 +86,7 @@ class Copies:
         return binomial_tail(np.full(len(n_copies), limit), n_copies, self.share)
 
     def in_words(self, cosine: float) -> str:
-        """Text on the number of rows that have at least this ``cosine`` with a fitted row.
+        """Return a text on the number of rows with a cosine of at least ``cosine`` to fitted rows.
 
         If the sample lacks some fitted rows, the text also has an estimate and a bound.
         """
@@ -104,7 +104,7 @@ class Copies:
 
 
 def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints) -> None:
-    """Search for near copies of fitted rows among calibration rows, and warn of them.
+    """Search for near copies of fitted rows among calibration rows, and warn of near copies.
 
     ``rows`` (M,) holds the indices of the calibration rows in ``data``.
 
@@ -142,16 +142,16 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
 
 
 def _count_copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
-    """Count the copies among M rows: the rows whose nearest fitted row has at least this cosine.
+    """Count the copies among M rows: the rows with a cosine of at least ``cosine``.
 
-    ``nearest`` (M,) holds the cosine of each row with its nearest row in the sample.
+    ``nearest`` (M,) holds the cosine of each row with the nearest row in the sample.
     """
     n_seen = int((nearest >= cosine).sum())
     return Copies(n_seen=n_seen, n=len(nearest), share=sample.share)
 
 
 def _are_too_many(copies: Copies, sample: FitSample) -> bool:
-    """Whether over 1 % of the rows are copies, and a clearly larger share than in the fit itself.
+    """Whether over 1 % of the rows are copies, and a clearly larger share than within the fit.
 
     ``sample`` is the sample of the fitted rows.
     """

@@ -1,8 +1,8 @@
 """Error rates and shares of classes from a few labels and predictions of all rows.
 
-A random sample of n rows of N is labelled. Let y be 1 where a row has a property (its answer is
-wrong, or its class is k), and 0 elsewhere. f is a prediction of y that every row has. The share of
-all N rows with the property is, for any weight w in [0, 1],
+A random sample of n rows of N is labelled. Let y be 1 where a row has a property (a wrong answer,
+or the class k), and 0 elsewhere. Every row has a prediction f of y. The share of all N rows with
+the property is, for any weight w in [0, 1],
 
     mean of w f over all N rows + mean of y - w f over all N rows.
 
@@ -12,14 +12,14 @@ of y on f among the labelled rows (power tuning). With w = 0 the predictions hav
 
 **Interval of the second mean.** With few labels a normal interval is too short, because rare values
 are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
-Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row, whose
-residual is the largest or the smallest possible one, each with probability 1/2. The limits
-are quantiles of the weighted mean.
+Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row. The
+residual of this row is the largest or the smallest possible residual, each with probability 1/2.
+The limits are quantiles of the weighted mean.
 
-With w = 0 the weighted mean of k ones is a mixture of Beta(k + 1, n - k) and Beta(k, n - k + 1), so
-they are the limits of Clopper and Pearson with the mid-p value (Lancaster 1961). For other
-residuals there is no proof. ``benchmarks/estimate.py`` simulates how often the interval contains
-the true share.
+With w = 0 and k rows with the property, the weighted mean is a mixture of Beta(k + 1, n - k) and
+Beta(k, n - k + 1). The limits are then the limits of Clopper and Pearson with the mid-p value
+(Lancaster 1961). For w > 0 there is no proof. ``benchmarks/estimate.py`` simulates how often the
+interval contains the true share.
 
 Source: Angelopoulos et al., Prediction-powered inference (2023), and PPI++ (2023) for the weight;
 Gaffke, Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
@@ -44,25 +44,25 @@ from vilu.predictors.contract.probability import fit_calibrator
 from vilu.validation import checked, require_between
 
 FEWEST_LABELS: Final = 30
-"""Smallest number of labels with which predictions are used."""
+"""Smallest number of labels for using predictions."""
 
 FEWEST_EXPECTED: Final = 15
-"""Smallest expected number of labelled rows of a class with which predictions are used."""
+"""Smallest expected number of labelled rows of a class for using predictions."""
 
 DRAWS: Final = 10_000
 """Number of draws of the random weights; the limits then vary by about 1 % of the width."""
 
 MOST_WEIGHTS: Final = 2**21
-"""Largest number of random weights that are in memory at once."""
+"""Largest number of random weights in memory at once."""
 
 FOLDS: Final = 10
 """Number of folds of labelled rows.
 
-A labelled row gets its probability from a calibrator that is fitted to the other folds.
+A labelled row gets a probability from a calibrator that is fitted without the row's fold.
 """
 
 SMALLEST_P_VALUE: Final = 1e-4
-"""Labels are refused if the p-value of "the labelled rows are a random sample" is below this.
+"""Labels are refused if "the labelled rows are a random sample" has a smaller p-value.
 
 So labels of a random sample are refused with this probability.
 """
@@ -72,7 +72,7 @@ Method = Literal["prediction-powered", "exact"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The share of N rows with a property, and its interval.
+    """Estimated share of N rows with a property, with an interval.
 
     Attributes:
         name: "error rate", or the name of a class.
@@ -115,8 +115,8 @@ class Predictions:
     """Predictions of a property.
 
     Attributes:
-        of_labelled: (n,) predictions for the labelled rows. None of them depends on the row's own
-            label.
+        of_labelled: (n,) predictions for the labelled rows. The prediction for a row does not
+            depend on the row's own label.
         of_all_rows: (N,) predictions for all rows.
     """
 
@@ -138,22 +138,23 @@ class Predictions:
 def estimate(
     outcomes: Outcomes, *, confidence: float = 0.95, of_classes: bool = False
 ) -> tuple[Estimate, ...]:
-    """How often the answers are wrong, and how many rows each class has, from a few labels.
+    """Estimate the error rate, and the share of each class, from a few labels.
 
     The shares are shares of the N rows. The rows with a known failure must be a random sample of
-    them. Each interval, by itself, contains its share with about the probability ``confidence``.
-    This was found by simulation and is not guaranteed (``vilu.calibration.estimates``).
+    the N rows. Every single interval contains the true share with about the probability
+    ``confidence``. This was found by simulation and is not guaranteed
+    (``vilu.calibration.estimates``).
 
     Args:
-        outcomes: N rows with an uncertainty, some with a known failure. Their probabilities of
-            failure are ``failure_probability``, or else the uncertainty if it is a probability.
-            Otherwise a calibrator is fitted to the labels in folds.
+        outcomes: N rows with an uncertainty, some with a known failure. The probabilities of
+            failure are ``failure_probability``, or else the uncertainty if the uncertainty is a
+            probability. Otherwise a calibrator is fitted to the labels in folds.
         confidence: Confidence of the intervals, in (0, 1).
-        of_classes: Whether to estimate the shares of the classes, too. It needs ``prediction``,
-            ``target`` of the labelled rows, and ``class_names``.
+        of_classes: Whether to estimate the shares of the classes, too. Shares of classes need
+            ``prediction``, ``target`` of the labelled rows, and ``class_names``.
 
     Returns:
-        The estimate of the error rate, and then the estimates of the classes in their order.
+        The estimate of the error rate, and then the estimates of the classes in order.
 
     Raises:
         DataError: If there are fewer than two labels, if the labelled rows are clearly no random
@@ -190,7 +191,7 @@ def estimate(
 
 
 def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> None:
-    """Refuse labels if the uncertainties of the labelled rows clearly differ from all others."""
+    """Refuse labels if labelled and unlabelled rows clearly differ in uncertainty."""
     from scipy import stats
 
     n_labelled = int(is_labelled.sum())
@@ -212,7 +213,7 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
 
 
 def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
-    """Probabilities of failure from the outcomes, or else from calibrated uncertainties."""
+    """Return probabilities of failure from the outcomes, or else from calibrated uncertainties."""
     probability = outcomes.failure_probability
     if probability is None and outcomes.is_probability:
         probability = outcomes.uncertainty
@@ -224,10 +225,10 @@ def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> 
 def _calibrate_in_folds(
     uncertainty: Floats, failure: Ints, is_labelled: NDArray[np.bool_]
 ) -> Predictions:
-    """Probabilities of failure from calibrators, each fitted to the labels of all folds but one.
+    """Return probabilities of failure; the calibrator of a fold is fitted to all other folds.
 
-    ``of_labelled`` has, for each row, the probability from the calibrator that has not seen the
-    row's fold. ``of_all_rows`` has the mean probability from all calibrators (Zrnic and Candes,
+    ``of_labelled`` has, for each row, the probability from the calibrator without the row's fold.
+    ``of_all_rows`` has the mean probability from all calibrators (Zrnic and Candes,
     Cross-prediction-powered inference).
     """
     labelled_score = uncertainty[is_labelled]
@@ -241,8 +242,8 @@ def _calibrate_in_folds(
             labelled_score[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
         )
         of_labelled[is_in_fold] = calibrator(labelled_score[is_in_fold])
-        # In the mean of ``of_labelled``, the weight of a calibrator is the share of the labels that
-        # are in its fold. It has the same weight here, so that the mean residual has no bias.
+        # In the mean of ``of_labelled``, the weight of a calibrator is the share of labels in the
+        # fold. The calibrator has the same weight here. So the mean residual has no bias.
         of_all_rows += calibrator(uncertainty) * is_in_fold.mean()
     return Predictions(of_labelled=of_labelled, of_all_rows=of_all_rows)
 
@@ -253,7 +254,7 @@ def _estimate_class_shares(
     failure_probability: Predictions,
     confidence: float,
 ) -> list[Estimate]:
-    """Estimates of the shares of all classes, in the order of the classes."""
+    """Estimate the shares of all classes, in the order of the classes."""
     names = outcomes.class_names
     if names is None or outcomes.prediction is None or outcomes.target is None:
         raise DataError(
@@ -269,7 +270,7 @@ def _estimate_class_shares(
         )
     estimates = []
     for index, name in enumerate(names):
-        # An answer predicts its class with the probability that it is right.
+        # An answer predicts its class with the probability that the answer is right.
         says_class = outcomes.prediction == index
         class_probability = Predictions(
             of_labelled=says_class[is_labelled] * (1 - failure_probability.of_labelled),
@@ -287,15 +288,15 @@ def _estimate_class_shares(
 def _estimate(
     name: str, truth: Floats, predictions: Predictions, confidence: float, *, fewest_expected: int
 ) -> Estimate:
-    """The estimate of the share of all rows that have a property.
+    """Estimate the share of rows with a property.
 
     Args:
         name: Name of the share.
-        truth: (n,) 1 where a labelled row has the property, 0 where it lacks it.
+        truth: (n,) 1 for a labelled row with the property, 0 for a labelled row without.
         predictions: Predictions of the property.
         confidence: Confidence of the interval, in (0, 1).
         fewest_expected: Predictions are not used if fewer labelled rows than this number are
-            expected to have the property, or to lack it.
+            expected with the property, or without the property.
     """
     by_labels = _exact_estimate(name, truth, len(predictions.of_all_rows), confidence)
     # The predictions decide which interval is taken, not the labels. If the labels decided, the
@@ -309,7 +310,7 @@ def _estimate(
 
 
 def _exact_estimate(name: str, truth: Floats, n_rows: int, confidence: float) -> Estimate:
-    """The estimate of a share of ``n_rows`` rows from the labels alone (``truth``, (n,))."""
+    """Estimate a share of ``n_rows`` rows from the labels alone (``truth``, (n,))."""
     n = len(truth)
     n_true = int(truth.sum())
     delta = 1 - confidence
@@ -331,9 +332,9 @@ def _exact_estimate(name: str, truth: Floats, n_rows: int, confidence: float) ->
 def _estimate_with_predictions(
     by_labels: Estimate, truth: Floats, predictions: Predictions, confidence: float
 ) -> Estimate:
-    """The estimate of the same share as ``by_labels``, from labels and predictions."""
+    """Estimate the same share as ``by_labels``, from labels and predictions."""
     weight = tuned_weight(truth, predictions.of_labelled)
-    first_mean = weight * float(predictions.of_all_rows.mean())  # the mean of w f, which is known
+    first_mean = weight * float(predictions.of_all_rows.mean())  # the known mean of w f
     residual = truth - weight * predictions.of_labelled
     largest_residual = 1 - weight * predictions.smallest
     smallest_residual = -weight * predictions.largest
@@ -349,7 +350,7 @@ def _estimate_with_predictions(
 
 
 def tuned_weight(truth: Floats, prediction: Floats) -> float:
-    """Weight w in [0, 1] with which the variance of the residuals y - w f is smallest.
+    """Return the weight w in [0, 1] for the smallest variance of the residuals y - w f.
 
     y is the ``truth`` (n,), and f the ``prediction`` (n,). The weight is the slope of a regression
     of y on f, limited to [0, 1]. If all predictions are equal, the weight is 0.
@@ -371,12 +372,12 @@ def tuned_weight(truth: Floats, prediction: Floats) -> float:
 def mean_interval(
     values: Floats, smallest: float, largest: float, confidence: float
 ) -> tuple[float, float]:
-    """Lower and upper limit of the mean of a population, from a random sample of its values.
+    """Return the lower and upper limit of a population mean, from a random sample of values.
 
     Args:
         values: The values (n,) of the sample.
-        smallest: Smallest value that is possible in the population.
-        largest: Largest value that is possible in the population.
+        smallest: Smallest possible value in the population.
+        largest: Largest possible value in the population.
         confidence: Confidence of the interval, in (0, 1).
 
     Examples:
@@ -404,7 +405,7 @@ def mean_interval(
 
 @lru_cache(maxsize=1)  # the shares of all classes use the same labels, and so the same weights
 def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
-    """Draws (n_draws, n) from the Dirichlet distribution whose n parameters are 1."""
+    """Draw (n_draws, n) weights from the Dirichlet distribution with n parameters of 1."""
     exponential = np.random.default_rng(seed).standard_exponential((n_draws, n))
     weights: Floats = exponential / exponential.sum(axis=1, keepdims=True)
     return weights

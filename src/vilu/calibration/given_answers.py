@@ -13,16 +13,16 @@ from vilu.errors import UNKNOWN
 from vilu.outcomes.outcomes import Outcomes
 
 MOST_STANDARD_ERRORS: Final = 3.0
-"""There is a warning if the two accuracies differ by more standard errors than this.
+"""Largest difference of the two accuracies, in standard errors, without a warning.
 
-If both accuracies are equal apart from chance, about one calibration in 700 leads to a warning.
+If both accuracies are equal apart from chance, about 1 calibration in 700 leads to a warning.
 """
 
 
 def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcomes) -> None:
     """Warn if given answers are right for clearly more of the fit rows than of these rows.
 
-    A model is better on the rows that it was trained on. A predictor that is fitted on such answers
+    A model is better on the rows that it was trained on. A predictor fitted on answers to such rows
     has seen too few failures, or failures unlike the failures on new rows. Let a be the accuracy on
     n fit rows, b the accuracy on m calibration rows, and p the accuracy on all n + m rows. There is
     a warning if
@@ -32,7 +32,7 @@ def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcom
     Rows of none of the classes are left out.
 
     Args:
-        fit_counts: Number of fit rows (``n``), and number of right answers among them
+        fit_counts: Number of fit rows (``n``), and number of right answers to fit rows
             (``n_right``). None: the fit used no given answers.
         rows: Calibration rows.
 

@@ -1,8 +1,8 @@
-"""Split-conformal label sets: candidates of a row that probably include the right one.
+"""Split-conformal label sets: candidates of a row that probably include the right label.
 
 The sets are built on a posterior q that includes the probability of failure. Let f be the
-probability that the answer a is wrong, and p the predictor's own posterior over the candidates, or
-the zero-shot posterior if the predictor has none. Then
+probability that the answer a is wrong, and p the predictor's own posterior over the candidates.
+Without an own posterior, p is the zero-shot posterior. Then
 
     q_a = 1 - f,    q_j = f p_j / (1 - p_a) for all other candidates j.
 
@@ -36,8 +36,8 @@ class LabelSets(Model):
     """Label sets that contain the right label with probability at least 1 - max_miss.
 
     The probability is over the draw of the calibration rows and of a new row that shows one of the
-    classes. A picture of none of the classes has no right label, so nothing is guaranteed for it.
-    Calibration rows with such pictures are left out, with a warning.
+    classes. A picture of none of the classes has no right label, and no guarantee. Calibration rows
+    with such pictures are left out, with a warning.
 
     Let s_i = s(x_i, y_i) be the scores of the true labels of n calibration rows. The set of x is
 
@@ -48,23 +48,23 @@ class LabelSets(Model):
     - "aps": s(x, j) = the total probability of the candidates that are more probable than j. The
       coverages of easy rows and of hard rows differ less than with "lac". A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before calibration: the
-    calibration rows determine c, so they must not also determine f, on which the scores s depend.
+    Ties can only make sets larger. f is the probability of failure before calibration. The scores s
+    depend on f. The calibration rows determine c, and so must not determine f, too.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. In
-    these papers the last label of a set is included at random. Here it is always included, so that
-    a set depends on the row alone. The posterior q is our own.
+    these papers the last label of a set is included at random. Here the last label is always
+    included. So a set depends on the row alone. The posterior q is our own.
     """
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
-    limit: float = Field(ge=0, le=2)  # c; it is in [0, 1], but rounding may exceed 1 a little
+    limit: float = Field(ge=0, le=2)  # c, in [0, 1]; rounding may exceed 1 a little
     n: int = Field(ge=1)  # number of calibration rows
     mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
 
     def members(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
-        """Mask (B, K) of the candidates that are in the label set of each row of a batch.
+        """Return the mask (B, K) of the candidates in the label set of each row of a batch.
 
         ``uncertainty`` (B,) holds the scores of the rows by the predictor.
         """
@@ -72,7 +72,7 @@ class LabelSets(Model):
 
 
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
-    """Posterior q (B, K), as defined at the top of this module, float64 on the CPU.
+    """Return the posterior q (B, K), defined at the top of this module, float64 on the CPU.
 
     With two candidates, q is 1 - f for the answer and f for the second candidate.
 
@@ -83,7 +83,7 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
     """
     answer = batch.prediction.cpu()[:, None]  # (B, 1)
     f = failure_probability.double()[:, None]  # (B, 1)
-    # p_j / (1 - p_a) is a softmax over the candidates without the answer. As a quotient it would be
+    # p_j / (1 - p_a) is a softmax over the candidates without the answer. The quotient would be
     # 0 / 0 where p_a rounds to 1. This happens for the most trusted answers.
     other_posterior = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
     return (f * other_posterior).scatter(1, answer, 1 - f)
@@ -92,7 +92,7 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
 def nonconformity(
     predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
-    """Scores s(x, j) (B, K) of all candidates, float64; see ``LabelSets``."""
+    """Return the scores s(x, j) (B, K) of all candidates, float64; see ``LabelSets``."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
     with torch.no_grad():
         if predictor.has_posterior:
@@ -104,9 +104,9 @@ def nonconformity(
         return 1 - q
     q_sorted, candidate = q.sort(dim=1, descending=True, stable=True)
     mass_before = q_sorted.cumsum(dim=1) - q_sorted
-    # Candidates with equal q all get the mass before the first of them. Otherwise their scores
+    # Candidates with equal q all get the mass before the first such candidate. Otherwise the scores
     # would depend on the order of the classes. The search finds, for every q, the first position of
-    # an equal q. It needs ascending numbers, so the signs are changed.
+    # an equal q. The search needs ascending numbers, so the signs are changed.
     first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
     sorted_scores = mass_before.gather(1, first_of_ties)
     return torch.empty_like(q).scatter_(1, candidate, sorted_scores)  # in the order of candidates
@@ -115,10 +115,10 @@ def nonconformity(
 def fit_label_sets(
     predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: SetMethod
 ) -> LabelSets:
-    """Label sets from the calibration rows that were not used in the predictor's ``fit``."""
+    """Fit label sets on the calibration rows that were not used in the predictor's ``fit``."""
     check_label_sets(predictor, data, max_miss)
-    # Rows of the fit have smaller scores than new rows. With them the limit would be too small, and
-    # sets of new rows would miss the right label more often than max_miss.
+    # Rows of the fit have smaller scores than new rows. With rows of the fit the limit would be too
+    # small, and sets of new rows would miss the right label more often than max_miss.
     was_fitted_on = ~predictor.unseen(data, "calibration")
     unseen_data = data.without(was_fitted_on)
     _warn_of_ood(unseen_data)
@@ -141,7 +141,7 @@ def fit_label_sets(
 
 
 def _rank_of_limit(n: int, max_miss: float) -> int:
-    """Rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n calibration rows."""
+    """Return the rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n rows."""
     # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
     # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
     # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out
@@ -156,7 +156,7 @@ def _rank_of_limit(n: int, max_miss: float) -> int:
 
 
 def _warn_of_ood(data: EmbeddingSource) -> None:
-    """Warn that label sets leave out the rows of none of the classes, if there are any."""
+    """Warn if there are rows of none of the classes, because label sets leave out such rows."""
     n_ood = int(data.outside.sum())
     if n_ood:
         warn_caller(
@@ -169,7 +169,7 @@ def _warn_of_ood(data: EmbeddingSource) -> None:
 def _scores_of_true_labels(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Tensor:
-    """Scores s_i (n,) of the true labels of the n labelled rows."""
+    """Return the scores s_i (n,) of the true labels of the n labelled rows."""
     scores_of_batches = [torch.empty(0, dtype=torch.float64)]
     for all_scores, target in _labelled_scores(predictor, data, method):
         scores_of_batches.append(all_scores.gather(1, target[:, None]).squeeze(1))
@@ -199,7 +199,7 @@ def _labelled_scores(
 
 
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
-    """The label sets of B rows, each as a JSON list of class names in the order of the candidates.
+    """Return the label sets of B rows as JSON lists of class names, in the order of candidates.
 
     ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the numbers
     of the candidates are used as names.

@@ -19,46 +19,45 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
 
 LEAST_WRONG: Final = 5
-"""Smallest number of wrong labelled answers from which an estimate is made."""
+"""Smallest number of wrong labelled answers for an estimate."""
 
 WIDENING: Final = 1.1
-"""The expected error rate is multiplied by this factor before it is compared with ``max_risk``.
+"""The expected error rate times this factor is compared with ``max_risk``.
 
 The factor was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 """
 
 Flags = list[bool | None]
-"""For each row, whether it is likely right. If there is no estimate, all flags are None."""
+"""For each row, whether the answer is likely right. Without an estimate, all flags are None."""
 
 NOTHING_DRAWN: Final = JudgedAnswers(uncertainty=np.zeros(0), failure=np.zeros(0, np.int64))
-"""Answers to no rows, for an estimate without labels of rows that were drawn at random."""
+"""Answers to no rows, for an estimate without labels of rows drawn at random."""
 
 
 class LikelyRight(Model):
-    """An estimate of which answers are likely right, for a predictor that estimates P(failure).
+    """Estimate of likely right answers, for a predictor that estimates P(failure).
 
     1. Each labelled row of the fit gets an uncertainty from a predictor that was fitted without
        this row (cross-fitting).
-    2. Labels of rows that were drawn at random are added (``with_drawn``).
-    3. A calibrator, which maps uncertainty to P(failure), is fitted on all these labels.
-    4. Rows up to a threshold are likely right. It is the largest threshold at which ``widening``
-       times the mean P(failure) of these rows is at most ``max_risk``.
+    2. Labels of rows drawn at random are added (``with_drawn``).
+    3. A calibrator from uncertainty to P(failure) is fitted on all these labels.
+    4. Rows up to a threshold are likely right: ``widening`` times the mean P(failure) of these rows
+       is at most ``max_risk``. The threshold is as large as possible.
 
     Attributes:
-        max_risk: Largest error rate that is expected among the rows that are likely right.
-        widening: Factor by which the expected error rate is multiplied (``WIDENING``).
-        n: Number of labelled rows of the fit, which all have a cross-fitted answer.
+        max_risk: Largest expected error rate among the likely right rows.
+        widening: Factor of the expected error rate (``WIDENING``).
+        n: Number of labelled rows of the fit. All these rows have a cross-fitted answer.
         n_wrong: Number of wrong answers to these rows.
-        n_wrong_zero_shot: Number of wrong zero-shot answers to the same rows; None if it was not
-            counted.
+        n_wrong_zero_shot: Number of wrong zero-shot answers to the same rows; None if not counted.
         uncertainty: (n,) uncertainties of the cross-fitted answers.
         failure: (n,) 1 if a cross-fitted answer is wrong, otherwise 0.
-        n_drawn: Number of labelled rows that were drawn at random.
+        n_drawn: Number of labelled rows drawn at random.
         n_drawn_wrong: Number of wrong answers to the drawn rows.
         probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
-        threshold: New rows up to this uncertainty are likely right, if they are drawn in the same
-            way as the rows of the fit. None if no answer is likely right, or if there is no
-            calibrator.
+        threshold: New rows up to this uncertainty are likely right, if new rows are drawn in the
+            same way as the N rows given to ``estimate``. None if no answer is likely right, or if
+            there is no calibrator.
 
     Examples:
         >>> import numpy as np
@@ -85,7 +84,7 @@ class LikelyRight(Model):
 
     @classmethod
     def without_labels(cls, max_risk: float) -> Self:
-        """No estimate, because the fit used no labels."""
+        """Make an empty estimate, because the fit used no labels."""
         return cls(max_risk=max_risk, widening=WIDENING, n=0, n_wrong=0)
 
     @classmethod
@@ -93,9 +92,9 @@ class LikelyRight(Model):
         """Estimate from cross-fitted answers which new rows are likely right.
 
         Args:
-            held_out: Cross-fitted answers; their uncertainties must be probabilities.
-            uncertainty: (N,) uncertainties of rows that are drawn in the same way as new rows will
-                be; NaN for rows that cannot be scored.
+            held_out: Cross-fitted answers; the uncertainties must be probabilities.
+            uncertainty: (N,) uncertainties of rows, drawn in the same way as later rows; NaN for
+                rows without a score.
             max_risk: Largest expected error rate.
         """
         cross_fitted = _answers_with_label(held_out)
@@ -110,14 +109,15 @@ class LikelyRight(Model):
         return without_threshold.with_drawn(NOTHING_DRAWN, uncertainty)
 
     def with_drawn(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
-        """The estimate from the cross-fitted answers and from answers to rows drawn at random.
+        """Estimate from the cross-fitted answers and from answers to rows drawn at random.
 
-        The labelled rows of the fit were chosen. So their answers may be wrong more often, or less
-        often, than all answers with the same uncertainty. Drawn rows are chosen by chance alone.
+        The labelled rows of the fit were chosen. So answers to chosen rows may be wrong more often,
+        or less often, than all answers with the same uncertainty. Drawn rows are chosen by chance
+        alone.
 
         Args:
-            drawn: The predictor's answers to rows up to some uncertainty. No other property of
-                a row may decide whether it was drawn.
+            drawn: The predictor's answers to rows up to some uncertainty. The draw must not depend
+                on other properties of the rows.
             uncertainty: As for ``estimate``.
         """
         drawn_answers = _answers_with_label(drawn)
@@ -140,15 +140,15 @@ class LikelyRight(Model):
         return with_calibrator.model_copy(update={"threshold": threshold})
 
     def threshold_among(self, uncertainty: Floats) -> float | None:
-        """Largest of N uncertainties up to which rows are likely right; None if no row is."""
+        """Return the largest uncertainty of likely right rows among N uncertainties, or None."""
         if self.probability is None:
             return None
         ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
         probability = self.probability(log_odds(ascending))
-        # for each row, the expected error rate of this row and all rows before it
+        # for each row, the expected error rate of this row and all earlier rows
         expected_risk = np.cumsum(probability) / np.arange(1, len(ascending) + 1)
-        # Rows of equal uncertainty are all likely right, or none of them is. So only the last of
-        # them may set the threshold. With the appended infinity, the last row of all may set it.
+        # Rows of equal uncertainty get the same flag. So only the last row of equal uncertainty may
+        # set the threshold. With the appended infinity, the last of all rows may set the threshold.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
         is_low_risk = self.widening * expected_risk <= self.max_risk
         possible_thresholds = ascending[is_last_of_equals & is_low_risk]
@@ -163,7 +163,7 @@ class LikelyRight(Model):
         return self._flags(self.threshold, uncertainty)
 
     def _flags(self, threshold: float | None, uncertainty: Floats) -> Flags:
-        """For each uncertainty (N,), whether it is at most the threshold.
+        """Flag the uncertainties (N,) up to the threshold.
 
         All flags are None if there is no estimate, and False if the threshold is None.
         """
@@ -182,7 +182,7 @@ class LikelyRight(Model):
 
     @classmethod
     def find(cls, folder: Path) -> LikelyRight | None:
-        """The estimate beside a predictor; None if there is none.
+        """Load the estimate beside a predictor; None if there is no estimate.
 
         Raises:
             DataError: If the file is damaged.
@@ -201,13 +201,13 @@ class LikelyRight(Model):
 
 
 def _answers_with_label(judged: JudgedAnswers) -> JudgedAnswers:
-    """The answers that have an uncertainty and are known to be right or wrong."""
+    """Select the answers with an uncertainty and a known failure."""
     is_known = judged.is_known
     return JudgedAnswers(judged.uncertainty[is_known], judged.failure[is_known])
 
 
 class _LikelyFile(Document):
-    """The file ``likely.json``: an estimate, and the predictor and answers that it is about."""
+    """File ``likely.json``: an estimate, with the predictor and the kind of answers."""
 
     remedy = "run `vilu triage` into a new folder, with --labels and the labels.parquet of this one"
     error_class = DataError
@@ -219,7 +219,7 @@ class _LikelyFile(Document):
 
 
 def _weights_and_answer(folder: Path) -> tuple[str, AnswerKind]:
-    """Hash of the weights of a saved predictor, and the kind of answers that it judges."""
+    """Return the hash of the weights of a saved predictor, and the kind of judged answers."""
     description = read_description(folder / PREDICTOR)
     answer: AnswerKind = description["parameters"].get("answer", "zero_shot")
     return description["weights_sha256"], answer

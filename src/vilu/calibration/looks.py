@@ -1,6 +1,6 @@
-"""``looks.json``: all targets for which a predictor was calibrated on the same rows.
+"""``looks.json``: all targets that were tried for a predictor on the same rows.
 
-Each target that is tried on the rows is a look at them.
+Each tried target is a look at the rows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
 SKETCH_SIZE: Final = 64
-"""Number of hashes that are saved for a set of rows, to recognise the set later.
-
-The smallest hashes are saved.
-"""
+"""Number of saved hashes of a set of rows. The smallest hashes are saved, to recognise the set."""
 
 SAME_ROWS: Final = 0.5
-"""Two sets A and B of rows count as the same if |A and B| / |A or B| is at least this."""
+"""Two sets A and B of rows count as the same if |A and B| / |A or B| is at least this number."""
 
 ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
@@ -35,7 +32,7 @@ ORDINALS: Final = (
 
 
 class RowsWithTargets(Model):
-    """A set of rows, and the targets that were tried on it."""
+    """A set of rows, with all targets that were tried on these rows."""
 
     # the smallest hashes of the rows
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
@@ -43,17 +40,17 @@ class RowsWithTargets(Model):
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
-        # The 64 smallest hashes of the union are a random sample of the union. The share of this
-        # sample that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes
-        # of both sets together would not be a random sample of the union: the 64 smallest hashes of
-        # a small set reach up to larger numbers than the 64 smallest hashes of a large set.
+        # The 64 smallest hashes of the union are a random sample of the union. The share of common
+        # hashes in this sample estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
+        # both sets together would not be a random sample of the union: the 64 smallest hashes of a
+        # small set reach up to larger numbers than the 64 smallest hashes of a large set.
         sample = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
         common = set(self.hashes) & set(hashes) & set(sample)
         return len(common) >= SAME_ROWS * len(sample)
 
 
 class LookRecord(Document):
-    """Record of all calibrations of one fit, including those that ended without a guarantee."""
+    """Record of all calibrations of a fit, with or without a resulting guarantee."""
 
     remedy = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
     error_class = DataError
@@ -64,13 +61,11 @@ class LookRecord(Document):
 
 
 def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record that a target is tried on rows; return how many targets were tried on them so far.
-
-    The new target is counted, too.
+    """Record a new target for rows; return the number of tried targets, including the new target.
 
     Args:
         folder: Folder of the predictor.
-        picture: Identities (N,) of the pictures that the rows show. They are hashes.
+        picture: Identities (N,) of the pictures of the rows. The identities are hashes.
         target: Fields of the target.
     """
     smallest_hashes = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
@@ -84,8 +79,8 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
         if not recorded_set.is_same_set(hashes):
             different_sets.append(recorded_set)
             continue
-        # Recorded sets that consist mostly of these rows become one set with all their targets. If
-        # they were counted separately, a few new rows would reset the count, and the best of many
+        # Recorded sets with mostly the same rows become a single set with all targets. If such sets
+        # were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
         new_targets = [tried for tried in targets if tried not in recorded_set.targets]
         targets = (*recorded_set.targets, *new_targets)
@@ -95,18 +90,18 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
 
 
 def _load_record(folder: Path) -> LookRecord:
-    """The record of the fit in this folder; an empty record if there is none."""
+    """Load the record of the fit in this folder; an empty record if no record exists."""
     weights_sha256 = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         record = read_document(folder / LOOKS, LookRecord)
-        # Another fit has other scores, so the looks at its scores do not count.
+        # After a new fit all scores are different, so looks at the old scores do not count.
         if record.weights_sha256 == weights_sha256:
             return record
     return LookRecord(weights_sha256=weights_sha256)
 
 
 def looks_in_words(n_looks: int) -> str:
-    """Text that says how many targets were tried, and what follows; "" for the first target."""
+    """Return a text: how many targets were tried, and the consequence; "" for the first target."""
     if n_looks == 1:
         return ""
     look = f"look number {n_looks}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 RowsMethod = Literal["ltt", "crc", "selection"]
-"""Methods that need the labels of all calibration rows before the first test."""
+"""Methods for which the labels of all calibration rows are needed before the first test."""
 
 Method = Literal[RowsMethod, "anytime"]
-"""All methods for a rule; "anytime" is for labels that arrive one after another."""
+"""All methods for a rule; "anytime" allows a test after every label."""
 
 SetMethod = Literal["lac", "aps"]
 """Methods for label sets (``vilu.calibration.label_sets``)."""
 
 ClusterRisk = Literal["majority", "ratio"]
-"""What a guarantee bounds if rows come in clusters (``vilu.calibration.clusters``)."""
+"""Names of the risks for rows in clusters (``vilu.calibration.clusters``)."""

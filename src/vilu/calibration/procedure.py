@@ -1,4 +1,4 @@
-"""Calibration of a saved predictor on labelled rows that were not used in its fit."""
+"""Calibration of a saved predictor on labelled rows that were not used in the fit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from vilu.scoring.score import predictor_fingerprint, score_unseen, source_finge
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-GROUPS_SHOWN = 3  # largest number of groups whose reasons a message lists
+GROUPS_SHOWN = 3  # largest number of groups with a reason in a message
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +66,19 @@ def calibrate_predictor(
 
     1. ``predictor.json``: the calibrator of probabilities.
     2. ``calibration.parquet``: the calibration rows.
-    3. ``risk.json``: the rule and its origin. It is written last. After a crash the folder
-       therefore has no rule, or the old rule, which is refused when it is loaded.
+    3. ``risk.json``: the rule and the origin of the rule. This file is written last. After a crash
+       the folder therefore has no rule, or the old rule. Loading the old rule is refused.
 
     If the target cannot be reached, no calibration is written. Without ``overwrite``, an existing
-    calibration is kept if it has the same rows and target. Otherwise there is a UsageError.
+    calibration with the same rows and target is kept. Otherwise there is a UsageError.
 
     With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
-    limit, as ``vilu next --for-guarantee`` draws them. The limit must not depend on the rows that
-    could be drawn. Thresholds up to the limit are tested. The score of the method stays the
-    probability of failure, because rows up to the limit show nothing about rows beyond it.
+    limit, such as a draw of ``vilu next --for-guarantee``. The limit must not depend on the rows
+    that could be drawn. Thresholds up to the limit are tested. The score of the method stays the
+    probability of failure, because rows up to the limit show nothing about rows beyond the limit.
 
     Warns:
-        UserWarning: If some rows were used in the fit; they are left out.
+        UserWarning: If some rows were used in the fit; these rows are left out.
 
     Raises:
         DataError: If more than 1 % of the rows were used in the fit, or are near copies of rows of
@@ -100,7 +100,7 @@ def calibrate_predictor(
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    # The target is checked first. If it were refused later, the lock file would remain.
+    # The target is checked first. After a later refusal the lock file would remain.
     predictor = load_predictor(folder)
     check_target(target, predictor, data)
     if drawn_below is not None:
@@ -118,7 +118,7 @@ def calibrate_predictor(
 
 
 def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-    """Refuse a target that is not possible for a predictor and its rows."""
+    """Refuse an impossible target for a predictor and rows."""
     if target.has_rule:
         target.check_rule(grouped=target.per_class)
     elif target.per_class or target.method != "ltt":
@@ -132,7 +132,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
             "captions have no classes, so there are no thresholds per class. Leave per_class out."
         )
     if target.per_class and data.holds == "answers":
-        # The answers of another table would have other numbers, and so other thresholds.
+        # The answers of another table would have different numbers, and so different thresholds.
         raise UsageError(
             "a table of answers has no classes, so there are no thresholds per class. Leave "
             "per_class out."
@@ -147,7 +147,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
 
 
 def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -> None:
-    """Refuse a target or a predictor whose test needs rows above the limit of the draw.
+    """Refuse a predictor without probabilities, and targets with tests above the limit of the draw.
 
     Such targets are coverages, label sets, stated shares, and means over all answers.
     """
@@ -163,7 +163,7 @@ def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -
 
 
 def require_probability(predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities, because it cannot choose the limit of a draw."""
+    """Refuse a predictor without probabilities: these choose the limit of a draw."""
     if not predictor.is_probability:
         raise UsageError(
             "labels for a guarantee are chosen by a probability of failure; "
@@ -172,7 +172,7 @@ def require_probability(predictor: FailurePredictor) -> None:
 
 
 def _require_below_limit(rows: Outcomes, limit: float) -> None:
-    """Refuse rows with an uncertainty above ``limit``, because they were drawn below it."""
+    """Refuse rows with an uncertainty above ``limit``: no such row can be in the draw."""
     n_above = int(above_limit(rows, limit).sum())
     if n_above:
         raise DataError(
@@ -218,7 +218,7 @@ def _calibrate(
     if drawn_below is None:
         predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
-        # A calibrator of these rows would be biased, because they all have scores up to the limit.
+        # A calibrator of these rows would be biased, because all scores are up to the limit.
         predictor.calibrator_ = identity_calibrator(calibration_rows.failure)
     label_sets = _label_sets_from_rows(predictor, data, index_in_data[choice.saved_rows], target)
     calibration = keep_calibration(
@@ -241,7 +241,10 @@ def _calibrate(
 def _label_sets_from_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Ints, target: Target
 ) -> LabelSets | None:
-    """Label sets from the rows of ``data`` with the indices ``rows`` (M,); None: not asked for."""
+    """Fit label sets on the rows of ``data`` with the indices ``rows`` (M,).
+
+    None if the target asks for no label sets.
+    """
     if target.label_sets is None:
         return None
     is_left_out = np.ones(len(data), np.bool_)
@@ -258,20 +261,21 @@ def _digest_of_inputs(
     dataset_and_split: tuple[str | None, str | None],
     drawn_below: float | None,
 ) -> str:
-    """Digest of everything from which a calibration is made.
+    """Return a digest of all inputs of a calibration.
 
-    These are the predictor, the data and their names, the target, and the limit.
+    The inputs are the predictor, the data, the names of data set and split, the target, and the
+    limit.
     """
     source = source_fingerprint(data)
     target_facts = target.facts()
-    # Without a limit nothing is added, so that the digests of older calibrations stay the same.
+    # Without a limit nothing is added. So the digests of older calibrations stay the same.
     if drawn_below is not None:
         target_facts["drawn_below"] = drawn_below
     predictor_hash = predictor_fingerprint(predictor)
     origin: list[object] = [predictor_hash, source, *dataset_and_split, target_facts]
-    # The fingerprint of a store covers all rows. The fingerprint of any other source covers only a
-    # sample of its rows, so the identities of all rows are added. Rows may have several kinds of
-    # identity, the best kind first.
+    # The fingerprint of a store covers all rows. The fingerprint of a source that is no store
+    # covers only a sample of the rows, so the identities of all rows are added. Rows may have
+    # several kinds of identity, the best kind first.
     if not isinstance(data, EmbeddingStore):
         best_kind = data.identified_by[:1]  # empty if the rows have no identity
         origin.append([data.identities(by).tolist() for by in best_kind])
@@ -279,21 +283,21 @@ def _digest_of_inputs(
 
 
 class _RowsAndRule(NamedTuple):
-    """A rule, and the calibration rows that are saved with it."""
+    """A rule, and the calibration rows to save."""
 
     rule: Rule | None  # None if the target asks for no rule
     saved_rows: Ints  # (M,) indices of the rows to save, among the N calibration rows
-    near_copies: Ints  # indices, among the M saved rows, of the copies that the rule leaves out
+    near_copies: Ints  # indices, among the M saved rows, of the copies left out by the rule
 
 
 def _choose_rows_and_rule(
     target: Target, rows: Outcomes, data: EmbeddingSource, index_in_data: Ints
 ) -> _RowsAndRule:
-    """The rule of N calibration rows, where every picture counts once, and the rows to save.
+    """Return the rule of N calibration rows, and the rows to save; every picture counts once.
 
-    One row per picture is saved, and all rows without a label. Near copies are counted and reported
-    with a warning. If some pictures differ by noise only (``ALIKE``), a second rule is made from
-    one picture of each group of copies. The rule that accepts less is returned.
+    A single row per picture is saved, and all rows without a label. Near copies are counted and
+    reported with a warning. If some pictures differ by noise only (``ALIKE``), a second rule is
+    made from a single picture of each group of copies. The rule that accepts less is returned.
 
     Args:
         target: The target.
@@ -302,7 +306,8 @@ def _choose_rows_and_rule(
         index_in_data: Indices (N,) of the rows in the source.
     """
     if target.cluster_risk is not None:
-        # Each cluster counts as one draw, so copies within it do no harm. All rows are saved.
+        # Each cluster counts as a single draw, so copies within a cluster do no harm. All rows are
+        # saved.
         return _RowsAndRule(
             rule=_feasible_rule(rows, target),
             saved_rows=np.arange(len(rows)),
@@ -316,9 +321,9 @@ def _choose_rows_and_rule(
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
         is_different = first_of_scenes(data, index_in_data[picture_rows], ALIKE)
-        # Pictures that differ by noise only are one draw. If all of them count, the bound is too
-        # small. If only one of them counts, its answer may be right by chance. So both rules are
-        # made, and the rule that accepts less is used.
+        # Pictures that differ by noise only are a single draw. If all copies count, the bound is
+        # too small. If a single copy counts, the answer about this copy may be right by chance. So
+        # both rules are made, and the rule that accepts less is used.
         rule_without_copies = _feasible_rule(rows.take(picture_rows[is_different]), target)
         if _accepts_less(rule_without_copies, rule, rows.take(picture_rows)):
             rule = rule_without_copies
@@ -336,9 +341,9 @@ def _choose_rows_and_rule(
 
 
 def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bool_]:
-    """Mask (M,) of the pictures that are the first of their group of near copies.
+    """Return the mask (M,) of the first picture of each group of near copies.
 
-    ``rows`` (M,) holds the index in ``data`` of one row of each picture. If there are too many
+    ``rows`` (M,) holds for each picture the index of a row in ``data``. If there are too many
     pictures to compare, a warning is logged and the mask is True everywhere.
     """
     n_pictures = len(rows)
@@ -354,10 +359,10 @@ def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bo
 
 
 def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
-    """Add the number of scenes to the numbers of files and pictures, and log them as a warning.
+    """Add the number of scenes to the numbers of files and pictures, and log a warning.
 
-    ``counted`` is None if there are as many files as pictures. ``is_first`` marks the pictures that
-    are the first of their scene.
+    ``counted`` is None if there are as many files as pictures. ``is_first`` marks the first picture
+    of each scene.
     """
     n_pictures = len(is_first)
     n_files = n_pictures if counted is None else counted.files
@@ -373,7 +378,7 @@ def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> C
 
 
 def _feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
-    """The rule of calibration rows; None if the target asks for no rule.
+    """Make the rule of calibration rows; None if the target asks for no rule.
 
     Raises an InfeasibleError if the rule accepts nothing.
     """
@@ -412,17 +417,17 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
 ) -> Calibration:
-    """Write a calibrated predictor, its calibration rows, and then the calibration.
+    """Write a calibrated predictor, the calibration rows, and then the calibration.
 
     Args:
         folder: Folder of the predictor.
-        predictor: The predictor with its calibrator of probabilities.
+        predictor: The predictor with a calibrator of probabilities.
         rows: Calibration rows.
         data: Source of the rows.
         target: The target.
         rule: The rule; None if the target asks for no rule.
-        dataset_and_split: Name of the data set, and name of its split.
-        dtype: Number format to which new embeddings are rounded; None: the format of the data.
+        dataset_and_split: Name of the data set, and name of the split.
+        dtype: Number format for rounding new embeddings; None: the format of the data.
         label_sets: As in ``Calibration``.
         draws: As in ``Calibration``.
         inputs: As in ``Calibration``.
@@ -432,7 +437,8 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # The vocabulary is needed to score bare embeddings and new images. Without texts there is none.
+    # The vocabulary is needed to score bare embeddings and new images. Without texts there is no
+    # vocabulary.
     if data.pool_size is None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
     dataset, split = dataset_and_split
@@ -459,9 +465,9 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
 
 
 def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
-    """Remove a calibration if labels of its rows have changed; return whether it was removed.
+    """Remove a calibration if labels of calibration rows have changed; return True if removed.
 
-    ``changed_keys`` holds the keys of all rows whose labels have changed, also of rows that are no
+    ``changed_keys`` holds the keys of all rows with a changed label. Some of these rows may be no
     calibration rows.
     """
     calibration = Calibration.find(folder) if changed_keys else None
@@ -481,10 +487,10 @@ def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
 
 
 def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
-    """The calibration in the folder; None if there is none.
+    """Load the calibration in the folder; None if there is no calibration.
 
-    A calibration is refused if it was made from other inputs. If it cannot be loaded, a warning is
-    logged and None is returned.
+    A calibration from different inputs is refused. If loading fails, a warning is logged and None
+    is returned.
     """
     try:
         calibration = Calibration.find(folder)
@@ -504,7 +510,7 @@ def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
 
 
 def _why_infeasible(rule: Rule) -> str:
-    """Message that says why nothing can be accepted, and what is missing."""
+    """Return the message of an infeasible target: the reasons, the missing rows, and advice."""
     reasons = []
     for name, threshold in list(rule.thresholds.items())[:GROUPS_SHOWN]:
         group = f"{name}: " if name else ""

@@ -1,4 +1,4 @@
-"""Rules that accept answers or leave them for review, made from scores of calibration rows."""
+"""Rules for accepting answers or leaving answers for review, made from calibration rows."""
 
 from __future__ import annotations
 
@@ -57,44 +57,44 @@ ALL = ""
 """Name of the group of all rows."""
 
 OTHER = "(other)"
-"""Name of the group of all rows whose own group has too few calibration rows."""
+"""Name of the group that collects the rows of all groups with too few calibration rows."""
 
 ROUNDING = 1e-9
 """Tolerance when numbers of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
 
 
 class Rule(Model):
-    """A rule that accepts an answer or leaves it for review.
+    """Rule that accepts an answer or leaves the answer for review.
 
-    A rule has one threshold for all rows, or one per group, and may have floors. A rule of the
-    method "selection" has no threshold. It judges all rows of a batch together (``needs_batch``,
-    ``vilu.calibration.selection``).
+    A rule has a single threshold for all rows, or a threshold per group, and may have floors. A
+    rule of the method "selection" has no threshold, and judges all rows of a batch together
+    (``needs_batch``, ``vilu.calibration.selection``).
 
     Attributes:
-        method: "ltt", "crc", "selection", or "anytime" (``vilu.calibration.anytime``), which may be
-            tested again after every label.
+        method: "ltt", "crc", "selection", or "anytime". A rule of the method "anytime" may be
+            tested again after every label (``vilu.calibration.anytime``).
         max_risk: Largest error rate that was asked for; None if only a coverage was asked for.
         min_coverage: Smallest coverage that was asked for; None: any coverage.
         confidence: 1 - delta. The guarantees of all groups hold together with this confidence.
         grouped_by: "prediction": a group is a judged answer. "groups": the caller named the groups.
             None: there are no groups.
-        thresholds: Maps the name of each group to its threshold. Without groups, all rows are the
-            group "". If whole batches are judged, there is no threshold.
+        thresholds: Threshold of each group, by name. Without groups, all rows are the group "". If
+            whole batches are judged, there is no threshold.
         n: Number of calibration rows.
-        wrong: Uncertainties of the wrong calibration answers, ascending. They are saved only if
-            whole batches are judged.
+        wrong: Uncertainties of the wrong calibration answers, ascending. Saved only if whole
+            batches are judged.
         outside_share: Largest share of pictures of none of the classes for which the guarantee
             holds; None: the share among the calibration rows.
-        class_shares: Share of each class, among the pictures of the classes, for which the
-            guarantee holds; None: the shares among the calibration rows.
+        class_shares: Share of each class among the pictures of the classes. The guarantee holds for
+            these shares; None: the shares among the calibration rows.
         counted: Numbers of files and pictures of the calibration rows. None if every file shows a
-            picture of its own, or if it is not known which files show the same picture.
-        about: "new": the guarantee is about rows that are drawn in the same way as the calibration
-            rows. "folder": it is about the unlabelled photos of one folder.
+            different picture, or if files with the same picture are not known.
+        about: "new": the guarantee is about rows drawn in the same way as the calibration rows.
+            "folder": the guarantee is about the unlabelled photos of one folder.
         closed: The photos of the folder; None for a guarantee about new rows.
-        clusters: What the guarantee says about clusters of rows; None if it is about single rows.
+        clusters: The guarantee about clusters; None if the guarantee is about single rows.
         drawn_below: The calibration rows were drawn among the rows with an uncertainty up to this
-            limit; None: they were drawn among all rows.
+            limit; None: the calibration rows were drawn among all rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -127,10 +127,10 @@ class Rule(Model):
 
     @model_serializer(mode="wrap")
     def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save, without the newer fields that this rule does not use."""
-        # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields.
-        # Earlier versions did not have the newer fields. If they were saved with their default
-        # values, the fingerprints of old calibrations would change.
+        """Return the fields to save, without unused newer fields."""
+        # Scores and monitors refer to a calibration by a fingerprint, a hash of these fields.
+        # Earlier versions did not have the newer fields. Saving default values of newer fields
+        # would change the fingerprints of old calibrations.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
             fields.pop("about", None)
@@ -163,17 +163,17 @@ class Rule(Model):
 
     @property
     def n_accepted(self) -> int:
-        """Number of calibration rows that are accepted."""
+        """Number of accepted calibration rows."""
         return sum(threshold.n_accepted for threshold in self.thresholds.values())
 
     @property
     def n_wrong(self) -> int:
-        """Number of accepted calibration rows that are wrong."""
+        """Number of wrong rows among the accepted calibration rows."""
         return sum(threshold.n_wrong for threshold in self.thresholds.values())
 
     @property
     def coverage(self) -> float:
-        """Share of the calibration rows that are accepted."""
+        """Share of accepted rows among the calibration rows."""
         return self.n_accepted / self.n
 
     @property
@@ -190,7 +190,7 @@ class Rule(Model):
         """Accept where the uncertainty is at most this number; None: accept nothing.
 
         Raises:
-            UsageError: If there is one threshold per group, or if whole batches are judged.
+            UsageError: If every group has a threshold, or if whole batches are judged.
         """
         return self._single_threshold("threshold").threshold
 
@@ -199,12 +199,12 @@ class Rule(Model):
         """Accept only where the uncertainty is above this number; None: no floor.
 
         Raises:
-            UsageError: If there is one floor per group, or if whole batches are judged.
+            UsageError: If every group has a floor, or if whole batches are judged.
         """
         return self._single_threshold("floor").floor
 
     def _single_threshold(self, property_name: str) -> Threshold:
-        """The threshold for all rows; messages name the property that was asked for."""
+        """Return the threshold for all rows; error messages contain ``property_name``."""
         if self.needs_batch:
             raise UsageError(
                 f"this rule judges whole batches, so it has no {property_name} of its own."
@@ -214,7 +214,7 @@ class Rule(Model):
         return self.thresholds[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """Floors (N,) and thresholds (N,) of n rows; both are -inf where a group accepts nothing.
+        """Return floors (N,) and thresholds (N,) of n rows; both -inf where nothing is accepted.
 
         If the group of a row has no threshold, the row has the floor and the threshold of the group
         "(other)".
@@ -242,17 +242,17 @@ class Rule(Model):
     def _limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
         """As ``limits``, but also for a rule about clusters."""
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        # Rows of a group without a threshold get the interval of "(other)". If there is no such
-        # interval either, they are not accepted.
+        # Rows of a group without a threshold get the interval of "(other)". If this interval is
+        # missing too, the rows are not accepted.
         default_interval = intervals.get(OTHER, (-math.inf, -math.inf))
         group_of_row = self._groups_of_rows(n, groups)
         interval_of_row = [intervals.get(name, default_interval) for name in group_of_row]
-        # reshaped, because with n = 0 the array would have one axis only
+        # reshaped, because with n = 0 the array would have a single axis
         floors, thresholds = np.array(interval_of_row, dtype=np.float64).reshape(n, 2).T
         return floors, thresholds
 
     def _groups_of_rows(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
-        """Name of the group of each of n rows. Without groups, all rows are of the group ""."""
+        """Return the name of the group of each of n rows; without groups, "" for all rows."""
         if self.grouped_by is None:
             return [ALL] * n
         names = check_texts(groups, "groups")
@@ -269,21 +269,22 @@ class Rule(Model):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> NDArray[np.bool_]:
-        """Mask (N,) of the accepted answers; an answer without an uncertainty (NaN) is rejected.
+        """Return the mask (N,) of accepted answers; answers without an uncertainty are rejected.
 
-        With the risk "majority" the mask is True in all rows of an accepted cluster, and what is
-        accepted is the majority answer (``vilu.calibration.clusters.majority_outcomes``).
+        A missing uncertainty is NaN. With the risk "majority" the mask is True in all rows of an
+        accepted cluster. The accepted answer is then the majority answer of the cluster
+        (``vilu.calibration.clusters.majority_outcomes``).
 
         Args:
             uncertainty: Uncertainties (N,) of the same predictor as the calibration rows. If the
-                rule judges whole batches, these must be the uncertainties of one whole batch.
+                rule judges whole batches, these must be the uncertainties of a whole batch.
             groups: Names of the groups of the N rows; needed if the rule has groups.
-            clusters: Names of the clusters of the N rows; needed if the rule is about clusters,
-                which must be whole.
+            clusters: Names of the clusters of the N rows; needed if the rule is about clusters. The
+                clusters must be whole.
 
         Raises:
             UsageError: If the rule has groups or clusters, and ``groups`` or ``clusters`` does not
-                name one for every row.
+                name a group or a cluster for every row.
             DataError: If ``uncertainty`` is not a vector of numbers, or if ``groups`` or
                 ``clusters`` is not a list of texts.
 
@@ -304,7 +305,7 @@ class Rule(Model):
     def _compared_scores(
         self, uncertainty: ArrayLike, clusters: Sequence[str | None] | None
     ) -> Floats:
-        """Scores (N,) of rows, or of their clusters, that are compared with thresholds."""
+        """Return the scores (N,) of rows or clusters, to compare with thresholds."""
         scores = real_vector(uncertainty, "uncertainty")
         if self.clusters is None:
             return scores
@@ -316,9 +317,9 @@ class Rule(Model):
         return self.clusters.compared_scores(scores, clusters)
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
-        """Conformal p-values (N,) of a batch; NaN for rows without an uncertainty.
+        """Return the conformal p-values (N,) of a batch; NaN for rows without an uncertainty.
 
-        Only a rule that judges whole batches has p-values.
+        Only rules for whole batches have p-values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -338,7 +339,7 @@ class Rule(Model):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> list[str | None]:
-        """For each row, the reason why it is not accepted; None if it is accepted.
+        """Return the reason why each row is not accepted; None for an accepted row.
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
         wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
@@ -368,7 +369,7 @@ class Rule(Model):
         return "\n".join(lines)
 
     def _guarantee_of_batch(self) -> str:
-        """The guarantee of a rule that judges whole batches, as a text."""
+        """Return the guarantee of a rule for whole batches as a text."""
         counted = "" if self.counted is None else f": {self.counted}"
         return (
             "accepts what it can of a batch, of which on average at most "
@@ -378,13 +379,13 @@ class Rule(Model):
 
     @property
     def _units_in_words(self) -> str:
-        """What the rule counts, in words that follow a number: "calibration rows"."""
+        """Words after a number of units, such as "calibration rows"."""
         if self.clusters is None:
             return "calibration rows"
         return self.clusters.units_in_words
 
     def _guarantee(self) -> str:
-        """The guarantee of a rule with thresholds, as a text."""
+        """Return the guarantee of a rule with thresholds as a text."""
         if self.risk_bound is None:
             return "nothing is accepted"
         bound = f"{self._certainty_in_words()} at most {percent(self.risk_bound)}"
@@ -397,13 +398,13 @@ class Rule(Model):
         return f"{self._acceptance_in_words()}; {bound} {self._errors_in_words()} ({counts})"
 
     def _certainty_in_words(self) -> str:
-        """Text such as "with confidence 95%"."""
+        """Return a text such as "with confidence 95%"."""
         if self.method == "crc":
             return "on average"
         return f"with confidence {exact_percent(self.confidence)}"
 
     def _errors_in_words(self) -> str:
-        """Text such as "of the accepted answers are wrong", which follows "at most 5%"."""
+        """Return a text such as "of the accepted answers are wrong", to follow "at most 5%"."""
         if self.clusters is not None:
             errors = self.clusters.errors_in_words
         elif self.method == "crc":
@@ -415,7 +416,7 @@ class Rule(Model):
         return errors
 
     def _counts_in_words(self) -> str:
-        """Text such as "2 wrong of 62 accepted, of 100 calibration rows"."""
+        """Return a text such as "2 wrong of 62 accepted, of 100 calibration rows"."""
         counts = (
             f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} "
             f"{self._units_in_words}"
@@ -431,7 +432,7 @@ class Rule(Model):
         return counts
 
     def _acceptance_in_words(self) -> str:
-        """Text such as "accepts 62.0% of the calibration rows"."""
+        """Return a text such as "accepts 62.0% of the calibration rows"."""
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted or self.method == "anytime":
             accepts += " of the calibration rows"
@@ -454,46 +455,46 @@ def certify(
     outside_share: float | None = None,
     class_shares: Mapping[str, float] | None = None,
 ) -> Rule:
-    """A rule whose accepted answers have an error rate of at most ``max_risk``.
+    """Make a rule with an error rate of at most ``max_risk`` among accepted answers.
 
     "ltt" guarantees this with probability ``confidence`` over the draw of the calibration rows.
-    "crc" guarantees the mean of another risk: the share of *all* answers that are accepted and
-    wrong. Rows of one ``picture`` count once; the picture is wrong if any of its rows is wrong.
+    "crc" guarantees the mean of another risk: the share of accepted wrong answers among *all*
+    answers. Rows with the same ``picture`` count once. The picture is wrong if any row is wrong.
 
     Calibration rows must be drawn like the later rows and must not have been used in the fit. After
     a shift of the data nothing is guaranteed. If the target cannot be met, no error is raised:
-    ``feasible`` is False, and the threshold says what is missing.
+    ``feasible`` is False, and the threshold gives the reason.
 
     Args:
         outcomes: Calibration rows; rows without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Smallest share of answers to accept. If shares are stated, it is the share
-            among rows with the stated shares. Together with ``max_risk``, a threshold that accepts
-            less is infeasible. Without ``max_risk``, the rule has the strictest threshold with this
-            coverage, and states a bound of its risk.
+        min_coverage: Smallest share of answers to accept. With stated shares, the share is taken
+            among rows with the stated shares. Together with ``max_risk``, a threshold with a
+            smaller coverage is infeasible. Without ``max_risk``, the rule has the strictest
+            threshold with this coverage, and states a bound of the risk.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
-            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
-            one after another: ``vilu.Selective.next_labels``, or ``vilu next``.
+            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels in their
+            order of arrival: ``vilu.Selective.next_labels``, or ``vilu next``.
         groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
-            group with enough rows has a threshold of its own. All other groups, and a group with
+            group with enough rows has a separate threshold. All smaller groups, and a group with
             the name "(other)", share the threshold "(other)". delta is divided among the
             thresholds, so that all guarantees hold at once. Without ``max_risk``, every group has
             ``min_coverage``.
-        outside_share: Expected share of pictures of none of the classes, in [0, 1), if it differs
+        outside_share: Expected share of pictures of none of the classes, in [0, 1), if different
             from the share among the calibration rows. Calibration rows with ``outside`` represent
             these pictures. The guarantee also holds for every smaller share of such pictures. Only
             for "ltt" without groups.
         class_shares: Expected share of each class, by name, among the pictures of the classes.
-            Every class must be named, even if its share is 0. Only for "ltt" without groups.
+            Every class must be named, even with a share of 0. Only for "ltt" without groups.
 
     Raises:
-        UsageError: If neither ``max_risk`` nor ``min_coverage`` is given, or if an argument is out
+        UsageError: If ``max_risk`` and ``min_coverage`` are both missing, or if an argument is out
             of range.
         DataError: If no row can be used, if more than 1 % of the rows were used to fit the
-            predictor (as counted by ``vilu.score``), or if ``groups`` does not name one group per
-            row.
+            predictor (as counted by ``vilu.score``), or if ``groups`` does not name a group for
+            every row.
         InfeasibleError: If "selection" has too few rows to select anything.
 
     Examples:
@@ -525,7 +526,7 @@ def certify(
 
 
 def warning_of_clusters(rule: Rule, outcomes: Outcomes) -> str | None:
-    """Warning about a rule that counts rows of a cluster as independent; None: no warning."""
+    """Return a warning if a rule counts rows of a cluster as independent; None: no warning."""
     counts_single_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
     if outcomes.cluster is None or not counts_single_rows:
         return None
@@ -543,30 +544,31 @@ def certify_clusters(
     confidence: float = 0.95,
     largest: int | None = None,
 ) -> Rule:
-    """A rule for rows that come in clusters, such as bursts, tracks, pages or conversations.
+    """Make a rule for clusters of rows, such as bursts, tracks, pages or conversations.
 
-    A cluster counts as one draw, so its rows may be wrong together. Calibration clusters must be
-    whole, and drawn like the later clusters. If the target cannot be met, ``feasible`` is False.
+    A cluster counts as a single draw, so rows of a cluster may be wrong together. Calibration
+    clusters must be whole, and drawn like the later clusters. If the target cannot be met,
+    ``feasible`` is False.
 
     Args:
         outcomes: Calibration rows; rows without uncertainty or known failure are left out.
         clusters: Names of the clusters of the N rows.
-        risk: The error rate that the rule bounds. "majority": the share of the accepted clusters
-            whose majority answer is wrong. The score of a cluster is the mean of its rows
-            (``vilu.calibration.clusters.majority_outcomes``). "ratio": the share of the accepted
-            rows that are wrong. Rows are accepted by their own scores
+        risk: The bounded error rate. "majority": the share of accepted clusters with a wrong
+            majority answer. The score of a cluster is the mean score of the rows
+            (``vilu.calibration.clusters.majority_outcomes``). "ratio": the share of wrong rows
+            among the accepted rows. Rows are accepted by their own scores
             (``vilu.calibration.cluster_bets``).
         max_risk: Largest error rate, in (0, 1).
         confidence: 1 - delta, in (0, 1).
-        largest: For "ratio": largest number of rows of a cluster that the guarantee covers,
-            chosen without the labels. Larger clusters are left for review, and a smaller number
-            needs fewer clusters. None: the size of the largest calibration cluster, which then
+        largest: For "ratio": largest number of rows in a cluster under the guarantee, chosen
+            without the labels. Larger clusters are left for review, and a smaller number needs
+            fewer clusters. None: the size of the largest calibration cluster. This cluster then
             does not count as evidence.
 
     Raises:
         UsageError: If an argument is out of range, or if ``largest`` is given for "majority".
         DataError: If no row can be used, if more than 1 % of the rows were used in the fit, or if
-            ``clusters`` does not name one cluster per row.
+            ``clusters`` does not name a cluster for every row.
 
     Examples:
         >>> import numpy as np, vilu
@@ -589,7 +591,7 @@ def certify_clusters(
 
 
 def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
-    """The rule for a target with a risk of clusters; it may accept nothing."""
+    """Make the rule for a target with a risk of clusters; the rule may accept nothing."""
     is_usable = require_evaluable(outcomes)
     if outcomes.cluster is None:
         raise DataError(
@@ -608,9 +610,9 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
 def _ratio_rule(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, confidence: float
 ) -> Rule:
-    """The rule for the risk "ratio"; it may accept nothing.
+    """Make the rule for the risk "ratio"; the rule may accept nothing.
 
-    ``start_rows`` are the rows of the clusters that are set aside (``ratio_threshold``).
+    ``start_rows`` are the rows of the clusters set aside (``ratio_threshold``).
     """
     threshold = ratio_threshold(rows, start_rows, max_risk, delta=1 - confidence)
     return Rule(
@@ -626,7 +628,7 @@ def _ratio_rule(
 def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
+    """Make the rule for a target, as in ``certify``; the rule may accept nothing."""
     if target.cluster_risk is not None:
         return _rule_of_clusters(outcomes, target)
     is_usable = require_evaluable(outcomes)
@@ -661,10 +663,9 @@ def rule_of(
 
 
 def _scores_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Number of calibration rows, and ascending uncertainties of the wrong answers among them.
+    """Return the number of calibration rows, and ascending uncertainties of the wrong answers.
 
-    The method "selection" computes its p-values from these numbers. At most a million rows are
-    used.
+    The method "selection" computes p-values from these numbers. At most a million rows are used.
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
     n_needed = rows_for_mean(max_risk)
@@ -687,11 +688,11 @@ def rule_at_any_time(
     confidence: float,
     closed: ClosedPhotos | None = None,
 ) -> Rule:
-    """The rule that is certified by labels which have arrived one after another.
+    """Make the rule certified so far by the labels, in their order of arrival.
 
     Args:
-        groups: For each group by name, the tests of its thresholds, and its labelled rows. If all
-            rows are one group, its name is "".
+        groups: Maps the name of each group to the tests of thresholds and to the labelled rows. If
+            all rows are a single group, the name is "".
         max_risk: Largest error rate among accepted answers.
         confidence: 1 - delta for all groups together.
         closed: The photos of a rule about one folder; None for a rule about new rows.
@@ -712,9 +713,9 @@ def rule_at_any_time(
 
 
 def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshold:
-    """The laxest threshold that the labels of ``rows`` certify so far.
+    """Return the laxest threshold certified so far by the labels of ``rows``.
 
-    If the labels certify none, the threshold accepts nothing and says why.
+    If the labels certify no threshold, the returned threshold accepts nothing and says why.
     """
     index = looks.certified(rows.uncertainty, rows.failure)
     wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
@@ -743,9 +744,9 @@ def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshol
 
 
 def require_evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows that a calibration can use.
+    """Return the mask (N,) of usable rows: rows with an uncertainty and a known failure.
 
-    Raises a DataError if there is no such row, or if too many rows were used in the fit.
+    Raises a DataError if no row is usable, or if too many rows were used in the fit.
     """
     refuse_fitted(outcomes)
     is_usable = outcomes.evaluable
@@ -758,7 +759,7 @@ def require_evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
 
 
 def refuse_fitted(outcomes: Outcomes) -> None:
-    """Refuse outcomes if more than 1 % of their rows were used in the predictor's fit.
+    """Refuse outcomes if more than 1 % of the rows were used in the predictor's fit.
 
     A smaller share leads to a warning.
     """
@@ -782,7 +783,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
-    """Names of the N answers, which are the groups "prediction"; "" where there is no answer."""
+    """Return the names of the N answers, for groups by "prediction"; "" for a missing answer."""
     if outcomes.prediction is None:
         raise DataError(
             "groups by prediction need outcomes that say what was answered. These do not."
@@ -800,7 +801,7 @@ def group_names(outcomes: Outcomes) -> list[str]:
 
 
 def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> list[str]:
-    """Names of the groups of the M rows with the indices ``rows`` (M,).
+    """Return the names of the groups of the M rows with the indices ``rows`` (M,).
 
     ``groups`` is as in ``certify``.
     """
@@ -819,26 +820,26 @@ def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> l
 def members_of(
     names: list[str] | None, n: int, delta: float, rows_needed: Callable[[float], int]
 ) -> dict[str, Ints]:
-    """Row indices of each group that gets a threshold of its own, and of the group "(other)".
+    """Return the row indices of each group with a separate threshold, and of the group "(other)".
 
-    The k largest groups get thresholds of their own. k is the largest number for which each of
-    these groups has enough rows for its share of delta. All smaller groups together are "(other)".
-    Only the sizes of groups are used, not their wrong answers.
+    The k largest groups get separate thresholds. All smaller groups together are "(other)". k is as
+    large as possible: each of the k groups must have enough rows for a share of delta. Only the
+    sizes of the groups are used, not the wrong answers.
 
     Args:
-        names: Names of the groups of n rows; None: all rows are one group.
+        names: Names of the groups of n rows; None: all rows are a single group.
         n: Number of rows.
         delta: Level of all groups together.
-        rows_needed: Maps the level of a group to the smallest number of rows that it needs.
+        rows_needed: Maps the level of a group to the smallest sufficient number of rows.
     """
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
-    # from the largest group to the smallest; groups of equal size stay in the order of their names
+    # from the largest group to the smallest; groups of equal size are sorted by name
     ranked_names = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
-    n_own = 0  # number of groups with a threshold of their own, k above
+    n_own = 0  # number of groups with a separate threshold, k above
     for n_groups in range(1, len(ranked_names) + 1):
-        # one more share is for "(other)", unless no group is left for it
+        # one more share is for "(other)", unless no group is left over
         n_shares = min(n_groups + 1, len(ranked_names))
         smallest_name = ranked_names[n_groups - 1]  # the smallest of the n_groups largest groups
         if sizes[smallest_name] >= rows_needed(delta / n_shares):
@@ -857,14 +858,14 @@ def members_of(
 def _thresholds_of_groups(
     rows: Outcomes, names: list[str] | None, target: Target
 ) -> dict[str, Threshold]:
-    """The best threshold of every group.
+    """Return the best threshold of every group.
 
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, partial(_rows_needed, target))
-    # The guarantees of all groups must hold together. With all of delta for each group, some group
-    # would break its guarantee far more often than with probability delta (union bound).
+    # The guarantees of all groups must hold together. With all of delta for each group, some
+    # guarantee would be broken far more often than with probability delta (union bound).
     level = delta / len(members)
     thresholds = {}
     for name, members_of_group in members.items():
@@ -879,15 +880,16 @@ def _thresholds_of_groups(
 
 
 def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together do not reach ``min_coverage``.
+    """Explain why the groups together do not reach ``min_coverage``.
 
-    None if they reach it, or if every threshold already says why it accepts nothing.
+    None if the groups reach ``min_coverage``, or if every threshold already says why nothing is
+    accepted.
     """
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
-        # Without a maximal risk, every group by itself must reach ``min_coverage``. So the first
-        # group that accepts nothing is the reason.
+        # Without a maximal risk, every single group must reach ``min_coverage``. So the first group
+        # without a threshold is the reason.
         for threshold in thresholds.values():
             if threshold.threshold is None:
                 return threshold.why
@@ -903,7 +905,7 @@ def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) ->
 
 
 def _why_coverage_too_small(coverage: float, min_coverage: float) -> str:
-    """The reason why nothing is accepted if the largest ``coverage`` is below ``min_coverage``."""
+    """Explain that the largest possible ``coverage`` is less than ``min_coverage``."""
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the "
         f"{min_coverage:.1%} asked for"
@@ -911,7 +913,7 @@ def _why_coverage_too_small(coverage: float, min_coverage: float) -> str:
 
 
 def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
-    """The best threshold for stated shares; if there is none, a threshold that says why."""
+    """Return the best threshold for stated shares; else ``Threshold.nothing`` with the reason."""
     strata = Strata(rows, target.outside_share, target.class_shares)
     max_risk = target.max_risk or 0.0  # stated shares need a max_risk (``check_shares``)
     delta = 1 - target.confidence
@@ -931,7 +933,7 @@ def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
 
 
 def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshold:
-    """The best threshold of a group at level delta; if there is none, a threshold that says why."""
+    """Return the best threshold of a group at level delta; else ``Threshold.nothing``."""
     if target.max_risk is None:
         best = coverage_first(counts, target.min_coverage or 1.0, delta)
     else:
@@ -943,7 +945,7 @@ def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshol
 
 
 def _rows_needed(target: Target, delta: float) -> int:
-    """Smallest number of rows with which a group can have any guarantee at level delta."""
+    """Return the smallest number of rows for any guarantee of a group at level delta."""
     if target.max_risk is None:
         # No number of rows shows a coverage of 1 (``_why_nothing``), so no group is too small.
         if target.min_coverage in {None, 1.0}:
@@ -951,12 +953,15 @@ def _rows_needed(target: Target, delta: float) -> int:
         return rows_for_coverage(target.min_coverage or 1.0, delta)
     if target.method == "crc":
         return rows_for_mean(target.max_risk)
-    # One more row is needed, because the row at the threshold is no trial of the test.
+    # An additional row is needed, because the row at the threshold is no trial of the test.
     return rows_without_error(target.max_risk, delta) + 1
 
 
 def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
-    """Why no threshold is certified, and how many rows are needed (None: there are enough)."""
+    """Explain why no threshold is certified, and return the number of rows needed.
+
+    The number is None if there are enough rows, or if no number of rows is enough.
+    """
     n = int(counts.n)
     max_risk = target.max_risk
     n_needed = _rows_needed(target, delta)
@@ -973,7 +978,7 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
         why = f"{n_wrong_at_smallest} of the most trusted answers, equal in score, are wrong"
         return why, None
     if n < n_needed:
-        # number of rows below the first score that has a wrong answer
+        # number of rows below the first score with a wrong answer
         n_right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
             f"a risk of {max_risk:.2%} needs {n_needed:,} accepted answers without a wrong one, "
@@ -984,9 +989,9 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
 
 
 def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
-    """Why no threshold is certified although there are enough rows."""
+    """Explain why no threshold is certified although there are enough rows."""
     p_value = binomial_tail(counts.accepted_wrong, counts.accepted, max_risk)
-    nearest = int(np.argmin(p_value))  # index of the threshold that is nearest to a certificate
+    nearest = int(np.argmin(p_value))  # index of the threshold nearest to a certificate
     n_accepted = int(counts.accepted[nearest])
     n_wrong = int(counts.accepted_wrong[nearest])
     verb = "is" if n_wrong == 1 else "are"

@@ -1,19 +1,19 @@
-"""Conformal selection: accept answers of a batch such that few of the accepted answers are wrong.
+"""Conformal selection: accept answers of a batch such that few accepted answers are wrong.
 
 The p-value of an answer with uncertainty u, from n calibration answers with uncertainties u_i, is
 
     p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
 
-It is small if only few of the calibration answers with an uncertainty of at most u are wrong. The
-procedure of Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as
-its level. This bounds the mean share of wrong answers among the accepted answers (0 if no answer is
+p is small if only few of the calibration answers with an uncertainty of at most u are wrong. The
+procedure of Benjamini and Hochberg is applied to the p-values of a batch. The level is the maximal
+risk. This bounds the mean share of wrong answers among the accepted answers (0 if no answer is
 accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
-the other rows of its batch, so all rows of a batch must be judged together.
+all rows of the batch, so a batch must be judged as a whole.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
-hypothesis "the answer is wrong" and their clipped score. Bates et al. (2023) have the denominator
-1 + #wrong instead of 1 + n. With it, fewer answers would be accepted, and the bound would be the
-level times the share of wrong answers.
+hypothesis "the answer is wrong" and the clipped score of the paper. Bates et al. (2023) have the
+denominator 1 + #wrong instead of 1 + n. With 1 + #wrong, fewer answers would be accepted, and the
+bound would be the level times the share of wrong answers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from numpy.typing import NDArray
 from vilu.metrics.counts import Floats, Ints
 
 MAX_ROWS = 10**6
-"""Largest number of calibration rows that a rule uses.
+"""Largest number of calibration rows in a rule.
 
-The scores of the wrong answers among them are saved in ``risk.json``. More rows would hardly change
-a p-value.
+The scores of the wrong answers are saved in ``risk.json``. More rows would hardly change a p-value.
 """
 
 
 def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
-    """Conformal p-values (N,), NaN where there is no uncertainty.
+    """Return the conformal p-values (N,), NaN where there is no uncertainty.
 
-    ``n`` is the number of calibration rows. ``wrong`` holds the uncertainties of the wrong answers
-    among them, ascending.
+    ``n`` is the number of calibration rows. ``wrong`` holds the uncertainties of the wrong
+    calibration answers, ascending.
 
     Examples:
         >>> import numpy as np
@@ -46,16 +45,16 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
         >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
         [0.2, 0.4]
     """
-    # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer that
-    # is trusted more than all wrong answers would have the p-value 0, and it would be accepted at
-    # every level.
+    # The new answer is counted as wrong: this is the 1 in the numerator. Without this 1, an answer
+    # with less uncertainty than all wrong answers would have the p-value 0, and would be accepted
+    # at every level.
     n_wrong_up_to_answer = np.searchsorted(wrong, uncertainty, side="right")
     p: Floats = (1 + n_wrong_up_to_answer) / (1 + n)
     return np.where(np.isnan(uncertainty), np.nan, p)
 
 
 def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts.
+    """Return the mask (N,) of the answers accepted by the procedure of Benjamini and Hochberg.
 
     ``p`` (N,) are the p-values, and ``level`` is the maximal risk. An answer without a p-value
     (NaN) is not accepted and not counted.
@@ -64,13 +63,13 @@ def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
     ascending = np.sort(p[has_p])
     if not len(ascending):
         return has_p
-    # If every p-value were compared with the level itself, a fixed share of all wrong answers would
-    # be accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
+    # If every p-value were compared with the level, a fixed share of all wrong answers would be
+    # accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
     steps = level * np.arange(1, len(ascending) + 1) / len(ascending)
-    # This is a step-up procedure: the largest p-value that is at most its step sets the limit, even
-    # if a smaller p-value is above its own step.
+    # This is a step-up procedure: the largest p-value up to its step sets the limit, even if a
+    # smaller p-value is above its step.
     up_to_their_step = ascending[ascending <= steps]
     if not len(up_to_their_step):
         return np.zeros_like(has_p)
@@ -80,9 +79,9 @@ def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
 
 
 def sampled_rows(n: int) -> Ints:
-    """Indices of the rows, among n calibration rows, that the rule uses: at most ``MAX_ROWS``.
+    """Choose at most ``MAX_ROWS`` of n calibration rows for the rule, and return the indices.
 
-    The rows are a random sample, which is the same in every call.
+    The rows are a random sample. The sample is the same in every call.
     """
     # The sample is random, because rows may be sorted by class. The first million would then hold
     # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the

@@ -25,33 +25,30 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 INSIDE_NAME: Final = "(inside)"
-"""Name of the stratum of all rows that are not out of distribution.
-
-It is used if no shares of classes are stated.
-"""
+"""Name of the stratum of all rows in distribution, used if no shares of classes are stated."""
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
-"""Sizes of the bets, divided by the largest bet that is possible.
+"""Sizes of the bets, divided by the largest possible bet.
 
-The largest possible bet would lose all wealth at one wrong row of the largest weight.
+The largest possible bet would lose all wealth at a single wrong row of the largest weight.
 """
 
 STRATA_SHOWN: Final = 3
-"""Largest number of strata that a message lists if strata have too few rows."""
+"""Largest number of strata in a message about strata with too few rows."""
 
 SUM_TOLERANCE: Final = 1e-3
-"""The sum of stated shares may differ from 1 by at most this, because stated shares are rounded.
+"""The sum of stated shares may differ from 1 by at most this number, because shares are rounded.
 
-The shares are then divided by their sum.
+The shares are then divided by the sum.
 """
 
 
 def read_shares(path: str | Path) -> dict[str, float]:
-    """Shares of classes from a CSV file with the columns ``class`` and ``share``.
+    """Read shares of classes from a CSV file with the columns ``class`` and ``share``.
 
     Raises:
-        DataError: If the file is no CSV in UTF-8, lacks one of the columns, names a class twice, or
-            has a share that is not a number.
+        DataError: If the file is no CSV in UTF-8, lacks a column, names a class twice, or has a
+            share that is not a number.
         StorageError: If the file cannot be read.
     """
     columns, rows = csv_rows(Path(path))
@@ -74,7 +71,7 @@ def read_shares(path: str | Path) -> dict[str, float]:
 
 
 def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse shares that are out of range, and shares of classes that do not add up to 1."""
+    """Refuse shares out of range, and shares of classes that do not add up to 1."""
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
@@ -95,7 +92,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that lack a class of the rows. A share of 0 must be stated, too."""
+    """Refuse stated shares if a class of the rows is missing. A share of 0 must be stated, too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -113,7 +110,7 @@ class SmallStratum(NamedTuple):
 
     name: str
     n: int  # number of rows
-    n_needed: int | None  # smallest number of rows that is needed; None if no number is enough
+    n_needed: int | None  # smallest sufficient number of rows; None if no number is enough
 
 
 class Strata:
@@ -122,8 +119,8 @@ class Strata:
     Args:
         rows: N rows with an uncertainty and a known failure.
         outside_share: Expected share of out-of-distribution images; None: not stated.
-        class_shares: Expected share of each class among the rows that belong to a class; None: the
-            shares among the calibration rows.
+        class_shares: Expected share of each class among the rows of the classes; None: the shares
+            among the calibration rows.
 
     Attributes:
         names: Names of the S strata.
@@ -133,7 +130,7 @@ class Strata:
 
     Raises:
         UsageError: If a share is stated for a class that the rows do not have, or if there are
-            out-of-distribution rows and their share is not stated.
+            out-of-distribution rows and no stated share of out-of-distribution images.
         DataError: If shares of classes are stated and the class of a row is not known.
     """
 
@@ -155,7 +152,7 @@ class Strata:
         total = sum(share_inside.values())
         shares = []
         for share in share_inside.values():
-            # Rounded shares may not add up to exactly 1. Without the division by their sum, the
+            # Rounded shares may not add up to exactly 1. Without the division by the sum, the
             # shares of all strata together would not add up to 1.
             shares.append((1 - ood_share) * share / total)
         self.names = [*share_inside, OUTSIDE_NAME]  # out-of-distribution rows: the last stratum
@@ -170,13 +167,13 @@ class Strata:
         The mean weight is 1 if every stratum with a share above 0 has rows.
         """
         # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
-        # for another population. So callers check ``small_strata`` before they search for a
+        # for another population. So callers check ``small_strata`` before searching for a
         # threshold.
         weight_of_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return weight_of_stratum[self.stratum]
 
     def small_strata(self, max_risk: float, delta: float) -> list[SmallStratum]:
-        """Strata with too few rows for any guarantee; a stratum with the share 0 needs no rows."""
+        """Return strata with too few rows for any guarantee; strata of share 0 need no rows."""
         level = main_level(delta)
         small_strata: list[SmallStratum] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
@@ -191,9 +188,9 @@ class Strata:
 def _classes_as_strata(
     rows: Outcomes, class_shares: Mapping[str, float]
 ) -> tuple[dict[str, float], Ints]:
-    """Stated share of each class by name (0 if not stated), and class index (N,) of each row.
+    """Return the share of each class by name (0 if not stated), and the class (N,) of each row.
 
-    Out-of-distribution rows have no class. They get the index 0, which callers must replace.
+    Out-of-distribution rows have no class, and get the index 0. Callers must replace this 0.
     """
     if rows.class_names is None or rows.target is None:
         raise DataError(
@@ -219,16 +216,16 @@ def _classes_as_strata(
 
 
 def main_level(delta: float) -> float:
-    """Level of the thresholds without a floor: the part of delta that no floor uses."""
+    """Return the level of the thresholds without a floor: the part of delta that no floor uses."""
     return delta * (1 - FLOOR_SHARE * len(FLOORS))
 
 
 def weighted_learn_then_test(
     uncertainty: Floats, wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
 ) -> Threshold | None:
-    """The certified interval of scores that accepts the largest weight of rows.
+    """Return the certified interval of scores that accepts the largest weight of rows.
 
-    **One threshold.** Let v_i be the weight of row i, and
+    **Single threshold.** Let v_i be the weight of row i, and
 
         Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk).
 
@@ -238,8 +235,8 @@ def weighted_learn_then_test(
         E(t) = prod_i (1 - b Z_i(t)),
         E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk.
 
-    The same holds for the mean of E(t) over eight bets, which is used here. So for every such t,
-    P[E(t) >= 1 / delta] <= delta (Markov's inequality).
+    The evidence used here is the mean of E(t) over eight bets. The inequality holds for this mean,
+    too. So for every such t, P[E(t) >= 1 / delta] <= delta (Markov's inequality).
 
     **All thresholds.** The laxest t with E(t) >= 1 / delta is taken. If the numbers of rows in the
     strata were Poisson variables, E(t) exp(b sum_i E[Z_i(t)]) would be a martingale in t. The
@@ -256,7 +253,8 @@ def weighted_learn_then_test(
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    # No threshold separates equal scores. So the sums for a score are taken at its last row.
+    # No threshold separates equal scores. So the sums for a score are taken at the last row with
+    # this score.
     last_of_score = counts.accepted - 1
     weight_up_to = np.cumsum(weight[order])[last_of_score]  # (G,) of all rows up to each score
     evidence_after_rows = cumulated_evidence(
@@ -275,8 +273,8 @@ def weighted_learn_then_test(
         certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
         if not len(certified):
             continue
-        # The laxest certified threshold is taken, even if a stricter one is not certified. The
-        # bound holds for the supremum over all thresholds, so their order does not matter.
+        # The laxest certified threshold is taken, even if a stricter threshold is not certified.
+        # The bound holds for the supremum over all thresholds, so the order does not matter.
         index = floor + 1 + int(certified.max())
         accepted_weight = float(weight_up_to[index]) - weight_below
         if accepted_weight > largest_weight:
@@ -286,7 +284,7 @@ def weighted_learn_then_test(
 
 
 def _floors_with_levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """``NO_FLOOR`` and the index of every floor, each with the level of the thresholds above it.
+    """Return ``NO_FLOOR`` and the index of every floor, with the level of the thresholds above.
 
     ``accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
@@ -300,40 +298,40 @@ def _floors_with_levels(accepted: Ints, n: int, delta: float) -> list[tuple[int,
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """Log evidence (B, N) of B bets, after 1, 2, ... N rows.
+    """Return the log evidence (B, N) of B bets, after 1, 2, ... N rows.
 
     Args:
-        wrong: Mask (N,) of the rows whose answer is wrong.
+        wrong: Mask (N,) of the rows with a wrong answer.
         weight: Weight (N,) of every row.
         max_risk: Largest error rate, in (0, 1).
         largest: Largest weight of any row.
     """
-    # The bets are so small that every factor is positive, even for a wrong row of the largest
-    # weight. Markov's inequality needs E >= 0.
+    # Every factor is positive, even for a wrong row of the largest weight, because the bets are
+    # small enough. Markov's inequality needs E >= 0.
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
 
-@np.errstate(under="ignore")  # a term far smaller than the largest one is rounded to 0
+@np.errstate(under="ignore")  # terms far smaller than the largest term are rounded to 0
 def log_mean(evidence: Floats) -> Floats:
-    """Log (G,) of the mean evidence over B bets, from log evidence (B, G)."""
+    """Return the log (G,) of the mean evidence over B bets, from log evidence (B, G)."""
     # E[E(t)] <= 1 holds for the mean over bets, but not for the maximum over bets.
     log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
     return log_e
 
 
 def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
-    """Smallest number of rows that a stratum with this share needs; None if no number is enough.
+    """Return the smallest number of rows in a stratum of this share; None: no number is enough.
 
     The number is for the best case: all other strata have infinitely many rows, and every accepted
     answer is right. If ``all_wrong``, all answers to rows of this stratum are wrong, and in the
-    best case none of them is accepted.
+    best case no row of this stratum is accepted.
     """
-    # gain of each bet from one right row of the largest weight
+    # gain of each bet from a right row of the largest weight
     gain = np.array(BETS) * max_risk / (1 - max_risk)
-    # With infinitely many rows in all other strata, their weights tend to 0 and the product of
-    # their factors tends to exp(-b sum Z). With finitely many rows the product is smaller, so more
-    # rows are needed.
+    # With infinitely many rows in all other strata, the weights of these rows tend to 0 and the
+    # product of their factors tends to exp(-b sum Z). With finitely many rows the product is
+    # smaller, so more rows are needed.
     log_gain_elsewhere = gain * (1 - share) / share  # in all other strata, per row of this stratum
     log_gain_here = np.zeros(len(gain))
     if not all_wrong:
@@ -348,7 +346,7 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
 
 
 def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str:
-    """Why nothing is certified: too few rows in some strata, or scores that separate too little."""
+    """Explain why nothing is certified: strata are too small, or scores separate too little."""
     small_strata = strata.small_strata(max_risk, delta)
     if not small_strata:
         return (
@@ -366,7 +364,7 @@ def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str
 
 
 def shares_in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
-    """Text that says for which shares a guarantee holds."""
+    """Return a text that says for which shares a guarantee holds."""
     words = []
     if outside_share is not None:
         largest_share = percent(outside_share, decimals=1, rounding=math.floor)

@@ -1,4 +1,4 @@
-"""The target of a calibration, and checks of whether it is possible."""
+"""The target of a calibration, and checks for impossible targets."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from vilu.validation import checked_fields, require_at_least, require_between
 @checked_fields
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Target of a calibration: the guarantees that are asked for.
+    """Target of a calibration: the requested guarantees.
 
     Attributes:
-        max_risk: Largest error rate among accepted answers. None: no bound is asked for. If
+        max_risk: Largest error rate among accepted answers. None: no bound is requested. If
             ``min_coverage`` is None too, no rule is made.
         min_coverage: Smallest share of answers to accept; None: any share.
-        confidence: Confidence with which the guarantee holds, 1 - delta.
-        method: "ltt", "crc" or "selection", as in ``vilu.certify``; "anytime" for labels that
-            ``vilu next`` and ``vilu triage`` ask for.
-        per_class: Whether every predicted class with enough rows has a threshold of its own.
+        confidence: Confidence of the guarantee, 1 - delta.
+        method: "ltt", "crc" or "selection", as in ``vilu.certify``; "anytime" for labels requested
+            by ``vilu next`` and ``vilu triage``.
+        per_class: Whether every predicted class with enough rows has a separate threshold.
         label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None: no label sets.
         max_miss: Largest share of label sets without the right label.
         outside_share: Expected share of pictures of none of the classes; None: the share among the
             calibration rows.
-        class_shares: Maps each class name to its expected share among the pictures of the classes;
+        class_shares: Expected share of each class, by name, among the pictures of the classes;
             None: the shares among the calibration rows.
         cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``; None: the guarantee is
             about single rows.
-        largest_cluster: For "ratio": largest number of rows of a cluster that the guarantee covers;
+        largest_cluster: For "ratio": largest number of rows in a cluster under the guarantee;
             None: the size of the largest calibration cluster.
 
     Examples:
@@ -61,17 +61,17 @@ class Target:
 
     @model_serializer(mode="wrap")
     def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save, without the fields about clusters if they are not used."""
+        """Return the fields to save, without unused fields about clusters."""
         return self._without_unused_fields(fields_of(self))
 
     def facts(self) -> dict[str, Any]:
-        """The fields as a dictionary, for digests."""
+        """Return the fields as a dictionary, for digests."""
         return self._without_unused_fields(dataclasses.asdict(self))
 
     def _without_unused_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Remove the fields about clusters from ``fields`` if there is no risk of clusters."""
-        # Earlier versions did not have these fields. With them, the digests of old targets would
-        # change, and the fingerprints of calibrations that contain the targets.
+        # Earlier versions did not have these fields. New fields would change the digests of old
+        # targets, and the fingerprints of calibrations with these targets.
         if self.cluster_risk is None:
             fields.pop("cluster_risk", None)
             fields.pop("largest_cluster", None)
@@ -90,7 +90,7 @@ class Target:
     def check_rule(self, *, grouped: bool) -> None:
         """Refuse a target that no rule can guarantee.
 
-        ``grouped`` says whether each group has a threshold of its own.
+        ``grouped`` says whether each group has a separate threshold.
         """
         if not self.has_rule:
             raise UsageError("what is to be guaranteed? Give max_risk, min_coverage or both.")
@@ -117,10 +117,10 @@ class Target:
         self.check_clusters(grouped=grouped)
 
     def risk_of_anytime(self) -> float:
-        """The ``max_risk`` of a target with the method "anytime".
+        """Return the ``max_risk`` of a target with the method "anytime".
 
-        A target that is out of range or without a ``max_risk`` is refused, and so is a target with
-        options that "anytime" does not allow.
+        A target is refused if ``max_risk`` is missing, if a number is out of range, or if the
+        target has options that "anytime" does not allow.
         """
         allowed_target = Target(
             max_risk=self.max_risk,
@@ -138,7 +138,7 @@ class Target:
         return self.max_risk
 
     def check_clusters(self, *, grouped: bool) -> None:
-        """Refuse a risk of clusters together with options that do not support it."""
+        """Refuse a risk of clusters together with options that do not allow clusters."""
         if self.largest_cluster is not None:
             require_at_least("largest_cluster", self.largest_cluster, 1)
             if self.cluster_risk != "ratio":
@@ -154,7 +154,7 @@ class Target:
             )
 
     def check_shares(self, *, grouped: bool) -> None:
-        """Refuse impossible shares, and shares together with options that do not support them."""
+        """Refuse impossible shares, and shares together with options that do not allow shares."""
         check_shares(self.outside_share, self.class_shares)
         if not self.states_shares:
             return

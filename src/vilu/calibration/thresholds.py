@@ -16,22 +16,22 @@ from vilu.artifacts.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
 MAX_ROWS = 2**40
-"""Largest number of rows that a search tries."""
+"""Largest number of rows in a search."""
 
 Starts = tuple[tuple[float, float], ...]
-"""For every sequence: share of the rows at which it starts, and share of the level."""
+"""For every sequence: share of the rows at the start of the sequence, and share of the level."""
 
 
 def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
-    """P-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
+    """Return the p-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
 
     k = ``wrong``, m = ``accepted``. The p-value is 1 where nothing is accepted.
     """
     # imported here, because the import takes half a second and scoring does not need SciPy
     from scipy import special
 
-    # The tail equals the regularised incomplete beta function I(m - k, k + 1) at 1 - risk, which
-    # SciPy computes for whole arrays. This is exact. A normal approximation of the tail would be
+    # The tail equals the regularised incomplete beta function I(m - k, k + 1) at 1 - risk. SciPy
+    # computes this function exactly for whole arrays. A normal approximation of the tail would be
     # too small, because errors are rare here.
     has_right = wrong < accepted
     # Both parameters of the function must be above 0. Where no answer is right, both are set to 1
@@ -43,7 +43,7 @@ def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
 
 def upper_bound(wrong: float, accepted: float, delta: float) -> float:
-    """Upper Clopper-Pearson bound b of an error rate: P[Bin(m, b) <= k] = delta.
+    """Return the upper Clopper-Pearson bound b of an error rate: P[Bin(m, b) <= k] = delta.
 
     k = ``wrong``, m = ``accepted``. The error rate is below b with confidence 1 - delta.
     """
@@ -56,7 +56,10 @@ def upper_bound(wrong: float, accepted: float, delta: float) -> float:
 
 
 def lower_bound(hits: float, n: float, delta: float) -> float:
-    """Lower Clopper-Pearson bound b of a rate: P[Bin(n, b) >= k] = delta, with k = ``hits``."""
+    """Return the lower Clopper-Pearson bound b of a rate: P[Bin(n, b) >= k] = delta.
+
+    k = ``hits``.
+    """
     from scipy import special
 
     if not hits:
@@ -65,16 +68,16 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
 
 
 def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = math.ceil) -> str:
-    """Text of a bound in per cent, rounded such that it does not guarantee more than the bound.
+    """Return a bound in per cent as a text, rounded to the safe side.
 
     An upper bound is rounded up (``math.ceil``), a lower bound is rounded down (``math.floor``). A
     small share is shown with more than ``decimals`` decimals.
     """
     if share > 0:
-        # The first two digits that are not leading zeros must be shown.
+        # The first two digits after the leading zeros must be shown.
         decimals_of_two_digits = 1 - math.floor(math.log10(100 * share))
         decimals = max(decimals, decimals_of_two_digits)
-    units_per_one = 10 ** (decimals + 2)  # a unit is 1 in the last decimal that is shown
+    units_per_one = 10 ** (decimals + 2)  # a unit is 1 in the last shown decimal
     # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
     # rounding up alone would give 7.01 %.
     n_units = rounding(round(share * units_per_one, 6))
@@ -82,23 +85,23 @@ def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = 
 
 
 def exact_percent(confidence: float) -> str:
-    """Text of a confidence in per cent with all its decimals: 99.9 % is not shown as 100 %."""
+    """Return a confidence in per cent with all decimals: 99.9 % is not shown as 100 %."""
     return f"{100 * confidence:.10g}%"
 
 
 def rows_without_error(risk: float, delta: float) -> int:
-    """Smallest m with (1 - risk)^m <= delta: m answers that are all right certify the risk."""
+    """Return the smallest m with (1 - risk)^m <= delta: m right answers certify the risk."""
     if risk >= 1:
         return 1
-    # Without the tolerance 1e-9, a quotient that is a whole number could come out a little larger
-    # in float64 and be rounded up to the next whole number.
+    # In float64 a whole quotient could come out a little larger. Without the tolerance 1e-9, such a
+    # quotient would be rounded up to the next whole number.
     return max(math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9), 1)
 
 
 def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
-    """Smallest m with P[Bin(m, risk) <= wrong] <= delta; None if m would be above 2^40.
+    """Return the smallest m with P[Bin(m, risk) <= wrong] <= delta; None if m would be above 2^40.
 
-    m accepted answers certify the risk although ``wrong`` of them are wrong.
+    m accepted answers with ``wrong`` wrong answers certify the risk.
     """
 
     def is_enough(m: int) -> bool:
@@ -110,9 +113,9 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
-    """Find a number m that is enough while m - 1 is not; None if m would be above 2^40.
+    """Find a number m such that m is enough and m - 1 is not; None if m would be above 2^40.
 
-    The search begins at ``first_tried``. It doubles the number until it is enough, and then
+    The search begins at ``first_tried``, doubles the number until the number is enough, and then
     bisects.
     """
     high = first_tried
@@ -131,7 +134,7 @@ def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | No
 
 
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.7))
-"""Share of the rows at which each sequence starts, and its share of the level.
+"""For each sequence: share of the rows at the start, and share of the level.
 
 The level is the part of delta that the sequence at all rows (``WHOLE``) does not use.
 """
@@ -140,16 +143,16 @@ WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 LARGEST_QUOTIENT = 2 / 3
-"""Two sequences are merged if the quotient of their starts is above this.
+"""Two sequences are merged if the quotient of the starts is above this number.
 
-The starts are numbers of rows, and the earlier start is divided by the later one. A merged sequence
-starts where the later sequence would start, with the levels of both.
+The starts are numbers of rows, and the earlier start is divided by the later start. A merged
+sequence starts at the later start, with the levels of both sequences.
 """
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the rows that a floor leaves for review. A floor leaves the most trusted rows.
+"""Shares of the rows left for review by a floor. These are the most trusted rows.
 
-A floor helps if so many of these rows are wrong that no threshold without a floor is certified.
+A floor helps if these rows are wrong so often that no threshold without a floor is certified.
 """
 
 FLOOR_SHARE = 0.01
@@ -159,32 +162,32 @@ FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
 """Starts and shares of the level, as in ``STARTS``, for the sequences above a floor."""
 
 FLOOR_ROWS = 500
-"""Smallest number of rows with which floors are tried.
+"""Smallest number of rows for tests with floors.
 
 With fewer rows, one or two wrong answers among the most trusted rows may be chance. Floors would
 also use a part of delta, and with few rows all of delta is needed without a floor.
 """
 
 NO_FLOOR = -1
-"""Index that stands for no floor. So the scores above it begin at the next index, which is 0."""
+"""Index in place of a floor if there is no floor. All scores from the next index, 0, are tested."""
 
 BLOCK = 2**14
-"""Number of p-values that are computed at once."""
+"""Number of p-values per block of computation."""
 
 
 class Threshold(Model):
-    """Interval of accepted uncertainties, floor < u <= threshold, and the evidence for it.
+    """Interval of accepted uncertainties, floor < u <= threshold, with the evidence.
 
     Attributes:
         threshold: Accept where the uncertainty is at most this number; None: accept nothing.
         n: Number of calibration rows.
-        n_accepted: Number of calibration rows that are accepted.
-        n_wrong: Number of accepted calibration rows that are wrong.
+        n_accepted: Number of accepted calibration rows.
+        n_wrong: Number of wrong rows among the accepted calibration rows.
         risk_bound: The guaranteed bound of the risk; None where nothing is accepted.
         why: Why nothing is accepted; None if something is accepted.
-        n_needed: Smallest number of calibration rows with which anything could be certified; None
-            if there are at least that many. More rows than this may be needed, because it depends
-            on how many of them are accepted and right.
+        n_needed: Smallest number of calibration rows to certify anything; None if there are enough
+            rows, or if no number of rows is enough. More rows than ``n_needed`` may be needed,
+            depending on how many rows are accepted and right.
         floor: Review where the uncertainty is at most this number, because too many of the most
             trusted answers are wrong; None: no floor.
     """
@@ -200,7 +203,7 @@ class Threshold(Model):
 
     @classmethod
     def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = NO_FLOOR) -> Self:
-        """The threshold that accepts the scores ``counts.value[floor + 1 : index + 1]``.
+        """Make the threshold for accepting the scores ``counts.value[floor + 1 : index + 1]``.
 
         ``floor`` is the index of the largest score below the interval, or ``NO_FLOOR``.
         """
@@ -217,7 +220,7 @@ class Threshold(Model):
 
     @classmethod
     def nothing(cls, n: int, why: str, n_needed: int | None = None) -> Self:
-        """The threshold that accepts none of n rows."""
+        """Make a threshold without accepted rows, for n calibration rows."""
         return cls(
             threshold=None,
             n=n,
@@ -230,7 +233,7 @@ class Threshold(Model):
 
     @property
     def coverage(self) -> float:
-        """Share of the calibration rows that are accepted."""
+        """Share of accepted rows among the calibration rows."""
         if not self.n:
             return 0.0
         return self.n_accepted / self.n
@@ -258,60 +261,60 @@ class Threshold(Model):
 
 
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
-    """The certified interval of scores that accepts most rows: P[risk <= max_risk] >= 1 - delta.
+    """Return the certified interval that accepts most rows: P[risk <= max_risk] >= 1 - delta.
 
-    **Test of one threshold.** Of the m_t rows with a score of at most t, k_t rows are wrong. The
-    hypothesis H_t, "R(t) > max_risk", is rejected at level a if
+    **Test of a single threshold.** Of the m_t rows with a score of at most t, k_t rows are wrong.
+    The hypothesis H_t, "R(t) > max_risk", is rejected at level a if
 
         P[Bin(m_t, max_risk) <= k_t] <= a.
 
     **Fixed sequences.** A sequence tests thresholds from strict to lax, all at the same level,
-    until one H_t is not rejected. R need not be monotone. A sequence must start where enough rows
-    are accepted for a rejection to be possible. One unlucky wrong answer near the start ends the
-    sequence. Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the
-    rows, and at all rows. A sequence that reaches the start of the next sequence adds its level to
-    the level of the next sequence (fallback procedure of Wiens). If there are few rows, one
-    sequence has all of delta.
+    until an H_t is not rejected. R need not be monotone. A sequence must start where enough rows
+    are accepted for a rejection to be possible. A single unlucky wrong answer near the start ends
+    the sequence. Therefore there are three sequences, with starts near 1/16 of the rows, near 1/4
+    of the rows, and at all rows. If a sequence reaches the start of the next sequence, the level of
+    the next sequence grows by the level of the earlier sequence (fallback procedure of Wiens). If
+    there are few rows, a single sequence has all of delta.
 
     **Exact starts.** A binomial tail has steps: a level between two steps rejects no more than the
-    lower step does. So a sequence starts at a number of rows at which one more wrong answer has
-    just become admissible. There its test uses nearly all of its level. The level of the sequence
-    at all rows is the largest value of its tail that is at most delta / 4. This sequence is left
-    out if it would admit no wrong answer.
+    lower step does. So a sequence starts at a number of rows where one more wrong answer has just
+    become admissible. There the test uses nearly all of the level. The level of the sequence at all
+    rows is the largest value of the tail up to delta / 4. This sequence is left out if the test
+    would admit no wrong answer.
 
     **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
     or more, intervals l < u <= t above a floor l are tested in the same way. Floors lie at 1/32,
     1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta. A floor is
-    left out if the rows above it are too few for a rejection.
+    left out if the rows above the floor are too few for a rejection.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
-    1. All starts are ranks of scores, so they do not depend on which answers are wrong.
-    2. A bad range is an interval of t in which R(t) > max_risk. R(t) = max_risk at both of its
-       ends.
+    1. All starts are ranks of scores. So the starts do not depend on the wrong answers.
+    2. A bad range is an interval of t with R(t) > max_risk. At both ends R(t) = max_risk.
     3. Condition on the number of rows in every range. Then Bin(m, max_risk) of the m rows before a
-       bad range are wrong. The numbers of rows also determine in which bad range a sequence meets
-       its first true H_t, and at which level.
+       bad range are wrong. The numbers of rows also determine in which bad range, and at which
+       level, a sequence meets its first true H_t.
     4. To enter this range, the sequence must reject the last H_t before the range. By step 3 the
        probability of this rejection is at most the level.
-    5. If the sequence starts inside a bad range, its first threshold t is the score of a row that
-       was chosen by its rank. So this row is no random draw. Given t, the number of wrong answers
-       among the remaining m - 1 rows is at least Bin(m - 1, max_risk) in distribution. So these
-       m - 1 rows are tested first, and then all m rows. If only the first test rejects, the
-       threshold just before t is certified, because t may be a score that many rows share, all of
-       them wrong.
-    6. A level is passed on only if the sequence has met no true H_t. So the levels at which true
-       hypotheses are met add up to at most delta.
-    7. Given a floor, the rows above it are independent draws. The floors share delta (union bound).
+    5. If the sequence starts inside a bad range, the first threshold t is the score of a row chosen
+       by rank. So this row is no random draw. Given t, the number of wrong answers among the
+       remaining m - 1 rows is at least Bin(m - 1, max_risk) in distribution. So these m - 1 rows
+       are tested first, and then all m rows. If only the first test rejects, the threshold just
+       before t is certified, because many rows may share the score t, and all of these rows may be
+       wrong.
+    6. A level is passed on only if the sequence has met no true H_t. So the levels at which
+       true hypotheses are met add up to at most delta.
+    7. Given a floor, the rows above the floor are independent draws. The floors share delta (union
+       bound).
 
-    Other starts and floors are compared in ``benchmarks/thresholds.py``.
+    Alternative starts and floors are compared in ``benchmarks/thresholds.py``.
 
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni
     procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    # The interval that accepts most is chosen after all intervals were tested. So the tests share
-    # delta (union bound). With all of delta for each, the guarantee would be broken too often.
+    # The interval with most accepted rows is chosen after all tests. So the tests share delta
+    # (union bound). With all of delta for each test, the guarantee would be broken too often.
     main_level = delta * (1 - FLOOR_SHARE * len(floors))
     best = _fallback_procedure(
         counts, floor=NO_FLOOR, starts=STARTS, whole=WHOLE, max_risk=max_risk, delta=main_level
@@ -333,15 +336,15 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
 
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
-    """Indices of the floors with enough rows above them for a rejection at the first start."""
+    """Return the indices of floors with enough rows above for a rejection at the first start."""
     n = int(accepted[-1])
     if n < FLOOR_ROWS:
         return []
     start_share, level_share = FLOOR_STARTS[0]
     n_needed = rows_without_error(max_risk, delta * FLOOR_SHARE * level_share) + 1
     floors = []
-    # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above it
-    # would not be independent draws.
+    # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above the
+    # floor would not be independent draws.
     for floor_share in FLOORS:
         rank = math.ceil(n * floor_share)
         rows_at_first_start = (n - rank) * start_share
@@ -351,9 +354,10 @@ def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
 
 
 def _count_above_floor(cumulated: Ints, floor: int) -> Ints:
-    """Cumulated counts of the rows above a floor, for each score above the floor.
+    """Return the cumulated counts of the rows above a floor, for each score above the floor.
 
-    ``cumulated`` (G,) holds the cumulated counts of all rows, and ``floor`` is an index into it.
+    ``cumulated`` (G,) holds the cumulated counts of all rows. ``floor`` is an index into
+    ``cumulated``.
     """
     if floor == NO_FLOOR:
         return cumulated
@@ -370,7 +374,7 @@ def _fallback_procedure(
     max_risk: float,
     delta: float,
 ) -> Threshold | None:
-    """The laxest threshold above a floor that Wiens' fallback procedure certifies.
+    """Return the laxest threshold above a floor, certified by Wiens' fallback procedure.
 
     ``floor`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are
     passed to ``sequence_starts``.
@@ -384,19 +388,19 @@ def _fallback_procedure(
     laxest = None
     for start, end in pairwise([*sorted(levels), len(accepted)]):
         level = carried_level + levels[start]
-        # The row at the first threshold determines where the sequence starts. So it is no random
-        # draw, and the binomial law holds for the remaining rows only. If several rows have its
-        # score, the row counts as right, unless all of them are wrong.
+        # The row at the first threshold determines where the sequence starts. So this row is no
+        # random draw, and the binomial law holds for the remaining rows only. If several rows have
+        # the same score, this row counts as right, unless all rows with the score are wrong.
         n_remaining = accepted[start] - 1
         wrong_of_remaining = wrong[start] - is_all_wrong[start]
         first_not_rejected = start
         if binomial_tail(wrong_of_remaining, n_remaining, max_risk) <= level:
             first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
             # If all rows together do not reject H_t at the start, the threshold before t is
-            # certified: t itself may be a score that many rows share, all of them wrong.
+            # certified: many rows may have the score t, and all of these rows may be wrong.
             laxest = first_not_rejected - 1
         # The level is carried on only if all hypotheses were rejected. A hypothesis that is not
-        # rejected may be true, and then its test has used up the level (Wiens 2003).
+        # rejected may be true, and then the test has used up the level (Wiens 2003).
         are_all_rejected = first_not_rejected == end
         carried_level = level if are_all_rejected else 0.0
     if laxest is None:
@@ -407,29 +411,29 @@ def _fallback_procedure(
 def _level_at_start(
     accepted: Ints, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> dict[int, float]:
-    """For each index in ``accepted`` at which a sequence starts, the level of the sequence.
+    """Map the start of each sequence, an index in ``accepted``, to the level of the sequence.
 
-    ``accepted`` (G,) is the number of rows that each score accepts as a threshold.
+    ``accepted`` (G,) is the number of accepted rows with each score as the threshold.
     """
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for sequence_start in sequence_starts(n, starts, whole, max_risk, delta):
         index = _index_of_start(accepted, sequence_start)
-        # two sequences that start at the same index become one sequence with both levels
+        # two sequences with the same start become a single sequence with both levels
         levels[index] = levels.get(index, 0.0) + sequence_start.level
     return levels
 
 
 def _index_of_start(accepted: Ints, sequence_start: SequenceStart) -> int:
-    """Index in ``accepted`` at which a sequence starts.
+    """Return the index in ``accepted`` for the start of a sequence.
 
     If rows have equal scores, perhaps no index accepts exactly the best number of rows for a start.
-    Then the sequence starts at the index that accepts the nearest number.
+    Then the sequence starts at the index with the nearest number.
     """
-    # A start depends on numbers of rows only. If it were chosen where the answers happen to be
-    # right, the choice would be the best of many tests, but the level allows for one test only.
+    # A start depends on numbers of rows only. A start where the answers happen to be right would be
+    # the best of many tests, but the level allows for a single test.
     best_rows = sequence_start.best_rows
-    index = int(np.searchsorted(accepted, best_rows))  # the first that accepts at least best_rows
+    index = int(np.searchsorted(accepted, best_rows))  # the first with at least best_rows
     if index == 0:
         return index
     n_before = accepted[index - 1]
@@ -444,10 +448,10 @@ def _index_of_start(accepted: Ints, sequence_start: SequenceStart) -> int:
 def _first_not_rejected(
     wrong: Ints, accepted: Ints, max_risk: float, level: float, start: int, end: int
 ) -> int:
-    """First index from ``start`` on whose hypothesis is not rejected; ``end`` if all are rejected.
+    """Return the first index from ``start`` on that is not rejected; ``end`` if all are rejected.
 
     A sequence stops at this index even if later hypotheses could be rejected. If the hypothesis at
-    this index is true, its test has used up the level.
+    this index is true, the test has used up the level.
     """
     for block_start in range(start, end, BLOCK):
         block = slice(block_start, min(block_start + BLOCK, end))
@@ -460,10 +464,10 @@ def _first_not_rejected(
 
 
 class SequenceStart(NamedTuple):
-    """Number of rows that the first threshold of a fixed sequence should accept, and the level."""
+    """Number of accepted rows for the first threshold of a fixed sequence, and the level."""
 
-    fewest_rows: int  # smallest number of rows at which a rejection is possible
-    best_rows: int  # number of rows at which one more wrong answer has just become admissible
+    fewest_rows: int  # smallest number of rows for a possible rejection
+    best_rows: int  # number of rows where one more wrong answer has just become admissible
     level: float  # level of all tests of the sequence
 
 
@@ -471,10 +475,10 @@ class SequenceStart(NamedTuple):
 def sequence_starts(
     n: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> tuple[SequenceStart, ...]:
-    """Starts of the sequences of n rows: first the start at all rows, then the ``starts`` in order.
+    """Return the starts of the sequences of n rows: the start at all rows, then the ``starts``.
 
-    The sequence at all rows gets at most the share ``whole`` of the level ``delta``. Sequences that
-    cannot reject anything are left out.
+    The sequence at all rows gets at most the share ``whole`` of the level ``delta``. Sequences
+    without any possible rejection are left out.
     """
     sequences: list[SequenceStart] = []
     level_left = delta
@@ -488,7 +492,7 @@ def sequence_starts(
         row_share, level_share = start
         next_row_share, next_level_share = next_start
         level = carried_level + level_left * level_share
-        # The last row of a start is no random draw. So a start has one row more than its first test
+        # The last row of a start is no random draw. So a start has one row more than the first test
         # has trials.
         trials_planned = math.ceil(n * row_share) - 1
         trials_needed = rows_without_error(max_risk, level)
@@ -499,8 +503,8 @@ def sequence_starts(
         has_too_few_trials = trials_planned < trials_needed
         is_near_next = trials_needed + 1 > LARGEST_QUOTIENT * rows_of_next
         if has_next and has_too_few_trials and is_near_next:
-            # One sequence with the levels of both certifies more than two sequences that start
-            # close together.
+            # A merged sequence with both levels certifies more than two sequences with close
+            # starts.
             carried_level = level
             continue
         carried_level = 0.0
@@ -511,19 +515,19 @@ def sequence_starts(
 
 
 def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> SequenceStart | None:
-    """Start of the sequence at all n rows; None if its test would admit no wrong answer."""
+    """Return the start of the sequence at all n rows; None if no wrong answer is admissible."""
     wrong = admissible(n - 1, max_risk, largest_level)
     if wrong <= 0:
         return None
     # The tail has steps. A level above the step at ``wrong`` would not reject more. So the step is
-    # the level, and the rest of ``largest_level`` stays for all other sequences.
+    # the level, and the rest of ``largest_level`` stays for the remaining sequences.
     level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
     return SequenceStart(fewest_rows=n, best_rows=n, level=level)
 
 
 def _exact_start(n: int, trials: int, max_risk: float, level: float) -> SequenceStart:
-    """Start of a sequence whose first test has at least this number of ``trials``, among n rows."""
-    # Where one more wrong answer has just become admissible, the test uses nearly all of its level.
+    """Return a start of a sequence in n rows; its first test has at least ``trials`` trials."""
+    # Where one more wrong answer has just become admissible, the test uses nearly all of the level.
     # With fewer trials the level between two steps of the tail would be unused.
     one_more_wrong = admissible(trials - 1, max_risk, level) + 1
     best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
@@ -531,7 +535,10 @@ def _exact_start(n: int, trials: int, max_risk: float, level: float) -> Sequence
 
 
 def admissible(n: int, max_risk: float, level: float) -> int:
-    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level; -1: no number."""
+    """Return the largest k with P[Bin(n, max_risk) <= k] <= level; -1: no such k.
+
+    k is a number of wrong answers.
+    """
 
     def tail_of(wrong: int) -> float:
         return float(binomial_tail(np.asarray(wrong), np.asarray(n), max_risk))
@@ -544,11 +551,11 @@ def conformal_risk_control(
     max_risk: float,
     delta: float,  # noqa: ARG001 - unused: all procedures have the same parameters
 ) -> Threshold | None:
-    """The laxest t with (k_t + 1) / (n + 1) <= max_risk, which bounds a mean risk.
+    """Return the laxest t with (k_t + 1) / (n + 1) <= max_risk, to bound a mean risk.
 
     The guarantee is
 
-        E[share of all answers that are accepted and wrong] <= max_risk.
+        E[share of accepted wrong answers among all answers] <= max_risk.
 
     Conformal risk control needs a risk that is monotone in t. This share is monotone, but the error
     rate among accepted answers is not. The mean is over draws of calibration rows, so there is no
@@ -556,10 +563,10 @@ def conformal_risk_control(
 
     Source: Angelopoulos et al., Conformal Risk Control (2022), Eq. 4, with a loss of 0 or 1.
     """
-    # The new row is counted as accepted and wrong. With k / n, which leaves out the new row, the
-    # mean over draws could exceed max_risk by up to 1 / (n + 1).
+    # The new row is counted as accepted and wrong. With k / n, without the new row, the mean over
+    # draws could exceed max_risk by up to 1 / (n + 1).
     joint_risk = (counts.accepted_wrong + 1) / (counts.n + 1)
-    # The joint risk never falls as t grows. So the scores where it is small enough come first.
+    # The joint risk never falls as t grows. So the scores with a small enough risk come first.
     n_valid = int(np.count_nonzero(joint_risk <= max_risk))
     if n_valid == 0:
         return None
@@ -567,14 +574,14 @@ def conformal_risk_control(
 
 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Threshold | None:
-    """The strictest t that accepts at least ``min_coverage`` of all answers, with a bound on R(t).
+    """Return the strictest t with a coverage of at least ``min_coverage``, with a bound on R(t).
 
-    Coverage and bound hold together with probability >= 1 - delta; each takes delta / 2.
+    Coverage and bound hold together with probability >= 1 - delta, at a level of delta / 2 each.
 
-    t is the smallest score at which the lower Clopper-Pearson bound of the acceptance rate reaches
+    t is the smallest score where the lower Clopper-Pearson bound of the acceptance rate reaches
     ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
     risk at t is bounded by a test of a single threshold. (Scores with ties are simulated in the
-    tests.) Given t, the row at t is not random, so it is no trial. But all wrong answers up to t
+    tests.) Given t, the row at t is not random, and so is no trial. But all wrong answers up to t
     are counted.
     """
     n = int(counts.n)
@@ -586,10 +593,10 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     if index == len(counts.accepted):
         return None
     wrong = int(counts.accepted_wrong[index])
-    # The row at t was chosen by rank. Counted as a trial, it would make the bound too small.
+    # The row at t was chosen by rank. Counted as a trial, this row would make the bound too small.
     trials = int(counts.accepted[index]) - 1
-    # Coverage and risk take half of delta each. With all of delta for each, the probability that
-    # one of them is false could exceed delta (union bound).
+    # Coverage and risk take half of delta each. With all of delta for each bound, the probability
+    # of a false bound could exceed delta (union bound).
     risk_bound = upper_bound(min(wrong, trials), trials, delta / 2)
     return Threshold.at(counts, index, risk_bound)
 
@@ -598,17 +605,17 @@ PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
     "ltt": learn_then_test,
     "crc": conformal_risk_control,
 }
-"""Procedures that find a threshold for a maximal risk, by the name of their method."""
+"""Procedures for finding a threshold for a maximal risk, by the name of the method."""
 
 
 def rows_for_mean(max_risk: float) -> int:
-    """Smallest number n of rows with 1 / (n + 1) <= max_risk."""
+    """Return the smallest number n of rows with 1 / (n + 1) <= max_risk."""
     # Rounded to nine decimals first: in float64 a whole number may come out a little larger.
     return math.ceil(round(1 / max_risk, 9)) - 1
 
 
 def rows_for_coverage(min_coverage: float, delta: float) -> int:
-    """Smallest number n of rows with min_coverage^n <= delta / 2.
+    """Return the smallest number n of rows with min_coverage^n <= delta / 2.
 
     If all n rows are accepted, the coverage is at least ``min_coverage`` with confidence
     1 - delta / 2.

@@ -1,4 +1,4 @@
-"""Calibration rows are counted so that each picture counts once, however many files show it."""
+"""Counting of calibration rows: each picture counts once, even if shown by several files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vilu.predictors.contract.seen import one_per_picture
 ALIKE: Final = 0.99
 """Two pictures with at least this cosine count as copies that differ by noise only.
 
-Several such copies are no more evidence than one picture. Two copies with noise of standard
+Several such copies are no more evidence than a single picture. Two copies with noise of standard
 deviation 0.003 in each of 512 coordinates have a cosine of about 0.995.
 """
 
 MOST_COMPARED: Final = 20_000
-"""Largest number of pictures among which near copies are searched.
+"""Largest number of pictures in a search for near copies.
 
 With vectors of width 512 the search takes 40 MB and ten seconds.
 """
@@ -50,12 +50,12 @@ class CountedRows(Model):
 
 
 def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
-    """Choose one row per picture among the rows in the mask ``is_usable`` (N,).
+    """Choose a row of each picture among the rows in the mask ``is_usable`` (N,).
 
-    With classes, all rows of a picture ask the same question. The picture counts as wrong if any of
-    its rows has a wrong answer, so its first wrong row is chosen. With captions, each row of a
-    picture asks another question. One wrong answer does not make the answers in the other rows
-    wrong, so the first row is chosen, right or wrong. A row whose picture is not known counts as a
+    With classes, all rows of a picture ask the same question. The picture counts as wrong if any
+    row has a wrong answer, so the first wrong row is chosen. With captions, each row of a picture
+    asks a different question. A wrong answer in a row does not make the other answers wrong, so
+    the first row is chosen, right or wrong. A row with an unknown picture counts as a
     separate picture.
 
     Returns:
@@ -68,12 +68,12 @@ def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, 
     priority = outcomes.failure[usable_rows]  # 1 for a wrong answer: such a row is chosen first
     has_captions = outcomes.provenance.get("pool_size") is not None
     if has_captions:
-        # Suppose that one of the five captions of an image has a wrong answer. If its row were
+        # Suppose that an image has five captions, and a single wrong answer. If the wrong row were
         # chosen, the chosen rows would have a higher error rate than all captions. So all rows have
         # the same priority.
         priority = np.zeros_like(priority)
-    # Rows of one picture tend to be wrong together, so they are one trial of the binomial law. If
-    # every row were counted as a trial, the bound would be too small.
+    # Rows of the same picture tend to be wrong together, and are a single trial of the binomial
+    # law. If every row were counted as a trial, the bound would be too small.
     chosen_rows = usable_rows[one_per_picture(outcomes.picture[usable_rows], priority)]
     if len(chosen_rows) == len(usable_rows):
         return usable_rows, None
@@ -81,16 +81,16 @@ def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, 
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
-    """Mask (M,) of the rows that are the first of their group of near copies.
+    """Return the mask (M,) of the first row of each group of near copies.
 
     Args:
         source: The source of the rows.
         rows: Indices (M,) of the rows in the source.
-        cosine: Smallest cosine of two rows that count as near copies.
+        cosine: Smallest cosine of near copies.
     """
-    # The first row of each group is chosen, whether it is right or wrong. A choice that depends on
-    # failures would bias the error rate. ``near_copies`` returns, for each row, the position of the
-    # first row of its group.
+    # The first row of each group is chosen, right or wrong. A choice that depends on failures would
+    # bias the error rate. ``near_copies`` returns, for each row, the position of the first row of
+    # the group.
     first_of_group = near_copies(source, rows, cosine)
     is_first: NDArray[np.bool_] = first_of_group == np.arange(len(rows))
     return is_first

@@ -1,11 +1,11 @@
-"""The command line: each command calls one public function.
+"""The command line: each command calls a public function.
 
-A command writes its result to stdout, and its log and progress to stderr.
+A command writes the result to stdout, and writes the log and the progress to stderr.
 
 Exit codes:
 
 - 0: done
-- 2: wrong usage, such as a missing path or an output path that is already in use
+- 2: wrong usage, such as a missing path or an output path already in use
 - 3: bad data
 - 4: the risk target cannot be reached
 - 5: a model is missing
@@ -14,7 +14,7 @@ Exit codes:
 - 8: a guarantee is void (`vilu monitor`)
 - 75: another process holds the lock
 - 130: Ctrl-C
-- 141: stdout was closed by its reader
+- 141: stdout was closed by the reader
 - 143: SIGTERM
 
 Any other exit code is a bug, and a traceback is printed.
@@ -42,19 +42,19 @@ from vilu.errors import StorageError, UsageError, ViLUError, did_you_mean
 from vilu.process import keep_ray_on_this_machine, tune_process
 
 POSSIBLE_OPTIONS: Final = re.compile(r" \(Possible options: .*\)$")
-"""End of typer's message about an unknown option, which lists similar options."""
+"""End of typer's message about an unknown option: a list of similar options."""
 UNKNOWN_CHOICE: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
-"""typer's message about a value that is none of the known values."""
+"""typer's message about an unknown value."""
 QUOTED_VALUE: Final = re.compile(r"'([^']+)'")
 """A known value in the message ``UNKNOWN_CHOICE``."""
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
-"""Class of the exceptions that typer raises for an invalid command line.
+"""Class of typer's exceptions for an invalid command line.
 
-typer does not export this class, so it is found as the base of one of its subclasses.
+typer does not export this class, but exports a subclass.
 """
 
 MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
-"""Exceptions that a lack of memory may raise. The last two may also have other reasons."""
+"""Exceptions that may come from a lack of memory. The last two may also have other reasons."""
 
 NO_MEMORY = ("failed to map segment", "can't allocate memory", "can't start new thread")
 """Words for a lack of memory in messages of the loader of libraries, of torch, and of Python."""
@@ -63,7 +63,7 @@ NO_MEMORY = ("failed to map segment", "can't allocate memory", "can't start new 
 def entry() -> None:
     """Run the command line as the main program of a process.
 
-    At the end, the process exits without the clean-up of libraries, which would take up to a
+    At the end, the process exits without the clean-up of libraries. The clean-up would take up to a
     second.
     """
     tune_process()
@@ -78,10 +78,10 @@ def entry() -> None:
         os._exit(code)
 
     # Imports make a million objects and no garbage. With a high threshold, the garbage collector
-    # searches them less often, which saves 0.1 s.
+    # searches these objects less often, and saves 0.1 s.
     gc.set_threshold(50_000)
     # Functions of atexit run in reverse order, after all threads have ended. ``leave`` is
-    # registered first, so it runs last.
+    # registered first and so runs last.
     atexit.register(leave)
     try:
         main()
@@ -105,9 +105,9 @@ def main() -> None:
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """Return the stream itself; or, if it is None, a stream that writes to nowhere.
+    """Return ``stream``; for None, return a stream to nowhere.
 
-    Python sets ``sys.stderr`` to None if the caller closed it, as a shell does for ``2>&-``.
+    Python sets ``sys.stderr`` to None if the caller closed stderr, as a shell does for ``2>&-``.
     """
     if stream is not None:
         return stream
@@ -119,7 +119,7 @@ def _run() -> int:
     try:
         with show_warnings():
             return int(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt:  # the command has already printed a message, if it had begun
+    except KeyboardInterrupt:  # a command that had begun has already printed a message
         return INTERRUPTED
     except MISUSE as error:
         complain("error", _misuse_message(error))
@@ -134,7 +134,7 @@ def _run() -> int:
         complain("error", f"there is not enough memory ({details}).{_memory_limit_sentence()}")
         return StorageError.exit_code
     except OSError as error:
-        if error.filename is None:  # the error is not about a file, so it is a bug
+        if error.filename is None:  # an error without a file is a bug
             raise
         advice = advice_to_owner(error)
         complain("error", f"the file system refused {error.filename}: {error.strerror}.{advice}")
@@ -142,7 +142,7 @@ def _run() -> int:
 
 
 def _misuse_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
-    """Message about an invalid command line; it ends with the command that shows the help."""
+    """Message about an invalid command line, with the command for help at the end."""
     message = error.format_message().replace("Value error, ", "")
     message = POSSIBLE_OPTIONS.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
@@ -169,7 +169,7 @@ def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer export
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Whether the error says that memory was missing for a value, a library or a thread."""
+    """Whether the error is about missing memory for a value, a library or a thread."""
     if isinstance(error, MemoryError):
         return True
     return any(words in str(error) for words in NO_MEMORY)
@@ -188,21 +188,21 @@ def _memory_limit_sentence() -> str:
 
 
 def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
-    """Send SIGINT or SIGTERM again if its exception was lost in code that cannot raise exceptions.
+    """Send SIGINT or SIGTERM again if the exception was lost in code that cannot raise exceptions.
 
-    Such code is, for example, a destructor or a callback of C code. Python reports any other lost
-    exception as it does by default.
+    Such code is, for example, a destructor or a callback of C code. Python reports all other lost
+    exceptions as usual.
     """
     signal_of_exception = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
     number = signal_of_exception.get(failure.exc_type)
     if number is None:
         sys.__unraisablehook__(failure)
     else:
-        # It is sent after a short time, when the main thread has left the code that lost the
-        # exception.
+        # The signal is sent after a short time: the main thread has then left the code that lost
+        # the exception.
         threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """Raise SystemExit on SIGTERM, so that locks and temporary files are removed."""
+    """Raise SystemExit on SIGTERM, for the removal of locks and temporary files."""
     sys.exit(TERMINATED)

@@ -1,4 +1,4 @@
-"""The commands, and the options that all commands share."""
+"""The commands, and the options shared by all commands."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ app = typer.Typer(
 PRIVATE_COMMANDS: Final = frozenset(
     {"audit-labels", "calibrate", "labels", "monitor", "next", "review", "serve", "triage"}
 )
-"""Commands whose files hold paths of photos and labels. By default no other user may read them."""
+"""Commands with files of photo paths and labels. By default no other user may read these files."""
 
 OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
 """Form of a umask."""
@@ -85,7 +85,7 @@ OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
 def show_version(value: bool) -> None:
     """Print the version and exit."""
     if value:
-        # This import is here, because it takes as much time as the rest of `vilu --help`.
+        # This import is here because it takes as much time as the rest of `vilu --help`.
         import importlib.metadata
 
         typer.echo(importlib.metadata.version("vilu"))
@@ -151,7 +151,7 @@ def common(
 def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags --verbose, --quiet and --json.
 
-    `vilu` itself has these flags, too, so they may stand before the command or after it.
+    The command `vilu` also has these flags, so they may stand before the command or after it.
 
     Raises:
         UsageError: If the command has a parameter with the name of such a flag.
@@ -175,12 +175,12 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
         parameters.append(
             Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         )
-    vars(run)["__signature__"] = Signature(parameters)  # typer reads the options from it
+    vars(run)["__signature__"] = Signature(parameters)  # typer reads the options from here
     return run
 
 
 def _set_umask(context: typer.Context, umask: str | None) -> None:
-    """Set the rights that new files do not get; the end of the command restores the old umask."""
+    """Set the rights not given to new files; the end of the command restores the old umask."""
     if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
     mask = "077" if umask is None else umask
@@ -191,9 +191,9 @@ def _set_umask(context: typer.Context, umask: str | None) -> None:
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command: check its input paths, and print a message if Ctrl-C or SIGTERM stops it.
+    """Wrap a command: check the input paths, and print a message after Ctrl-C or SIGTERM.
 
-    The message says what happens if the user runs the same command again.
+    The message tells the effect of running the same command again.
     """
 
     @wraps(command)
@@ -222,7 +222,7 @@ def command_name(command: Callable[..., None]) -> str:
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Message of a stopped command: which results exist, and what the same command would do."""
+    """Message of a stopped command: the existing results, and the effect of running it again."""
     name = command_name(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE
@@ -251,13 +251,13 @@ COMMANDS: Final[Mapping[str, tuple[Callable[..., None], ...]]] = {
     SHARING: (serve, export, push, pull, convert),
     LOOKING_UP: (inspect, list_),
 }
-"""Maps a group of commands to its commands. Both are in the order of `vilu --help`."""
+"""Maps the name of a group to the commands of the group, in the order of `vilu --help`."""
 
 
 def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
-    """Add a command to a group of commands, with its checks and the common flags."""
+    """Add a command to a group of commands, with checks and the common flags."""
     decorated = with_common_flags(with_stop_message(command))
     group.command(name, cls=PanelledCommand, rich_help_panel=panel)(decorated)
 
@@ -283,11 +283,11 @@ app.add_typer(tabulate, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
 COMMAND_GROUP: Final = "vilu.commands"
-"""Group of the entry points that add commands."""
+"""Group of entry points for additional commands."""
 
 
 def command_that_raises(error: UsageError) -> Callable[[], None]:
-    """A command that raises ``error``; it replaces a command that cannot be imported."""
+    """A command that raises ``error``, in place of a command that cannot be imported."""
 
     def command() -> None:
         raise error
@@ -297,7 +297,7 @@ def command_that_raises(error: UsageError) -> Callable[[], None]:
 
 
 ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Settings of a command that only raises an error, whatever arguments the user gives."""
+"""Settings of a command without any action but an error, whatever arguments the user gives."""
 
 
 def add_plugin_command(entry: EntryPoint) -> None:
@@ -312,7 +312,7 @@ def add_plugin_command(entry: EntryPoint) -> None:
 
 
 def add_missing_bench_commands() -> None:
-    """Add the commands of vilu-bench that are not installed, so that each says what to install."""
+    """Add the missing commands of vilu-bench; each such command tells how to install vilu-bench."""
     installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
     for name in names_of_bench()[COMMAND_GROUP]:
         if name not in installed:
@@ -320,7 +320,7 @@ def add_missing_bench_commands() -> None:
 
 
 def refuse_bench_command(context: typer.Context) -> None:
-    """Raise the error that a command is part of vilu-bench."""
+    """Raise the error for a command of vilu-bench."""
     refuse_name_of_bench(COMMAND_GROUP, str(context.info_name))
 
 

@@ -1,4 +1,4 @@
-"""The checks of ``vilu inspect``. Each artefact is checked by the code that reads it."""
+"""The checks of ``vilu inspect``. Each artefact is checked by the code for reading the artefact."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from vilu.store.parts import StoreLedger
 from vilu.text import plural
 
 ARTEFACT_GROUP: Final = "vilu.artefacts"
-"""Group of the entry points that recognise artefacts of other packages."""
+"""Group of entry points for recognising artefacts of other packages."""
 
 BENCHMARK_FOLDERS: Final = ("cells", "studies")
-"""Folders that the output of a benchmark has. vilu-bench checks such an output."""
+"""Folders in the output of a benchmark. vilu-bench checks such an output."""
 
 
 class Artefact(NamedTuple):
@@ -40,7 +40,7 @@ class Artefact(NamedTuple):
 
 
 def check(path: Path) -> Iterator[Artefact]:
-    """Check the artefacts at a path, and yield them.
+    """Check the artefacts at a path; yield each artefact.
 
     For stores and score folders, all bytes of all files are read and checked.
     """
@@ -75,7 +75,7 @@ def check(path: Path) -> Iterator[Artefact]:
 
 
 def _recognised_by_plugin(path: Path) -> Artefact | None:
-    """The artefact at a path, if another package recognises it; else None."""
+    """The artefact at a path, if another package recognises the artefact; else None."""
     for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)
@@ -85,12 +85,12 @@ def _recognised_by_plugin(path: Path) -> Artefact | None:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is a store, complete or not, as its ``run.json`` says."""
+    """Whether a folder is a store, complete or not, according to ``run.json``."""
     return StoreLedger.has_begun(path)
 
 
 def check_file(path: Path) -> Artefact:
-    """Check a file of vilu, with the code that reads such a file."""
+    """Check a file of vilu, with the code for reading such a file."""
     if path.suffix == ".json":
         return _check_document(path)
     if path.suffix == ".parquet":
@@ -135,13 +135,13 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
 
 
 def _describe(path: Path, kind: str, n_rows: int) -> Artefact:
-    """The artefact, described by its kind and, if it has rows, by the number of its rows."""
+    """The artefact, described by the kind and by the number of rows, if any."""
     what = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
     return Artefact(path, what)
 
 
 def _check_predictor(path: Path) -> Artefact:
-    """Check a predictor and its calibration, if any, by loading them."""
+    """Check a predictor and the calibration, if any, by loading both."""
     predictor = load_predictor(path)
     calibration = Calibration.find(path)
     state = "not calibrated"

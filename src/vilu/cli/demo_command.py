@@ -1,4 +1,4 @@
-"""The command demo: all steps on photos of clothes, and a folder of them that is sorted."""
+"""The command demo: all steps on photos of clothes, and a triage of a folder of photos."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_RISK: Final = 0.1
 """Largest error rate among the accepted photos of the folder."""
 
 N_LABELS_TO_FIT: Final = 60
-"""Number of labels that the triage asks for first, to fit on."""
+"""Number of labels in the first request of the triage, to fit on."""
 
 N_LABELS_TO_TEST: Final = 140
-"""Number of labels that the triage asks for next, of photos drawn at random for a guarantee."""
+"""Number of labels in the next request of the triage: photos drawn at random for a guarantee."""
 
 
 @console.resumable
@@ -48,11 +48,11 @@ def demo(
 def sort_folder(output: Path, seed: int) -> str:
     """Sort the folder of the demo, and describe the plan and the result in sentences.
 
-    The labels come from the data set. The triage reads only the labels that it has asked for.
+    The labels come from the data set. The triage reads only the requested labels.
 
     1. A run without labels says what labels could show, and asks for photos to fit on.
-    2. A run with their labels fits a predictor, and draws photos at random for its guarantee.
-    3. A run with the labels of these photos accepts the answers up to a guaranteed threshold.
+    2. A run with these labels fits a predictor, and draws photos at random for a guarantee.
+    3. A run with the labels of the drawn photos accepts the answers up to a guaranteed threshold.
     """
     from vilu.backbones.zeroshot import everyday_words
     from vilu.cli.demo import BACKBONE, SORTED_CLASSES
@@ -86,9 +86,9 @@ def sort_folder(output: Path, seed: int) -> str:
 
 
 def write_asked_labels(output: Path, name: str) -> Path:
-    """Write the labels of the photos that the triage asks for, as a person would give them.
+    """Write the labels of the photos requested by the triage, in the place of a person.
 
-    If somebody has added a photo to the folder, its label is not known, and the photo is skipped.
+    If somebody has added a photo to the folder, the label is not known, and the photo is skipped.
     """
     from vilu.triage.labels import SKIPPED
 
@@ -102,7 +102,7 @@ def write_asked_labels(output: Path, name: str) -> Path:
 
 
 def accepted_in_words(output: Path) -> str:
-    """Say how many accepted answers are wrong, by labels that the triage was not given."""
+    """Say how many accepted answers are wrong, by labels unknown to the triage."""
     label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
     n_accepted = 0
     n_wrong = 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.predictor import FailurePredictor
 
 MAX_CLASSES_SHOWN = 20
-"""Maximum number of classes that are printed; --json has all."""
+"""Maximum number of printed classes; --json has all."""
 
 PredictorOption = Annotated[
     Path | None,
@@ -65,8 +65,8 @@ def estimate(
     """Estimate how often the answers are wrong, from labels of a few rows drawn at random.
 
     The scores of all rows make the interval shorter than labels alone would (prediction-powered
-    inference). The labelled rows must be a random sample. Labels that `vilu next` asked for, or
-    that a person chose, are refused if the files show it. The estimates are about the rows of DATA.
+    inference). The labelled rows must be a random sample. Labels of rows chosen by `vilu next` or
+    by a person are refused if the files show the choice. The estimates are about the rows of DATA.
     """
     from vilu.calibration.estimates import estimate as estimate_outcomes
 
@@ -82,7 +82,7 @@ def estimate(
 
 
 def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
-    """Refuse a table with labels of rows that `vilu next` chose to fit on.
+    """Refuse a table with labels of rows chosen by `vilu next` for a fit.
 
     These rows are not a random sample, so an estimate from them would be wrong.
     """
@@ -106,9 +106,9 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
 def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
-    """The predictor that scores the rows: a saved one, or the only column of scores of a table.
+    """The predictor for scoring: a saved predictor, or the only column of scores of a table.
 
-    ``data`` is the path of ``source``, which an error message names.
+    ``data`` is the path of ``source``, named in an error message.
     """
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.methods import method_of_only_score
@@ -125,7 +125,7 @@ def _find_predictor(
 
 
 def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
-    """All rows of a store. A row has a label only if the files have a label for it."""
+    """All rows of a store. A row has a label only if a file has a label for this row."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels
 
@@ -140,10 +140,10 @@ def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> Embeddi
 def _score_unused_rows(
     predictor: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
-    """Score the rows that were not used to fit the predictor.
+    """Score the rows not used to fit the predictor.
 
-    The name of the path ``data`` becomes the name of the data set. With ``with_classes``, the texts
-    of the answers of a table become its classes.
+    The name of the path ``data`` becomes the name of the data set. With ``with_classes``, the
+    answers of a table become classes.
     """
     from vilu.scoring.score import score_unseen
     from vilu.tables import scores

@@ -21,7 +21,7 @@ SHARING: Final = "Share and serve"
 LOOKING_UP: Final = "Look up"
 RESEARCH: Final = "From other packages"
 
-# Groups of options in the help of a command. Options that most users need name no group.
+# Groups of options in the help of a command. Options needed by most users have no group.
 ARGUMENTS: Final = "Arguments"
 NEEDED: Final = "Options"
 DATA: Final = "Which images and labels"
@@ -50,7 +50,7 @@ GROUPS: Final = (
     MORE,
     COMMON,
 )
-"""Groups of options in the order in which the help shows them. Other groups follow."""
+"""Groups of options in the order of the help. All further groups follow."""
 
 METAVARS: Final[Mapping[str, str]] = {
     "<path>": "PATH",
@@ -63,7 +63,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "<float>": "NUMBER",
     "<float range>": "NUMBER",
 }
-"""Maps typer's name of a type to the name that help texts use for a value of the type."""
+"""Maps typer's name of a type to the name of a value of the type in help texts."""
 
 SHARE: Final = "SHARE"
 """A number from 0 to 1."""
@@ -96,11 +96,11 @@ VALUES: Final[Mapping[str, str]] = {
     "template": "PROMPT",
     "timeout": "SECONDS",
 }
-"""Maps an option to the name that help texts use for its value, if the type says too little."""
+"""Maps an option to the name of a value in help texts, if the type says too little."""
 
 
 class PanelledCommand(TyperCommand):
-    """Command whose help shows its options in groups, the most needed first."""
+    """Command with grouped options in the help, the most needed options first."""
 
     def __init__(self, name: str | None, **settings: Any) -> None:  # noqa: ANN401 - typer's
         super().__init__(name, **settings)
@@ -128,18 +128,18 @@ class PanelledCommand(TyperCommand):
 
 def with_range_in_words(text: str) -> str:
     """The help of an option, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
-    # a maximum of ten or more digits is left out, since nobody reaches it
+    # a maximum of ten or more digits is left out, since nobody reaches the maximum
     text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
     return re.sub(r"x>=([\d.]+)", r"at least \1", text)
 
 
 def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Set the name of a parameter's value in the help, such as PATH, if it has none yet."""
+    """Set the name of the value of a parameter in the help, such as PATH, unless set already."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):
-        context: Any = None  # typer needs one only to change the case of choices
+        context: Any = None  # typer needs a context only to change the case of choices
         name_of_type = METAVARS.get(parameter.display_type(context))
         if name_of_type is not None:  # None: typer lists all values
             parameter.metavar = VALUES.get(parameter.name, name_of_type)
@@ -148,10 +148,10 @@ def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
 
 
 class PanelledGroup(TyperGroup):
-    """Commands whose help lists them in groups."""
+    """Commands that the help lists in groups."""
 
     def format_commands(self, ctx: Context, formatter: Formatter) -> None:
-        """Write the names of the commands with their first sentences, group by group."""
+        """Write the names and the first sentences of the commands, group by group."""
         names = self.list_commands(ctx)
         width = formatter.width - 6 - max(map(len, names))
         groups: dict[str, list[Row]] = {}

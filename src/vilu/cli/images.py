@@ -1,4 +1,4 @@
-"""The command that embeds images: embed."""
+"""The command for embedding images: embed."""
 
 from __future__ import annotations
 
@@ -214,10 +214,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
-    Prints the folder of the store. Images that cannot be read are counted, and listed in the
-    errors/ folder of the store. If their share is more than --max-error-rate, the exit code is 3.
-    It is also 3 if a tar is cut short, since the number of its lost images is unknown. --features,
-    --views, --prompts and --negatives store what some methods need in addition to the embeddings
+    Prints the folder of the store. Unreadable images are counted, and listed in the errors/ folder
+    of the store. The exit code is 3 if the share of such images is more than --max-error-rate. The
+    exit code is also 3 if a tar is cut short, since the number of lost images is unknown.
+    --features, --views, --prompts and --negatives store additional data, needed by some methods
     (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
     images = _open_images(
@@ -276,7 +276,7 @@ def backbone_spec(
     *,
     full_decode: bool = False,
 ) -> BackboneSpec:
-    """The backbone that the flags describe; logs advice if it is the compact model.
+    """The backbone described by the flags; logs advice if the backbone is the compact model.
 
     The path of ``models`` is made absolute, because the processes of an executor may start in
     another folder.
@@ -309,7 +309,7 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
 
 
 def log_advice_on_compact(backbone: str) -> None:
-    """If the backbone is the compact model, log what it is and which model is better."""
+    """If the backbone is the compact model, log a description and the name of a better model."""
     if not _is_compact(backbone):
         return
     next_step(
@@ -325,7 +325,7 @@ def _is_compact(backbone: str) -> bool:
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates that the flags give, by a name or as texts; None without such flags."""
+    """The templates from the flags, by a name or as texts; None without such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -336,13 +336,13 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
 def store_in_words(
     output: Path, store: EmbeddingStore | CaptionStore | None, *, split: str | None, source: str
 ) -> str:
-    """Closing line of a command that makes a store: the counts, and the next command.
+    """Closing line of a command for making a store: the counts, and the next command.
 
     Args:
         output: Folder of the store.
-        store: The store; None if other ranks still make parts of it.
-        split: Name of the split, which suggests the next command; None if it is not known.
-        source: Name of the source, which suggests the next command if the split does not.
+        store: The store; None if other ranks still make parts of the store.
+        split: Name of the split, a hint for the next command; None if the split is not known.
+        source: Name of the source, a hint for the next command if the split gives no hint.
     """
     from vilu.store.embed import SHARD_ERROR_KINDS
 
@@ -364,14 +364,14 @@ def store_in_words(
 
 
 COMMAND_OF_PREFIX = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""Maps how the name of a split begins to the command that comes next. For other names it is fit."""
+"""Maps the beginning of the name of a split to the next command. The default command is fit."""
 
 
 def next_command(output: Path, split: str | None, source: str) -> str:
-    """The command that comes after a store is made.
+    """The next command after making a store.
 
-    The names of the split, of the source and of the folder suggest it, in this order. The first
-    name that begins with a key of ``COMMAND_OF_PREFIX`` decides.
+    The hints are the names of the split, of the source and of the folder, in this order. The first
+    name with a beginning in ``COMMAND_OF_PREFIX`` decides.
     """
     command = "fit"
     for name in (split, source, output.name):
@@ -387,7 +387,7 @@ def next_command(output: Path, split: str | None, source: str) -> str:
 
 
 def _suggested_command(name: str | None) -> str | None:
-    """The command that a name suggests by its beginning; None if it suggests none."""
+    """The command suggested by the beginning of a name; None without a suggestion."""
     if not name:
         return None
     lower_name = Path(name).name.lower()
@@ -402,7 +402,7 @@ def _open_images(
     max_unreadable: float,
     **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images; refuse them if a larger share than ``max_unreadable`` cannot be read.
+    """Open the images; refuse the images if a larger share than ``max_unreadable`` is unreadable.
 
     The images are opened before torch is imported, because the import of torch takes seconds.
     """
@@ -424,7 +424,7 @@ def _open_images(
 
 
 def _executor(name: str | None, processes: int | None) -> Executor | None:
-    """The executor of the flags; None if this process alone embeds."""
+    """The executor of the flags; None if this process embeds alone."""
     if name is None:
         if processes is not None:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Commands that look at scores: explain, monitor, report."""
+"""Commands about scores: explain, monitor, report."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _answers_in_words(
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
-    """The output with --summary. ``command`` is the same command without its flags."""
+    """The output with --summary. ``command`` is the same command without flags."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -200,7 +200,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """The output without --summary. ``command`` is the same command without its flags."""
+    """The output without --summary. ``command`` is the same command without flags."""
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"
@@ -219,7 +219,7 @@ def _compute_summary(
 
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
-    # Pictures of none of the classes have no label, but every answer to them is a failure.
+    # Pictures outside all classes have no label, but every answer to such a picture is a failure.
     has_known_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
     if not has_known_failures:
@@ -374,7 +374,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_re
     """Write the report, unless the file already has an equal report of the same command.
 
     The fact ``batches`` is not compared. A second call with the same rows takes in no new row, so
-    its ``batches`` are different.
+    the ``batches`` are different.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
@@ -390,7 +390,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_re
 
 
 def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, seed: int) -> Monitor:
-    """The monitor of a calibrated predictor, in its saved state if there is one."""
+    """The monitor of a calibrated predictor, in the saved state if there is a saved state."""
     from vilu.calibration.monitor.monitor import Monitor
 
     if state is not None and not state.parent.is_dir():
@@ -418,10 +418,10 @@ def _monitor_file(
     Args:
         loaded_monitor: The monitor.
         path: The file.
-        outcomes: Its rows.
-        shuffle_seed: Seed that shuffles the rows; None: they are not shuffled.
-        in_order: Whether the rows arrived in this order, even if they look sorted.
-        is_late: Whether the rows were monitored before, and now their failures are known.
+        outcomes: The rows of the file.
+        shuffle_seed: Seed for shuffling the rows; None: no shuffling.
+        in_order: Whether the rows arrived in this order, even if the rows look sorted.
+        is_late: Whether the rows were monitored before, and the failures are known only now.
     """
     import numpy as np
 
@@ -544,8 +544,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        # Whether each optional path is missing. Without this, the digest would be the same whether
-        # a path is that of the predictor or that of the store.
+        # Which optional paths are missing. Without this entry, a predictor and a store at the same
+        # path would give the same digest.
         "with": [predictor is None, store is None],
     }
     optional_paths = console.present_paths(predictor, store)

@@ -1,4 +1,4 @@
-"""Options that several commands share, each with its type and its help text."""
+"""Options shared by several commands, each with a type and a help text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or N
 
 
 def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """Argument for one or several input paths, which must exist."""
+    """Argument for existing input paths, one or several."""
     return typer.Argument(help=text, metavar=metavar, callback=require_existing)
 
 
@@ -47,28 +47,28 @@ def path_option(
     metavar: str | None = None,
     rich_help_panel: str | None = None,
 ) -> Any:  # noqa: ANN401 - typer's own
-    """Option for one or several input paths, which must exist."""
+    """Option for existing input paths, one or several."""
     return Option(
         help=text, metavar=metavar, callback=require_existing, rich_help_panel=rich_help_panel
     )
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    """Names of methods that begin with a text, for completion in the shell."""
+    """Names of methods that begin with ``incomplete``, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
     return _names_that_begin_with(incomplete, method_names())
 
 
 def complete_backbones(incomplete: str) -> list[str]:
-    """Names and prefixes of backbones that begin with a text, for completion in the shell."""
+    """Names and prefixes of backbones that begin with ``incomplete``, for the shell."""
     from vilu.backbones.catalog import BACKBONES
 
     return _names_that_begin_with(incomplete, BACKBONES.names())
 
 
 def complete_datasets(incomplete: str) -> list[str]:
-    """Names of data sets that begin with a text, for completion in the shell."""
+    """Names of data sets that begin with ``incomplete``, for completion in the shell."""
     from vilu.datasets.known import KNOWN
 
     return _names_that_begin_with(incomplete, KNOWN)
@@ -159,7 +159,7 @@ Fold = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Flags that say how stores are read.
+    """Flags for reading stores.
 
     A command with ``@with_reading_flags`` has a flag for each field.
     """
@@ -229,8 +229,8 @@ class Reading:
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
-        # This flag is newer than the digest. If it is not given, the digest must be the same as
-        # before there was the flag. In the digest it has the name of the flag, --clusters.
+        # This flag is newer than the digest. Without the flag, the digest must be the same as in
+        # older versions. In the digest the key is the name of the flag, --clusters.
         cluster_column = flags.pop("cluster_column")
         if cluster_column is not None:
             flags["clusters"] = cluster_column
@@ -238,14 +238,14 @@ class Reading:
 
     @property
     def named_paths(self) -> list[Path]:
-        """The paths that these flags name: the second store, if any."""
+        """The paths in these flags: the second store, if any."""
         if self.second is None:
             return []
         return [self.second]
 
     @property
     def pools(self) -> Pools | None:
-        """The pools that the flags describe; None if all flags have their default values.
+        """The pools described by the flags; None if all flags have their default values.
 
         Data with classes have no pools, and are opened with None.
         """
@@ -268,7 +268,7 @@ class Reading:
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 
-        If the flags name a fold and ``role`` is not None, the fold ``role`` is read in its place.
+        If the flags name a fold and ``role`` is not None, the fold ``role`` is read instead.
         """
         return self.open_with_pools(self.pools, store, role)
 
@@ -310,7 +310,7 @@ class Reading:
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
-        """Name of the fold or split that is read; None if the store does not say it."""
+        """Name of the fold or split to read; None if the store does not state a split."""
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -325,10 +325,10 @@ class Reading:
 
 
 STUDY_FLAGS: Final = frozenset({"hard", "near_duplicates"})
-"""Flags about pools that only studies need. `vilu pools` and the class ``Pools`` have them."""
+"""Flags about pools, only needed for studies. `vilu pools` and the class ``Pools`` have them."""
 
 POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
-"""Flags for image-caption pairs. A command about labels of classes does not need them."""
+"""Flags for image-caption pairs. A command about labels of classes does not need these flags."""
 
 
 def with_reading_flags(
@@ -336,7 +336,7 @@ def with_reading_flags(
 ) -> Callable[..., None]:
     """Replace the parameter ``reading`` of a command by one parameter for each flag of ``Reading``.
 
-    ``without`` names the flags that the command does not get.
+    ``without`` names flags to leave out.
     """
     flag_parameters = dict(signature(Reading, eval_str=True).parameters)
     for name in without:

@@ -210,7 +210,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
 
 def _default_method(stores: list[Path]) -> str:
-    """The method to fit if the user names none; it depends on whether the data are a table."""
+    """The method to fit if the user names no method: one for tables, or one for embeddings."""
     from vilu.tables.read import is_table
 
     if is_table(stores[0]):
@@ -230,14 +230,14 @@ def _flags_of_fit(
     has_sample: bool,
 ) -> dict[str, object]:
     """Flags for the digest of a fit."""
-    # The key is called "with", although its values say which flag was left out. With another key,
+    # The key is called "with", although the values say which flags were left out. With another key,
     # the digests of all fits would change.
     flags_left_out = [not has_validation, not has_init]
     flags: dict[str, object] = {"with": flags_left_out, "shots": shots_and_seed, "pseudo": False}
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
-    # These flags are newer than the digest. They are only added if they were given, so that the
-    # digests of all other fits do not change.
+    # These flags are newer than the digest. A flag is added only if the user gave it. So the
+    # digests of fits without the flag do not change.
     if has_unlabelled:
         flags["unlabelled"] = True
     if has_labels:
@@ -248,7 +248,7 @@ def _flags_of_fit(
 
 
 def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """End of the closing line of a command: the command that scores with the predictor."""
+    """End of the closing line of a command: the next command, to score with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -262,9 +262,9 @@ def _new_predictor(
 
     Args:
         method: Name of the method.
-        defaults: Values of parameters; parameters that the method does not have are left out.
+        defaults: Values of parameters; parameters unknown to the method are left out.
         settings: The values KEY=VALUE of --set.
-        init: Folder of a predictor. The new predictor starts from its weights; None: from scratch.
+        init: Folder of a predictor whose weights are the start of the fit; None: from scratch.
     """
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
@@ -284,7 +284,7 @@ def _new_predictor(
 
 
 def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, and if the flag --answer is given, one more setting for it."""
+    """The settings of --set, plus a setting for the flag --answer if this flag is given."""
     if answer is None:
         return settings
     for setting in settings:
@@ -299,7 +299,7 @@ def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[
 def _require_judged_answer(
     folder: Path, judged_answer: AnswerKind, wanted_answer: AnswerKind | None
 ) -> None:
-    """Raise UsageError if --answer wants other answers than the predictor judges."""
+    """Raise UsageError if --answer differs from the answer judged by the predictor."""
     if wanted_answer is None or wanted_answer == judged_answer:
         return
     raise UsageError(
@@ -316,7 +316,7 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
     if cls.uses_unlabelled:
         return
     using_methods = []  # methods that use --unlabelled
-    label_free_methods = []  # methods that are fitted on rows without labels
+    label_free_methods = []  # methods for rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
             using_methods.append(method.name)
@@ -370,7 +370,7 @@ def _open_training_set(
 ) -> EmbeddingSource:
     """Open the training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
 
-    With files of ``labels``, only the rows that have a label in these files are opened.
+    With files of ``labels``, only the rows with a label in these files are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
@@ -388,7 +388,7 @@ def _open_training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # With --pseudo, a store has classes and is opened without pools. ``PseudoCaptions`` makes the
+    # With --pseudo, a store with classes is opened without pools. ``PseudoCaptions`` makes the
     # pools at the end.
     pools_of_store = None if pseudo else pools
     sources = []
@@ -428,7 +428,7 @@ def _open_checkpoints(
 def _remove_old_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, input_digest: str
 ) -> None:
-    """Remove the checkpoints of a fit that was killed after it wrote its predictor.
+    """Remove the checkpoints of a fit that was killed after the predictor was written.
 
     Checkpoints of another fit are kept.
     """
@@ -458,10 +458,10 @@ def score(
 ) -> None:
     """Write the judged answer and its uncertainty (higher = more likely wrong) of each image.
 
-    Prints the file or folder. A predictor that `vilu calibrate` has calibrated also gives the
-    probability of failure, the decision (accept or review) with its reason, and label sets. A
-    folder is written in parts, with bounded memory. After an interruption, the same command writes
-    the missing parts.
+    Prints the file or folder. A predictor calibrated with `vilu calibrate` also gives the
+    probability of failure, the decision (accept or review) with a reason, and label sets. A folder
+    is written in parts, with bounded memory. After an interruption, the same command writes the
+    missing parts.
     """
     from vilu.calibration.calibration import Calibration
     from vilu.predictors.persistence.storage import load_predictor
@@ -543,7 +543,7 @@ def evaluate(
     from vilu.tables.scores import scores_in
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
-    # This flag is newer than the digest. If it is not given, the digest must not change.
+    # This flag is newer than the digest. Without the flag, the digest must not change.
     if cluster_column is not None:
         settings["clusters"] = cluster_column
     write_output = console.prepare_output(
@@ -758,9 +758,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The predictor must not have been fitted on these rows. Afterwards `vilu score` also writes
     failure_probability and accept or review for every answer. Without a target (such as
-    --max-risk), only probabilities are calibrated. The guarantee holds for rows that are drawn like
-    the calibration rows; `vilu monitor` checks it on new rows. Exit code 4: the target cannot be
-    reached; the message says what is missing.
+    --max-risk), only probabilities are calibrated. The guarantee holds for new rows drawn like the
+    calibration rows; `vilu monitor` checks the guarantee on new rows. Exit code 4: the target
+    cannot be reached; the message says what is missing.
     """
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
@@ -817,7 +817,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_predictor_of_only_score(
     table: Path, output: Path | None, reading: Reading, *, overwrite: bool
 ) -> Path:
-    """Write the predictor that uses the only score of a table; returns its folder."""
+    """Write the predictor for the only score of a table; return the folder of the predictor."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import method_of_only_score
     from vilu.tables.read import is_table, open_table
@@ -847,7 +847,7 @@ def _calibrate_at_any_time(
     seed: int,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate with method anytime, whose guarantee stays valid while labels are added."""
+    """Calibrate with method anytime; the guarantee stays valid while labels are added."""
     from vilu.triage.ask import calibrate_by_labels
 
     max_risk = target.risk_of_anytime()
@@ -876,7 +876,7 @@ def _calibrate_by_draw(
     draw_file: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate on the rows of ``draw_file``, which `vilu next --for-guarantee` has drawn.
+    """Calibrate on the rows of ``draw_file``, drawn earlier by `vilu next --for-guarantee`.
 
     The user has filled in the labels in this file.
     """
@@ -919,7 +919,7 @@ def _calibrate_once(
 
 
 def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
-    """Return ``data``; UsageError if it is not a single store with classes."""
+    """Return ``data``; UsageError unless ``data`` is a single store with classes."""
     from vilu.store.reader import EmbeddingStore
 
     if not isinstance(data, EmbeddingStore):
@@ -931,7 +931,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _calibration_in_words(calibration: Calibration) -> str:
-    """Lines about the probabilities, and about the rule and the label sets if there are any."""
+    """Lines about the probabilities, and about the rule and the label sets if present."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
@@ -972,8 +972,8 @@ def export(
 
     Prints the file. The inputs are image (N, D) and text (K, D), both of unit norm. The outputs are
     uncertainty (N,) and prediction (N,). For tables of answers the inputs are numbers (N, C), and
-    features (N, F) if they are used. With --with-backbone, the input is pixels (N, 3, H, W)
-    after the preprocessing of the model, and accept (N,) is an additional output.
+    features (N, F) if the predictor uses features. With --with-backbone, the input is pixels
+    (N, 3, H, W) after the preprocessing of the model, and accept (N,) is an additional output.
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_fingerprint, export_image_graph
@@ -1051,7 +1051,7 @@ def push(
 def pull(
     repository: Repository, output: Output, revision: Revision = None, overwrite: Overwrite = False
 ) -> None:
-    """Copy a predictor from the model hub, or from a folder, and check it.
+    """Copy a predictor from the model hub, or from a folder, and check the copy.
 
     Prints the folder of the predictor.
     """

@@ -1,4 +1,4 @@
-"""The command that starts an HTTP service: serve."""
+"""The command for starting an HTTP service: serve."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ Timeout = Annotated[
 ]
 
 SERVICE_MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
-"""Modules of other packages that the service imports."""
+"""Modules of other packages imported by the service."""
 
 TLS_PREFIX: Final = "https://"
-"""Prefix of a host name that clients reach through a proxy with TLS."""
+"""Prefix of a host name behind a proxy with TLS."""
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -171,8 +171,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Prints the address. /docs documents the API for programs, / is a page for dropping a photo, and
     /metrics is for Prometheus. Every row is written to the disk before its answer is sent, and the
-    monitor counts it exactly once, even if the service is killed. After Ctrl-C or SIGTERM, the
-    requests in progress are answered, and then the state is saved. Nothing that a client sends is
+    monitor counts every row exactly once, even if the service is killed. After Ctrl-C or SIGTERM,
+    the requests in progress are answered, and then the state is saved. Nothing from a client is
     logged or stored, except with --keep.
     """
     _require_service(executor)
@@ -182,7 +182,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = 9 * batch_size // 8  # a batch, and an eighth of the next one
+        queue = 9 * batch_size // 8  # a batch, and an eighth of the next batch
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(
@@ -243,7 +243,7 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
 
 
 def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
-    """The limits on who may use the service: host names, with or without TLS, and keys."""
+    """The limits on clients: host names, with or without TLS, and keys."""
     from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
 
     lower_names = [name.lower() for name in names]
@@ -262,7 +262,7 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
 
 
 def _announce(message: str) -> None:
-    """Print the address, which is the result of the command; log any other message."""
+    """Print the address as the result of the command; log all other messages."""
     if message.startswith("http"):
         print_outputs(message)
     else:

@@ -188,7 +188,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _require_existing_path(path: Path) -> Path:
-    """Callback of typer: return the path; UsageError if it does not exist."""
+    """Callback of typer: return the path; UsageError if the path does not exist."""
     if not path.exists():
         raise UsageError(
             f"{path} does not exist. `vilu inspect PATH` takes one path, and recognises what it "
@@ -233,7 +233,7 @@ def inspect(
 
 
 def _inspect_store(path: Path, *, deep: bool) -> None:
-    """Print the content of a store, and raise StorageError if it has problems."""
+    """Print the content of a store; StorageError if the store has problems."""
     from vilu.cli.artefacts import require_sound
     from vilu.store.inspect import inspect as inspect_store
 

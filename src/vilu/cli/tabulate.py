@@ -1,4 +1,4 @@
-"""Commands that make a table of answers from files of another program."""
+"""Commands for making a table of answers from files of another program."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def completions_(
 ) -> None:
     """Answers of a language model.
 
-    They are completions with logprobs, as vLLM writes them, or a batch. Columns: mean, least
+    The file has completions with logprobs in the format of vLLM, or a batch. Columns: mean, least
     and first log-probability of the tokens, and the share of the n samples
-    that give the answer. With --truth, answers are compared without case and white space.
+    with the same answer. With --truth, answers are compared without case and white space.
     """
     from vilu.tables.sources import completion_answers
     from vilu.tables.sources.truth import read_truth
@@ -61,7 +61,7 @@ def detections_(
 ) -> None:
     """Boxes of a detector.
 
-    They are matched with the annotated objects as pycocotools does it.
+    The boxes are matched with the annotated objects as pycocotools does it.
     """
     from vilu.tables.sources import detection_answers
 
@@ -98,7 +98,7 @@ def logits_(
         "answers",
         _require_files(logits, labels, classes),
         overwrite=overwrite,
-        # Without this, the digest would be the same whether a file has labels or class names.
+        # Without this entry, a file of labels and a file of class names would give equal digests.
         has_labels=labels is not None,
     )
     arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
@@ -123,10 +123,10 @@ def words_(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Words that Tesseract read.
+    """Words read by Tesseract.
 
-    `tesseract PAGE.png PAGE tsv` writes such a file. The closing line says which share of the
-    true words was never read: they have no row, so no guarantee covers them.
+    `tesseract PAGE.png PAGE tsv` writes such a file. The closing line gives the share of true words
+    that were never read. Such words have no row, so no guarantee covers them.
     """
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
@@ -147,7 +147,7 @@ def words_(
 
 
 def _require_files(*paths: Path | None) -> list[Path]:
-    """The paths that are not None; UsageError for a path that is no file."""
+    """The paths without None; UsageError for a path that is no file."""
     files = [path for path in paths if path is not None]
     for file in files:
         if not file.is_file():
@@ -156,7 +156,7 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """Read the arrays of files; the result maps a name to its array, if the name has a file."""
+    """Read the arrays of files; map every name with a file to an array."""
     from vilu.store.arrays import Arrays, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -175,7 +175,7 @@ def _write_and_report(
     output: Path,
     write_output: Callable[[Write], None],
 ) -> None:
-    """Write the table, print its path, and log its number of answers and the next step."""
+    """Write the table, print the path, and log the number of answers and the next step."""
     write_output(converted.write)
     print_outputs(output)
     missed_text = ""

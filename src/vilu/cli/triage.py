@@ -1,4 +1,4 @@
-"""Commands for a user's own photos: triage, and the commands that collect and check labels."""
+"""Commands for the photos of a user: triage, and commands to collect and check labels."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Decide for each photo of a folder: accept the answer of the model, or let a person review it.
 
-    Prints the output folder. It contains decisions.csv, report.html, next_labels.csv (fill in its
-    column label, and give it back with --labels) and predictor/ for vilu.Guard. A later run with
-    more photos or labels only processes the new ones. Half of the photos, chosen by a hash of the
-    picture, are used for fitting. The labels of the other half support the guarantee, which stays
-    valid after every new label. Labels that are not from next_labels.csv must be of randomly picked
-    photos. With --about folder all photos that were not picked for fitting support the guarantee.
-    Without --answer, the zero-shot answers are judged until there are labels to fit on, and the
-    answers of the fitted predictor afterwards.
+    Prints the output folder. The folder contains decisions.csv, report.html, next_labels.csv (fill
+    in the column label, and give the file back with --labels) and predictor/ for vilu.Guard. A
+    later run with more photos or labels only processes what is new. Half of the photos, chosen by a
+    hash of the picture, are used for fitting. The labels of the second half support the guarantee,
+    and the guarantee stays valid after every new label. Labels from other sources than
+    next_labels.csv must be of randomly picked photos. With --about folder, all photos except those
+    picked for fitting support the guarantee. Without --answer, the zero-shot answers are judged
+    until there are labels to fit on, and the answers of the fitted predictor afterwards.
     """
     sort = _sorting_mode(link=link, move=move)
     from vilu.backbones.zeroshot import everyday_words
@@ -205,7 +205,7 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
 
 
 def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
-    """The way in which the flags ask to sort the photos; None without flags.
+    """How the flags ask to sort the photos; None without flags.
 
     Raises:
         UsageError: If both flags are given.
@@ -283,13 +283,13 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Choose the images to label next: half to fit on, half for a guarantee.
 
-    Writes them to OUTPUT and prints its path.
+    Writes a list of the images to OUTPUT, and prints the path of OUTPUT.
 
     The images to fit on are uncertain and different from each other. The images for the guarantee
-    are drawn from the answers that could be accepted, among the half of the images (chosen by a
-    hash) that is never used for fitting. A guarantee needs the labels of all these images. `vilu
+    are drawn from the answers that could be accepted, among half of the images, chosen by a hash.
+    This half is never used for fitting. A guarantee needs the labels of all these images. `vilu
     triage` includes this step, and stores the labels. With --for-guarantee all images are for the
-    guarantee, which is tested once, when all labels are there.
+    guarantee. It is tested once, when all labels are there.
     """
     if for_guarantee and per_class:
         raise UsageError(
@@ -318,7 +318,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if max_risk is None:
         max_risk = DEFAULT_DRAW_RISK
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    # This flag is newer than the digest. If it is not given, the digest must not change.
+    # This flag is newer than the digest. Without the flag, the digest must not change.
     if per_class:
         settings["per_class"] = True
     inputs = inputs_digest(store, predictor, *(labels or ()), **settings)
@@ -352,7 +352,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
-    """What the user does next; or why no image was asked for."""
+    """The next step for the user; or the reason why no image was asked for."""
     if n_asked:
         return "fill in the column label"
     if n_wanted:
@@ -377,7 +377,7 @@ def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee
 
 
 def _require_new_table(output: Path) -> None:
-    """Refuse an output that exists, is no .csv file, or has a file of features beside it."""
+    """Refuse an existing output, an output other than .csv, or one next to a file of features."""
     from vilu.tables.read import FEATURES_SUFFIX
 
     if output.exists() or output.suffix.lower() != ".csv":
@@ -422,7 +422,7 @@ def _write_rows_to_label_next(
 
 
 def _labelling_advice(questions: AnswerTable, output: Path) -> str:
-    """Closing line: what to do with the answers to label."""
+    """Closing line: the next step for the answers to label."""
     clusters_text = ""
     if questions.cluster is not None:
         clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
@@ -444,7 +444,7 @@ def _draw_for_guarantee(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Draw images from the answers that could be accepted, and say what to do next."""
+    """Draw images from the answers that could be accepted, and print the next step."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.drawn import draw_for_guarantee
 
@@ -512,7 +512,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Give photos to people to label, as tasks for another tool or on a page of vilu.
 
     Prints the written files, or the address of the page. On the page, every answer is saved to
-    OUTPUT at once, and the same command continues where it stopped. Only one command at a time
+    OUTPUT at once, and the same command continues where it stopped. Only a single command at a time
     can label into a file (exit code 75). Changes to the file by another program are never
     overwritten. `vilu labels` reads the finished tasks of a tool.
     """
@@ -537,7 +537,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
-    """Show the photos on a page until the user stops it."""
+    """Show the photos on a page until the user stops the command."""
     from vilu.artifacts.disk import locked, make_folder
     from vilu.triage.serve import ReviewSession, serve_page
 
@@ -587,13 +587,13 @@ def labels(
 ) -> None:
     """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    A triage gives all its labels, also the labels of classes that no longer exist. Prints the file,
-    which `--labels` of `vilu triage`, `fit`, `calibrate` and `audit-labels` reads.
+    A triage gives all labels, also labels of deleted classes. Prints the file, for `--labels` of
+    `vilu triage`, `fit`, `calibrate` and `audit-labels`.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_finished_tasks
 
-    # both map the path of a photo: to its label, and to the stream that the label belongs to
+    # both map the path of a photo: to the label, and to the stream of the label
     labels_by_path, stream_of = read_finished_tasks(done)
     n_labels = write_labels(labels_by_path, output, scores, stream_of)
     console.print_outputs(output)
@@ -622,7 +622,7 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     root: ImagesRoot = None,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the folds.")] = 0,
 ) -> None:
-    """List the labels that are probably wrong, the worst first (confident learning by cleanlab).
+    """List the probably wrong labels, the worst first (confident learning by cleanlab).
 
     Prints the file of the table.
     """

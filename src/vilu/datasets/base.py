@@ -26,20 +26,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image, not yet read or decoded.
+    """An image, not yet read or decoded.
 
     Attributes:
         key: Stable identifier, unique in the data set: a relative POSIX path, a value of the column
             ``key``, or a row number.
-        label: Index into the data set's class names; None if unknown, -2 if the image belongs to
-            none of the classes.
+        label: Index into the data set's class names; None if unknown, -2 if the image is outside
+            all classes.
         read: Function that returns the encoded bytes. It may raise OSError or ``BadImage``, and is
             called from a decoding thread.
         caption: Function that returns the caption. It may raise OSError or ``BadImage`` (stage
             "text"). None if the data set has no captions.
         position: Position in the data set; None if the order of the records gives the position.
-        content: Function that returns the bytes that identify the picture. It must be called after
-            ``read``. None if the bytes that ``read`` returns identify the picture.
+        content: Function that returns bytes to identify the picture. It must be called after
+            ``read``. None if the result of ``read`` identifies the picture.
     """
 
     key: str
@@ -52,10 +52,10 @@ class ImageRecord:
 
 @runtime_checkable
 class ImageDataset(Protocol):
-    """Images in a fixed order. They are read by position, so any part can be read separately.
+    """Images in a fixed order. Images are read by position, so any part can be read separately.
 
     Attributes:
-        source: Name of the source of the images, as messages show it.
+        source: Name of the source of the images, for messages.
         class_names: Class names in label order, the same for all splits; None if unlabelled.
         captioned: Whether records have captions. The captions are then the candidates, and there
             are no class names.
@@ -78,7 +78,7 @@ class ImageDataset(Protocol):
 
 
 SHARD: Final = 2**32
-"""Number of positions that are reserved for each shard.
+"""Number of positions reserved for each shard.
 
 Image i of shard s has the position s * SHARD + i.
 """
@@ -90,18 +90,18 @@ class ShardedDataset(ImageDataset, Protocol):
 
     A part of such a data set consists of whole shards.
 
-    Every sample is a record with a ``position`` (see ``SHARD``). A sample that cannot be used is a
-    record whose ``read`` raises ``BadImage``, so that it is counted and listed. ``fingerprint``
-    covers only the names of the shards. ``shard_fingerprint`` covers their sizes and times, and a
-    store saves it for each part. So if a shard changes, only the part with this shard is embedded
-    again.
+    Every sample is a record with a ``position`` (see ``SHARD``). An unusable sample is a record,
+    too: its ``read`` raises ``BadImage``. So the sample is counted and listed. ``fingerprint``
+    covers only the names of the shards. ``shard_fingerprint`` covers the sizes and times of shards,
+    and a store saves this hash for each part. So if a shard changes, only the part with this shard
+    is embedded again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Return a hash of sizes and times of modification of shards start ... stop - 1."""
 
 
-# What is known of a file before it is read: it seems readable, or it has one of three faults.
+# State of a file before reading: the file seems readable, or has one of three faults.
 READABLE, MISSING_FILE, OUT_OF_BOUNDS, DENIED = range(4)
 FAULT_MESSAGES: Final = {
     MISSING_FILE: "files are missing below {folder}",
@@ -112,10 +112,10 @@ FAULT_MESSAGES: Final = {
 
 
 def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], str]) -> int:
-    """Return the fault of a file, a key of ``FAULT_MESSAGES``; ``READABLE`` if it has none.
+    """Return the fault of a file, a key of ``FAULT_MESSAGES``; ``READABLE`` without a fault.
 
     Args:
-        status: The status of the file. If the system call failed, its error. None if the file is
+        status: The status of the file. If the system call failed, the error. None if the file is
             missing.
         get_path: Function that returns the path. It is called only if the status does not show
             whether this process may read the file.
@@ -133,14 +133,14 @@ def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], s
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults of the N files of a listing, as far as they are known before files are read.
+    """The faults of the N files of a listing, as far as known before reading the files.
 
     Attributes:
         kinds: (N,) uint8 fault of each file (``find_fault``).
         folder: Folder of the files.
         path_at: Function that takes a position and returns the path of the file, as listed.
-        location_rule: Function that takes the positions of files that are out of bounds, and
-            returns a sentence on where files must be.
+        location_rule: Function that takes the positions of files out of bounds, and returns a
+            sentence on the allowed places of files.
     """
 
     kinds: NDArray[np.uint8]
@@ -149,7 +149,7 @@ class Faults:
     location_rule: Callable[[NDArray[np.int64]], str]
 
     def take(self, positions: Sequence[int]) -> Faults:
-        """Return the faults of the files at ``positions``, which become the positions 0, 1, ..."""
+        """Return the faults of the files at ``positions``, renumbered to positions 0, 1, ..."""
         old_positions = np.asarray(positions, dtype=np.int64)
 
         def path_at(new_position: int) -> str:
@@ -163,10 +163,10 @@ class Faults:
         )
 
     def check(self, source: str, max_share: float) -> None:
-        """Warn of files that cannot be read; raise an error if their share is above ``max_share``.
+        """Warn of unreadable files; raise an error if their share is above ``max_share``.
 
         Raises:
-            StorageError: If the only fault is that permission is denied.
+            StorageError: If permission is denied for all unreadable files.
             DataError: If there are other faults.
         """
         n_files = len(self.kinds)
@@ -201,7 +201,7 @@ class Faults:
 
 
 def require_files(images: ImageDataset, max_share: float) -> None:
-    """Refuse a listing if the share of its files that cannot be read is above ``max_share``.
+    """Raise an error if the share of unreadable files in a listing is above ``max_share``.
 
     The files are not opened. So this check is fast, and is made before any slow work.
     """
@@ -211,13 +211,13 @@ def require_files(images: ImageDataset, max_share: float) -> None:
 
 
 class ChosenImages:
-    """A data set of some images of another data set, or of its first shards.
+    """Some images of another data set, or the first shards of another data set.
 
     Args:
         images: The other data set.
-        positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of its
+        positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of the
             first n shards: 0, 1, ..., n - 1.
-        choice: Description of the choice, such as {"limit": 100}. It is part of the fingerprint.
+        choice: Description of the choice, such as {"limit": 100}, for the fingerprint.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class ChosenImages:
         self.fingerprint = digest({"dataset": images.fingerprint, **choice})
         self._images = images
         self._positions = positions
-        # an object with this method is an instance of ShardedDataset, so only shards get it
+        # only an instance of ShardedDataset may have this method, so only shards get it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
@@ -238,7 +238,8 @@ class ChosenImages:
     def faults(self) -> Faults | None:
         """Faults of these images.
 
-        They are not stored in an attribute, because they hold functions, which cannot be pickled.
+        The faults hold functions, and functions cannot be pickled. So no attribute stores the
+        faults.
         """
         faults: Faults | None = getattr(self._images, "faults", None)
         if faults is None:
@@ -249,7 +250,7 @@ class ChosenImages:
         return len(self._positions)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Yield the images at positions start ... stop - 1, read in one pass."""
+        """Yield the images at positions start ... stop - 1, read in a single pass."""
         chosen_positions = self._positions[start:stop]
         if not chosen_positions:
             return
@@ -260,7 +261,7 @@ class ChosenImages:
         has_gap = n_records > len(chosen_positions)
         if not has_gap:
             # Shards always end here, because their numbers have no gap. The loop below would be
-            # wrong for shards: it counts one record per position, but a shard has many records.
+            # wrong for shards: it counts a record per position, but a shard has many records.
             yield from records
             return
         position_set = set(chosen_positions)
@@ -270,7 +271,7 @@ class ChosenImages:
 
 
 class ImagesWithOutside:
-    """A data set without some of its classes. The images of these classes get the label -2.
+    """A data set without some classes. The images of these classes get the label -2.
 
     Args:
         images: The data set with all classes.
@@ -307,13 +308,13 @@ class ImagesWithOutside:
         self.outside = tuple(sorted(set(outside)))
         self._images = images
         self._new_label_of = {old: new for new, old in enumerate(labels_to_keep)}
-        # an object with this method is an instance of ShardedDataset, so only shards get it
+        # only an instance of ShardedDataset may have this method, so only shards get it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
 
     @property
     def faults(self) -> Faults | None:
-        """The faults of the images, as far as they are known before images are read."""
+        """The faults of the images, as far as known before reading the images."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -326,7 +327,7 @@ class ImagesWithOutside:
             if record.label is None:
                 yield record
             else:
-                # the label of a class that is left out is not in ``_new_label_of``
+                # a removed class is not in ``_new_label_of``
                 yield replace(record, label=self._new_label_of.get(record.label, OUTSIDE))
 
 
@@ -335,7 +336,7 @@ def _require_known_names(
 ) -> None:
     """Raise UsageError if a name in ``outside`` is neither a class nor a stray label.
 
-    ``folders`` are the names of the classes in the data, ``prompts`` their names in prompts.
+    ``folders`` are the class names in the data, and ``prompts`` the class names in prompts.
     """
     strays: frozenset[str] = getattr(images, "strays", frozenset())
     known_names = {*folders, *prompts, *strays}
@@ -353,7 +354,7 @@ def _require_known_names(
 def _labels_to_keep(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
 ) -> list[int]:
-    """Return the labels of the classes whose folder and prompt are not in ``outside``."""
+    """Return the labels of the classes with neither folder nor prompt in ``outside``."""
     labels = []
     for label, (folder, prompt) in enumerate(zip(folders, prompts, strict=True)):
         is_outside = folder in outside or prompt in outside
@@ -363,7 +364,7 @@ def _labels_to_keep(
 
 
 def parse_split(split: str, existing_splits: Collection[str], source: str) -> tuple[str, ...]:
-    """Return the names that are joined by "+" in ``split``, for example "validation+test".
+    """Return the names in ``split``. They are joined by "+", as in "validation+test".
 
     UsageError if a name is not in ``existing_splits``, is empty or is repeated.
     """
@@ -387,21 +388,21 @@ def parse_split(split: str, existing_splits: Collection[str], source: str) -> tu
 
 
 CAPTIONS_OR_CLASSES: Final = "captions replace the classes. Give --captions or --classes, not both."
-MAX_LISTED: Final = 10  # maximum number of names or values that a message lists
+MAX_LISTED: Final = 10  # maximum number of names or values in a message
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The options with which a table, a folder or tar files are opened.
+    """Options for opening a table, a folder or tar files.
 
     Attributes:
         split: Names of splits joined by ``+``; None for all rows.
         classes: A classes file; None if the table has the class names.
         captions: Whether to use captions even if the table has labels.
-        where: Column -> value. A row is used if it has these values, compared as texts.
-        root: Folder that paths start from and must stay below; None for the folder of the table.
-        outside: Classes to leave out, and labels that are no class. Their images belong to none of
-            the classes.
+        where: Column -> value. A row is used if it has all these values, compared as texts.
+        root: Folder where paths start. Paths must stay below it. None: the folder of the table.
+        outside: Classes to leave out, and labels that are no class. Images with these labels are
+            outside all classes.
         follow_links: Whether links in a folder of images may lead anywhere, also to folders.
     """
 
@@ -414,15 +415,16 @@ class Selection:
     follow_links: bool = False
 
     def bounds(self, table: Path) -> Bounds:
-        """Return the folders in which the files of a table may be."""
+        """Return the allowed folders of the files of a table."""
         if self.root is None:
             return Bounds(table.parent)
         return Bounds(self.root, table_folder=table.parent)
 
     def where_columns(self, table_columns: Sequence[str], source: str) -> list[str]:
-        """Return the columns in ``where``, after a check that the table has them.
+        """Return the columns in ``where``, after a check of the table.
 
-        UsageError if ``table_columns`` lacks one of them, DataError if one occurs twice there.
+        UsageError if a column is missing in ``table_columns``, DataError if a column occurs twice
+        there.
         """
         for name in self.where:
             n_columns = table_columns.count(name)
@@ -438,7 +440,7 @@ class Selection:
         return list(self.where)
 
     def fingerprint_entries(self) -> dict[str, object]:
-        """Return what ``where`` adds to the fingerprint of a data set; empty without ``where``."""
+        """Return the fingerprint entries of ``where``; empty without ``where``."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
@@ -446,7 +448,7 @@ class Selection:
     def find_rows(
         self, table: pa.Table, source: str, split_column: str | None
     ) -> NDArray[np.int64]:
-        """Return the (N,) positions in the table of the selected rows."""
+        """Return the positions (N,) of the selected rows in the table."""
         is_chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
             splits = pa.array([], pa.string())  # without the column, parse_split raises an error
@@ -475,7 +477,7 @@ def _no_row_message(
     """
     restriction = "" if is_chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
-    # ``_list_names`` gets one value more than it shows, so that it ends the list with "..."
+    # ``_list_names`` gets an extra value, to end the list with "..."
     first_values = values.slice(0, MAX_LISTED + 1).to_pylist()
     first_texts = [value.decode("utf-8", "backslashreplace") for value in first_values]
     return (
@@ -485,7 +487,7 @@ def _no_row_message(
 
 
 def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
-    """Return the cells of a column as bytes. Texts are not checked, so they may be no UTF-8.
+    """Return the cells of a column as bytes. Texts are not checked, and may be invalid UTF-8.
 
     ``location`` names the file and the column, for the message of a DataError.
     """

@@ -1,4 +1,4 @@
-"""Open a data set by its path or its name, with the reader that fits."""
+"""Open a data set by path or by name, with a fitting reader."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DATASETS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""Kind of source that ``open_dataset`` accepts -> description for users.
+"""Kind of source for ``open_dataset`` -> description for users.
 
 In addition, ``open_dataset`` accepts the folder layouts in ``LAYOUTS``, and opens the data sets of
 ``vilu.datasets.known`` by name.
@@ -65,33 +65,33 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     outside: Sequence[str] = (),
     follow_links: bool = False,
 ) -> ImageDataset:
-    """Open images with the reader that fits, or a data set by its name.
+    """Open images with a fitting reader, or a data set by name.
 
     Args:
         source: A folder, a file or a pattern of files, of a kind in ``DATASETS``. With ``dataset``,
-            the folder that holds all data sets, or the folder of this data set.
+            the folder of all data sets, or the folder of this data set.
         split: Names of splits joined by ``+`` ("validation+test"); None for all images.
         limit: Use only the first ``limit`` images. These are no random sample: the images in
             folders are sorted by class, so the first images have few classes.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
-        captions: Use the captions of a table that also has labels. A table that has captions and no
-            labels needs no option.
-        where: Use only the rows of a table that have these values. For example, {"vendor":
-            "google"} selects the rows whose column "vendor" is "google".
+        captions: Use the captions of a table that also has labels. A table with captions and
+            without labels needs no option.
+        where: Use only the rows of a table with these values. For example, {"vendor": "google"}
+            selects the rows with "google" in the column "vendor".
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
-        raw_names: Whether to use the class names as they are in the data; only with ``dataset``.
-        root: Folder that the paths in a table start from, instead of the folder of the table.
-            Absolute paths and paths with ".." are then accepted if they end below ``root``. For a
-            folder of images, ``root`` is a second folder that links may lead into.
+        raw_names: Whether to use the class names of the data unchanged; only with ``dataset``.
+        root: Folder where the paths in a table start, instead of the folder of the table. Absolute
+            paths and paths with ".." are then accepted if they end below ``root``. For a folder of
+            images, ``root`` is a second allowed folder for the targets of links.
         outside: Classes (by folder, label or name for prompts) to leave out, or labels that are no
-            class. Images with these labels get the label -2 (``vilu.OUTSIDE``), which means that
-            they belong to none of the classes.
+            class. Images with these labels get the label -2 (``vilu.OUTSIDE``): they are outside
+            all classes.
         follow_links: Whether links in a folder of images may lead anywhere, also to folders. By
-            default, they may lead to files below the folder or below ``root``.
+            default, links may lead to files below the folder or below ``root``.
 
     Raises:
         UsageError: If an argument does not fit the source; the message names the alternatives.
-        DataError: If the source has no images that can be read, or is inconsistent.
+        DataError: If the source has no readable images, or is inconsistent.
         StorageError: If a folder cannot be listed.
 
     Examples:
@@ -171,7 +171,7 @@ def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
 def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
     """Open a table, tar files, a folder with a known layout, or a folder of images."""
     path = Path(source)
-    # not Path.is_file, which raises an error if a pattern is too long for a file name
+    # not Path.is_file: it raises an error if a pattern is too long for a file name
     if os.path.isfile(path) and path.suffix.lower() in TABLE_SUFFIXES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
@@ -201,7 +201,7 @@ def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
 
 
 def _refuse_where(source: Path | str, selection: Selection) -> None:
-    """Raise UsageError if the user chose rows with --where, for a source that is no table."""
+    """Raise UsageError if the user chose rows with --where, but the source is no table."""
     if selection.where:
         raise UsageError(
             f"--where chooses rows of a CSV or Parquet file. {source} is no such file."
@@ -209,13 +209,13 @@ def _refuse_where(source: Path | str, selection: Selection) -> None:
 
 
 def _refuse_root(source: Path | str, selection: Selection) -> None:
-    """Raise UsageError if the user gave --root, for a source that does not use it."""
+    """Raise UsageError if the user gave --root, but the source does not use it."""
     if selection.root is not None:
         raise UsageError(f"--root is for a table or a folder of images. {source} is neither.")
 
 
 def _refuse_captions(source: Path | str, selection: Selection) -> None:
-    """Raise UsageError if the user asked for captions, for a source that cannot have captions."""
+    """Raise UsageError if the user asked for captions, but the source cannot have captions."""
     if selection.captions:
         raise UsageError(
             f"{source} has no captions: only tables and tar files can have captions. "
@@ -224,7 +224,7 @@ def _refuse_captions(source: Path | str, selection: Selection) -> None:
 
 
 def _source_error(path: Path) -> UsageError | DataError:
-    """Return the error for a path that no reader can open."""
+    """Return the error for a path without a fitting reader."""
     expected = "a folder of images, a CSV or Parquet file, or tar files"
     if not path.exists():
         return UsageError(f"{path} does not exist. Expected {expected}.")
@@ -239,7 +239,7 @@ def _source_error(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
-    """Open tar files. Options that do not fit and files that may not be read are refused."""
+    """Open tar files. Raise an error for unfit options and for unreadable files."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "

@@ -1,4 +1,4 @@
-"""The class table of a data set: names in its folders or labels, and names for prompts."""
+"""The class table of a data set: names in folders or labels, and names for prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import overload
 from vilu.datasets.files import portable_name, read_file
 from vilu.errors import DataError, StorageError, UsageError, did_you_mean
 
-MAX_LISTED = 5  # maximum number of names that a message lists
+MAX_LISTED = 5  # maximum number of names in a message
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ClassTable:
 
     # names in the data: class folders, texts of labels, or names in the metadata of a table
     folders: tuple[str, ...]
-    # names for prompts; predictors merge classes that have the same name, and so the same texts
+    # names for prompts; predictors merge classes with the same name, and so the same texts
     names: tuple[str, ...]
     # whether ``names`` are ``folders`` with spaces in place of underscores
     cleaned: bool = False
@@ -35,7 +35,7 @@ class ClassTable:
         _require_texts("class", self.folders)
         _require_texts("prompt", self.names)
         if self.folders == self.names:
-            # Repeated names are accepted here. They occur only if labels are numbers, and these
+            # Repeated names are accepted here. They occur only with numbers as labels, and these
             # numbers distinguish classes of the same name.
             return
         repeated_names = _repeated_names(Counter(self.folders))
@@ -60,7 +60,7 @@ def _require_texts(kind: str, names: Sequence[str]) -> None:
 
 
 def _repeated_names(counts: Counter[str]) -> list[str]:
-    """Return the names that occur more than once."""
+    """Return the repeated names."""
     return [name for name, count in counts.items() if count > 1]
 
 
@@ -91,23 +91,23 @@ def class_table(
 ) -> ClassTable | None:
     """Return the class table of a data set; None if neither the data nor a file name the classes.
 
-    All lines of a classes file are ``name``, or all are ``folder<TAB>name``. The lines get their
-    labels as follows:
+    All lines of a classes file are ``name``, or all are ``folder<TAB>name``. The lines get labels
+    as follows:
 
     1. ``folder<TAB>name``: The folders are matched with ``data_names``. Without ``data_names``, the
-       lines are in label order. There is one exception: if ``numeric_labels`` is True and all
+       lines are in label order. There is an exception: if ``numeric_labels`` is True and all
        folders are numbers, these numbers are the labels.
     2. ``name``: With ``numeric_labels`` or without ``data_names``, the lines are in label order.
        Otherwise the names are matched with ``data_names``.
 
     Args:
-        data_names: Names in the data, in label order; None if the data have none.
-        file: A classes file; None if there is none.
+        data_names: Names in the data, in label order; None if the data have no names.
+        file: A classes file, or None.
         numeric_labels: Whether labels are whole numbers. Label i is then line i of the file.
         names: Names for prompts if there is no file; by default ``data_names`` with spaces in place
             of underscores.
-        outside: Classes that will be left out (``ImagesWithOutside``). They need no line in a file
-            that is matched with ``data_names``.
+        outside: Classes to be left out later (``ImagesWithOutside``). If the file is matched with
+            ``data_names``, these classes need no line.
     """
     if file is None and names is not None:
         # without ``data_names``, the empty tuple of folders makes ClassTable raise an error
@@ -120,14 +120,14 @@ def class_table(
     if data_names is None and file_folders is not None and numeric_labels:
         data_names = _parse_labels(file_folders, file)
     if data_names is None:
-        # a file without folders gives each class its name in both columns of the table
+        # in a file without folders, both columns of the table are the names
         return ClassTable(file_folders or file_names, file_names)
     if file_folders is not None:
         return _match_folders(data_names, file_folders, file_names, file, outside)
     if numeric_labels:
         _require_same_order(data_names, file_names, file)
         return ClassTable(tuple(data_names), file_names)
-    # an unchanged name has precedence over a cleaned name, so it is entered last
+    # an unchanged name has precedence over a cleaned name, so unchanged names are entered last
     class_of_line = {clean_name(name): name for name in data_names}
     class_of_line |= {name: name for name in data_names}
     _require_each_class_once(data_names, class_of_line, file_names, file, outside)
@@ -158,7 +158,7 @@ def _match_folders(
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """Return the table of the classes ``data_names``. Their prompt names are read from the file.
+    """Return the table of the classes ``data_names``, with prompt names from the file.
 
     ``file_folders`` and ``file_names`` are the two columns of the file. A class in ``outside`` may
     be missing in the file.
@@ -199,7 +199,7 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
 
 
 def _read_text(file: Path) -> str:
-    """Return the text of a classes file, without its byte order mark."""
+    """Return the text of a classes file, without the byte order mark."""
     try:
         return read_file(file).decode("utf-8-sig")
     except PermissionError as error:
@@ -211,7 +211,7 @@ def _read_text(file: Path) -> str:
 
 
 def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
-    """Return the class table of a data set that has no classes file."""
+    """Return the class table of a data set without a classes file."""
     return ClassTable(
         tuple(data_names), tuple(clean_name(name) for name in data_names), cleaned=True
     )
@@ -232,7 +232,7 @@ def _require_each_class_once(
     """Raise DataError unless the file names every class of the data (``data_names``) once.
 
     Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``class_of_line``
-    maps each line that is accepted to a class in the data.
+    maps each accepted line to a class in the data.
     """
     unknown_lines = [line for line in lines if line not in class_of_line]
     if unknown_lines:
@@ -265,7 +265,7 @@ def _require_each_class_once(
 def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], file: Path) -> None:
     """Raise DataError if the file has too few or too many names, or the data's names reordered.
 
-    If the file has other names than the data, their order cannot be checked.
+    If the names in the file and in the data differ, the order cannot be checked.
     """
     if len(data_names) != len(file_names):
         raise DataError(
@@ -285,8 +285,8 @@ def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], fi
 def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
     """Raise DataError if class names are numbers that differ from the labels of the classes.
 
-    This function is called if labels in the data are numbers, too. Then a label may be the name of
-    a class, or the number of a line in the classes file.
+    This function is for data with numeric labels. Then a label may be the name of a class, or the
+    number of a line in the classes file.
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))
@@ -305,13 +305,13 @@ def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
 def _is_utf8(name: str) -> bool:
     """Whether a name can be encoded in UTF-8.
 
-    It cannot if it has surrogates, which Python puts in place of bytes that are not UTF-8.
+    Surrogates cannot be encoded. Python puts surrogates in place of bytes that are not UTF-8.
     """
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """Return a text for a message: the first names, and how many more there are."""
+    """Return a text for a message: the first names, and the number of further names."""
     first_names = ", ".join(repr(name) for name in names[:MAX_LISTED])
     n_more = len(names) - MAX_LISTED
     if n_more > 0:

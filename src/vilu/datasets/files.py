@@ -25,17 +25,17 @@ _UNSUPPORTED_SUFFIXES = (".jp2", ".jxl", ".svg", ".psd")
 _CANON_NIKON_SONY_RAW = (".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2")
 _OTHER_RAW = (".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".kdc", ".mrw")
 RAW_SUFFIXES = _CANON_NIKON_SONY_RAW + _OTHER_RAW + (".x3f", ".iiq", ".rwl")
-"""File name endings of RAW photos, which are not decoded."""
+"""File name endings of RAW photos. RAW photos are not decoded."""
 
 IMAGE_SUFFIXES = (
     _PHOTO_SUFFIXES + _BITMAP_SUFFIXES + _PHONE_SUFFIXES + _UNSUPPORTED_SUFFIXES + RAW_SUFFIXES
 )
 """File name endings of images.
 
-Formats that cannot be decoded are included, so that such a file is reported and not skipped.
+Formats without a decoder are included, so that such a file is reported and not skipped.
 """
 
-NO_VALUE: Final = -1  # replaces a label, size or time that does not exist in the hash of a listing
+NO_VALUE: Final = -1  # stands for a missing label, size or time in the hash of a listing
 
 
 def read_file(path: str | Path) -> bytes:
@@ -63,8 +63,8 @@ def read_below(folder: Path, path: str) -> bytes:
 def status_below(folder: Path, path: str) -> os.stat_result | None:
     """Return the status of a file below a folder.
 
-    None if the file is missing, or if ``path`` leads out of the folder. (In the second case,
-    ``read_below`` raises OutsideError.)
+    None if the file is missing, or if ``path`` leads out of the folder. For a path that leads out,
+    ``read_below`` raises OutsideError.
     """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
@@ -86,20 +86,20 @@ def resolve_below(folder: Path, path: str) -> str:
 
 
 class OutsideError(OSError):
-    """The error of a file that is outside of the folders of its data set (``Bounds``)."""
+    """The error of a file outside of the folders of its data set (``Bounds``)."""
 
 
 class Bounds:
-    """The folders in which the files of a data set may be. No file outside of them is read.
+    """The allowed folders for the files of a data set. No file outside of them is read.
 
     The real location of a file is checked, after all links have been followed.
 
     Args:
-        folder: Folder that relative paths start from. Files must be below this folder.
-        table_folder: Folder of the table that lists the files. Paths with ".." start from it.
+        folder: Folder where relative paths start. Files must be below this folder.
+        table_folder: Folder of the table of files. Paths with ".." start from this folder.
             Absolute paths and paths with ".." are accepted if they lead to a file below ``folder``.
-            If ``table_folder`` is None, all such paths are refused.
-        link_folder: A second folder that links may lead into.
+            If ``table_folder`` is None, these paths raise an error.
+        link_folder: A second allowed folder for the targets of links.
         follow_links: Whether links may lead anywhere, and links to folders are followed, too. Paths
             still have to be below ``folder``.
     """
@@ -117,7 +117,7 @@ class Bounds:
         self._table_folder: str | None = None
         if table_folder is not None:
             self._table_folder = os.path.realpath(table_folder)
-        # prefixes of the real paths of all files that are in bounds
+        # prefixes of the real paths of all files in bounds
         self._prefixes: tuple[str, ...] = (_real_prefix(folder),)
         if link_folder is not None:
             self._prefixes += (_real_prefix(link_folder),)
@@ -132,7 +132,7 @@ class Bounds:
         if self.follow_links:
             return full_path
         # The real path of the folder is cached, so it is found fast. If the folder is in bounds,
-        # the file can only be out of bounds if it is itself a link.
+        # only a link can be out of bounds.
         folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
         is_folder_inside = _has_real_prefix(folder, self._prefixes)
         if not is_folder_inside or self.leads_out(full_path):
@@ -142,10 +142,10 @@ class Bounds:
         return full_path
 
     def _full_path(self, path: str) -> str:
-        """Return the full path of a file, which starts from ``folder``.
+        """Return the full path of a file, starting from ``folder``.
 
-        There is one exception if ``table_folder`` is not None: a path with ".." starts from
-        ``table_folder``, and an absolute path is used as it is.
+        There is an exception if ``table_folder`` is not None: a path with ".." starts from
+        ``table_folder``, and an absolute path is used unchanged.
         """
         if self._table_folder is None or stays_below(path):
             return resolve_below(self.folder, path)
@@ -187,7 +187,7 @@ def _real_prefix(folder: str | Path) -> str:
 
 @lru_cache(4096)
 def _has_real_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether the real path of a folder begins with one of the prefixes (``_real_prefix``).
+    """Whether the real path of a folder begins with a prefix in ``prefixes`` (``_real_prefix``).
 
     The results are cached, because most files of a data set are in few folders.
     """
@@ -211,7 +211,7 @@ def stays_below(path: str) -> bool:
 _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-"""Characters that control a terminal: control characters, line ends, marks of text direction."""
+"""Characters for controlling a terminal: controls, line ends, marks of text direction."""
 
 _ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 
@@ -220,8 +220,8 @@ def portable_name(path: str) -> str:
     r"""Return a path as text for tables and screens; different paths have different texts.
 
     Two kinds of bytes become ``\xNN`` (a backslash, x and two hexadecimal digits): bytes that are
-    not UTF-8, and the bytes of characters that control a terminal. A backslash that would look
-    like the beginning of such an escape becomes ``\x5c``. The rest of the path is unchanged.
+    not UTF-8, and the bytes of characters that control a terminal. A backslash that looks like the
+    beginning of such an escape becomes ``\x5c``. The rest of the path is unchanged.
     ``original_path`` is the inverse function.
 
     Examples:
@@ -239,7 +239,7 @@ def portable_name(path: str) -> str:
     is_plain = path.isascii() and path.isprintable()
     if is_plain and "\\x" not in path:
         return path
-    # if the path itself has a text that looks like an escape, its backslash is escaped
+    # if the path already has a text like an escape, the backslash of this text is escaped
     path_bytes = _ESCAPE.sub(rb"\\x5cx\1", _path_bytes(path))
     text = path_bytes.decode("utf-8", "backslashreplace")
     return _CONTROLS.sub(_escape_character, text)
@@ -249,7 +249,7 @@ def _path_bytes(path: str) -> bytes:
     """Return the bytes of a path."""
     try:
         return os.fsencode(path)
-    except UnicodeEncodeError:  # a surrogate that JSON can contain, but no file name
+    except UnicodeEncodeError:  # a surrogate: possible in JSON, but not in a file name
         return path.encode("utf-8", "surrogatepass")
 
 
@@ -259,7 +259,7 @@ def _escape_character(match: re.Match[str]) -> str:
 
 
 def _unescape_byte(match: re.Match[bytes]) -> bytes:
-    """Return the byte that an escape represents."""
+    """Return the byte of an escape."""
     digits = match[1].decode()
     return bytes.fromhex(digits)
 
@@ -267,7 +267,7 @@ def _unescape_byte(match: re.Match[bytes]) -> bytes:
 def original_path(text: str) -> str:
     r"""Return the path for which ``portable_name`` returns ``text``.
 
-    A text that ``portable_name`` cannot return is returned unchanged.
+    If ``portable_name`` cannot return ``text``, the result is ``text``.
 
     Examples:
         >>> import os
@@ -289,8 +289,8 @@ def original_path(text: str) -> str:
 def matching_text(name: str, texts: Collection[str]) -> str | None:
     """Return the text in ``texts`` that fits a name in a user's table; None if no text fits.
 
-    If the name itself is in ``texts``, it is returned. Otherwise, the text that ``portable_name``
-    returns for the name is looked for.
+    If ``name`` is in ``texts``, the result is ``name``. Otherwise, ``portable_name`` of the name is
+    looked up in ``texts``.
     """
     if name in texts:
         return name
@@ -303,8 +303,8 @@ def matching_text(name: str, texts: Collection[str]) -> str | None:
 def text_of_version_0_1(text: str) -> str:
     """Return the text of vilu 0.1.0 for the path that is now written as ``text``.
 
-    Books of labels of that version have such texts. The texts were not unique: two paths could have
-    the same text.
+    Label books of vilu 0.1.0 have such texts. The texts were not unique: two paths could have the
+    same text.
     """
     return os.fsencode(original_path(text)).decode("utf-8", "backslashreplace")
 
@@ -327,14 +327,14 @@ def walk_images(
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Yield the path below ``folder`` and the status of every image file, sorted by path bytes.
 
-    Each file costs one call of ``stat``. Links to files are followed. Links to folders are followed
-    only if ``bounds`` allows it. If a link leads to itself, to a folder that contains it, or out of
-    ``bounds``, an error is yielded instead of the status. Skipped entries are counted in
+    Each file costs a call of ``stat``. Links to files are followed. Links to folders are followed
+    only if ``bounds`` allows it. An error is yielded instead of the status if a link leads to
+    itself, to a folder that contains it, or out of ``bounds``. Skipped entries are counted in
     ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
     follows_links = bounds is not None and bounds.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # ``pending`` is a stack: entries are taken from its end. So they are added in reverse order.
+    # ``pending`` is a stack: entries are taken from the end. So entries are added in reverse order.
     pending = [_PendingEntry(entry, ()) for entry in reversed(_entries(folder))]
     while pending:
         entry, folders_of_links = pending.pop()
@@ -354,14 +354,14 @@ def walk_images(
 
 
 class _PendingEntry(NamedTuple):
-    """An entry of a folder that ``walk_images`` has not visited yet."""
+    """An entry of a folder, not yet visited by ``walk_images``."""
 
     entry: os.DirEntry[str]
-    folders_of_links: tuple[str, ...]  # for every link on its path, the folders at both ends
+    folders_of_links: tuple[str, ...]  # the folders at both ends of every link on the path
 
 
 def _folders_at_ends(link: os.DirEntry[str]) -> tuple[str, str]:
-    """Return the real folder that contains a link, and the real folder that the link leads to."""
+    """Return the real folder that contains a link, and the real folder at the link's target."""
     container = os.path.dirname(link.path)  # noqa: PTH120  for speed
     return _real_prefix(container), _real_prefix(link.path)
 
@@ -372,12 +372,12 @@ def _leads_back(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bo
     ``folders_of_links`` are the folders at both ends of every link on the path to this link.
     """
     container, target = _folders_at_ends(link)
-    # ``target`` contains a folder if it is the beginning of the path of the folder
+    # ``target`` contains a folder if the path of the folder begins with ``target``
     return any(folder.startswith(target) for folder in (*folders_of_links, container))
 
 
 def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | None:
-    """Return the reason why ``walk_images`` skips an entry; None for an image or a folder."""
+    """Return the reason for skipping an entry in ``walk_images``; None for an image or a folder."""
     if _is_hidden(entry):
         return "hidden"
     if _is_folder(entry):
@@ -388,13 +388,13 @@ def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | 
     try:
         if not entry.is_file():
             return "not_a_file"
-    except OSError:  # not skipped: the error row of the file will say why it cannot be read
+    except OSError:  # not skipped: the error row of the file will state the reason
         return None
     return None
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file or a link to a file; False for a link that leads to itself."""
+    """Whether an entry is a file or a link to a file; False for a link to itself."""
     try:
         return entry.is_file()
     except OSError:
@@ -402,7 +402,7 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to a folder; False for a link that leads to itself."""
+    """Whether an entry is a folder or a link to a folder; False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -425,14 +425,14 @@ def _is_hidden(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder in the order in which ``walk_images`` visits them."""
+    """Return the entries of a folder in the order of ``walk_images``."""
     hint = "Check its permissions or leave it out."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         return sorted(entries, key=_sort_key)
 
 
 def _sort_key(entry: os.DirEntry[str]) -> bytes:
-    """Return the name as bytes, with a slash at the end if it is a folder.
+    """Return the name as bytes, with a slash at the end for a folder.
 
     So a walk yields whole paths in byte order: "a b.jpg" before "a/1.jpg", because " " is less than
     "/". Without the slash, the folder "a" would come before "a b.jpg".
@@ -444,7 +444,7 @@ def _sort_key(entry: os.DirEntry[str]) -> bytes:
 
 
 class ListingHash:
-    """A hash of keys, labels, sizes and times of modification, to which files are added.
+    """A hash of keys, labels, sizes and times of modification. Files are added to the hash.
 
     Args:
         context: Further texts that change the meaning of the listing (class folders, split).
@@ -456,7 +456,7 @@ class ListingHash:
             self.add(text, label=NO_VALUE, status=None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
-        """Add one file; ``status`` is None or an error if the file is missing or not readable."""
+        """Add a file; ``status`` is None or an error if the file is missing or not readable."""
         name = key.encode("utf-8", "surrogateescape")
         size = NO_VALUE
         time = NO_VALUE

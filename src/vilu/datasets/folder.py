@@ -40,20 +40,20 @@ LINK_RULE = (
 
 
 class ListedFiles:
-    """Files below a folder with their labels, in the order in which they are added.
+    """Files below a folder with their labels, in insertion order.
 
-    The key of a file is its path below the folder.
+    The key of a file is the path below the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
-        self._faults = array("B")  # fault of each file: the number that ``find_fault`` returns
+        self._faults = array("B")  # fault of each file: a result of ``find_fault``
 
     @property
     def faults(self) -> Faults:
-        """The faults that are known without reading the files."""
+        """The faults known without reading the files."""
         faults = np.empty(0, np.uint8)
         if self._faults:  # NumPy refuses an empty buffer
             faults = np.frombuffer(self._faults, dtype=np.uint8)
@@ -88,7 +88,7 @@ class ListedFiles:
 
 
 def _location_rule(_positions: NDArray[np.int64]) -> str:
-    """Return a sentence that says where files must be. It does not depend on the positions."""
+    """Return a sentence with the allowed places of files, independent of the positions."""
     return LINK_RULE
 
 
@@ -97,22 +97,22 @@ class FolderDataset(ListedFiles):
 
     A label is the index of a class folder among the class folders of all splits, sorted by bytes.
     If there are no class folders, images directly in the folder have no labels. Images are in the
-    byte order of their paths. The listing needs one call of ``stat`` and about a hundred bytes per
+    byte order of their paths. The listing needs a call of ``stat`` and about a hundred bytes per
     image.
 
     Args:
         root: The folder.
         split: Names of split folders, joined by ``+``; None if there are no split folders.
-        classes: A classes file, whose names are matched with the class folders.
-        link_folder: A second folder, besides ``root``, that links to files may lead into. Reading a
-            link to a file outside of both folders raises OutsideError.
+        classes: A classes file. The names in the file are matched with the class folders.
+        link_folder: A second allowed folder for the targets of links to files, besides ``root``.
+            Reading a link to a file outside of both folders raises OutsideError.
         outside: Classes that may be missing in the classes file, because they will be left out.
         follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
-        ignored: Reason -> number of files and folders that were skipped for this reason. There are
-            the reasons of ``files.walk_images``, and "outside_class" for images that are not in a
-            class folder.
+        ignored: Reason -> number of files and folders skipped for this reason. The reasons are the
+            reasons of ``files.walk_images``, and "outside_class" for images outside the class
+            folders.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class FolderDataset(ListedFiles):
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        """Return the bytes of the file ``path``; OutsideError if it is a link out of bounds."""
-        # the path is joined as it was listed: Path could change a name that is special on Windows
+        """Return the bytes of the file ``path``; OutsideError for a link out of bounds."""
+        # the path is joined as listed: Path could change a name that is special on Windows
         full_path = os.path.join(self._folder, path)  # noqa: PTH118
         if self._bounds.leads_out(full_path):
             raise OutsideError(errno.EACCES, LINK_RULE, path)
@@ -160,9 +160,9 @@ class FolderDataset(ListedFiles):
     def _list_split(
         self, name: str, label_of: dict[str, int], listing: ListingHash, task: Task
     ) -> None:
-        """Add the images of the split folder ``name``; "" is the folder of the data set itself.
+        """Add the images of the split folder ``name``; "" is the folder of the data set.
 
-        ``label_of`` maps each class folder to its label.
+        ``label_of`` maps each class folder to a label.
         """
         folder = self._folder / name
         has_class_folders = len(subfolders(folder, follow_links=self._bounds.follow_links)) > 0
@@ -209,7 +209,7 @@ def list_photos(
 
 
 def _refuse_empty(ignored: Counter[str], root: Path, *, expected: str) -> NoReturn:
-    """Raise DataError for a folder without images; the message names what is in it instead."""
+    """Raise DataError for a folder without images; the message lists the contents instead."""
     contents = _list_counts(ignored) or "nothing"
     raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
 
@@ -237,8 +237,8 @@ class PhotoFiles(ListedFiles):
         root: The folder.
         photos: Paths of the photos below the folder, with their status.
         names: Class names of the data set.
-        moved_paths: New path of each photo that was moved after it was listed. The key of a photo
-            is the text that ``portable_name`` returns for its listed path.
+        moved_paths: New path of each photo moved since the listing. The key of a photo is
+            ``portable_name`` of the listed path.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
@@ -278,15 +278,16 @@ def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> 
 
 
 def _as_bytes(name: str) -> bytes:
-    """Return a name as bytes, by which folders are sorted."""
+    """Return a name as bytes, for sorting folders."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the chosen split folders, from which images are listed, and all split folders.
+    """Return the chosen split folders, and all split folders.
 
-    All split folders are needed, because a class folder may be missing in some of them. If
-    ``split`` is None, both results are [""], which means ``root`` itself.
+    Images are listed from the chosen split folders. All split folders are needed, because a class
+    folder may be missing in some splits. If ``split`` is None, both results are [""]: ``root``
+    itself.
     """
     folders = subfolders(root)
     if split is None:
@@ -300,7 +301,7 @@ def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequen
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
     """Raise UsageError if all sub-folders of ``root`` have names of splits.
 
-    The function is called if the user has chosen no split.
+    This function is called if the user has chosen no split.
     """
     are_all_splits = SPLIT_FOLDERS.issuperset(folders)
     if not folders or not are_all_splits:

@@ -42,12 +42,12 @@ ORIENTATION: Final = 0x0112  # number of the orientation tag
 # Type of a number in TIFF -> code of the type in ``struct``. The types are BYTE (1), SHORT (3) and
 # LONG (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
 _INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
-# First four bytes of a TIFF file -> code of its byte order in ``struct``. "+" marks BigTIFF.
+# First four bytes of a TIFF file -> code of the byte order in ``struct``. "+" marks BigTIFF.
 BYTE_ORDER_CODES: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def read_orientation(block: bytes) -> int | None:
-    """Return the orientation (1 to 8) in a TIFF file or EXIF block; None if it is not stated.
+    """Return the orientation (1 to 8) in a TIFF file or EXIF block; None if not stated.
 
     Source: EXIF 3.0, tag 0x0112.
 
@@ -69,7 +69,7 @@ def read_orientation(block: bytes) -> int | None:
 
 
 def _orientation_tag(block: bytes) -> int | None:
-    """Return the value of the orientation tag in the first directory; None if it lacks the tag."""
+    """Return the value of the orientation tag in the first directory; None if there is no tag."""
     layout = _tiff_layout(block)
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
@@ -89,8 +89,8 @@ def _orientation_tag(block: bytes) -> int | None:
 def count_directories(data: bytes, limit: int) -> int:
     """Return the number of directories (pages) of a TIFF file.
 
-    Counting stops at ``limit``, at a directory that was counted before, and at an offset that is
-    outside of the file.
+    Counting stops at ``limit``, at a directory counted before, and at an offset outside of the
+    file.
     """
     counted_directories: set[int] = set()
     with suppress(struct.error, OverflowError):
@@ -110,13 +110,13 @@ def count_directories(data: bytes, limit: int) -> int:
 
 
 class _TiffLayout(NamedTuple):
-    """How numbers are written in a TIFF file. The codes are format characters of ``struct``."""
+    """The format of numbers in a TIFF file. The codes are format characters of ``struct``."""
 
     order: str  # code of the byte order
     count_code: str  # code of the number of entries of a directory
     offset_code: str  # code of an offset: a position in the file
     entry_bytes: int  # size of an entry of a directory
-    first_offset: int  # position at which the offset of the first directory is stated
+    first_offset: int  # position of the offset of the first directory
 
     def read(self, code: str, block: bytes, position: int) -> int:
         """Return the number with this code at a position."""
@@ -133,7 +133,7 @@ def _tiff_layout(block: bytes) -> _TiffLayout:
 
 
 class _JpegFile(JpegImagePlugin.JpegImageFile):
-    """A JPEG file that is opened without reading its EXIF block.
+    """A JPEG file, opened without reading the EXIF block.
 
     Pillow would warn of a damaged block.
     """
@@ -143,11 +143,11 @@ class _JpegFile(JpegImagePlugin.JpegImageFile):
 
 
 NEEDS_PILLOW_HEIF: Final = "needs_pillow_heif"
-"""Kind of the error of HEIC photos that cannot be decoded without the extra vilu[heic]."""
+"""Kind of the error of HEIC photos if the extra vilu[heic] is not installed."""
 
 
 def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
-    """Open a HEIC photo. The decoder of HEIC rotates photos upright; other decoders do not.
+    """Open a HEIC photo. The decoder of HEIC rotates photos upright, unlike all other decoders.
 
     Raises:
         BadImage: If pillow-heif is not installed.
@@ -175,7 +175,7 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "AVIF": AvifImagePlugin.AvifImageFile,
     "HEIC": _open_heic,
 }
-"""Format that is decoded -> class or function that opens a file of this format."""
+"""Name of a decoded format -> class or function that opens a file of this format."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
 _SIGNATURE_TABLE = (
@@ -189,9 +189,9 @@ _SIGNATURES = [
 
 
 def detect_format(data: bytes) -> str | None:
-    """Return the name of the format of encoded bytes; None if they look like no image.
+    """Return the name of the format of encoded bytes; None if the bytes look like no image.
 
-    The name is a key of ``OPENERS``, or the name of a format that is not decoded.
+    The name is a key of ``OPENERS``, or the name of a format without a decoder here.
     """
     for offset, magic, name in _SIGNATURES:
         if data.startswith(magic, offset):
@@ -212,8 +212,8 @@ def _looks_like_svg(data: bytes) -> bool:
 def count_frames(format_name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    Pillow could count the frames of GIF and TIFF, but it counts without a limit. For TIFF, its time
-    is also quadratic in the number of frames.
+    Pillow could count the frames of GIF and TIFF, but without a limit. For TIFF, Pillow's time is
+    also quadratic in the number of frames.
     """
     if format_name == "GIF":
         return _count_gif_frames(data)
@@ -223,7 +223,7 @@ def count_frames(format_name: str, data: bytes, image: ImageFile.ImageFile) -> i
 
 
 GIF_IMAGE: Final = 0x2C  # first byte of a frame
-GIF_EXTENSION: Final = 0x21  # first byte of a block that is not a frame
+GIF_EXTENSION: Final = 0x21  # first byte of a block without a frame
 GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
 
@@ -232,7 +232,7 @@ def _count_gif_frames(data: bytes) -> int:
     n_frames = 0
     # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
     with suppress(IndexError):
-        # the header has 13 bytes; its byte 10 has the flags of the colour table after the header
+        # the header has 13 bytes; byte 10 has the flags of the colour table after the header
         position = 13 + _colour_table_bytes(data[10])
         while n_frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
             if data[position] == GIF_IMAGE:
@@ -243,8 +243,8 @@ def _count_gif_frames(data: bytes) -> int:
             else:
                 # the data of an extension come after 2 bytes
                 position += 2
-            # The data are chunks: a byte with the length of the chunk, then its bytes. A chunk of
-            # length 0 ends the block.
+            # The data are chunks: a byte with the length of the chunk, then the bytes of the chunk.
+            # A chunk of length 0 ends the block.
             while data[position] > 0:
                 position += data[position] + 1
             position += 1
@@ -266,7 +266,7 @@ def _colour_table_bytes(flags: int) -> int:
 
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
-"""Pillow's pixel modes with one channel of more than 8 bits."""
+"""Pillow's pixel modes with a single channel of more than 8 bits."""
 MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 """Pillow's pixel modes that are converted to RGB."""
 
@@ -274,7 +274,7 @@ MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "
 class ImageFlag(IntFlag):
     """Conversions and defects of an image, as a bit mask."""
 
-    ANIMATED = 1  # it has more than one frame, and the first frame is used
+    ANIMATED = 1  # there are several frames, and the first frame is used
     ALPHA = 2  # transparent pixels were put on white
     DEEP = 4  # more than 8 bits per channel were scaled to 8
     STRETCHED = 8  # values were out of range: now the lowest value is black, the highest white
@@ -282,9 +282,9 @@ class ImageFlag(IntFlag):
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """Convert a loaded image, which must have one of ``MODES``, to RGB.
+    """Convert a loaded image with a mode in ``MODES`` to RGB.
 
-    Returns the RGB image, and flags for the conversion. A damaged image raises one of
+    Returns the RGB image, and flags for the conversion. A damaged image raises an exception in
     ``DECODING_ERRORS``.
     """
     if image.mode in DEEP_MODES:
@@ -305,8 +305,8 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     by 255. Other ranges are stretched to 0 to 255. Pillow would clip the values at 255 instead, and
     nearly all of a 16-bit photo would become white.
     """
-    # The pixels are copied first. A TIFF with an orientation tag states the size that it would have
-    # after rotation, but a copy has the size of its pixels.
+    # The pixels are copied first. A TIFF with an orientation tag states the size after rotation,
+    # but a copy has the size of the pixels.
     values = np.asarray(image.copy())
     low = float(values.min())
     high = float(values.max())
@@ -329,10 +329,10 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 Stage = Literal["open", "decode", "geometry", "text"]
-"""The steps at which an image can fail (``BadImage.stage``)."""
+"""The steps of reading an image, named in ``BadImage.stage`` if a step fails."""
 
-# The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, its
-# shard, the members of its sample in a shard, or its text.
+# The kinds of errors (``BadImage.kind``), grouped by the cause: the picture, the file, the shard,
+# the members of a sample in a shard, or the text.
 PictureErrorKind = Literal[
     "empty",
     "unidentified",
@@ -346,7 +346,7 @@ PictureErrorKind = Literal[
 ]
 FileErrorKind = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 ShardErrorKind = Literal["truncated_shard", "bad_shard"]
-"""Errors of a whole shard: one record reports all images that the shard has lost."""
+"""Errors of a whole shard: a single record reports all lost images of the shard."""
 SampleErrorKind = Literal["interleaved", "duplicate", "missing_image"]
 TextErrorKind = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
 ErrorKind = PictureErrorKind | FileErrorKind | ShardErrorKind | SampleErrorKind | TextErrorKind
@@ -369,18 +369,18 @@ DECODING_ERRORS: Final = (
 )
 """Exceptions of Pillow for damaged files.
 
-In a test with 200,000 mutated files (Pillow 13), only the first three and the last were raised.
-According to its source code, some versions of Pillow can raise all of them.
+In a test with 200,000 mutated files (Pillow 13), only the first three exceptions and the last were
+raised. Some versions of Pillow can raise all of them, according to the source code of Pillow.
 """
 
 
 class BadImage(DataError):  # noqa: N818  named after the kind of input
-    """The error of an image that cannot be used. It becomes an error row, and does not end a run.
+    """The error of an unusable image. The image becomes an error row, and the run continues.
 
     Attributes:
-        stage: Step that failed: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
+        stage: Failed step: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
             "text" (caption, label).
-        kind: Kind of error. Errors are counted by their kind.
+        kind: Kind of error, for counting errors.
     """
 
     def __init__(self, message: str, *, stage: Stage, kind: ErrorKind) -> None:
@@ -389,9 +389,9 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         self.kind: ErrorKind = kind
 
     def __reduce__(self) -> tuple[Callable[[str], BadImage], tuple[str]]:
-        """Return a function and its argument that make the same error when it is unpickled.
+        """Return a function and its argument, to make the same error when unpickling.
 
-        It is needed because workers send errors to the driver as pickles.
+        This method is needed because workers send errors to the driver as pickles.
         """
         return partial(BadImage, stage=self.stage, kind=self.kind), (str(self),)
 
@@ -401,7 +401,7 @@ class ImageLimits:
     """Limits of images, checked before pixels are decoded.
 
     Attributes:
-        max_pixels: Maximum of width x height. It may not exceed Pillow's own limit, so that
+        max_pixels: Maximum of width x height. It may not exceed Pillow's limit, so that
             ``max_pixels`` is always reached first.
         min_side: Minimum length of the shorter side in pixels.
         max_aspect: Maximum ratio of the longer side to the shorter side. Without this limit, a file
@@ -432,11 +432,11 @@ def _require_limit(name: str, limit: int, ceiling: int) -> None:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image, and facts about its file.
+    """A decoded image, and facts about the file.
 
     Attributes:
-        image: RGB pixels of the first frame, perhaps at a reduced size. They are not rotated by the
-            EXIF orientation, because CLIP's preprocessing does not rotate them either. Only HEIC
+        image: RGB pixels of the first frame, perhaps at a reduced size. The pixels are not rotated
+            by the EXIF orientation, because CLIP's preprocessing does not rotate either. Only HEIC
             photos are upright, because their decoder rotates them.
         width: Width in the file.
         height: Height in the file.
@@ -459,10 +459,10 @@ DEFAULT_LIMITS: Final = ImageLimits()
 def read_image(
     record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
 ) -> DecodedImage:
-    """Read and decode one record, as ``decode_image`` does; BadImage where this fails."""
+    """Read and decode a record with ``decode_image``; BadImage if this fails."""
     if record.key.lower().endswith(RAW_SUFFIXES):
-        # The name decides, because the bytes cannot: most RAW formats are TIFF files, whose first
-        # frame is a small preview.
+        # The name decides, because the bytes cannot: most RAW formats are TIFF files with a small
+        # preview as first frame.
         suffix = record.key.rpartition(".")[2]
         raise _raw_photo_error(suffix.upper())
     try:
@@ -481,17 +481,17 @@ def decode_image(
     """Decode the first frame of an encoded image to 8-bit RGB.
 
     Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
-    divided by 257 (Pillow's conversion would clip it). 32-bit integers and floats outside their
-    usual range are stretched.
+    divided by 257 (Pillow's conversion would clip the values). 32-bit integers and floats outside
+    their usual range are stretched.
 
     This function is thread-safe and does not change warning filters.
 
     Args:
         data: The bytes of the file.
-        limits: Limits of size and shape, which are checked before pixels are decoded.
-        jpeg_side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side then still
-            has at least this length. This takes a fraction of the time. None: JPEGs are decoded in
-            full.
+        limits: Limits of size and shape, checked before pixels are decoded.
+        jpeg_side: Minimum shorter side of a JPEG at a reduced size. A JPEG is decoded at 1/2, 1/4
+            or 1/8 of its size, as long as the shorter side keeps at least this length. This takes a
+            fraction of the time. None: JPEGs are decoded in full.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
@@ -528,7 +528,7 @@ def decode_image(
             )
         with _convert_damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion_flags = to_rgb(opened)
-    # A JPEG may be decoded at a reduced size, so its full size is taken from its header. The header
+    # A JPEG may be decoded at a reduced size, so the full size is taken from the header. The header
     # of a TIFF may state the size after rotation, so the size is taken from the pixels.
     width, height = size_in_file if format_name == "JPEG" else image.size
     return DecodedImage(
@@ -544,7 +544,7 @@ def decode_image(
 def _require_format(data: bytes, limits: ImageLimits) -> str:
     """Return the name of the format of encoded bytes.
 
-    BadImage if there are no bytes or too many, or if their format is unknown or not decoded.
+    BadImage if there are no bytes or too many, or if the format is unknown or has no decoder here.
     """
     if not data:
         raise BadImage("the file has no bytes", stage="open", kind="empty")
@@ -571,7 +571,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
 
 
 def _raw_photo_error(format_name: str) -> BadImage:
-    """Return the error of a RAW photo, which says what to do."""
+    """Return the error of a RAW photo, with advice."""
     return BadImage(
         f"{format_name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or "
         "take the JPEG that the camera wrote beside it",
@@ -581,10 +581,10 @@ def _raw_photo_error(format_name: str) -> BadImage:
 
 
 def stated_pixels(data: bytes) -> int:
-    """Return the number of pixels that the header of an encoded image states.
+    """Return the number of pixels according to the header of an encoded image.
 
-    It is 0 if the header is damaged or the format is not decoded. ``decode_image`` refuses such
-    data.
+    The result is 0 if the header is damaged, or if the format has no decoder here. ``decode_image``
+    raises an error for such data.
     """
     opener = OPENERS.get(detect_format(data) or "")
     if opener is None:
@@ -603,7 +603,7 @@ def stated_pixels(data: bytes) -> int:
 def _convert_damage(stage: Stage, failure: str) -> Iterator[None]:
     """Turn the exceptions of Pillow for a damaged file into ``BadImage``.
 
-    The message is "FAILURE: REASON", where REASON is the exception of Pillow.
+    The message is "FAILURE: REASON". REASON is the exception of Pillow.
     """
     try:
         yield
@@ -648,18 +648,18 @@ def _orientation_and_flag(exif: object) -> tuple[int | None, ImageFlag]:
 
 
 MAX_CAPTION_BYTES: Final = 2**20
-"""Longer captions are refused. Models read at most a few hundred bytes."""
+"""Longer captions are errors. Models read at most a few hundred bytes."""
 
 INVISIBLE_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Category Cn (unassigned) is not included. In an old version of Python it also has visible
-characters: those that Unicode has added since that version.
+Category Cn (unassigned) is not included. In an old version of Python, Cn also has visible
+characters, added to Unicode since that version.
 """
 
 
 def read_caption(record: ImageRecord) -> str:
-    """Return the caption of a record; BadImage if it is missing or cannot be read."""
+    """Return the caption of a record; BadImage if the caption is missing or cannot be read."""
     if record.caption is None:
         return decode_caption(None)  # raises BadImage
     try:
@@ -709,10 +709,12 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """Yield, for each of the rows start ... stop - 1, a function that returns its caption.
+    """Yield a caption reader for each of the rows start ... stop - 1.
 
-    ``captions`` is the column with the bytes of the captions. If it is None, None is yielded for
-    each row.
+    A caption reader is a function without arguments. It returns the caption of the row.
+
+    ``captions`` is the column with the bytes of the captions. If ``captions`` is None, None is
+    yielded for each row.
     """
     if captions is None:
         return repeat(None, max(stop - start, 0))

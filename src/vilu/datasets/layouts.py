@@ -1,4 +1,4 @@
-"""Layouts of folders that are recognised by their files, such as the layout of CIFAR."""
+"""Layouts of folders recognised by their files, such as the layout of CIFAR."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vilu.errors import DataError, UsageError
 from vilu.registry import ADDERS, Catalogue
 
 Opener = Callable[[Selection], ImageDataset]
-"""Function that opens one folder with the user's options."""
+"""Function that opens a folder with the user's options."""
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A layout of folders, and how to recognise and open a folder that has it."""
+    """A layout of folders, with functions to recognise and open such a folder."""
 
     name: str
-    description: str  # what messages say about the layout
+    description: str  # text for messages
     # returns the opener of a folder; None if the folder has another layout
     find: Callable[[Path], Opener | None]
 
@@ -29,10 +29,10 @@ LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")
 
 
 def find_opener(folder: Path) -> Opener | None:
-    """Return the opener of a folder that has one of the layouts; None if it has none of them.
+    """Return the opener of a folder with a known layout; None if the layout is unknown.
 
     Raises:
-        DataError: If the folder has two of the layouts.
+        DataError: If the folder has two known layouts.
     """
     openers: dict[str, Opener] = {}
     for name, layout in LAYOUTS.items():
@@ -50,7 +50,7 @@ def _add_layout(layout: object) -> bool:
     """Add a layout to the catalogue; return False if the object is not a layout."""
     if not isinstance(layout, FolderLayout):
         return False
-    # setdefault adds the layout and returns it, or returns an earlier layout with the same name
+    # setdefault adds the layout, or returns an earlier layout with the same name
     if LAYOUTS.registered.setdefault(layout.name, layout) is not layout:
         raise UsageError(f"there is another layout {layout.name!r} already. Rename this one.")
     return True

@@ -38,14 +38,14 @@ from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
 
-# names that a column of paths, labels, splits, keys or captions may have
+# possible names of a column of paths, labels, splits, keys or captions
 PATH_NAMES: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL_NAMES: Final = ("label", "class", "target")
 SPLIT_NAMES: Final = ("split",)
 KEY_NAMES: Final = ("key",)
 CAPTION_NAMES: Final = ("caption", "text")
 
-# key in the metadata of a schema; its value is the names of the classes, joined by commas
+# key in the metadata of a schema; the value is the names of the classes, joined by commas
 CLASS_NAMES: Final = b"class_names"
 
 
@@ -55,12 +55,12 @@ class TableRows:
 
     Attributes:
         rows: (N,) int64 positions in the file.
-        labels: (N,) int32 labels, -1 if unknown, -2 if the image belongs to none of the classes.
-        keys: (N,) keys. If there is no key column, they are paths or row numbers.
+        labels: (N,) int32 labels, -1 if unknown, -2 if the image is outside all classes.
+        keys: (N,) keys. If there is no key column, the keys are paths or row numbers.
         classes: Class table of the whole file; None without labels.
         captions: (N,) bytes of the captions, null in a row without caption; None if captions are
             not used.
-        strays: Labels that are no class, but that the user has named with ``--outside``.
+        strays: Labels named by the user with ``--outside`` that are no class.
     """
 
     rows: NDArray[np.int64]
@@ -72,10 +72,10 @@ class TableRows:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column whose name is one of the aliases; None if there is no such column.
+    """Return the column whose name is an alias; None if there is no such column.
 
-    If several columns are named by aliases, the alias that comes first in ``aliases`` decides. Case
-    and outer blanks of column names are ignored. DataError if two columns have the same alias.
+    If several columns have an alias as name, the first alias in ``aliases`` decides. Case and outer
+    blanks of column names are ignored. DataError if two columns have the same alias.
     """
     for alias in aliases:
         columns = [name for name in names if name.strip().lower() == alias]
@@ -91,7 +91,7 @@ def caption_column(
 ) -> str | None:
     """Return the column of captions; None if captions are not used.
 
-    They are used if the user asks for them, or if the table has captions and no classes.
+    Captions are used if the user asks for captions, or if the table has captions and no classes.
     """
     column = find_column(names, CAPTION_NAMES)
     if not selection.captions:
@@ -109,7 +109,7 @@ def caption_column(
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the names of the columns that ``select_rows`` reads."""
+    """Return the names of the columns for ``select_rows``."""
     names = schema.names
     columns_or_none = [
         find_column(names, KEY_NAMES),
@@ -137,8 +137,8 @@ def select_rows(
         table_labels = _read_labels(table, source, selection)
     else:
         captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
-        # Captions are not checked here, but when they are read. So a bad caption is an error of its
-        # row only.
+        # Captions are not checked here, but on reading. So a bad caption is an error of its row
+        # only.
         table.drop_columns([caption_name]).validate(full=True)
         table_labels = _unlabelled(table)
     split_name = find_column(table.column_names, SPLIT_NAMES)
@@ -163,7 +163,7 @@ class _TableLabels(NamedTuple):
 
 
 def _unlabelled(table: pa.Table) -> _TableLabels:
-    """Return the labels of a table in which all labels are unknown, and which has no classes."""
+    """Return the labels of a table without classes: all labels are unknown."""
     return _TableLabels(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
 
 
@@ -182,7 +182,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
         column = column.dictionary_decode()
     if _is_text_type(column.type):
         labels, names = _encode_labels(column)
-        # if all labels are missing, ``names`` is empty: then the data have no names of classes
+        # if all labels are missing, ``names`` is empty: the data have no names of classes
         classes = class_table(names or None, selection.classes, outside=selection.outside)
         return _TableLabels(labels, classes)
     numbers = _to_whole_numbers(column, f"{source}, column {label_name!r}")
@@ -212,7 +212,7 @@ def _is_text_type(column_type: pa.DataType) -> bool:
 def _check_label_numbers(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
 ) -> _TableLabels:
-    """Check the labels of a table whose labels are numbers, and return them with the classes.
+    """Check numeric labels, and return the labels with the classes.
 
     DataError if a label is not missing, is no class, and is not in ``outside``.
     """
@@ -226,9 +226,9 @@ def _check_label_numbers(
 def _replace_strays(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """Replace stray labels by -2. Return all labels, and the strays that were replaced.
+    """Replace stray labels by -2. Return all labels, and the replaced strays.
 
-    A label is a stray if it is no class and ``outside`` names it.
+    A stray is a label in ``outside`` that is no class.
     """
     strays = []
     for label in pc.drop_null(pc.unique(numbers)).to_pylist():
@@ -243,21 +243,21 @@ def _replace_strays(
 
 def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     """Return the label of each text, and the different texts, sorted. Label i means text i."""
-    # ``encoded`` has a dictionary of the different texts, and for each row an index into it
+    # ``encoded`` has a dictionary of the different texts, and a dictionary index for each row
     encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of_index = np.empty(len(names) + 1, dtype=np.int32)
     label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
-    label_of_index[-1] = UNKNOWN  # a missing label gets the index -1, which is the last entry
+    label_of_index[-1] = UNKNOWN  # a missing label gets the index -1: the last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return label_of_index[indices], [names[i] for i in order]
 
 
 def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
-    """Convert labels to int64; DataError if they are not whole numbers.
+    """Convert labels to int64; DataError if labels are not whole numbers.
 
-    The message begins with ``location``, which names the file and the column.
+    ``location`` names the file and the column, at the beginning of the message.
     """
     column_type = column.type
     is_floating = pa.types.is_floating(column_type)
@@ -292,7 +292,7 @@ def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> Non
 
 
 def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> list[str] | None:
-    """Return the class names in the metadata of a schema; None if there are none.
+    """Return the class names in the metadata of a schema; None if there are no class names.
 
     There are two forms. Under the key ``class_names``, the names are joined by commas. Hugging Face
     writes a list of names into the ClassLabel of the column ``label_name``.
@@ -339,7 +339,7 @@ def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
 
 
 def _escape_keys(keys: pa.Array) -> pa.Array:
-    """Return the keys with escapes (``portable_name``) that make them safe for terminals."""
+    """Return the keys with escapes (``portable_name``), to be safe for terminals."""
     # true if a key has a character that is not printable ASCII, or the beginning of an escape
     needs_escape = pc.match_substring_regex(keys, r"[^ -~]|\\x")
     if not pc.any(needs_escape).as_py():
@@ -354,7 +354,7 @@ STREAM_OPTIONS: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
-    """Whether the column ``image`` has bytes, or structs with bytes as Hugging Face writes them."""
+    """Whether the column ``image`` has bytes, or Hugging Face's structs with bytes."""
     if IMAGE_COLUMN not in schema.names:
         return False
     column_type = schema.field(IMAGE_COLUMN).type
@@ -364,7 +364,7 @@ def is_image_column(schema: pa.Schema) -> bool:
 
 
 class _ImagesOfTable:
-    """The base of data sets whose rows are listed in a table. Subclasses read the images."""
+    """The base of data sets with a table of rows. Subclasses read the images."""
 
     def __init__(self, source: Path, listing: TableRows) -> None:
         self.source = str(source)
@@ -386,7 +386,7 @@ class _ImagesOfTable:
     ) -> Iterator[ImageRecord]:
         """Yield the records of ``n_rows`` rows from ``start`` on.
 
-        ``readers`` has, for each row, the function that reads its image.
+        ``readers`` has a function for each row, to read the image.
         """
         stop = start + n_rows
         keys = self._keys[start:stop]
@@ -402,9 +402,9 @@ class ParquetDataset(_ImagesOfTable):
 
     ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
     images, whatever the size of the file and of the row groups. A page has up to about a thousand
-    images. If a call of ``records`` starts at the row where the last call ended, it continues
-    reading there. Otherwise, the row group of ``start`` is read from its beginning, and rows before
-    ``start`` are skipped.
+    images. A call of ``records`` may start at the row where the last call ended. Then reading
+    continues there. Otherwise, the row group of ``start`` is read from the beginning, and rows
+    before ``start`` are skipped.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
@@ -435,8 +435,8 @@ class ParquetDataset(_ImagesOfTable):
         self._rows = listing.rows
         n_groups = self._metadata.num_row_groups
         group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
-        # The iterator over images that the last call of ``records`` has left open. The key is the
-        # position of its next image. Empty before the first call.
+        # The iterator over images left open by the last call of ``records``. The key is the
+        # position of the next image. Empty before the first call.
         self._open_images: dict[int, Iterator[pa.Scalar]] = {}
         # number of the first row of each row group; the last entry is the number of all rows
         self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
@@ -452,7 +452,7 @@ class ParquetDataset(_ImagesOfTable):
         self._open_images = {start + n_rows: images}
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what is pickled for worker processes: everything except open iterators."""
+        """Return the state to pickle for worker processes: everything except open iterators."""
         return {**self.__dict__, "_open_images": {}}
 
     def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
@@ -474,7 +474,7 @@ class ParquetDataset(_ImagesOfTable):
 def _image_cells_of_group(
     file: pq.ParquetFile, group: int, rows: NDArray[np.int64]
 ) -> Iterator[pa.Scalar]:
-    """Yield the image cells of a row group at the positions ``rows``, which are ascending."""
+    """Yield the image cells of a row group at the ascending positions ``rows``."""
     first = 0  # position of the batch's first row in the row group
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
         images = batch.column(IMAGE_COLUMN)
@@ -488,7 +488,7 @@ def _image_cells_of_group(
 
 
 def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
-    """Return the bytes in a cell, or the bytes of the file whose path is in the cell."""
+    """Return the bytes in a cell, or the bytes of the file at the path in the cell."""
     value = cell.as_py()  # bytes, or a dictionary of bytes and path
     content: bytes | None = value
     path: str | None = None
@@ -509,10 +509,10 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
     - ``path`` (or file, filename, image_path, filepath): paths relative to the folder of the table,
       or to ``selection.root``.
-    - In Parquet, the column ``image`` may replace ``path``. It has encoded bytes, or Hugging Face's
-      structs of bytes and path.
-    - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and any
-      other columns, by which rows can be selected.
+    - In Parquet, the column ``image`` may replace ``path``. The cells have encoded bytes, or
+      Hugging Face's structs of bytes and path.
+    - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and further
+      columns for selecting rows.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
@@ -535,14 +535,14 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
 
 class PathTable(_ImagesOfTable):
-    """Images whose paths are listed in a table.
+    """Images with their paths listed in a table.
 
     Without ``selection.root``, paths are relative to the folder of the table and must stay below
-    it. With ``selection.root``, paths are relative to this folder and must stay below it. Absolute
-    paths, and paths with ".." (from the folder of the table), are then accepted if they end below
-    ``selection.root``. If the file of a row is elsewhere, also through a link, reading the row
-    raises an error. The column ``key`` has the keys; without this column, the paths are the keys.
-    The listing needs two system calls per image.
+    this folder. With ``selection.root``, paths are relative to that root and must stay below it.
+    Absolute paths, and paths with ".." (from the folder of the table), are then accepted if they
+    end below ``selection.root``. If the file of a row is elsewhere, also through a link, reading
+    the row raises an error. The column ``key`` has the keys; without this column, the paths are the
+    keys. The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -583,10 +583,10 @@ class PathTable(_ImagesOfTable):
         return str(self._paths[position].as_py())
 
     def _location_rule(self, out_of_bounds: NDArray[np.int64]) -> str:
-        """Return a text that says where files must be, and which ``--root`` would fit.
+        """Return a text with the allowed places of files, and with a fitting ``--root``.
 
-        ``out_of_bounds`` are the positions of the files that are elsewhere. The proposed ``--root``
-        holds all of them.
+        ``out_of_bounds`` are the positions of the files in other places. The proposed ``--root``
+        holds all these files.
         """
         folders: list[str] = []
         for position in out_of_bounds:
@@ -605,7 +605,7 @@ class PathTable(_ImagesOfTable):
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
-    """Return the column of paths; DataError if there is none."""
+    """Return the column of paths; DataError if there is no such column."""
     column = find_column(names, PATH_NAMES)
     if column is None:
         raise DataError(
@@ -616,7 +616,7 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """Read those columns of a CSV file that are used. Captions are bytes, other columns texts.
+    """Read the used columns of a CSV file. Captions are bytes, all other columns are texts.
 
     Labels become numbers if all labels are numbers.
     """

@@ -36,8 +36,8 @@ IMAGE_EXTENSIONS: Final = frozenset(
     suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES
 )  # extensions of images
 CAPTION_EXTENSION: Final = "txt"
-MAX_LISTED: Final = 5  # maximum number of extensions that a message lists
-# error in the order of members -> its message
+MAX_LISTED: Final = 5  # maximum number of extensions in a message
+# error in the order of members -> message
 ORDER_ERRORS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -46,7 +46,7 @@ ORDER_ERRORS: Final = {
 
 @dataclass(slots=True)
 class Sample:
-    """The members of a shard that have one key: an image with its caption or label."""
+    """The members of a shard with the same key: an image with its caption or label."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)  # extension -> member
@@ -54,7 +54,7 @@ class Sample:
     fault: Literal["interleaved", "duplicate"] | None = None
 
     def image(self) -> Member:
-        """Return the member that holds the image; BadImage where the sample has no usable image."""
+        """Return the member with the image; BadImage if the sample has no usable image."""
         for member in self.members.values():
             if not stays_below(member.name):
                 raise BadImage(
@@ -85,7 +85,7 @@ class Sample:
         return image
 
     def caption(self) -> Member:
-        """Return the member that holds the caption; BadImage where none is usable."""
+        """Return the member with the caption; BadImage if there is no usable caption."""
         member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
             raise BadImage(
@@ -132,7 +132,7 @@ class Sample:
 def split_name(name: str) -> tuple[str, str] | None:
     """Return key and lower-case extension of a member, split at the first dot of the base name.
 
-    None where the member has no extension, or no name before the extension (hidden files).
+    None if the member has no extension, or no name before the extension (hidden files).
 
     Examples:
         >>> from vilu.datasets.tar import split_name
@@ -171,8 +171,8 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     samples = list(sample_of_key.values())
     if shard_error is None or not samples:
         return samples, shard_error
-    # The last sample may lack members that were behind the damage. In this case, the sample gets no
-    # record of its own, because the error of the shard already reports all lost samples.
+    # The last sample may lack members behind the damage. Then the sample gets no separate record,
+    # because the error of the shard already reports all lost samples.
     last_sample = samples[-1]
     is_cut_off = last_sample.fault is None and not last_sample.is_complete(required_extension)
     if is_cut_off:
@@ -189,18 +189,18 @@ def _file_size(path: Path) -> int:
 
 
 def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -> None:
-    """Add each member of a shard to the sample of its key, and mark errors in their order."""
-    previous_sample = None  # the sample to which the previous member belongs
+    """Add each member of a shard to the sample with the same key, and mark order errors."""
+    previous_sample = None  # the sample of the previous member
     for member in members:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
             if stays_below(member.name):
                 continue  # the member belongs to no sample
-            # A name that leads out of the folder must be reported. So the member becomes a sample,
-            # which has no usable image.
+            # A name leading out of the folder must be reported. So the member becomes a sample
+            # without a usable image.
             key_and_extension = (member.name, "")
         key, extension = key_and_extension
-        sample = sample_of_key.setdefault(key, Sample(key))  # a new sample at its first member
+        sample = sample_of_key.setdefault(key, Sample(key))  # the first member makes a new sample
         is_new = not sample.members
         if not is_new and sample is not previous_sample:
             sample.fault = "interleaved"
@@ -217,33 +217,33 @@ MAX_LABEL_BYTES: Final = 32
 class TarShards:
     """Images in tar files in webdataset's layout, with labels or with captions.
 
-    If there is a classes file, the images have labels. Otherwise they have captions.
+    If there is a classes file, the images have labels. Otherwise the images have captions.
 
-    A sample consists of all members whose names are equal up to the first dot of the base name. The
+    A sample consists of all members with equal names up to the first dot of the base name. The
     image of a sample is the first member with the extension of an image. The caption is in the
     member ``.txt``. The label is a whole number in the member ``.cls``. Without this member, the
     label is unknown. Other members are ignored. The key of a record is ``shard#key``; the key of an
     error of a whole shard is ``shard``. No tar file is opened before ``records`` is called, and no
-    tar file is unpacked. Memory holds the member list of one shard at a time.
+    tar file is unpacked. Memory holds the member list of a single shard at a time.
 
-    Every sample is a record. A record that cannot be used raises ``BadImage`` on reading. Its kind
-    is one of these, or a kind of ``decode_caption`` or ``decode_image``:
+    Every sample is a record. A record of an unusable sample raises ``BadImage`` on reading. The
+    kind is in this list, or is a kind of ``decode_caption`` or ``decode_image``:
 
     - "bad_path": a name is absolute or contains "..".
-    - "interleaved": members of other samples are between the members of this sample. There is one
-      record for the whole sample.
+    - "interleaved": members of other samples are between the members of this sample. The whole
+      sample is a single record.
     - "duplicate": two members have the same extension.
     - "not_a_file": a member is a link, a device or a sparse file.
     - "missing_image", "missing_caption", "too_large", "bad_label".
 
-    If a shard ends early or cannot be read to its end, there is one more record, of kind
+    If a shard ends early or cannot be read to the end, there is one more record, of kind
     "truncated_shard" or "bad_shard". If the last sample before the damage is incomplete, this
-    record reports it, and the sample has no record of its own.
+    record reports the sample, and the sample has no separate record.
 
     The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
-    of classes, or labels that are no class. Images with these labels, and images with label -2,
-    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class.
-    Whether they occur in the data is not checked, because all tar files would have to be read.
+    of classes, or labels that are no class. Images with these labels, and images with label -2, are
+    outside all classes. ``strays`` are the labels in ``outside`` that are no class. The data are
+    not checked for these labels, because all tar files would have to be read.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -277,7 +277,7 @@ class TarShards:
         return len(self.class_names or ())
 
     def _stray_labels(self, outside: Sequence[str]) -> frozenset[str]:
-        """Return the texts in ``outside`` that are numbers but not the label of a class."""
+        """Return the numbers in ``outside`` that are not the label of a class, as texts."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
@@ -285,7 +285,7 @@ class TarShards:
         return len(self._paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Yield the samples of shards start ... stop - 1, and after a damaged shard its error."""
+        """Yield the samples of shards start ... stop - 1, and the error after a damaged shard."""
         required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
         for shard in range(len(self))[start:stop]:  # the slice ends at the last shard
             samples, shard_error = list_samples(self._paths[shard], required_extension)
@@ -383,14 +383,14 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
-    # without this check, an image in a shard that has become shorter would be called damaged
+    # without this check, an image would be called damaged if the shard has become shorter
     if len(data) < size:
         raise OSError(errno.EIO, "the shard became shorter while it was in use")
     return data
 
 
 def _read_caption(path: Path, member: Member) -> str:
-    """Return the caption in a member of the shard ``path``; BadImage if it is no valid caption."""
+    """Return the caption in a member of the shard ``path``; BadImage if it is not valid."""
     return decode_caption(_read_at(path, member.start, member.size))
 
 
@@ -416,17 +416,17 @@ MAX_SHARDS: Final = 1_000_000
 def find_shards(source: str | Path) -> list[Path] | None:
     """Return the shards of a folder, tar file or pattern, in order; None for any other source.
 
-    The shards of a folder are in the byte order of their names. The shards of a pattern are in the
-    order in which a shell expands braces: the last braces change fastest.
+    The shards of a folder are in the byte order of their names. The shards of a pattern have the
+    order of brace expansion in a shell: the last braces change fastest.
 
     Raises:
-        UsageError: If the source is a URL, a pattern of files that do not exist, or a folder that
-            holds tar files and also images or sub-folders.
+        UsageError: If the source is a URL, a pattern of missing files, or a folder with tar files
+            and also images or sub-folders.
         DataError: If the tar files are compressed.
     """
     text = os.fspath(source)
     path = Path(source)
-    # not Path.exists, which raises an error if a pattern is too long for a file name
+    # not Path.exists: it raises an error if a pattern is too long for a file name
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _shards_in_folder(path)
@@ -461,8 +461,8 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
 def expand_braces(pattern: str) -> list[str]:
     """Return all names that match a pattern with braces.
 
-    ``{a,b}`` is a list of alternatives. ``{08..10}`` is a range of numbers, which have as many
-    digits as the numbers in the braces. Braces cannot be nested.
+    ``{a,b}`` is a list of alternatives. ``{08..10}`` is a range of numbers with as many digits as
+    in the braces. Braces cannot be nested.
 
     Examples:
         >>> from vilu.datasets.tar import expand_braces
@@ -486,7 +486,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _expand_one_pair(content: str, pattern: str) -> list[str]:
-    """Return the texts that may replace one pair of braces.
+    """Return the possible replacements of a pair of braces.
 
     ``content`` is the text in the braces. ``pattern`` is the whole pattern, for messages.
     """
@@ -510,7 +510,7 @@ def _expand_one_pair(content: str, pattern: str) -> list[str]:
 
 
 def _has_leading_zero(digits: str) -> bool:
-    """Whether a number is written with zeros before it, such as "007"."""
+    """Whether a number has leading zeros, such as "007"."""
     return digits.startswith("0") and digits != "0"
 
 
@@ -539,7 +539,7 @@ def _shards_in_folder(folder: Path) -> list[Path] | None:
 
 
 def _visible_files(folder: Path) -> list[str]:
-    """Return the names of the files in a folder that are not hidden."""
+    """Return the names of the files in a folder, without hidden files."""
     hint = "Check its permissions."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         visible_entries = [entry for entry in entries if not entry.name.startswith(".")]
@@ -547,13 +547,13 @@ def _visible_files(folder: Path) -> list[str]:
 
 
 def _names_with_suffix(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[str]:
-    """Return the names that end in one of the suffixes."""
+    """Return the names with a suffix in ``suffixes``."""
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
 def _refuse_url(source: str) -> None:
-    """Raise UsageError if a source that does not exist is a URL, or a command of webdataset."""
-    # A URL or command has at least two letters before its colon. A single letter would be a drive
+    """Raise UsageError if a missing source is a URL, or a command of webdataset."""
+    # A URL or command has at least two letters before the colon. A single letter would be a drive
     # of Windows.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source):
         raise UsageError(

@@ -15,18 +15,18 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
-# Larger extension headers are refused. A normal header holds only a name and a few timestamps.
+# Larger extension headers are errors. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_LENGTH: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
 # types of plain files
 PLAIN_FILE_TYPES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 TYPES_WITHOUT_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Types of members without data: links, devices, folders. The size in their header is ignored.
+"""Types of members without data: links, devices, folders. The size in the header is ignored.
 
-A member of an unknown type has as many bytes of data as its header states.
+A member of an unknown type has as many bytes of data as stated in the header.
 """
-# types of extension headers, which describe the members after them
+# types of extension headers: they describe the members after them
 PAX_TYPES: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 EXTENSION_TYPES: Final = PAX_TYPES | {
     tarfile.XGLTYPE,
@@ -41,7 +41,7 @@ UNCOMPRESS_PROGRAMS: Final = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-"""First bytes of a compressed file -> program that uncompresses it.
+"""First bytes of a compressed file -> program for uncompressing the file.
 
 A compressed file is often named like a tar file.
 """
@@ -54,7 +54,7 @@ class Member:
     name: str  # name of the member as UTF-8 text (``portable_name``)
     start: int  # position in the tar file of the first byte of data
     size: int  # number of bytes of data
-    is_file: bool  # whether it is a plain file, and no link, device or sparse file
+    is_file: bool  # whether the member is a plain file, and no link, device or sparse file
 
 
 def read_members(
@@ -64,13 +64,13 @@ def read_members(
 
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
-            early. A file without an end mark is treated as truncated, because only the end mark
-            shows that no member is missing. Kind "bad_shard" means any other damage.
+            early. A file without an end mark counts as truncated, because only the end mark shows
+            that no member is missing. Kind "bad_shard" means any other damage.
     """
     position = 0
     n_members = 0
-    extension_fields: dict[bytes, bytes] = {}  # what extension headers state about the next member
-    while True:  # each pass reads one header
+    extension_fields: dict[bytes, bytes] = {}  # fields of the next member, from extension headers
+    while True:  # each pass reads a header
         header = _read_header(file, position)
         if header is None:
             return
@@ -83,7 +83,7 @@ def read_members(
             continue
         member = _make_member(header, extension_fields, position, header_start)
         extension_fields = {}  # an extension header is valid for the next member only
-        # a link may state the size of its target, but no data follow its header
+        # a link may state the size of the target, but no data follow the header of the link
         n_data_bytes = 0 if header.type in TYPES_WITHOUT_DATA else member.size
         if position + n_data_bytes > file_size:
             raise BadImage(
@@ -101,7 +101,7 @@ def read_members(
 
 
 def _bad_shard(message: str) -> BadImage:
-    """Return the error of a whole shard, for any reason but that it ends too early."""
+    """Return the error of a whole shard, for any reason except truncation."""
     return BadImage(message, stage="open", kind="bad_shard")
 
 
@@ -117,13 +117,13 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
         _refuse_compressed(block)
     is_end_mark = block == bytes(BLOCK_BYTES)  # a block of zeros
     if is_end_mark:
-        # Most readers ignore members behind the end mark, as `cat a.tar b.tar` writes them.
-        has_more = any(file.read(MAX_HEADER_BYTES))  # a byte that is not 0
+        # Most readers ignore members behind the end mark. `cat a.tar b.tar` writes such members.
+        has_more = any(file.read(MAX_HEADER_BYTES))  # a byte other than 0
         if has_more:
             raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
         return None
-    # An empty file is a truncated shard. Any other file that is shorter than a block is no tar
-    # file, and _parse_header reports it.
+    # An empty file is a truncated shard. Any other file shorter than a block is no tar file, and
+    # _parse_header reports the error.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
@@ -166,7 +166,7 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -
     position = header_start + BLOCK_BYTES
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
-    # the size in the header does not include the blocks of the sparse map, so they are skipped here
+    # the size in the header excludes the blocks of the sparse map, so skip these blocks
     flag_index = HEADER_FLAG_INDEX
     while _has_flag(file, position - BLOCK_BYTES, flag_index):
         position += BLOCK_BYTES
@@ -175,7 +175,7 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -
 
 
 HEADER_FLAG_INDEX: Final = 482
-"""Index in a header of the byte that is not 0 if a block of the sparse map follows."""
+"""Index of a byte in a header. The byte is not 0 if a block of the sparse map follows."""
 SPARSE_MAP_FLAG_INDEX: Final = 504
 """Index of the same byte in a block of the sparse map."""
 
@@ -198,7 +198,7 @@ def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> by
 
     ``file_size`` is the size of the tar file in bytes.
     """
-    if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
+    if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, too much for the memory
         raise _bad_shard(
             f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
         )
@@ -215,7 +215,7 @@ def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> by
 def _add_extension_fields(
     extension_fields: dict[bytes, bytes], header_type: bytes, body: bytes, position: int
 ) -> None:
-    """Add to ``extension_fields`` what an extension header states about the next member.
+    """Add the fields of an extension header to ``extension_fields``.
 
     ``body`` are the data of the header, and ``position`` is the position of the header in the file.
     """
@@ -225,7 +225,7 @@ def _add_extension_fields(
     elif header_type in PAX_TYPES:
         extension_fields |= _pax_fields(body, position)
     elif header_type == tarfile.XGLTYPE and _pax_fields(body, position):
-        # The name or size in a global header is valid for all members. This is refused, because
+        # The name or size in a global header is valid for all members. This is an error, because
         # the positions of all later headers would be wrong.
         raise _bad_shard(f"the header at byte {position} gives all members one name or size")
 
@@ -236,9 +236,9 @@ _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
 def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
     """Return the fields of a pax header that change name, size or type of the member.
 
-    The header is a series of records. A record is ``LENGTH KEY=VALUE`` and a line feed, where
-    LENGTH is the number of bytes of the whole record. ``body`` are the records, and ``position`` is
-    the position of the header in the file.
+    The header is a series of records. A record is ``LENGTH KEY=VALUE`` and a line feed. LENGTH is
+    the number of bytes of the whole record. ``body`` are the records, and ``position`` is the
+    position of the header in the file.
     """
     fields = {}
     begin = 0
@@ -247,8 +247,8 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         if length_match is None:
             raise _damaged_header(position)
         end = begin + int(length_match[1])
-        # A damaged file may state any length. The record must end behind its own digits, or this
-        # loop would not end, and it must end within the header.
+        # A damaged file may state any length. The record must end behind the digits of its length.
+        # Otherwise this loop would not end. The record must also end within the header.
         text_start = length_match.end()
         is_inside = text_start < end <= len(body)
         if not is_inside or body[end - 1] != ord("\n"):
@@ -261,7 +261,7 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
 
 
 def _damaged_header(position: int) -> BadImage:
-    """Return the error that the header at a position is damaged."""
+    """Return the error for a damaged header at a position."""
     return _bad_shard(f"the header at byte {position} is damaged. Write the shard again")
 
 
@@ -271,9 +271,9 @@ def _make_member(
     data_start: int,
     header_start: int,
 ) -> Member:
-    """Return the member that a header describes. The fields of extension headers have precedence.
+    """Return the member described by a header. The fields of extension headers have precedence.
 
-    ``data_start`` and ``header_start`` are the positions of the member's data and of its header.
+    ``data_start`` and ``header_start`` are the positions of the member's data and header.
     """
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extension_fields)
     # in a sparse file, "path" is a made-up name, so "GNU.sparse.name" has precedence

@@ -1,1 +1,1 @@
-"""What predictors see: rows in memory, pairs in pools, rows of a source, and their space."""
+"""Input of predictors: rows in memory, pairs in pools, rows of a source, and the space."""

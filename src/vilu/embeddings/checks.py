@@ -1,6 +1,6 @@
-"""Checks of arrays, names and identifiers that users give, and hashes of rows.
+"""Checks of arrays, names and identifiers from users, and hashes of rows.
 
-Every check raises a DataError that says what is wrong.
+A failed check raises a DataError with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vilu.callers import warn_caller
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, did_you_mean
 from vilu.validation import refuse_masked
 
-# status codes of rows; each code is the index of its name in ``STATUS``
+# status codes of rows; each code is an index of ``STATUS``
 VALID = 0
 NONFINITE = 1
 ZERO_NORM = 2
@@ -29,35 +29,35 @@ SHORT_POOL = 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Name of each status code of a row. The code is the index of the name.
 
-"short_pool" means that the embedding is usable, but the row belongs to no full pool.
+"short_pool": the embedding is usable, but the row belongs to no full pool.
 """
 
 NORM_TOLERANCE = 1e-3
 """A row has unit norm if its norm differs from 1 by at most this number.
 
-Rounding the numbers of a row to float16 changes a norm of 1 by less.
+Rounding the numbers of a row to float16 changes a norm of 1 by less than this tolerance.
 """
 SAFE_NORMS = (1e-15, 1e15)
-"""A norm that was computed in float32 is right if it is between these bounds.
+"""A norm computed in float32 is right if the norm is between these bounds.
 
 For a norm outside of the bounds, the square of a number may have underflowed or overflowed.
 """
 SAFE_VALUES = (1e-30, 1e30)
-"""Float32 keeps the direction of a row whose largest number is between these bounds."""
+"""Float32 keeps the direction of a row if its largest number is between these bounds."""
 
-# kinds of NumPy's types (the letters of ``dtype.kind``), by what an array of the type can hold
+# kinds of NumPy's types (the letters of ``dtype.kind``), by the possible values of an array
 WHOLE_KINDS = "iu"
 """Kinds of arrays of whole numbers: signed (i) or unsigned (u)."""
 REAL_KINDS = "fiu"
 """Kinds of arrays of real numbers: floats (f) or whole numbers."""
 TEXT_KINDS = "UTO"
-"""Kinds of arrays that can hold texts: of fixed length (U), of any length (T), or objects (O)."""
+"""Kinds of arrays of texts: of fixed length (U), of any length (T), or objects (O)."""
 
 _REAL_OR_COMPLEX = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _UNSIGNED_OR_BOOL = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
 NUMPY_TYPES = _REAL_OR_COMPLEX | _SIGNED | _UNSIGNED_OR_BOOL
-"""Data types of torch that numpy also has."""
+"""Data types of torch that also exist in numpy."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
@@ -84,7 +84,7 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
     The values may have any float or integer type, byte order and memory layout.
 
     ``keep_direction`` decides what happens to numbers that are too large or too small for float32.
-    If it is true, a row with such numbers is scaled, which keeps its direction. If it is false,
+    If true, a row with such numbers is scaled. Scaling keeps the direction of the row. If false,
     such numbers become infinite or zero.
     """
     array = as_array(values, name)
@@ -100,7 +100,7 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Scale the rows of an array (N, D) that have numbers which float32 cannot hold.
+    """Scale the rows of an array (N, D) with numbers outside the range of float32.
 
     Scaling keeps the direction of a row.
     """
@@ -112,14 +112,14 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     needs_scaling = has_direction & ~is_safe
     if not needs_scaling.any():
         return array
-    largest_of_scaled = largest[needs_scaling]  # largest number of each row that is scaled
+    largest_of_scaled = largest[needs_scaling]  # largest number of each scaled row
     warn_caller(
         f"{np.count_nonzero(needs_scaling)} of {len(array)} {name} rows hold numbers that float32 "
         f"cannot hold (largest numbers {largest_of_scaled.min():.3g} to "
         f"{largest_of_scaled.max():.3g}). These rows were scaled, which changes no cosine."
     )
-    # A row is divided by the power of two that brings its largest number into [1/2, 1). A power of
-    # two changes only the exponents of the numbers, so no digit is lost.
+    # A row is divided by a power of two, to bring its largest number into [1/2, 1). A power of two
+    # changes only the exponents of the numbers, so no digit is lost.
     _, exponents = np.frexp(largest_of_scaled)
     exponent_column = exponents[:, None]
     array = array.copy()
@@ -147,9 +147,9 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows; return them as (N, D) float32, and their status codes (N,).
+    """Normalise rows; return unit rows (N, D) in float32, and the status codes (N,).
 
-    Rows that already have unit norm are not changed. If any row is changed, a warning is given.
+    Rows of unit norm stay unchanged. If any row is changed, a warning is given.
     """
     rows, status, previous_norms = normalise_rows(as_matrix(values, name))
     previous_norms.warn(name)
@@ -158,13 +158,13 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
 @dataclass
 class Norms:
-    """The norms that rows had before they were normalised: a summary for a warning.
+    """Summary of the norms of rows before normalisation, for a warning.
 
     The range is known only if a row was normalised. Otherwise ``low`` is infinite, and ``high`` 0.
     """
 
     n_rows: int = 0  # number of all rows
-    n_changed: int = 0  # number of rows that did not have unit norm and were normalised
+    n_changed: int = 0  # number of rows that were normalised, because their norm was not 1
     low: float = math.inf  # smallest norm of a usable row
     high: float = 0.0  # largest norm of a usable row
 
@@ -186,9 +186,9 @@ class Norms:
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Normalise rows; return them (N, D), their status codes (N,), and a summary of their norms.
+    """Normalise rows; return rows (N, D), status codes (N,), and a summary of the former norms.
 
-    Rows that already have unit norm, and rows that are not usable, are not changed.
+    Rows of unit norm, and rows that are not usable, stay unchanged.
     """
     status, norms = row_status(rows)
     is_usable = torch.from_numpy(status == VALID)
@@ -232,12 +232,11 @@ def check_targets(
     n_candidates: int,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Check targets; return them (N,) as int64, and a mask (N,) of rows outside all classes.
+    """Check targets; return int64 targets (N,), and a mask (N,) of rows outside all classes.
 
-    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row that belongs
-    to none of the classes has the target -2 or "(outside)". For such a row, the returned target is
-    -1. So the returned targets are from -1 to K - 1. If ``values`` is None, all targets are
-    unknown.
+    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row outside all
+    classes has the target -2 or "(outside)". For such a row, the returned target is -1. So the
+    returned targets are from -1 to K - 1. If ``values`` is None, all targets are unknown.
     """
     if values is None:
         unknown_targets = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
@@ -268,7 +267,7 @@ def check_targets(
 def check_answers(
     values: ArrayLike | Tensor, n_rows: int, class_names: Sequence[str] | None, n_candidates: int
 ) -> Tensor:
-    """Check answers, which are indices or names of candidates; return their indices (N,) int64."""
+    """Check answers, given as indices or names of candidates; return the indices (N,) int64."""
     array = as_array(values, "answer")
     if array.shape != (n_rows,):
         raise DataError(
@@ -312,13 +311,14 @@ def _indices_of_names(
     class_names: Sequence[str] | None,
     special_codes: Mapping[str, int],
 ) -> NDArray[np.generic]:
-    """Indices (N,) int64 of the candidates that have the names (N,).
+    """Indices (N,) int64 of the candidates with the names (N,).
 
     Args:
-        names: Names that a user gave.
-        argument: The argument that the user gave them for: "target" or "answer".
-        class_names: Names of the candidates. None: they have no names, which raises a DataError.
-        special_codes: Maps names that are allowed, although they are no candidates, to their codes.
+        names: Names from a user.
+        argument: Name of the argument with these names: "target" or "answer".
+        class_names: Names of the candidates. None raises a DataError, because the candidates have
+            no names.
+        special_codes: Maps further allowed names to codes. These names are no candidates.
     """
     if class_names is None:
         raise DataError(
@@ -341,7 +341,7 @@ _REMEDIES = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
     "answer": "Such an answer cannot be judged. Add the candidate, or leave these rows out.",
 }
-"""Maps the argument with a name that is no candidate to the advice in the message."""
+"""Argument -> advice in the message about a name that is no candidate."""
 
 
 def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor:
@@ -365,7 +365,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """Check the number of class names, and that none is blank; return them as a tuple.
+    """Check the number of class names, and that no name is blank; return them as a tuple.
 
     Classes with the same text may have the same name (``source.first_same_answer``).
     """
@@ -397,18 +397,18 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """A sequence of row identifiers. Each identifier is made only when it is needed."""
+    """A sequence of row identifiers. Each identifier is made on demand."""
 
     def __init__(self, n_rows: int) -> None:
         self._n_rows = n_rows
 
     @abstractmethod
     def _identifier(self, row: int) -> str:
-        """The identifier of a row. Subclasses override this method.
+        """Return the identifier of a row. Subclasses override this method.
 
-        A subclass must not store a method of the source that has these identifiers. Otherwise, the
-        source and its identifiers would refer to each other, and the files of the source would stay
-        open until the garbage collector runs.
+        A subclass must not store a method of the source of the identifiers. Otherwise, the source
+        and the identifiers would refer to each other, and the files of the source would stay open
+        until the garbage collector runs.
         """
 
     def __len__(self) -> int:
@@ -419,8 +419,8 @@ class Identifiers(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        # Indexing a range with a slice gives a range of row numbers. Indexing it with a number
-        # gives one row number, and converts a negative index.
+        # A slice of a range is a range of row numbers. An index of a range gives a single row
+        # number, and may be negative.
         row_or_rows = range(len(self))[index]
         if isinstance(row_or_rows, range):
             return self._identifiers(row_or_rows)
@@ -432,9 +432,9 @@ class Identifiers(Sequence[str]):
 
 
 class RowNumbers(Identifiers):
-    """Identifiers of rows for which no identifiers were given: "0", "1", ...
+    """Row numbers as identifiers, if no identifiers were given: "0", "1", ...
 
-    They cannot identify a row in another source.
+    Row numbers cannot identify a row in another source.
     """
 
     def _identifier(self, row: int) -> str:
@@ -445,11 +445,11 @@ class RowNumbers(Identifiers):
 
 
 Identity = Literal["pictures", "embeddings", "rows", "names"]
-"""What is compared to find out whether two rows are the same.
+"""Kind of data to compare in order to recognise equal rows.
 
 "pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, "rows"
-the identifiers in a table of answers, and "names" the row identifiers of other sources. The first
-two include the caption of an image-caption pair.
+the identifiers in a table of answers, and "names" the row identifiers of other sources. "pictures"
+and "embeddings" include the caption of an image-caption pair.
 """
 
 HASH_BYTES = 8
@@ -457,7 +457,7 @@ HASH_BYTES = 8
 
 
 def hash_items(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
-    """Hash (N,) of each item: its BLAKE2b digest of 8 bytes, as a whole number."""
+    """Hash (N,) of each item: a BLAKE2b digest of 8 bytes, as a whole number."""
     digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
@@ -468,9 +468,9 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
-    """Hashes (N,) of float rows (N, D), which are rounded to float16 first.
+    """Hashes (N,) of float rows (N, D), rounded to float16 first.
 
-    Because of the rounding, a row has the same hash whether it was stored in float32 or in float16.
+    Because of the rounding, a row stored in float32 has the same hash as in float16.
     """
     rounded_rows = rows.half() + 0  # adding 0 turns -0 into 0
     content = memoryview(rounded_rows.numpy().astype("<f2").tobytes())

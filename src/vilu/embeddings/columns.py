@@ -1,4 +1,4 @@
-"""Columns: further data that a source may contain besides the embeddings, as some methods need."""
+"""Columns: further data besides the embeddings, for methods that need such data."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ If a source has this column, predictors judge these answers and not the zero-sho
 """
 
 DataKind = Literal["embeddings", "answers"]
-"""What the rows of a source are: embeddings of images, or answers of any model with its scores."""
+"""Kind of rows of a source: embeddings of images, or answers of any model with scores."""
 
 AnswerKind = Literal["zero_shot", "adapted", "given"]
-"""Which answer is judged.
+"""The answer to judge.
 
 "zero_shot" is the zero-shot answer. "adapted" is the likeliest candidate under the posterior of the
 method. "given" is the answer in the column "answer" of the data.
 """
 
 LOGITS = "logits"
-"""Name of the column (N, K) float32 with logits that another classifier has computed.
+"""Name of the column (N, K) float32 with logits computed by another classifier.
 
-If a source has this column, its candidates have no embeddings, and these are the logits of its
+If a source has this column, the candidates have no embeddings, and the column has the logits of the
 rows.
 """
 
 NUMBERS = "numbers"
-"""Name of the column (N, C) float64 of a table of answers: its C columns that hold numbers."""
+"""Name of the column (N, C) float64 of a table of answers: the C columns of numbers."""
 
 ROW_COLUMNS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
 """Names of all columns with one entry per row."""
@@ -74,10 +74,10 @@ COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 """All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``. Maps names as the three tables above."""
 
 UNIT_NORM_COLUMNS = frozenset({"views", "prompts", "negatives"})
-"""Columns that are normalised to unit norm, because they are compared with the embeddings."""
+"""Columns to normalise to unit norm, because they are compared with the embeddings."""
 
 SECOND_MODEL_COLUMNS = frozenset({"second_image", "second_text"})
-"""Columns that come from a second source of the same rows (``vilu.embeddings.two_models``)."""
+"""Columns from a second source of the same rows (``vilu.embeddings.two_models``)."""
 
 COLUMN_COMMANDS = {
     "features": "vilu embed --features",
@@ -90,7 +90,7 @@ COLUMN_COMMANDS = {
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
-"""Maps the name of a column to the command that makes it, or to a command and a call.
+"""Maps a column name to the command that makes the column, or to a command and a call.
 
 Messages put backticks around the text: "Make it with `vilu embed --features`." Therefore a text
 with a command and a call has a closing and an opening backtick only between the two.

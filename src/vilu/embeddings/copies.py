@@ -1,4 +1,4 @@
-"""Groups of near-duplicate pictures, such as frames of a film, or one photo saved twice."""
+"""Groups of near-duplicate pictures, such as frames of a film, or a photo saved twice."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def near_copies(
     cosine: float = NEAR_COPY,
     block_rows: int = COSINE_BLOCK_ROWS,
 ) -> NDArray[np.int64]:
-    """Group near copies: for every row the position (M,) of the first row of its group.
+    """Group near copies: for every row, the position (M,) of the first row of the group.
 
-    A position is an index of ``rows`` (M,). Rows with the same position are one group.
+    A position is an index of ``rows`` (M,). Rows with the same position form a group.
 
-    A row is compared with the first row of every group, in order. It joins the first group whose
-    first row is its near copy. If there is no such group, the row starts a new group. So two rows
-    of a group need not be near copies of each other (``group_leaders``). Of an image-caption pair,
-    only the image is compared. The cosines are computed block by block, but all M embeddings are
-    in memory.
+    A row is compared with the first row of every group, in order. The row joins the first group
+    whose first row is a near copy. If there is no such group, the row starts a new group. So two
+    rows of a group need not be near copies of each other (``group_leaders``). Of an image-caption
+    pair, only the image is compared. The cosines are computed block by block, but all M embeddings
+    are in memory.
 
     Args:
         source: Source of the rows.
-        rows: Indices of usable rows. Their order decides which row is the first of a group.
-        cosine: Two rows are near copies if their cosine is at least this number.
+        rows: Indices of usable rows. The order decides which row is the first of a group.
+        cosine: Minimum cosine of two near copies.
         block_rows: Number of rows in a block. The cosines of two blocks are computed together.
 
     Examples:
@@ -50,7 +50,7 @@ def near_copies(
         >>> near_copies(data, rows=np.arange(4)).tolist()
         [0, 1, 0, 3]
     """
-    if not source.has_vectors:  # there are no cosines, so every row is a group of its own
+    if not source.has_vectors:  # there are no cosines, so every row is a separate group
         return np.arange(len(rows))
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
     return group_leaders(image, cosine, block_rows).numpy()

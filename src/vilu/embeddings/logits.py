@@ -1,4 +1,4 @@
-"""Rows that have the logits of any classifier, while the candidates have no embeddings."""
+"""Rows with the logits of any classifier. The candidates have no embeddings."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ class LogitEmbeddings(EmbeddingSource):
 
     The logits may come from a ResNet, a fine-tuned CLIP, SigLIP with its bias, or the decision
     function of scikit-learn. The answer of a row is the candidate with the largest logit, the first
-    of equal logits. Methods that use only logits can score these rows. With ``features``,
-    methods that use a vector of each row can score them, too (``vilu_plus``). Methods that need
-    embeddings of the candidates refuse these rows.
+    of equal logits. Methods that use only logits can score these rows. With ``features``, methods
+    that use a vector of each row can score these rows, too (``vilu_plus``). Methods that need
+    embeddings of the candidates raise an error for these rows.
 
     Args:
-        logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32 and
-            not normalised. Logits that differ in the array may be equal in float32. Even then, the
+        logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32, and
+            not normalised. Different logits in the array may be equal in float32. Even then, the
             answer is the candidate with the largest logit in the array.
         features: (N, D) vectors of the rows, for example the inputs of the classifier's last layer.
-            They are normalised to unit norm. None: the rows have no vector.
-        target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of
-            none of the classes. None if no label is known.
+            The vectors are normalised to unit norm. None: the rows have no vector.
+        target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
+            outside all classes. None if no label is known.
         class_names: K different names.
         ids: N row identifiers; by default the row numbers. Without ``features`` rows can be
-            recognised by their identifiers only.
-        answer: (N,) answers to judge with ``answer="given"``: candidates, or their names.
+            recognised by identifier only.
+        answer: (N,) answers to judge with ``answer="given"``: indices or names of candidates.
 
-    A row is not usable if one of its logits is not finite, or if its features have no direction. It
-    is marked in ``status``, it is never used for training, and its uncertainty is NaN.
+    A row is not usable if a logit of the row is not finite, or if the features have no direction.
+    An unusable row is marked in ``status``, is never used for training, and has the uncertainty
+    NaN.
 
     Raises:
         DataError: If shapes disagree, a target is no candidate, or two candidates have equal names.
@@ -109,16 +110,16 @@ class LogitEmbeddings(EmbeddingSource):
 
 
 def logit_space(width: int) -> EmbeddingSpace:
-    """The space of rows that have logits. Its scale is 1, because logits need no scaling.
+    """Return the space of rows with logits. The scale is 1, because logits need no scaling.
 
     Args:
-        width: Width D of the vectors of the rows; 0 if they have none.
+        width: Width D of the vectors of the rows; 0 for rows without vectors.
     """
     return EmbeddingSpace(width, logit_scale=1.0)
 
 
 def zero_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
-    """Zeros (K, D), because candidates with logits have no embeddings."""
+    """Return zeros (K, D) in place of texts, because these candidates have no embeddings."""
     return torch.zeros(n_candidates, space.embed_dim, dtype=torch.float32)
 
 
@@ -133,7 +134,7 @@ def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
     is_finite = torch.isfinite(rounded_logits).all(dim=1)
     changed_rows = (is_answer_changed & is_finite).nonzero().squeeze(1)
     # In these rows, rounding made the logit of an earlier candidate equal to the answer's logit.
-    # The answer's logit is set to the next larger float32 number, so it is the largest again.
+    # The answer's logit is set to the next larger float32 number, to be the largest logit again.
     largest = rounded_logits[changed_rows].amax(dim=1)
     next_larger = torch.nextafter(largest, torch.tensor(torch.inf))
     rounded_logits[changed_rows, answer[changed_rows]] = next_larger
@@ -143,7 +144,7 @@ def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
 def require_distinct_names(names: Sequence[str] | None) -> None:
     """Raise DataError if two candidates have the same name.
 
-    Candidates with the same name would be one answer, but their logits may differ.
+    Candidates with the same name would be the same answer, but their logits may differ.
     """
     if names is None or len(set(names)) == len(names):
         return

@@ -35,35 +35,34 @@ if TYPE_CHECKING:
 
 
 class Embeddings(EmbeddingSource):
-    """Image embeddings in memory, with K candidates that all rows share.
+    """Image embeddings in memory, with the same K candidates for all rows.
 
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
         target: (N,) row numbers of ``text``, or names in ``class_names``. An unknown target is -1
-            or "". A picture of none of the classes has the target -2 (``vilu.OUTSIDE``) or
+            or "". A picture outside all classes has the target -2 (``vilu.OUTSIDE``) or
             "(outside)". None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, if it is known. Then ``logit_scale`` and ``logit_bias``
-            are taken from it.
-        columns: Further data that some methods need, by name (``vilu.embeddings.columns``). The
-            column "answer" has N answers of another model: row numbers of ``text``, or names of
-            classes.
+        space: Full identity of the space, if known. Then ``logit_scale`` and ``logit_bias`` are
+            taken from ``space``.
+        columns: Further data for some methods, by name (``vilu.embeddings.columns``). The column
+            "answer" has N answers of another model: row numbers of ``text``, or names of classes.
 
     All arrays are copied. Rows are normalised to unit norm, with a warning if they had another
-    norm. An image row with NaN, infinity or zero norm is not usable. It is marked in ``status``, it
-    is never used for training, and its uncertainty is NaN.
+    norm. An image row with NaN, infinity or zero norm is not usable. Such a row is marked in
+    ``status``, is never used for training, and has the uncertainty NaN.
 
-    Classes with exactly equal texts, or with equal names, are one answer. They are merged into the
-    first of them, and a warning is logged. Then K, names and targets are those after the merge, and
-    ``candidate_of`` has the candidate of every original class.
+    Classes with exactly equal texts, or with equal names, are the same answer. Such classes are
+    merged into the first of them, and a warning is logged. Then K, names and targets describe the
+    merged classes, and ``candidate_of`` has the candidate of every original class.
 
     Raises:
         DataError: If shapes disagree, a target is neither a row number of ``text`` nor the name of
-            a class, a text row is unusable, or classes of one name have different texts.
+            a class, a text row is unusable, or classes with the same name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
@@ -137,7 +136,7 @@ class Embeddings(EmbeddingSource):
                     self._columns[name] = self._columns[name][class_of_candidate]
 
     def _require_width(self, name: str, rows: Tensor) -> None:
-        """Raise DataError if the array ``name`` does not have the width of the space."""
+        """Raise DataError if the width of ``rows`` is not the width of the space."""
         if rows.shape[1] != self.space.embed_dim:
             raise DataError(
                 f"image and text must share one width. Got {self.space.embed_dim}, "
@@ -165,7 +164,7 @@ class Embeddings(EmbeddingSource):
         ids: Sequence[str] | None = None,
         answer: ArrayLike | Tensor | None = None,
     ) -> LogitEmbeddings:
-        """Rows with the logits of any classifier, in place of embeddings of candidates.
+        """Make rows from the logits of any classifier, in place of embeddings of candidates.
 
         See ``LogitEmbeddings``.
 
@@ -188,7 +187,7 @@ class Embeddings(EmbeddingSource):
         pool_size: int | Pools = 1024,
         logit_scale: float = 100.0,
     ) -> PairEmbeddings:
-        """Image-caption pairs: row i of ``image`` belongs to row i of ``text``.
+        """Make image-caption pairs: row i of ``image`` belongs to row i of ``text``.
 
         See ``PairEmbeddings``.
 
@@ -204,21 +203,21 @@ class Embeddings(EmbeddingSource):
 
 
 class PairEmbeddings(PairSource):
-    """Image-caption pairs in memory: each image is matched against the captions of its pool.
+    """Image-caption pairs in memory: each image is matched against the captions of a pool.
 
     The last rows have no score if they do not fill a pool, because a smaller pool would be an
     easier problem. An image with several captions is in several rows, once with each caption.
 
     Args:
         image: (N, D) image embeddings.
-        text: (N, D) embeddings of their captions.
+        text: (N, D) caption embeddings, in the order of ``image``.
         pool_size: Number of pairs of a pool, or ``Pools`` with all choices. If a number is given,
             a pool consists of consecutive rows.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, if it is known.
-        columns: Further data that some methods need, by name (``vilu.embeddings.columns``).
+        space: Full identity of the space, if known.
+        columns: Further data for some methods, by name (``vilu.embeddings.columns``).
 
     Raises:
         DataError: If the numbers of images and captions differ, if a row is unusable, or if the

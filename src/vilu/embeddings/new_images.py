@@ -1,4 +1,4 @@
-"""Image embeddings without labels that stay on their device."""
+"""Image embeddings without labels, kept on their device."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ from vilu.errors import UNKNOWN, DataError
 
 
 class NewImages(EmbeddingSource):
-    """Embeddings of new images on their device, with K candidates that all images share.
+    """Embeddings of new images on their device, with the same K candidates for all images.
 
     Embeddings and logits of images do not leave the device. A row without a usable embedding is
-    marked in ``status``. In its place, batches have the embedding of a candidate, so that no row
-    has to be left out of a batch.
+    marked in ``status``. In batches, the embedding of a candidate replaces an unusable embedding,
+    so that no row has to be left out of a batch.
 
     Args:
-        image: (N, D) embeddings, which are normalised to unit norm.
+        image: (N, D) embeddings. The rows are normalised to unit norm.
         text: (K, D) candidates of unit norm, all different.
         space: Space of the embeddings.
         class_names: K names.
         columns: Columns of rows, of candidates and of the model (``vilu.embeddings.columns``).
         ids: N identifiers; by default the row numbers.
-        dtype: Number format to which the rows are rounded, as in a store. None: they are not
-            rounded.
+        dtype: Number format for rounding the rows, as in a store. None: no rounding.
     """
 
     def __init__(
@@ -106,9 +105,9 @@ class NewImages(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity of the rows; there are none if the images are not on the CPU.
+        """Kinds of identity of the rows; empty if the images are not on the CPU.
 
-        To hash images on another device, their embeddings would have to be copied to the CPU.
+        To hash images on another device, the embeddings would have to be copied to the CPU.
         """
         return super().identified_by if self.is_on_cpu else ()
 
@@ -120,7 +119,7 @@ class NewImages(EmbeddingSource):
         return np.full(n_rows, UNKNOWN, dtype=np.int64)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Embeddings (B, D) of the rows ``index`` (B,), which must be on the CPU."""
+        """Embeddings (B, D) of the rows ``index`` (B,). ``index`` must be on the CPU."""
         return self._select_rows(self.image, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
@@ -130,9 +129,9 @@ class NewImages(EmbeddingSource):
         return super().column(name, index)
 
     def _select_rows(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Select the rows (B, ...) of ``rows`` (N, ...) by their indices ``index`` (B,).
+        """Select the rows (B, ...) of ``rows`` (N, ...) with the indices ``index`` (B,).
 
-        ``index`` is on the CPU, so it is compared here without waiting for the device of ``rows``.
+        ``index`` is on the CPU, so comparing its entries does not wait for the device of ``rows``.
         """
         are_consecutive = len(index) > 0 and bool((index.diff() == 1).all())
         if are_consecutive:
@@ -167,8 +166,8 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
     """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If ``values`` are not a matrix of real numbers, or if their width is not the
-            width of the space.
+        DataError: If ``values`` are not a matrix of real numbers, or if the width is not the width
+            of the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -185,7 +184,7 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
 
 
 def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
-    """Refuse rows of another width than the space has."""
+    """Raise DataError if the width of ``rows`` is not the width of the space."""
     if rows.shape[1] != space.embed_dim:
         raise DataError(
             f"{name} must have rows of the width {space.embed_dim}, as the rows of the fit have. "
@@ -194,10 +193,10 @@ def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
 
 
 def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise rows (N, D) on their device; return them in float32, and their status codes (N,).
+    """Normalise rows (N, D) on their device; return float32 rows, and the status codes (N,).
 
     ``vilu.embeddings.checks.unit_rows`` does the same on the CPU. There are two differences: here,
-    ``substitute`` (D,) replaces a row that is not usable, and no warning is given.
+    ``substitute`` (D,) replaces an unusable row, and no warning is given.
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
     is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
@@ -206,8 +205,8 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(float32_rows, dim=1, keepdim=True)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norm > smallest_safe) & (norm < largest_safe)
-    # A row whose norm is not safe is first divided by its largest number, so that no square
-    # overflows or underflows.
+    # A row with an unsafe norm is first divided by its largest number, so that no square overflows
+    # or underflows.
     scaled_rows = (rows / largest).float()
     normalised_scaled = scaled_rows / torch.linalg.vector_norm(scaled_rows, dim=1, keepdim=True)
     normalised_rows = torch.where(is_safe, float32_rows / norm, normalised_scaled)

@@ -1,4 +1,4 @@
-"""Image-caption pairs, which are matched in pools, and class texts used as captions."""
+"""Image-caption pairs, matched in pools, and class texts used as captions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from vilu.validation import checked, checked_fields, require_at_least, require_m
 Direction = Literal["image_to_text", "text_to_image"]
 
 MAX_HARD_ROWS = 2**17
-"""Maximum number of rows that are sorted into hard pools together.
+"""Maximum number of rows to sort into hard pools together.
 
-Their captions are in memory at the same time: 256 MiB at a width of 512.
+The captions of these rows are in memory at the same time: 256 MiB at a width of 512.
 """
 
 COSINE_BLOCK_ROWS = 1024
@@ -39,7 +39,7 @@ COSINE_BLOCK_ROWS = 1024
 class Pools:
     """How image-caption pairs are grouped into pools.
 
-    A row is matched only against the candidates of its own pool. So the pools decide how hard the
+    A row is matched only against the candidates of the same pool. So the pools decide how hard the
     problem is. The rule is recorded with the results. The pools do not depend on how pairs are
     loaded.
 
@@ -50,8 +50,8 @@ class Pools:
             the image of a caption is searched.
         hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
             ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
-        near_duplicates: Two captions of a pool are the same answer if their cosine is at least this
-            number. None: only equal captions are the same answer.
+        near_duplicates: Minimum cosine at which two captions of a pool are the same answer. None:
+            only equal captions are the same answer.
         seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
 
     Examples:
@@ -83,19 +83,21 @@ class Pools:
 class PairSource(EmbeddingSource):
     """A source of image-caption pairs: row i of the images belongs to row i of the captions.
 
-    Equal captions of a pool are the same answer. With "image_to_text" they become one candidate,
-    the first of the equal captions. With "text_to_image" the images of equal captions are all right
-    answers.
+    Equal captions of a pool are the same answer. With "image_to_text", equal captions become a
+    single candidate: the first of the equal captions. With "text_to_image", the images of equal
+    captions are all right answers.
 
-    An image with several captions is in several rows, once with each caption. With "image_to_text"
-    all its captions in the pool are right. With "text_to_image" all equal images are right. So an
-    answer is right if any row of the pool has the image together with the caption (``Matches``).
+    An image with several captions is in several rows, once with each caption. With "image_to_text",
+    all captions of the image in the pool are right. With "text_to_image", all equal images are
+    right. So an answer is right if any row of the pool has the image together with the caption
+    (``Matches``).
 
-    Every row has a query that is matched against the candidates. With "image_to_text" the query is
-    the image of the row, with "text_to_image" the caption. Columns of images belong to the queries,
-    and columns of candidates belong to the candidates. So with "text_to_image" the column
-    "features" holds features of captions, and "text_features" holds features of images. Otherwise
-    a caption would come with features of its own image, which would reveal the right answer.
+    Every row has a query. The query is matched against the candidates. With "image_to_text" the
+    query is the image of the row, with "text_to_image" the caption. Columns of images belong to the
+    queries, and columns of candidates belong to the candidates. So with "text_to_image" the column
+    "features" holds features of captions, and "text_features" holds features of images. Otherwise a
+    caption would come with features of the matching image. These features would reveal the right
+    answer.
 
     Attributes:
         pools: How the pairs are grouped into pools.
@@ -103,26 +105,26 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
-    # (M,) ascending indices of the pairs that remain after ``without``; None: all usable pairs
+    # (M,) ascending indices of the pairs remaining after ``without``; None: all usable pairs
     _remaining_pairs: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """Indices (M,) of the usable pairs that fill pools, in the order of the pools."""
+        """Indices (M,) of the usable pairs in full pools, in the order of the pools."""
         return self._scoring_order(self.pair_rows)
 
     @property
     def pair_rows(self) -> Tensor:
-        """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
+        """Indices (M,) int64 of all usable pairs, ascending, whether in a full pool or not."""
         if self._remaining_pairs is not None:
             return self._remaining_pairs
         return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """Status codes (N,). A usable row that belongs to no full pool has the code "short_pool".
+        """Status codes (N,). A usable row outside all full pools has the code "short_pool".
 
-        To know these rows, the order of the pools is computed.
+        To find these rows, the order of the pools is computed.
         """
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
@@ -142,9 +144,9 @@ class PairSource(EmbeddingSource):
         """Unit-norm caption embeddings (B, D) float32."""
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """Mask (B,) of rows whose caption is the text of a class, which many images share.
+        """Mask (B,) of rows with a class text as caption. Many images share a class text.
 
-        By default no caption is the text of a class.
+        By default no caption is a class text.
         """
         return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
@@ -167,7 +169,7 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index`` of one pool: the captions, or the images, of these rows.
+        """Candidates of the rows ``index`` of a pool: the captions, or the images, of these rows.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -192,9 +194,9 @@ class PairSource(EmbeddingSource):
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Yield batches as ``EmbeddingSource.many`` does.
+        """Yield batches like ``EmbeddingSource.many``.
 
-        A pool that may have equal rows is a batch of its own.
+        A pool with possibly equal rows is a separate batch.
         """
         n_rows_together = self._n_rows_in_whole_pools(size)
         batch_holds_one_pool = n_rows_together <= self.pools.size
@@ -212,15 +214,15 @@ class PairSource(EmbeddingSource):
             yield from batches
 
     def _n_rows_in_whole_pools(self, n_rows: int) -> int:
-        """Number of rows in the whole pools that ``n_rows`` rows fill."""
+        """Number of rows in whole pools, out of ``n_rows`` rows."""
         return n_rows // self.pools.size * self.pools.size
 
     @torch_defaults()
     def _pooled_batches(self, index: Tensor) -> list[Batch]:
-        """Batches of the rows ``index``, which fill whole pools.
+        """Batches of the rows ``index``. These rows fill whole pools.
 
-        Consecutive pools without equal rows are one batch. A pool that may have equal rows is a
-        batch of its own.
+        Consecutive pools without equal rows form a single batch. A pool with possibly equal rows is
+        a separate batch.
         """
         size = self.pools.size
         picture = self.picture_rows(index)
@@ -236,7 +238,7 @@ class PairSource(EmbeddingSource):
             part = slice(first_pool * size, end_pool * size)
             rows = index[part]
             if pools_may_repeat:
-                # one batch per pool; like a ``PooledBatch``, it has no columns
+                # a batch per pool, without columns, like a ``PooledBatch``
                 batches += [self._batch(pool, columns=()) for pool in rows.split(size)]
                 continue
             n_pools = end_pool - first_pool
@@ -253,7 +255,7 @@ class PairSource(EmbeddingSource):
         return batches
 
     def _may_have_equal_rows(self, rows: Tensor) -> Tensor:
-        """Mask (P,) of the pools that may have equal rows; ``rows`` is (P * size, D).
+        """Mask (P,) of the pools with possibly equal rows; ``rows`` is (P * size, D).
 
         Only the keys of the rows are compared. Equal rows have equal keys, and different rows
         seldom have equal keys.
@@ -265,10 +267,10 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """The source without the rows of the mask ``rows`` (N,); the remaining rows form new pools.
+        """Return the source without the rows of the mask ``rows`` (N,). The rest forms new pools.
 
-        Rows that are left out get the status "short_pool". If the last rows do not fill a pool,
-        they get this status, too.
+        The removed rows get the status "short_pool". The last rows get this status, too, if they do
+        not fill a pool.
 
         Raises:
             DataError: If ``rows`` is no mask (N,), or if the remaining rows do not fill a pool.
@@ -292,20 +294,20 @@ class PairSource(EmbeddingSource):
         subset.usable_rows = self._scoring_order(remaining_pairs)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[subset.usable_rows.numpy()] = VALID
-        # rows whose embedding is not usable keep their status
+        # rows without a usable embedding keep their status
         has_embedding = np.isin(self.status, (VALID, SHORT_POOL))
         subset.status = np.where(has_embedding, status, self.status)
         return subset
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in the order of new random pools, for one pass of training."""
+        """Return the rows in the order of new random pools, for a pass of training."""
         rows = super().shuffled(rows, generator)
         if self.pools.hard:
             return self._order_hard_pools(rows, generator)
         return rows
 
     def _scoring_order(self, rows: Tensor) -> Tensor:
-        """The rows in the order of their pools in scoring.
+        """Return the rows in the order of the pools in scoring.
 
         The last rows are left out if they do not fill a pool.
         """
@@ -320,9 +322,9 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def _order_hard_pools(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in the order of hard pools, which are formed block by block.
+        """Return the rows in the order of hard pools, formed block by block.
 
-        A block consists of one or more whole pools.
+        A block consists of whole pools.
         """
         block_rows = max(self._n_rows_in_whole_pools(MAX_HARD_ROWS), self.pools.size)
         ordered_blocks = []
@@ -335,7 +337,7 @@ class PairSource(EmbeddingSource):
 def _picture_candidates(
     picture: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
 ) -> Candidates:
-    """Candidates of a pool whose captions are matched against its images: all its images.
+    """Candidates of a pool with captions as queries: all images of the pool.
 
     Args:
         picture: (B, D) images of the pool.
@@ -360,9 +362,9 @@ def _picture_candidates(
 def _caption_candidates(
     caption: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
 ) -> Candidates:
-    """Candidates of a pool whose images are matched against its captions: its distinct captions.
+    """Candidates of a pool with images as queries: the distinct captions of the pool.
 
-    ``caption`` (B, D) has the captions of the pool. ``_picture_candidates`` documents the other
+    ``caption`` (B, D) has the captions of the pool. See ``_picture_candidates`` for the remaining
     parameters.
     """
     candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
@@ -395,27 +397,28 @@ def equal_runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
 
 
 class PseudoCaptions(PairSource):
-    """The labelled usable images of several sources, each with the text of its class as caption.
+    """The labelled usable images of several sources, with class texts as captions.
 
-    The text of a class is a prompt, for example "a photo of a cat". Sources of image-caption pairs
-    keep their own captions.
+    The text of a class is a prompt, for example "a photo of a cat". Image-caption pairs keep their
+    captions.
 
-    The images of all sources are joined and shuffled with the seed of ``pools``, so that a pool
-    holds captions of all sources. Classes with the same name share one caption, whose text comes
-    from the first source that has the class. Classes with equal texts are also the same answer.
+    The images of all sources are joined and shuffled with the seed of ``pools``. So a pool holds
+    captions of all sources. Classes with the same name share the text from the first source with
+    such a class. Classes with equal texts are also the same answer.
 
     Args:
-        sources: Sources with shared candidates or image-caption pairs, all in one embedding space.
+        sources: Sources with shared candidates or image-caption pairs, all in the same embedding
+            space.
         pools: The pool size, or ``Pools`` with all choices.
         names: Prefix of the row identifiers of each source ("name/identifier"). By default the
             prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or if ``names`` are not one different name per source.
+        UsageError: If there is no source, or if ``names`` has no different name for each source.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 
-    Source: ViLU (ICCV 2025), supplement C.6, which says "This is a photo of a ...".
+    Source: ViLU (ICCV 2025), supplement C.6, with the prompt "This is a photo of a ...".
 
     Examples:
         >>> import numpy as np, vilu
@@ -448,12 +451,12 @@ class PseudoCaptions(PairSource):
         self.space = sources[0].space
         rows_of_sources = [labelled_rows(source) for source in sources]
         n_rows_of_sources = torch.tensor([len(rows) for rows in rows_of_sources])
-        # for every row, the number of its source: 0 for all rows of source 0, then 1, ...
+        # for every row, the number of the source: 0 for all rows of source 0, then 1, ...
         self._source_of_row = torch.repeat_interleave(n_rows_of_sources)
-        self._row_in_source = torch.cat(rows_of_sources)  # for every row, its number there
+        self._row_in_source = torch.cat(rows_of_sources)  # row number in the source
         n_rows = len(self._row_in_source)
         require_full_pools(n_rows, self.pool_size, subject="the union of the labelled rows")
-        # the texts of the classes, and for every row the index of its text; this index is 0 if the
+        # the texts of the classes, and for every row an index of these texts; the index is 0 if the
         # source of the row has captions
         self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
         self.target = torch.arange(n_rows) % self.pool_size
@@ -484,16 +487,16 @@ class PseudoCaptions(PairSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """The kinds of identity that all sources have, best first."""
+        """The kinds of identity common to all sources, best first."""
         common_kinds = self.sources[0].identified_by
         for source in self.sources[1:]:
             common_kinds = tuple(kind for kind in common_kinds if kind in source.identified_by)
         return common_kinds
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Identities (M,) of the rows in their own sources.
+        """Identities (M,) of the rows in the original sources.
 
-        A row whose caption is a class text is identified by its image alone, because all images of
+        A row with a class text as caption is identified by the image alone, because all images of
         the class share the caption.
         """
         if by == "names":
@@ -513,7 +516,7 @@ class PseudoCaptions(PairSource):
         return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """Mask (B,) of rows whose source has no captions of its own.
+        """Mask (B,) of rows from sources without captions.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -529,14 +532,14 @@ class PseudoCaptions(PairSource):
     def _find_rows_of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Find the rows of source ``number`` in ``index``.
 
-        Returns their positions in ``index``, and their row numbers in the source.
+        Returns the positions of the rows in ``index``, and the row numbers in the source.
         """
         is_of_source = self._source_of_row[index] == number
         positions = is_of_source.nonzero().squeeze(1)
         return positions, self._row_in_source[index[positions]]
 
     def origin(self, row: int) -> tuple[int, int]:
-        """The number of the source of a row, and the row number in that source."""
+        """Return the number of the source of a row, and the row number in the source."""
         return int(self._source_of_row[row]), int(self._row_in_source[row])
 
 
@@ -555,7 +558,7 @@ class PrefixedIds(Identifiers):
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:
-    """Refuse sources that cannot be joined (see ``PseudoCaptions``)."""
+    """Raise an error if the sources cannot be joined (see ``PseudoCaptions``)."""
     if not sources:
         raise UsageError("pseudo-captions need at least one data set.")
     if len(names) != len(sources) or len(set(names)) < len(names):
@@ -571,7 +574,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
 
 
 def labelled_rows(source: EmbeddingSource) -> Tensor:
-    """Ascending indices (M,) of the usable rows that have a label or a caption."""
+    """Ascending indices (M,) of the usable rows with a label or a caption."""
     if isinstance(source, PairSource):
         return source.pair_rows
     rows = source.usable_rows.sort().values
@@ -581,17 +584,17 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], rows_of_sources: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (T, D) of all classes of all sources, and for every row the index (M,) of its text.
+    """Texts (T, D) of all classes of all sources, and for every row the index (M,) of a text.
 
     ``rows_of_sources`` has the indices of some rows for each source, in total M rows. Text 0 is a
-    placeholder of zeros for rows of pairs, which have their own captions. So T is 1 plus the number
-    of classes, summed over all sources that are not pairs.
+    placeholder of zeros for image-caption pairs, because pairs have captions already. So T is 1
+    plus the number of classes, summed over all sources except sources of pairs.
     """
     # A class number counts the classes of all sources. Number 0 is the placeholder.
     number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    class_numbers = []  # for every source, the class numbers of its rows
+    class_numbers = []  # for every source, the class numbers of the rows
     for source, rows in zip(sources, rows_of_sources, strict=True):
         if isinstance(source, PairSource):
             class_numbers.append(torch.zeros(len(rows), dtype=torch.int64))
@@ -601,10 +604,10 @@ def class_captions(
         no_rows = rows[:0]  # the candidates are the same for all rows
         texts.append(source.candidates(no_rows).text)
         numbers = range(first_number, first_number + source.n_candidates)
-        if source.class_names is None:  # every class has its own text
+        if source.class_names is None:  # every class has a different text
             text_of_class += numbers
             continue
-        # a new name gets the number of this class; a known name keeps the number that it has
+        # a new name gets the number of this class; a known name keeps its number
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
@@ -613,13 +616,13 @@ def class_captions(
 def group_leaders(
     rows: Tensor, cosine: float | None = None, block_rows: int = COSINE_BLOCK_ROWS
 ) -> Tensor:
-    """Group similar unit-norm rows: for every row the index (N,) int64 of its group's leader.
+    """Group similar unit-norm rows: for every row, the index (N,) int64 of the group leader.
 
-    Without ``cosine``, the leader is the first row that equals the row.
+    Without ``cosine``, the leader of a row is the first equal row.
 
-    With ``cosine``, rows are visited in order. A row joins the group of the first leader with which
-    it has at least this cosine. If there is no such leader, the row becomes a leader itself. So two
-    rows that are near a third row, but not near each other, need not be in one group.
+    With ``cosine``, rows are visited in order. A row joins the group of the first leader with
+    at least this cosine. If there is no such leader, the row becomes a leader. So two rows near a
+    third row, but not near each other, need not be in the same group.
 
     The time is proportional to N times the number of leaders. The cosines are computed in blocks of
     ``block_rows`` rows and as many leaders.
@@ -634,7 +637,7 @@ def group_leaders(
         leader = _first_leaders_near(rows, block, leaders.split(block_rows), cosine)
         has_leader = leader >= 0
         leader_of_row[block[has_leader]] = leader[has_leader]
-        # rows that are near no leader of earlier blocks; some of them become leaders
+        # rows that are near no leader of earlier blocks; some become leaders
         new_rows = block[~has_leader]
         are_near = rows[new_rows] @ rows[new_rows].T >= cosine
         leader_of_row[new_rows] = new_rows[_greedy_leaders(are_near)]
@@ -645,14 +648,14 @@ def group_leaders(
 def _first_leaders_near(
     rows: Tensor, block: Tensor, leader_tiles: Sequence[Tensor], cosine: float
 ) -> Tensor:
-    """For each row of a block, the index (B,) of the first leader near it; -1 if no leader is near.
+    """Index (B,) of the first near leader, for each row of a block; -1 if no leader is near.
 
     Args:
         rows: (N, D) all rows.
-        block: (B,) indices of the rows that look for a leader.
-        leader_tiles: Indices of all leaders, in tiles. The block is compared with one tile at a
-            time.
-        cosine: Two rows are near each other if their cosine is at least this number.
+        block: (B,) indices of the rows in need of a leader.
+        leader_tiles: Indices of all leaders, in tiles. The block is compared with the tiles in
+            turn.
+        cosine: Minimum cosine of two near rows.
     """
     leader = torch.full_like(block, -1)
     for tile in leader_tiles:
@@ -660,7 +663,7 @@ def _first_leaders_near(
             continue
         has_no_leader = leader < 0
         are_near = rows[block] @ rows[tile].T >= cosine
-        # argmax of a row of 0 and 1 is the index of its first 1
+        # argmax of a row of 0 and 1 is the index of the first 1
         first_in_tile = tile[are_near.byte().argmax(dim=1)]
         joins_tile = has_no_leader & are_near.any(dim=1)
         leader = torch.where(joins_tile, first_in_tile, leader)
@@ -668,10 +671,10 @@ def _first_leaders_near(
 
 
 def _greedy_leaders(are_near: Tensor) -> Tensor:
-    """For each of N rows, the index (N,) int64 of the first leader near it.
+    """Index (N,) int64 of the first near leader, for each of N rows.
 
-    A row that is near no earlier leader is a leader itself. ``are_near`` (N, N) says which rows are
-    near each other.
+    A row without a near earlier leader is a leader. ``are_near`` (N, N) is a mask of pairs of near
+    rows.
     """
     is_near = are_near.numpy()
     n_rows = len(is_near)
@@ -679,24 +682,24 @@ def _greedy_leaders(are_near: Tensor) -> Tensor:
         return torch.arange(0)
     np.fill_diagonal(is_near, val=True)
     is_leader = np.ones(n_rows, dtype=bool)
-    # Only a row that is near an earlier row can have another row as its leader. Usually such rows
-    # are few.
+    # A row can have another leader than itself only if the row is near an earlier row. Usually such
+    # rows are few.
     first_near = is_near.argmax(axis=1)  # argmax of a boolean row is the index of its first True
     for row in np.flatnonzero(first_near < np.arange(n_rows)):
         is_near_leader = is_near[row, :row] & is_leader[:row]
         is_leader[row] = not is_near_leader.any()
-    is_near &= is_leader  # clears the columns of rows that are no leaders
+    is_near &= is_leader  # keeps only the columns of leaders
     return torch.from_numpy(is_near.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """Order (N,) of the rows in which each pool gets similar rows: hard negatives.
+    """Order (N,) of the rows. Each pool gets similar rows: hard negatives.
 
-    1. The generator draws a row. Two ends are chosen that are far apart: the row farthest from the
-       drawn row, and the row farthest from this first end.
-    2. All rows are sorted by their projection on the direction between the two ends, and split in
+    1. The generator draws a row. The first end is the row farthest from the drawn row. The second
+       end is the row farthest from the first end. So the two ends are far apart.
+    2. All rows are sorted by the projection on the direction between the two ends, and split in
        the middle, at a multiple of the pool size.
-    3. Both halves are split in the same way, until every part is one pool.
+    3. Both halves are split in the same way, until every part is a single pool.
 
     This takes N D log(N / pool_size) operations and no matrix of similarities. N should be a
     multiple of the pool size. Otherwise the last pool is short.
@@ -724,7 +727,7 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
 
 
 def require_full_pools(n_rows: int, pool_size: int, *, subject: str) -> None:
-    """Raise DataError if ``n_rows`` pairs do not fill one pool. ``subject`` names these pairs."""
+    """Raise DataError if ``n_rows`` pairs do not fill a pool. ``subject`` names these pairs."""
     if n_rows < pool_size:
         raise DataError(
             f"{subject} has {n_rows} usable pairs, and a pool has {pool_size}. The size of a pool "

@@ -1,4 +1,4 @@
-"""A selection of rows of a source, and the number of rows that are scored together."""
+"""A selection of rows of a source, and the number of rows to score together."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.metrics.counts import first_rows
 
 SCORING_BATCH = 4_096
-"""Number of rows that are scored together."""
+"""Number of rows to score together."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source, and further data that a fit may use.
+    """Some rows of a source, and further data for a fit.
 
     Attributes:
         source: The source of the rows.
         index: (M,) int64 indices of the rows in the source.
-        columns: Names of the columns that batches contain.
+        columns: Names of the columns in the batches.
         unlabelled: Source of further rows without labels.
-        outside_rows: (E,) int64 indices of rows that belong to none of the classes. None: the
-            usable rows that the source marks as outside.
-        answers: Zero-shot answers of all N rows of the source, if they were computed before
+        outside_rows: (E,) int64 indices of rows outside all classes. None: the usable rows marked
+            as outside by the source.
+        answers: Zero-shot answers of all N rows of the source, if already computed
             (``vilu.predictors.nn.train.with_zero_shot_answers``).
     """
 
@@ -41,9 +41,9 @@ class Rows:
 
     @property
     def outside(self) -> Tensor:
-        """Indices (E,) int64 of rows that belong to none of the classes: ``outside_rows``.
+        """Indices (E,) int64 of rows outside all classes: ``outside_rows``.
 
-        If ``outside_rows`` is None, they are the usable rows that the source marks as outside.
+        If ``outside_rows`` is None, these are the usable rows marked as outside by the source.
         """
         if self.outside_rows is not None:
             return self.outside_rows
@@ -53,9 +53,9 @@ class Rows:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Number the P pictures of the rows from 0 to P - 1.
 
-        Returns two tensors. The first has, for every picture, the position (P,) in ``index`` of its
-        first row; the positions ascend. The second has, for every row, the number (M,) of its
-        picture.
+        Returns two tensors. The first tensor has a position (P,) in ``index`` for every picture:
+        the first row with the picture. The positions ascend. The second tensor has the picture
+        number (M,) of every row.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
         # for every row, the position of the first row of the same picture
@@ -74,7 +74,7 @@ class Rows:
     def steps(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield one batch per training step.
 
-        With a generator the rows are shuffled. Without a generator they are in order.
+        With a generator the rows are shuffled. Without a generator the rows are in order.
         """
         order = self.index
         if generator is not None:
@@ -83,7 +83,7 @@ class Rows:
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
-        """Set the zero-shot answers of a batch if they were computed before; return the batch."""
+        """Set the zero-shot answers of a batch if already computed; return the batch."""
         if self.answers is None:
             return batch
         return batch.answered(self.answers.take(batch.index))

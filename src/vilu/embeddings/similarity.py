@@ -1,7 +1,8 @@
-"""Zero-shot answers, and which answers are right in a pool.
+"""Zero-shot answers, and the right answers of a pool.
 
-The matrix of all similarities is never in memory. It is computed in float32, tile by tile, and the
+The matrix of all similarities is never in memory. It is computed in float32, tile by tile. The
 summaries of the tiles are merged.
+
 Shapes: B images, K candidate texts, D embedding width.
 """
 
@@ -20,14 +21,14 @@ from torch import Tensor
 MAX_CELLS = 2**24
 """Maximum number of logits (rows times candidates) of a batch.
 
-They take 64 MiB in float32. A method that uses the logits may need several times as much memory for
-float64 copies.
+This number of logits takes 64 MiB in float32. A method may need several times as much memory for
+float64 copies of the logits.
 """
 
 TILE_CELLS = 2**22
-"""Maximum number of similarities in memory at a time, if only their summary is needed.
+"""Maximum number of similarities in memory at a time, if only a summary is needed.
 
-A tile of this size takes 16 MiB. So it is still in the cache when it is read a second time.
+A tile of this size takes 16 MiB. So the tile is still in the cache for a second reading.
 """
 
 TILE_ROWS = 1_024
@@ -40,12 +41,12 @@ product of a long, narrow tile.
 CACHED_CELLS = 2**19
 """Number of logits that stay in the cache together with results of the same size.
 
-They take 2 MiB. With fewer logits, the matrix products are slow. With more logits, the results do
-not stay in the cache.
+These logits take 2 MiB. With fewer logits, the matrix products are slow. With more logits, the
+results do not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""``row_keys`` computes the key of a row from this many columns, beginning with the first."""
+"""Number of leading columns from which ``row_keys`` computes the key of a row."""
 
 
 class ZeroShot(NamedTuple):
@@ -61,7 +62,7 @@ class ZeroShot(NamedTuple):
         return (self.max_logit - self.log_norm).exp()
 
     def take(self, rows: slice | Tensor) -> ZeroShot:
-        """Return the summary of some rows, which are selected by a slice or by indices."""
+        """Return the summary of some rows, selected by a slice or by indices."""
         return ZeroShot(
             prediction=self.prediction[rows],
             max_logit=self.max_logit[rows],
@@ -88,19 +89,19 @@ def zero_shot(
 ) -> ZeroShot:
     """Answers, largest logits and log-normalisers of logit_scale * image . text + logit_bias.
 
-    They are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and the
-    result, at most one tile of ``tile_cells`` numbers is in memory.
+    All three are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and
+    the result, at most one tile of ``tile_cells`` numbers is in memory.
 
-    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. It is used to replace
-    every answer by the first candidate that equals the answer. Without this step, the answer among
-    equal candidates would depend on the size of the tiles, because a matrix product rounds
-    differently at the edge of a block.
+    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. Every answer is
+    replaced by the first equal candidate. Without this step, the answer among equal candidates
+    would depend on the size of the tiles, because a matrix product rounds differently at the edge
+    of a block.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
     # With this number of rows, a tile of all candidates is four times as wide as high. With more
-    # than 4,096 candidates it would be wider, so its columns are limited below.
+    # than 4,096 candidates, the tile would be wider. So its columns are limited below.
     rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
     wanted_rows = max(rows_in_cache(n_candidates), rows_of_wide_tile)
     n_rows = min(wanted_rows, tile_cells)
@@ -132,10 +133,10 @@ class RivalWeights:
 
         (1 - p) / p = exp((s - l_a) / T) sum_j e_j
 
-    A small 1 - p is computed from the odds, because the subtraction would lose its digits.
+    A small 1 - p is computed from the odds, because the subtraction would lose digits.
 
-    ``answer_logit``, ``logits``, ``max_rival_logit`` and ``weight`` have the number format of the
-    logits from which they are computed.
+    ``answer_logit``, ``logits``, ``max_rival_logit`` and ``weight`` have the same number format as
+    the input logits.
     """
 
     answer: Tensor  # (B, 1) int64 index of the answer
@@ -180,7 +181,7 @@ class RivalWeights:
 
     @property
     def log_odds(self) -> Tensor:
-        """Log-odds log((1 - p) / p) (B,) float64, accurate even if p is near zero or one."""
+        """Log-odds log((1 - p) / p) (B,) float64, accurate even if p is near 0 or 1."""
         return self.gap + self.total.log()
 
     @cached_property
@@ -209,7 +210,8 @@ class RivalWeights:
 NEGLIGIBLE_LOGIT = torch.finfo(torch.float32).min / 2
 """A logit below all other logits.
 
-It is finite, so that its product with a weight of 0 is 0. Minus infinity times 0 would be NaN.
+The value is finite, so that its product with a weight of 0 is 0. Minus infinity times 0 would be
+NaN.
 """
 
 LOG2_E = math.log2(math.e)
@@ -217,21 +219,19 @@ LOG2_E = math.log2(math.e)
 
 
 def first_equal(rows: Tensor) -> Tensor:
-    """For every row (N, D) float32, the index (N,) int64 of the first row that equals it.
+    """Index (N,) int64 of the first equal row, for every row (N, D) float32.
 
-    ``torch.unique`` of all rows would also find the groups of equal rows. But it sorts whole rows,
-    which is slow. Here, only the rows that share their key with another row are sorted.
+    ``torch.unique`` of all rows would also find the groups of equal rows, but would be slow:
+    ``torch.unique`` sorts whole rows. Here, only rows with a repeated key are sorted.
     """
     _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     has_repeated_key = key_count[key_number] > 1
-    repeated_rows = has_repeated_key.nonzero().squeeze(
-        1
-    )  # indices of the rows with a repeated_rows key
+    repeated_rows = has_repeated_key.nonzero().squeeze(1)  # indices of the rows with a repeated key
     first = torch.arange(len(rows), device=rows.device)
     if len(repeated_rows):
         _, group = torch.unique(rows[repeated_rows], dim=0, return_inverse=True)
-        # ``scatter_reduce`` finds the lowest row index of each group. It also includes the numbers
-        # it starts from in the minimum, so these must be larger than all indices.
+        # ``scatter_reduce`` finds the lowest row index of each group. The minimum includes the
+        # start values. So the start values must be larger than all indices.
         upper_bounds = torch.full_like(repeated_rows, len(rows))
         lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated_rows, "amin")
         first[repeated_rows] = lowest_of_group[group]
@@ -239,21 +239,20 @@ def first_equal(rows: Tensor) -> Tensor:
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """Keys (N,) int64 of the rows (N, D) float32, computed from their first columns.
+    """Keys (N,) int64 of the rows (N, D) float32, computed from the first columns.
 
     Equal rows have equal keys. Different rows may also have equal keys.
     """
     first_columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
     # the four bytes of each float, read as a whole number
     whole_numbers = first_columns.view(torch.int32).long()
-    # each column has a factor of its own, so that the same numbers in another order give another
-    # key
+    # each column has a different factor, so that the same numbers in another order give another key
     factors = 31 ** torch.arange(whole_numbers.shape[1], device=rows.device)
     return (whole_numbers * factors).sum(dim=1)
 
 
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Return the rows (B, ...) of ``rows`` (N, ...) that have the indices ``index`` (B,).
+    """Return the rows (B, ...) of ``rows`` (N, ...) with the indices ``index`` (B,).
 
     If the indices are consecutive, the result is a view and nothing is copied.
     """
@@ -283,7 +282,7 @@ def row_blocks(
 ) -> Iterator[slice]:
     """Yield slices of at most ``size`` rows with at most ``max_cells`` logits each.
 
-    A slice has at least one row, even if the logits of one row are more than ``max_cells``.
+    A slice has at least one row, even if a single row has more than ``max_cells`` logits.
     """
     n_fitting = max_cells // max(n_candidates, 1)
     step = max(min(size, n_fitting), 1)
@@ -292,16 +291,16 @@ def row_blocks(
 
 
 def nearest_rows(rows: Tensor, known_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find for each row (N, D) the known row (M, D) with which it has the largest cosine.
+    """Find the nearest known row (M, D) of each row (N, D), by the largest cosine.
 
-    Returns the largest cosines (N,), and the indices (N,) of these known rows. The cosines are
-    computed block by block, so memory is bounded.
+    Returns the largest cosines (N,), and the indices (N,) of the nearest known rows. The cosines
+    are computed block by block, so memory is bounded.
     """
-    # an exported graph must accept any number of rows, so it cannot split them into blocks
+    # an exported graph must accept any number of rows, so the graph cannot split rows into blocks
     if torch.compiler.is_exporting():
         cosine, index = (rows @ known_rows.T).max(dim=1)
         return cosine, index
-    # Usually both are the candidates of the fit. Then each row is nearest to itself.
+    # Usually both arguments are the candidates of the fit. Then each row is nearest to itself.
     if torch.equal(rows, known_rows):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
@@ -326,7 +325,7 @@ def _summaries_of_tiles(
 ) -> Iterator[ZeroShot]:
     """Yield the summary of every tile of ``n_columns`` texts.
 
-    No variable holds the logits of a tile. So they are freed before the next tile is computed.
+    No variable holds the logits of a tile. So the logits are freed before the next tile.
     """
     for number, texts in enumerate(text.split(n_columns)):
         yield _summary_of_tile(
@@ -337,7 +336,7 @@ def _summaries_of_tiles(
 def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     """Summary of the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
     # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
-    # but its documentation does not say which of equal values it takes.
+    # but its documentation does not say which of equal values is taken.
     column = logits.argmax(dim=1)
     return ZeroShot(
         prediction=column + first_candidate,
@@ -349,7 +348,7 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
 def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
     """Merge the summaries of two ranges of candidates; ``left`` has the lower indices.
 
-    If the largest logits of a row are equal, its answer is taken from ``left``.
+    If the largest logits of a row are equal, the answer is taken from ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
     return ZeroShot(
@@ -368,20 +367,21 @@ def float64(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which candidates of a pool are right for its rows.
+    """The right candidates of a pool, for every row of the pool.
 
     A pool consists of M pairs of a query and a candidate. Several pairs may have the same query,
-    and several pairs may have the same candidate. A candidate is right for a query if one of the
-    pairs has both. For example, let image A have the captions 1 and 2, and image B the captions 2
-    and 3. Then caption 2 is right for both images, and caption 3 is wrong for image A.
+    and several pairs may have the same candidate. A candidate is right for a query if some pair has
+    both. For example, let image A have the captions 1 and 2, and image B the captions 2 and 3. Then
+    caption 2 is right for both images, and caption 3 is wrong for image A.
 
     The index of the first pair with a query identifies the query. A candidate is identified alike.
 
     Attributes:
         query_of_pair: (M,) int64: for every pair, the first pair with the same query.
         candidate_of_pair: (M,) int64: for every pair, the first pair with the same candidate.
-        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair that it is from.
-        query_of_row: (B,) int64: for every row of the batch, the first pair with its query.
+        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair it comes from.
+        query_of_row: (B,) int64: for every row of the batch, the first pair with the query of the
+            row.
     """
 
     query_of_pair: Tensor
@@ -390,11 +390,11 @@ class Matches:
     query_of_row: Tensor
 
     def take_rows(self, rows: slice | Tensor) -> Matches:
-        """The matches of some rows of the batch, which are selected by a slice or by indices."""
+        """Return the matches of some rows of the batch, selected by a slice or by indices."""
         return replace(self, query_of_row=self.query_of_row[rows])
 
     def to(self, device: torch.device | str) -> Matches:
-        """The same matches on another device."""
+        """Return the same matches on another device."""
         return Matches(
             query_of_pair=self.query_of_pair.to(device),
             candidate_of_pair=self.candidate_of_pair.to(device),
@@ -406,8 +406,8 @@ class Matches:
         """Mask (B,): whether the answer (B,) of every row is right. No B x K array is made."""
         n_pairs = len(self.query_of_pair)
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
-        # A query and a candidate are encoded as one number. An answer is right if some pair has
-        # the number of the row's query and the answered candidate.
+        # A query and a candidate are encoded as a single number. An answer is right if some pair
+        # has the number of the row's query and the answered candidate.
         pair_numbers = self.query_of_pair * n_pairs + self.candidate_of_pair
         answer_numbers = self.query_of_row * n_pairs + answered_candidate
         return torch.isin(answer_numbers, pair_numbers)
@@ -419,10 +419,10 @@ class Matches:
         return is_right[:, self.pair_of_candidate]
 
     def same_answer_mask(self, answer: Tensor) -> Tensor:
-        """Mask (B, K): whether any query has both the candidate and the answer (B,) of the row."""
+        """Mask (B, K): whether some query has both the candidate and the answer (B,) of the row."""
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
-        # the pairs with the answer, then all pairs of their queries, then all pairs with one of the
-        # candidates of these queries
+        # the pairs with the answer, then all pairs with the same queries, then all pairs with a
+        # candidate of these queries
         has_answer = self.candidate_of_pair == answered_candidate[:, None]
         shares_query = _in_same_group(has_answer, self.query_of_pair)
         is_same_answer = _in_same_group(shares_query, self.candidate_of_pair)
@@ -430,11 +430,11 @@ class Matches:
 
 
 def _in_same_group(is_chosen: Tensor, group: Tensor) -> Tensor:
-    """Mask (B, M) of the pairs whose group has a chosen pair.
+    """Mask (B, M) of the pairs in a group with a chosen pair.
 
     Args:
         is_chosen: (B, M) mask of the chosen pairs.
-        group: (M,) group of each pair. A group is identified by the index of its first pair.
+        group: (M,) group of each pair: the index of the first pair of the group.
     """
     row, pair = is_chosen.nonzero(as_tuple=True)
     is_group_chosen = torch.zeros_like(is_chosen)

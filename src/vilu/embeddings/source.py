@@ -1,4 +1,4 @@
-"""Data that predictors use: a source of embeddings, batches of its rows, and views of its rows."""
+"""Data for predictors: a source of embeddings, batches of rows, and views of rows."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ if TYPE_CHECKING:
     from vilu.embeddings.split import SplitParts
 
 HASH_BLOCK_ROWS = 2**14
-"""Number of rows whose embeddings are hashed together."""
+"""Number of rows in a block. The embeddings of a block are hashed together."""
 
 SAME_TEXT_COSINE = 0.999
-"""Two classes of one name have the same text if the cosine of their texts is at least this number.
+"""Minimum cosine of the texts of two classes with equal names. Below it, an error is raised.
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")  # of the function that ``EmbeddingSource._map_parts`` calls
+Result = TypeVar("Result")  # of the ``function`` argument of ``EmbeddingSource._map_parts``
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Candidates:
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
     matches: Matches | None = None  # None: only the target of a row is right
-    # (K,) int64: for every candidate, the row of the source from which it comes. None: all rows
-    # share the candidates.
+    # (K,) int64: row of the source from which each candidate comes. None: all rows share the
+    # candidates.
     row_of_candidate: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images with the candidate texts for them, all in float32 on one device.
+    """Some images with their candidate texts, all in float32 on the same device.
 
     The candidates are the prompts of K classes, or the captions of a pool. In both cases all rows
     of the batch share the candidates, and a target is the index of a candidate. If captions are
@@ -91,9 +91,9 @@ class Batch:
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         columns: The requested columns, by name (``vilu.embeddings.columns``).
-        matches: Which candidates are right, if images or captions of a pool repeat. None: only the
-            target of a row is right.
-        outside: (B,) bool, true for rows to which no candidate belongs, so that any answer is
+        matches: The right candidates, if images or captions of a pool repeat. None: only the target
+            of a row is right.
+        outside: (B,) bool, true for rows without a right candidate. Any answer to such a row is
             wrong. None: there is no such row.
 
     Examples:
@@ -151,12 +151,12 @@ class Batch:
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """For every candidate, the index (K,) int64 of the first candidate with its embedding."""
+        """Index (K,) int64 of the first candidate with the same embedding, for every candidate."""
         return first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:
-        """Judged answers (B,) int64: the column "answer" if there is one, or zero-shot answers.
+        """Judged answers (B,) int64: the column "answer" if available, or zero-shot answers.
 
         The zero-shot answer is the candidate with the largest logit, the first of equal logits.
         """
@@ -175,7 +175,7 @@ class Batch:
 
     @cached_property
     def failure(self) -> Tensor:
-        """Failures (B,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
+        """Failures (B,) int64: 1 for a wrong answer, 0 for a right answer, -1 if unknown."""
         if self.matches is None:
             is_right = self.prediction == self.target
         else:
@@ -189,8 +189,8 @@ class Batch:
     def target_log_probability(self) -> Tensor:
         """Zero-shot log-probability log p_y (B,) float32 of the target y.
 
-        It is -inf for a row to which no candidate belongs. For a row with an unknown target, it is
-        the log-probability of candidate 0.
+        The value is -inf for a row without a right candidate. For a row with an unknown target, the
+        value is the log-probability of candidate 0.
         """
         log_probability = self._target_log_probability()
         if self.outside is None:
@@ -198,7 +198,7 @@ class Batch:
         return log_probability.masked_fill(self.outside, -torch.inf)
 
     def _target_log_probability(self) -> Tensor:
-        """As ``target_log_probability``, but as if no row were outside."""
+        """Compute ``target_log_probability`` as if no row were outside."""
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.matches is not None:
@@ -208,14 +208,15 @@ class Batch:
                     batch = self.rows(block)
                     log_probabilities.append(batch.log_likelihood(batch.logits))
                 return torch.cat(log_probabilities)
-            # Each target is one candidate, so one dot product per row is enough.
+            # Each target is a single candidate, so a single dot product per row is enough.
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_likelihood(self, logits: Tensor) -> Tensor:
         """Log-probability (B,) of the target under softmax(logits (B, K)).
 
-        If several candidates of a row are right, their probabilities are added up.
+        If several candidates of a row are right, the result is the log of the sum of their
+        probabilities.
 
         Examples:
             >>> import torch, vilu
@@ -260,9 +261,9 @@ class Batch:
     def alike(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
 
-        Captions of one image are the same answer, and so are images of one caption. All images and
-        captions of the pool are compared. If only the image or the caption of the row were
-        compared, the mask would reveal the right answer.
+        Captions of the same image are the same answer. Images of the same caption are the same
+        answer, too. All images and captions of the pool are compared. If only the image or the
+        caption of the row were compared, the mask would reveal the right answer.
 
         Examples:
             >>> import torch, vilu
@@ -315,11 +316,11 @@ class Batch:
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the slice of rows and the batch of each pool. Here, all rows are one pool."""
+        """Yield the slice of rows and the batch of each pool. Here, all rows form a single pool."""
         yield slice(0, len(self.index)), self
 
     def judging(self, answer: Tensor) -> Batch:
-        """Return the same batch, where the answers (B,) are judged and not the zero-shot answers.
+        """Return the same batch, but judge the answers ``answer`` (B,), not the zero-shot answers.
 
         Examples:
             >>> import torch, vilu
@@ -336,13 +337,13 @@ class Batch:
         """
         batch = replace(self, columns={**self.columns, ANSWER: answer})
         for name in ("logits", "zero_shot", "rivals", "first_equal"):
-            # copy cached properties, so that they are not computed again
+            # copy cached properties, to avoid computing them again
             if name in self.__dict__:
                 batch.__dict__[name] = self.__dict__[name]
         return batch
 
     def answered(self, answers: ZeroShot) -> Batch:
-        """Set zero-shot answers that were computed before, and return this batch."""
+        """Set zero-shot answers computed before, and return this batch."""
         self.__dict__["zero_shot"] = answers
         return self
 
@@ -354,7 +355,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class WholeLogits(Batch):
-    """A batch whose logits are all in memory, and whose candidates all differ."""
+    """A batch with all logits in memory and without equal candidates."""
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -363,7 +364,7 @@ class WholeLogits(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """For every candidate, the index (K,) int64 of the first candidate with its embedding.
+        """Index (K,) int64 of the first candidate with the same embedding, for every candidate.
 
         Here this is the index of the candidate itself, because all candidates differ.
         """
@@ -371,7 +372,7 @@ class WholeLogits(Batch):
         return torch.arange(n_candidates, device=self.text.device)
 
     def _target_log_probability(self) -> Tensor:
-        """As in ``Batch``, but from the logits that are in memory."""
+        """Compute the values as in ``Batch``, but from the logits in memory."""
         target = self.target.clamp(min=0)
         target_logit = self.logits.gather(1, target[:, None]).squeeze(1)
         return target_logit - self.zero_shot.log_norm
@@ -379,28 +380,29 @@ class WholeLogits(Batch):
 
 @dataclass(frozen=True)
 class LogitBatch(WholeLogits):
-    """A batch of rows whose logits come from another classifier: the column "logits".
+    """A batch of rows with logits from another classifier: the column "logits".
 
     The candidates have no embeddings, so ``text`` (K, D) is zero.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits (B, K) float32 of the other classifier."""
+        """Logits (B, K) float32 of another classifier."""
         return self.columns[LOGITS]
 
 
 @dataclass(frozen=True)
 class PooledBatch(WholeLogits):
-    """A batch of several pools of one size, one after another, for methods that use only logits.
+    """A batch of several consecutive pools of the same size, for methods that use only logits.
 
-    ``text`` is (P, K, D), and a target is the index of a candidate within its own pool. The logits
-    are bit for bit the same as in batches of one pool. No two candidates of a pool are equal.
+    ``text`` is (P, K, D). A target is the index of a candidate within the pool of the row. The
+    logits are bit for bit the same as in batches of a single pool. No two candidates of a pool are
+    equal.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """Zero-shot logits (B, K) float32 of every row, with the candidates of its own pool."""
+        """Zero-shot logits (B, K) float32: a row is compared with the candidates of its pool."""
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
             logits = self.image.new_empty(len(self.image), size)
@@ -416,7 +418,7 @@ class PooledBatch(WholeLogits):
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the slice of rows and the batch of each pool.
 
-        If the zero-shot answers have been computed, these batches have them, too.
+        If the zero-shot answers are already computed, the yielded batches have these answers, too.
         """
         size = self.text.shape[1]
         for number, text in enumerate(self.text):
@@ -436,9 +438,9 @@ class PooledBatch(WholeLogits):
 
 
 class EmbeddingSource(ABC):
-    """Rows of image embeddings with their candidate texts, on which predictors fit and score.
+    """Rows of image embeddings with their candidate texts. Predictors fit and score a source.
 
-    Methods of vilu and of other packages read the rows through these methods:
+    vilu and other packages read the rows through these methods:
 
     - ``batches`` to score, and ``many`` to score by the logits alone;
     - ``shuffled`` and ``steps`` to train;
@@ -450,22 +452,23 @@ class EmbeddingSource(ABC):
         class_names: Names of the candidates, or None (captions, or bare arrays).
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
         target: (N,) int64 index of the right candidate of every row; -1 where unknown.
-        text: (K, D) candidates, if they are shared by all rows.
+        text: (K, D) candidates, if all rows share the candidates.
         cluster: (N,) name of the cluster of every row. The answers to the rows of a cluster may be
             wrong together. None: no clusters are known.
         answer_numbers: (N,) number of the answer of every row, if there are clusters and answers
             are no candidates. Equal answers have equal numbers. None: there are no such numbers.
-        pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
-            the candidates are shared by all rows.
+        pool_size: Number of rows of a pool. The captions of these rows are the candidates of the
+            pool. None if all rows share the candidates.
         columns: Names of the available columns (``vilu.embeddings.columns``).
         candidate_of: For every original class, the int64 index of its candidate. Classes with equal
-            texts were merged into one candidate. None if all texts were different.
+            texts were merged into the same candidate. None if all texts were different.
         second: A second source (``vilu.embeddings.two_models``): the same rows and possibly further
             rows, embedded by a second model. None if there is no second model.
-        stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
-            a store.
-        device: Device on which the rows are scored. None: the predictor chooses it.
-        fingerprint: Hash of all rows; None if it would need a pass over all embeddings.
+        stored_dtype: Number format of the embeddings in the store. None if the embeddings are not
+            from a store.
+        device: Device for scoring the rows. None: the predictor chooses a device.
+        fingerprint: Hash of all rows. None if computing the hash would need a pass over all
+            embeddings.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -480,7 +483,7 @@ class EmbeddingSource(ABC):
         [[0, 1], [2]]
     """
 
-    # how to make a source, for messages about an argument that is no source
+    # how to make a source, for messages about an argument of another type
     how: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"
@@ -502,13 +505,13 @@ class EmbeddingSource(ABC):
     stored_dtype: str | None = None
     device: torch.device | None = None
     fingerprint: str | None = None
-    _columns: Mapping[str, Tensor] = {}  # columns that are in memory
+    _columns: Mapping[str, Tensor] = {}  # columns in memory
 
     def _merge_equal_classes(self) -> Tensor | None:
-        """Merge classes with the same text into one candidate.
+        """Merge classes with the same text into a single candidate.
 
-        Returns for each candidate the number (K,) int64 of the class that it is taken from. None if
-        no class is merged.
+        Returns the class number (K,) int64 from which each candidate is taken. None if no class is
+        merged.
         """
         first_class = first_same_answer(self.text, self.class_names)
         class_of_candidate: Tensor
@@ -557,8 +560,9 @@ class EmbeddingSource(ABC):
         See ``take``.
 
         Raises:
-            DataError: If ``rows`` is one number, because a source has no single rows.
-            UsageError: If the source has captions, because its pools are made of all its rows.
+            DataError: If ``rows`` is a single number, because a source has no single rows.
+            UsageError: If the source has captions, because the pools are made of all rows of the
+                source.
 
         Examples:
             >>> import numpy as np, vilu
@@ -585,7 +589,7 @@ class EmbeddingSource(ABC):
 
     @property
     def has_vectors(self) -> bool:
-        """Whether the rows have embeddings. If not, they have only logits."""
+        """Whether the rows have embeddings. If not, the rows have only logits."""
         return self.space.embed_dim > 0
 
     @property
@@ -603,15 +607,15 @@ class EmbeddingSource(ABC):
         """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``: here the candidates that all rows share."""
+        """Candidates of the rows ``index``. Here all rows share the same candidates."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``: the entries of the rows ``index``, or all entries.
 
-        ``index`` selects entries only of a column with one entry per row. A column of candidates,
-        or of the model as a whole, is returned with all its entries. If the source has pools, the
-        candidates are rows. Then a column of candidates also has one entry per row.
+        ``index`` selects entries only of a column with an entry per row. A column of candidates, or
+        of the model as a whole, is returned with all entries. If the source has pools, the
+        candidates are rows. Then a column of candidates also has an entry per row.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -641,24 +645,24 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """Mask (N,) of rows that are known to have no right candidate.
+        """Mask (N,) of rows known to have no right candidate.
 
         The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
-        # one False, expanded to N rows without taking memory for each
+        # a single False, expanded to N rows without taking memory for each row
         return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
     def usable_rows(self) -> Tensor:
         """Indices (M,) int64 of the usable rows, in the order of scoring.
 
-        If there are pools, each consists of the next ``pool_size`` rows in this order.
+        If there are pools, each pool consists of the next ``pool_size`` rows in this order.
         """
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity that can find the rows in another source, best first.
+        """Kinds of identity for finding the rows in another source, best first.
 
         Rows without a vector can be found only by name, because different pictures may have equal
         logits.
@@ -676,8 +680,8 @@ class EmbeddingSource(ABC):
         Equal hashes mean the same row.
 
         Args:
-            by: One of ``identified_by``. With "embeddings" the hash of a row whose embedding is not
-                usable has no meaning.
+            by: A kind from ``identified_by``. With "embeddings" the hash of a row without a usable
+                embedding has no meaning.
             rows: Row indices, in any order.
 
         Examples:
@@ -703,10 +707,10 @@ class EmbeddingSource(ABC):
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
 
-        Rows with equal identities show the same picture. An identity is a hash of the encoded bytes
-        of the picture, or of its embedding if the bytes are not known. It is from 0 to 2^63 - 1.
-        The identity of a row without a usable embedding is -1. The picture of an image-caption pair
-        is its image, whatever the caption and the direction.
+        Rows with equal identities show the same picture. An identity is from 0 to 2^63 - 1: a hash
+        of the encoded bytes of the picture, or of the embedding if the bytes are not known. The
+        identity of a row without a usable embedding is -1. The picture of an image-caption pair is
+        the image, whatever the caption and the direction.
 
         Examples:
             >>> import numpy as np, vilu
@@ -721,7 +725,7 @@ class EmbeddingSource(ABC):
             index = np.arange(len(self))
         if not self.has_vectors:
             return np.full(len(index), UNKNOWN)
-        # the highest bit of each hash is cleared, so that it is from 0 to 2^63 - 1
+        # clear the highest bit of each hash: the identities are from 0 to 2^63 - 1
         hashes = self._picture_hashes(index) & np.uint64(np.iinfo(np.int64).max)
         has_embedding = np.isin(self.status[index], (VALID, SHORT_POOL))
         return np.where(has_embedding, hashes.astype(np.int64), UNKNOWN)
@@ -734,7 +738,7 @@ class EmbeddingSource(ABC):
         return self.identities(by, rows)
 
     def _hashed_numbers(self, index: Tensor) -> Tensor:
-        """Numbers (B, ...) of the rows. Their hashes are the "embeddings" identities."""
+        """Numbers (B, ...) of the rows, to be hashed for the "embeddings" identities."""
         return self.image_rows(index)
 
     @checked
@@ -746,17 +750,18 @@ class EmbeddingSource(ABC):
     ) -> EmbeddingSource:
         """Take some rows of a source with shared candidates, as a new source.
 
-        The new source is a view. Rows are read from this source only when they are needed.
+        The new source is a view. Rows are read from this source only on demand.
 
         Args:
             rows: (M,) int64 row indices, in the order of the new source.
-            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of
-                a class that is not kept gets an unknown target.
+            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of a
+                removed class gets an unknown target.
             columns: Names of the columns to keep; by default all. The column "logits" is always
                 kept.
 
         Raises:
-            UsageError: If the source has captions, because its pools are made of all its rows.
+            UsageError: If the source has captions, because the pools are made of all rows of the
+                source.
             DataError: If there is no such row or class, or if a class is given twice.
 
         Examples:
@@ -777,7 +782,7 @@ class EmbeddingSource(ABC):
             )
         column_names = self.columns
         if columns is not None:
-            # the column of logits stays, because the answers are computed from it
+            # the column of logits stays, because the answers are computed from logits
             column_names = column_names.intersection({*columns, LOGITS})
         class_index: Tensor | None = None
         if classes is not None:
@@ -802,10 +807,10 @@ class EmbeddingSource(ABC):
         return self.take(np.flatnonzero(~is_left_out))
 
     def inseparable(self) -> NDArray[np.int64]:
-        """For every row, the number (N,) of its group. A split must not divide a group.
+        """Group number (N,) of every row. A split must not divide a group.
 
-        Rows of one picture are a group. If the rows have clusters, all rows that clusters and
-        pictures connect are a group.
+        Rows of the same picture are a group. If the rows have clusters, rows of the same picture or
+        of the same cluster are connected, and all connected rows are a group.
 
         Examples:
             >>> import vilu
@@ -826,9 +831,9 @@ class EmbeddingSource(ABC):
     ) -> SplitParts[EmbeddingSource]:
         """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
-        Rows of one picture, or of one cluster, are in one part. Every part has its share of every
-        class, up to one picture or cluster. Rows beyond the sum of the shares are in no part. A
-        part of share 0 is empty.
+        Rows of the same picture, or of the same cluster, are in the same part. Every part gets its
+        share of every class, up to a single picture or cluster. Rows beyond the sum of the shares
+        are in no part. A part of share 0 is empty.
 
         Args:
             fit: Share of the rows to fit on, from 0 to 1.
@@ -838,7 +843,7 @@ class EmbeddingSource(ABC):
 
         Raises:
             UsageError: If a share is not from 0 to 1, if the shares add up to more than 1, or if
-                the source has captions, because their pools would change.
+                the source has captions, because the pools would change.
 
         Examples:
             >>> import numpy as np, vilu
@@ -857,14 +862,14 @@ class EmbeddingSource(ABC):
                 "captions cannot be split row by row, since their pools would change. Make one "
                 "source for each part."
             )
-        # rows of none of the classes, and rows without a label, are two further strata
+        # rows outside all classes, and rows without a label, are two further strata
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
         part = part_of_rows(self.inseparable(), stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
         return SplitParts(*sources)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The row indices in a random order, for one pass of training.
+        """Return the row indices in a random order, for a pass of training.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -880,12 +885,12 @@ class EmbeddingSource(ABC):
     ) -> Iterator[Batch]:
         """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
 
-        ``rows`` are indices; by default they are all usable rows. All logits of a batch fit into
-        memory (``similarity.MAX_CELLS``).
+        ``rows`` are indices; by default all usable rows. All logits of a batch fit into memory
+        (``similarity.MAX_CELLS``).
 
         If the source has pools, consecutive ``rows`` form a pool. Several batches may share the
-        rows of a pool. Each of them has all candidates of the pool, because their number is part of
-        the problem. The last rows are left out if they do not fill a pool.
+        rows of a pool. Each such batch has all candidates of the pool, because the number of
+        candidates is part of the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
@@ -903,7 +908,7 @@ class EmbeddingSource(ABC):
     def steps(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Yield one batch per training step: ``size`` rows, or one whole pool."""
+        """Yield one batch per training step: ``size`` rows, or a whole pool."""
         if rows is None:
             rows = self.usable_rows
         if not len(rows):
@@ -916,7 +921,7 @@ class EmbeddingSource(ABC):
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Yield batches as ``batches`` does, for methods that use only the logits.
+        """Yield batches like ``batches``, for methods that use only the logits.
 
         A batch may hold several small pools (``PooledBatch``).
 
@@ -966,7 +971,7 @@ class EmbeddingSource(ABC):
 def hash_row_blocks(index: Tensor, read_rows: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
     """Hashes (M,) of the rows ``index`` (M,).
 
-    ``read_rows`` returns the numbers of some rows. It is called for one block of rows at a time.
+    ``read_rows`` returns the numbers of some rows. Each call reads a block of rows.
     """
     return np.concatenate([hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)])
 
@@ -978,7 +983,7 @@ def warn_once(message: str) -> None:
 
 
 def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
-    """Message that lists the merged classes.
+    """Return a message with the list of merged classes.
 
     Args:
         names: Names of the classes.
@@ -1000,9 +1005,9 @@ def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
 
 
 def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """For every text (K, D), the index (K,) int64 of the first candidate that is the same answer.
+    """Index (K,) int64 of the first candidate that is the same answer, for every text (K, D).
 
-    Two candidates are the same answer if their texts are equal or if their names are equal.
+    Two candidates are the same answer if their texts are equal, or if their names are equal.
 
     Raises:
         DataError: If classes of the same name have different texts.
@@ -1012,9 +1017,9 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
         return first
     first_index: dict[str, int] = {}
     for i, name in enumerate(names):
-        first_index.setdefault(name, i)  # a repeated name keeps its first index
+        first_index.setdefault(name, i)  # a repeated name keeps the first index
     first_of_name = torch.tensor([first_index[name] for name in names])
-    # cosine of every text with the first text that has the same name
+    # cosine of every text with the first text of the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
     differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
     if differing_indices:
@@ -1025,8 +1030,8 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
             f"classes of one name must have one text. Different texts: {quoted_names:.200}. "
             "Rename them, or give both the same row of text."
         )
-    # Candidate A may have the name of B, and B may have the text of C. Then all three are one
-    # answer. Such chains are followed to their end.
+    # Candidate A may have the name of B, and B may have the text of C. Then A, B and C are the same
+    # answer. The loop follows such chains to the end.
     first = first[first_of_name]
     while not torch.equal(first, first[first]):
         first = first[first]
@@ -1034,7 +1039,7 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
 
 
 class RowSubset(EmbeddingSource):
-    """The source that ``EmbeddingSource.take`` returns: a view of some rows of another source.
+    """A view of some rows of another source, as returned by ``EmbeddingSource.take``.
 
     The rows are read only on demand.
     """
@@ -1063,11 +1068,11 @@ class RowSubset(EmbeddingSource):
             self._take_classes(classes)
 
     def _take_classes(self, classes: Tensor) -> None:
-        """Keep some candidates, in their new order.
+        """Keep only the candidates ``classes``, in this order.
 
-        Rows of a class that is not kept get an unknown target.
+        Rows of a removed class get an unknown target.
         """
-        # One entry per candidate, and a last entry for unknown targets: -1 indexes the last entry.
+        # An entry per candidate, and a last entry for unknown targets: -1 indexes the last entry.
         new_target_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
         new_target_of[classes] = torch.arange(len(classes), device="cpu")
         self.target = new_target_of[self.target]
@@ -1124,9 +1129,9 @@ class SubsetIds(Identifiers):
     def __iter__(self) -> Iterator[str]:
         is_chosen = np.zeros(len(self._ids), dtype=bool)
         is_chosen[self._rows] = True
-        # one pass in stored order, because identifiers on disk are read part by part
+        # a single pass in stored order, because identifiers on disk are read part by part
         ids_in_stored_order = list(compress(self._ids, is_chosen))
-        # for every row of the subset, the position of its identifier in ``ids_in_stored_order``
+        # for every row of the subset, the position of the identifier in ``ids_in_stored_order``
         _, position_of_row = self._rows.unique(return_inverse=True)
         return (ids_in_stored_order[position] for position in position_of_row.tolist())
 
@@ -1134,7 +1139,7 @@ class SubsetIds(Identifiers):
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     """Log-posterior log p (B, K) float64, where p = softmax(logits / temperature).
 
-    The temperature is positive: one number, or one per row (B, 1).
+    ``temperature`` is positive: a single number, or a number per row (B, 1).
 
     With d_j = (l_j - l_max) / temperature, the result is
 

@@ -1,4 +1,4 @@
-"""The embedding space. Two sets of embeddings can be compared only if their spaces match."""
+"""The embedding space. Embeddings can be compared only if their spaces match."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 
 LOGARITHM_RANGE = (4.0, 5.0)
-"""A logit scale between these numbers is refused, because it is probably the logarithm of a scale.
+"""A logit scale between these numbers is an error: probably it is the logarithm of a scale.
 
 The learned parameter of a model is the logarithm. Released models have scales of 50 to 150: CLIP
-100 (logarithm 4.605), SigLIP 112 to 118 (logarithms 4.72 to 4.77). No model has a scale of 4 to 5:
-it would make the probabilities of 1,000 classes nearly equal.
+100 (logarithm 4.605), SigLIP 112 to 118 (logarithms 4.72 to 4.77). No model has a scale of 4 to 5,
+because such a scale would make the probabilities of 1,000 classes nearly equal.
 """
 
 REDUCED_JPEGS: Final = "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
@@ -26,13 +26,13 @@ FULL_DECODE_ADVICE: Final = (
     "--full-decode (in Python full_decode=True) to decode in full as before, or embed the other "
     "one again."
 )
-"""Advice for two spaces that differ only by the size at which JPEGs are decoded."""
+"""Advice for two spaces that differ only by the size of decoded JPEGs."""
 
 PROVENANCE_FIELDS = ("backbone", "weights", "preprocess", "tokenizer")
-"""Attributes of two spaces that are compared only if something is known about both models.
+"""Attributes to compare only if something is known about the models of both spaces.
 
-The precision is not compared. If it is not float32, `vilu embed` has compared the embeddings with
-those in float32 (``vilu.store.precision``).
+The precision is not compared. If the precision is not float32, `vilu embed` has compared the
+embeddings with float32 embeddings (``vilu.store.precision``).
 """
 
 
@@ -44,12 +44,12 @@ class EmbeddingSpace:
     The zero-shot logit of image v and text t is ``logit_scale * cos(v, t) + logit_bias``.
 
     Attributes:
-        embed_dim: Width D of the joint space. It is 0 for rows that have logits and no
-            vectors (``vilu.Embeddings.from_logits``).
-        logit_scale: Multiplier of the cosine: the exponential of the learned parameter. It is 100
-            for OpenAI's CLIP. A number between 4 and 5 is refused, because it is probably the
+        embed_dim: Width D of the joint space; 0 for rows with logits and without vectors
+            (``vilu.Embeddings.from_logits``).
+        logit_scale: Multiplier of the cosine: the exponential of the learned parameter, 100 for
+            OpenAI's CLIP. A number between 4 and 5 is an error, because it is probably the
             parameter itself.
-        logit_bias: Added to every logit (SigLIP). It cancels in a softmax, but it is part of the
+        logit_bias: Added to every logit (SigLIP). The bias cancels in a softmax, but is part of the
             model.
         backbone: Name of the backbone, as given to ``--backbone``; None for bare arrays.
         weights: SHA-256 of the weights.
@@ -96,7 +96,7 @@ class EmbeddingSpace:
 
     @property
     def anonymous(self) -> bool:
-        """Whether nothing is known about the model that made the embeddings."""
+        """Whether nothing is known about the model of the embeddings."""
         return self.backbone is None and self.weights is None
 
     @property
@@ -111,19 +111,19 @@ class EmbeddingSpace:
 
     @property
     def with_full_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model if it decodes JPEGs in full."""
+        """The space of the same model with JPEGs decoded in full."""
         if self.preprocess is None:
             return self
         return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS))
 
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model if it decodes JPEGs at a reduced size."""
+        """The space of the same model with JPEGs decoded at a reduced size."""
         full_space = self.with_full_jpegs
         return replace(full_space, preprocess=f"{full_space.preprocess or ''}{REDUCED_JPEGS}")
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
-        """Whether two spaces differ only by the size at which JPEGs are decoded."""
+        """Whether two spaces differ only by the size of decoded JPEGs."""
         own_model = replace(self.with_full_jpegs, precision=None)
         other_model = replace(other.with_full_jpegs, precision=None)
         is_same_model = own_model == other_model
@@ -133,7 +133,7 @@ class EmbeddingSpace:
         """Raise ProvenanceError if the spaces differ; the message names every difference.
 
         For bare arrays only width, logit scale and logit bias are compared, because nothing is
-        known about their model. An attribute that is None in one of the spaces is not compared.
+        known about the model. An attribute is not compared if it is None in one of the spaces.
 
         Examples:
             >>> import vilu
@@ -154,7 +154,7 @@ class EmbeddingSpace:
             own_value = getattr(self, field)
             other_value = getattr(other, field)
             if own_value is None or other_value is None:
-                continue  # the attribute is not known for one of the spaces
+                continue  # at least one space does not know the attribute
             if own_value != other_value:
                 differences.append(
                     f"{field}: {own_value!r} ({name}) against {other_value!r} ({other_name})"

@@ -1,4 +1,4 @@
-"""Rows divided into parts that share no picture and have the same classes."""
+"""Rows divided into parts without common pictures, with the same classes in every part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu.errors import UsageError
 PartType = TypeVar("PartType")
 
 ROUNDING_TOLERANCE = 1e-9
-"""The sum of the shares may exceed 1 by this number, because it may have rounding errors."""
+"""The sum of the shares may exceed 1 by this number because of rounding errors."""
 
 
 class SplitParts(NamedTuple, Generic[PartType]):
@@ -35,9 +35,9 @@ def require_shares(shares: Sequence[float]) -> None:
 
 
 def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every row, the number (N,) of its group: rows that clusters or pictures connect.
+    """Group number (N,) of every row. Clusters and pictures connect the rows of a group.
 
-    A group may have several clusters, because two clusters may have copies of one picture.
+    A group may have several clusters, because two clusters may have copies of the same picture.
 
     Args:
         cluster: (N,) number of the cluster of every row.
@@ -47,8 +47,8 @@ def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> ND
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # The rows are the nodes of a graph. Each row has an edge to the first row of its cluster, and
-    # to the first row with its picture.
+    # The rows are the nodes of a graph. Each row has an edge to the first row of the same cluster,
+    # and to the first row with the same picture.
     n_rows = len(cluster)
     may_share_picture = picture >= 0
     first_row_with_picture = _first_rows(picture)[may_share_picture]
@@ -62,13 +62,13 @@ def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> ND
 
 
 def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every row, the index (N,) of the first row in its group; ``group`` (N,) are numbers."""
+    """For every row, the index (N,) of the first row with the same number in ``group`` (N,)."""
     _, first_row, group_of_row = np.unique(group, return_index=True, return_inverse=True)
     return first_row[group_of_row]
 
 
 def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Replace each identity -1 (the picture is in no other row) by an identity of its own."""
+    """Replace each identity -1 (the picture is in no other row) by an unused identity."""
     identity = picture.copy()
     is_in_no_other_row = identity < 0
     first_unused = identity.max(initial=-1) + 1
@@ -80,19 +80,20 @@ def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
 def part_of_rows(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
-    """For every row, the number (N,) of its part, from 0.
+    """Part number (N,) of every row, from 0.
 
-    A row that is in no part gets a number that no part has: 3 if there are three parts.
+    A row in no part gets the number after the last part: 3 if there are three parts.
 
-    Rows of one picture are in one part. The m pictures of a stratum are shuffled. With one random
-    offset o in [0, 1), picture i gets the quantile (i + o) / m. The cumulative shares are the
-    borders between the parts, so a quantile decides the part. Every part gets its share of every
-    stratum, up to one picture. On average it gets exactly its share, even of a stratum with very
-    few pictures.
+    Rows of the same picture are in the same part. The m pictures of a stratum are shuffled. With a
+    random offset o in [0, 1), picture i gets the quantile (i + o) / m. The cumulative shares are
+    the borders between the parts, so a quantile decides the part. Every part gets its share of
+    every stratum, up to a single picture. On average the part gets exactly its share, even of a
+    stratum with very few pictures.
 
     Args:
         picture: (N,) identity of the picture of every row. -1: the picture is in no other row.
-        stratum: (N,) class of every row. A picture is in the stratum of its first row.
+        stratum: (N,) class of every row. The first row of a picture decides the stratum of the
+            picture.
         shares: Share of each part.
         seed: Seed of the division.
     """

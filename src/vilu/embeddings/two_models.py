@@ -1,4 +1,4 @@
-"""A source whose rows were embedded by two models."""
+"""A source with embeddings of every row by two models."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
 MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
-"""Kinds of identity that do not depend on the model that embedded a row, best first."""
+"""Kinds of identity that do not depend on the embedding model, best first."""
 
 
 class TwoModels(RowSubset):
-    """The rows of one source, with embeddings of the same pictures by a second model.
+    """The rows of a source, with embeddings of the same pictures by a second model.
 
     All data come from the first source, except two additional columns:
 
     - ``second_image`` (N, E): image embeddings by the second model.
-    - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
-      scale.
+    - ``second_text`` (K, E): embeddings of the candidates by the second model, times the logit
+      scale of the second model.
 
-    The products of both columns are the zero-shot logits of the second model without its bias. The
-    bias is left out, because it cancels in a softmax.
+    The products of both columns are the zero-shot logits of the second model without the bias. The
+    bias is left out, because a bias cancels in a softmax.
 
-    The rows are searched in the second source by their pictures. If one source has no hashes of
-    pictures, they are searched by name. The order of the second source does not matter, and it may
-    have more rows. Its embeddings are read only when they are needed. A row is usable only if it is
-    usable in both sources.
+    The rows are searched in the second source by picture. If a source has no hashes of pictures,
+    the rows are searched by name. The order of the second source does not matter. The second source
+    may have more rows, and its embeddings are read only on demand. A row is usable only if the row
+    is usable in both sources.
 
     Args:
-        first: Source of the model whose failures are to be predicted, usually the larger model.
+        first: Source of the first model, usually the larger model. The failures of this model are
+            to be predicted.
         second: Source of the second model.
 
     Attributes:
-        first: The source of the model whose failures are to be predicted.
+        first: The source of the first model.
         second: The source of the second model.
 
     Raises:
-        UsageError: If a source has captions. Each model has its own pools of captions, so the rows
-            of the two models do not correspond.
+        UsageError: If a source has captions. The two models have different pools of captions, so
+            the rows of the two models do not correspond.
         DataError: If the candidates or their order differ, if rows of the first source are missing
-            in the second, or if rows can be matched neither by their pictures nor by their names.
+            in the second, or if rows can be matched neither by picture nor by name.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -92,11 +93,11 @@ class TwoModels(RowSubset):
         self._row_in_second = torch.from_numpy(row_in_second)
         self.ids = first.ids
         self.candidate_of = first.candidate_of
-        # a row that is usable in the first source has the status of the second source
+        # a row with a usable embedding in the first source has the status of the second source
         self.status = np.where(first.status == VALID, second.status[row_in_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the first source, or one of the two columns of the second model."""
+        """Return a column of the first source, or a column of the second model."""
         if name == "second_image":
             return self.second.image_rows(self._row_in_second[index])
         if name == "second_text":
@@ -106,7 +107,7 @@ class TwoModels(RowSubset):
 
 
 def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """For every row of the first source, the index (N,) of the same row in the second source."""
+    """Index (N,) of the same row in the second source, for every row of the first source."""
     kind = _common_identity(first, second)
     first_identities = first.identities(kind)
     second_identities = second.identities(kind)
@@ -114,8 +115,8 @@ def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.in
     sorted_identities = second_identities[order]
     if kind == "names":
         _require_distinct_names(second, order, sorted_identities)
-    # The rank of an identity is its position in ``sorted_identities``. If the identity is missing
-    # there, the rank is the position where it would be inserted, which may be after the last entry.
+    # The rank of an identity is a position in ``sorted_identities``. For a missing identity, the
+    # rank is the position for inserting it, possibly after the last entry.
     rank = np.searchsorted(sorted_identities, first_identities)
     is_in_range = rank < len(sorted_identities)
     is_present = np.zeros(len(first), dtype=bool)
@@ -153,7 +154,7 @@ def _require_distinct_names(
 
 
 def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
-    """The best kind of identity that both sources have; DataError if there is none."""
+    """Return the best kind of identity common to both sources; DataError if there is none."""
     for kind in MODEL_INDEPENDENT:
         if kind in first.identified_by and kind in second.identified_by:
             return kind
@@ -183,7 +184,7 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Describe the first difference between two lists of names, which must differ."""
+    """Describe the first difference between two lists of names. The lists must differ."""
     for position, (name, counterpart) in enumerate(zip_longest(first, second)):
         if name != counterpart:
             return f"the first difference is at {position}: {name!r} against {counterpart!r}"

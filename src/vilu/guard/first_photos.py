@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerWithDecision(Protocol):
-    """An answer with its decision, as ``vilu.guard.guard.Answer``."""
+    """An answer with a decision, like ``vilu.guard.guard.Answer``."""
 
     @property
     def label(self) -> str | None:
@@ -35,7 +35,7 @@ class AnswerWithDecision(Protocol):
 
 @dataclass(frozen=True)
 class PhotoPair:
-    """One photo in both precisions."""
+    """A photo in both precisions."""
 
     cosine: float  # cosine similarity of the two embeddings
     is_answer_equal: bool  # whether both precisions give the same answer
@@ -44,15 +44,15 @@ class PhotoPair:
 
 @dataclass
 class FirstPhotos:
-    """The first photos that a guard sees, in its precision and in float32.
+    """The first photos of a guard, in the low precision and in float32.
 
     Attributes:
         precision: The low precision.
         encoder: Encoder of the same model in float32.
         judge: Function that gives the answers about embedded photos.
-        must_pass: What happens if the two precisions differ too much. True: ProvenanceError is
-            raised. False: a warning is logged. A service needs False, because photos of a client
-            must not stop it.
+        must_pass: Whether too large differences between the two precisions raise ProvenanceError.
+            If False, a warning is logged. A service needs False, because photos of a client must
+            not stop the service.
         check: The result of the comparison; None until ``N_CHECKED_PHOTOS`` photos were seen.
     """
 
@@ -105,7 +105,7 @@ class FirstPhotos:
             self._set_check()
 
     def _photos_by_position(self, part: PartRows) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
-        """Map the position of every embedded photo to its embedding (D,) and its answer."""
+        """Map the position of every embedded photo to the embedding (D,) and the answer."""
         if not part.rows:
             return {}
         embeddings = torch.cat(part.arrays[IMAGE]).float()

@@ -1,4 +1,4 @@
-"""Answers about images, with decisions: a predictor and its model behind one call."""
+"""Answers about images, with decisions: a predictor and a model behind one call."""
 
 from __future__ import annotations
 
@@ -59,30 +59,30 @@ PNG_MODES: Final = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer about one image, with its score and the decision.
+    """Answer about an image, with a score and a decision.
 
     Attributes:
-        key: Path of the image. The key of an image without a path is its number in the list of
+        key: Path of the image. The key of an image without a path is the number in the list of
             images: "0", "1", and so on.
-        label: The answer that is judged; None if the image could not be read.
-        failure_probability: Probability that the answer is wrong. None without an answer, or if the
-            predictor is not calibrated and its scores are not probabilities, such as the scores of
-            a triage without labels.
+        label: The judged answer; None if the image could not be read.
+        failure_probability: Probability that the answer is wrong. None without an answer. Also None
+            if the predictor is not calibrated and the scores are not probabilities, such as the
+            scores of a triage without labels.
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
             the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
             accepted.
-        runners_up: The next most likely answers with their probabilities, the most likely first.
-            If adapted answers are judged, the probabilities come from the predictor's own
-            posterior, otherwise from the zero-shot posterior.
-        zero_shot: The zero-shot answer if it differs from ``label``; otherwise None.
+        runners_up: The next most likely answers with their probabilities, the most likely first. If
+            adapted answers are judged, the probabilities come from the posterior of the predictor,
+            otherwise from the zero-shot posterior.
+        zero_shot: The zero-shot answer if different from ``label``; otherwise None.
         likely: Whether the answer is likely right: an estimate, not a guarantee
-            (``vilu.calibration.likely``). It never changes the decision. None if there is no
-            estimate, or no answer.
+            (``vilu.calibration.likely``). The estimate never changes the decision. None if there is
+            no estimate, or no answer.
         quantile: Share of photos that are no more doubtful than this image, from 0 to 1. A guard
             compares the image with the photos of the fit. None if the predictor has learned from
-            labels, because it then gives a probability.
+            labels, because such a predictor gives a probability.
 
     Examples:
         >>> import vilu
@@ -112,10 +112,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A model with its decoder and encoder, which embed images as ``vilu embed`` does."""
+    """A model with decoder and encoder, to embed images in the same way as ``vilu embed``."""
 
     backbone: Backbone
-    widths: dict[str, int]  # maps the name of an array of embeddings to its number of columns
+    widths: dict[str, int]  # maps the name of an array of embeddings to the number of columns
     encoder: Encoder
     decoder: Decoder
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
@@ -129,29 +129,29 @@ class ImageModel:
 
 
 class Guard:
-    """Gives answers about images by a predictor and its model, and decides about each answer.
+    """Gives answers about images by a predictor and a model, and decides about each answer.
 
-    - The predictor's folder also holds its candidate classes, as ``vilu triage`` and ``vilu
-      calibrate`` write them.
-    - The model must be the one that the predictor was fitted on. Fingerprints of weights,
+    - The folder of the predictor also holds the candidate classes, as written by ``vilu triage``
+      and ``vilu calibrate``.
+    - The model must be the same as in the fit of the predictor. Fingerprints of weights,
       preprocessing and prompts are compared.
     - Images are decoded in threads and embedded in batches. The memory does not grow with the
       number of images.
-    - The scores equal those of ``vilu embed`` and ``vilu score`` up to rounding, because the order
-      of the sums depends on the batch size.
+    - The scores equal the scores of ``vilu embed`` and ``vilu score`` up to rounding, because the
+      order of the sums depends on the batch size.
     - The answer about a bad image has a reason and no label.
-    - A rule that judges whole batches (``--method selection``) cannot decide about one image, so it
-      is refused.
-    - Any number of threads may use one guard at once.
+    - A rule about whole batches (``--method selection``) cannot decide about a single image, so
+      such a rule is refused.
+    - Any number of threads may use a guard at once.
 
     Attributes:
         folder: Folder of the predictor.
         predictor: Gives the scores.
         calibration: Gives the decisions; None if the predictor is not calibrated.
-        likely: The estimate of which answers are likely right; None if the folder has none.
-        vocabulary: The candidate classes that answers are chosen from.
+        likely: The estimate of which answers are likely right; None if the folder has no estimate.
+        vocabulary: The candidate classes for the answers.
         names: Names of the candidate classes.
-        arrays: Names of the arrays of embeddings that the predictor uses.
+        arrays: Names of the arrays of embeddings for the predictor.
 
     Args:
         predictor: Folder of the predictor, or a calibrated ``vilu.Selective``.
@@ -160,13 +160,11 @@ class Guard:
         batch_size: Number of images per forward pass.
         workers: Number of decoding threads; by default one per core.
         limits: Limits on the size of an image.
-        backbone: A loaded model with the same weights, in place of the model that the folder names.
-        precision: "fp32" or "bf16", for the model that the folder names. By default it is the
-            precision of the photos that the predictor was fitted on. If these photos were
-            embedded in float32, bf16 is compared with float32 on the first 64 photos that the guard
-            sees.
-        vectors_only: Load no model. Then only the method ``answer`` can be called, which takes
-            embeddings.
+        backbone: A loaded model with the same weights, in place of the model named in the folder.
+        precision: "fp32" or "bf16", for the model named in the folder. By default, the precision of
+            the photos in the fit of the predictor. If these photos were embedded in float32, bf16
+            is compared with float32 on the first 64 photos.
+        vectors_only: Load no model. Then only the method ``answer`` can be called, with embeddings.
 
     Raises:
         DataError: If the folder holds no predictor or no candidates, or if the candidates have no
@@ -234,8 +232,8 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        # A ``Selective`` removes its folder when it is garbage-collected. So the guard holds a
-        # reference to it.
+        # A garbage-collected ``Selective`` removes the folder of the predictor. So the guard holds
+        # a reference to the ``Selective``.
         self._model_object = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
@@ -256,7 +254,7 @@ class Guard:
             self._model = self._open_model(backbone, limits)
 
     def _require_names(self) -> tuple[str, ...]:
-        """Names of the classes; DataError if they have none."""
+        """Return the names of the classes; DataError if the classes have no names."""
         names = self.vocabulary.names
         if names is None:
             raise DataError(
@@ -266,14 +264,15 @@ class Guard:
         return names
 
     def _require_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that the predictor uses.
+        """Return the names of the arrays that the predictor uses.
 
         Raises:
             ProvenanceError: If calibration, predictor and candidates do not belong together.
-            UsageError: If the predictor uses an array that cannot be made from one image.
+            UsageError: If the predictor uses an array that cannot be made from a single image.
         """
         if self.calibration is not None:
-            # The calibration is compared with the candidates, which a source without rows has, too.
+            # The calibration is compared with the candidates. A source without rows has candidates,
+            # too.
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
             self.calibration.require_match(self.predictor, self.vocabulary.new_images(no_rows))
         if self.predictor.space_ is not None:
@@ -318,7 +317,7 @@ class Guard:
         return spec.load()
 
     def _open_model(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
-        """An image model that makes the arrays which the predictor uses."""
+        """Return an image model for the arrays of the predictor."""
         require_same_model(self, backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
         widths = {name: all_widths[name] for name in self.arrays}
@@ -342,7 +341,7 @@ class Guard:
         return ImageModel(backbone, widths, encoder, decoder, first_photos)
 
     def _judge(self, part: PartRows) -> list[Answer]:
-        """Answers about embedded photos."""
+        """Return answers about embedded photos."""
         keys = [row.key for row in part.rows]
         answers, _ = self.answer(join_arrays(part), keys)
         return answers
@@ -363,13 +362,13 @@ class Guard:
         return self.model.backbone
 
     def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
-        """Answers about images, in the order of the images."""
+        """Return answers about images, in the order of the images."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UsageError("give a list of images, even for a single image: guard([image]).")
         return list(self.stream(images))
 
     def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
-        """Answers about images as columns, in the form that ``datasets.Dataset.map`` takes.
+        """Return answers about images as columns, in the form for ``datasets.Dataset.map``.
 
         ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds a column for
         every attribute of ``Answer`` except ``key``.
@@ -382,9 +381,9 @@ class Guard:
         return columns
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
-        """Answers about any number of images, in their order, yielded batch by batch."""
+        """Yield answers about any number of images, in the order of the images, batch by batch."""
         records = ((index, record_of(index, image)) for index, image in enumerate(images))
-        n_decoded_ahead = self.batch_size + self.workers  # images that may wait to be used
+        n_decoded_ahead = self.batch_size + self.workers  # maximum number of waiting decoded images
         with in_threads(self.model.decoder, records, self.workers, n_decoded_ahead) as decoded:
             batch = list(islice(decoded, self.batch_size))
             while batch:
@@ -392,9 +391,9 @@ class Guard:
                 batch = list(islice(decoded, self.batch_size))
 
     def _answer_batch(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> list[Answer]:
-        """Answers about decoded images, in the order of the images."""
+        """Return answers about decoded images, in the order of the images."""
         part = self.model.embed(batch)
-        answer_at: dict[int, Answer] = {}  # maps the position of an image to its answer
+        answer_at: dict[int, Answer] = {}  # maps the position of an image to the answer
         for error in part.errors:
             answer_at[error.position] = answer_without_score(self, error.key, reason=error.kind)
         if part.rows:
@@ -406,10 +405,10 @@ class Guard:
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:
-        """Answers about rows that are embedded already, and their scores as outcomes.
+        """Return answers about embedded rows, and the scores of these rows as outcomes.
 
         Args:
-            arrays: The arrays that the attribute ``arrays`` names: embeddings (B, D), and for some
+            arrays: The arrays named in the attribute ``arrays``: embeddings (B, D), and for some
                 predictors features (B, F).
             keys: Names of the B rows.
 
@@ -431,7 +430,7 @@ class Guard:
         """
         device = self.predictor.device_
         columns = {name: arrays[name].float().to(device) for name in self.arrays}
-        image = columns.pop(IMAGE)  # all other arrays remain in ``columns``
+        image = columns.pop(IMAGE)  # the remaining arrays stay in ``columns``
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         facts = {
             "is_probability": states_probability(self.predictor),
@@ -451,7 +450,7 @@ class Guard:
         return answers, outcomes
 
     def _likely_flags(self, outcomes: Outcomes) -> Flags:
-        """For every row, whether its answer is likely right; None if there is no estimate."""
+        """Return for every row whether the answer is likely right; None if there is no estimate."""
         if self.likely is None:
             return [None] * len(outcomes)
         return self.likely.flags_of_new(outcomes.uncertainty)
@@ -459,7 +458,7 @@ class Guard:
     def _answer(
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
     ) -> Answer:
-        """The answer about one row of the outcomes."""
+        """Return the answer about a row of the outcomes."""
         key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
@@ -494,7 +493,7 @@ class Guard:
 
 
 def _probability_of(outcomes: Outcomes, row: int) -> float | None:
-    """Probability of failure of a row; None if the outcomes have none."""
+    """Return the probability of failure of a row; None if the outcomes have no probabilities."""
     if outcomes.failure_probability is not None:
         return float(outcomes.failure_probability[row])
     if outcomes.is_probability:
@@ -503,14 +502,14 @@ def _probability_of(outcomes: Outcomes, row: int) -> float | None:
 
 
 def require_same_model(guard: Guard, backbone: Backbone) -> None:
-    """Raise ProvenanceError if a model is not the one that the guard's predictor was fitted on."""
+    """Raise ProvenanceError if the predictor of a guard was fitted on another model."""
     guard.vocabulary.space.require_match(
         backbone.space, name=str(guard.folder), other_name=f"the model {backbone.space.backbone}"
     )
 
 
 def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
-    """The answer of a guard about an image without a score."""
+    """Return the answer of a guard about an image without a score."""
     decision: str | None = None
     if guard.calibration is not None and guard.calibration.has_rule:
         decision = REVIEW
@@ -525,37 +524,37 @@ def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
 
 
 def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """The text of a row in a column of texts; None if the outcomes have no such column."""
+    """Return the text of a row in a column of texts; None if the outcomes have no such column."""
     if texts is None:
         return None
     return texts[row]
 
 
 def join_arrays(part: PartRows) -> dict[str, Tensor]:
-    """Join the blocks of every array of embedded images; map the names to the arrays."""
+    """Join the blocks of every array of embedded images. Return the arrays by name."""
     return {name: torch.cat(blocks) for name, blocks in part.arrays.items()}
 
 
 def runners_up_of(
     predictor: FailurePredictor, batch: Batch, names: Sequence[str]
 ) -> list[RunnersUp]:
-    """The runners-up of every row: the most likely answers except the judged answer.
+    """Return the runners-up of every row: the most likely answers except the judged answer.
 
-    If the predictor judges adapted answers, the probabilities come from its own posterior,
-    otherwise from the zero-shot posterior.
+    If the predictor judges adapted answers, the probabilities come from the posterior of the
+    predictor, otherwise from the zero-shot posterior.
     """
     log_posterior_of: Callable[[Batch], Tensor] = log_posterior
     if predictor.answer == "adapted":
         log_posterior_of = predictor.log_posterior
-    judged_batch = predictor.judged(batch)  # its ``prediction`` is the judged answer
+    judged_batch = predictor.judged(batch)  # ``prediction`` of this batch is the judged answer
     n_classes = len(batch.text)
     if len(batch.index) == 0 or n_classes < 2:
         return [()] * len(batch.index)
     with torch.no_grad():
         posterior = log_posterior_of(judged_batch).exp()
     answer = judged_batch.prediction.to(posterior.device)[:, None]
-    # The judged answer gets -1, which is below the probability of every other answer. There are at
-    # least k other answers, so the judged answer is never among the k likeliest.
+    # The judged answer gets -1, which is below all other probabilities. There are at least k other
+    # answers, so the judged answer is never among the k likeliest.
     masked_posterior = posterior.scatter(1, answer, -1.0)
     k = min(MAX_RUNNERS_UP, n_classes - 1)
     likeliest = masked_posterior.topk(k, dim=1)
@@ -569,7 +568,7 @@ def runners_up_of(
 
 
 def record_of(index: int, image: ImageLike) -> ImageRecord:
-    """The record of an image. Its key is its path, or the number ``index`` if it has no path."""
+    """Return the record of an image. The key is the path, or without a path ``index``."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         return ImageRecord(str(path), None, lambda: read_file(path))

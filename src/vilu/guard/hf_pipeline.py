@@ -16,7 +16,7 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""A list with a single entry, a dictionary: the answer about one image."""
+"""A list with a single entry, a dictionary: the answer about an image."""
 
 
 def register() -> None:
@@ -37,9 +37,9 @@ def register() -> None:
 
 
 class SelectivePipeline:
-    """A guard's answers in the format of the task "zero-shot-image-classification".
+    """Answers of a guard in the format of the task "zero-shot-image-classification".
 
-    - One image gives a list with one entry, the model's answer.
+    - A single image gives a list with a single entry, the answer of the model.
     - A list of images gives a list of such lists.
     - Any other iterable, such as a data set, gives an iterator over such lists, in bounded memory.
 
@@ -48,22 +48,23 @@ class SelectivePipeline:
     - ``label``, ``failure_probability``, ``decision``, ``reason``, ``zero_shot``, ``likely`` and
       ``quantile``: as in ``vilu.Answer``.
     - ``score``: the probability that the label is right, 1 - ``failure_probability``.
-    - ``runners_up``: the next most likely answers, each with ``label`` and its probability as
+    - ``runners_up``: the next most likely answers, each with ``label`` and the probability as
       ``score``.
 
-    Values that are not known are None: a bad image has a reason and no label.
+    Unknown values are None: a bad image has a reason and no label.
 
-    This class is no ``transformers.Pipeline``. Such a pipeline moves a network and its processors
-    between devices, but here the guard holds the network and its preprocessing.
+    This class is no ``transformers.Pipeline``. A ``transformers.Pipeline`` moves a network and
+    processors between devices, but here the guard holds the network and the preprocessing.
 
     Args:
-        model: The guard, which has classes, prompts, device and batch size.
+        model: The guard, with classes, prompts, device and batch size.
         task: Name of the task.
-        settings: Only ``dtype="auto"``, which ``transformers.pipeline`` adds, is allowed.
+        settings: Only ``dtype="auto"`` is allowed, because ``transformers.pipeline`` adds this
+            setting.
 
     Raises:
-        UsageError: If ``model`` is no guard, if there are other settings, or if an image is neither
-            a path, nor bytes, nor a Pillow image.
+        UsageError: If ``model`` is no guard, if there are further settings, or if an image is
+            neither a path, nor bytes, nor a Pillow image.
     """
 
     # Without these attributes ``transformers.pipeline`` would load processors in addition to the
@@ -82,14 +83,14 @@ class SelectivePipeline:
             )
         self.model = model
         self.task = task
-        if settings.get("dtype") == "auto":  # ``transformers.pipeline`` has added it
+        if settings.get("dtype") == "auto":  # ``transformers.pipeline`` adds this setting
             settings.pop("dtype")
         _refuse_settings(settings)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
-        """The entries of one image, or of every image of a list or iterable."""
+        """Return the entries of an image, or of every image of a list or iterable."""
         _refuse_settings(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             (answer,) = self.model([images])
@@ -112,7 +113,7 @@ def _refuse_settings(settings: Iterable[str]) -> None:
 
 
 def _entries(answer: Answer) -> Entries:
-    """The entries of one image, from the answer about it."""
+    """Return the entries of an image, from the answer about the image."""
     score: float | None = None
     if answer.failure_probability is not None:
         score = 1 - answer.failure_probability

@@ -1,4 +1,4 @@
-"""Export image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
+"""Export image tower, classes, predictor and rule as a single ONNX file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PIXELS = "pixels"
 """Name of the input."""
 
 EMBEDDINGS = "image"
-"""Name of the output with the embeddings. In a graph of only a predictor, it names the input."""
+"""Name of the output with the embeddings. In a graph of only a predictor, name of the input."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
@@ -50,14 +50,14 @@ ADVICE_PREDICTOR_ALONE = (
 """Last sentence of errors about the image tower."""
 
 TRIED_BATCH_SIZES = (1, 2, 7)
-"""Sizes of the batches of random pictures with which an export is tested."""
+"""Batch sizes for the test of an export with random pictures."""
 
 
 class ImageGraph(nn.Module):
     """The graph from pixels (N, 3, H, W) to the answers of a guard.
 
     Attributes:
-        arrays: Names of the arrays that the image tower makes: embeddings, and for some predictors
+        arrays: Names of the arrays from the image tower: embeddings, and for some predictors
             features.
         limits: Floor and threshold (2, K) of every answer (``limits_of``); None without a rule.
         outputs: Names of the outputs of ``forward``, in order.
@@ -71,7 +71,7 @@ class ImageGraph(nn.Module):
         self.text = nn.Buffer(vocabulary.text)
         self.dtype = getattr(torch, vocabulary.dtype)
         columns = guard.predictor.columns_to_score
-        words: Tensor | None = None  # embeddings of everyday words, if the score compares with them
+        words: Tensor | None = None  # embeddings of everyday words, if the score needs words
         if NEGATIVES in columns:
             words = nn.Buffer(vocabulary.columns[NEGATIVES])
         self.words = words
@@ -84,7 +84,7 @@ class ImageGraph(nn.Module):
             self.outputs = (*OUTPUT_NAMES, ACCEPT, *self.arrays)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Embeddings (N, D), and features (N, F) if the score uses them.
+        """Return embeddings (N, D), and features (N, F) if the score uses features.
 
         All numbers are rounded to the number format of the store.
         """
@@ -96,7 +96,7 @@ class ImageGraph(nn.Module):
         return tuple(array.to(self.dtype).float() for array in arrays)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Uncertainty (N,), answer (N,), is_accepted (N,) if there is a rule, then the arrays."""
+        """Return uncertainty (N,), answer (N,), is_accepted (N,) with a rule, and the arrays."""
         arrays = self.embed(pixels)
         uncertainty, answer = self.score(**self.inputs(arrays))
         if self.limits is None:
@@ -109,7 +109,7 @@ class ImageGraph(nn.Module):
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> GraphInputs:
-        """Inputs of the score by name: arrays, texts, and everyday words if it uses them."""
+        """Return the inputs of the score by name: arrays, texts, and everyday words if needed."""
         inputs = dict(zip(self.arrays, arrays, strict=True))
         inputs["text"] = self.text
         if self.words is not None:
@@ -118,20 +118,20 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """The rule that decides which answers of a guard are accepted; None without a rule."""
+    """Return the rule that decides which answers of a guard are accepted; None without a rule."""
     if guard.calibration is None:
         return None
     return guard.calibration.rule
 
 
 def limits_of(guard: Guard) -> Tensor | None:
-    """Floor and threshold (2, K) of every answer; None without a rule."""
+    """Return floor and threshold (2, K) of every answer; None without a rule."""
     rule = rule_of(guard)
     if rule is None:
         return None
     names = guard.names
     # The limits are computed for K answers, one answer per class. If the rule has a threshold per
-    # class, the group of an answer is its class.
+    # class, the group of an answer is the class of the answer.
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
@@ -140,7 +140,7 @@ def limits_of(guard: Guard) -> Tensor | None:
 
 
 def export_fingerprint(folder: str | Path) -> str:
-    """Digest of the inputs of an export: predictor, rule and classes of a folder."""
+    """Return a digest of the inputs of an export: predictor, rule and classes of a folder."""
     return inputs_digest(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
 
 
@@ -151,7 +151,7 @@ def export_image_graph(
     models: str | Path | None = None,
     backbone: Backbone | None = None,
 ) -> float:
-    """Write backbone, classes, predictor and rule of a folder as one ONNX file.
+    """Write backbone, classes, predictor and rule of a folder as a single ONNX file.
 
     The input is ``pixels`` (N, 3, H, W) float32 for any N >= 1: images after the backbone's
     ``preprocess``. Decoding, resizing and scaling are not in the file.
@@ -162,31 +162,32 @@ def export_image_graph(
     - ``prediction`` (N,) int64, an index into the classes. The metadata list the classes
       (``vilu.classes``, JSON).
     - ``accept`` (N,) bool, if the folder has a rule.
-    - ``image`` (N, D) float32, embeddings of unit norm, rounded as ``vilu.Guard`` rounds them.
-    - ``features`` (N, F), if the predictor uses them.
+    - ``image`` (N, D) float32, embeddings of unit norm, rounded in the same way as in
+      ``vilu.Guard``.
+    - ``features`` (N, F), if the predictor uses features.
 
-    The file is tested before it is written: onnxruntime runs it on random pictures.
+    Before writing, the file is tested: onnxruntime runs the graph on random pictures.
 
-    1. Embeddings may differ from torch's by one step of their number format.
-    2. Uncertainties and answers must be the predictor's for these embeddings, with the tolerance of
-       ``export_onnx``.
-    3. Decisions must be the rule's.
+    1. Embeddings of the file and of torch may differ by one step of the number format.
+    2. Uncertainties and answers must agree with the predictor on these embeddings, within the
+       tolerance of ``export_onnx``.
+    3. Decisions must agree with the rule.
 
     Args:
-        folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` write it; or
-            a ``vilu.Selective``.
+        folder: A predictor with classes, as written by ``vilu triage`` and ``vilu calibrate``; or a
+            ``vilu.Selective``.
         path: The file to write; an existing file must be an earlier export.
         models: As in ``vilu.Guard``.
-        backbone: As in ``vilu.Guard``. It must be on the CPU.
+        backbone: As in ``vilu.Guard``. The backbone must be on the CPU.
 
     Returns:
         The largest difference between an uncertainty of the file and of torch for the same pixels.
 
     Raises:
         NotExportable: If the predictor has no graph, if the image tower cannot be written as ONNX
-            or runs in bfloat16, or if there is only one class.
+            or runs in bfloat16, or if there is only a single class.
         UsageError: If ``path`` holds another kind of file, if the rule needs more than an image and
-            its answer, or if the predictor uses several views of an image.
+            the answer, or if the predictor uses several views of an image.
         DataError: If the file gives other results than torch.
 
     Example::
@@ -202,8 +203,8 @@ def export_image_graph(
     guard = Guard(folder, models=models, device="cpu", backbone=backbone)
     _require_graph(guard)
     graph = ImageGraph(guard).eval()
-    # Torch runs before the export, because a tower may be loaded on its first use, and the export
-    # must not record the loading.
+    # Torch runs before the export. A tower may be loaded at the first use, and the export must not
+    # record the loading.
     test_batches = []
     for n_pictures in TRIED_BATCH_SIZES:
         pixels = _random_pixels(n_pictures, guard.backbone)
@@ -237,10 +238,10 @@ def _require_graph(guard: Guard) -> None:
 
 
 def _metadata_of_file(guard: Guard) -> dict[str, str]:
-    """The metadata of the file: first the entries of the whole graph, then those of the predictor.
+    """Return the metadata of the file: entries of the whole graph, then of the predictor.
 
-    The entries of the predictor are last, because ``vilu.artifacts.paths`` looks for them near the
-    end of a file.
+    The entries of the predictor are last, because ``vilu.artifacts.paths`` looks for these entries
+    near the end of a file.
     """
     space = guard.vocabulary.space
     decision = ""
@@ -256,7 +257,7 @@ def _metadata_of_file(guard: Guard) -> dict[str, str]:
 
 
 def _random_pixels(n_pictures: int, backbone: Backbone) -> Tensor:
-    """Pixels (N, 3, H, W) of random pictures, from large patches to fine grain."""
+    """Return pixels (N, 3, H, W) of random pictures, from large patches to fine grain."""
     generator = np.random.default_rng(n_pictures)
     pictures = []
     for index in range(n_pictures):
@@ -273,13 +274,13 @@ def _check_file(
     content: bytes,
     test_batches: list[tuple[Tensor, tuple[Tensor, ...]]],
 ) -> float:
-    """Run a file on test batches, and compare its results with those of torch.
+    """Run a file on test batches, and compare the results with torch.
 
     Args:
-        guard: The guard that was exported.
-        graph: Its graph in torch.
+        guard: The exported guard.
+        graph: The graph of the guard in torch.
         content: Content of the file.
-        test_batches: For every batch: pixels, and the arrays that torch makes of them.
+        test_batches: For every batch: pixels, and the arrays from torch.
 
     Returns:
         The largest difference between an uncertainty of the file and of torch.
@@ -301,9 +302,9 @@ def _check_file(
         if rule is not None:
             names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
-        # Compared after the loop: the predictor alone, on the embeddings that the file gives.
+        # Compared after the loop: the predictor alone, on the embeddings from the file.
         results.append((graph.inputs(arrays), uncertainty, answer))
-        # Compared here: the whole graph, by the uncertainties of the embeddings that torch gives.
+        # Compared here: the whole graph, by the uncertainties for the embeddings from torch.
         expected_uncertainty, _, is_clear = reference_scores(
             guard.predictor, graph.inputs(torch_arrays)
         )
@@ -314,9 +315,9 @@ def _check_file(
 
 
 def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float) -> None:
-    """Raise DataError if embeddings are too far from torch's.
+    """Raise DataError if embeddings of the file and of torch differ too much.
 
-    They may differ by one step of their number format, and by the rounding of sums, which is
+    Allowed differences are one step of the number format, and the rounding of sums. The rounding is
     proportional to the largest number of a row.
 
     Args:
@@ -337,6 +338,6 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float)
 
 
 def _require_same_decisions(accepted: np.ndarray, expected_decisions: np.ndarray) -> None:
-    """Raise DataError if the decisions of the file are not the rule's."""
+    """Raise DataError if the decisions of the file differ from the decisions of the rule."""
     if not np.array_equal(accepted, expected_decisions):
         raise DataError("the exported graph does not decide as the rule does. Nothing was written.")

@@ -1,8 +1,8 @@
 """Metrics of failure prediction: functions of ``(uncertainty, failure)`` in float64.
 
-Ties are handled exactly, and no metric depends on the order of the rows. ``failure`` is 1 where the
-frozen model is wrong. A higher uncertainty means that the answer is more likely wrong. A metric is
-NaN where it is undefined, for example if all answers are right. Invalid input raises a
+Ties are handled exactly, and no metric depends on the order of the rows. ``failure`` is 1 for wrong
+answers of the frozen model. A higher uncertainty means a higher chance of a wrong answer. An
+undefined metric is NaN, for example AUROC if all answers are right. Invalid input raises a
 ``DataError``. Each name is imported on first use.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vilu.metrics.selective import risk_at_coverage as risk_at_coverage
     from vilu.metrics.selective import risk_coverage_curve as risk_coverage_curve
 
-# maps each module to its public names, separated by spaces
+# maps each module to the public names of the module, separated by spaces
 _NAMES_OF_MODULE = {
     "vilu.metrics.bootstrap": "Difference Interval bootstrap_interval paired_bootstrap",
     "vilu.metrics.catalog": "DEFAULT_METRICS METRICS Metric",
@@ -52,7 +52,7 @@ _MODULE_OF_NAME = {
 __all__ = [*_MODULE_OF_NAME]  # noqa: PLE0604 - the keys are strings
 
 
-if not TYPE_CHECKING:  # a type checker that sees ``__getattr__`` would accept every name
+if not TYPE_CHECKING:  # with ``__getattr__``, a type checker would accept every name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF_NAME:

@@ -2,14 +2,14 @@
 
 Resampling is stratified: every resample has as many wrong and as many correct answers as the
 sample, so no metric becomes undefined. The intervals are conditional on the accuracy of the frozen
-model, because the accuracy is not what is compared.
+model, because the accuracy is not compared.
 
 The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
 are grouped, and the time is of order resamples · groups.
 
-Rows that show the same picture are not independent. If it is known which rows show the same
-picture, pictures are resampled together with all their rows. There are three strata: pictures with
+Rows of the same picture are not independent. If the picture of each row is known, pictures are
+resampled together with all rows of the picture. There are three strata: pictures with
 only right answers, with only wrong answers, and with both. Therefore, if every row of a data set is
 repeated, no interval changes.
 """
@@ -43,7 +43,7 @@ from vilu.validation import checked, require_at_least, require_between
 MAX_RESAMPLES = 1_000_000
 """Maximum number of resamples. More resamples would hardly change an interval."""
 RESAMPLED_GROUPS = 2**13
-"""Maximum number of rows that are drawn one by one, and maximum number of groups of scores.
+"""Maximum number of rows for drawing row by row, and maximum number of groups of scores.
 
 If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
@@ -53,7 +53,7 @@ CELLS = 2**18
 
 
 class Interval(NamedTuple):
-    """A metric and its percentile interval.
+    """A metric and a percentile interval.
 
     Examples:
         >>> import vilu
@@ -69,9 +69,9 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Metric of a minus metric of b, with its percentile interval and p-value.
+    """Metric of a minus metric of b, with a percentile interval and a p-value.
 
-    The p-value is two-sided, for the hypothesis that there is no difference. If the differences of
+    The p-value is two-sided, for the hypothesis of no difference. If the differences of
     all n resamples have the same sign, the p-value is 2 / (n + 1).
 
     Examples:
@@ -91,10 +91,10 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number and its values on bootstrap resamples.
+    """A number, and the values of this number on bootstrap resamples.
 
     Arithmetic with quantities also computes the bootstrap values, so every result has an interval.
-    Quantities of the same test rows share their resamples. Therefore the difference between two
+    Quantities of the same test rows share the resamples. Therefore the difference between two
     such quantities is paired.
     """
 
@@ -111,7 +111,7 @@ class Quantity:
         # The generator depends only on S, so means over equally many seeds draw the same seeds.
         generator = np.random.default_rng(n_seeds)
         drawn_seeds = generator.integers(n_seeds, size=(n_seeds, n_resamples))
-        # (S, B) for each of the B resamples, the values with its S drawn seeds
+        # (S, B) for each of the B resamples, the values with the S drawn seeds
         values_of_drawn_seeds = np.take_along_axis(per_seed, drawn_seeds, axis=0)
         return cls(float(np.mean(values)), draws=values_of_drawn_seeds.mean(axis=0))
 
@@ -124,7 +124,7 @@ class Quantity:
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
-        """Slope of the least-squares line through n quantities, the i-th of them at ``x[i]``."""
+        """Slope of the least-squares line through n quantities; quantity i is at ``x[i]``."""
         centred = x - x.mean()
         weights = centred / np.square(centred).sum()  # the slope is the sum of weights * values
         values = np.array([quantity.value for quantity in quantities])
@@ -154,13 +154,13 @@ class Quantity:
         return float(min(1.0, 2 * (1 + smaller_tail) / (1 + len(self.draws))))
 
     def difference(self, confidence: float) -> Difference:
-        """Interval and p-value of this quantity, which is a difference between two quantities."""
+        """Interval and p-value of this quantity, a difference between two quantities."""
         return Difference(*self.interval(confidence), self.p_value())
 
 
 @runtime_checkable
 class OwnInterval(Protocol):
-    """A kernel that computes its own interval, because its values on resamples are biased."""
+    """A kernel with its own interval, because values on resamples are biased."""
 
     interval_note: ClassVar[str]  # text on how the interval is computed
 
@@ -174,11 +174,11 @@ class OwnInterval(Protocol):
 
 
 class SortedScores:
-    """Scores that are sorted once, so that any choice of rows can be counted fast."""
+    """Scores that are sorted once. After that, any choice of rows can be counted fast."""
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
         # ``value`` (G,) holds the distinct scores, ascending. ``group`` (N,) holds, for each row,
-        # the index of its score in ``value``.
+        # the index in ``value`` of the score of the row.
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
         right_rows = np.flatnonzero(~failure)
         wrong_rows = np.flatnonzero(failure)
@@ -186,14 +186,14 @@ class SortedScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Number of array entries that one resample needs."""
+        """Number of array entries for one resample."""
         return len(self.group)
 
     def counts(self, *drawn_rows: Ints) -> TieCounts:
         """Counts (B, G) of B resamples.
 
         ``drawn_rows`` has two arrays of row indices: the drawn right rows (B, ·), and the drawn
-        wrong rows (B, ·). A row that is drawn several times counts several times.
+        wrong rows (B, ·). If a row is drawn several times, the row counts several times.
         """
         right_rows, wrong_rows = drawn_rows
         return TieCounts(
@@ -203,15 +203,15 @@ class SortedScores:
         )
 
     def observed_counts(self) -> TieCounts:
-        """Counts (1, G) of the sample itself: every row counts once."""
+        """Counts (1, G) of the sample itself, with each row once."""
         right_rows, wrong_rows = self.strata
         return self.counts(right_rows[None], wrong_rows[None])
 
     def _rows_per_score(self, rows: Ints) -> Ints:
-        """Number (B, G) of the drawn rows (B, ·) that have each score."""
+        """Number (B, G) of drawn rows with each score, from the drawn rows (B, ·)."""
         n_resamples = len(rows)
         n_scores = len(self.value)
-        # One call of bincount counts all resamples: resample b has the cells from b * n_scores on.
+        # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[rows] + first_cell
         counts = np.bincount(cells.ravel(), minlength=n_resamples * n_scores)
@@ -246,7 +246,7 @@ def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[t
 
 
 def block_sizes(n_resamples: int, max_size: int) -> list[int]:
-    """Sizes of the blocks into which the resamples are divided: up to ``max_size``, at least 1."""
+    """Divide the resamples into blocks; return the block sizes, from 1 to ``max_size``."""
     size = max(1, max_size)
     return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
@@ -279,8 +279,8 @@ def bootstrap_intervals(
     else:
         n_units = picture_number.max() + 1  # pictures are resampled
     if n_units > RESAMPLED_GROUPS:
-        # Counts are drawn instead of rows. They have the same distribution, and the time for a draw
-        # does not grow with the number of rows.
+        # Counts are drawn instead of rows. The drawn counts have the same distribution, and the
+        # time for a draw does not grow with the number of rows.
         if picture_number is None:
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
         return _picture_intervals(
@@ -292,9 +292,7 @@ def bootstrap_intervals(
     )
     if not other_kernels:
         return intervals
-    observed_counts = (
-        scores.observed_counts()
-    )  # (1, G): the sample itself, as if it were a resample
+    observed_counts = scores.observed_counts()  # (1, G): the sample itself, as a resample
     draws = resampled(other_kernels, scores, n_resamples, seed)
     for name, kernel in other_kernels.items():
         value = float(kernel(observed_counts)[0])
@@ -335,7 +333,7 @@ def counted_intervals(
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
-    A resample has as many correct and as many wrong answers as the sample. They are drawn from two
+    A resample has as many correct and as many wrong answers as the sample. Both are drawn from two
     multinomial distributions over the scores. With at most ``most_groups`` distinct scores this is
     exactly the distribution of the bootstrap over rows.
 
@@ -394,8 +392,8 @@ def _picture_intervals(
     score_of_row = np.searchsorted(counts.value, uncertainty)
     group_of_row = group_indices(counts)[score_of_row]
     scores = PictureScores.of(groups.value, group_of_row, failure, picture).merge_equal_pictures()
-    # A score has up to two entries, one of right rows and one of wrong rows. So half the number of
-    # entries is comparable with the number of scores, which ``counted_intervals`` uses.
+    # A score has up to two entries: one for right rows and one for wrong rows. So half the number
+    # of entries is comparable with the number of scores in ``counted_intervals``.
     cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
     sizes = block_sizes(n_resamples, max_size=CELLS // cells_per_resample)
     blocks = scores.resample_blocks(np.random.default_rng(seed), sizes)
@@ -413,7 +411,7 @@ def _intervals_from_groups(
     n_resamples: int,
     confidence: float,
 ) -> dict[str, Interval]:
-    """Intervals of the metrics of ``counts`` (G,), from resamples of their ``groups``.
+    """Intervals of the metrics of ``counts`` (G,), from resamples of ``groups``.
 
     ``groups`` are the counts of groups of neighbouring scores. ``blocks`` has the counts of
     ``n_resamples`` resamples of the groups.
@@ -426,7 +424,7 @@ def _intervals_from_groups(
         value = float(kernel(counts))
         drawn_values = draws[name]
         # Nearly every metric is between 0 and 1. The clipped values stay in this range, unless the
-        # value or a drawn value lies outside it.
+        # value or a drawn value lies outside the range.
         lowest = min(drawn_values.min(), value, 0.0)
         highest = max(drawn_values.max(), value, 1.0)
         value_of_groups = float(kernel(groups))
@@ -439,7 +437,7 @@ def _intervals_from_groups(
 def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
     """Counts of at most ``max_groups`` groups of neighbouring scores.
 
-    The value of a group is the mean score of its rows.
+    The value of a group is the mean score of the rows in the group.
     """
     if len(counts.value) <= max_groups:
         return counts
@@ -454,7 +452,7 @@ def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCo
 
 
 def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints:
-    """For each score (G,), the index of its group, from 0 on."""
+    """For each score (G,), the index of the group of the score, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
     n_below = counts.accepted - counts.size  # number of rows with a smaller score
@@ -466,7 +464,7 @@ def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints
 def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
     """Resampled counts (B, G): as many rows as ``counts`` (G,) has, drawn with repetition."""
     drawn_counts = np.zeros((n_resamples, len(counts)), np.int64)
-    filled_scores = np.flatnonzero(counts)  # indices of the scores that have rows
+    filled_scores = np.flatnonzero(counts)  # indices of the scores with at least one row
     if len(filled_scores):
         n = int(counts.sum())
         share = counts[filled_scores] / n
@@ -482,9 +480,9 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """The intervals of the kernels that are ``OwnInterval``, and all other kernels, both by name.
+    """Intervals of the kernels of type ``OwnInterval``, and all remaining kernels, both by name.
 
-    ``counts`` (G,) are the counts of the sample. ``picture`` (N,) are the picture numbers of its
+    ``counts`` (G,) are the counts of the sample. ``picture`` (N,) are the picture numbers of the
     rows, None if no picture has several rows. If some pictures have several rows, an interval is
     computed from the effective counts of independent rows (see ``independent_counts``).
     """
@@ -509,7 +507,7 @@ def resampled(
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples.
 
-    A metric that needs both wrong and right answers is NaN where one kind is missing.
+    A metric that needs both wrong and right answers is NaN if a resample lacks one kind.
     """
     blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
     return values_of(kernels, blocks, n_resamples)
@@ -518,7 +516,7 @@ def resampled(
 def values_of(
     kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on blocks of resamples; one block is in memory at a time."""
+    """Values (B,) of several metrics on blocks of resamples; only one block is in memory."""
     values: dict[str, list[Floats]] = {name: [] for name in kernels}
     with track("bootstrap", n_resamples, "resamples") as task:
         for counts in blocks:
@@ -540,18 +538,18 @@ def bootstrap_interval(
     seed: int = 0,
     picture: ArrayLike | None = None,
 ) -> Interval:
-    """A metric with its stratified percentile bootstrap interval.
+    """A metric with a stratified percentile bootstrap interval.
 
     Args:
-        metric: A name of ``METRICS``, or a kernel that maps ``TieCounts`` (B, G) to values (B,).
+        metric: A name of ``METRICS``, or a kernel from ``TieCounts`` (B, G) to values (B,).
         uncertainty: (N,) scores, higher = more likely wrong.
         failure: (N,) 1 where the answer is wrong, else 0.
         n_resamples: Number of resamples.
         confidence: Coverage of the interval, in (0, 1).
         seed: Seed of the resampling.
-        picture: (N,) whole numbers, equal for rows that show the same picture, -1 where the picture
-            is not known. If some pictures have several rows, pictures are resampled with all their
-            rows.
+        picture: (N,) whole numbers, equal for rows of the same picture, -1 where the picture is
+            not known. If some pictures have several rows, pictures are resampled with all rows of
+            the picture.
 
     Returns:
         Value, lower end and upper end. All three are NaN if the metric is undefined.
@@ -603,12 +601,12 @@ def paired_bootstrap(
 
         p = min(1, 2 (1 + k) / (1 + n))
 
-    k is the smaller of two counts: the resamples whose difference is at most 0, and the resamples
-    whose difference is at least 0. So p is never 0.
+    k is the smaller of two counts: the number of resamples with a difference of at most 0, and the
+    number of resamples with a difference of at least 0. So p is never 0.
 
     Arguments and errors are as in ``bootstrap_interval``, but with two uncertainties (N,). The
-    result is the metric of a minus the metric of b, the ends of its interval, and the p-value. All
-    four are NaN if the metric is undefined.
+    result is the metric of a minus the metric of b, the two ends of the interval, and the p-value.
+    All four numbers are NaN if the metric is undefined.
 
     Examples:
         >>> import numpy as np, vilu
@@ -633,8 +631,8 @@ def paired_bootstrap(
     if np.isnan(observed_difference):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     blocks = []
-    # Both have the same strata, so either can draw the rows. The scores that need more memory per
-    # resample draw them, so that the blocks are small enough for both.
+    # The strata of a and b are the same, so a or b can draw the rows. The scores with more memory
+    # per resample draw the rows, so that the blocks are small enough for a and b.
     larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
         for drawn_rows in resampled_rows(larger_scores, n_resamples, seed):
@@ -642,7 +640,7 @@ def paired_bootstrap(
             blocks.append(difference)
             task.advance(len(difference))
     differences = np.concatenate(blocks)
-    # A kernel with its own interval is biased, and resampling adds the bias once more. The added
+    # A kernel of type ``OwnInterval`` is biased, and resampling adds the bias once more. The added
     # biases of a and b may differ. So the differences are centred on the observed difference.
     if isinstance(kernel, OwnInterval):
         differences += observed_difference - differences.mean()
@@ -688,10 +686,10 @@ def resampled_across(
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on resamples without strata.
 
-    The resamples depend only on the number of rows, the seed and the pictures. So they are the same
-    for all kinds of answers to the same rows, and differences of their values are paired.
+    The resamples depend only on the number of rows, the seed and the pictures. So all kinds of
+    answers to the same rows have the same resamples, and differences of values are paired.
     """
-    # A unit is drawn as a whole: a picture with all its rows, or a single row. ``unit`` (N,) is the
+    # A unit is drawn as a whole: a picture with all rows, or a single row. ``unit`` (N,) is the
     # number of the unit of each row.
     unit = np.arange(len(uncertainty)) if picture is None else picture
     n_units = int(unit.max(initial=-1)) + 1
@@ -708,10 +706,10 @@ def resampled_across(
 
 
 class _TiedRows(NamedTuple):
-    """Rows in ascending order of their uncertainties, so that tied rows are neighbours."""
+    """Rows in ascending order of uncertainty; tied rows are neighbours."""
 
     order: Ints  # (N,) row indices in ascending order of uncertainty
-    starts: Ints  # (G,) index in ``order`` at which each distinct uncertainty begins
+    starts: Ints  # (G,) index in ``order`` of the first row with each distinct uncertainty
     value: Floats  # (G,) distinct uncertainties, ascending
     wrong: Ints  # (N,) 1 where the answer is wrong, in the same order as ``order``
 
@@ -735,7 +733,7 @@ def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -
     If the metric is defined for probabilities only, the uncertainties are checked first.
     """
     if not isinstance(metric, str):
-        return metric  # it is a kernel already
+        return metric  # ``metric`` is a kernel already
     named_metric = get_metric(metric)
     if named_metric.of_probability:
         for scores in uncertainty:
@@ -744,7 +742,7 @@ def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:
-    """Refuse an invalid number of resamples, or a confidence that is not in (0, 1)."""
+    """Refuse an invalid number of resamples, or a confidence outside (0, 1)."""
     require_at_least("n_resamples", n_resamples, 1)
     if n_resamples > MAX_RESAMPLES:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The metrics by name. The convention of a metric is recorded with its results."""
+"""The metrics by name. Results record the convention of each metric."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ from vilu.metrics.selective import (
 from vilu.registry import ADDERS, Catalogue
 
 Kernel = Callable[[TieCounts], Floats]
-"""Function that maps counts (..., G) to values (...) of a metric."""
+"""Function from counts (..., G) to values (...) of a metric."""
 
 Question = Literal["failure", "within", "outside"]
-"""What the uncertainty is to predict (``Metric.question``)."""
+"""Question about a row, to be answered by the uncertainty (``Metric.question``)."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric with all its conventions fixed.
+    """A metric with fixed conventions.
 
     Attributes:
-        title: Heading of its column in tables.
-        kernel: Function that maps counts (..., G) to values (...) of the metric.
-        convention: Text that says which of the definitions in the literature is used.
+        title: Heading of the column in tables.
+        kernel: Function from counts (..., G) to values (...) of the metric.
+        convention: Text on the chosen definition, where the literature has several definitions.
         of_probability: Whether the metric is defined only for failure probabilities.
         higher_is_better: Whether a higher value is better.
         percent: Whether tables show the metric in percent.
-        wanted: "always": ``evaluate`` computes the metric, and its table shows it. "evaluated":
-            ``evaluate`` computes it, and the table shows it only if metrics are chosen. "chosen":
-            it is computed only if it is chosen.
-        name: Name by which the metric is chosen.
-        question: What the uncertainty is to predict. "failure": whether the answer is wrong, for
-            all pictures. "within": the same, for pictures of the classes only. "outside": whether
-            a picture is of none of the classes. "within" and "outside" are evaluated only if some
-            pictures are of none of the classes.
+        wanted: "always": ``evaluate`` computes the metric, and tables show the metric.
+            "evaluated": ``evaluate`` computes the metric, but tables show the metric only if the
+            user chooses metrics. "chosen": the metric is computed only if the user chooses the
+            metric.
+        name: Name for choosing the metric.
+        question: Question to be answered by the uncertainty. "failure": is the answer wrong?
+            "within": the same question, for pictures of the classes only. "outside": is the picture
+            of none of the classes? "within" and "outside" are evaluated only if some pictures are
+            of none of the classes.
         across_answers: Whether the metric can also compare different answers to the same rows. For
-            example, the risk at a coverage can do this. A metric that depends only on the ranking
-            cannot, because different answers are wrong in different rows.
+            example, this is possible for the risk at a coverage. A metric of the ranking alone
+            cannot do this, because different answers are wrong in different rows.
 
     Examples:
         >>> import vilu
@@ -76,13 +77,13 @@ class Metric:
     across_answers: bool = False
 
     def show(self, value: float, sign: str = "") -> str:
-        """A value as tables show it; ``sign="+"`` also gives a positive value a sign."""
+        """Format a value for tables; ``sign="+"`` adds a sign to positive values."""
         if self.percent:
             return f"{100 * value:{sign}.1f}"
         return f"{value:{sign}.3g}"
 
     def brackets(self, low: float, high: float, sign: str = "") -> str:
-        """An interval as tables show it."""
+        """Format an interval for tables."""
         return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
@@ -98,7 +99,7 @@ _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear 
 _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
 # maps a risk to the title of the metric "coverage at this risk"
 _COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
-# maps the name of each built-in metric to the metric, which still lacks its name
+# maps the name of each built-in metric to the metric, at first without a name
 _ENTRIES = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
@@ -198,7 +199,7 @@ METRICS.registered.update({name: replace(metric, name=name) for name, metric in 
 def evaluated_metrics() -> list[str]:
     """Names of the metrics that ``evaluate`` computes by default.
 
-    The built-in metrics come first, then the metrics that were added.
+    The built-in metrics come first, then the added metrics.
     """
     return [name for name, metric in METRICS.items() if metric.wanted != "chosen"]
 
@@ -226,11 +227,11 @@ def get_metric(name: str) -> Metric:
 
 
 def add_metric(metric: Metric) -> None:
-    """Add a metric in this process. It is evaluated and shown like the built-in metrics.
+    """Add a metric in this process. The metric is evaluated and shown like the built-in metrics.
 
     Raises:
         UsageError: If the metric has no name, if another metric has the same name, or if the kernel
-            does not return one value per resample.
+            does not return a single value per resample.
     """
     registered_metric = METRICS.registered.get(metric.name)
     is_same = registered_metric == metric  # the same metric may be added again
@@ -254,7 +255,7 @@ def add_metric(metric: Metric) -> None:
 
 
 def _add_if_metric(candidate: object) -> bool:
-    """Add an object if it is a metric; return whether it is a metric."""
+    """Add ``candidate`` if it is a metric, and return whether it is a metric."""
     if not isinstance(candidate, Metric):
         return False
     add_metric(candidate)
@@ -265,9 +266,9 @@ ADDERS["a vilu.metrics.catalog.Metric"] = _add_if_metric
 
 
 def not_in_percent(metrics: Iterable[Metric]) -> str:
-    """Text that follows "in percent" and names the metrics that tables do not show in percent.
+    """Text after "in percent" that names the metrics in other units.
 
-    It is "" if all of these metrics are shown in percent.
+    The text is "" if all of these metrics are shown in percent.
     """
     titles = [metric.title for metric in metrics if not metric.percent]
     if not titles:

@@ -22,8 +22,9 @@ class TieCounts:
     """Numbers of correct and wrong answers at each distinct score, the most trusted score first.
 
     Rows with equal uncertainty are one operating point, so the counts do not depend on the order of
-    the rows. All axes before the last one are axes of bootstrap resamples. If a resample has no row
-    with some score, its counts at this score are zero, and the score has no effect on its metrics.
+    the rows. All axes before the last axis are axes of bootstrap resamples. If a resample has no
+    row with some score, the counts at this score are zero, and the score does not affect the
+    metrics.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
@@ -37,17 +38,17 @@ class TieCounts:
 
     @cached_property
     def accepted_correct(self) -> Ints:
-        """Number (..., G) of correct answers whose uncertainty is at most this score."""
+        """Number (..., G) of correct answers with an uncertainty of at most this score."""
         return self.correct.cumsum(-1)
 
     @cached_property
     def accepted_wrong(self) -> Ints:
-        """Number (..., G) of wrong answers whose uncertainty is at most this score."""
+        """Number (..., G) of wrong answers with an uncertainty of at most this score."""
         return self.wrong.cumsum(-1)
 
     @cached_property
     def accepted(self) -> Ints:
-        """Number (..., G) of answers whose uncertainty is at most this score."""
+        """Number (..., G) of answers with an uncertainty of at most this score."""
         return self.accepted_correct + self.accepted_wrong
 
     @property
@@ -67,24 +68,24 @@ class TieCounts:
 
     @cached_property
     def with_roles_exchanged(self) -> TieCounts:
-        """Counts in which ``correct`` counts the wrong answers, and ``wrong`` the correct answers.
+        """Counts with exchanged roles: ``correct`` counts wrong answers, ``wrong`` correct answers.
 
-        The scores are negated, so that the least trusted score is first.
+        The scores are negated, so the least trusted score is first.
         """
         return TieCounts(
             -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
         )
 
     def with_positive(self, positive: Positive) -> TieCounts:
-        """Counts in which ``correct`` counts the answers of the class ``positive``.
+        """Counts with the answers of the class ``positive`` as ``correct``.
 
-        The score that is most typical of this class is first.
+        The most typical score of this class is first.
         """
         return self if positive == "correct" else self.with_roles_exchanged
 
 
 def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    """Uncertainty (N,) as float64 and failure (N,) as bool; DataError if they are not valid."""
+    """Uncertainty (N,) as float64 and failure (N,) as bool; DataError for invalid values."""
     scores: Floats = _vector_of_reals(uncertainty, "uncertainty").astype(np.float64, copy=False)
     failures: Floats = _vector_of_reals(failure, "failure").astype(np.float64, copy=False)
     require_same_length(scores, failures)
@@ -118,14 +119,14 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """Copy of a vector of real numbers as float64; ``name`` is its name in error messages."""
+    """Copy a vector of real numbers as float64; error messages use ``name``."""
     return _vector_of_reals(values, name).astype(np.float64)
 
 
 def check_codes(
     values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
 ) -> NDArray[np.int64]:
-    """``values`` (N,) as int64; DataError if they are not whole numbers from ``first`` to ``last``.
+    """``values`` (N,) as int64; DataError unless whole numbers from ``first`` to ``last``.
 
     If ``last`` is None, there is no upper limit. Messages call the values ``name``.
     """
@@ -146,10 +147,10 @@ def check_codes(
 
 
 def _vector_of_reals(values: ArrayLike, name: str) -> NDArray[Any]:
-    """``values`` as a vector of real numbers; ``name`` is their name in error messages."""
+    """``values`` as a vector of real numbers; error messages use ``name``."""
     try:
         array = np.asarray(values)
-    # raised by ragged lists, and by tensors that are on a device or require gradients
+    # raised by ragged lists, and by tensors on a device or with gradients
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
     if array.ndim != 1:
@@ -186,7 +187,7 @@ def tie_counts(
 
 
 def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
-    """Counts (G,) of the rows of one block."""
+    """Count the rows (G,) of one block."""
     value, size = np.unique(scores, return_counts=True)
     # The wrong rows are sorted once more. This takes less time than a search for the score of every
     # row in ``value``.
@@ -199,7 +200,7 @@ def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
 def ratio(
     numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan
 ) -> Floats:
-    """Quotient in float64; it is ``empty`` where the denominator is zero."""
+    """Quotient in float64; ``empty`` where the denominator is zero."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     quotient: Floats = np.full(shape, empty)
     np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
@@ -209,7 +210,7 @@ def ratio(
 def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
     """Copy of the picture identities (N,) as int64; None if ``values`` is None.
 
-    Raises a DataError if they are not n whole numbers of at least 0, or -1 for an unknown picture.
+    Raises a DataError unless all n values are whole numbers of at least 0, or -1 for unknown.
     """
     if values is None:
         return None
@@ -233,9 +234,9 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
 
 
 def first_rows(picture: Ints) -> Ints:
-    """For each row (N,), the index of the first row that shows the same picture.
+    """For each row (N,), the index of the first row with the same picture.
 
-    A row whose picture is not known (-1) gets its own index.
+    A row with an unknown picture (-1) gets the index of the row itself.
 
     Examples:
         >>> import numpy as np
@@ -249,16 +250,17 @@ def first_rows(picture: Ints) -> Ints:
     _, first_of_picture, picture_index = np.unique(
         picture[known_rows], return_index=True, return_inverse=True
     )
-    # for each row in ``known_rows``, the position in ``known_rows`` of the first row of its picture
+    # for each row in ``known_rows``: the position, in ``known_rows``, of the first row of its
+    # picture
     first_position = first_of_picture[picture_index]
     first_row[known_rows] = known_rows[first_position]
     return first_row
 
 
 def repeated_pictures(picture: Ints | None) -> Ints | None:
-    """For each row (N,), the number of its picture; None if no picture has two rows.
+    """For each row (N,), the number of the picture; None if no picture has two rows.
 
-    Pictures are numbered from 0, in the order in which they appear.
+    Pictures are numbered from 0, in the order of the first rows.
 
     Examples:
         >>> import numpy as np

@@ -1,10 +1,10 @@
 """Histogram of the scores of any number of rows, in bounded memory.
 
 Every float64 score has an int64 code, and the codes have the same order as the scores. A bin is a
-code without its lowest ``level`` bits. The level is the smallest one at which at most ``MAX_BINS``
-bins are occupied.
+code without the lowest ``level`` bits. The level is the smallest level at which at most
+``MAX_BINS`` bins are occupied.
 
-The histogram depends only on the scores, not on the order in which rows or parts are added. If a
+The histogram depends only on the scores, not on the order of the added rows or parts. If a
 part of the rows has too many bins at some level, all rows have too many bins at this level, too.
 Therefore the level of a part is never higher than the level of the whole.
 """
@@ -22,7 +22,7 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20
-"""Maximum number of occupied bins; they take 24 MB."""
+"""Maximum number of occupied bins. This many bins take 24 MB."""
 _SMALLEST_MAGNITUDE = 2.0**-512  # scores of a smaller magnitude count as 0
 
 
@@ -31,7 +31,7 @@ def _bits_of(number: float) -> int:
     return np.float64(number).view(np.int64).item()
 
 
-# An octave (the numbers from one power of two to the next) has 2^52 codes. The codes of 0 and of 1
+# An octave (all numbers from a power of two to the next) has 2^52 codes. The codes of 0 and of 1
 # are multiples of 2^52. So at every level a bin starts at 0, and another bin starts at 1.
 # For scores up to 1/2, the code is the bits of the score minus this number:
 _BITS_MINUS_CODE = _bits_of(_SMALLEST_MAGNITUDE) - 2**52
@@ -45,9 +45,9 @@ _BITS_OF_ONE = _bits_of(1.0)
 def codes(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
-    The bits of a float64 would also be a valid code. But if their low bits were dropped, the bins
-    would be fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore
-    the code of a score between 1/2 and 1 comes from the bits of the gap 1 - score, which is exact.
+    The bits of a float64 would also be a valid code. But without the low bits, the bins would be
+    fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore
+    the code of a score between 1/2 and 1 comes from the bits of the exact gap 1 - score.
     To make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
     magnitude = np.abs(scores)
@@ -56,7 +56,7 @@ def codes(scores: Floats) -> Ints:
     code_up_to_half = np.where(is_zero, 0, bits - _BITS_MINUS_CODE)
     is_above_half = scores > 0.5
     is_below_one = scores < 1
-    # For scores that are not between 1/2 and 1, the gap is a constant that is not used.
+    # For scores outside the range from 1/2 to 1, the gap is an unused constant.
     gap = np.where(is_above_half & is_below_one, 1 - scores, _SMALLEST_GAP)
     code_up_to_one = _CODE_OF_ONE - (gap.view(np.int64) - _BITS_OF_SMALLEST_GAP)
     code_from_one = _CODE_OF_ONE + (bits - _BITS_OF_ONE)
@@ -71,8 +71,8 @@ def scores_of(code: Ints) -> Floats:
     is_zero = code_size == 0
     is_above_half = code > _CODE_OF_HALF
     is_below_one = code < _CODE_OF_ONE
-    # Every entry of an array that is viewed as float64 must have valid bits. So entries that are
-    # not used get a constant.
+    # Every entry of an array with a float64 view must have valid bits. So unused entries get a
+    # constant.
     bits_up_to_half = np.where(
         is_zero | is_above_half, _BITS_MINUS_CODE, code_size + _BITS_MINUS_CODE
     )
@@ -93,16 +93,16 @@ def scores_of(code: Ints) -> Floats:
 class Histogram:
     """Numbers of correct and wrong answers in each bin of the score.
 
-    ``a + b`` is the histogram of all rows of both, and it equals ``b + a``. With at most
+    ``a + b`` is the histogram of the rows of ``a`` and ``b``, and equals ``b + a``. With at most
     ``max_bins`` distinct scores a histogram is exact. With more distinct scores, scores in the same
     bin count as tied. Then the error of AUROC is at most ``tied_pairs`` / 2, and in practice far
     smaller.
     """
 
-    bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
+    bins: Ints  # (G,) int64, ascending: codes without the lowest ``level`` bits
     correct: Ints  # (G,) number of correct answers in each bin
     wrong: Ints  # (G,) number of wrong answers in each bin
-    level: int = 0  # number of low bits that are dropped
+    level: int = 0  # number of dropped low bits
     low: float = math.inf  # smallest score; infinity if there is no row
     high: float = -math.inf  # largest score; minus infinity if there is no row
     max_bins: int = MAX_BINS  # maximum number of occupied bins
@@ -146,13 +146,13 @@ class Histogram:
         return self._join([self, other])
 
     def without(self, part: Histogram) -> Histogram:
-        """Histogram without the rows of ``part``, whose answers must all be wrong."""
+        """Histogram without the rows of ``part``. All answers in ``part`` must be wrong."""
         return self.with_counts(self.correct, self.wrong - self.rows_of_part(part))
 
     def with_part_as_wrong(self, part: Histogram) -> Histogram:
-        """Histogram that counts the rows of ``part`` as wrong and all other rows as correct.
+        """Histogram with the rows of ``part`` as wrong, and all remaining rows as correct.
 
-        ``part`` contains some of the rows with wrong answers, and no other rows.
+        ``part`` contains only rows of this histogram with wrong answers.
         """
         n_in_part = self.rows_of_part(part)
         n_not_in_part = self.correct + self.wrong - n_in_part
@@ -188,12 +188,12 @@ class Histogram:
 
     @property
     def n_pictures(self) -> int:
-        """Number of pictures. In a histogram every row counts as a picture of its own."""
+        """Number of pictures. In a histogram every row counts as a separate picture."""
         return self.n
 
     @property
     def rows_per_independent(self) -> float:
-        """Number of rows that count as one independent row: 1, because all are independent."""
+        """Number of rows that count as one independent row: 1, because all rows are independent."""
         return 1.0
 
     def n_independent(self) -> tuple[int, int]:
@@ -207,12 +207,12 @@ class Histogram:
 
     @property
     def exact(self) -> bool:
-        """Whether every distinct score has a bin of its own."""
+        """Whether every distinct score has a separate bin."""
         return self.level == 0
 
     @property
     def note(self) -> str | None:
-        """Note on the precision of metrics of this histogram; None if they are exact."""
+        """Note on the precision of metrics of this histogram; None if the metrics are exact."""
         if self.exact:
             return None
         return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
@@ -245,14 +245,14 @@ class Histogram:
         return n_tied / n_pairs
 
     def counts(self) -> TieCounts:
-        """Counts per score, from which every metric is computed."""
+        """Counts per score, the input of every metric."""
         if not len(self.bins):
             raise DataError("a metric needs at least one row. Got none.")
         return TieCounts(self.values, self.correct, self.wrong)
 
     @staticmethod
     def _join(histograms: list[Histogram]) -> Histogram:
-        """The histogram of all rows of these histograms, of which there is at least one."""
+        """Join one or several histograms into the histogram of all rows."""
         level = max(part.level for part in histograms)
         histogram_of_all_bins = Histogram(
             bins=np.concatenate([part.bins >> (level - part.level) for part in histograms]),
@@ -286,7 +286,7 @@ class Histogram:
 
 
 def _starts_of_equals(bins: Ints) -> Ints:
-    """For each distinct number in the sorted ``bins`` (N,), the index at which it begins."""
-    # Any number that differs from the first one can be prepended. Then index 0 is a start, too.
+    """For each distinct number in the sorted ``bins`` (N,), the index of the first entry."""
+    # A number different from the first entry is prepended, so index 0 is a start, too.
     different_number = ~bins[:1]
     return np.flatnonzero(np.diff(bins, prepend=different_number))

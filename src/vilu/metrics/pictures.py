@@ -1,6 +1,6 @@
 """Scores of rows where several rows may show the same picture.
 
-A resample draws pictures, and a drawn picture is in the resample with all its rows.
+A resample draws pictures. A drawn picture brings all rows of the picture into the resample.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_
 class PictureScores:
     """Counts of rows in E entries, for the bootstrap over P pictures.
 
-    An entry counts the rows of a picture that have the same score and the same correctness.
+    An entry counts the rows of a picture with the same score and the same correctness.
     """
 
     value: Floats  # (G,) distinct scores, ascending
@@ -60,7 +60,7 @@ class PictureScores:
     def strata(self) -> tuple[Ints, Ints, Ints]:
         """Numbers of the pictures with only right answers, with only wrong answers, and with both.
 
-        Each array has the pictures of one stratum.
+        Each array has the pictures of a stratum.
         """
         n_pictures = len(self.n_alike)
         has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
@@ -72,27 +72,26 @@ class PictureScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Number of array entries that one resample needs."""
+        """Number of array entries for one resample."""
         return len(self.picture)
 
     def counts(self, *drawn_pictures: Ints) -> TieCounts:
         """Counts (B, G) of B resamples.
 
-        ``drawn_pictures`` has, for each stratum, the numbers of the drawn pictures (B, ·). A
-        picture that is drawn several times counts several times.
+        ``drawn_pictures`` has, for each stratum, the numbers of the drawn pictures (B, ·). If a
+        picture is drawn several times, the picture counts several times.
         """
         pictures = np.concatenate(drawn_pictures, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
-        # One call of bincount counts all resamples: resample b has the cells from b * n_pictures
-        # on.
+        # One bincount call counts all resamples: the cells of resample b begin at b * n_pictures.
         first_cell = n_pictures * np.arange(n_resamples)[:, None]
         cells = pictures + first_cell
         times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
         return self._counts_of_draws(times.reshape(n_resamples, n_pictures))
 
     def observed_counts(self) -> TieCounts:
-        """Counts (1, G) of the sample itself: every row counts once."""
+        """Counts (1, G) of the sample itself, with each row once."""
         return self._counts_of_draws(self.n_alike[None])
 
     def _counts_of_draws(self, times: Ints) -> TieCounts:
@@ -111,7 +110,7 @@ class PictureScores:
         n_resamples = len(times)
         n_scores = len(self.value)
         n_rows = times[:, self.picture[is_counted]] * self.n_rows[is_counted]
-        # One call of bincount counts all resamples: resample b has the cells from b * n_scores on.
+        # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[is_counted] + first_cell
         # With weights, bincount sums in float64. This is exact for whole numbers below 2^53.
@@ -119,21 +118,21 @@ class PictureScores:
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merge_equal_pictures(self) -> PictureScores:
-        """The same counts, in which one picture stands for all pictures with equal rows.
+        """The same counts, with one picture in place of all pictures with equal rows.
 
-        Only pictures with a single entry are merged. They are equal if score, correctness and
-        number of rows are equal. ``n_alike`` is the number of pictures that each picture stands
-        for.
+        Only pictures with a single entry are merged. Two such pictures are equal if score,
+        correctness and number of rows are equal. ``n_alike`` is the number of pictures that each
+        picture stands for.
         """
         n_pictures = len(self.n_alike)
         n_entries = np.bincount(self.picture, minlength=n_pictures)  # of each picture
-        is_single = n_entries[self.picture] == 1  # whether an entry is the only one of its picture
+        is_single = n_entries[self.picture] == 1  # whether the picture has a single entry
         # Equal keys belong to the same kind of picture.
         key = _join_key(self.n_rows, self.group, self.wrong, n_groups=len(self.value))
         key_of_kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         kind_n_rows, kind_group, kind_wrong = _split_key(key_of_kind, n_groups=len(self.value))
-        # Each kind becomes one picture. Pictures with several entries stay as they are. Their new
-        # numbers follow the numbers of the kinds.
+        # Each kind becomes one picture. Pictures with several entries do not change, but get new
+        # numbers after the numbers of the kinds.
         n_kinds = len(key_of_kind)
         unmerged_pictures, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
         return PictureScores(
@@ -146,10 +145,10 @@ class PictureScores:
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Yield the counts (B, G) of one block of resamples for each size B in ``sizes``.
+        """Yield the counts (B, G) of a block of resamples for each size B in ``sizes``.
 
-        From each stratum, as many pictures are drawn as it has. How often each picture is drawn
-        follows a multinomial distribution.
+        From each stratum, as many pictures are drawn as the stratum has. How often each picture is
+        drawn follows a multinomial distribution.
         """
         for size in sizes:
             times = np.zeros((size, len(self.n_alike)), np.int64)
@@ -162,7 +161,7 @@ class PictureScores:
 
 
 def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int) -> Ints:
-    """Keys (E,): whole numbers, from each of which ``_split_key`` computes the three values."""
+    """Keys (E,): each key is a whole number, and ``_split_key`` computes the three values again."""
     return (number * n_groups + group) * 2 + wrong
 
 
@@ -174,12 +173,12 @@ def _split_key(key: Ints, n_groups: int) -> tuple[Ints, Ints, NDArray[np.bool_]]
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Uncertainties of rows whose failures are known."""
+    """Uncertainties of rows with known failures."""
 
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 1 where the answer is wrong, else 0
-    note: str | None = None  # note that is shown with metrics of these rows
-    # (N,) picture numbers from 0 on; None if every row has a picture of its own
+    note: str | None = None  # note to show with metrics of these rows
+    # (N,) picture numbers from 0 on; None if every row shows a different picture
     picture: Ints | None = None
 
     @property
@@ -209,25 +208,25 @@ class ScoredRows:
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
     def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
-        """The rows at which the ``mask`` (N,) is true."""
+        """The rows with True in the ``mask`` (N,)."""
         picture = None if self.picture is None else repeated_pictures(self.picture[mask])
         return ScoredRows(self.uncertainty[mask], self.failure[mask], self.note, picture)
 
     def counts(self) -> TieCounts:
-        """Counts per score, from which every metric is computed."""
+        """Counts per score, the input of every metric."""
         return tie_counts(self.uncertainty, self.failure)
 
 
 def rows_per_independent(picture: Ints | None) -> float:
     """Number of rows that give as much information as one independent row (Kish 1965).
 
-    It is assumed that the rows of a picture all give the same information. If picture p has m_p of
+    The assumption is that all rows of a picture give the same information. If picture p has m_p of
     the N rows, the number is
 
         (sum_p m_p^2) / N
 
-    If every picture has m rows, the number is m. If the m_p differ, the number is above their mean.
-    If ``picture`` is None, every row has a picture of its own, and the number is 1.
+    If every picture has m rows, the number is m. If the m_p differ, the number is above the mean of
+    the m_p. If ``picture`` is None, every row shows a different picture, and the number is 1.
 
     Examples:
         >>> import numpy as np

@@ -1,8 +1,8 @@
 """Ranking metrics: AUROC, false positive rate at a true positive rate, and average precision.
 
 The metrics measure how well the uncertainty separates wrong answers from correct answers. Every
-metric has two forms: a function of ``(uncertainty, failure)``, and a kernel over ``TieCounts``,
-which returns one value per resample.
+metric has two forms: a function of ``(uncertainty, failure)``, and a kernel over ``TieCounts`` with
+one value per resample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         AUROC = P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2
 
     u⁻ is the uncertainty of a wrong answer, and u⁺ the uncertainty of a correct answer. AUROC does
-    not depend on which class is called positive. It is NaN if there is only one class.
+    not depend on the choice of the positive class. AUROC is NaN if there is only one class.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -54,12 +54,12 @@ def fpr_at_tpr(
 ) -> float:
     """False positive rate where the true positive rate reaches ``level`` (FPR95).
 
-    NaN if there is only one class.
+    The rate is NaN if there is only one class.
 
-    With ``positive="correct"``: the share of wrong answers that are accepted if the share ``level``
-    of the correct answers is accepted. With ``positive="failure"``: the share of correct answers
-    that are rejected if the share ``level`` of the wrong answers is rejected. The two numbers
-    differ.
+    With ``positive="correct"``, accept answers until the share ``level`` of the correct answers is
+    accepted: the rate is the accepted share of wrong answers. With ``positive="failure"``, reject
+    answers until the share ``level`` of the wrong answers is rejected: the rate is the rejected
+    share of correct answers. The two numbers differ.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -70,13 +70,13 @@ def fpr_at_tpr(
             "interpolate": straight lines between operating points, as in the ViLU paper. If several
             points have exactly the true positive rate ``level``, the largest false positive rate is
             taken, as ``numpy.interp`` in the paper's code does.
-            "first": the first operating point whose true positive rate is at least ``level``
+            "first": the first operating point with a true positive rate of at least ``level``
             (fd-shifts, Rel-U, ICPE).
-            "nearest": the operating point whose true positive rate is nearest to ``level``
+            "nearest": the operating point with a true positive rate nearest to ``level``
             (TrustVLM).
 
     All operating points are used. scikit-learn by default drops operating points on straight parts
-    of the curve. This does not change "interpolate", but it can change "first" and "nearest".
+    of the curve. Dropping does not change "interpolate", but can change "first" and "nearest".
 
     Raises:
         UsageError: If ``level``, ``positive`` or ``rule`` is invalid.
@@ -117,7 +117,7 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Average precision of finding correct answers, the least uncertain answers first.
 
     The result is NaN if no answer is correct. The chance level is the accuracy. The code of
-    TrustVLM integrates by trapezoids instead, which is optimistic.
+    TrustVLM integrates by trapezoids instead, and the result is optimistic.
 
     Examples:
         >>> import vilu
@@ -135,7 +135,7 @@ def roc_curve_points(
 ) -> tuple[Floats, Floats]:
     """False positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
 
-    After the point (0, 0) there is one point per distinct uncertainty. All rates are NaN if there
+    After the point (0, 0) there is a point per distinct uncertainty. All rates are NaN if there
     is only one class.
 
     Raises:
@@ -160,10 +160,10 @@ def roc_curve_points(
 def auroc_kernel(counts: TieCounts) -> Floats:
     """AUROC (...), computed in integers up to the last division.
 
-    A pair of a wrong and a correct answer counts 2 if its scores are in the right order, and 1 if
-    they are tied.
+    A pair of a wrong and a correct answer counts 2 if the scores are in the right order, and 1 if
+    the scores are tied.
     """
-    # for each score, 2 for every correct answer below it, and 1 for every correct answer at it
+    # for each score: 2 per correct answer below the score, and 1 per correct answer at the score
     points_per_wrong_answer = 2 * counts.accepted_correct - counts.correct
     points = (counts.wrong * points_per_wrong_answer).sum(-1)
     return ratio(points, 2 * counts.n_correct * counts.n_wrong)
@@ -183,7 +183,7 @@ def fpr_at_tpr_kernel(
     fpr, tpr = _roc_points(counts.with_positive(positive))
     if rule == "first":
         # The rates are ascending. So the number of rates below ``level`` is the index of the first
-        # rate that is not below ``level``.
+        # rate of at least ``level``.
         first_index = (tpr < level).sum(-1)
         return _entries_at(first_index, fpr)
     if rule == "nearest":
@@ -195,8 +195,8 @@ def fpr_at_tpr_kernel(
 def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
     """False positive rate (...) at the true positive rate ``level``, from points (..., G+1).
 
-    The curve is a straight line between the last point whose true positive rate is at most
-    ``level`` and the point after it.
+    Let P be the last point with a true positive rate of at most ``level``. The curve is a straight
+    line from P to the next point.
     """
     index_before = (tpr <= level).sum(-1) - 1
     last_index = tpr.shape[-1] - 1

@@ -1,6 +1,6 @@
 """Calibration of failure probabilities: ECE, Brier score and log-loss.
 
-These metrics are defined only for uncertainties that are probabilities.
+These metrics are defined only for probabilities.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ece(
         ECE = Σ_b (n_b / N) |failure rate_b - mean probability_b|
 
     The sum is over the bins b, and n_b is the number of rows in bin b. The probability is
-    P(failure) itself, not the larger of P(failure) and 1 - P(failure). A bin contains its upper
+    P(failure) itself, not the larger of P(failure) and 1 - P(failure). A bin contains the upper
     edge.
 
     Args:
@@ -77,7 +77,7 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
         log-loss = -(1/N) Σ (failure ln p + (1 - failure) ln(1 - p))
 
     A constant probability p = 1/2 has the score ln 2. Probabilities are clipped to
-    [1e-12, 1 - 1e-12]. Therefore a row with p = 0 that fails adds -ln(1e-12) / N = 27.6 / N.
+    [1e-12, 1 - 1e-12]. Therefore a failed row with p = 0 adds -ln(1e-12) / N = 27.6 / N.
 
     Examples:
         >>> import vilu
@@ -128,13 +128,13 @@ def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Float
         bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
         bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
-        # The share of rows with smaller scores decides in which bin a score is.
+        # The share of rows with smaller scores decides on the bin of a score.
         n_below = counts.accepted - counts.size
         bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
     leading_shape = counts.size.shape[:-1]  # the axes of resamples
     n_resamples = int(np.prod(leading_shape))
-    # One call of bincount sums over all resamples: resample r has the cells from r * bins on.
+    # One bincount call sums over all resamples: the cells of resample r begin at r * bins.
     first_cell = bins * np.arange(n_resamples)[:, None]
     cells = bin_of_score.reshape(n_resamples, -1) + first_cell
     sums = []
@@ -147,23 +147,23 @@ def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Float
 
 
 CLEAR_ERRORS = 2.0
-"""A gap is clear if it is at least this many standard errors; see ``BinnedError``."""
+"""A gap of at least this many standard errors is clear; see ``BinnedError``."""
 
 
 @dataclass(frozen=True)
 class BinnedError:
-    """The kernel of ``ece``, with an interval that corrects for the bias of the ECE.
+    """The kernel of ``ece``, with an interval corrected for the bias of the ECE.
 
     The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
-    minus expected failures, divided by the number of all rows. A gap contains noise e_b, so its
+    minus expected failures, divided by the number of all rows. A gap contains noise e_b, so the
     absolute value is too large on average, by up to E|e_b| per bin. For example, the estimate is
-    9 % on 180 rows of a calibrated predictor, whose true ECE is 0. Resampled rows add this bias
-    once more, so their percentiles lie above T.
+    9 % on 180 rows of a calibrated predictor with a true ECE of 0. Resampled rows add this bias
+    once more, so the percentiles lie above T.
 
     Therefore the noise is drawn instead of rows:
 
-    1. e_b is normal. Its variance is the variance of the mean of (failure - p) 1[row in bin b]. If
-       the variance would be larger for a calibrated predictor, the larger variance is taken.
+    1. e_b is normal. The variance of e_b is the variance of the mean of (failure - p) 1[row in bin
+       b]. If this variance would be larger for a calibrated predictor, the larger one is taken.
     2. For every draw of the noise, T(g) = sum_b |g_b + e_b| is computed.
     3. The same is done for the clear gaps c: c_b is g_b if |g_b| is at least two standard errors,
        else 0.
@@ -207,7 +207,7 @@ class BinnedError:
         return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
-        """Gap (bins,) of every bin as a share of all rows, and its standard error (bins,)."""
+        """Gap (bins,) of every bin as a share of all rows, and standard error (bins,)."""
         p = counts.value
         n = float(counts.n)
         gap_of_score = counts.wrong - p * counts.size
@@ -226,7 +226,7 @@ class BinnedError:
         gap, square, calibrated_variance = [sum_of_bin / n for sum_of_bin in sums]
         observed_variance = square - gap**2
         larger_variance = np.maximum(observed_variance, calibrated_variance)
-        variance = np.maximum(larger_variance, 0)  # rounding can make it slightly negative
+        variance = np.maximum(larger_variance, 0)  # rounding can give a value below 0
         return gap, np.sqrt(variance / n)
 
 

@@ -1,6 +1,6 @@
-"""Selective prediction: the error rate of the answers that are kept if uncertain ones are rejected.
+"""Selective prediction: the error rate of the kept answers if uncertain answers are rejected.
 
-The coverage is the share of answers that are kept. The selective risk is the share of wrong answers
+The coverage is the share of kept answers. The selective risk is the share of wrong answers
 among the kept answers. The order of answers with equal uncertainty is unknown, so metrics take the
 expected number of wrong answers. Within a block of tied answers this number grows linearly.
 """
@@ -21,9 +21,9 @@ Convention = Literal["mean", "trapezoid"]
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
 TABLE_SIZE = 2**21
-"""Number of harmonic numbers in a table, which is used if a data set has fewer rows than that.
+"""Number of harmonic numbers in a table. The table is used for data sets with fewer rows.
 
-The table takes 16 MB. To read it is five times as fast as to compute logarithms.
+The table takes 16 MB. Reading the table is five times as fast as computing logarithms.
 """
 
 
@@ -34,8 +34,8 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
     R_i is the selective risk of the i most trusted answers.
 
     - "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), as the expectation over the order of tied rows.
-      Reference implementations leave tied rows in the order of the input. Their value depends on
-      this order.
+      Reference implementations leave tied rows in the order of the input. The value then
+      depends on this order.
     - "trapezoid" integrates over the distinct uncertainties by trapezoids. Below the smallest
       coverage the risk is taken as constant. fd-shifts reports this value times 1000.
 
@@ -79,7 +79,8 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Excess AURC divided by the excess AURC of a random order: 0 is perfect, 1 is random.
 
-    The AURC of a random order is the failure rate. The result is NaN if there is only one class.
+    The AURC of a random order is the failure rate. The result is NaN if all answers are right or
+    all answers are wrong.
 
     Examples:
         >>> import vilu
@@ -94,8 +95,8 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
 
-    Lower is better. The generalised risk is the share of all N answers that are kept and wrong.
-    With the accuracy a,
+    Lower is better. The generalised risk is the share of wrong and kept answers among all N
+    answers. With the accuracy a,
 
         AUGRC = (1 - AUROC) a (1 - a) + (1 - a)² / 2
 
@@ -137,7 +138,7 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
     The result is 0 if there is no such threshold.
 
     A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
-    given sample. It is no guarantee for new data (see ``vilu.certify``).
+    given sample, and is no guarantee for new data (see ``vilu.certify``).
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].
@@ -187,7 +188,7 @@ def naurc_kernel(counts: TieCounts) -> Floats:
     """Normalised AURC (...); see ``naurc``."""
     aurc_of_random_order = ratio(counts.n_wrong, counts.n)
     random_excess = aurc_of_random_order - _aurc_of_best_order(counts)
-    # With only one class the denominator is exactly zero, so the result is NaN.
+    # If all answers are right or all are wrong, the denominator is zero and the result is NaN.
     return ratio(excess_aurc_kernel(counts), random_excess)
 
 
@@ -205,8 +206,8 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     # be rounded up to 8.
     n_accepted = np.ceil(np.round(counts.n * coverage, 9))
     n_before = counts.accepted - counts.size
-    # For each score (..., G), how many of its rows are accepted. At the last accepted score this
-    # may be only a part of the rows.
+    # number (..., G) of accepted rows at each score. At the last accepted score this may be only
+    # a part of the rows.
     n_at_score = np.clip(n_accepted[..., None] - n_before, 0, counts.size)
     error_rate = ratio(counts.wrong, counts.size, empty=0.0)
     n_wrong = (n_at_score * error_rate).sum(-1)
@@ -236,8 +237,8 @@ def _harmonic(n: Ints) -> Floats:
 def _harmonic_of_large(n: Ints) -> Floats:
     """Harmonic numbers H_n (...) of large n, from ln n + γ + 1 / 2n - 1 / 12n².
 
-    The next term of this series is below 1e-20. The result is correct only for n that are too large
-    for ``_HARMONIC``. For a smaller n it is a number that callers do not use.
+    The next term of this series is below 1e-20. The result is correct only for n too large
+    for ``_HARMONIC``. For a smaller n the result is wrong, and callers do not use the result.
     """
     smallest_large = len(_HARMONIC)
     large = np.maximum(n, smallest_large).astype(np.float64)
@@ -247,7 +248,7 @@ def _harmonic_of_large(n: Ints) -> Floats:
 
 @cache
 def _harmonic_table() -> Floats:
-    """Table of H_0 to H_(TABLE_SIZE - 1), computed when it is needed for the first time."""
+    """Table of H_0 to H_(TABLE_SIZE - 1), computed on first use."""
     large = np.arange(len(_HARMONIC), TABLE_SIZE)
     return np.concatenate([_HARMONIC, _harmonic_of_large(large)])
 
@@ -278,8 +279,8 @@ def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
     n_before = counts.accepted - counts.size
-    # Shift the risks by one score. The first score gets the risk of the last score, which is not
-    # used: the risk is constant below the smallest coverage.
+    # Shift the risks by one score. The first score gets the risk of the last score. This entry is
+    # not used, because the risk is constant below the smallest coverage.
     risk_of_previous = np.roll(risk, 1, axis=-1)
     risk_at_left = np.where(n_before > 0, risk_of_previous, risk)
     twice_area = (counts.size * (risk_at_left + risk)).sum(-1)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 ACCEPT = "accept"
-"""Decision about an answer that is accepted."""
+"""Decision to accept an answer."""
 
 REVIEW = "review"
-"""Decision about an answer that is not accepted: a person or another model should review it."""
+"""Decision not to accept an answer: a person or another model should review the answer."""
 
 ABOVE = "above_threshold"
-"""Reason why an answer is not accepted: its uncertainty is above the threshold."""
+"""Reason why an answer is not accepted: the uncertainty is above the threshold."""
 
 NOT_COVERED = "not_covered"
-"""Reason why an answer is not accepted: the guarantee is about certain photos, not about this."""
+"""Reason why an answer is not accepted: the photo is not among the photos of the guarantee."""
 
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 
-This is more probable than a picture of one of the classes with a wrong answer.
+The other possible reason for a failure, a wrong answer within the classes, is less probable.
 """

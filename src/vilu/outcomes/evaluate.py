@@ -27,7 +27,7 @@ from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # a warning follows if more than this share of rows repeat a picture
 MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or if fewer are right
-MAX_SENTENCES = 3  # largest number of sentences that a warning lists
+MAX_SENTENCES = 3  # maximum number of sentences in a warning
 
 
 @checked
@@ -39,27 +39,27 @@ def evaluate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ResultTable:
-    """Metrics of one or several methods, over rows with both an uncertainty and a known failure.
+    """Compute metrics of one or several methods over rows with an uncertainty and a known failure.
 
     Args:
-        outcomes: One or several ``Outcomes`` or ``ScoreFolder``. They may differ in method, data
-            set, split and seed.
+        outcomes: One or several ``Outcomes`` or ``ScoreFolder``. The method, the data set, the
+            split and the seed may differ.
         metrics: Names from ``vilu.metrics.METRICS``. By default these are ``DEFAULT_METRICS`` and
-            all metrics that were added, with two exceptions. Metrics of probabilities are left out
-            if there is neither a calibrated ``failure_probability`` nor an uncertainty that is a
-            probability. Metrics of the questions "within" and "outside" are left out if all rows
-            belong to one of the classes.
+            all added metrics, with two exceptions. Metrics of probabilities are left out if there
+            is no calibrated ``failure_probability`` and the uncertainty is not a probability.
+            Metrics of the questions "within" and "outside" are left out if all rows belong to one
+            of the classes.
         n_resamples: Number of bootstrap resamples; 0: no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        One row per set of outcomes and metric. The value of an undefined metric is None, and the
-        row has the reason.
+        One row per set of outcomes and metric. If a metric is undefined, the value is None and
+        the row has the reason.
 
-    If several rows show one picture (``Outcomes.picture``), the numbers of rows and of pictures are
-    reported, and pictures are resampled in place of rows. A data set that contains every row twice
-    therefore has the same intervals as one that contains every row once.
+    If several rows show the same picture (``Outcomes.picture``), the numbers of rows and of
+    pictures are reported, and pictures are resampled in place of rows. Therefore the intervals do
+    not change if every row of a data set is repeated.
 
     Warns:
         UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, if more than
@@ -132,7 +132,7 @@ def _join_sentences(sentences: list[str]) -> str:
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
-    """The metrics with these names; if there are no names, all metrics that suit the rows."""
+    """Return the metrics in ``names``; if ``names`` is None, all suitable metrics."""
     if names is not None:
         return {name: get_metric(name) for name in names}
     metrics = {}
@@ -152,14 +152,14 @@ def _is_suitable(metric: Metric, tally: Tally) -> bool:
 
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
-    """The counts of one or several ``Outcomes`` or ``ScoreFolder``."""
+    """Count the rows of one or several ``Outcomes`` or ``ScoreFolder``."""
     if isinstance(outcomes, Tallied):
         return [outcomes.tally()]
     tallies = []
     for item in outcomes:
         if not isinstance(item, Tallied):
             wrong_value: object = item
-            if hasattr(outcomes, "shape"):  # the message names an array, not its elements
+            if hasattr(outcomes, "shape"):  # the message names the whole array
                 wrong_value = outcomes
             raise UsageError(
                 "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
@@ -189,7 +189,7 @@ class Comparison:
     # number of rows with a wrong answer; for the question "outside", rows of none of the classes
     n_failures: int
     convention: str  # convention of the metric, where the literature has several
-    why: str | None = None  # why the metric is undefined; None if it is defined
+    why: str | None = None  # why the metric is undefined; None for a defined metric
     n_pictures: int | None = None  # number of pictures; None if every row shows another picture
 
     def __str__(self) -> str:
@@ -231,7 +231,7 @@ def compare(
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that one of the methods could not score are left out for both methods. Rows of one picture
+    Rows without a score of one method are left out for both methods. Rows of one picture
     are resampled together.
 
     The two methods may judge different answers for the same rows, for example zero-shot and adapted
@@ -247,10 +247,10 @@ def compare(
         seed: Seed of the resampling.
 
     Raises:
-        ProvenanceError: If the rows are not the same: their number, ids or failures differ.
+        ProvenanceError: If the number of rows, the ids or the failures differ.
         DataError: If no row is left, or if the metric needs probabilities and a method has none.
         UsageError: If the metric is unknown, if a setting is out of range, or if the methods judge
-            different answers and the metric measures their ranking only.
+            different answers and the metric measures only the ranking of answers.
 
     Examples:
         >>> import vilu
@@ -274,7 +274,7 @@ def compare(
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
-    if metric_to_compare.question == "within":  # only rows that belong to one of the classes
+    if metric_to_compare.question == "within":  # only rows of one of the classes
         rows &= ~a.outside
     uncertainty_a, failure_a = _uncertainty_and_failure(a, rows)
     uncertainty_b, failure_b = _uncertainty_and_failure(b, rows)
@@ -331,7 +331,7 @@ def _method_name(outcomes: Outcomes) -> str | None:
 
 
 def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Message: this metric cannot compare two kinds of answers, but some other metrics can."""
+    """Message: this metric cannot compare two kinds of answers, but some metrics can."""
     comparable = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. {_scores_name(a)} "
@@ -343,8 +343,7 @@ def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Picture number of every row in the mask ``rows`` (N,); None if no picture repeats.
 
-    The numbers come from ``a`` if two rows of ``a`` show the same picture. Otherwise they come from
-    ``b``.
+    The numbers come from ``a`` if two rows of ``a`` show the same picture, or else from ``b``.
     """
     for outcomes in (a, b):
         picture = repeated_pictures(outcomes.identities(rows))
@@ -356,7 +355,7 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
     """The outcomes with the probability of failure in place of the uncertainty.
 
-    The calibrated probability is used if there is one.
+    A calibrated probability is preferred.
     """
     if outcomes.failure_probability is not None:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
@@ -388,13 +387,13 @@ class Resampling(NamedTuple):
 
 
 UNDEFINED = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
-"""Result of a metric that is undefined for some rows."""
+"""Result of an undefined metric."""
 
 
 def _result_rows(
     tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
 ) -> list[ResultRow]:
-    """One row per metric, in the order of ``metrics``."""
+    """Make one row per metric, in the order of ``metrics``."""
     scores = tally.scores
     if not scores.n:
         raise DataError(
@@ -444,10 +443,10 @@ def _result_rows(
 def _intervals(
     tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the names of the metrics to their values and intervals.
+    """Map the names of the metrics to values and intervals.
 
-    Metrics of the same rows share their resamples. Metrics that need probabilities are left out if
-    there are no probabilities.
+    Metrics of the same rows share the resamples. Metrics of probabilities are left out if there
+    are no probabilities.
     """
     # The keys are the ``id`` of the rows, because the rows are not hashable.
     sources: dict[int, Scores] = {}
@@ -476,7 +475,7 @@ def _why_no_value(metric: Metric, tally: Tally) -> str:
 def _measure(
     source: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the names of the metrics to their values, with intervals if these can be computed.
+    """Map the names of the metrics to values, with intervals if intervals can be computed.
 
     Intervals need ``resampling.n`` > 0, and both failures and successes.
     """
@@ -522,7 +521,7 @@ def _uncertainty_and_failure(
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes that differ in their number of rows, their ids, or ``outside``."""
+    """Refuse outcomes with a different number of rows, different ids, or different ``outside``."""
     names = f"{_scores_name(a)} and {_scores_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
@@ -541,7 +540,7 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes that differ in their failures, because they judge different answers."""
+    """Refuse outcomes with different failures, because the judged answers differ."""
     _require_equal(a, b, values_name="failures", values_a=a.failure, values_b=b.failure)
 
 
@@ -553,7 +552,7 @@ def _require_equal(
     values_a: NDArray[Any],
     values_b: NDArray[Any],
 ) -> None:
-    """Refuse outcomes whose values (N,) differ in some row."""
+    """Refuse outcomes with different values (N,) in some row."""
     differing_rows = np.flatnonzero(values_a != values_b)
     if len(differing_rows):
         raise ProvenanceError(
@@ -564,7 +563,7 @@ def _require_equal(
 
 
 def _warnings_of_repeats(tally: Tally) -> list[str]:
-    """A list with one warning if more than ``MANY_REPEATS`` of the rows repeat a picture.
+    """Return a list with one warning if more than ``MANY_REPEATS`` of the rows repeat a picture.
 
     Otherwise the list is empty.
     """
@@ -578,9 +577,11 @@ def _warnings_of_repeats(tally: Tally) -> list[str]:
 
 
 def _warnings_of_few_answers(tally: Tally) -> list[str]:
-    """One warning for each kind of answers with fewer than ``MIN_OF_EACH_KIND`` answers.
+    """Make one warning for each kind of answers with fewer than ``MIN_OF_EACH_KIND`` answers.
 
-    The kinds are wrong answers, right answers and others. Answers for one picture count once.
+    The kinds are wrong answers and right answers. If some pictures are of none of the classes,
+    wrong answers within the classes and pictures of none of the classes are two more kinds.
+    Several answers for one picture count once.
     """
     n_wrong, n_right = tally.scores.n_independent()
     n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
@@ -601,11 +602,11 @@ KIND_IN_WORDS = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Maps the question of a metric to words for a row about which the answer is yes."""
+"""Maps the question of a metric to the words for a row with the answer "yes"."""
 
 
 def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
-    """Why a metric is undefined: the answer to its question is yes for no row, or for all rows."""
+    """Why a metric is undefined: the answer to its question is "yes" for no row or for all rows."""
     if n_failures == 0:
         return f"none of {n} answers is {KIND_IN_WORDS[question]}"
     return f"all of {n} answers are {KIND_IN_WORDS[question]}"

@@ -1,4 +1,4 @@
-"""Outcomes: answers with their uncertainty, and whether they are wrong."""
+"""Outcomes: answers with uncertainties, and the failures of the answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Checked mask (N,) of the rows that belong to none of the classes.
+    """Checked mask (N,) of the rows outside all classes.
 
     ``target`` (N,) must be unknown in such rows.
     """
@@ -51,7 +51,8 @@ def check_texts(
     """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
     if values is None:
         return None
-    # A single text, whose elements are characters, is refused. So are collections without an order.
+    # A single text is refused, because its elements are characters. Collections without an order
+    # are refused too.
     is_no_list = isinstance(values, str | Set | Mapping)
     if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
@@ -67,7 +68,7 @@ def check_texts(
 
 
 def require_decisions(decisions: Sequence[str | None] | None) -> None:
-    """Refuse decisions other than "accept" and "review"; older versions of vilu wrote others."""
+    """Refuse decisions other than "accept" and "review", such as decisions of older versions."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
         first_unknown = min(unknown, key=str)
@@ -120,27 +121,27 @@ Scores = ScoredRows | Histogram
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of the rows of one method on one data set, from which metrics are computed."""
+    """Counts of the rows of one method on one data set. Metrics are computed from these counts."""
 
-    scores: Scores  # evaluable rows: those with an uncertainty and a known failure
-    within: Scores  # evaluable rows that belong to one of the classes
-    outside: Scores  # all evaluable rows, where "wrong" means that a row is of none of the classes
-    n_unlabelled: int  # number of rows with an uncertainty whose failure is unknown
+    scores: Scores  # evaluable rows: rows with an uncertainty and a known failure
+    within: Scores  # evaluable rows of pictures that belong to one of the classes
+    outside: Scores  # all evaluable rows; "wrong" means that the row is of none of the classes
+    n_unlabelled: int  # number of rows with an uncertainty and an unknown failure
     n_unusable: int  # number of rows without an uncertainty
-    # The evaluable rows, with the probability of failure as their score. This is the calibrated
+    # The evaluable rows, with the probability of failure as the score. This is the calibrated
     # probability, or else the uncertainty if it is a probability. None without a probability.
     probability: Scores | None
     method: str | None = None  # name of the predictor
     dataset: str | None = None  # name of the data set
-    split: str | None = None  # name of its split
+    split: str | None = None  # name of the split of the data set
     seed: int | None = None  # seed of the predictor
-    answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
+    answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
     sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
     has_clusters: bool = False  # whether clusters are resampled, and not pictures
-    n_seen_in_fit: int = 0  # number of rows that were used to fit the predictor, as far as known
+    n_seen_in_fit: int = 0  # number of rows used to fit the predictor, as far as known
 
     def rows_for(self, metric: Metric) -> Scores | None:
-        """Rows from which a metric is computed; None if it needs probabilities that are missing."""
+        """Return the rows for a metric; None if the metric needs probabilities and none exist."""
         if metric.of_probability:
             return self.probability
         rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
@@ -148,7 +149,7 @@ class Tally:
 
 
 def facts_of(scores: object) -> dict[str, Any]:
-    """Names and values of the fields in ``FACT_FIELDS``, which identify scores."""
+    """Names and values of the fields in ``FACT_FIELDS``."""
     return {name: getattr(scores, name) for name in FACT_FIELDS}
 
 
@@ -157,7 +158,7 @@ class Tallied(Protocol):
     """Scores that can be evaluated: ``Outcomes`` or a ``ScoreFolder``."""
 
     def tally(self) -> Tally:
-        """The counts from which metrics are computed."""
+        """Return the counts from which metrics are computed."""
 
 
 DECISION_COLUMNS = ("decision", "decision_reason", "label_set")
@@ -207,20 +208,20 @@ TYPE_OF_FACT = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-"""Maps a field that has one value for all rows to the type of this value."""
+"""Maps each field with one value for all rows to the type of this value."""
 
 FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
 """Optional columns that parts of ``concat`` may lack; rows of such parts get missing values."""
 
 PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
-"""Entries of the provenance that say how hard the problem is."""
+"""Entries of the provenance that describe the difficulty of the problem."""
 
 ADDED_ENTRIES = ("n_seen_in_fit", "n_compared_with_fit")
-"""Entries of the provenance that are numbers of rows, which ``concat`` adds up."""
+"""Entries of the provenance with numbers of rows; ``concat`` adds up these numbers."""
 
 
 def _require_alike(first: Outcomes, part: Outcomes) -> None:
-    """Raise DataError if two outcomes are not of one method, or not of one problem."""
+    """Raise DataError if two outcomes differ in the method or in the problem."""
     for name in ("method", "answer", "class_names", "is_probability"):
         _require_equal(name, getattr(first, name), getattr(part, name))
     for name in PROBLEM_ENTRIES:
@@ -256,7 +257,7 @@ def _join_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noq
 
 
 def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries that are equal in all parts; numbers of rows are added up."""
+    """The entries with equal values in all parts; numbers of rows are added up."""
     joined: dict[str, Any] = {}
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
@@ -269,7 +270,7 @@ def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _common_value(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
-    """The value that all entries have; None if their values differ."""
+    """The common value of all entries; None if the values differ."""
     if any(value != values[0] for value in values):
         return None
     return values[0]
@@ -290,28 +291,28 @@ class Outcomes:
     """Uncertainty and failure of N answers, and optional further columns.
 
     Attributes:
-        uncertainty: Uncertainty (N,) float64, higher = more likely wrong. It may be NaN only in
-            rows with a ``reason``.
+        uncertainty: Uncertainty (N,) float64, higher = more likely wrong. The uncertainty is NaN
+            only in rows with a ``reason``.
         failure: Failure (N,) int64: 1 = wrong answer, 0 = right answer, -1 = unknown.
         prediction: Judged answers (N,) int64, -1 where there is no answer.
         target: Right answers (N,) int64, -1 where unknown or where there is none (``outside``). As
             an argument, -2 means outside.
-        outside: Mask (N,) of the rows that belong to none of the classes. Any answer is wrong in
-            such a row. As an argument, an empty array means that there is no such row.
-        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows that show the same
+        outside: Mask (N,) of the rows of pictures that belong to none of the classes. Any answer is
+            wrong in such a row. As an argument, an empty array means that there is no such row.
+        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows of the same
             picture have the same number. None if no picture is known.
-        cluster: Names of the clusters of the N rows (bursts, pages, ...), whose rows may be wrong
-            together; None in rows that are alone.
+        cluster: Names of the clusters of the N rows (bursts, pages, ...). The rows of a cluster may
+            be wrong together. None in rows without a cluster.
         ids: Identifiers of the N rows.
         class_names: Names of the candidates; predictions and targets are indices of this list.
         method: Name of the predictor.
         dataset: Name of the data set.
-        split: Name of its split.
+        split: Name of the split of the data set.
         seed: Seed of the predictor.
         answer: Kind of the judged answers: "zero_shot", "adapted" or "given".
         zero_shot: Zero-shot answers (N,) int64, -1 where there is none; None if zero-shot answers
             are judged.
-        reason: Reason for every row why it has no uncertainty ("nonfinite", "zero_norm", "k<2",
+        reason: Reason why a row has no uncertainty ("nonfinite", "zero_norm", "k<2",
             "short_pool"); None in rows with an uncertainty.
         provenance: Origin of the scores as plain JSON (fingerprints, number of candidates, pool
             size, ...).
@@ -319,10 +320,10 @@ class Outcomes:
         failure_probability: Calibrated probability of failure (N,) float64, NaN where the
             uncertainty is NaN; None without a calibration.
         decision: "accept" or "review" for every row; None without a rule.
-        decision_reason: Reason for every row why it is not accepted ("above_threshold",
-            "below_floor", "outside", "not_certified", "not_selected", "not_covered", or its
-            ``reason``); None in accepted rows.
-        label_set: Label set of every row, as a JSON list of the candidates in it; None in rows
+        decision_reason: Reason why a row is not accepted ("above_threshold", "below_floor",
+            "outside", "not_certified", "not_selected", "not_covered", or the ``reason`` of the
+            row); None in accepted rows.
+        label_set: Label set of every row, as a JSON list of the candidates in the set; None in rows
             without an uncertainty.
 
     Raises:
@@ -410,7 +411,7 @@ class Outcomes:
         if target is None:
             target = np.full(len(self.uncertainty), UNKNOWN)
         outside: NDArray[np.bool_] = target == OUTSIDE
-        # A mask without True is not checked, because its length may be wrong after
+        # A mask without True is not checked, because the mask may have the wrong length after
         # ``dataclasses.replace`` with fewer rows.
         if np.any(self.outside):
             outside |= check_outside(self.outside, target)
@@ -427,7 +428,7 @@ class Outcomes:
         object.__setattr__(self, "outside", outside)
 
     def _check_uncertainty(self) -> None:
-        """Check uncertainties and probabilities, which must be missing in the same rows."""
+        """Check uncertainties and probabilities. Both must be missing in the same rows."""
         is_missing = np.isnan(self.uncertainty)
         has_reason = np.zeros(len(is_missing), np.bool_)
         if self.reason is not None:
@@ -455,7 +456,7 @@ class Outcomes:
                 )
 
     def _check_facts(self) -> None:
-        """Check the fields that have one value for all rows (``TYPE_OF_FACT``)."""
+        """Check the fields with one value for all rows (``TYPE_OF_FACT``)."""
         for name, kind in TYPE_OF_FACT.items():
             value = getattr(self, name)
             if isinstance(value, np.generic):
@@ -488,7 +489,7 @@ class Outcomes:
         return evaluable
 
     def zero_shot_beside(self, row: int) -> str | None:
-        """Name of the zero-shot answer of a row; None if it is the judged answer, or not known.
+        """Name of the zero-shot answer of a row; None if this answer is judged or not known.
 
         Examples:
             >>> import vilu
@@ -512,7 +513,7 @@ class Outcomes:
         return str(self.class_names[answer])
 
     def take(self, rows: ArrayLike) -> Self:
-        """The rows with these indices, in their order, or the rows in a mask (N,).
+        """Return the rows with these indices in the given order, or the rows in a mask (N,).
 
         Raises:
             DataError: If an index is out of range, or if the mask has another length.
@@ -547,16 +548,16 @@ class Outcomes:
     @staticmethod
     @checked
     def concat(parts: Sequence[Outcomes]) -> Outcomes:
-        """The rows of several outcomes, one part after another.
+        """Join the rows of several outcomes, one part after another.
 
         The parts are scores of different rows by one method, such as the folds of a
-        cross-validation. Data set, split, seed and entries of ``provenance`` are left out if they
-        differ between the parts. Numbers of rows that were seen in the fit are added up.
+        cross-validation. Data set, split, seed and entries of ``provenance`` are left out if the
+        parts differ in the value. The numbers of rows seen in the fit are added up.
 
         Raises:
             UsageError: If there is no part.
-            DataError: If the parts differ in their method, kind of answers, classes, embedding
-                space or pool size, or if only some parts have a column that cannot be filled in.
+            DataError: If the parts differ in the method, kind of answers, classes, embedding space
+                or pool size, or if only some parts have a column that allows no missing values.
 
         Examples:
             >>> import vilu
@@ -582,16 +583,16 @@ class Outcomes:
         return replace(parts[0], **columns)
 
     def to_arrow(self) -> pa.Table:
-        """One row per answer, as a table of pyarrow with names in place of numbers.
+        """Return a pyarrow table with one row per answer, and names in place of numbers.
 
-        The table has the following columns, except columns that the outcomes lack. Unknown values
+        The table has the following columns, unless the outcomes lack the column. Unknown values
         are null.
 
         - ``id``, ``uncertainty``, ``failure`` and ``failure_probability``.
         - ``answer``, ``target`` and ``zero_shot``: names of classes, or numbers if the classes have
           no names. The target of a picture of none of the classes is "(outside)".
         - ``accept``: whether a rule accepts the answer.
-        - ``reason``: why the answer is not accepted, or why it has no uncertainty.
+        - ``reason``: why the answer is not accepted, or why the answer has no uncertainty.
         - ``label_set``: a list of names.
         - ``picture``: the identity of the picture.
 
@@ -637,7 +638,7 @@ class Outcomes:
         """The table of ``to_arrow`` as a data frame of pandas.
 
         Raises:
-            MissingModelError: If pandas is not installed; states how to install it.
+            MissingModelError: If pandas is not installed. The message says how to install pandas.
 
         Examples:
             >>> import vilu
@@ -676,7 +677,7 @@ class Outcomes:
         return None
 
     def tally(self) -> Tally:
-        """The counts from which ``vilu.evaluate`` computes metrics.
+        """Return the counts from which ``vilu.evaluate`` computes metrics.
 
         Examples:
             >>> import vilu
@@ -727,10 +728,9 @@ class Outcomes:
         """Write a ``.parquet`` or ``.csv`` file atomically, with the columns of ``table``.
 
         A Parquet file also stores the fields with one value for all rows, so nothing is lost. A CSV
-        file has only the columns, and an apostrophe is put before a text that a spreadsheet would
-        run as a formula. An existing file is replaced
-        only if it holds scores. ``inputs`` is the digest of what the scores were made from
-        (``vilu.artifacts.paths``).
+        file has only the columns. In a CSV file, an apostrophe is put before each text that a
+        spreadsheet would run as a formula. An existing file is replaced only if the file holds
+        scores. ``inputs`` is the digest of the inputs of the scores (``vilu.artifacts.paths``).
 
         Raises:
             UsageError: If the file has another suffix, or if an existing file holds no scores.
@@ -754,15 +754,16 @@ class Outcomes:
         write_table(path, columns, {**metadata, **inputs_entry(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-        """The columns and the metadata that ``save`` writes.
+        """Return the columns and the metadata of a file of ``save``.
 
         Every table has the columns row_id, key, pred, pred_name, label, label_name, uncertainty,
-        failure, reason, score_name and answer. It has the columns zero_shot, zero_shot_name,
-        failure_probability, cluster, decision, decision_reason, label_set and picture_id if the
-        outcomes have them. Unknown values are null. The label is -2 in rows that are ``outside``.
+        failure, reason, score_name and answer. The columns zero_shot, zero_shot_name,
+        failure_probability, cluster, decision, decision_reason, label_set and picture_id are added
+        if the outcomes have the values. Unknown values are null. The label is -2 in rows that are
+        ``outside``.
 
         Args:
-            row_id: Indices (N,) of the rows in their data set; None: 0 to N-1.
+            row_id: Indices (N,) of the rows in the data set; None: 0 to N-1.
 
         Examples:
             >>> import vilu
@@ -856,8 +857,8 @@ class Outcomes:
         values: dict[str, Any] = {}
         for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
             values[name] = plain_values(read_column(path, table, name, kind), kind)
-        # A file of ``save`` lists its optional columns. In any other table, a column counts as
-        # present if any row has a value.
+        # A file of ``save`` lists the optional columns of the outcomes. In any other table, a
+        # column counts as present if any row has a value.
         present = metadata.get("present")
         for name, kind in OPTIONAL_COLUMNS.items():
             column = read_column(path, table, COLUMN_OF_FIELD.get(name, name), kind)
@@ -868,7 +869,8 @@ class Outcomes:
                 values[name] = plain_values(column, kind)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
         facts: dict[str, Any] = dict(metadata)
-        # If the metadata lack the method or the kind of answers, a column with one value has it.
+        # If the metadata lack the method or the kind of answers, the only value of the column is
+        # used.
         if len(methods) == 1:
             facts.setdefault("method", methods[0])
         kinds = read_column(path, table, "answer", "string").unique().to_pylist()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One metric of one method on one data set.
+    """The value of one metric for one method on one data set.
 
     Raises:
         DataError: If a number is NaN or infinite (undefined numbers must be None), or if a count
@@ -43,23 +43,23 @@ class ResultRow:
 
     method: str | None  # name of the predictor
     dataset: str | None  # name of the data set
-    split: str | None  # name of its split
+    split: str | None  # name of the split of the data set
     seed: int | None  # seed of the predictor
     metric: str  # name of the metric, as in ``vilu.metrics.METRICS``
-    value: float | None  # value of the metric; None if it is undefined
+    value: float | None  # value of the metric; None if the metric is undefined
     ci_low: float | None  # lower end of the interval of the value; None without an interval
     ci_high: float | None  # upper end of the interval; None without an interval
     n: int  # number of rows with an uncertainty and a known failure
-    n_failures: int  # number of these rows whose answer is wrong
-    accuracy: float  # share of these rows whose answer is right
-    n_unlabelled: int  # number of rows left out because their failure is unknown
-    n_unusable: int  # number of rows left out because they have no uncertainty
+    n_failures: int  # number of wrong answers in these rows
+    accuracy: float  # share of right answers in these rows
+    n_unlabelled: int  # number of rows left out because of an unknown failure
+    n_unusable: int  # number of rows left out because of a missing uncertainty
     convention: str  # convention of the metric, where the literature has several
     interval: str | None = None  # how the interval was made; None without an interval
     why: str | None = None  # why ``value`` is None
     n_outside: int = 0  # number of wrong answers for pictures of none of the classes
     n_pictures: int | None = None  # number of pictures; None if every row shows another picture
-    answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
+    answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
     # sample of the evaluated rows (``sample_of_rows``); None if unknown, as in results from a file
     sample: RowSample | None = field(default=None, compare=False, repr=False)
 
@@ -78,11 +78,11 @@ class ResultRow:
 
 
 ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
-"""Maps the Python type of a field to the Arrow type of its column."""
+"""Maps the Python type of a field to the Arrow type of the column."""
 
 
 def _column_types() -> dict[str, str]:
-    """Map every field of ``ResultRow`` that has a column to its Arrow type."""
+    """Map every field of ``ResultRow`` with a column to the Arrow type of the column."""
     types = {}
     for column in fields(ResultRow):
         if column.name != "sample":  # has no column
@@ -92,22 +92,22 @@ def _column_types() -> dict[str, str]:
 
 
 COLUMN_TYPES = _column_types()
-"""Maps every column of a file to its Arrow type."""
+"""Maps every column of a file to the Arrow type of the column."""
 
 COLUMNS = tuple(COLUMN_TYPES)
-"""All columns of a file. They have the names of fields of ``ResultRow``."""
+"""All columns of a file, named like the fields of ``ResultRow``."""
 
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
-"""Columns of counts that must have a value in every row of a file."""
+"""Columns of counts required in every row of a file."""
 
 COUNT_COLUMNS = (*REQUIRED_COUNTS, "n_outside")
-"""Columns of counts that have a value in every ``ResultRow``."""
+"""Columns of counts with a value in every ``ResultRow``."""
 
 RARE_COLUMNS = ("n_outside", "n_pictures")
-"""Columns that are written only if at least one row has a value that is neither 0 nor None."""
+"""Columns that are left out of a file if every value is 0 or None."""
 
 REQUIRED_COLUMNS = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
-"""Columns that must have a value in every row of a file."""
+"""Columns required in every row of a file."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ResultTable:
         return self.table()
 
     def filter(self, **fields: object) -> ResultTable:
-        """The rows whose fields have the given values, such as ``method="mcm", seed=0``.
+        """Return the rows with the given values of fields, such as ``method="mcm", seed=0``.
 
         Raises:
             UsageError: If there is no such field.
@@ -174,10 +174,10 @@ class ResultTable:
 
     @checked
     def value(self, metric: str, **fields: object) -> float | None:
-        """The value of a metric in the only row with these fields; None if it is undefined.
+        """The value of a metric in the only row with these fields; None for an undefined value.
 
         Raises:
-            UsageError: If no row has these fields, or if several rows have them.
+            UsageError: If no row or more than one row has these fields.
 
         Examples:
             >>> import vilu
@@ -195,17 +195,17 @@ class ResultTable:
         return fitting_rows.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
-        """The means over seeds, one row per method, kind of answer, data set, split and metric.
+        """Average over seeds: one row per method, kind of answer, data set, split and metric.
 
         The ends of the interval are the mean minus and plus the standard deviation over seeds. The
         field ``interval`` says how many seeds there are. A mean is None if the value of any seed is
-        None. A row with a single seed is unchanged. Several rows that differ only in their
-        intervals count as one row.
+        None. A row with a single seed is unchanged. Several rows count as one row if only the
+        intervals differ.
 
         Raises:
             UsageError: If no row was evaluated with two of the seeds. Such results are folds of a
-                cross-validation, whose spread is not the spread over seeds. This is not checked for
-                results that were read from a file, or that come from a ``ScoreFolder``.
+                cross-validation, and the spread over folds is not the spread over seeds. Results
+                from a file or from a ``ScoreFolder`` are not checked.
 
         Examples:
             >>> import vilu
@@ -218,8 +218,8 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # The outer key is what the rows of several seeds have in common. The inner key is a row
-        # without its interval: if rows differ only in their intervals, the first row stays.
+        # The outer key has the fields that the rows of several seeds share. The inner key is a row
+        # without the interval: if only the intervals of rows differ, the first row stays.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -236,8 +236,8 @@ class ResultTable:
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries.
 
-        ``n_outside`` and ``n_pictures`` are in the dictionaries only if some row has a value for
-        them.
+        ``n_outside`` is in the dictionaries only if some row has a value for it. The same is true
+        of ``n_pictures``.
 
         Examples:
             >>> import vilu
@@ -321,8 +321,8 @@ class ResultTable:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; undefined values are null.
 
-        An existing file is replaced only if it holds results. ``inputs`` is the digest of what the
-        results were made from (``vilu.artifacts.paths``).
+        An existing file is replaced only if the file holds results. ``inputs`` is the digest of the
+        inputs of the results (``vilu.artifacts.paths``).
 
         Raises:
             UsageError: If the file has another suffix, or if an existing file holds no results.
@@ -359,7 +359,7 @@ class ResultTable:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Self:
-        """Read a file that ``save`` wrote.
+        """Read a file of ``save``.
 
         Raises:
             UsageError: If the suffix is not ``.json``, ``.parquet`` or ``.csv``.
@@ -392,13 +392,13 @@ class ResultTable:
                 raise DataError(
                     f"{path} is not a table of results: {name!r} is missing in row {row}."
                 )
-        # the values of one row after another, in the order of the fields
+        # each tuple has the values of one row, in the order of the fields
         values_by_row = zip(*columns.values(), strict=True)
         return cls(tuple(ResultRow(*values) for values in values_by_row))
 
 
 def _table_of_json(path: str | Path) -> pa.Table:
-    """Table of the rows in a JSON file of ``ResultTable.save``; refuses any other content."""
+    """Read the rows in a JSON file of ``ResultTable.save`` as a table; refuse other content."""
     import pyarrow as pa
 
     if not Path(path).is_file():
@@ -432,7 +432,7 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
 
 
 def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
-    """The mean over the rows of several seeds. Its value is None if any row has the value None."""
+    """Mean over the rows of several seeds. The mean is None if any row has the value None."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}
@@ -473,7 +473,7 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
 
 
 def _n_pictures(row: ResultRow) -> int:
-    """Number of pictures, which is the number of rows if every row shows another picture."""
+    """Number of pictures; the number of rows if every row shows another picture."""
     if row.n_pictures is None:
         return row.n
     return row.n_pictures
@@ -493,9 +493,9 @@ The first line is the heading of the table.
 def _shown_metrics(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
     """Names of the metrics to show.
 
-    1. The ``metrics``, unless they are None.
+    1. The names in ``metrics``, unless ``metrics`` is None.
     2. Otherwise all metrics of the rows, if ``evaluate`` was called with a choice of metrics.
-    3. Otherwise the metrics of the rows that have ``wanted="always"``.
+    3. Otherwise the metrics of the rows with ``wanted="always"``.
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
@@ -524,7 +524,7 @@ def _are_default_metrics(names: set[str]) -> bool:
 def _tables_by_data_set(
     rows: Sequence[ResultRow], shown_metrics: Sequence[str]
 ) -> list[TitledTable]:
-    """One table per data set and split, with the metrics ``shown_metrics`` as columns."""
+    """One table per data set and split, with ``shown_metrics`` as columns."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
         groups.setdefault(_data_set_name(row), []).append(row)
@@ -532,10 +532,10 @@ def _tables_by_data_set(
 
 
 def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> TitledTable:
-    """The table of rows on one data set, with a line per method and seed."""
-    # A line maps a metric to its result. A second result of the same scores, seed and metric gets a
-    # line of its own. So the key of a line is the name of the scores, the seed, and the number of
-    # results that the same scores, seed and metric have in earlier lines.
+    """Make the table of one data set, with a line per method and seed."""
+    # A line maps a metric to a result. If the same scores, seed and metric have a second result,
+    # the second result goes to a new line. So the key of a line is the name of the scores, the
+    # seed, and the number of earlier results with the same scores, seed and metric.
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     n_earlier: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
@@ -557,7 +557,7 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
 def _metric(name: str) -> Metric:
     """The metric with this name.
 
-    An unknown name gets a metric whose title is the name. Its values are formatted like an AUROC.
+    An unknown name gets a metric with this name as the title, and the number format of AUROC.
     """
     if name not in METRICS:
         return replace(METRICS["auroc"], title=printable(name))
@@ -565,7 +565,7 @@ def _metric(name: str) -> Metric:
 
 
 def name_of(method: str | None, answer: str) -> str:
-    """Name of scores: the method, and the kind of the judged answers if they are not zero-shot."""
+    """Name of scores: the method, and the kind of the judged answers unless zero-shot."""
     name = method or "unnamed"
     if answer == "zero_shot":
         return name
@@ -573,7 +573,7 @@ def name_of(method: str | None, answer: str) -> str:
 
 
 def _cell(row: ResultRow | None) -> str:
-    """Text of a result in a table: the value, and the interval if there is one."""
+    """Text of a result in a table: the value, and the interval if there is an interval."""
     if row is None:
         return ""
     if row.value is None:
@@ -585,7 +585,7 @@ def _cell(row: ResultRow | None) -> str:
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
-    """Title of the table of one data set: its name, and the counts of its rows."""
+    """Title of the table of one data set: the name, and the counts of the rows."""
     accuracy = span(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
         f"{_span_of_count(rows, 'n')} answers{_pictures_phrase(rows)}",
@@ -602,7 +602,7 @@ def _title(rows: Sequence[ResultRow]) -> str:
 
 
 def _span_of_count(rows: Sequence[ResultRow], count: str) -> str:
-    """Text of the different values that a count has in the rows, such as "10/20" or "0"."""
+    """Text of the different values of a count in the rows, such as "10/20" or "0"."""
     return span(getattr(row, count) for row in rows)
 
 
@@ -628,7 +628,7 @@ def _percent(count: int, n: int) -> str:
 
 
 def _data_set_name(row: ResultRow) -> str:
-    """Name of the data set and its split; "results" if neither is known."""
+    """Name of the data set and the split; "results" if both are unknown."""
     names = [name for name in (row.dataset, row.split) if name]
     return printable(" ".join(names)) or "results"
 
@@ -652,7 +652,7 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
 
 
 def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
-    """Note on the metrics that do not compare rows about different answers."""
+    """Note on the metrics that cannot compare different kinds of answers."""
     titles: list[str] = []
     for row in rows:
         metric = _metric(row.metric)
@@ -671,7 +671,7 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
 
     If there are several kinds of intervals, the text names the methods of each kind.
     """
-    # The methods of each kind of interval are the keys of a dict. A set would not keep their order.
+    # The methods of each kind of interval are the keys of a dict, because a set has no order.
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
@@ -690,12 +690,12 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
 
 
 def _is_own_interval(row: ResultRow) -> bool:
-    """Whether the metric of a row computes its intervals itself."""
+    """Whether the metric of a row has its own method for intervals."""
     return isinstance(_metric(row.metric).kernel, OwnInterval)
 
 
 def _own_interval_note(row: ResultRow) -> str:
-    """Text on how the interval of a row was made, if the metric computed it itself; else ""."""
+    """Text on how the metric made the interval of a row; "" for an interval of the bootstrap."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

@@ -1,4 +1,4 @@
-"""A sample of the rows of some outcomes, which shows whether two outcomes share rows."""
+"""A sample of the rows of some outcomes, to find out whether two outcomes share rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vilu.errors import UNKNOWN
 SAMPLE_SIZE = 256
 """Number of rows of a sample.
 
-The sample has the rows with the smallest hashes. If J is the share of rows that two outcomes have
-in common, their samples have no row in common with a probability of about (1 - J)^256. For J = 5 %
+The sample has the rows with the smallest hashes. Let J be the share of rows in both of two
+outcomes. The two samples have no row in common with a probability of about (1 - J)^256. For J = 5 %
 this probability is 2e-6.
 """
 
 
 class RowSample(NamedTuple):
-    """Hashes of some rows, and their kind: hashes of the "pictures" or of the "names" of rows."""
+    """Hashes of some rows, and the kind of the hashes ("pictures" or "names" of rows)."""
 
     kind: Literal["pictures", "names"]
     hashes: frozenset[int]
@@ -30,9 +30,9 @@ class RowSample(NamedTuple):
 def sample_of_rows(
     picture: NDArray[np.int64] | None, ids: Sequence[str] | None
 ) -> RowSample | None:
-    """A sample of at most ``SAMPLE_SIZE`` rows, by their pictures, or else by their identifiers.
+    """Sample at most ``SAMPLE_SIZE`` rows by picture, or else by identifier.
 
-    None if neither is known.
+    Returns None if no picture and no identifier is known.
 
     Examples:
         >>> from vilu.outcomes.row_sample import sample_of_rows

@@ -1,4 +1,4 @@
-"""The methods of this package by name. A method is imported when it is first used."""
+"""The methods of this package by name. A method is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method ``stacking``: logistic regression of failures on the scores of other methods."""
+"""The method ``stacking``: logistic regression of failures on the scores of several methods."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ MEMBERS_WITH_LABELS = (
     "linear_probe",
 )
 MIN_PROBABILITY = 1e-12
-"""Probabilities are clipped to this value ... 1 minus this value, so that log-odds are finite."""
+"""Probabilities are clipped to this value ... 1 minus this value. Log-odds are then finite."""
 MAX_DEVIATIONS = 5.0
-"""Standardised scores are clipped to -5 ... 5, so that no outlier decides alone."""
+"""Standardised scores are clipped to -5 ... 5. Then no outlier decides alone."""
 NO_SPREAD = 1e-9
-"""Scores count as equal if their standard deviation is at most this share of the largest |score|.
+"""Scores count as equal if the standard deviation is at most this share of the largest |score|.
 
 Rounding alone may cause such a deviation.
 """
@@ -52,25 +52,25 @@ Rounding alone may cause such a deviation.
 
 @dataclasses.dataclass
 class Stacking(WithSecondModel):
-    """Logistic regression of the failure on the scores of other methods, the members.
+    """Logistic regression of the failure on the scores of several methods, the members.
 
         u = P(failure) = sigmoid(b + sum_m w_m x_m)
 
     x_m is the score of member m, standardised and then clipped to ±5. If a member estimates a
-    probability, its log-odds are used as its score, with the probability clipped at 1e-12.
+    probability, x_m is made from the log-odds, with the probability clipped at 1e-12.
 
-    1. All members score rows that they were not fitted on. If there is a validation set, these are
-       its rows. Otherwise they are training rows that are held out of a fit. If there are at most
-       5,000 training rows, all of them are held out in turn, in five folds that are stratified by
-       failure. If there are more, one fifth of them is held out, but at most 5,000 rows.
-    2. Means, standard deviations, w and b are estimated from these scores. A member whose scores
-       are all equal gets no weight.
+    1. All members score rows outside the fit of the members: the rows of the validation set or,
+       without a validation set, held-out training rows. Up to 5,000 training rows are all held out
+       in turn, in five folds stratified by failure. From a larger training set a fifth is held out,
+       but at most 5,000 rows.
+    2. Means, standard deviations, w and b are estimated from these scores. A member with equal
+       scores for all rows gets no weight.
     3. The members are fitted again on all training rows.
 
-    Members have their default parameters, except for ``seed`` and ``device``, which they take from
-    the stack. A member that learns from failures is a constant if the rows that it is fitted on
-    have no failures, or only failures. The stack scores only the classes that it was fitted on,
-    because some of its default members can do no more.
+    Members have default parameters, except for the ``seed`` and ``device`` of the stack. A member
+    learned from failures is a constant if the rows of the fit have no failures, or only failures.
+    The stack scores only the classes of the fit, because some default members score only these
+    classes.
 
     Args:
         members: Names of the members (see ``vilu list predictors``).
@@ -121,14 +121,14 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules with the code of the stack and of its members."""
+        """Names of the modules with the code of the stack and of the members."""
         modules = list(super().modules)
         for member in self._new_members().values():
             modules += member.modules
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Names of the columns that the members use in a fit."""
+        """Names of the columns used by the members in a fit."""
         columns: list[str] = []
         for member in self._new_members().values():
             columns += member.columns_to_fit(train)
@@ -136,14 +136,14 @@ class Stacking(WithSecondModel):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Names of the columns that the members use in scoring."""
+        """Names of the columns used by the members in scoring."""
         columns: list[str] = []
         for member in self.members_.values():
             columns += member.columns_to_score
         return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """Make the members without fitting them; returns them by name."""
+        """Make the members without a fit; returns the members by name."""
         has_duplicates = len(set(self.members)) < len(self.members)
         if has_duplicates or self.name in self.members:
             raise UsageError(
@@ -182,13 +182,13 @@ class Stacking(WithSecondModel):
         regression = self._regress(torch.cat(scores), torch.cat(failures))
         coefficients = regression["coefficients"].tolist()
         notes = {"coefficients": dict(zip(self.members, coefficients, strict=True))}
-        # ``second_notes`` reads which columns the fitted members use
+        # ``second_notes`` reads the columns of the fitted members
         self.members_ = self._fit_members(train)
         tensors = regression | member_tensors(self.members_)
         return Learnt(tensors, notes | self.second_notes(train.source))
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
-        """Make new members and fit them on some rows."""
+        """Make new members, fitted on some rows."""
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
         is_ood = rows.source.outside[rows.index]  # images of none of the classes
@@ -210,8 +210,8 @@ class Stacking(WithSecondModel):
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
         """Fit the logistic regression to scores (N, M) of held-out rows and failures (N,).
 
-        Returns its tensors by name: the coefficients, the intercept, and the means and standard
-        deviations of the scores.
+        Returns the tensors of the regression by name: the coefficients, the intercept, and the
+        means and standard deviations of the scores.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -225,14 +225,14 @@ class Stacking(WithSecondModel):
             )
         deviation = scores.std(dim=0, correction=0)
         has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
-        # A score without spread gets an infinite deviation. So its standardised scores are 0.
+        # A score without spread gets an infinite deviation. So the standardised scores are 0.
         regression = {
             "mean": scores.mean(dim=0),
             "deviation": deviation.masked_fill(has_no_spread, torch.inf),
         }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
         model.fit(standardise(scores, regression).numpy(), failure.numpy())
-        coefficients = model.coef_[0]  # for two classes, ``coef_`` has one row
+        coefficients = model.coef_[0]  # for two classes, ``coef_`` has a single row
         regression["coefficients"] = torch.from_numpy(coefficients.copy())
         regression["intercept"] = torch.from_numpy(model.intercept_.copy())
         return regression
@@ -251,7 +251,7 @@ class Stacking(WithSecondModel):
         is_constant = tensors.keys() == {CONSTANT}
         if not is_constant:
             members = self._new_members()
-        # the tensors of the members are split off, without their prefixes
+        # the tensors of the members are split off, without the prefixes
         regression = dict(tensors)
         states: dict[str, dict[str, Tensor]] = {}
         for name in members:
@@ -262,7 +262,7 @@ class Stacking(WithSecondModel):
                     state[key.removeprefix(prefix)] = tensor
                     regression.pop(key, None)
             states[name] = state
-        n_members = len(regression.get("mean", ()))  # there is one mean for each member
+        n_members = len(regression.get("mean", ()))  # each member has a mean
         if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
@@ -284,7 +284,7 @@ def tensor_prefix(member: str) -> str:
 
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
-    """The learned tensors of all members. Their names begin with the prefix of the member."""
+    """The learned tensors of all members. Each name begins with the prefix of the member."""
     tensors = {}
     for name, member in members.items():
         for key, tensor in member.state().items():
@@ -293,7 +293,7 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """(B, M) float64 scores of the members, or log-odds for members that estimate a probability.
+    """(B, M) float64 scores of the members, or log-odds where a member estimates a probability.
 
     The scores are on the CPU, because members may be on different devices.
     """
@@ -307,6 +307,6 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
 
 
 def standardise(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
-    """(B, M) standardised and clipped scores; 0 for a member whose scores were equal in the fit."""
+    """(B, M) standardised and clipped scores; 0 for a member with equal scores in the fit."""
     deviations = (scores - regression["mean"]) / regression["deviation"]
     return deviations.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)

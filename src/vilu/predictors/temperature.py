@@ -1,7 +1,7 @@
 """Methods that multiply zero-shot logits by fitted factors: ``mcm_ts`` and ``duo``.
 
-``mcm_ts`` has one factor, and ``duo`` has one for each of two models. A factor m of the logits is a
-temperature of 1 / m.
+``mcm_ts`` has a single factor, and ``duo`` has a factor for each of two models. A factor m of the
+logits is a temperature of 1 / m.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ N_BINS = 15
 N_GRID = 41
 """Number of values of log m in the grid search."""
 MIN_INTERVAL = 1e-3
-"""The golden-section search ends when its interval of log m is at most this long."""
+"""The golden-section search ends when the interval of log m is at most this long."""
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """Each step of the golden-section search multiplies the length of the interval by this factor."""
 
 
 @dataclass
 class MCMTS(FailurePredictor):
-    """MCM with one fitted factor m of the logits: u = 1 - p_a with p = softmax(m l).
+    """MCM with a fitted factor m of the logits: u = 1 - p_a with p = softmax(m l).
 
-    l are the zero-shot logits, and a is the answer that is judged. m is learned from labels and is
-    between 1/100 and 100. It multiplies the logit scale of the VLM. 1 / m is the temperature of Guo
-    et al. With more than two candidates, m changes not only the calibration but also the order of
-    the rows. Rows are read in batches, so memory does not grow with their number. Captions are
-    scored within their pools.
+    l are the zero-shot logits, and a is the judged answer. m is learned from labels and is between
+    1/100 and 100. m multiplies the logit scale of the VLM. 1 / m is the temperature of Guo et al.
+    With more than two candidates, m changes not only the calibration but also the order of the
+    rows. Rows are read in batches, so memory does not grow with the number of rows. A caption is
+    scored within a pool of captions.
 
     If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
     then stays 1, with a warning.
 
     Args:
-        objective: The loss that m minimises.
+        objective: The loss to minimise.
 
             - "nll": the mean negative log-likelihood of the labels, minimised by bounded L-BFGS.
               Images of none of the classes are left out.
             - "ece": the expected calibration error of p_a in 15 bins of equal width. The answers to
-              images of none of the classes count as wrong. The error jumps where a row changes its
-              bin, so it is minimised without gradients: on a grid of 41 values of log m, and then
-              by a golden-section search around the best of them.
+              images of none of the classes count as wrong. The error jumps where a row moves to
+              another bin, so the search needs no gradients: a grid of 41 values of log m, and then
+              a golden-section search around the best value.
 
     Source: Guo et al., ICML 2017. ViLU, supplement A.3, minimises the calibration error by L-BFGS,
     but this error has no useful gradient.
@@ -89,7 +89,7 @@ class MCMTS(FailurePredictor):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a training row: its class for "nll", its failure for "ece"."""
+        """The label that a training row needs: the class for "nll", the failure for "ece"."""
         return "class" if self.objective == "nll" else "failure"
 
     def _learn(
@@ -124,7 +124,7 @@ def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
-    """The log m that minimises the mean negative log-likelihood of ``n_rows`` labelled rows."""
+    """The log m with the least mean negative log-likelihood of ``n_rows`` labelled rows."""
 
     def objective(batch: Batch, point: list[float]) -> Tensor:
         (log_multiplier,) = point
@@ -147,8 +147,8 @@ def minimise_mean_loss(
     """The point with the least mean loss of ``n_rows`` labelled rows, found by bounded L-BFGS.
 
     Args:
-        loss_and_derivatives: Function of a batch and a point. It returns the sum of the losses of
-            the batch, followed by the derivatives of this sum in the coordinates of the point.
+        loss_and_derivatives: Function of a batch and a point. The result is the sum of the losses
+            of the batch, followed by the derivatives of this sum in the coordinates of the point.
         train: The labelled rows.
         n_rows: Number of labelled rows.
         start: The point where the search begins.
@@ -170,7 +170,7 @@ def minimise_mean_loss(
 
 
 def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
-    """(2,) on the CPU: the sum of -log p_target over a batch, and its derivative in log m.
+    """(2,) on the CPU: the sum of -log p_target over a batch, and the derivative in log m.
 
     The derivative in log m equals the derivative in a factor f of the logits m l, at f = 1.
     """
@@ -181,12 +181,12 @@ def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
-    """(1 + M,) on the CPU: the sum of -log p_target over a batch, and its derivatives in M factors.
+    """(1 + M,) on the CPU: the sum of -log p_target over a batch, and the derivatives in M factors.
 
     p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
-    p_target is the total probability of the right candidates; usually a row has one of them. For
-    one row, the derivative in factor m is the difference of two means of logits_m: the mean under
-    p, minus the mean under p restricted to the right candidates.
+    p_target is the total probability of the right candidates; usually a row has a single right
+    candidate. For a row, the derivative in factor m is the difference of two means of logits_m: the
+    mean under p, minus the mean under p restricted to the right candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     is_right = batch.right.to(z.device)
@@ -198,7 +198,7 @@ def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[
 
 
 def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
-    """The log m that minimises the expected calibration error of ``n_rows`` labelled rows."""
+    """The log m with the least expected calibration error of ``n_rows`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
         (error,) = calibration_errors(train, n_rows, device, [log_multiplier])
@@ -218,10 +218,10 @@ def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.devic
 def calibration_errors(
     train: Rows, n_rows: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
-    """Expected calibration error for every log m, computed in one pass over the rows.
+    """Expected calibration error for every log m, computed in a single pass over the rows.
 
     The error is the sum over the bins of |number of failures - sum of u| / n. The bins are
-    intervals of the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
+    intervals of the uncertainty u, closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
     # for every log m and every bin: number of failures - sum of u
@@ -240,7 +240,7 @@ def calibration_errors(
 def golden_section(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
-    """Search [low, high] for a minimum; returns the best evaluated point and its value."""
+    """Search [low, high] for a minimum; returns the best evaluated point and the value there."""
     left = high - GOLDEN_RATIO * (high - low)
     right = low + GOLDEN_RATIO * (high - low)
     value_at = {left: function(left), right: function(right)}
@@ -267,7 +267,7 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use the embeddings of a second model beside the embeddings of the VLM.
+    """A method that may use embeddings of a second model, beside the embeddings of the VLM.
 
     The embedding space of the second model is saved with the fit. In scoring, a second model with
     another space is refused.
@@ -281,13 +281,13 @@ class WithSecondModel(FailurePredictor):
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model of the fit; None if it is not known."""
+        """Embedding space of the second model of the fit; None if not known."""
         if "second" not in self.notes_:
             return None
         return EmbeddingSpace(**self.notes_["second"])
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """As in the base class, but notes that describe no valid second space are refused, too."""
+        """As in the base class, but also refuses notes with an invalid second space."""
         super().restore(state)
         _ = self.second_space_  # raises an error if the notes describe no valid space
 
@@ -306,20 +306,20 @@ class WithSecondModel(FailurePredictor):
 class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
-    l are the logits of the VLM, which is usually the larger model. s are the logits of a second
-    model. a is the judged answer. The VLM alone gives this answer, so the second model does not
-    change which answers are wrong. T_L and T_S are factors in [0, 100].
+    l are the logits of the VLM, usually the larger model. s are the logits of a second model. a is
+    the judged answer. The VLM alone gives this answer, so the set of wrong answers does not depend
+    on the second model. T_L and T_S are factors in [0, 100].
 
     T_L and T_S minimise the mean negative log-likelihood of the labels under
-    softmax(T_L l + T_S s), by bounded L-BFGS, which begins at 1/2 and 1/2. If all candidates are
-    different answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``. So the
-    labels decide how much the second model counts. Rows are read in batches, so memory does not
-    grow with their number.
+    softmax(T_L l + T_S s), by bounded L-BFGS from 1/2 and 1/2. If all candidates are different
+    answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``. So the labels
+    decide how much the second model counts. Rows are read in batches, so memory does not grow with
+    the number of rows.
 
     The embeddings of the second model are in two columns, ``second_image`` (N, E) and
-    ``second_text`` (K, E), whose products are s. The columns come from a second store of the same
-    images, both in the fit and in scoring (``vilu fit STORE --method duo --second OTHER``, or
-    ``vilu.TwoModels``).
+    ``second_text`` (K, E). The products of the two columns are s. The columns come from a second
+    store of the same images, both in the fit and in scoring
+    (``vilu fit STORE --method duo --second OTHER``, or ``vilu.TwoModels``).
 
     Rows of none of the classes have no likelihood and are left out. If no answer of the VLM is
     wrong, the likelihood grows with T_L without bound. Both factors then stay 1/2, with a warning.
@@ -393,7 +393,7 @@ def two_logits(batch: Batch) -> Tensor:
 
 
 def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[float]:
-    """The factors [T_L, T_S] that minimise the mean negative log-likelihood of ``n_rows`` rows."""
+    """The factors [T_L, T_S] with the least mean negative log-likelihood of ``n_rows`` rows."""
 
     def objective(batch: Batch, multipliers: list[float]) -> Tensor:
         return duo_loss_and_derivatives(batch.to(device), multipliers)
@@ -403,5 +403,5 @@ def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[flo
 
 
 def duo_loss_and_derivatives(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """(3,) ``pooled_loss_and_derivatives`` of the two models, whose factors are T_L and T_S."""
+    """(3,) ``pooled_loss_and_derivatives`` of the two models, with the factors T_L and T_S."""
     return pooled_loss_and_derivatives(batch, two_logits(batch), multipliers)

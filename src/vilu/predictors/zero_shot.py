@@ -1,7 +1,7 @@
-"""Methods whose score is a function of the zero-shot logits. They need no labels and no fit.
+"""Methods that score rows by the zero-shot logits alone, without labels and without a fit.
 
 In the docstrings, u is the uncertainty of a row, l_j is the zero-shot logit of candidate j, p is
-the softmax of the logits, a is the answer that is judged, and K is the number of candidates.
+the softmax of the logits, a is the judged answer, and K is the number of candidates.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
     Let e_j = p_j / max_i p_i, s = sum e_j and q = sum e_j^2. Both sums are over all candidates
-    except the likeliest one. Then
+    except the likeliest candidate. Then
 
         u = (s (2 + s) - q) / (1 + q)
 
@@ -156,7 +156,7 @@ class Margin(FailurePredictor):
     u = max_(j != a) l_j - l_a
 
     For the zero-shot answer u is the negative gap between the two largest logits. The logit bias
-    cancels. The logit scale multiplies all u, so it does not change the order of the rows.
+    cancels. The logit scale multiplies all u, and so does not change the order of the rows.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
 
@@ -185,7 +185,7 @@ class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
     p_(1) is the probability of the answer, and p_(2) is the largest other probability. The gaps of
-    confident rows all round to one. Their u still differ, because u is computed as
+    confident rows all round to one. The values of u still differ, because u is computed as
     (1 - p_(1)) + p_(2).
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
@@ -222,7 +222,7 @@ class Energy(FailurePredictor):
     u is between -max_j l_j - T log K and -max_j l_j.
 
     Args:
-        temperature: T, by which the logits are divided; they already have the logit scale of the
+        temperature: T, the divisor of the logits; the logits already have the logit scale of the
             VLM. As T goes to zero, the score becomes the score of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
@@ -258,7 +258,7 @@ class GEN(FailurePredictor):
 
     With a small gamma, small probabilities count as well: 1e-20 to the power 0.1 is 0.01. Powers
     are computed from logarithms, so small probabilities do not underflow. If there are fewer than M
-    candidates, the sum is over all of them.
+    candidates, the sum is over all candidates.
 
     Args:
         gamma: Exponent.
@@ -335,8 +335,8 @@ def entropy(batch: Batch) -> Tensor:
     """(B,) float64 entropy of the zero-shot posterior in nats, without cancellation.
 
     The entropy is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit,
-    and e_j = exp(l_j - l). The sums are over all candidates except the likeliest one. No term is
-    negative, so there is no cancellation.
+    and e_j = exp(l_j - l). The sums are over all candidates except the likeliest candidate. No term
+    is negative, so there is no cancellation.
     """
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j
@@ -349,5 +349,5 @@ def entropy(batch: Batch) -> Tensor:
 
 
 def log_n_candidates(batch: Batch) -> Tensor:
-    """() float64 log K as a tensor, so that an exported graph can be used with any K."""
+    """() float64 log K as a tensor, for exported graphs with any K."""
     return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()

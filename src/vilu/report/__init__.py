@@ -1,1 +1,1 @@
-"""Figures, pages and explanations for people. No other subpackage draws figures."""
+"""Figures, pages and explanations for people. Only this subpackage draws figures."""

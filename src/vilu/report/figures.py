@@ -26,7 +26,8 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     """Draw histograms of the uncertainty of correct and of wrong answers, one panel per method.
 
     The figure is like Fig. 9 and 10 of the ViLU supplement. The bars of correct answers add up to
-    100 %, and so do the bars of wrong answers. So both kinds are visible, even if one is rare.
+    100 %, and the bars of wrong answers add up to 100 %. So both kinds are visible, even if one
+    kind is rare.
     """
     with house_style():
         figure, panels = _figure_with_panels(len(outcomes), columns=3, width=4.0, height=2.6)
@@ -57,7 +58,7 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 def _draw_share_bars(
     axes: Axes, values: Floats, edges: list[float], *, label: str, colour: str, hatch: str | None
 ) -> None:
-    """Draw a histogram whose bars are percentages of ``values``."""
+    """Draw a histogram of ``values``. Each bar is a share of the values, in percent."""
     percent_per_value = np.full(len(values), 100 / max(len(values), 1))
     axes.hist(
         values, edges, weights=percent_per_value, alpha=0.65, label=label, color=colour, hatch=hatch
@@ -103,7 +104,7 @@ def _draw_line_per_method(
     note: str,
     metric: Callable[[Floats, Ints], float],
 ) -> tuple[Figure, Axes]:
-    """Draw one curve per method.
+    """Draw a curve per method.
 
     Args:
         outcomes: The outcomes of every method.
@@ -112,7 +113,7 @@ def _draw_line_per_method(
         metric: Function from uncertainties and failures to this value.
 
     Returns:
-        The figure and its axes.
+        The figure and the axes.
     """
     looks = looks_of(method_outcomes.method or "" for method_outcomes in outcomes)
     figure = new_figure(width=6.5, height=4)
@@ -128,18 +129,18 @@ def _draw_line_per_method(
 
 
 def _legend_beside(axes: Axes) -> None:
-    """Write the legend at the right of the plot, where it covers no line."""
+    """Write the legend at the right of the plot, away from all lines."""
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def evaluable_scores(outcomes: Outcomes) -> tuple[Floats, Ints]:
-    """Uncertainties and failures of the rows that have both."""
+    """Uncertainties and failures of the rows with both values."""
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 def failure_probability_of(outcomes: Outcomes) -> Floats | None:
-    """Calibrated failure probabilities (N,), or else the uncertainties if they are probabilities.
+    """Calibrated failure probabilities (N,), or else uncertainties if these are probabilities.
 
     None if the outcomes are not calibrated and the uncertainties are not probabilities.
     """
@@ -159,7 +160,7 @@ class Photo:
 
 
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
-    """Draw the most and the least trusted photos, each with its answer and whether it is right."""
+    """Draw the most and the least trusted photos. Each photo has the answer and the verdict."""
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(width=1.7 * columns, height=5.2)
     panels = figure.subfigures(nrows=2, ncols=1, squeeze=False).ravel()
@@ -172,8 +173,8 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
-    """Draw a picture with its caption, and with a frame whose colour marks a wrong answer."""
-    # values for a picture whose right answer is unknown, or equal to the answer of the model
+    """Draw a picture with a caption and a frame. The colour of the frame marks a wrong answer."""
+    # values for a picture if the right answer is unknown, or equal to the answer of the model
     verdict = ""
     colour = CORRECT
     linewidth = 1
@@ -194,14 +195,14 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """Values with intervals, for one line or one kind of points.
+    """Values with intervals, for a line or a kind of points.
 
     All sequences but ``published`` have the same length.
     """
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]  # values as fractions, which are drawn in percent
+    y: Sequence[float]  # values as fractions, drawn in percent
     low: Sequence[float]  # lower ends of the intervals of y
     high: Sequence[float]  # upper ends of the intervals of y
     published: Sequence[tuple[float, float]] = ()  # points (x, y) from the literature
@@ -209,7 +210,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a figure, with its title, the label of its vertical axis, and its series."""
+    """One plot of a figure: title, label of the vertical axis, and series."""
 
     title: str
     y_label: str
@@ -224,15 +225,15 @@ def curves(
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
-    """Draw a line for every series, in a band of its intervals, with its label at its end.
+    """Draw a line for every series, with a band of intervals, and a label at the end of the line.
 
     Args:
         panels: The plots.
         x_label: Label of the horizontal axes.
         title: Title of the figure.
         log: Whether the horizontal axes are logarithmic.
-        names: Maps the number of a tick of the horizontal axes, as text (``"{:g}"``), to a name
-            that is written in place of the number.
+        names: Maps the number of a tick of the horizontal axes, as text (``"{:g}"``), to a name.
+            The name is written in place of the number.
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
@@ -261,7 +262,7 @@ def curves(
 def scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
     """Draw the points of every series with intervals, and a least-squares line per series.
 
-    A series has its label at the end of its line, or beside its last point if it has no line.
+    The label of a series is at the end of the least-squares line, or else beside the last point.
     """
 
     def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
@@ -297,7 +298,7 @@ def _curve_panels(
     title: str,
     draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
-    """Make one plot per panel; ``draw`` fills it. Lines with the same label look the same."""
+    """Make one plot per panel with ``draw``. Lines with the same label look the same."""
     looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
@@ -312,7 +313,7 @@ def _curve_panels(
 
 
 def _draw_line_in_band(axis: Axes, line: Series, look: Look) -> None:
-    """Draw a series in percent, in ascending order of x, with its intervals as a band."""
+    """Draw a series in percent, in ascending order of x, with the intervals as a band."""
     order = np.argsort(line.x, kind="stable")
     x = _in_order(line.x, order)
     low = 100 * _in_order(line.low, order)
@@ -327,8 +328,8 @@ def _write_line_labels(
 ) -> None:
     """Write the label of every line at the right of the plot, at the height where the line ends.
 
-    ``last_values`` maps a label to the last value of its line, as a fraction. Labels that would
-    overlap are moved apart.
+    ``last_values`` maps a label to the last value of the line, as a fraction. Overlapping labels
+    are moved apart.
     """
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
@@ -352,11 +353,11 @@ LABEL_HEIGHT = 0.065
 
 
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Move the heights of labels apart, so that they differ by at least ``gap``.
+    """Move the heights of labels apart, to distances of at least ``gap``.
 
     Heights and gap are shares of the height of the plot. Labels that are too close form a group. A
-    group is centred on the mean of its heights, and groups that then overlap are joined. The result
-    has the lowest label first.
+    group is centred on the mean of the heights in the group. Then overlapping groups are joined.
+    The result has the lowest label first.
     """
     groups: list[list[str]] = []  # the labels of each group; groups and labels from low to high
     for label in sorted(heights, key=lambda label: heights[label]):
@@ -373,10 +374,10 @@ def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float
 
 
 def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
-    """Height of the lowest label of a group that is centred on the mean of its heights.
+    """Height of the lowest label of a group. The group is centred on the mean of the heights.
 
-    A group that would reach above the plot (1.0) or below it (0.0) is moved into the plot. If the
-    group is higher than the plot, its highest label is at the top of the plot.
+    A group is moved into the plot if a label would be above the plot (1.0) or below the plot (0.0).
+    If the group is higher than the plot, the highest label is at the top of the plot.
     """
     centre = sum(heights[label] for label in group) / len(group)
     extent = gap * (len(group) - 1)
@@ -387,14 +388,14 @@ def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: floa
 def _are_too_close(
     lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
 ) -> bool:
-    """Whether two groups of labels, one above the other, are closer than ``gap``."""
+    """Whether the distance between a ``lower`` and an ``upper`` group is less than ``gap``."""
     top_of_lower = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
     bottom_of_upper = _lowest_height(upper, heights, gap)
     return bottom_of_upper - top_of_lower < gap
 
 
 def _draw_points(axis: Axes, line: Series, look: Look) -> None:
-    """Draw the points of a series with their intervals as bars, x and y in percent."""
+    """Draw the points of a series with the intervals as bars, x and y in percent."""
     y = np.asarray(line.y)
     below = np.maximum(y - np.asarray(line.low), 0)
     above = np.maximum(np.asarray(line.high) - y, 0)
@@ -437,18 +438,18 @@ def _draw_published(axis: Axes, line: Series, look: Look) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of fractions that is drawn as a heat map."""
+    """A table of fractions, drawn as a heat map."""
 
     title: str
     rows: Sequence[str]  # labels of the rows, from the top
     columns: Sequence[str]  # labels of the columns, from the left
     # fraction of each cell (row, column), counted from 0; cells without a fraction stay white
     values: Mapping[tuple[int, int], float]
-    chosen: tuple[int, int] | None  # (row, column) of a cell with a frame around it
+    chosen: tuple[int, int] | None  # (row, column) of a cell with a frame
 
 
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
-    """Draw heat maps. A darker cell has a higher fraction, which is printed in it in percent."""
+    """Draw heat maps. A darker cell has a higher fraction, printed in the cell in percent."""
     with house_style():
         n_columns = min(2, len(panels))
         figure, axes = _figure_with_panels(len(panels), n_columns, width=4.2, height=2.6)
@@ -459,21 +460,21 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
 
 
 def _draw_grid(axis: Axes, panel: Grid) -> None:
-    """Draw the cells of a grid with their numbers, and the frame around the chosen cell."""
+    """Draw the cells of a grid with the numbers, and the frame around the chosen cell."""
     fractions = np.full((len(panel.rows), len(panel.columns)), np.nan)
     for cell, value in panel.values.items():
         fractions[cell] = value
     low = float(np.nanmin(fractions))
     high = float(np.nanmax(fractions))
     spread = high - low
-    # The range of greys is wider than the range of values. So no cell is white, and no cell is so
-    # dark that its number cannot be read.
+    # The range of greys is wider than the range of values. So no cell is white, and no cell is too
+    # dark for a readable number.
     axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
     if panel.chosen is not None:
         y, x = panel.chosen
-        # the frame goes through the four corners of the cell and back to the first one
+        # the frame goes through the four corners of the cell and back to the first corner
         across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
         down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
         axis.plot(across, down, color=WRONG, linewidth=2)

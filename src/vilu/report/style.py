@@ -1,4 +1,4 @@
-"""The common style of all figures, which can be read in print and without seeing colours.
+"""The common style of all figures, readable in print and without seeing colours.
 
 The colours are from the Okabe-Ito palette for colour-blind people. Lines also have different dashes
 and markers.
@@ -26,7 +26,7 @@ CORRECT = "#0072B2"
 WRONG = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
-# colours, dashes and markers of lines in a figure, which ``looks_of`` combines
+# colours, dashes and markers of lines in a figure; ``looks_of`` combines the three
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -44,7 +44,7 @@ MAIN_METHODS = (
 """Methods with their own colour, in the order of ``COLOURS``. Other methods share the colours."""
 
 DPI = 150
-"""Pixels per inch of a figure that is saved as PNG or WebP."""
+"""Pixels per inch of a figure in PNG or WebP."""
 DARK_RULE = (
     "@media (prefers-color-scheme: dark) "
     "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
@@ -54,11 +54,11 @@ DARK_RULE = (
 Light and dark colours are swapped. Hues do not change.
 """
 LEFT_OUT_METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""Maps the suffix of a file to metadata that are left out.
+"""Maps the suffix of a file to the metadata to leave out.
 
-So equal figures have equal bytes.
+Therefore equal figures have equal bytes.
 """
-MATPLOTLIB_SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
+MATPLOTLIB_SETTINGS: Any = {  # settings of matplotlib for every figure
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
     "axes.titlesize": 9,
@@ -74,7 +74,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure that needs no screen; width and height are in inches."""
+    """Make an empty figure; a screen is not needed. Width and height are in inches."""
     figure: Figure = import_extra("matplotlib.figure", extra="report").Figure(
         figsize=(width, height), layout="constrained"
     )
@@ -82,7 +82,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """A block in which matplotlib has the ``MATPLOTLIB_SETTINGS`` of all figures."""
+    """Return a context manager with the ``MATPLOTLIB_SETTINGS`` of all figures."""
     matplotlib = import_extra("matplotlib", extra="report")
     style: AbstractContextManager[None] = matplotlib.rc_context(MATPLOTLIB_SETTINGS)
     return style
@@ -103,12 +103,12 @@ class Look:
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """Map the label of every line of a figure to its look.
+    """Map the label of every line of a figure to a look.
 
     The look depends on the label, so a method looks the same in every figure. Each method of
-    ``MAIN_METHODS`` has its own colour and a solid line. A label that begins with such a name, such
-    as "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
-    have the same look only if no other possible look is free.
+    ``MAIN_METHODS`` has a separate colour and a solid line. A label may begin with such a name, for
+    example "vilu + MCM input". Then the label has the colour of the method and a different dash.
+    Two lines of a figure have the same look only if no possible look is free.
     """
     looks: dict[str, Look] = {}
     taken_looks: set[Look] = set()
@@ -122,7 +122,7 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
 
 
 def _possible_looks(label: str) -> list[Look]:
-    """The looks that a line may have, the preferred one first."""
+    """The possible looks of a line, the preferred look first."""
     looks = []
     colours = list(COLOURS[1:])  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
@@ -131,8 +131,8 @@ def _possible_looks(label: str) -> list[Look]:
         colours = [COLOURS[index]]
         if label == method:
             looks.append(Look(COLOURS[index], DASHES[0], MARKERS[index]))
-    # The looks of a label are numbered, and the hash of the label is the first number. From one
-    # number to the next, colours, dashes and markers change at different rates.
+    # The looks of a label are numbered, and the hash of the label is the first number. With each
+    # next number, colours, dashes and markers change at different rates.
     first_number = zlib.crc32(label.encode("utf-8", "backslashreplace"))
     n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the looks repeat
     dashed = DASHES[1:]  # solid lines are left to the main methods

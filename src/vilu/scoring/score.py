@@ -56,15 +56,15 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class CalibrationLike(Protocol):
-    """What scoring needs of ``vilu.Calibration``.
+    """The part of ``vilu.Calibration`` that scoring uses.
 
-    It is a protocol, because this module cannot import the class: ``vilu.calibration`` imports this
-    module.
+    This module cannot import the class ``Calibration``, because ``vilu.calibration`` imports this
+    module. Therefore this class is a protocol.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee, which is saved with the scores that it decides about."""
+        """Hash of the guarantee. The hash is saved with the scores."""
 
     @property
     def has_rule(self) -> bool:
@@ -72,10 +72,10 @@ class CalibrationLike(Protocol):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the rule can only decide about all rows together, and not about one row."""
+        """Whether the rule decides only about all rows together, and not about a single row."""
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse a predictor or candidates for which the calibration was not made."""
+        """Raise an error if the calibration was made for another predictor or other candidates."""
 
     def sets_of(
         self,
@@ -84,10 +84,10 @@ class CalibrationLike(Protocol):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label set of every row of a batch; None if the calibration has no label sets."""
+        """Return the label set of every row of a batch; None without label sets."""
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
-        """The outcomes with a decision for every row.
+        """Return the outcomes with a decision for every row.
 
         ``ood`` (N,) marks the rows that are more probably out of distribution than answered
         wrongly.
@@ -95,10 +95,10 @@ class CalibrationLike(Protocol):
 
 
 class DecidingModel(SavedModel):
-    """A predictor with the calibration that decides about its answers.
+    """A predictor with the calibration that decides about the answers.
 
-    It is the base of ``vilu.Selective``. This module cannot import that class, because its module
-    imports this module.
+    This class is the base of ``vilu.Selective``. This module cannot import ``vilu.Selective``,
+    because the module of ``vilu.Selective`` imports this module.
     """
 
     predictor: FailurePredictor
@@ -112,7 +112,7 @@ class DecidingModel(SavedModel):
 def predictor_and_calibration(
     model: FailurePredictor | DecidingModel, calibration: CalibrationLike | None
 ) -> tuple[FailurePredictor, CalibrationLike | None]:
-    """The predictor that scores, and the calibration that decides about its scores.
+    """Return the predictor that scores, and the calibration that decides about the scores.
 
     Raises:
         UsageError: If there are two calibrations.
@@ -128,7 +128,7 @@ def predictor_and_calibration(
 
 
 def require_streaming(calibration: CalibrationLike | None) -> None:
-    """Refuse a rule that can only decide about all rows together."""
+    """Raise UsageError if the rule can only decide about all rows together."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
             "conformal selection and rules about clusters judge all rows of a batch together: "
@@ -147,22 +147,22 @@ def score(
     split: str | None = None,
     calibration: CalibrationLike | None = None,
 ) -> Outcomes:
-    """Uncertainty, answer and, where labels are known, failure of every row.
+    """Return uncertainty, answer and, for rows with a known label, failure of every row.
 
-    The predictor may be a ``vilu.Selective``, which decides by its own calibration. Rows that
-    cannot be scored are included, with the uncertainty NaN and one of these reasons:
+    The predictor may be a ``vilu.Selective``. Then the calibration of the ``vilu.Selective``
+    decides. Unscored rows are included, with the uncertainty NaN and a reason:
 
     - "nonfinite" or "zero_norm": the embedding of the image cannot be used.
     - "k<2": there are fewer than two candidates.
-    - "short_pool": the row is an image-caption pair of the last pool, which is not full.
+    - "short_pool": the row is an image-caption pair of the last pool, and this pool is not full.
 
     If the predictor is calibrated, the outcomes also have probabilities of failure. With a
-    ``calibration`` they also have decisions. ``vilu.Calibration.load`` reads the calibration from
-    the folder of the predictor.
+    ``calibration`` the outcomes also have decisions. ``vilu.Calibration.load`` reads the
+    calibration from the folder of the predictor.
 
     Warns:
-        UserWarning: If rows of ``data`` were used to fit the predictor, so that metrics on these
-            rows are meaningless.
+        UserWarning: If rows of ``data`` were used to fit the predictor. Metrics on these rows are
+            meaningless.
 
     Raises:
         DataError: If there is no row.
@@ -206,7 +206,7 @@ def score_unseen(
 ) -> Outcomes:
     """Score only the rows in the mask ``is_unseen`` (N,), which were not used in the fit.
 
-    Image-caption pairs are still judged in the pools that all rows form.
+    The pools of image-caption pairs still consist of all rows.
     """
     _check_data(predictor, data, None)
     facts = _facts_about_origin(
@@ -226,7 +226,7 @@ def score_rows(
     scored_rows: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """Outcomes of some rows, from one pass over the rows that can be scored.
+    """Return the outcomes of some rows, from one pass over the rows to score.
 
     Args:
         predictor: The predictor.
@@ -236,7 +236,7 @@ def score_rows(
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
         scored_rows: Indices (S,) of the rows to score, in the order of scoring; None: all usable
             rows.
-        task: Progress bar to advance; None: a new one.
+        task: Progress bar to advance; None: a new progress bar.
     """
     indices = np.arange(len(source)) if rows is None else rows
     order = np.argsort(indices, kind="stable")
@@ -257,7 +257,8 @@ def score_rows(
                     columns.fill_label_sets(positions, label_sets)
             progress.advance(len(positions))
     reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # All rows together always have a column of reasons. A part has it only if a row lacks a score.
+    # All rows together always have a column of reasons. A part has this column only if a row of the
+    # part lacks a score.
     has_reasons = rows is None or any(reasons)
     zero_shot = None
     if predictor.answer != "zero_shot":
@@ -287,13 +288,13 @@ def score_rows(
 
 
 def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices: Ints) -> Outcomes:
-    """The outcomes, with the answers and clusters that a source such as a table has itself.
+    """Return the outcomes with the answers and clusters of the source, such as a table.
 
     ``indices`` (M,) are the indices of the rows in the source.
     """
     if source.holds == "answers":
-        # A table has only two candidates, "this answer" and "another answer". They say nothing that
-        # the failures do not say.
+        # A table has only two candidates, "this answer" and "another answer". These candidates say
+        # nothing beyond the failures.
         outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
     if source.answer_numbers is not None:
         outcomes = replace(outcomes, prediction=source.answer_numbers[indices])
@@ -307,10 +308,10 @@ def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices
 class _Columns:
     """Columns of the outcomes of N rows, filled batch by batch.
 
-    ``target``, ``prediction``, ``zero_shot`` and ``failure`` are -1 where they are not known.
+    The value -1 in ``target``, ``prediction``, ``zero_shot`` and ``failure`` means "not known".
     """
 
-    uncertainty: Floats  # NaN where there is no score
+    uncertainty: Floats  # NaN for a row without a score
     target: Ints
     prediction: Ints
     zero_shot: Ints
@@ -321,7 +322,7 @@ class _Columns:
 
     @classmethod
     def of(cls, source: EmbeddingSource, indices: Ints) -> _Columns:
-        """Columns of the rows with these indices in the source, before any row is scored."""
+        """Make the columns for the rows with these indices in the source, without scores."""
         n = len(indices)
         return cls(
             uncertainty=np.full(n, np.nan),
@@ -369,7 +370,7 @@ def _is_likely_ood(
 def _check_data(
     predictor: FailurePredictor, data: EmbeddingSource, calibration: CalibrationLike | None
 ) -> None:
-    """Refuse data without rows, and data that do not match the calibration.
+    """Raise an error for data without rows, and for data that do not match the calibration.
 
     Without a calibration, warn if fitted probabilities are used for other candidates than in the
     fit.
@@ -383,7 +384,7 @@ def _check_data(
     has_fitted_probability = predictor.needs_fit and predictor.is_probability
     if is_calibrated or not has_fitted_probability:
         return
-    fit_candidates = predictor.notes_  # a fit writes the result of ``candidates_of`` into its notes
+    fit_candidates = predictor.notes_  # a fit writes the result of ``candidates_of`` into the notes
     data_candidates = candidates_of(data)
     are_comparable = "n_candidates" in fit_candidates and "n_candidates" in data_candidates
     if are_comparable and not same_candidates(fit_candidates, data_candidates):
@@ -403,7 +404,7 @@ def _facts_about_origin(
     split: str | None,
     **more_provenance: object,
 ) -> dict[str, Any]:
-    """Fields of the outcomes that describe their origin, with ``more_provenance`` in provenance."""
+    """Return the outcomes' fields that describe their origin, with ``more_provenance`` added."""
     predictor_space = None
     if predictor.space_ is not None:
         predictor_space = predictor.space_.fingerprint
@@ -425,7 +426,7 @@ def _facts_about_origin(
 
 
 def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
-    """The entry of the provenance for the calibration that decides; empty if there is none."""
+    """Return the entry of the provenance for the calibration; empty without a calibration."""
     if calibration is None:
         return {}
     return {"risk": calibration.fingerprint}
@@ -440,7 +441,7 @@ def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
 def _reasons(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
-    """For each row the reason why it has no score; None if it has a score.
+    """Return for each row the reason for a missing score; None for a row with a score.
 
     ``rows`` (M,) are the indices of the rows in the source. ``uncertainty`` (M,) is NaN for a row
     without a score. ``has_one_candidate`` (M,) marks rows with only one candidate.
@@ -463,10 +464,10 @@ def _reasons(
 
 
 def _ids_of_rows(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
-    """Identifiers of the rows with the indices ``rows`` (M,), in the order of ``rows``.
+    """Return the identifiers of the rows ``rows`` (M,), in the order of ``rows``.
 
-    ``order`` (M,) holds the positions that sort ``rows``. Identifiers are looked up in ascending
-    order of the indices, because a store reads them part by part.
+    ``rows[order]`` is ascending. Identifiers are looked up in ascending order of the rows, because
+    a store reads identifiers part by part.
     """
     if not len(rows):
         return []
@@ -477,7 +478,7 @@ def _ids_of_rows(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     if not are_consecutive:
         id_of_row = {row: source.ids[row] for row in ascending_rows.tolist()}
         return [id_of_row[row] for row in rows.tolist()]
-    # the rows of most parts are consecutive, so one slice reads all of their identifiers
+    # the rows of most parts are consecutive, so one slice reads all identifiers of the part
     ids = list(source.ids[first_row : last_row + 1])
     if np.array_equal(rows, ascending_rows):
         return ids
@@ -500,27 +501,27 @@ def score_parts(
     """Score embeddings of any size into a folder.
 
     The values are equal to the values of ``vilu.score`` on the same machine. Each part has three
-    files, which are written atomically:
+    files. Every file is written atomically:
 
-    1. The outcomes of its rows, in Parquet, which ``Outcomes.load`` reads. The column ``row_id``
-       has the index of each row in the source.
-    2. The counts from which the whole folder is evaluated.
-    3. A receipt, which is written last.
+    1. The outcomes of the rows, in Parquet, for ``Outcomes.load``. The column ``row_id`` has the
+       index of each row in the source.
+    2. The counts of correct and wrong answers, for the evaluation of the whole folder.
+    3. A receipt. The receipt is written last.
 
     If a run is interrupted, the next run makes the missing parts. The files in the folder are then
     the same as without an interruption.
 
-    Rows are in the order of scoring, ``source.usable_rows``. Rows that cannot be scored come after
-    them, in separate parts, with the same reasons as in ``vilu.score``.
+    Rows are in the order of scoring, ``source.usable_rows``. Unscored rows come after these rows,
+    in separate parts, with the same reasons as in ``vilu.score``.
 
     Args:
-        predictor: The predictor that scores; or a ``vilu.Selective``, which also decides.
+        predictor: The predictor; or a ``vilu.Selective``, which also decides.
         source: The embeddings to score.
         folder: A new or empty folder, or the folder of the same run.
         rows_per_part: Number of rows in a part, rounded to whole pools or batches. The scores do
             not depend on this number.
         dataset: Name of the data set.
-        split: Name of its split.
+        split: Name of the split of the data set.
         overwrite: Whether to remove the scores of another run.
         calibration: As for ``score``; None: the scores have no decisions.
 
@@ -532,8 +533,8 @@ def score_parts(
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space, or if the folder holds the
             scores of another run.
-        UsageError: If the folder holds other files, if ``rows_per_part`` is less than 1, or if the
-            rule judges all rows of a batch together.
+        UsageError: If the folder holds files of another origin, if ``rows_per_part`` is less than
+            1, or if the rule judges all rows of a batch together.
         BusyError: If another process is scoring into the folder.
         StorageError: If the folder cannot be written.
 
@@ -573,7 +574,7 @@ def _describe_run(
     facts: dict[str, Any],
     rows_per_part: int,
 ) -> ScoreRun:
-    """Description of a run of ``score_parts``: predictor, data and settings."""
+    """Return the description of a run of ``score_parts``: predictor, data and settings."""
     scored_rows, _ = _scored_and_unscored(source)
     return ScoreRun(
         predictor=predictor_fingerprint(predictor),
@@ -594,7 +595,7 @@ def _score_missing(
     facts: dict[str, Any],
     calibration: CalibrationLike | None,
 ) -> None:
-    """Score the ``missing`` parts of a folder and write them.
+    """Score and write the ``missing`` parts of a folder.
 
     ``facts`` are the fields of the outcomes that describe their origin.
     """
@@ -622,7 +623,7 @@ def _score_missing(
 
 
 def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
-    """Open a complete folder of scores, and warn if some of its rows were used in the fit."""
+    """Open a complete folder of scores, and warn if rows of the folder were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
     # whether all rows of the fit can be recognised, so that the number is exact
@@ -633,7 +634,7 @@ def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> Sc
 
 
 def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
-    """Number of rows in a part, in whole pools (rounded down) or whole batches (rounded up)."""
+    """Return the rows per part, in whole pools (rounded down) or whole batches (rounded up)."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
@@ -642,7 +643,10 @@ def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
 
 
 def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Indices of the rows to score, in the order of scoring, and of the rows without a score."""
+    """Return the rows to score, in the order of scoring, and the rows without a score.
+
+    Both results are indices of rows in the source.
+    """
     scored_rows = source.usable_rows
     if source.pool_size:
         n_pools = len(scored_rows) // source.pool_size
@@ -652,11 +656,11 @@ def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     return scored_rows, np.flatnonzero(is_unscored)
 
 
-N_SAMPLED_ROWS = 256  # number of rows whose embeddings enter the fingerprint of a source
+N_SAMPLED_ROWS = 256  # number of embeddings in the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
-    """Hash of a predictor and its weights, independent of the version of vilu."""
+    """Return a hash of a predictor and the weights, independent of the version of vilu."""
     tensors = predictor.state() | sketch_tensors(predictor)
     weights = {}
     for name, tensor in tensors.items():
@@ -665,12 +669,12 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of the shape, labels and order of a source, of a sample of its rows, and of its store.
+    """Return a hash of the shape, labels, order, store and sampled rows of a source.
 
-    Only a sample of the embeddings is hashed, because hashing all of them would need a second pass
-    over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash also covers
-    the candidates of the first usable row or pool, and the identifiers of the first and the last
-    row of the sample.
+    Only a sample of the embeddings is hashed, because a hash of all embeddings would need a second
+    pass over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash also
+    covers the candidates of the first usable row or pool, and the identifiers of the first and the
+    last row of the sample.
     """
     rows = source.usable_rows
     stored_source = source.first if isinstance(source, TwoModels) else source

@@ -1,4 +1,4 @@
-"""Folders that hold the scores of data of any size, as parts with receipts and a manifest."""
+"""Folders of scores for data of any size, as parts with receipts and a manifest."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class ScoreDocument(Document):
 
 
 class ScoreRun(ScoreDocument):
-    """Description of a run: everything that determines the content of a folder of scores."""
+    """Description of a run: all inputs and settings that determine the folder's content."""
 
     kind: Literal["scores"] = "scores"  # kind of the folder
-    predictor: str  # fingerprint of the predictor and its weights
+    predictor: str  # fingerprint of the predictor and the weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # number of rows of the embeddings
     # number of rows to score: the usable rows; for image-caption pairs, the usable rows in whole
@@ -58,9 +58,9 @@ class ScoreRun(ScoreDocument):
     rows_per_part: int = Field(ge=1)
     method: str | None  # name of the predictor
     dataset: str | None  # name of the data set
-    split: str | None  # name of its split
+    split: str | None  # name of the split of the data set
     seed: int | None  # seed of the predictor
-    answer: str  # which answer is judged, as in ``Outcomes``
+    answer: str  # kind of the judged answer, as in ``Outcomes``
     is_probability: bool  # whether the uncertainty is a probability of failure
     provenance: dict[str, Any]  # as in ``Outcomes``
 
@@ -71,7 +71,7 @@ class ScoreRun(ScoreDocument):
 
     @property
     def parts(self) -> list[ScorePart]:
-        """All parts: first the rows to score, in the order of scoring, then all other rows."""
+        """All parts: first the rows to score, in the order of scoring, then the unscored rows."""
         size = self.rows_per_part
         starts_of_scored_parts = range(0, self.n_candidate, size)
         starts_of_unscored_parts = range(self.n_candidate, self.n_in, size)
@@ -101,7 +101,7 @@ class ScoreRun(ScoreDocument):
 
 
 class ScorePart(Model):
-    """One part of a folder: the rows ``start`` to ``stop - 1`` in the order of scoring."""
+    """Part of a folder: the rows ``start`` to ``stop - 1`` in the order of scoring."""
 
     number: Count
     start: Count
@@ -109,7 +109,7 @@ class ScorePart(Model):
 
     @property
     def scores_file(self) -> str:
-        """File with the outcomes of the rows, as ``Outcomes.save`` writes it."""
+        """File with the outcomes of the rows, in the format of ``Outcomes.save``."""
         return f"scores/scores_{self.number:05d}.parquet"
 
     @property
@@ -119,7 +119,7 @@ class ScorePart(Model):
 
     @property
     def receipt_file(self) -> str:
-        """File of the receipt, which is written after the other files of the part."""
+        """File of the receipt. The receipt is the last written file of the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
@@ -136,10 +136,10 @@ class Counts(Model):
 
     n_in: Count  # number of rows
     n_scored: Count  # number of rows with an uncertainty
-    n_failures: Count  # number of scored rows whose answer is wrong
-    n_unlabelled: Count  # number of scored rows whose answer is not known to be right or wrong
-    unscored: dict[str, Count]  # reason -> number of rows that have no uncertainty for this reason
-    n_seen: Count  # number of rows that were used to fit the predictor
+    n_failures: Count  # number of scored rows with a wrong answer
+    n_unlabelled: Count  # number of scored rows with an unknown failure
+    unscored: dict[str, Count]  # reason -> number of rows without an uncertainty for this reason
+    n_seen: Count  # number of rows used to fit the predictor
 
     @property
     def n_unscored(self) -> int:
@@ -148,7 +148,7 @@ class Counts(Model):
 
     @model_validator(mode="after")
     def _check_sums(self) -> Self:
-        """Refuse counts that do not add up."""
+        """Raise ValueError if the counts do not add up."""
         if self.n_in != self.n_scored + self.n_unscored:
             raise ValueError(
                 f"n_in={self.n_in} is not n_scored + n_unscored={self.n_scored + self.n_unscored}"
@@ -159,9 +159,9 @@ class Counts(Model):
 
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
-        """The counts of some rows, of which ``n_seen`` were used to fit the predictor."""
+        """Return the counts of some rows. ``n_seen`` of the rows were used to fit the predictor."""
         is_scored = np.isfinite(outcomes.uncertainty)
-        is_known = outcomes.evaluable  # scored rows whose failure is known
+        is_known = outcomes.evaluable  # scored rows with a known failure
         reasons = outcomes.reason or ()
         unscored = Counter(reason for reason in reasons if reason is not None)
         return cls(
@@ -175,7 +175,7 @@ class Counts(Model):
 
     @classmethod
     def total(cls, counts_of_parts: Iterable[Counts]) -> Counts:
-        """The sum of the counts of several parts."""
+        """Return the sum of the counts of several parts."""
         names = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         sums = dict.fromkeys(names, 0)
         unscored = Counter[str]()
@@ -187,7 +187,7 @@ class Counts(Model):
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
-    """Receipt of a part, with the hashes of its files. A part is complete if it has a receipt."""
+    """Receipt of a part, with the hashes of the files. A part with a receipt is complete."""
 
     fingerprint: str  # fingerprint of the run
     part: ScorePart  # range of rows
@@ -205,7 +205,7 @@ class ScoreManifest(ScoreDocument):
 
     @classmethod
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
-        """The seal of the parts with these receipts."""
+        """Return the seal of the parts with these receipts."""
         counts = Counts.total(receipt.counts for receipt in receipts)
         return cls(
             fingerprint=run.fingerprint,
@@ -216,7 +216,7 @@ class ScoreManifest(ScoreDocument):
 
 
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
-    """Ledger of a folder of scores: which parts are done, and which are missing."""
+    """Ledger of a folder of scores, with finished and missing parts."""
 
     # words for messages
     folder_kind = "folder of scores"
@@ -232,11 +232,11 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """The part and its number of rows: as the receipt states them, and as the run planned."""
+        """Return (part, number of rows) from the receipt, and from the plan of the run."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
-        """Make sure that the folder is of this run, and remove unfinished files.
+        """Make sure that the folder belongs to this run, and remove unfinished files.
 
         The caller must hold the lock of the folder. With ``overwrite`` the scores of another run
         are removed; otherwise another run is an error.
@@ -250,7 +250,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         self.begin(self.run, self.folders)
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
-        """Write the outcomes of the rows of a part, of which ``n_seen`` were used in the fit."""
+        """Write the outcomes of the rows of a part. ``n_seen`` of the rows were used in the fit."""
         is_known = outcomes.evaluable
         is_ood = is_known & outcomes.outside
         histogram = Histogram.of(outcomes.uncertainty[is_known], outcomes.failure[is_known])
@@ -268,7 +268,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
 
 def read_run(root: Path) -> ScoreRun:
-    """The description of the run in a folder of scores."""
+    """Read the description of the run in a folder of scores."""
     # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
     content = read_json(root / RUN, RERUN_ADVICE, StorageError)
     if content.get("kind") != "scores":
@@ -280,10 +280,10 @@ HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # columns of a histogram file, 
 
 
 def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
-    """Parquet content of a histogram, with one row per occupied bin, ascending.
+    """Return the Parquet content of a histogram, with a row per occupied bin, ascending.
 
-    ``histogram_ood`` is the histogram of the rows that belong to none of the classes. Every answer
-    to such a row is wrong. If there are such rows, the column ``outside`` has their number in each
+    ``histogram_ood`` is the histogram of the rows outside all classes. Every answer to such a row
+    is wrong. If there are such rows, the column ``outside`` has the number of these rows in each
     bin.
     """
     columns = {
@@ -300,7 +300,7 @@ def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
 
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
-    """Histograms of a part: of all its rows, and of the rows that belong to none of the classes.
+    """Read two histograms of a part: of all rows, and of the rows outside all classes.
 
     The histograms are checked against the receipt of the part.
     """
@@ -329,7 +329,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
 
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
-    """The histogram in the ``table`` of a file; StorageError if table or metadata are not valid."""
+    """Return the histogram in the ``table`` of a file; StorageError for invalid content."""
     names = [name for name in table.column_names if name != "outside"]
     has_right_names = names == list(HISTOGRAM_COLUMNS)
     has_counts = all(_is_count_column(column) for column in table.columns)
@@ -350,21 +350,22 @@ def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> H
 
 
 def _is_count_column(column: pa.ChunkedArray) -> bool:
-    """Whether a column has a whole number in every row."""
+    """Return whether a column has a whole number in every row."""
     return bool(column.type == pa.int64() and column.null_count == 0)
 
 
 def _are_two_numbers(ends: object) -> bool:
-    """Whether a value from a file is a list of two finite numbers."""
+    """Return whether a value from a file is a list of two finite numbers."""
     if not isinstance(ends, list) or len(ends) != 2:
         return False
     return all(isinstance(end, float) and math.isfinite(end) for end in ends)
 
 
 def _has_valid_bins(histogram: Histogram) -> bool:
-    """Whether the bins of a histogram are valid.
+    """Return whether the bins of a histogram are valid.
 
-    They must be ascending and not empty, and the ends must be in the first and the last bin.
+    Valid bins are ascending and not empty. The lowest score must be in the first bin, and the
+    highest score in the last bin.
     """
     bins = histogram.bins
     if not len(bins):
@@ -377,35 +378,35 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     if has_negative.any() or is_empty.any():
         return False
     ends = np.array([histogram.low, histogram.high])
-    bins_of_ends = codes(ends) >> histogram.level  # a bin is a code without its lowest bits
+    bins_of_ends = codes(ends) >> histogram.level  # a bin is a code without the lowest bits
     first_and_last_bin = bins[[0, -1]]
     return np.array_equal(bins_of_ends, first_and_last_bin)
 
 
 def _damaged_error(path: Path, fault: str) -> StorageError:
-    """The error that a file is no histogram; ``fault`` is a clause that says why."""
+    """Return the error for a file without a valid histogram. ``fault`` is the reason, a clause."""
     return StorageError(f"{path} is no histogram: {fault}. {RERUN_ADVICE} into a new folder.")
 
 
 class EvaluableRows(NamedTuple):
-    """Rows of a part that have a score and a known failure."""
+    """Rows of a part with a score and a known failure."""
 
     uncertainty: Floats
     failure: Ints
-    is_ood: NDArray[np.bool_]  # whether the row belongs to none of the classes
-    picture: Ints | None  # identity of each row's picture; None if the identities are not known
+    is_ood: NDArray[np.bool_]  # whether the row is outside all classes
+    picture: Ints | None  # identity of each row's picture; None: the identities are not known
 
 
 IDENTITIES_PER_PASS = 2**24
-"""About how many picture identities are in memory and compared at once. They take 128 MB."""
+"""Approximate number of picture identities in memory, compared at once. They take 128 MB."""
 
 
 class ScoreFolder(PickledByPath):
-    """Folder of scores that ``score_parts`` wrote; ``vilu.evaluate`` accepts it like ``Outcomes``.
+    """Folder of scores from ``score_parts``, accepted by ``vilu.evaluate`` like ``Outcomes``.
 
-    Opening a folder reads its documents, and checks that every file exists and has the right size.
-    The bytes of a file are compared with its receipt when the file is first read. ``verify``
-    compares all files. A pickled folder holds only its path.
+    Opening a folder reads the documents, and checks that every file exists and has the right size.
+    When a file is first read, the bytes of the file are compared with the receipt. ``verify``
+    compares all files. A pickled folder holds only the path.
 
     Raises:
         DataError: If the folder holds no scores, or is not complete.
@@ -458,11 +459,12 @@ class ScoreFolder(PickledByPath):
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
-        """Two histograms: of all evaluable rows, and of the rows that belong to no class."""
+        """Two histograms: of all evaluable rows, and of the rows outside all classes."""
         total_ood = Histogram.empty()
 
-        # A generator, so that not all histograms are in memory at once. For each part it yields the
-        # histogram of all rows, and adds the other histogram to ``total_ood``.
+        # A generator, so that not all histograms are in memory at once. For each part, the
+        # generator yields the histogram of all rows, and adds the histogram of the rows outside all
+        # classes to ``total_ood``.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:
@@ -474,10 +476,11 @@ class ScoreFolder(PickledByPath):
         return total, total_ood
 
     def tally(self) -> Tally:
-        """The counts for ``vilu.evaluate``, from histograms, or from all rows if pictures repeat.
+        """Return the counts for ``vilu.evaluate``, from histograms or from rows.
 
-        The identities of the pictures are compared, about ``IDENTITIES_PER_PASS`` at a time. If a
-        picture is repeated, all rows are read into memory, where they take about 33 bytes per row.
+        The identities of the pictures are compared, about ``IDENTITIES_PER_PASS`` at a time. If two
+        rows have the same picture, the counts come from all rows. Then all rows are read into
+        memory, about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
@@ -497,12 +500,12 @@ class ScoreFolder(PickledByPath):
         )
 
     def _has_repeats(self) -> bool:
-        """Whether two evaluable rows show the same picture."""
+        """Return whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
-            # A pass compares the identities whose remainder, on division by the number of passes,
-            # is the number of the pass. Equal identities have equal remainders, so they are
-            # compared in the same pass.
+            # A pass compares the identities with the same remainder on division by the number of
+            # passes. Equal identities have equal remainders, so a single pass compares all equal
+            # identities.
             pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
             for rows in self._evaluable_parts():
                 if rows.picture is not None:
@@ -513,7 +516,7 @@ class ScoreFolder(PickledByPath):
         return False
 
     def _tally_of_rows(self) -> Tally:
-        """The counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
+        """Return the counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
         uncertainties = []
         failures = []
         is_ood = []
@@ -558,7 +561,7 @@ class ScoreFolder(PickledByPath):
             )
 
     def outcomes(self) -> Outcomes:
-        """All rows in memory, in the order of the data, as ``vilu.score`` returns them.
+        """Return all rows in memory, in the order of the data, like ``vilu.score``.
 
         Raises:
             StorageError: If a file is damaged.
@@ -579,7 +582,8 @@ class ScoreFolder(PickledByPath):
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{RERUN_ADVICE}."
             )
-        # ``vilu.score`` always returns reasons, so they are returned even if no part has the column
+        # ``vilu.score`` always returns reasons, so reasons are returned even if no part has the
+        # column
         optional: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL_COLUMNS.items():
             column = _join_column(parts, name, type_name, order)
@@ -597,7 +601,7 @@ class ScoreFolder(PickledByPath):
         )
 
     def verify(self) -> None:
-        """Read all files and compare their hashes with the receipts.
+        """Read all files and compare the hashes with the receipts.
 
         Raises:
             StorageError: If a file is damaged; the message names the file.
@@ -611,10 +615,10 @@ def _join_column(
     type_name: str,
     order: NDArray[np.int64],
 ) -> Any:  # noqa: ANN401 - the type depends on the column
-    """Values of the optional column ``name``, in the order of the data; None if no part has it.
+    """Return the optional column ``name``, in the order of the data; None if no part has it.
 
     ``order`` (N,) sorts the joined rows of the parts into the order of the data. If a part lacks
-    the column, its rows get the value that means "missing" in columns of this type.
+    the column, the rows of the part get the value for "missing" in columns of this type.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):

@@ -1,4 +1,4 @@
-"""The routes of the service, and the refusals that its clients get."""
+"""The routes of the service, and the refusals for clients."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ NOT_WRITTEN: Final = (
 NOT_READY: Final = (
     "the journal cannot be written, so nothing is answered; the log of the service says why."
 )
-"""Detail of the answer of /readyz while a journal is locked or its disk is full."""
+"""Detail of the answer of /readyz while a journal is locked or the disk is full."""
 
 BODIES: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
     "embeddings": EmbeddingsIn,
     "answers": RowsIn,
 }
-"""Maps what the predictor of the service judges to the model of a body of /v1/scores."""
+"""Maps the kind of data of the predictor to the model of a body of /v1/scores."""
 
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
@@ -88,7 +88,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 class Service:
-    """The application. It answers about images as soon as ``start`` has given it an engine.
+    """The application. It answers about images after ``start`` has set an engine.
 
     Args:
         limits: Limits for clients.
@@ -120,7 +120,7 @@ class Service:
 
     @property
     def loaded_engine(self) -> Engine:
-        """The engine; Refused (503) while it is loading."""
+        """The engine; Refused (503) while the engine is loading."""
         if self.engine is None:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -197,7 +197,7 @@ class Service:
     async def answers(self, request: Request) -> Response:
         """Answer about images, with decisions.
 
-        Every answer has the probability that it is wrong, and whether to accept it.
+        Every answer has the probability of being wrong, and whether to accept it.
         """
         engine = self.loaded_engine
         if engine.kind == "answers":
@@ -212,7 +212,7 @@ class Service:
         return await self._write_and_answer(request, judgements, images)
 
     async def scores(self, request: Request) -> Response:
-        """Answer about embeddings of the model that the predictor was fitted on.
+        """Answer about embeddings of the same model as in the fit of the predictor.
 
         A service for tables of answers answers about rows of numbers instead.
         """
@@ -234,14 +234,14 @@ class Service:
         futures: Sequence[Future[Judgement]],
         images: Sequence[bytes] = (),
     ) -> Response:
-        """Wait for the judgements of a request, write its rows to the journals, and answer.
+        """Wait for the judgements of a request, write the rows to the journals, and answer.
 
         If the client has disconnected before the rows are written, no row is written.
 
         Args:
             request: The request.
-            futures: The judgements that the engine is making of its images or rows.
-            images: The encoded images, which are kept if the service has a folder for them.
+            futures: The judgements about the images or rows, now made by the engine.
+            images: The encoded images. They are kept if the service has a folder for images.
         """
         judgements = await self._wait_for_judgements(futures)
         if await request.is_disconnected():
@@ -251,7 +251,7 @@ class Service:
             new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
         try:
             replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
-        except StorageError:  # the rows are not written, so their images must not be kept
+        except StorageError:  # the rows are not written, so the images must not be kept
             await asyncio.to_thread(_remove_files, new_files)
             raise
         request.scope["state"]["images"] = len(replies)
@@ -268,11 +268,11 @@ class Service:
         )
 
     async def _wait_for_judgements(self, futures: Sequence[Future[Judgement]]) -> list[Judgement]:
-        """Wait for the judgements of a request; Refused (503) if they take too long."""
+        """Wait for the judgements of a request; Refused (503) after ``limits.answer`` seconds."""
         try:
             async with asyncio.timeout(self.limits.answer):
-                # With return_exceptions, gather waits for all judgements, even if one has raised an
-                # exception. The exception is raised by result() in the return statement.
+                # With return_exceptions, gather waits for all judgements, even after an exception.
+                # The exception is raised by result() in the return statement.
                 await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
                 return [future.result() for future in futures]
         except TimeoutError:  # the timeout has cancelled the unfinished judgements
@@ -286,7 +286,7 @@ class Service:
         """Take labels of answered rows, for the audit of the guarantee.
 
         Equal pictures count once in the audit. If a row already has another label, the request is
-        refused, and none of its labels is written.
+        refused, and no label of the request is written.
         """
         engine = self.loaded_engine
         body = await read_json(request, LabelsIn, limit=self.limits.images, what="labels")
@@ -317,7 +317,7 @@ class Service:
     async def corrections(self, request: Request) -> Response:
         """Replace wrong labels. The journal keeps old and new labels; the monitor counts again."""
         engine = self.loaded_engine
-        # a correction has two labels: the present one and the right one
+        # a correction has two labels: the present label and the right label
         max_labels = 2 * self.limits.images
         body = await read_json(request, CorrectionsIn, limit=max_labels, what="labels")
         if body.before.keys() != body.after.keys():
@@ -332,7 +332,7 @@ class Service:
         return _json({"corrected": len(body.after), "guarantees": state.guarantees})
 
     async def monitor(self) -> Response:
-        """State of every guarantee, and the evidence of its monitor."""
+        """State of every guarantee, and the evidence of the monitor."""
         statuses = await asyncio.to_thread(self.loaded_engine.journals.statuses)
         monitors = await self._described_predictors()
         for monitor in monitors:
@@ -343,13 +343,13 @@ class Service:
         return _json({"monitors": monitors})
 
     async def predictors(self) -> Response:
-        """The predictors of the service, and which of them answers."""
+        """The predictors of the service, and the choice of the answering predictor."""
         return _json({"predictors": await self._described_predictors()})
 
     async def switch(self, request: Request) -> Response:
         """Let another predictor answer.
 
-        From then on, answers have the guarantee of that predictor. The monitor of the previous
+        From then on, answers have the guarantee of the new predictor. The monitor of the previous
         predictor continues to run.
         """
         engine = self.loaded_engine
@@ -366,7 +366,7 @@ class Service:
         return _json({"before": before, "now": descriptions[choice.answers]})
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
-        """Descriptions of all predictors with their guarantees, for clients."""
+        """Descriptions of all predictors and guarantees, for clients."""
         engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
         descriptions = []
@@ -386,7 +386,7 @@ class Service:
         return descriptions
 
     async def alive(self) -> Response:
-        """Show that the process listens."""
+        """Answer as long as the process listens."""
         return _json({"alive": True})
 
     async def is_ready(self) -> Response:
@@ -412,9 +412,9 @@ class Service:
         return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY_HEADER)
 
     def _require_few_pixels(self, images: Sequence[bytes]) -> None:
-        """Refuse images that together have too many pixels.
+        """Refuse images with too many pixels together.
 
-        An image that is too large by itself is not counted, because it is not decoded.
+        An image above the limit for a single image is not counted, because it is not decoded.
         """
         total_pixels = 0
         for content in images:
@@ -449,10 +449,10 @@ def _answer_body(reply: Reply) -> AnswerOut:
 def _keep_images(
     folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]
 ) -> list[Path]:
-    """Write images to files whose names are the ids of their rows; skip undecodable images.
+    """Write images to files named by the ids of the rows; skip undecodable images.
 
     Returns:
-        The files that did not exist before. If a request is repeated, its files exist already.
+        The new files. If a request is repeated, the files exist already.
     """
     new_files: list[Path] = []
     try:
@@ -472,7 +472,7 @@ def _keep_images(
 
 
 def _remove_files(paths: Sequence[Path]) -> None:
-    """Remove files that were just written."""
+    """Remove the new files of a request."""
     for path in paths:
         with convert_os_errors(f"cannot remove {path}"):
             path.unlink(missing_ok=True)
@@ -505,7 +505,7 @@ async def _unknown_route_response(_: Request, error: Exception) -> Response:
 
 
 async def _disconnect_response(_: Request, _error: Exception) -> Response:
-    """The answer after the client has disconnected, which is logged but reaches nobody."""
+    """The answer after the client has disconnected; this answer is logged but reaches nobody."""
     return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 

@@ -38,9 +38,9 @@ class ImagesIn(BaseModel):
 
 
 class EmbeddingsIn(BaseModel):
-    """Image embeddings of the model that the predictor was fitted on.
+    """Image embeddings of the same model as in the fit of the predictor.
 
-    They are scaled to unit norm.
+    The embeddings are scaled to unit norm.
     """
 
     model_config = CLOSED
@@ -60,12 +60,12 @@ class EmbeddingsIn(BaseModel):
         return len(self.embeddings)
 
     def content(self) -> dict[str, Any]:
-        """The rows under the keys that ``Engine.check_rows`` reads."""
+        """The rows under the keys read by ``Engine.check_rows``."""
         return {"embeddings": self.embeddings, "features": self.features}
 
 
 class RowsIn(BaseModel):
-    """Rows of a table of answers, as columns, for a predictor that was fitted on tables."""
+    """Rows of a table of answers, as columns, for a predictor fitted on tables."""
 
     model_config = CLOSED
     id: Annotated[
@@ -89,7 +89,7 @@ class RowsIn(BaseModel):
         return len(self.id)
 
     def content(self) -> dict[str, Any]:
-        """Maps the name of a column to its values."""
+        """Maps the name of a column to a list of values."""
         columns: dict[str, Any] = {**self.numbers, "id": self.id}
         if self.features is not None:
             columns["features"] = self.features
@@ -111,7 +111,7 @@ class LabelsIn(BaseModel):
 
 
 class CorrectionsIn(BaseModel):
-    """Other labels for rows whose labels were wrong."""
+    """New labels for rows with wrong labels."""
 
     model_config = CLOSED
     before: Annotated[
@@ -123,7 +123,7 @@ class CorrectionsIn(BaseModel):
 
 
 class ChoiceIn(BaseModel):
-    """The choice of the predictor that answers from now on."""
+    """The choice of the answering predictor."""
 
     model_config = CLOSED
     answers: Annotated[
@@ -132,14 +132,14 @@ class ChoiceIn(BaseModel):
 
 
 class RunnerUpOut(BaseModel):
-    """A runner-up: one of the most likely other answers."""
+    """A runner-up: a likely alternative to the answer."""
 
     label: str
     probability: float
 
 
 class AnswerOut(BaseModel):
-    """The answer about one image; see ``vilu.Answer``."""
+    """The answer about an image; see ``vilu.Answer``."""
 
     row: Annotated[
         str, Field(description="Id of this answer. Send it to /v1/labels with the label.")
@@ -173,7 +173,7 @@ class AnswerOut(BaseModel):
 
 
 class AnswersOut(BaseModel):
-    """The answers of one request, in the order of its images or rows."""
+    """The answers of a request, in the order of the images or rows."""
 
     request_id: str
     guarantee: Annotated[
@@ -183,13 +183,13 @@ class AnswersOut(BaseModel):
 
 
 def content_type(request: Request) -> str:
-    """The content type of a request, without its parameters."""
+    """The content type of a request, without parameters."""
     kind, _, _ = request.headers.get("content-type", "").partition(";")
     return kind.strip().lower()
 
 
 def count_values(content: bytes) -> int:
-    """An upper bound of the number of values in a JSON document: its number of commas, plus one.
+    """An upper bound of the number of values in a JSON document: the number of commas, plus one.
 
     Every value but the last is followed by a comma. The document is not parsed, so commas within
     texts are counted too.
@@ -198,14 +198,15 @@ def count_values(content: bytes) -> int:
 
 
 def count_labels(content: bytes, limit: int) -> int:
-    """Number of labels in a JSON document. Unlike ``count_values``, it leaves out commas in texts.
+    """Number of labels in a JSON document. Unlike ``count_values``, leaves out commas in texts.
 
-    A document with more texts than ``limit`` labels can have will be refused in any case. For it,
-    half of the number of texts is returned, because this number is found faster.
+    A document with more texts than ``limit`` labels can have will be refused in any case. For such
+    a document, half of the number of texts is returned, because counting texts is faster.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
-    # A label and its row are two texts. Corrections have two fields, whose names are texts, too.
+    # A label and the id of a row are two texts. The names of the two fields of a correction are
+    # texts, too.
     most_texts = 2 * limit + 2
     if n_texts > most_texts:
         return n_texts // 2
@@ -222,7 +223,7 @@ async def read_json(request: Request, kind: type[Body], *, limit: int, what: str
         what: The noun for these values in a refusal, in the plural.
 
     Raises:
-        Refused: 415 for another content type, 413 for too many values, 422 if it is invalid.
+        Refused: 415 for a different content type, 413 for too many values, 422 for invalid content.
     """
     found_type = content_type(request)
     if found_type != JSON:
@@ -270,14 +271,14 @@ def _from_base64(texts: Sequence[str]) -> list[bytes]:
 
 
 class InMemoryParser(MultiPartParser):
-    """A parser of forms that keeps files in memory. The limit on the body limits this memory."""
+    """A parser of forms with files in memory. The limit on the body limits this memory."""
 
-    spool_max_size = 2**40  # larger than any body, so that no upload is written to disk
+    spool_max_size = 2**40  # larger than any body, so no upload is written to disk
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close all files of the parser; returns whether the form was complete."""
-        # The parser has all files that begin in the form. ``files`` has the files that also end in
-        # it, and these are fewer if the form was cut off within a file.
+        # The parser has all files that begin in the form. ``files`` has only the complete files:
+        # fewer if the form was cut off within a file.
         begun_files = self._files_to_close_on_error
         for file in begun_files:
             file.close()
@@ -320,11 +321,10 @@ IMAGE_FILES: Final = {
 
 
 def described_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's description of a body that a route reads itself.
+    """OpenAPI's description of a body that the route reads itself, without FastAPI.
 
-    The body is JSON; a body with images is JSON or a form. A body with embeddings may also be rows
-    of a table (``RowsIn``), which a service for tables takes. ``kind`` must not contain other
-    models.
+    The body is JSON; a body with images is JSON or a form. For a service for tables, a body with
+    embeddings may also be rows of a table (``RowsIn``). ``kind`` must not contain nested models.
     """
     schema = kind.model_json_schema()
     if kind is EmbeddingsIn:

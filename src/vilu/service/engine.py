@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer about one image or row.
+    """The answer about an image or row.
 
     Attributes:
         row: Id of the row.
         answer: The answer.
-        predictor: Fingerprint of the predictor that answered.
+        predictor: Fingerprint of the answering predictor.
         guarantee: State of the guarantee of this predictor.
     """
 
@@ -66,7 +66,7 @@ class Reply:
 
 
 class Score(NamedTuple):
-    """What the journal of a predictor stores about one image or row."""
+    """The part of a judgement that a journal stores."""
 
     answer: int  # index of the answer
     uncertainty: float
@@ -74,12 +74,12 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """The answers of all predictors about one image or row.
+    """The answers of all predictors about an image or row.
 
     Attributes:
         row: Id of the row.
-        answers: Maps the name of a predictor to its answer.
-        scores: Maps the name of a predictor to its score; empty if the image cannot be read.
+        answers: Maps the name of a predictor to an answer.
+        scores: Maps the name of a predictor to a score; empty if the image cannot be read.
     """
 
     row: str
@@ -88,15 +88,15 @@ class Judgement:
 
 
 class ClientRows(NamedTuple):
-    """Rows that a client sent in place of images, after a check."""
+    """Rows sent by a client in place of images, after a check."""
 
-    arrays: dict[str, Tensor]  # the arrays (B, ...) that the predictor reads, by their names
+    arrays: dict[str, Tensor]  # the arrays (B, ...) read by the predictor, by name
     picture_keys: list[bytes]  # B keys; rows of the same picture (or answer) have equal keys
 
 
 @dataclass(frozen=True)
 class UnwrittenRequest:
-    """The judgements of one request that are not in the journals yet."""
+    """The judgements of a request that are not in the journals yet."""
 
     judgements: Sequence[Judgement]
     replies: Future[list[Reply]]  # where the replies will be set after the rows are written
@@ -104,16 +104,16 @@ class UnwrittenRequest:
 
 @dataclass(frozen=True)
 class WaitingImage:
-    """A decoded image that the model has not embedded yet."""
+    """A decoded image waiting for the model."""
 
     row: str  # id of the row
-    position: int  # number of the image among all images that this service has decoded
+    position: int  # number of the image among all images decoded by this service
     item: PreparedImage | ErrorRow  # an ErrorRow if the image could not be decoded
     judgement: Future[Judgement]  # where the judgement about the image will be set
 
 
 class ServedPredictor:
-    """A predictor of the service. It judges every image."""
+    """A predictor of the service. All images are judged by every served predictor."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -123,7 +123,7 @@ class ServedPredictor:
         self.guarantee_text = None if calibration is None else calibration.guarantee_text
 
     def in_words(self, state: GuaranteeState) -> str:
-        """The state of the guarantee, and the guarantee itself, as a text for people."""
+        """The state of the guarantee, and the text of the guarantee, for people."""
         if self.rule is None:
             return "Nothing is guaranteed: this predictor has no rule that accepts answers."
         if state == "none":
@@ -139,27 +139,26 @@ class ServedPredictor:
 
 
 class Engine:
-    """One model, one or two predictors, and the images that wait for them.
+    """A model, one or two predictors, and the waiting images.
 
-    1. A pool of threads decodes images when they arrive.
-    2. One thread runs the model. It takes all images that are decoded so far, at most
-       ``guard.batch_size``. So batches grow with the load, and no image waits for a batch to fill.
+    1. A pool of threads decodes images on arrival.
+    2. A single thread runs the model on all images decoded so far, at most ``guard.batch_size``. So
+       batches grow with the load, and no image waits for a batch to fill.
     3. Another thread writes rows to the journals. The rows of a request are written as soon as all
-       of them are judged. So a request that was given up leaves no rows. Requests that are ready
-       at the same time are written together.
+       rows of the request are judged. So an abandoned request leaves no rows. Requests that are
+       ready at the same time are written together.
 
     Args:
         guard: The model with the first predictor.
-        journals: Journals of all predictors; they also hold which predictor answers.
-        second: Folder of a second predictor, which judges the same embeddings; or a
-            ``vilu.Selective``.
+        journals: Journals of all predictors, with the choice of the answering predictor.
+        second: Folder of a second predictor for the same embeddings; or a ``vilu.Selective``.
 
     Raises:
         UsageError: If the second predictor needs other arrays or another number format.
         ProvenanceError: If the second predictor was fitted on another model.
     """
 
-    kind: DataKind = "embeddings"  # what clients may send in place of images
+    kind: DataKind = "embeddings"  # the data that clients may send in place of images
 
     def __init__(
         self, guard: Guard, journals: Journals, second: Path | SavedModel | None = None
@@ -170,7 +169,7 @@ class Engine:
         if second is not None:
             self.served[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
-        self._positions = count()  # numbers of the images in the order of their decoding
+        self._positions = count()  # numbers of the images in the order of decoding
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
         self._waiting: deque[WaitingImage] = deque()
         self._is_scheduled = False  # whether a run of the model is submitted or in progress
@@ -180,7 +179,7 @@ class Engine:
         self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
     def _open_second(self, model: Path | SavedModel) -> Guard:
-        """Open a second predictor, which must use the arrays that the first one uses."""
+        """Open a second predictor, for the same arrays and number format as the first predictor."""
         first = self.guard
         second = Guard(model, vectors_only=True)
         require_same_model(second, first.backbone)
@@ -209,14 +208,14 @@ class Engine:
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of values that a row of a client has."""
+        """Number of values in a row of a client."""
         return sum(self.guard.model.widths.values())
 
     def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
-        """Check the rows of a client, and convert them to arrays like those of the model.
+        """Check the rows of a client, and convert the rows to arrays like the arrays of the model.
 
         Args:
-            content: The rows under the key "embeddings"; their features, or None, under "features".
+            content: The rows under the key "embeddings"; the features, or None, under "features".
 
         Returns:
             The arrays, in the number format of the store. Embeddings are scaled to unit norm.
@@ -275,7 +274,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return
-        # The decoder returns None only for the mark that ends a series of records. The service
+        # The decoder returns None only for a mark at the end of a series of records. The service
         # never sends this mark.
         assert item is not None  # noqa: S101
         with self._lock:
@@ -295,7 +294,7 @@ class Engine:
             batch = [self._waiting.popleft() for _ in range(n_images)]
         if self.on_batch is not None:
             self.on_batch(n_images)
-        # if a request was given up, its judgements are cancelled, and nobody waits for them
+        # if a request was given up, nobody waits for the judgements; they are cancelled
         awaited_images = [image for image in batch if not image.judgement.cancelled()]
         judgements = [image.judgement for image in awaited_images]
         self._settle(judgements, lambda: self._judge_images(awaited_images))
@@ -307,7 +306,7 @@ class Engine:
     def _settle(
         self, judgements: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
     ) -> None:
-        """Call ``judge``, and set its results as the results of the futures ``judgements``.
+        """Call ``judge``, and set the results as the results of the futures ``judgements``.
 
         If ``judge`` raises an exception, the exception is set instead. A cancelled future stays
         cancelled. If all futures are cancelled, ``judge`` is not called.
@@ -317,8 +316,8 @@ class Engine:
             return
         try:
             results = judge()
-        # In this thread the exception would be lost. So it is set in every future, which raises it
-        # in the request that awaits the future.
+        # In this thread the exception would be lost. So every future gets the exception, and
+        # raises it in the request that awaits the future.
         except BaseException as error:
             logger.exception("%d rows failed", len(judgements))
             for judgement, is_awaited in zip(judgements, are_awaited, strict=True):
@@ -330,7 +329,7 @@ class Engine:
                 judgement.set_result(result)
 
     def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
-        """Judgements about decoded images, in their order; bad images have no scores."""
+        """Judgements about decoded images, in the order of ``batch``; bad images have no scores."""
         embedded = self.guard.model.embed([image.item for image in batch])
         ids = {image.position: image.row for image in batch}
         judgements: dict[int, Judgement] = {}
@@ -374,10 +373,10 @@ class Engine:
         return request.replies
 
     def _write_requests(self) -> None:
-        """Write the rows of all unwritten requests, and set their replies.
+        """Write the rows of all unwritten requests, and set the replies.
 
-        This method is called once for every request. A call writes all requests that are ready, so
-        the later calls for these requests may find nothing to write.
+        This method is called once for every request. A call writes all ready requests, so the later
+        calls for these requests may find nothing to write.
         """
         with self._lock:
             unwritten = list(self._unwritten)
@@ -392,7 +391,7 @@ class Engine:
             judgements += request.judgements
         try:
             state = self._write_rows(judgements)
-        # As in ``_settle``, the exception is set in the future of every request, which raises it.
+        # as in ``_settle``, the future of every request gets the exception, and raises it
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
             for request in requests:
@@ -403,7 +402,7 @@ class Engine:
             request.replies.set_result(replies)
 
     def _write_rows(self, judgements: Sequence[Judgement]) -> ServiceState:
-        """Write the rows that have scores to the journals; returns the state of the service."""
+        """Write the rows with scores to the journals; return the state of the service."""
         scored = [judgement for judgement in judgements if judgement.scores]
         ids = [judgement.row for judgement in scored]
         scores: dict[str, Scores] = {}
@@ -414,7 +413,7 @@ class Engine:
         return self.journals.record(ids, scores)
 
     def _reply(self, state: ServiceState, judgement: Judgement) -> Reply:
-        """The reply with the answer of the predictor that answers in this state."""
+        """The reply of the predictor chosen in this state."""
         name = state.answering
         return Reply(
             row=judgement.row,
@@ -426,8 +425,8 @@ class Engine:
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
         self._decoders.shutdown(wait=True)
-        # A run may schedule the next run. Therefore the loop waits for the runs that are submitted
-        # so far, until no run is scheduled.
+        # A run may schedule the next run. Therefore the loop waits for all submitted runs until no
+        # run is scheduled.
         while self._is_scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
@@ -435,7 +434,7 @@ class Engine:
 
 
 def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
-    """For each of B rows, its numbers in all arrays (B, ...) as one sequence of bytes."""
+    """For each of B rows, the bytes of the numbers in all arrays (B, ...)."""
     joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
     return [row.tobytes() for row in joined_rows]
 
@@ -465,7 +464,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
 
 
 def _scores(outcomes: Outcomes) -> list[Score]:
-    """The scores of all rows, as the journals store them."""
+    """The scores of all rows, as stored in the journals."""
     answers = [UNKNOWN] * len(outcomes)  # used if the outcomes hold no answers
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()

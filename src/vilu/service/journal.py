@@ -1,4 +1,4 @@
-"""The journal of a predictor: every answered row is on disk before its answer is sent.
+"""The journal of a predictor: every answered row is on disk before the answer is sent.
 
 The monitor takes in every row once.
 """
@@ -31,34 +31,35 @@ logger = logging.getLogger(__name__)
 
 STATE = "monitor.parquet"  # name of the file with the state of the monitor
 SAVE_EVERY: Final = 20_000
-"""Number of rows after which the state of the monitor is saved.
+"""Number of rows between two saves of the state of the monitor.
 
 After a kill, the next start reads at most about this many rows again.
 """
 
 
 CODES_OF_TABLE: Final = {"1": 0, "0": 1}
-"""Maps a label of an answer of a table to its code.
+"""Maps a label of an answer of a table to a code.
 
 A label says whether the answer is right: "1" for yes, "0" for no. The code is the failure: 0 for a
-right answer, 1 for a wrong one.
+right answer, 1 for a wrong answer.
 """
 
 
 class Journal:
-    """The file of the rows that one calibrated predictor has answered, and its monitor.
+    """The rows answered by a calibrated predictor, in a file, and the monitor of the predictor.
 
-    - A row is on disk before its answer is sent. A row in the file is never changed.
-    - The monitor takes in rows and labels only from the file, in the order in which they came. So
-      even if there is a crash, the monitor takes in every row and label once, and comes to the same
+    - A row is on disk before the answer is sent. A row in the file is never changed.
+    - The monitor takes in rows and labels only from the file, in the order of arrival. So even if
+      there is a crash, the monitor takes in every row and label once, and comes to the same
       verdict.
-    - Equal pictures count once: the monitor takes in their first row and their first label.
+    - Equal pictures count once: the monitor takes in only the first row and the first label of a
+      picture.
     - Damaged files are set aside with a warning when the journal is opened.
 
     Args:
         folder: Folder of the journal.
         predictor: Folder of the predictor.
-        false_alarm: Probability that the monitor ever raises an alarm without cause.
+        false_alarm: Probability of ever raising an alarm without cause.
 
     Raises:
         InfeasibleError: If the predictor has no guarantee.
@@ -71,20 +72,20 @@ class Journal:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
-        # the latest save; at first a call that does nothing
+        # the latest save; at first a call without effect
         self._saving: Future[None] = self._writer.submit(lambda: None)
         self._new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._load_monitor()
         self._rows = RowFile(folder, self.monitor.fingerprint)
         self._compare_sizes()
-        self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
+        self._last_seen = self.monitor.rows  # number of the last row taken in by the monitor
         self._last_saved = self.monitor.rows
         self.is_writable = True  # whether the last write succeeded
         self._take_in_all()
         self.status = self.monitor.status
 
     def _take_in_all(self) -> None:
-        """Let the monitor take in all rows and labels that it has not seen."""
+        """Let the monitor take in all new rows and labels."""
         with warnings.catch_warnings():
             # Some of these rows and labels may be in the saved state of the monitor already, so the
             # warnings of the monitor about repeated rows are not needed.
@@ -100,7 +101,7 @@ class Journal:
     def record(
         self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]
     ) -> None:
-        """Write new rows, and let the monitor take them in.
+        """Write new rows to the file, and pass them on to the monitor.
 
         Rows without a score (uncertainty NaN) are left out.
         """
@@ -116,7 +117,7 @@ class Journal:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """A block that writes to the file, while no other thread uses the file.
+        """Hold the file for writing during the block; no other thread uses the file.
 
         Afterwards ``is_writable`` says whether the file could be written.
         """
@@ -130,7 +131,7 @@ class Journal:
 
     def check(self) -> None:
         """Try whether the file can be written, and note the result in ``is_writable``."""
-        if self._lock.locked():  # a write is in progress, which will note its own result
+        if self._lock.locked():  # a write is in progress, and will note the result
             return
         try:
             with self._writing():
@@ -139,10 +140,10 @@ class Journal:
             logger.warning("%s", error)
 
     def label(self, labels: Mapping[str, str]) -> LabelCounts:
-        """Write the labels of rows; a row keeps its first label.
+        """Write the labels of rows; a row keeps the first label.
 
         Args:
-            labels: Maps the id of a row to the name of its class, or to "(outside)".
+            labels: Maps the id of a row to the name of a class, or to "(outside)".
 
         Raises:
             DataError: If a label is neither a class nor "(outside)".
@@ -164,7 +165,7 @@ class Journal:
         return LabelCounts(len(new_labels), unknown)
 
     def require_same(self, labels: Mapping[str, str]) -> None:
-        """Raise ContradictionError if a row has another label; rows without a label may get one."""
+        """Raise ContradictionError if a row has another label; a row without a label is allowed."""
         codes = self._codes_of(labels)
         names = {code: name for name, code in self._codes.items()}
         with self._lock:
@@ -181,9 +182,9 @@ class Journal:
                 )
 
     def correct(self, labels: Mapping[str, str]) -> None:
-        """Replace the labels of rows that have a label; the file keeps the replaced labels, too.
+        """Replace the labels of labelled rows; the file keeps the replaced labels, too.
 
-        Then a new monitor takes in all rows and labels, so that it counts only the right labels.
+        Then a new monitor takes in all rows and labels, and counts only the right labels.
 
         Raises:
             DataError: If a label is neither a class nor "(outside)", or if a row has no label.
@@ -197,8 +198,8 @@ class Journal:
                     raise DataError(f"the row {key:.60} has no label that could be corrected.")
                 corrections[number] = code
             # The saved state of the monitor has counted the wrong labels, so the state is removed.
-            # If the service crashes now, the next start reads all rows and labels again. A save
-            # that is in progress must end first, because it would write the file again.
+            # If the service crashes now, the next start reads all rows and labels again. A save in
+            # progress must end first, because the save would write the file again.
             self._saving.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)
@@ -212,7 +213,7 @@ class Journal:
 
     @property
     def _codes(self) -> dict[str, int]:
-        """The code of every label that clients may send."""
+        """The code of every label allowed for clients."""
         calibration = self.monitor.calibration
         if calibration.class_names is None:
             return CODES_OF_TABLE
@@ -220,7 +221,7 @@ class Journal:
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """Map the id of every row to the code of its label."""
+        """Map the id of every row to the code of the label."""
         codes = self._codes
         unknown_labels = sorted(set(labels.values()) - codes.keys())
         if unknown_labels:
@@ -233,7 +234,7 @@ class Journal:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file of rows was removed or replaced, so that no row can be written."""
+        """Whether the file of rows was removed or replaced; then no row can be written."""
         return self._rows.is_lost
 
     def close(self) -> None:
@@ -245,28 +246,28 @@ class Journal:
             self._saving.result()
 
     def _update_status(self) -> None:
-        """Update the status; save the monitor if its verdict has changed or a save is due."""
+        """Update the status; save the monitor if the verdict has changed or a save is due."""
         verdict_before = self.status.verdict
         self.status = self.monitor.status
         n_unsaved = self.monitor.rows - self._last_saved
         is_due = n_unsaved >= SAVE_EVERY and self._saving.done()
-        # A new verdict is saved at once. Otherwise a restart would read all rows first and all
-        # labels after them, and the alarm would be reported at the wrong row.
+        # A new verdict is saved at once. Otherwise a restart would first read all rows and then all
+        # labels, and the alarm would be reported at the wrong row.
         has_new_verdict = self.status.verdict != verdict_before
         if is_due or has_new_verdict:
             self._save_in_background()
 
     def _save_in_background(self) -> None:
-        """Save a copy of the monitor in another thread, so that answers do not wait for it."""
+        """Save a copy of the monitor in another thread, so answers do not wait for the save."""
         self._last_saved = self.monitor.rows
         calibration = self.monitor.calibration
         # The copy shares the calibration, because a calibration never changes. deepcopy does not
-        # copy an object that is in ``memo``.
+        # copy objects in ``memo``.
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # result() raises the exception of the previous save, if there was one. The exception is
-        # never a ViLUError, because ``_save`` logs every ViLUError.
+        # result() raises an exception of the previous save. The exception is never a ViLUError,
+        # because ``_save`` logs every ViLUError.
         previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -279,11 +280,11 @@ class Journal:
                 "again.",
                 error,
             )
-        # A state takes many times the memory of its rows while it is written.
+        # While a state is written, it takes many times the memory of the rows.
         return_freed_memory()
 
     def _load_monitor(self) -> Monitor:
-        """The monitor in its saved state; a new one if the state is missing or damaged.
+        """The monitor in the saved state; a new monitor if the state is missing or damaged.
 
         A damaged state is set aside.
         """
@@ -299,7 +300,7 @@ class Journal:
         return self._new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
-        """Number new rows after all rows that the monitor has seen; warn if rows are missing."""
+        """Number new rows after all rows seen by the monitor; warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
         self._rows.skip_numbers_to(n_seen)
@@ -314,14 +315,14 @@ class Journal:
             )
 
     def _take_in_rows(self) -> None:
-        """Let the monitor take in the rows of the file that it has not seen."""
+        """Let the monitor take in the new rows of the file."""
         rows = self._rows.rows_after(self._last_seen)
         while rows:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen = rows[-1].n
             rows = self._rows.rows_after(self._last_seen)
-        # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves them
-        # out, but the monitor need not ask for them again.
+        # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves such
+        # rows out, and the monitor need not ask again.
         self._last_seen = self._rows.ends.n
 
     def _take_in_labels(self, *, after: int) -> None:

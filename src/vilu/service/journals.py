@@ -1,4 +1,4 @@
-"""The interface of the journals of a service, which are in this process or in a Ray actor."""
+"""The interface of the journals of a service, in this process or in a Ray actor."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError
 
 PREDICTOR_NAMES: Final = ("first", "second")
-"""Names of the predictors of a service: the main predictor, and the optional second one."""
+"""Names of the predictors of a service: the main predictor, and an optional second predictor."""
 
 Scores = tuple[list[int], list[float]]
-"""For some rows: the indices of their answers, and their uncertainties."""
+"""For some rows: the indices of the answers, and the uncertainties."""
 
 
 class LabelCounts(NamedTuple):
-    """Counts of the labels that a client sent for the rows of one predictor."""
+    """Counts of labels from a client, for the rows of a predictor."""
 
-    n_new: int  # number of labels of rows that had no label before
-    unknown: list[str]  # row ids that the client sent, and that the journal does not have
+    n_new: int  # number of new labels, for rows without a label before
+    unknown: list[str]  # row ids from the client that are missing in the journal
 
 
 GuaranteeState = Literal["holds", "void", "none"]
-"""State of a guarantee: "holds" before any alarm, "void" after one, "none" without guarantee."""
+"""State of a guarantee: "holds", "void" after an alarm, or "none" without a guarantee."""
 
 
 class ContradictionError(DataError):
-    """A label differs from the label that its row has; nothing of the request is written."""
+    """A label differs from the present label of a row; nothing of the request is written."""
 
 
 def row_id(request: str, index: int, content: bytes, picture: bytes) -> str:
@@ -39,8 +39,8 @@ def row_id(request: str, index: int, content: bytes, picture: bytes) -> str:
         request: Id of the request.
         index: Index of the image or row in the request.
         content: Digest or bytes of the image or row.
-        picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with their
-            digest.
+        picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with the
+            digest of ``picture``.
     """
     content_in_request = f"{request}\n{index}\n".encode() + content
     return f"{_digest(content_in_request)}-{_digest(picture)}"
@@ -55,8 +55,8 @@ class ServiceState:
     """State of a service.
 
     Attributes:
-        answering: Name of the predictor that answers.
-        guarantees: Maps the name of a predictor to the state of its guarantee.
+        answering: Name of the answering predictor.
+        guarantees: Maps the name of a predictor to the state of the guarantee.
         has_lost_journal: Whether the file of a journal was removed or replaced.
         is_writable: Whether the last write to every journal succeeded.
     """
@@ -68,32 +68,32 @@ class ServiceState:
 
 
 class Journals(Protocol):
-    """The journals of all predictors of a service; each is known by the name of its predictor."""
+    """The journals of all predictors of a service, each known by the name of the predictor."""
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write rows with the answers of all predictors; returns the state of the service."""
+        """Write rows with the answers of all predictors; return the state of the service."""
 
     def state(self) -> ServiceState:
         """The present state of the service."""
 
     def check(self) -> ServiceState:
-        """Try whether the journals can be written; returns the state of the service."""
+        """Try whether the journals can be written; return the state of the service."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """Write labels, and count them for every predictor.
+        """Write labels, and count the labels for every predictor.
 
-        ``labels`` maps the id of a row to its label. The result maps the name of a predictor to its
+        ``labels`` maps the id of a row to a label. The result maps the name of a predictor to
         counts.
         """
 
     def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace the labels ``before`` by ``after``; both map the id of a row to its label."""
+        """Replace the labels ``before`` by ``after``; both map the id of a row to a label."""
 
     def statuses(self) -> dict[str, Status]:
-        """Maps the name of every predictor that has a monitor to the status of the monitor."""
+        """Maps the name of every predictor with a monitor to the status of the monitor."""
 
     def switch(self, name: str) -> ServiceState:
-        """Let another predictor answer from now on; returns the state of the service."""
+        """Let another predictor answer from now on; return the state of the service."""
 
     def close(self) -> None:
         """Save the monitors."""

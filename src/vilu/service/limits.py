@@ -1,4 +1,4 @@
-"""Limits for clients: host names, keys and their scopes, sizes and number of requests, and time."""
+"""Limits for clients: host names, keys with scopes, sizes and number of requests, and time."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
-"""Host names of this machine for itself."""
+"""Names by which this machine calls itself."""
 
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key. "/" is the page, which asks the user for the key itself."""
+"""Paths that need no key. "/" is the page; the page itself asks the user for the key."""
 
 PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
-"""Form of an id that a client may give its request."""
+"""Form of the request ids of clients."""
 
 MAX_DRAINED_BYTES: Final = 2**20
-"""Maximum number of bytes of a refused body that are read before the connection is closed."""
+"""Maximum number of bytes to read of a refused body before the connection is closed."""
 
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
 
 IMAGES_PATH: Final = "/v1/answers"
-"""Path of requests with encoded images. Their bodies may be longer than any other body."""
+"""Path of requests with encoded images. Only requests to this path may have long bodies."""
 
 WORK_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
-"""Paths of requests with images or rows, which count towards the queue (``InProgress``)."""
+"""Paths of requests with images or rows. Such requests count towards the queue (``InProgress``)."""
 
 MAX_OTHER_REQUESTS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
@@ -63,11 +63,11 @@ RETRY_HEADER: Final = {"Retry-After": "1"}
 """Header of a refusal: the same request may be sent again after a second."""
 
 KeyScope = Literal["ask", "label", "admin"]
-"""What a key allows: "ask": ask about images and rows; "label": send labels; "admin": correct
-labels, and choose the predictor that answers."""
+"""The rights of a key. "ask": ask about images and rows; "label": send labels; "admin": correct
+labels, and choose the answering predictor."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
-"""All scopes. A key has all of them, unless its line in the file of keys names some."""
+"""All scopes. A key has every scope, unless the line of the key lists only some."""
 
 SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
     IMAGES_PATH: "ask",
@@ -76,7 +76,7 @@ SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
     "/v1/corrections": "admin",
     "/v1/predictors": "admin",
 }
-"""The scope that a POST to a path needs. A GET needs any key."""
+"""The scope needed for a POST to a path. A GET needs any key."""
 
 access = logging.getLogger("vilu.access")
 
@@ -87,7 +87,7 @@ class ClientKey:
 
     Attributes:
         digest: SHA-256 of the key.
-        scopes: What the key allows.
+        scopes: The rights of the key.
     """
 
     digest: bytes
@@ -100,16 +100,16 @@ class ClientLimits:
 
     Attributes:
         hosts: Allowed names in the Host header, without a port.
-        tls_hosts: The names in ``hosts`` that a proxy serves with https.
-        keys: A client must send one of these keys. Empty: no key needed.
+        tls_hosts: The names in ``hosts`` for which a proxy serves https.
+        keys: Allowed keys; a client must send one of these. Empty: no key needed.
         queue: Maximum number of images in progress; further requests get 429.
         body: Maximum length of a body with images, in bytes.
         json: Maximum length of any other body, in bytes.
         images: Maximum number of images, rows or labels of a request.
         pixels: Maximum number of pixels of an image; larger images are not decoded.
         request_pixels: Maximum number of pixels of all images of a request together.
-        upload: Seconds in which the body of a request must arrive.
-        answer: Seconds after which a request without an answer is given up.
+        upload: Seconds for receiving the body of a request.
+        answer: Seconds until an unanswered request is given up.
     """
 
     hosts: frozenset[str] = frozenset(LOOPBACK)
@@ -140,7 +140,7 @@ def log_access() -> None:
 
 
 def read_keys(path: Path) -> frozenset[ClientKey]:
-    """The keys in a file, which has one key on every line; scopes may follow after a space.
+    """Read a file with a key on every line; scopes may follow the key after a space.
 
     Raises:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
@@ -158,7 +158,7 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
 
 
 def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
-    """A key with the scopes that follow it on its line. If none follow, it has all scopes."""
+    """Make a key with the scopes from the line of the key; without scopes, with all scopes."""
     digest = hashlib.sha256(key).digest()
     if not scopes:
         return ClientKey(digest)
@@ -191,14 +191,14 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
 
 @dataclass
 class Gate:
-    """Admits a request or refuses it before its body is read; counts and logs every answer.
+    """Admits or refuses a request before the body is read; counts and logs every answer.
 
     Attributes:
-        app: The application that gets the admitted requests.
+        app: The application for the admitted requests.
         limits: Limits for clients.
-        in_progress: The requests with a body that are in progress.
+        in_progress: The requests with a body now in progress.
         on_answered: Called with the path, the status and the seconds of every answered request.
-        paths: Paths of the application; all other paths are counted together as "other".
+        paths: Paths of the application; all further paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
     """
 
@@ -210,7 +210,7 @@ class Gate:
     is_closing: Callable[[], bool] = lambda: False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -242,7 +242,7 @@ class Gate:
 
     @contextmanager
     def _in_progress_with_body(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """A block during which a request counts as in progress, if it has a body."""
+        """Count a request with a body as in progress during the block."""
         has_body = scope["method"] == "POST"
         if not has_body:
             yield
@@ -253,10 +253,11 @@ class Gate:
             yield
 
     def _require_host(self, headers: dict[bytes, bytes]) -> None:
-        """Refuse requests to host names that are not allowed, and requests of other sites' pages.
+        """Refuse requests to host names that are not allowed, and requests of pages of other sites.
 
-        Another site can let its host name lead to this address (DNS rebinding). But its page cannot
-        change the Host and Origin headers, which the browser sets. Another port is another site.
+        Another site can let its host name lead to this address (DNS rebinding). But a page of that
+        site cannot change the Host and Origin headers, because the browser sets these headers.
+        Another port counts as another site.
         """
         host_and_port = headers.get(b"host", b"").decode("latin-1").strip().lower()
         host = _without_port(host_and_port)
@@ -276,7 +277,7 @@ class Gate:
             )
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse a request without a key (401), or with a key that does not allow this (403)."""
+        """Refuse a request without a key (401), or with a key without the needed scope (403)."""
         auth_scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
@@ -298,7 +299,7 @@ class Gate:
     def _body_bytes(self, path: str, headers: dict[bytes, bytes]) -> int:
         """Number of bytes of a body; Refused (413) if the body is too long.
 
-        If the head does not state the number, this is the maximum for the path.
+        If the head does not state the number, the maximum for the path is returned.
         """
         max_bytes = self.limits.max_body_bytes(path)
         if b"transfer-encoding" in headers:
@@ -335,7 +336,7 @@ class Gate:
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         """Count and log a request.
 
-        Path and method are logged only for known paths, so that no text of the client is logged.
+        Path and method are logged only for known paths. So no text of the client is logged.
         """
         path = "other"
         method = ""
@@ -356,7 +357,7 @@ class Gate:
 
 @dataclass
 class _AnswerSender:
-    """Sends the answer to a request with the headers of the service, and notes its status."""
+    """Sends the answer to a request with the headers of the service, and notes the status."""
 
     send: Send
     request_id: str
@@ -369,7 +370,7 @@ class _AnswerSender:
         return self.status > 0
 
     async def __call__(self, message: Message) -> None:
-        """Send a message of the answer; headers that the answer has already are not changed."""
+        """Send a message of the answer; headers already in the answer are not changed."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             present = {name.lower() for name, _ in message["headers"]}
@@ -381,7 +382,7 @@ class _AnswerSender:
         await self.send(message)
 
     def _headers(self) -> dict[bytes, bytes]:
-        """The headers that the service adds to every answer."""
+        """The headers added to every answer of the service."""
         headers = {
             b"x-request-id": self.request_id.encode(),
             b"x-content-type-options": b"nosniff",
@@ -396,18 +397,18 @@ class _AnswerSender:
 
 @dataclass
 class _BodyReceiver:
-    """Receives the body of a request; raises Refused if it is too long or comes too slowly."""
+    """Receives the body of a request; raises Refused for a long or slow body."""
 
     receive: Receive
     max_bytes: int  # maximum length in bytes
-    seconds: float  # time in which the body must arrive
-    deadline: float  # time on the clock of the event loop at which the body must be complete
+    seconds: float  # time for receiving the body
+    deadline: float  # time on the clock of the event loop when the body must be complete
     n_read: int = 0  # number of bytes received so far
     is_whole: bool = False  # whether the body is complete
 
     async def __call__(self) -> Message:
         """Receive the next message of the client."""
-        if self.is_whole:  # the next message is the disconnect, which has no deadline
+        if self.is_whole:  # the next message is the disconnect; the disconnect has no deadline
             return await self.receive()
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -428,7 +429,7 @@ class _BodyReceiver:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read a body and throw it away, up to ``MAX_DRAINED_BYTES`` bytes."""
+    """Read and discard a body, up to ``MAX_DRAINED_BYTES`` bytes."""
     n_drained = 0
     while n_drained < MAX_DRAINED_BYTES:
         message = await receive()
@@ -448,7 +449,7 @@ def too_many_in_progress(what: str) -> Refused:
 
 
 def require_at_most(n: int, limit: int, what: str) -> None:
-    """Raise Refused (413) if a request has ``n`` of ``what`` (such as "images") above ``limit``."""
+    """Raise Refused (413) if a request has more than ``limit`` of ``what`` (such as "images")."""
     if n > limit:
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -457,15 +458,15 @@ def require_at_most(n: int, limit: int, what: str) -> None:
 
 
 class InProgress:
-    """What is in progress: requests, the bytes of their bodies, and their images.
+    """The requests in progress, the bytes of their bodies, and their images.
 
-    A request is in progress from the time before its body is read until its answer is sent.
+    A request is in progress from just before the body is read until the answer is sent.
 
     Attributes:
         n_work_requests: Number of requests with images or rows (``WORK_PATHS``).
         n_other_requests: Number of other requests with a body.
-        n_bytes: Number of bytes of all bodies, whether they have arrived or not.
-        n_images: Number of images and rows of the requests whose bodies have arrived.
+        n_bytes: Number of bytes of all bodies, whether arrived or not.
+        n_images: Number of images and rows of the requests with an arrived body.
     """
 
     def __init__(self, limits: ClientLimits) -> None:
@@ -482,12 +483,12 @@ class InProgress:
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
-        """A block during which a request is in progress; Refused (429) if too many are already."""
+        """Count a request as in progress during the block; Refused (429) if there are too many."""
         is_work = path in WORK_PATHS
         if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
         # The number of images is known only after a body has arrived. But every request of
-        # ``n_work_requests`` has at least one image or row.
+        # ``n_work_requests`` has an image or a row.
         min_images = max(self.n_work_requests, self.n_images)
         if is_work and min_images >= self.limits.queue:
             raise too_many_in_progress("images")
@@ -510,13 +511,13 @@ class InProgress:
 
 @dataclass
 class Admission:
-    """A request that is in progress, with its number of images (0 until its body has arrived)."""
+    """A request in progress, with the number of images (0 until the body has arrived)."""
 
     in_progress: InProgress
     n_images: int = 0
 
     def take_images(self, n: int) -> None:
-        """Count the images of this request as in progress; Refused (429) if they are too many.
+        """Count the images of this request as in progress; Refused (429) for too many images.
 
         A request with more images than ``ClientLimits.queue`` is admitted if no image of another
         request is in progress.
@@ -529,7 +530,7 @@ class Admission:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The id that the client gave the request; a new id if it gave none or an invalid one."""
+    """The request id from the client; a new id if the client sent no valid id."""
     request_id = headers.get(b"x-request-id", b"").decode("latin-1")
     if REQUEST_ID.fullmatch(request_id):
         return request_id
@@ -537,9 +538,9 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 
 def _require_one_length(headers: dict[bytes, bytes]) -> None:
-    """Refuse a request that states the end of its body in two ways, and close its connection.
+    """Refuse a request with two statements of the end of its body, and close the connection.
 
-    A proxy may follow the other header and see the end somewhere else. Then the proxy and this
+    A proxy may follow the second header and see the end somewhere else. Then the proxy and this
     service disagree about where the next request begins (request smuggling).
     """
     if b"content-length" in headers and b"transfer-encoding" in headers:
@@ -556,7 +557,7 @@ def _is_equal(digest: bytes, known: bytes) -> bool:
 
 
 def in_brackets(host: str) -> str:
-    """A host as addresses and the Host header write it: an IPv6 address is in brackets."""
+    """Write a host as in addresses and the Host header: with brackets around an IPv6 address."""
     if ":" in host:
         return f"[{host}]"
     return host

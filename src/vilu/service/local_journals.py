@@ -1,4 +1,4 @@
-"""The journals of a service in this process, and the choice of the predictor that answers."""
+"""The journals of a service in this process, and the choice of the answering predictor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVING: Final = "serving.json"
 
 
 class AnsweringPredictor(Document):
-    """The file ``serving.json``: the predictor that answers."""
+    """The file ``serving.json``: the answering predictor."""
 
     remedy = "Serve with a new --state"
     error_class = DataError
@@ -34,13 +34,13 @@ class LocalJournals:
     """The journals of the predictors of a service; a predictor without a guarantee has no journal.
 
     Args:
-        folder: Folder that is kept between restarts. It holds a folder for every journal, and
+        folder: Folder to keep between restarts, with a folder for every journal and
             ``serving.json``.
-        predictors: Maps the name of a predictor to its folder.
+        predictors: Maps the name of a predictor to the folder of the predictor.
 
     Raises:
-        UsageError: If two names are the same predictor, or if the predictor that answered before
-            is not among them.
+        UsageError: If two names are the same predictor, or if the last answering predictor is not
+            among ``predictors``.
         DataError: If a rule cannot be verified, or if a file in ``folder`` is damaged.
     """
 
@@ -54,12 +54,12 @@ class LocalJournals:
             calibration = Calibration.find(predictor)
             if calibration is None or calibration.guarantee is None:
                 continue
-            # Every calibration has its own guarantee, so a new calibration begins a new journal.
+            # Every calibration has a new guarantee, so a new calibration begins a new journal.
             journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
             self._journals[name] = Journal(folder / journal_name, predictor)
 
     def _last_answering(self) -> str:
-        """Name of the predictor that answered before the last stop; at first the main predictor."""
+        """Name of the answering predictor before the last stop; at first the main predictor."""
         path = self.folder / SERVING
         if not path.is_file():
             return PREDICTOR_NAMES[0]
@@ -74,9 +74,9 @@ class LocalJournals:
         )
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write rows with the answers of all predictors; returns the state of the service.
+        """Write rows with the answers of all predictors; return the state of the service.
 
-        The rows are on disk when this returns. Answers are sent only after that.
+        The rows are on disk when this method returns. Answers are sent only afterwards.
         """
         for name, journal in self._journals.items():
             answers, uncertainty = scores[name]
@@ -97,13 +97,13 @@ class LocalJournals:
         )
 
     def check(self) -> ServiceState:
-        """Try whether the journals can be written; returns the state of the service."""
+        """Try whether the journals can be written; return the state of the service."""
         for journal in self._journals.values():
             journal.check()
         return self.state()
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """Write labels, and count them for every predictor, as ``Journals.label``.
+        """Write labels, and count the labels for every predictor, as ``Journals.label``.
 
         Raises:
             ContradictionError: If a row has another label; then no label is written to any journal.
@@ -116,11 +116,11 @@ class LocalJournals:
             return {name: journal.label(labels) for name, journal in self._journals.items()}
 
     def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace the labels ``before`` by ``after``; both map the id of a row to its label.
+        """Replace the labels ``before`` by ``after``; both map the id of a row to a label.
 
         Raises:
-            ContradictionError: If the label of a row is not its label in ``before``; then no label
-                is replaced.
+            ContradictionError: If a row has a label different from ``before``; then no label is
+                replaced.
             DataError: As ``Journal.correct``.
         """
         with self._lock:
@@ -131,11 +131,11 @@ class LocalJournals:
         return self.state()
 
     def statuses(self) -> dict[str, Status]:
-        """Maps the name of every predictor that has a monitor to the status of the monitor."""
+        """Maps the name of every predictor with a monitor to the status of the monitor."""
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
-        """Let the predictor with this name answer from now on; returns the state of the service.
+        """Let the predictor with this name answer from now on; return the state of the service.
 
         Raises:
             UsageError: If there is no predictor with this name.
@@ -145,7 +145,7 @@ class LocalJournals:
                 f"there is no predictor {name!r:.40}. The predictors are "
                 f"{' and '.join(self.fingerprints)}."
             )
-        # The lock keeps two concurrent switches from leaving one name here and another in the file.
+        # The lock prevents two concurrent switches from leaving different names here and on disk.
         with self._lock:
             choice = AnsweringPredictor(answers=self.fingerprints[name])
             write_document(self.folder / SERVING, choice)
@@ -159,7 +159,7 @@ class LocalJournals:
 
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
-    """Map every predictor's name to its fingerprint; UsageError if two are the same predictor."""
+    """Map the name of every predictor to the fingerprint; UsageError for equal fingerprints."""
     fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
     if len(set(fingerprints.values())) < len(predictors):
         folders = " and ".join(map(str, predictors.values()))

@@ -21,7 +21,7 @@ SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class CountedAnswer(Protocol):
-    """The part of an answer that is counted."""
+    """The counted part of an answer."""
 
     @property
     def decision(self) -> str | None:
@@ -29,7 +29,7 @@ class CountedAnswer(Protocol):
 
     @property
     def reason(self) -> str | None:
-        """Why the answer is not accepted; None if it is."""
+        """Why the answer is not accepted; None for an accepted answer."""
 
 
 class MeasuredPredictor(Protocol):
@@ -43,7 +43,7 @@ class MeasuredEngine(Protocol):
 
     @property
     def journals(self) -> Journals:
-        """The journals, which hold the states of the guarantees."""
+        """The journals with the states of the guarantees."""
 
     @property
     def served(self) -> Mapping[str, MeasuredPredictor]:
@@ -51,11 +51,11 @@ class MeasuredEngine(Protocol):
 
 
 class Measures:
-    """The metrics of one service, in a separate Prometheus registry.
+    """The metrics of a service, in a separate Prometheus registry.
 
     Args:
         in_progress: The requests in progress.
-        get_engine: Returns the engine of the service; None while it is loading.
+        get_engine: Returns the engine of the service; None while the engine is loading.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Measures:
         )
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request, and note the seconds that it took."""
+        """Count a request, and note the duration in seconds."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -102,7 +102,7 @@ class Measures:
 
 
 class _Gauges(Collector):
-    """Gauges whose values are read from the engine at every request for the metrics."""
+    """Gauges; the values are read from the engine at every request for the metrics."""
 
     def __init__(
         self, in_progress: InProgress, get_engine: Callable[[], MeasuredEngine | None]
@@ -115,7 +115,7 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Images in progress, and for every predictor its guarantee, evidence and audit."""
+        """Images in progress, and for every predictor the guarantee, evidence and audit."""
         yield GaugeMetricFamily(
             "vilu_images_under_way", "Images that wait for an answer.", self.in_progress.n_images
         )
@@ -151,11 +151,11 @@ def _ready_gauge(*, is_ready: bool) -> Metric:
 
 
 def _guarantee_gauges(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
-    """Gauges for the predictor that answers, and for the state of every guarantee.
+    """Gauges for the answering predictor, and for the state of every guarantee.
 
     Args:
         state: State of the service.
-        fingerprints: Maps the name of a predictor to its fingerprint.
+        fingerprints: Maps the name of a predictor to the fingerprint.
     """
     answers_now = _gauge("answers_now", "1 for the predictor that answers, else 0.")
     holds = _gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
@@ -174,7 +174,7 @@ EVIDENCE: Final = {
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
-"""Maps an attribute of a monitor's test to the description of its gauge."""
+"""Maps an attribute of a test of a monitor to the description of the gauge."""
 
 AUDIT: Final = {
     "n": "Number of accepted answers whose labels have arrived.",
@@ -183,11 +183,11 @@ AUDIT: Final = {
     "upper": "Upper bound of the error rate of accepted answers.",
     "guarantee": "Guaranteed maximum of the error rate of accepted answers.",
 }
-"""Maps an attribute of the audit to the description of its gauge."""
+"""Maps an attribute of the audit to the description of the gauge."""
 
 
 def _monitor_gauges(status_of: Mapping[str, Status]) -> Iterator[Metric]:
-    """Gauges of the monitors; ``status_of`` maps a predictor's fingerprint to its status."""
+    """Gauges of the monitors; ``status_of`` maps the fingerprint of a predictor to a status."""
     rows = _gauge("monitor_rows", "Rows that the monitor has seen.")
     for fingerprint, status in status_of.items():
         rows.add_metric([fingerprint], float(status.rows))
@@ -207,5 +207,5 @@ def _monitor_gauges(status_of: Mapping[str, Status]) -> Iterator[Metric]:
 
 
 def _gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
-    """A gauge without values; its labels are "predictor", then ``labels``."""
+    """A gauge without values; the labels are "predictor", then ``labels``."""
     return GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])

@@ -1,4 +1,4 @@
-"""The pages of the service: the page on which a user drops a photo, and the documentation."""
+"""The pages of the service: the page for dropping a photo, and the documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vilu.text import csp_hash, page_of
 START_SWAGGER: Final = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null
 });"""
-"""Script of the documentation, which starts Swagger UI."""
+"""Script of the documentation; starts Swagger UI."""
 
 DOCS: Final = f"""<!DOCTYPE html>
 <html lang="en">
@@ -53,14 +53,14 @@ DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text
 
 
 async def page() -> Response:
-    """The page on which a user drops a photo."""
+    """The page for dropping a photo."""
     # The photo of the user is an image with the source "blob:".
     content, policy = page_of("vilu.service", name="page", images="blob:")
     return _html(content, policy)
 
 
 async def docs() -> Response:
-    """The documentation in Swagger UI; all its files come from this service."""
+    """The documentation in Swagger UI; all files come from this service."""
     return _html(DOCS, DOCS_POLICY)
 
 

@@ -33,17 +33,17 @@ HEALTH_SECONDS: Final = 5.0
 
 
 class RemoteJournals:
-    """The journals in a Ray actor, which replicas of the model share.
+    """The journals in a Ray actor, shared by replicas of the model.
 
     Every method calls the method of ``LocalJournals`` with the same name in the actor. After a
-    failure of the actor Ray may repeat a call. A row that is written twice is stored once.
+    failure of the actor Ray may repeat a call. A row written twice is stored once.
     """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
         self._actor = actor
 
     def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - depends on method
-        """Call a method of the actor. An error of vilu in the actor is raised here as it is."""
+        """Call a method of the actor. An error of vilu in the actor is raised here unchanged."""
         ray = import_extra("ray", "serve-ray")
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
@@ -95,7 +95,7 @@ class Replicas(NamedTuple):
 def replicas_of(text: str) -> Replicas:
     """The numbers of replicas in a text such as "2" or "1:8"."""
     minimum_text, _, maximum_text = text.partition(":")
-    with suppress(ValueError):  # a text that is no number raises the error below
+    with suppress(ValueError):  # a text without a number raises the error below
         minimum = int(minimum_text)
         maximum = int(maximum_text or minimum_text)
         if 1 <= minimum <= maximum:
@@ -106,7 +106,7 @@ def replicas_of(text: str) -> Replicas:
 
 
 def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
-    """Start the service in the Ray cluster that this process is connected to.
+    """Start the service in the Ray cluster of this process.
 
     Args:
         setup: Settings of the service.
@@ -115,7 +115,7 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
         replicas: Minimum and maximum number of replicas.
 
     Returns:
-        The URL, and the journals that all replicas share.
+        The URL, and the journals shared by all replicas.
     """
     serve = import_extra("ray.serve", "serve-ray")
     journals = _journals_in_actor(setup)
@@ -124,7 +124,7 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
     uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build() -> Gate:
-        """Build the application with a model; every replica is a process that calls this."""
+        """Build the application with a model; every replica is a process and calls this."""
         if uses_one_machine:
             listen_to_this_machine_alone()
         for module in modules:
@@ -152,8 +152,8 @@ def listen_to_this_machine_alone() -> None:
     """Let gRPC servers of this process listen at 127.0.0.1, whatever addresses they name.
 
     A replica of Ray Serve opens a port for other deployments at all addresses of the machine, even
-    if Ray itself listens at 127.0.0.1 only. At this port it asks for no key, and it reads pickles.
-    Call this before the port is opened, in a process that is only a replica.
+    if Ray itself listens at 127.0.0.1 only. This port asks for no key, and reads pickles. Call this
+    before the port is opened, in a process used only as a replica.
     """
     server: Any = import_extra("grpc.aio._server", "serve-ray").Server
     listen = server.add_insecure_port
@@ -166,19 +166,19 @@ def listen_to_this_machine_alone() -> None:
 
 
 def _journals_in_actor(setup: Setup) -> RemoteJournals:
-    """Start an actor with the journals, and verify them."""
+    """Start an actor with the journals, and verify the journals."""
     ray = import_extra("ray", "serve-ray")
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a
-    # shared disk. -1 means without a limit. The journals need one call at a time (max_concurrency).
+    # shared disk. -1 means no limit. The journals need a single call at a time (max_concurrency).
     make_remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
     actor = make_remote(LocalJournals).remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
-    journals.state()  # raises the error of the actor if its journals could not be opened
+    journals.state()  # raises the error of the actor if the journals could not be opened
     return journals
 
 
 def _replica_options(replicas: Replicas) -> dict[str, Any]:
-    """Options of a deployment for its number of replicas."""
+    """Options of a deployment for the number of replicas."""
     if replicas.minimum == replicas.maximum:
         return {"num_replicas": replicas.minimum}
     limits = {"min_replicas": replicas.minimum, "max_replicas": replicas.maximum}
@@ -200,10 +200,10 @@ def serve_ray(
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
-        UsageError: If the port is 0, since Ray does not report which free port it took.
+        UsageError: If the port is 0, since Ray does not report the chosen free port.
         BusyError: If another process serves with the same state folder.
-        ViLUError: If the rule of a predictor cannot be verified, or if the model is not the
-            predictor's.
+        ViLUError: If the rule of a predictor cannot be verified, or if the model differs from the
+            model of the predictor.
     """
     ray = import_extra("ray", "serve-ray")
     serve = import_extra("ray.serve", "serve-ray")

@@ -1,14 +1,15 @@
-"""The file of answered rows and their labels; damage is found when the file is opened.
+"""The file of answered rows and labels; damage is found when the file is opened.
 
 - Rows and labels are only added, never changed.
-- Rows form a chain: the digest of a row is computed from its content and the digest of the previous
-  row. So an edit or a deletion breaks the chain. Labels and their corrections form a second chain.
-- The id of a row ends with the id of its picture. Rows of equal pictures are kept, but only the
-  first of them is given to the monitor.
+- Rows form a chain: the digest of a row is computed from the content of the row and the digest of
+  the previous row. So an edit or a deletion breaks the chain. Labels and corrections form a second
+  chain.
+- The id of a row ends with the id of the picture. Rows of equal pictures are kept, but only the
+  first row of a picture is given to the monitor.
 - The chains begin with a digest of the fingerprint of the monitor, so rows of another monitor do
   not fit.
-- A small second file notes the last row and the last label, so that missing rows at the end are
-  found too.
+- A small second file notes the last row and the last label. So missing rows at the end are found
+  too.
 
 This does not protect against a person who can write both files.
 """
@@ -40,19 +41,19 @@ ROWS = "rows.sqlite"
 """Name of the file of rows and labels."""
 
 ENDS = "rows.ends"
-"""Name of the file that notes the last row and the last label."""
+"""Name of the file with the ends of both chains: the last row and the last label."""
 
 WAL: Final = f"{ROWS}-wal"
-"""Name of SQLite's write-ahead log: rows that are not in the main file yet."""
+"""Name of SQLite's write-ahead log, for rows not yet in the main file."""
 
 MAX_ROWS_READ: Final = 50_000
-"""Maximum number of rows that are read at a time."""
+"""Maximum number of rows in one read."""
 
 PATIENCE: Final = 5.0
-"""Seconds to wait for a file that another process has locked."""
+"""Seconds to wait for a file locked by another process."""
 
 PICTURE: Final = "substr({id}, instr({id}, '-') + 1)"
-"""SQL expression for the picture of a row: the end of its id, or the whole id without a hyphen."""
+"""SQL expression for the picture of a row: the end of the id, or the whole id without a hyphen."""
 
 TABLES: Final = f"""
 BEGIN IMMEDIATE;
@@ -80,14 +81,14 @@ CREATE INDEX IF NOT EXISTS pictures ON rows ({PICTURE.format(id="id")});
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
 """
-"""SQL that creates the tables.
+"""SQL statements to create the tables.
 
-``n`` is the number of a row, and ``came`` the number of a label or correction, in the order of
-their arrival.
+``n`` is the number of a row, in order of arrival. ``came`` is the number of a label or correction,
+in order of arrival.
 """
 
 LATER_NAMES: Final = frozenset({"corrections", "pictures"})
-"""Names in the schema that came later, so that files of earlier versions lack them."""
+"""Names of newer tables and indices, absent from files of earlier versions."""
 
 ROWS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty FROM rows
@@ -96,7 +97,7 @@ WHERE n > ? AND NOT EXISTS (
     WHERE {PICTURE.format(id="earlier.id")} = {PICTURE.format(id="rows.id")} AND earlier.n < rows.n
 ) ORDER BY n LIMIT ?
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the rows with a number above ``?`` whose pictures are in no earlier row."""
+"""SQL for the rows with a number above ``?``, without rows of a picture seen in an earlier row."""
 
 LABELS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty, coalesce(
@@ -108,9 +109,9 @@ WHERE came > ? AND NOT EXISTS (
     AND earlier.came < labels.came
 ) ORDER BY came
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the labels with a number above ``?`` whose pictures have no earlier label.
+"""SQL for the labels with a number above ``?``, without labels of a picture labelled earlier.
 
-If a label was corrected, its last correction is selected in its place.
+For a corrected label, the last correction is selected instead.
 """
 
 LABEL_CHAIN: Final = """
@@ -129,9 +130,9 @@ ENDS_LINE: Final = re.compile(
 )
 """Pattern of the only line of the file ``ENDS``; the groups are the attributes of ``Ends``."""
 
-# binary formats of the numbers from which digests are computed
+# binary formats of the numbers in digests
 ROW_NUMBERS = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
-LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of its row, label
+LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of the row, label
 
 HARMLESS_ERRORS: Final = {
     sqlite3.SQLITE_BUSY,
@@ -145,11 +146,11 @@ HARMLESS_ERRORS: Final = {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-"""SQLite errors after which the content of the file is not damaged."""
+"""SQLite errors without damage to the content of the file."""
 
 
 class AnsweredRow(NamedTuple):
-    """The part of a row that the monitor takes in."""
+    """The columns of a row for the monitor."""
 
     n: int  # number of the row, in the order of arrival
     id: str
@@ -158,7 +159,7 @@ class AnsweredRow(NamedTuple):
 
 
 class AuditedRow(NamedTuple):
-    """The part of a labelled row that the monitor takes in, with the label."""
+    """The columns of a labelled row for the monitor, and the label."""
 
     n: int
     id: str
@@ -171,7 +172,7 @@ StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
 StoredLabel = tuple[int, int, int, bytes, str]
-"""Number of the label, number of its row, label, digest, table."""
+"""Number of the label, number of the row, label, digest, table."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,14 @@ class Ends:
     label_digest: bytes
 
     def line(self) -> bytes:
-        """The line of ``rows.ends``; its length is constant, so that one write replaces it."""
+        """The line of ``rows.ends``. Its length is constant, so a single write replaces it."""
         row_end = f"{self.n:020d} {self.row_digest.hex()}"
         label_end = f"{self.came:020d} {self.label_digest.hex()}"
         return f"{row_end} {label_end}\n".encode()
 
     @classmethod
     def parse(cls, line: bytes) -> Ends | None:
-        """The ends that a line of ``rows.ends`` holds; None if the line is damaged."""
+        """Parse a line of ``rows.ends``; None if the line is damaged."""
         match = ENDS_LINE.fullmatch(line)
         if match is None:
             return None
@@ -211,9 +212,9 @@ class Ends:
 
 
 class RowFile:
-    """The open file of rows and labels; only one thread may use it at a time.
+    """The open file of rows and labels, for use by a single thread at a time.
 
-    When the file is opened, its chains are checked. If a chain is broken, the file is set aside
+    The chains are checked when the file is opened. If a chain is broken, the file is set aside
     with a warning, and a new file gets the rows and labels before the break.
 
     Args:
@@ -232,7 +233,7 @@ class RowFile:
         # the ends of chains without a row and without a label
         self._empty_ends = Ends(n=0, row_digest=first_digest, came=0, label_digest=first_digest)
         self.ends = self._checked_ends()
-        # number of the last row that was ever answered; the file may have lost this row
+        # number of the last row ever answered; the file may have lost this row
         self._last_number = self.ends.n
         # The file of ends must exist before the first row is written, because rows without a file
         # of ends count as damaged.
@@ -247,23 +248,23 @@ class RowFile:
             self._table.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             self._table.executescript(TABLES)
         paths = (self.path, folder / WAL)
-        # what the files are now, to notice later that a file was replaced
+        # identities of the files at this moment, to notice later if a file was replaced
         self._identities = {path: _identity(path) for path in paths}
 
     def skip_numbers_to(self, n: int) -> None:
-        """Give new rows only numbers above n, the number of rows that the monitor has seen.
+        """Give new rows only numbers above n, the number of rows seen by the monitor.
 
-        The file may have lost some of the rows up to n. Their numbers are not used again.
+        The file may have lost some of the rows up to n. Numbers of lost rows are not used again.
         """
         self._last_number = max(self._last_number, n)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file was removed or replaced while it was open; then no row can be kept."""
+        """Whether the open file was removed or replaced; then no row can be kept."""
         return any(_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
-        """Write the rows whose ids are not in the file yet; they are on disk when this returns.
+        """Write the rows with new ids; all rows are on disk when this method returns.
 
         Raises:
             StorageError: If the rows cannot be written, or the file was removed or replaced.
@@ -293,7 +294,7 @@ class RowFile:
         self._write_labels("labels", labels)
 
     def add_corrections(self, labels: Mapping[int, int]) -> None:
-        """Write a new label for each of these rows; its earlier labels stay in the file.
+        """Write a new label for each of these rows; earlier labels stay in the file.
 
         Raises:
             StorageError: As ``add``.
@@ -310,7 +311,7 @@ class RowFile:
         self._set_ends(ends)
 
     def require_writable(self) -> None:
-        """Write a value that the file holds already; StorageError if the write fails."""
+        """Write the version number again, as a test; StorageError if the write fails."""
         self._require_in_place()
         with self._sqlite_errors(), self._transaction():
             self._table.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -322,7 +323,7 @@ class RowFile:
         return None if row is None else int(row[0])
 
     def label_of(self, n: int) -> int | None:
-        """The label of the row with this number, or its last correction; None: it has no label."""
+        """The label of the row with this number, or the last correction; None without a label."""
         query = (
             "SELECT label FROM (SELECT came, label FROM labels WHERE n = :n "
             "UNION ALL SELECT came, label FROM corrections WHERE n = :n) ORDER BY came DESC LIMIT 1"
@@ -332,16 +333,16 @@ class RowFile:
         return None if row is None else int(row[0])
 
     def rows_after(self, n: int) -> list[AnsweredRow]:
-        """The first ``MAX_ROWS_READ`` rows above number n whose pictures are in no earlier row."""
+        """The first ``MAX_ROWS_READ`` rows above number n, without pictures of earlier rows."""
         with self._sqlite_errors():
             records = self._table.execute(ROWS_OF_NEW_PICTURES, (n, MAX_ROWS_READ))
             return [AnsweredRow(*row) for row in records]
 
     def labels_after(self, came: int) -> list[AuditedRow]:
-        """The rows whose labels have a number above ``came``, in the order of the labels.
+        """The rows with labels numbered above ``came``, in the order of the labels.
 
-        If a label was corrected, the row has the last correction. If rows of equal pictures have
-        labels, only the row with the first label is returned.
+        A row with a corrected label has the last correction. If rows of equal pictures have labels,
+        only the row with the first label is returned.
         """
         with self._sqlite_errors():
             records = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
@@ -369,7 +370,7 @@ class RowFile:
         self._note_ends()
 
     def _note_ends(self) -> None:
-        """Write the line of the ends in one call, so that a kill cannot leave half of a line.
+        """Write the line of the ends in a single call, so a kill cannot leave half of a line.
 
         A power cut may lose the line.
         """
@@ -378,14 +379,14 @@ class RowFile:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """A block whose changes are written together at its end; after an exception, none is."""
+        """Write all changes of the block together at the end; after an exception, write nothing."""
         with self._table:
             self._table.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
-        """A block in which an error of SQLite becomes a ``StorageError``."""
+        """Convert an error of SQLite in the block into a ``StorageError``."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -410,7 +411,7 @@ class RowFile:
         return ends if is_whole else self._repair(noted_ends)
 
     def _noted_ends(self) -> Ends | None:
-        """The ends in the file ``rows.ends``; None if it is missing or damaged."""
+        """The ends in the file ``rows.ends``; None if the file is missing or damaged."""
         with convert_os_errors(f"cannot read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
@@ -427,7 +428,7 @@ class RowFile:
             require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
 
     def _add_missing_tables(self) -> None:
-        """Add the tables that earlier versions did not have; any other fault is found later."""
+        """Add the tables missing in files of earlier versions; further faults are found later."""
         is_earlier = False
         with self._until_damage(), closing(_open_to_read(self.path)) as table:
             is_earlier = _schema_of(table) == _our_schema(without=LATER_NAMES)
@@ -448,14 +449,14 @@ class RowFile:
         last_label = 0
         label_digest = self._empty_ends.label_digest
         n_labels = 0
-        # if no row (or no label) was noted, the chain need not contain one
+        # without a noted row (or label), there is no row (or label) to look for
         has_noted_row = noted.n == 0
         has_noted_label = noted.came == 0
         is_sound = False
         with self._until_damage(), closing(_open_to_read(self.path)) as table:
-            if not _schema_of(table):  # vilu was killed before it had created the tables
+            if not _schema_of(table):  # vilu was killed before the tables were created
                 return self._empty_ends, noted == self._empty_ends
-            first_digest = self._empty_ends.row_digest  # both chains begin with it
+            first_digest = self._empty_ends.row_digest  # both chains begin with this digest
             for last_row, *_, row_digest in _rows_that_follow(table, first_digest):
                 n_rows += 1
                 if last_row == noted.n:
@@ -471,7 +472,7 @@ class RowFile:
 
     @contextmanager
     def _until_damage(self) -> Iterator[None]:
-        """A block that ends silently at damage of the file. Other errors become StorageError."""
+        """End the block silently at damage of the file; any other error becomes StorageError."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -479,7 +480,7 @@ class RowFile:
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
     def _repair(self, noted: Ends | None) -> Ends:
-        """Set the old files aside, and replace them by a copy of the unbroken chains."""
+        """Set the old files aside, and write a copy of the unbroken chains in their place."""
         new_path = self.path.with_name(f"{ROWS}.new")
         with convert_os_errors(f"cannot write {new_path}"):
             new_path.unlink(missing_ok=True)
@@ -503,7 +504,7 @@ class RowFile:
         return ends
 
     def _copy_chains(self, new_path: Path) -> tuple[Ends, int]:
-        """Copy the unbroken chains to a new file; returns its ends and its number of rows."""
+        """Copy the unbroken chains to a new file; return the new ends and the number of rows."""
         ends = self._empty_ends
         n_rows = 0
         with (
@@ -522,7 +523,7 @@ class RowFile:
                     n_rows += 1
             with self._until_damage(), closing(_open_to_read(self.path)) as table:
                 for _, n, label, _, table_name in _labels_that_follow(table, ends.label_digest):
-                    # a label is copied only if its row was copied
+                    # a label is copied only if the row was copied
                     if new_table.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
                         ends = _insert_label(new_table, table_name, n, label, ends)
             new_table.execute("COMMIT")
@@ -530,7 +531,7 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the files that exist to names that are free; returns their new names."""
+    """Rename the existing files to free names; return the new names."""
     old_names = [name for name in names if (folder / name).exists()]
     new_names: list[str] = []
     for number in count(1):
@@ -557,21 +558,21 @@ def _insert_label(
 def _row_digest(
     previous_digest: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
 ) -> bytes:
-    """Digest of a row: of its content, and of the digest of the previous row of the chain."""
+    """Digest of the content of a row and the digest of the previous row of the chain."""
     content = previous_digest + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _label_digest(previous_digest: bytes, came: int, n: int, label: int) -> bytes:
-    """Digest of the label of row n, and of the digest of the previous label of the chain."""
+    """Digest of the label of row n and the digest of the previous label of the chain."""
     content = previous_digest + LABEL_NUMBERS.pack(came, n, label)
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _rows_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
-    """The rows in order, up to the first whose digest does not fit the previous row."""
+    """The rows in order, until a digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
-    # A value of a wrong type, which shows that the file is damaged, raises one of these exceptions.
+    # A value of a wrong type raises one of these exceptions. Such a file is damaged.
     with suppress(struct.error, TypeError):
         for row in table.execute(query):
             n, key, when, answer, uncertainty, digest = row
@@ -582,7 +583,7 @@ def _rows_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iter
 
 
 def _labels_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredLabel]:
-    """The labels in order, up to the first whose digest does not fit the previous label."""
+    """The labels in order, until a digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
         for label in table.execute(LABEL_CHAIN):
             came, n, value, digest, _ = label
@@ -601,13 +602,13 @@ def _is_sound(table: sqlite3.Connection) -> bool:
 
 
 def _schema_of(table: sqlite3.Connection, without: Set[str] = frozenset()) -> list[str]:
-    """The SQL text of all tables, indices and triggers, ordered by name."""
+    """The SQL text of all tables, indices and triggers not in ``without``, ordered by name."""
     query = "SELECT name, coalesce(sql, name) FROM sqlite_schema ORDER BY name"
     return [text for name, text in table.execute(query) if name not in without]
 
 
 def _our_schema(without: Set[str] = frozenset()) -> list[str]:
-    """The schema of a new file."""
+    """The schema of a new file, without the names in ``without``."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as table:
         table.executescript(TABLES)
         return _schema_of(table, without)
@@ -624,13 +625,13 @@ def _chain_lengths(table: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
-    """A read-only connection, so that a damaged file is not changed."""
+    """Open the file read-only, so a damaged file is not changed."""
     address = f"file:{quote(str(path.absolute()))}?mode=ro"
     return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether an error means that the content of the file is damaged."""
+    """Whether an error means damage to the content of the file."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     primary_code = code & 0xFF  # the higher bits say more about the same kind of error
     return primary_code not in HARMLESS_ERRORS

@@ -1,4 +1,4 @@
-"""The server process: it listens, loads the model meanwhile, and drains requests at a stop."""
+"""The server process: listens, loads the model meanwhile, and drains requests at a stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_HEAD_BYTES: Final = 16 * 2**10
 """Maximum length of the head of a request, in bytes."""
 
 IDLE_SECONDS: Final = 10
-"""Seconds after which a connection without a complete head of a request is closed."""
+"""Seconds until a connection without a complete head of a request is closed."""
 
 STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
@@ -37,13 +37,13 @@ RETURN_EVERY: Final = 60
 class TimedProtocol(H11Protocol):
     """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
 
-    The head of a request (its first line and its headers) must be complete within ``IDLE_SECONDS``.
+    The head of a request (first line and headers) must be complete within ``IDLE_SECONDS``.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for the head of a request; close the connection if there are too many."""
+        """Wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
         super().connection_made(cast("asyncio.Transport", transport))
         max_connections = connection_limit()
@@ -86,7 +86,7 @@ class TimedProtocol(H11Protocol):
         self._update_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP with a problem document; its content is not logged."""
+        """Answer invalid HTTP with a problem document; the invalid content is not logged."""
         self._close_with(HTTPStatus.BAD_REQUEST, msg)
 
     def _close_with(self, status: HTTPStatus, detail: str) -> None:
@@ -104,10 +104,10 @@ class TimedProtocol(H11Protocol):
 
 
 def connection_limit() -> int:
-    """Maximum number of open connections: at most half of the files that this process may open.
+    """Maximum number of open connections: at most half of the allowed open files of this process.
 
-    Every connection is an open file for the operating system. The other half is left for the files
-    of the service, which could not answer if it could not open them.
+    Every connection is an open file for the operating system. The second half is left for the files
+    of the service. Without these files the service could not answer.
     """
     if sys.platform == "win32":
         return MAX_CONNECTIONS
@@ -120,7 +120,7 @@ def connection_limit() -> int:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that calls a function as soon as it listens."""
+    """A uvicorn server that calls a function as soon as the server listens."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -173,8 +173,8 @@ class HostedService:
 
         Raises:
             BusyError: If another process serves with the same state folder.
-            ViLUError: If the rule of a predictor cannot be verified, or if the model is not the
-                predictor's.
+            ViLUError: If the rule of a predictor cannot be verified, or if the model differs from
+                the model of the predictor.
         """
         with ExitStack() as stack:
             stack.enter_context(self.socket)
@@ -199,10 +199,10 @@ class HostedService:
         self.server.should_exit = True
 
     def _load(self) -> None:
-        """Load the engine; an exception stops the service, and ``run`` raises it."""
+        """Load the engine; an exception stops the service, and is raised again by ``run``."""
         try:
             engine = load_engine(self.setup)
-        except BaseException as error:  # noqa: BLE001 - ``run`` raises it
+        except BaseException as error:  # noqa: BLE001 - ``run`` raises the exception
             self.fault = error
             self.stop()
             return
@@ -212,7 +212,7 @@ class HostedService:
 
 @contextmanager
 def _freed_memory_returned() -> Iterator[None]:
-    """A block of code during which freed memory is returned every ``RETURN_EVERY`` seconds.
+    """Return freed memory every ``RETURN_EVERY`` seconds during the block.
 
     The process keeps the memory of a batch for the next batch (``vilu.process.keep_freed_memory``).
     But batches differ in size, and waiting images lie between the memory of two batches. So from
@@ -235,7 +235,7 @@ def _freed_memory_returned() -> Iterator[None]:
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address and a port; UsageError if they cannot be used."""
+    """A socket bound to an address and a port; UsageError if this is impossible."""
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6

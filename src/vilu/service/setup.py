@@ -25,9 +25,9 @@ class Setup:
 
     Attributes:
         predictor: Folder of the predictor that answers at first.
-        second: Folder of a second predictor, which judges the same images; None: only one predictor
-            is served.
-        state: Folder of the journals, which is kept between restarts.
+        second: Folder of a second predictor for the same images; None: only the first predictor is
+            served.
+        state: Folder of the journals, kept between restarts.
         limits: Limits for clients.
         keep: Folder for the answered images; None: no image is kept.
         models, device, batch_size, workers, precision: As in ``Guard``.
@@ -58,7 +58,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
 
     Args:
         setup: Settings of the service.
-        journals: Journals that replicas share; None: the engine gets its own journals.
+        journals: Journals shared by replicas; None: the engine gets new journals.
 
     Raises:
         ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
@@ -71,8 +71,8 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     from vilu.service.local_journals import LocalJournals
 
     if journals is None:
-        # Opening the journals verifies the rules. This happens before the model is loaded, so that
-        # an invalid rule is reported at once.
+        # Opening the journals verifies the rules. The rules are verified before the model is
+        # loaded, to report an invalid rule at once.
         journals = LocalJournals(setup.state, setup.predictors)
     if load_predictor(setup.predictor).takes == "answers":
         return _table_engine(setup, journals)
@@ -87,7 +87,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     )
     if guard.model.first_photos is not None:
         # Clients choose the photos, and a client must not be able to stop the service. So photos
-        # that differ from those of the fit lead to a warning and to no error.
+        # unlike the photos of the fit lead to a warning and not to an error.
         guard.model.first_photos.must_pass = False
     (answer,) = guard([_grey_picture()])
     if answer.label is None:

@@ -26,12 +26,12 @@ from vilu.tables.table import FEATURES, AnswerTable
 
 
 class TableGuard(Guard):
-    """A guard of rows of tables: it has a predictor and its calibration, and no model.
+    """A guard of rows of tables, with a predictor and a calibration, but without a model.
 
     Raises:
         UsageError: If the folder holds a predictor of images, or if the rule needs all rows at
             once.
-        ProvenanceError: If the rule is about the photos of one folder.
+        ProvenanceError: If the rule is about the photos of a single folder.
     """
 
     predictor: AnswerMethod
@@ -57,10 +57,10 @@ class TableGuard(Guard):
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:
-        """Decisions about rows of a table, and their scores as outcomes.
+        """Decisions about rows of a table, and the scores of the rows as outcomes.
 
         Args:
-            arrays: The columns of B rows, as ``AnswerMethod.inputs`` returns them.
+            arrays: The columns of B rows, as returned by ``AnswerMethod.inputs``.
             keys: The identifiers of the B rows.
         """
         numbers = arrays[NUMBERS].numpy()
@@ -96,12 +96,12 @@ class TableEngine(Engine):
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of values in a row of a client: its columns, features and identifier."""
+        """Number of values in a row of a client: columns, features and identifier."""
         n_features = int(self.guard.predictor.notes_.get("n_features", 0))
         return len(self.guard.predictor.used_columns) + n_features + 1
 
     def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
-        """Check the columns of a client in the way in which the columns of a file are checked.
+        """Check the columns of a client like the columns of a file.
 
         Raises:
             DataError: If a column is missing or wrong; the message names the row.
@@ -109,5 +109,5 @@ class TableEngine(Engine):
         table = open_table(content)
         arrays = self.guard.predictor.inputs(table)
         # Two answers may have equal numbers and be different answers. So rows belong to the same
-        # answer if their identifiers are equal, and not if their numbers are.
+        # answer only if the identifiers are equal.
         return ClientRows(arrays, picture_keys=[key.encode() for key in table.ids])

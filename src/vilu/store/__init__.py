@@ -1,1 +1,1 @@
-"""Embeddings on disk: folders that record their inputs, and are resumed and memory-mapped."""
+"""Embeddings on disk, in resumable and memory-mapped folders with a record of all inputs."""

@@ -1,6 +1,6 @@
 """Read the arrays of an ``.npz`` file, or of a folder of ``.npy`` files, in blocks of rows.
 
-The files are not trusted, so everything in them is checked before it is used.
+The files are not trusted, so all content is checked before use.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ NPZ_READING_ERRORS = (
     EOFError,
     RuntimeError,
 )
-"""Exceptions that can occur while a damaged zip file, or an array in it, is read.
+"""Exceptions from reading a damaged zip file, or an array in a damaged zip file.
 
 ``zipfile`` raises RuntimeError if the content is encrypted.
 """
 
-READ_BYTES = 2**24  # number of bytes that are read at a time
+READ_BYTES = 2**24  # number of bytes read at a time
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
-"""Endings of the names of text files, which have one entry per line and no header."""
+"""Endings of the names of text files. A text file has an entry per line and no header."""
 
-# Limits against zip bombs, which are small files that decompress to very many bytes. An array of at
-# most ``SMALL_BYTES`` is accepted, whatever its compressed size. A larger array is accepted if it
-# is at most ``MAX_COMPRESSION`` times as large as its compressed size. Embeddings stay below this
-# limit, because compression hardly makes them smaller.
+# Limits against zip bombs: small files that decompress to very many bytes. An array of at most
+# ``SMALL_BYTES`` is accepted, whatever the compressed size. A larger array may be at most
+# ``MAX_COMPRESSION`` times as large as the compressed array. Embeddings stay below this limit,
+# because compression hardly makes embeddings smaller.
 SMALL_BYTES = 2**28
 MAX_COMPRESSION = 100
 
@@ -54,19 +54,19 @@ MAX_COMPRESSION = 100
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
 MAX_NAME_CHARACTERS = 2**16  # maximum number of characters of a name
-# NumPy's kinds that ``array_to_texts`` converts: whole numbers (i, u), texts (U) and bytes (S)
+# NumPy's kinds for ``array_to_texts``: whole numbers (i, u), texts (U) and bytes (S)
 TEXT_KINDS = "iuUS"
 
 
 class StoredArray:
-    """An array in a file. Opening reads only the header. Rows are read when they are needed.
+    """An array in a file. Opening reads only the header. Rows are read on demand.
 
     Args:
-        location: What messages call the array: the name of the file, and for a zip file also the
-            name of the array in it.
+        location: Name of the array in messages: the name of the file, and for a zip file also the
+            name of the array in the zip file.
         handle: The open file, at the beginning of the array.
         n_bytes: Size of the file, or of the uncompressed array in a zip file.
-        read_bytes: Number of bytes that are read at a time.
+        read_bytes: Number of bytes read at a time.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StoredArray:
         self._require_content(n_bytes - self._content_start)
 
     def _require_content(self, n_present: int) -> None:
-        """Raise DataError unless exactly the array that the header states follows the header.
+        """Raise DataError if the header is invalid, or does not match the size of the content.
 
         ``n_present`` is the number of bytes after the header.
         """
@@ -152,7 +152,7 @@ class StoredArray:
     def hash(self, advance: Callable[[int], object]) -> str:
         """Return a hash of the array's type, shape and content.
 
-        After each block that was read, ``advance`` is called with the number of its bytes.
+        After each block, ``advance`` is called with the number of bytes in the block.
         """
         header = repr((self.dtype.str, self.shape, self._is_fortran_order)).encode()
         running_hash = blake2b(header, digest_size=16)
@@ -163,7 +163,7 @@ class StoredArray:
             advance(len(block))
         with convert_reading_errors(self.location):
             # No byte may follow the content. In a zip file, ``zipfile`` verifies the checksum of
-            # the array when this read reaches its end.
+            # the array when this read reaches the end of the array.
             if self._handle.read(1):
                 raise DataError(
                     f"{self.location} has more bytes than its header says. Write it again."
@@ -174,7 +174,7 @@ class StoredArray:
         """Return ``count`` bytes of the content from ``start`` on.
 
         The header may state a wrong size. Therefore no memory is allocated in advance, and
-        ``content`` grows with every block that was read.
+        ``content`` grows with every block.
         """
         content = bytearray()
         with convert_reading_errors(self.location):
@@ -191,17 +191,17 @@ class StoredArray:
 
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""What a header states: the shape, whether the array is in Fortran order, and the dtype."""
+"""Facts in a header: the shape, whether the array is in Fortran order, and the dtype."""
 
 HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""Maps the version of the ``.npy`` format to the function that reads its header."""
+"""Maps the version of the ``.npy`` format to the function for reading the header."""
 
 
 def convert_reading_errors(location: str) -> AbstractContextManager[None]:
-    """Convert exceptions that a damaged file causes in the block into a DataError.
+    """Convert exceptions from a damaged file in the block into a DataError.
 
     The message of the DataError names the ``location`` of the array.
     """
@@ -217,13 +217,13 @@ def convert_reading_errors(location: str) -> AbstractContextManager[None]:
 class Arrays(ExitStack):
     """The arrays of a file or a folder, by name.
 
-    It is used as a context manager, and closes all files at the end of the ``with`` block.
+    Use ``Arrays`` as a context manager. At the end of the ``with`` block, all files are closed.
 
     Args:
         path: The file or folder. None: all arrays are in ``files``.
-        files: Maps names of further arrays to their files. A file is an ``.npy`` file, or a text
-            with one entry per line. These arrays replace arrays of the same name.
-        read_bytes: Number of bytes that are read at a time.
+        files: Maps names of further arrays to files. A file is an ``.npy`` file, or a text with an
+            entry per line. These arrays replace arrays of the same name.
+        read_bytes: Number of bytes read at a time.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Arrays(ExitStack):
         path_of_name = {name: Path(file) for name, file in (files or {}).items()}
         if path is None and not path_of_name:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
-        # the path that messages name: ``path`` if it is given, or else the first of ``files``
+        # the path for messages: ``path`` if ``path`` is given, or else the first of ``files``
         self.path = next(iter(path_of_name.values())) if path is None else Path(path)
         if path is not None:
             with convert_reading_errors(str(path)):
@@ -262,7 +262,7 @@ class Arrays(ExitStack):
         return list(self._members)
 
     def open(self, name: str) -> StoredArray:
-        """Open an array, and read and check its header."""
+        """Open an array. Read and check the header of the array."""
         member = self._members[name]
         if isinstance(member, Path):
             return self._open_file(member, str(member))
@@ -286,7 +286,7 @@ class Arrays(ExitStack):
             return StoredArray(location, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
-        """Raise DataError if an array is far larger than its compressed size: a zip bomb."""
+        """Raise DataError if an array is far larger than the compressed array: a zip bomb."""
         member = self._members[name]
         if isinstance(member, Path):
             return
@@ -300,7 +300,7 @@ class Arrays(ExitStack):
 
 
 def _npy_of_lines(file: Path) -> bytes:
-    """Convert a text file to the content of a ``.npy`` file, where each line is an entry.
+    """Convert a text file to the content of a ``.npy`` file. Each line becomes an entry.
 
     Empty lines at the end of the text file are left out.
     """
@@ -311,7 +311,7 @@ def _npy_of_lines(file: Path) -> bytes:
 
 
 def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Map the name of each array in a folder to its ``.npy`` file."""
+    """Map the name of each array in a folder to the ``.npy`` file."""
     files: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
@@ -329,7 +329,7 @@ def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Map the name of each array in an ``.npz`` file to its zip entry."""
+    """Map the name of each array in an ``.npz`` file to the zip entry."""
     if not path.is_file():
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
@@ -352,8 +352,8 @@ def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
     """Convert an array of texts, UTF-8 bytes or whole numbers to a list of texts.
 
     Raises:
-        DataError: If the array holds anything else. The message begins with ``location``, which
-            names the array.
+        DataError: If the array holds anything else. The message begins with ``location``, the name
+            of the array.
     """
     if values.dtype.kind not in TEXT_KINDS:
         raise DataError(

@@ -54,12 +54,12 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 PART_IMAGES = 4096  # default number of images per part
 PART_SHARDS = 10  # default number of shards per part
-SIZE_FACTOR = 1.05  # a store with all its files is at most this many times as large as its vectors
+SIZE_FACTOR = 1.05  # largest ratio between the size of a store and the size of the vectors
 
 LOCK_WAIT_SECONDS = 600.0
-"""Seconds for which a process waits for the lock of a store that several processes share.
+"""Seconds for which a process waits for the lock of a shared store.
 
-The wait is long, because the process that holds the lock may be embedding the texts of the classes.
+The wait is long, because the process with the lock may be embedding the texts of the classes.
 """
 
 # message of the error if both ``overwrite`` and ``shared`` are True
@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 @checked_fields
 @dataclass(frozen=True)
 class ExtraColumns:
-    """What a store holds in addition to the embeddings of the images and of the classes.
+    """Content of a store in addition to the embeddings of the images and of the classes.
 
     Attributes:
         features: Whether to store the input of the image tower's last map (column ``features``). If
@@ -82,10 +82,10 @@ class ExtraColumns:
             of the text tower's last map is stored as well (column ``text_features``).
         views: Number of augmented views of each image to embed, as the column ``views``.
         seed: Seed of the views.
-        prompts: Templates in which to embed every class, as the column ``prompts``.
-        negatives: Words for what an image may show if it belongs to none of the classes
-            (``everyday_words`` is a list of such words). They are embedded in the templates of the
-            classes, as the column ``negatives``.
+        prompts: Templates for embedding every class, as the column ``prompts``.
+        negatives: Words for the possible content of an image outside all classes
+            (``everyday_words`` is a list of such words). The words are embedded in the templates of
+            the classes, as the column ``negatives``.
 
     Examples:
         >>> import vilu
@@ -127,9 +127,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     executor: Executor | None = None,
     shared: bool = False,
 ) -> EmbeddingStore | CaptionStore | None:
-    """Embed all images of a data set, or the images that an earlier run has not embedded yet.
+    """Embed all images of a data set. After an earlier run, embed only the remaining images.
 
-    If the images have captions, the captions are the candidates. They are stored with the images.
+    If the images have captions, the captions are the candidates. The captions are stored with the
+    images.
 
     The process can be killed at any moment. Finished parts stay, and after the next run the store
     has the same bytes as after a run without interruption. With V views per image, memory holds at
@@ -137,33 +138,37 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
     Args:
         dataset: The images.
-        backbone: The model; give its name (``BackboneSpec``) if other processes must load it.
+        backbone: The model. Give a ``BackboneSpec`` with the name of the model if other processes
+            must load the model.
         output: Folder of the store.
         names: K class names for the prompts, in label order; empty if images have captions.
-        templates: Prompts of a class, with ``{}`` for its name; by default "a photo of a {}.".
-        columns: What to store in addition to the embeddings; by default nothing.
+        templates: Prompts of a class, with ``{}`` for the name of the class; by default "a photo of
+            a {}.".
+        columns: Further columns to store; by default none.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
         part_size: Images per part (by default 4096), or shards per part (by default 10).
         dtype: Number format of the image embeddings. The texts are always float32.
-        limits: Limits of size and shape; other images are errors.
-        max_error_rate: Largest share of failed images with which the store is sealed.
+        limits: Limits of size and shape. An image beyond these limits is an error.
+        max_error_rate: Largest share of failed images for which the store is sealed.
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
-            to its end. If False, a bad shard is a DataError at the end; finished parts stay.
+            to the end. If False, a bad shard is a DataError at the end of the run; finished parts
+            stay.
         on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
-        executor: Object that does the parts in other processes. By default, this process does them.
+        executor: Object that does the parts in other processes. By default, this process does all
+            parts.
         shared: Whether other processes, here or on other machines, call this function with the same
-            arguments at the same time. The process that ends last seals the store. If False, this
+            arguments at the same time. The last process to end seals the store. If False, this
             process locks the store, and earlier failed attempts at parts are forgotten.
 
     Returns:
-        The store; None if it is shared and other processes have not finished their parts.
+        The store; None if the store is shared and other processes have not finished their parts.
 
     Raises:
         UsageError: If an argument is invalid, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
+        ProvenanceError: If ``output`` holds a store of other inputs. The message names the inputs.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process embeds into ``output``.
@@ -227,8 +232,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 def _image_column_settings(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
     """Return the settings "features" and "views" of the run.
 
-    "features" is the width of the column, and "views" has the number and the seed of the views. If
-    a column is not stored, its setting is None.
+    "features" is the width of the column, and "views" has the number and the seed of the views. The
+    setting of a missing column is None.
     """
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
@@ -279,8 +284,8 @@ def _embed_shared(
     Returns True if all parts are done. Then this process has sealed the store.
 
     The lock is held at the beginning and at the end, but not while parts are embedded. So all
-    processes embed parts at the same time, but only one of them begins the store, and only one
-    seals it.
+    processes embed parts at the same time. But only one process begins the store, and only one
+    process seals the store.
     """
     with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         job = _begin_job(job, model, overwrite=False)
@@ -303,7 +308,7 @@ def _embed_shared(
 
 
 def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
-    """Begin or resume the store, and return the job with the run of its ``run.json``."""
+    """Begin or resume the store, and return the job with the run in ``run.json``."""
 
     def make_classes() -> Classes:
         return encode_classes(model, job.run)
@@ -313,11 +318,11 @@ def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
 
 
 def _prepare_store(job: EmbedJob, missing_parts: Sequence[Part], model: Backbone) -> None:
-    """Prepare a store for the writing of missing parts, if there are any."""
+    """Prepare a store for the writing of the missing parts, if any part is missing."""
     if not missing_parts:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
-    # a manifest states that all parts are done, so it is removed before a missing part is written
+    # a manifest states that all parts are done, so remove the manifest before writing a part
     job.ledger.unseal()
     require_disk_space(job.root, job.run, missing_parts)
     job.check_precision(model)
@@ -331,19 +336,19 @@ def _embed_parts(
 ) -> None:
     """Embed the missing parts, in this process or by an executor, and show the progress.
 
-    ``receipts`` are the receipts of the parts that were done before.
+    ``receipts`` are the receipts of the parts from earlier runs.
     """
     if receipts and missing_parts:
         n_done = len(receipts)
         logger.info("%d of %d parts are there already", n_done, n_done + len(missing_parts))
     numbers = [part.number for part in missing_parts]
-    # the number of images in shards is unknown before they are read
+    # the number of images in shards is unknown before the shards are read
     n_images = None if job.run.shards else job.run.n_in
     with track("embed", n_images, "images") as progress:
         progress.advance(sum(receipt.n_in for receipt in receipts))
         if executor is None:
-            # The loop makes the job embed one part after the other. The job itself shows the
-            # progress after each batch. Its receipts are not needed here.
+            # The loop makes the job embed all parts in order. The job shows the progress after each
+            # batch. The receipts of the job are not needed here.
             for _ in job.process_all(numbers, progress):
                 pass
             return
@@ -359,7 +364,7 @@ def _candidate_settings(
     templates: Sequence[str] | None,
     columns: ExtraColumns,
 ) -> dict[str, object]:
-    """Check names, templates, prompts and negative words, and return them as settings of the run.
+    """Check and return names, templates, prompts and negative words as settings of the run.
 
     For a data set with captions, all of these settings are empty.
     """
@@ -407,7 +412,7 @@ def plan_run(
     part_size: int | None = None,
     **settings: object,
 ) -> Run:
-    """Return the run that embeds a data set in the space of a model."""
+    """Return the run for a data set and the embedding space of a model."""
     if isinstance(dataset, ShardedDataset):
         # the number of images is unknown before the shards are read
         sizes = {"n_in": 0, "shards": len(dataset)}
@@ -458,15 +463,15 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
 def begin_run(
     root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
 ) -> Run:
-    """Resume the run in a folder or begin a new run, and write the files of the classes if missing.
+    """Resume the run in a folder, or begin a new run. Write missing files of the classes.
 
-    Returns the run that is in the folder. Nothing is written or removed before ``make_classes`` has
-    returned. So if the model refuses the settings, no new store is left behind, and an old store
-    is unchanged.
+    Returns the run in the folder. Nothing is written or removed before ``make_classes`` has
+    returned. So if the model refuses the settings, no new store is left behind, and an old store is
+    unchanged.
 
     Args:
         root: The folder.
-        run: The run with the inputs of the user. A run that is resumed must have the same inputs.
+        run: The run with the inputs of the user. A resumed run must have the same inputs.
         make_classes: Function that computes the texts and the columns of the classes.
         overwrite: Whether to replace the run in the folder.
     """
@@ -503,12 +508,12 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
         )
 
 
-SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors that concern a shard
-MAX_LISTED = 5  # maximum number of bad shards that a message names
+SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors of whole shards
+MAX_LISTED = 5  # maximum number of bad shards in a message
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
-    """Write the manifest of a store whose parts are all done.
+    """Write the manifest of a store with all parts done.
 
     Raises:
         DataError: If the losses exceed the budget. All parts stay, and the message says how to seal
@@ -548,19 +553,19 @@ def _check_budget(
 ) -> None:
     """Raise DataError if the losses exceed the budget. Warn of bad shards, or if there is no image.
 
-    The error row of a bad shard represents an unknown number of images. Therefore it is left out of
-    the share of images that failed.
+    The error row of a bad shard represents an unknown number of images. Therefore such rows are
+    left out of the share of failed images.
 
     Args:
         ledger: The folder of the store.
         receipts: Receipts of all parts.
-        errors: Maps each kind of error to its number of error rows.
+        errors: Maps each kind of error to the number of error rows.
         n_ok: Number of embedded images.
-        budget: The largest losses that are accepted.
+        budget: The largest accepted losses.
     """
     image_errors = Counter(errors)
     for kind in SHARD_ERROR_KINDS:
-        del image_errors[kind]  # a Counter accepts a key that it does not have
+        del image_errors[kind]  # a Counter accepts a missing key
     n_images = n_ok + image_errors.total()
     sentence_on_shards = _bad_shards_sentence(ledger, receipts)
     if sentence_on_shards and not budget.accepts_bad_shards:
@@ -603,7 +608,7 @@ def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> st
 
 
 def _has_classes(root: Path, run: Run) -> bool:
-    """Whether the files of the classes exist, are not damaged, and belong to this run."""
+    """Return whether the files of the classes exist, are intact, and belong to this run."""
     if not (root / CLASSES_FILE).exists():
         return False
     try:
@@ -617,7 +622,7 @@ def _has_classes(root: Path, run: Run) -> bool:
 def _too_many_errors_message(
     root: Path, n_in: int, errors: Counter[str], max_error_rate: float
 ) -> str:
-    """Return the message that too many images failed. It names a rate that accepts these errors."""
+    """Return the message about too many failed images, with a rate that accepts the failures."""
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())

@@ -1,4 +1,4 @@
-"""Split rows into train, validation and test folds by their captions.
+"""Split rows into train, validation and test folds by caption.
 
 The fold of a caption depends only on the caption, not on the data set or the order of rows.
 """
@@ -22,18 +22,18 @@ from vilu.store.unreadable import convert_damage_errors
 Fold = Literal["train", "validation", "test"]
 
 # Every caption has a fraction in [0, 1) (``fold_of``). A fraction below ``TRAIN_END`` means "train"
-# (60 % of all captions), a larger one below ``VALIDATION_END`` means "validation" (10 %).
+# (60 % of all captions). A larger fraction below ``VALIDATION_END`` means "validation" (10 %).
 TRAIN_END = 0.6
 VALIDATION_END = 0.7
-READ_ROWS = 2**16  # number of captions that are read at a time
+READ_ROWS = 2**16  # number of captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
     """Return the fold of a caption.
 
-    The BLAKE2b hash of the caption has 8 bytes. Read as a whole number and divided by 2**64, it is
-    a fraction in [0, 1), which decides the fold. White space at the beginning and at the end of the
-    caption is ignored.
+    The BLAKE2b hash of the caption has 8 bytes. The hash is read as a whole number and divided by
+    2**64. The result is a fraction in [0, 1). The fraction decides the fold. White space at the
+    beginning and at the end of the caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -53,13 +53,13 @@ def fold_of(caption: str) -> Fold:
 def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows whose caption is in a fold.
+    """Return the (M,) ascending numbers of the rows with a caption in a fold.
 
     A row without a caption is in the fold of the caption "".
 
     Args:
-        files: Metadata files, each with its number of rows.
-        names: Possible names of the column of captions. The first that a file has is used.
+        files: Metadata files, each with the number of rows.
+        names: Possible names of the column of captions. The first existing column is used.
         fold: The fold.
         n_rows: Number of rows of all files.
     """
@@ -80,8 +80,8 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
 
     Args:
         path: The file.
-        names: Possible names of the column of captions. The first that the file has is used.
-        n_rows: Number of rows that the file must have.
+        names: Possible names of the column of captions. The first existing column is used.
+        n_rows: Expected number of rows of the file.
 
     Raises:
         StorageError: If the file is damaged, or has another number of rows.
@@ -99,7 +99,7 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    """Return the first of ``names`` that is the name of a column in the file."""
+    """Return the first of ``names`` with a column in the file."""
     existing_names = [name for name in names if name in schema.names]
     if not existing_names:
         raise UsageError(

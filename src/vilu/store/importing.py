@@ -1,4 +1,4 @@
-"""Import embeddings in ``.npz`` or ``.npy`` files, made by other programs, into a store."""
+"""Import embeddings of other programs, in ``.npz`` or ``.npy`` files, into a store."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ ARRAY_NAMES = (
     *("image", "text", "logits", "target", "answer", "class_names", "ids"),
     *("logit_scale", "logit_bias", *COLUMNS),
 )
-"""Names of the arrays that are read. An array may have another name in the source."""
+"""Names of the arrays to read. An array may have another name in the source."""
 
 SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
 """Names of the arrays that belong to the embedding space."""
 ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
-"""Names of the arrays with one entry per image row."""
-# Kinds of NumPy's types, one letter per kind (``dtype.kind``)
+"""Names of the arrays with an entry for every image row."""
+# Kinds of NumPy's types, as letters (``dtype.kind``)
 NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
 MIB = 2**20
-MAX_LISTED = 10  # maximum number of names that a message lists
+MAX_LISTED = 10  # maximum number of names in a message
 
 logger = logging.getLogger(__name__)
 
@@ -109,45 +109,46 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
     Required arrays are ``image`` (N, D), ``text`` (K, D) and ``class_names`` (K,). Optional arrays
     are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns of
-    ``vilu.embeddings.columns``. A target is either the row number of a text, or the name of a
-    class. An unknown target is -1 or "". The target -2 (``vilu.OUTSIDE``) means that the image
-    belongs to none of the classes.
+    ``vilu.embeddings.columns``. A target is the row number of a text, or the name of a class. An
+    unknown target is -1 or "". The target of an image outside all classes is -2 (``vilu.OUTSIDE``).
 
     A source may have ``logits`` (N, K) and ``features`` (N, D) instead of ``image`` and ``text``,
     as for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) has answers of another model:
-    row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge them.
+    row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge these
+    answers.
 
-    Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
-    that are not finite, or have norm zero, become errors. Only the rows of one part are in memory.
-    Nothing is unpickled. The process can be killed at any moment. Finished parts stay, and the next
-    run writes the same bytes as a run without interruption.
+    Rows are normalised to unit norm. There is one warning if rows of the source had another norm.
+    Image rows with non-finite numbers or with norm zero become errors. Only the rows of one part
+    are in memory. Nothing is unpickled. The process can be killed at any moment. Finished parts
+    stay, and the next run writes the same bytes as a run without interruption.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
         output: Folder of the store.
         files: Files of arrays, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
-            with one entry per line and no header.
+            with an entry per line and no header.
         logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: the array is used.
         logit_bias: Added to every logit (0 except for SigLIP). None: the array is used.
-        keys: Names of arrays in the source that differ from the names above. For example,
+        keys: Names of arrays in the source, if different from the names above. For example,
             {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
-        outside: Names of classes to leave out, or values of ``target`` that are no class. Rows with
-            these targets get the target ``vilu.OUTSIDE``.
-        model: Name of the model that made the embeddings, if it is known. Stores of different
-            models cannot be combined.
+        outside: Names of classes to leave out, or values of ``target`` beyond the classes. Rows
+            with these targets get the target ``vilu.OUTSIDE``.
+        model: Name of the model that made the embeddings, if known. Stores of different models
+            cannot be combined.
         origin: Where the arrays come from, for people; recorded in the store.
         split: Name of the split; recorded in the store.
-        dtype: Number format of the stored rows; by default float16 if ``image`` has it, or float32.
+        dtype: Number format of the stored rows. By default float16 for an ``image`` of float16,
+            otherwise float32.
         part_size: Rows per part. One part is in memory, and a kill loses at most one part.
-        max_error_rate: Largest share of unusable rows with which the store is sealed.
+        max_error_rate: Largest share of unusable rows for which the store is sealed.
         overwrite: Whether to replace a store in ``output``.
 
     Raises:
         UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
             in the source, or if ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
-        DataError: If an array is missing, damaged, of Python objects, or does not fit the others.
+        ProvenanceError: If ``output`` holds a store of other inputs. The message names the inputs.
+        DataError: If an array is missing, damaged or of Python objects, or does not fit the rest.
         StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
@@ -173,7 +174,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             arrays,
             keys=dict(keys or {}),
             class_names=class_names,
-            outside=tuple(dict.fromkeys(outside)),  # each name once, in their order
+            outside=tuple(dict.fromkeys(outside)),  # each name once, in the given order
         )
         run = _plan_run(
             source_arrays,
@@ -204,23 +205,23 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
 class SourceArrays:
     """The open arrays of a source. Everything is checked except the numbers in the image rows.
 
-    ``read_rows`` reads and checks the rows of one part.
+    ``read_rows`` reads and checks the rows of a part.
     """
 
-    # all arrays that are used; the keys are names in ``ARRAY_NAMES``
+    # all used arrays; the keys are names in ``ARRAY_NAMES``
     arrays: dict[str, StoredArray]
-    target: NDArray[np.int64]  # (N,) label of each row; -1 is unknown, -2 is none of the classes
+    target: NDArray[np.int64]  # (N,) label of each row; -1: unknown, -2: outside all classes
     names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
-    outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
-    norms: Norms = field(default_factory=Norms)  # norms of the rows that were read so far
-    # (N,) answers of another model, as numbers of classes; None if there are no answers
+    outside: tuple[str, ...]  # names of left-out classes, and targets beyond the classes
+    norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
+    # (N,) answers of another model, as numbers of classes; None: there are no answers
     answer: NDArray[np.int64] | None = None
 
     @property
     def row_array(self) -> StoredArray:
-        """The array that decides the number of rows: image embeddings, or logits."""
+        """The array that decides the number of rows: image embeddings, or else logits."""
         return _row_array(self.arrays)
 
     @property
@@ -229,7 +230,7 @@ class SourceArrays:
         return _embedding_width(self.arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """Map the name of each column of the images to the shape of one row."""
+        """Map the name of each column of the images to the shape of a row."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
             if name in self.arrays:
@@ -237,7 +238,7 @@ class SourceArrays:
         return shapes
 
     def describe_import(self, origin: str | None) -> Imported:
-        """Return what the store records about these arrays. ``origin`` is a text for people."""
+        """Return the store's record of these arrays. ``origin`` is a text for people."""
         return Imported(columns=self.row_shapes(), ids="ids" in self.arrays, source=origin)
 
     def make_space(
@@ -245,8 +246,8 @@ class SourceArrays:
     ) -> EmbeddingSpace:
         """Return the embedding space.
 
-        ``logit_scale`` and ``logit_bias`` are the choices of the user. If one of them is None, the
-        number in the source is used.
+        ``logit_scale`` and ``logit_bias`` are the choices of the user. None means that the number
+        in the source is used.
         """
         if LOGITS not in self.arrays:
             scale = self._scale_or_bias("logit_scale", logit_scale)
@@ -262,7 +263,7 @@ class SourceArrays:
     def choose_number_format(
         self, user_format: Literal["float16", "float32"] | None
     ) -> Literal["float16", "float32"]:
-        """Return the number format of the stored rows: ``user_format``, unless it is None.
+        """Return the number format of the stored rows: ``user_format`` if given.
 
         By default, the rows have the number format of the images. Logits are always float32.
         """
@@ -280,7 +281,7 @@ class SourceArrays:
         return "float16" if has_float16 else "float32"
 
     def _scale_or_bias(self, name: str, user_value: float | None) -> float:
-        """Return ``user_value``, or if it is None the number in the array ``name``.
+        """Return ``user_value`` if given, otherwise the number in the array ``name``.
 
         ``name`` is "logit_scale" or "logit_bias".
         """
@@ -310,7 +311,7 @@ class SourceArrays:
         return float(user_value)
 
     def fingerprint(self) -> str:
-        """Return a hash of all arrays except scale and bias, which the space contains."""
+        """Return a hash of all arrays except scale and bias, which are part of the space."""
         hashed_arrays = {
             name: array for name, array in self.arrays.items() if name not in SPACE_ARRAYS
         }
@@ -331,21 +332,23 @@ class SourceArrays:
             name_in_source = "image" if name == IMAGE else name
             block = self.arrays[name_in_source].read(part.start, part.stop)
             rows_of_array[name], status_in_array, norms = _normalise(name, block)
-            # a row that has several status codes gets the highest of them
+            # a row with several status codes gets the highest of these codes
             status = np.maximum(status, status_in_array)
-            # Norms are collected for a warning. With logits, "image" holds features, which may have
-            # any norm, so there is no warning about them.
+            # Norms are collected for a warning. With logits, "image" holds features. Features may
+            # have any norm, so there is no warning about features.
             if LOGITS not in self.arrays:
                 self.norms += norms
         part_rows = self._metadata(part, status)
         is_usable = torch.from_numpy(status == VALID)
         for name, rows in rows_of_array.items():
-            # ``PartRows`` has a list of blocks for each array; here all rows are one block
+            # ``PartRows`` has a list of blocks for each array; here a single block has all rows
             part_rows.arrays[name] = [rows[is_usable]]
         return part_rows
 
     def _metadata(self, part: Part, status: NDArray[np.uint8]) -> PartRows:
-        """Return the metadata of a part's usable rows and the errors of its other rows; no arrays.
+        """Return the metadata of the usable rows of a part, and the errors of the remaining rows.
+
+        The result has no arrays yet.
 
         ``status`` (n,) has the status code of each row of the part.
         """
@@ -363,13 +366,13 @@ class SourceArrays:
         return part_rows
 
     def _labelled_row(self, position: int, key: str, label: int | None) -> LabelledRow:
-        """Return the metadata of a row, with another model's answer if answers were imported."""
+        """Return the metadata of a row, with another model's answer if there are such answers."""
         if self.answer is None:
             return LabelledRow(position, key, label)
         return RowWithAnswer(position, key, label, answer=int(self.answer[position]))
 
     def _row_keys(self, part: Part) -> list[str]:
-        """Return the identifiers of the rows of a part, or their numbers if there are none."""
+        """Return the identifiers of a part's rows; without identifiers, the row numbers."""
         ids = self.arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
@@ -377,7 +380,7 @@ class SourceArrays:
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
-    """Return the error of a row that cannot be used. ``kind`` is the name of its status code."""
+    """Return the error of an unusable row. ``kind`` is the name of the row's status code."""
     return ErrorRow(
         key=key,
         position=position,
@@ -393,8 +396,8 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     """Normalise a block of rows, unless the column ``name`` may have any norm.
 
     Returns the rows to be stored, the status code of each image, and a summary of the original
-    norms. The summary is empty for a column that may have any norm. The status code of an image
-    with several views is the highest status code of its views.
+    norms. The summary is empty if the column may have any norm. An image with several views gets
+    the highest status code of all views.
     """
     may_have_any_norm = name in UNNORMALISED_COLUMNS
     if name == LOGITS:
@@ -410,7 +413,7 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     # in ``rows``, every view of an image is a row
     rows, status, norms = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
-    # VALID is the smallest code, so an image is valid only if all its views are valid
+    # VALID is the smallest code, so an image is valid only if all views of the image are valid
     status_of_images = status_of_views.max(axis=1, initial=VALID)
     return rows.view(block.shape), status_of_images, norms
 
@@ -477,11 +480,11 @@ def _embedding_width(opened_arrays: Mapping[str, StoredArray]) -> int:
 def _read_texts(
     opened_arrays: Mapping[str, StoredArray], text_rows: Tensor, store_names: Sequence[str]
 ) -> Tensor:
-    """Check the texts of the classes in the store, and return them (K, D) with unit norm.
+    """Check the texts of the classes in the store. Return the texts (K, D) with unit norm.
 
     Args:
         opened_arrays: The open arrays.
-        text_rows: (K,) for each class in the store, its row number in the array ``text``.
+        text_rows: (K,) for each class in the store, the row number in the array ``text``.
         store_names: Names of the K classes in the store.
     """
     image_array = opened_arrays["image"]
@@ -493,7 +496,7 @@ def _read_texts(
             f"image and text must share one width. Got {image_width} ({image_array.location}) and "
             f"{text.shape[1]} ({text_array.location})."
         )
-    # raises DataError if classes of one name have different texts
+    # raises DataError if two classes with the same name have different texts
     first_same_answer(text, store_names)
     return text
 
@@ -506,10 +509,10 @@ def _read_answers(
     In the array, an answer is the number or the name of a class in the source.
 
     Args:
-        array: The array ``answer``, if there is one.
+        array: The array ``answer``; None if the source has no answers.
         n_rows: Number of rows.
         source_names: Names of the classes in the source.
-        store_names: Names of the classes in the store, which may lack classes of the source.
+        store_names: Names of the classes in the store. Classes of the source may be missing.
     """
     if array is None:
         return None
@@ -529,11 +532,11 @@ def _read_answers(
 
 
 class StoreClasses(NamedTuple):
-    """The K classes that the store has, and the targets of the rows among these classes."""
+    """The K classes of the store, and the targets of the rows among these classes."""
 
     names: tuple[str, ...]  # names of the classes
-    text_rows: Tensor  # (K,) for each class, its row number in the array ``text``
-    target: NDArray[np.int64]  # (N,) label of each row; -1 is unknown, -2 is none of the classes
+    text_rows: Tensor  # (K,) for each class, the row number in the array ``text``
+    target: NDArray[np.int64]  # (N,) label of each row; -1: unknown, -2: outside all classes
 
 
 def _classes_with_logits(
@@ -574,10 +577,11 @@ def _require_matrix(array: StoredArray) -> None:
 
 
 def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """Open the arrays of a source, and map their names in ``ARRAY_NAMES`` to the open arrays.
+    """Open the arrays of a source, and return a dictionary from names to open arrays.
 
-    The key of an array is its name in the source. ``keys`` maps names in ``ARRAY_NAMES`` to keys.
-    An array that is not in ``keys`` has its name as its key.
+    The names are the names in ``ARRAY_NAMES``. The key of an array is the name of the array in the
+    source. ``keys`` maps names to keys. For an array without an entry in ``keys``, name and key are
+    equal.
     """
     unknown_names = sorted(keys.keys() - set(ARRAY_NAMES))
     if unknown_names:
@@ -600,8 +604,9 @@ def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]
             ", ".join(unused_keys),
         )
     for name, key in used_keys.items():
-        # Embeddings never compress very well, so an array of embeddings that compressed very well
-        # is refused. Arrays with one number or text per row may compress very well.
+        # Embeddings never compress very well. So an array of embeddings is refused if the
+        # compressed array is very small. Arrays with a number or text per row may compress very
+        # well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
     opened_arrays = {name: arrays.open(key) for name, key in used_keys.items()}
@@ -612,10 +617,10 @@ def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]
 
 
 def _adapt_keys_to_logits(arrays: Arrays, key_of_name: dict[str, str]) -> None:
-    """Change ``key_of_name`` for a source with logits, which must have no texts.
+    """Change ``key_of_name`` for a source with logits. Such a source must have no texts.
 
-    With logits, the array ``features`` has the vectors of the rows. So it is read as ``image``,
-    unless there is an array ``image``.
+    With logits, the array ``features`` has the vectors of the rows. So ``features`` is read as
+    ``image``, unless there is an array ``image``.
     """
     if key_of_name["text"] in arrays.names:
         raise DataError(
@@ -654,7 +659,7 @@ def _check_columns(opened_arrays: Mapping[str, StoredArray], width: int) -> None
 
     ``width`` is the width of the embeddings.
     """
-    # maps the name of an array to its number of dimensions and its meaning
+    # maps the name of an array to the number of dimensions and the meaning
     expected_arrays = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected_arrays.items():
         if name not in opened_arrays:
@@ -679,7 +684,7 @@ def _check_columns(opened_arrays: Mapping[str, StoredArray], width: int) -> None
 def _read_class_names(
     array: StoredArray | None, user_names: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Return ``user_names``, or if they are None the class names in the array ``class_names``."""
+    """Return ``user_names`` if given, otherwise the names in the array ``class_names``."""
     if user_names is not None:
         return tuple(user_names)
     if array is None:
@@ -716,7 +721,7 @@ def _check_ids(array: StoredArray | None, n_rows: int) -> None:
     equals_next = np.flatnonzero(sorted_hashes[:-1] == sorted_hashes[1:])
     shares_hash = np.union1d(equals_next, equals_next + 1)  # positions in ``order``
     # Different identifiers can have the same hash. So the identifiers of these rows are read, and
-    # each of them is compared with all of them that were read before.
+    # each identifier is compared with all identifiers read before.
     row_of_identifier: dict[str, int] = {}
     for row in order[shares_hash].tolist():
         identifier = _read_identifier(array, row)
@@ -736,10 +741,10 @@ def _read_identifier(array: StoredArray, row: int) -> str:
 
 
 class Targets(NamedTuple):
-    """Targets as they are in the source. Every distinct target is in memory only once."""
+    """Targets in the form of the source. Every distinct target is in memory only once."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
-    index_of_row: NDArray[np.int64]  # (N,) for each row, the index of its target in ``values``
+    index_of_row: NDArray[np.int64]  # (N,) for each row, the index of the target in ``values``
 
 
 def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
@@ -774,7 +779,7 @@ def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
     all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
     index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
-        # for each value of the block, its index among the values of all blocks
+        # for each value of the block, the index among the values of all blocks
         new_index = np.searchsorted(all_values, targets.values)
         index_of_row.append(new_index[targets.index_of_row])
     return Targets(all_values, np.concatenate(index_of_row))
@@ -783,7 +788,7 @@ def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
 def _classes_with_texts(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> StoreClasses:
-    """Return the classes of a source with texts: the classes ``names`` that are not ``outside``."""
+    """Return the classes of a source with texts: the classes ``names`` without ``outside``."""
     remaining_numbers = [number for number, name in enumerate(names) if name not in outside]
     n_texts = len(text)
     if n_texts not in {len(names), len(remaining_numbers)}:
@@ -813,10 +818,10 @@ def _classes_with_texts(
 def _index_targets(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return targets (N,) int64: the index in ``names``, -1 if unknown, -2 if it is no class."""
+    """Return targets (N,) int64: the index in ``names``; -1: unknown, -2: beyond the classes."""
     index_of_name: dict[str, int] = {}
     for i, name in enumerate(names):
-        index_of_name.setdefault(name, i)  # a repeated name keeps its first index
+        index_of_name.setdefault(name, i)  # a repeated name keeps the first index
     labels_outside = [name for name in outside if name not in index_of_name]
     _require_used_labels(labels_outside, targets, names)
     if targets.values.dtype.kind == "U":
@@ -832,7 +837,7 @@ def _require_used_labels(
     """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
     known_names = {"", *names}
     known_numbers = range(len(names))
-    labels_beyond_classes: list[str] = []  # targets that are no class
+    labels_beyond_classes: list[str] = []  # targets beyond the classes
     for value in targets.values.tolist():
         if value not in known_names and value not in known_numbers:
             labels_beyond_classes.append(str(value))
@@ -852,12 +857,12 @@ def _require_used_labels(
 def _indices_of_names(
     values: Sequence[str], index_of_name: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return the index (n,) of each name: -1 if it is "" (unknown), -2 if it is a label outside.
+    """Return the index (n,) of each name: -1 for "" (unknown), -2 for a label outside.
 
     Args:
         values: Names from the source.
-        index_of_name: Maps names of classes to their indices.
-        labels_outside: Labels that are none of the classes.
+        index_of_name: Maps names of classes to indices.
+        labels_outside: Labels beyond the classes.
     """
     index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
@@ -872,10 +877,10 @@ def _indices_of_names(
 def _indices_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Check targets that are whole numbers. Return them (n,), but -2 for every label outside."""
+    """Check whole-number targets and return the targets (n,), with -2 for every label outside."""
     is_label_outside = np.array([str(value) in labels_outside for value in values.tolist()], bool)
     is_checked = ~is_label_outside
-    # ``is_outside`` marks the targets that are -2 in the source
+    # ``is_outside`` marks the targets with -2 in the source
     target, is_outside = check_targets(
         values[is_checked], n_rows=int(is_checked.sum()), n_candidates=n_classes
     )
@@ -887,10 +892,10 @@ def _indices_of_numbers(
 def _read_class_columns(
     opened_arrays: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
-    """Check the columns of the classes and of the model, and return them.
+    """Check and return the columns of the classes and of the model.
 
-    Columns that must have unit norm are normalised. A column of the classes is returned without
-    the classes that are left out: ``text_rows`` (K,) are its rows that remain.
+    Columns that must have unit norm are normalised. A column of the classes keeps only the rows
+    ``text_rows`` (K,), so left-out classes have no row.
     """
     columns: dict[ClassColumn, Tensor] = {}
     for name in get_args(ClassColumn):
@@ -902,7 +907,7 @@ def _read_class_columns(
                 f"{array.location} is compared with texts, and with logits there are no texts. "
                 "Leave it out."
             )
-        # n_rows has no effect, because it concerns only columns of images
+        # n_rows has no effect, because only columns of images depend on n_rows
         checked_columns = check_columns(
             {name: array.read_whole()}, n_rows=0, n_texts=len(opened_arrays["text"])
         )
@@ -916,9 +921,9 @@ def _read_class_columns(
 def _plan_run(
     source_arrays: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """Return the run that imports these arrays.
+    """Return the run for the import of these arrays.
 
-    All arrays are read once, because their hash is part of the run's fingerprint.
+    All arrays are read once, because the fingerprint of the run contains a hash of the arrays.
     """
     inputs: dict[str, object] = {
         "dataset_fingerprint": source_arrays.fingerprint(),
@@ -949,8 +954,8 @@ def _write_store(
         ledger = StoreLedger(root, run)
         missing_parts, receipts = ledger.survey()
         if missing_parts:
-            # The manifest is removed before the first part is written, because a manifest states
-            # that all parts are done.
+            # A manifest states that all parts are done. So the manifest is removed before the first
+            # part is written.
             ledger.unseal()
             require_disk_space(root, run, missing_parts)
         else:
@@ -968,7 +973,7 @@ def _write_store(
 
 
 def _write_part(ledger: StoreLedger, part: Part, source_arrays: SourceArrays) -> Receipt:
-    """Write a part in the number format of the store, and return its receipt."""
+    """Write a part in the number format of the store, and return the receipt."""
     rows = source_arrays.read_rows(part)
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in rows.arrays.items():

@@ -37,26 +37,26 @@ BLOCK_ROWS = 8192  # number of rows checked at a time
 
 @dataclass
 class StoreReport:
-    """The facts that ``inspect`` reports of a store, and the damage that ``inspect`` finds."""
+    """Facts about a store from ``inspect``, with all damage found."""
 
     store: str  # name of the folder
-    # whether the store has a manifest: it is complete and within its error budget
+    # whether the store has a manifest, so that the store is complete and within the error budget
     sealed: bool
     run: Run  # the run with its inputs
     parts: int  # number of parts, done or not
     deep: bool  # whether the contents of all files were checked
-    parts_done: int = 0  # number of parts that are done
+    parts_done: int = 0  # number of finished parts
     n_in: int = 0  # number of images in these parts
     n_ok: int = 0  # number of rows in these parts
     n_error: int = 0  # number of failed images in these parts
     errors: Counter[str] = field(default_factory=Counter)  # number of failed images by kind
-    # number of rows whose label is a class ("inside"), none of the classes ("outside"), or
+    # number of rows by kind of label: a class ("inside"), outside all classes ("outside"), or
     # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # name of each column -> its shape; for a column of the images, the shape of one row
+    # name of each column -> shape of the column; for a column of the images, shape of a row
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    bytes: int = 0  # size on disk of the parts that are done
-    # one sentence for each damage; empty if nothing is damaged
+    bytes: int = 0  # size on disk of the finished parts
+    # a sentence for each damage; empty if nothing is damaged
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
@@ -70,7 +70,7 @@ class StoreReport:
 
     @contextmanager
     def catch_problem(self) -> Iterator[None]:
-        """If an error ends the block, add its message to ``problems`` and do not raise it."""
+        """If an error ends the block, add the message to ``problems``. The error is not raised."""
         try:
             yield
         except ViLUError as error:
@@ -149,10 +149,10 @@ class StoreReport:
 
 
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
-    """Describe a store, whether or not it is complete. Damage is listed in the report.
+    """Describe a store, complete or not. Damage is listed in the report.
 
-    If ``deep`` is True, all files are read, and their hashes, norms, labels and keys are checked.
-    It is also checked that every image is either a row or an error.
+    If ``deep`` is True, all files are read. Then hashes, norms, labels and keys are checked. A
+    further check is that every image is either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
@@ -170,7 +170,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
         if name not in {IMAGE, CAPTION}:
             report.columns[name] = shape
     for part in ledger.parts:
-        # in a store that is not complete, a part without a receipt is not done yet
+        # in an incomplete store, a part without a receipt is not done yet
         if is_sealed or (root / part.receipt_file).exists():
             with report.catch_problem():
                 _inspect_part(ledger, part, report)
@@ -185,7 +185,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
 
 
 def _try_to_open(root: Path, run: Run) -> None:
-    """Open a store as a user does. This raises an error if the store is damaged."""
+    """Open a store as a user does. If the store is damaged, this raises an error."""
     if run.captions:
         CaptionStore(root)
     else:
@@ -193,7 +193,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part and its damage to the report; an error in its receipt is raised."""
+    """Add a part and the damage of the part to the report; an error in the receipt is raised."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -275,7 +275,7 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
         else:
             norms = torch.linalg.vector_norm(block, dim=-1)
             is_good = (norms - 1).abs() <= NORM_TOLERANCE
-        # a row is good if all of its numbers, or all of its views, are good
+        # a row is good if all numbers, or all views, of the row are good
         is_good_row = is_good.reshape(len(block), -1).all(dim=1)
         n_bad = int((~is_good_row).sum())
         if n_bad:

@@ -1,4 +1,4 @@
-"""Embed the parts of a store, count the processes that die in a part, and give such a part up."""
+"""Embed the parts of a store. A part is given up after several processes have died in the part."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from vilu.store.pipeline import END, Decoder, Encoder, PreparedImage, records_wi
 from vilu.store.precision import check_precision
 from vilu.text import plural
 
-MAX_ATTEMPTS = 3  # when this many processes have died in a part, the part is given up
-# message in the error rows of a part that was given up
+MAX_ATTEMPTS = 3  # number of dead processes after which a part is given up
+# message in the error rows of a given-up part
 GIVE_UP_MESSAGE = (
     f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
     "given up"
@@ -37,10 +37,10 @@ GIVE_UP_MESSAGE = (
 
 
 def count_attempts(root: Path, part: Part) -> int:
-    """Return how many processes have a mark on a part.
+    """Return the number of processes with a mark on a part.
 
-    Such a process died while it worked on the part, or is still at work. A process that finishes
-    the part, or fails with an exception, removes its mark.
+    Such a process died while working on the part, or is still at work. A process removes the mark
+    after finishing the part, or after an exception.
     """
     path = root / part.attempts_file
     with convert_os_errors(f"cannot read {path}"):
@@ -53,7 +53,7 @@ def count_attempts(root: Path, part: Part) -> int:
 
 
 def forget_attempts(root: Path) -> None:
-    """Remove the marks on all parts. No other process may be at work on the store meanwhile."""
+    """Remove the marks on all parts. Meanwhile, no other process may be at work on the store."""
     folder = root / "attempts"
     with convert_os_errors(f"cannot clean {folder}"):
         if not folder.is_dir():
@@ -63,10 +63,10 @@ def forget_attempts(root: Path) -> None:
 
 
 class AttemptMarks:
-    """The marks of this process on the parts that it has begun (``count_attempts``).
+    """The marks of this process on all parts begun by this process (``count_attempts``).
 
-    At the end of the ``with`` block, the marks are removed. If the process dies in the block, they
-    stay.
+    At the end of the ``with`` block, the marks are removed. If the process dies in the block, the
+    marks stay.
     """
 
     def __init__(self, root: Path) -> None:
@@ -84,7 +84,7 @@ class AttemptMarks:
                 self.end(part)
 
     def begin(self, part: Part) -> None:
-        """Put a mark on a part, before the work on it begins."""
+        """Put a mark on a part, before the work on the part begins."""
         path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ class AttemptMarks:
         self._begun_parts.add(part)
 
     def end(self, part: Part) -> None:
-        """Remove all marks on a part, including the marks of processes that died in it."""
+        """Remove all marks on a part, including the marks of dead processes."""
         path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.unlink(missing_ok=True)
@@ -101,23 +101,23 @@ class AttemptMarks:
 
 
 def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartRows:
-    """Return the content of a part that is given up: error rows, and no embeddings.
+    """Return the content of a given-up part: error rows, and no embeddings.
 
-    If ``may_list`` is True, the images are listed without reading them, and every image gets an
-    error row of kind "crash" with its key. If ``may_list`` is False, the images are not listed,
-    because a process died while it listed them. Then, and also if listing raises an exception, the
-    images are not known:
+    If ``may_list`` is True, the images are listed but not read. Every image gets an error row of
+    kind "crash" with the key of the image. If ``may_list`` is False, the images are not listed,
+    because a process died while listing these images. Then, and also if listing raises an
+    exception, the images are not known:
 
     - If parts are made of images, every position gets an error row of kind "crash".
-    - If parts are made of shards, every shard gets one error row of kind "bad_shard", because the
-      number of its images is unknown.
+    - If parts are made of shards, every shard gets a single error row of kind "bad_shard", because
+      the number of images in the shard is unknown.
     """
     if may_list:
         try:
             records = records_with_positions(run, part, dataset)
             return _error_rows("crash", [(position, record.key) for position, record in records])
         # Listing may raise any exception, because these files have killed workers, and the reader
-        # may be a plugin. The exception is logged, and the other parts are still done.
+        # may be a plugin. The exception is logged, and all other parts are still done.
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
@@ -131,7 +131,7 @@ def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool
 
 
 def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
-    """Return the content of a part that has an error row for each position, and no embeddings."""
+    """Return the content of a part with an error row for each position, and no embeddings."""
     content = PartRows()
     for position, key in positions_and_keys:
         error = ErrorRow(
@@ -152,7 +152,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The name and the options of a model. Each worker process loads the model with them, once.
+    """The name and the options of a model, so that each worker process can load the model once.
 
     The fields are parameters of ``load_backbone``.
     """
@@ -182,44 +182,44 @@ def _load(spec: BackboneSpec) -> Backbone:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """Everything that a process needs to embed any part of a run.
+    """All settings and inputs for embedding any part of a run.
 
     A job can be pickled if its data set and its model can be pickled.
     """
 
     root: Path  # folder of the store
-    run: Run  # the run, which has all inputs
+    run: Run  # the run, with all inputs
     dataset: ImageDataset
     backbone: BackboneSpec | Backbone
     batch_size: int = 32  # images per forward pass
     workers: int | None = None  # number of decoding threads; None: one per core, at most 16
     strict: bool = False  # whether the job stops at the first bad image
-    limits: ImageLimits = DEFAULT_LIMITS  # limits of size and shape; other images are bad
+    limits: ImageLimits = DEFAULT_LIMITS  # limits of size and shape of valid images
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """The folder of the store, with finished parts and parts that are still to be done."""
+        """The folder of the store, with finished parts and missing parts."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
-        """Embed and write a part unless it is done, and return its receipt.
+        """Embed and write a part unless the part is done. Return the receipt.
 
-        ``part`` is the number of the part. The bytes of a part depend only on its images, the model
-        and the batch size. So any process may do the part, at any time, and more than once. If
-        ``MAX_ATTEMPTS`` processes have died in a part, the part is given up, and its images become
-        error rows.
+        ``part`` is the number of the part. The bytes of a part depend only on the images of the
+        part, the model and the batch size. So any process may do the part, at any time, and more
+        than once. If ``MAX_ATTEMPTS`` processes have died in a part, the part is given up, and the
+        images of the part become error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """Do the parts with these numbers as ``process`` does, in order, and yield their receipts.
+        """Do the parts with these numbers in order, like ``process``, and yield the receipts.
 
-        The first images of a part are decoded while the part before it is still being embedded.
+        The first images of a part are decoded while the previous part is still being embedded.
         """
         if progress is None:
             progress = Silence()
-        untried_parts: list[Part] = []  # they are embedded together, one after the other
+        untried_parts: list[Part] = []  # parts to embed together, in order
         for number in parts:
             part = self.ledger.parts[number]
             outcome = self.ledger.look_up(part)
@@ -234,7 +234,8 @@ class EmbedJob:
             if isinstance(outcome, Receipt):
                 receipt = outcome
             elif n_deaths < MAX_ATTEMPTS:
-                # it is embedded alone, so that no other part has a mark if this process dies, too
+                # this part is embedded alone, so that no other part has a mark if this process
+                # dies, too
                 yield from self._embed([part], progress)
                 continue
             else:
@@ -244,14 +245,14 @@ class EmbedJob:
         yield from self._embed(untried_parts, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
-        """Embed parts one after the other, and yield each receipt as soon as it is written."""
+        """Embed parts in order, and yield each receipt right after the writing."""
         if not parts:
             return
         backbone = self._load_backbone()
         encoder = self._encoder(backbone, progress)
         decoder = self._decoder(backbone)
         workers = self.workers or default_workers()
-        fingerprints: dict[int, str] = {}  # number of a part -> fingerprint of its shards
+        fingerprints: dict[int, str] = {}  # number of a part -> fingerprint of the part's shards
         with (
             AttemptMarks(self.root) as marks,
             in_threads(
@@ -270,9 +271,9 @@ class EmbedJob:
                     shard_fingerprint=fingerprints[part.number],
                 )
                 # The mark is removed after the receipt is written. If the process dies in between,
-                # a part that is done keeps a mark, which is ignored. If the mark were removed
-                # first, a part that kills its process during the writing would have no mark, and
-                # would be tried for ever.
+                # a finished part keeps a mark, and this mark is ignored. In the opposite order, a
+                # part could kill every process during the writing. Such a part would have no mark,
+                # and would be tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
                 self._log_animated(content)
@@ -311,7 +312,7 @@ class EmbedJob:
         decoder = replace(self._decoder(backbone), views=None)
 
         def first_pixels() -> Iterator[Tensor]:
-            for part in self.ledger.parts[:1]:  # the first part; there is none without images
+            for part in self.ledger.parts[:1]:  # the first part; without images there is no part
                 for item in records_with_positions(self.run, part, self.dataset):
                     outcome = decoder(item)
                     if isinstance(outcome, PreparedImage):
@@ -322,7 +323,7 @@ class EmbedJob:
             append_to_log(self.root, checked=asdict(check))
 
     def _load_backbone(self) -> Backbone:
-        """Return the model; ProvenanceError if it is not the model with which the run began."""
+        """Return the model; ProvenanceError if the run began with another model."""
         backbone = self.backbone
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
@@ -350,7 +351,7 @@ class EmbedJob:
         )
 
     def _log_animated(self, content: PartRows) -> None:
-        """Log the number of animated images, of which only the first frame is used."""
+        """Log the number of animated images. Only the first frame of an animated image is used."""
         n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
         if n_animated:
             logger.info("%s: the first frame is used", plural(n_animated, "animated image"))
@@ -360,22 +361,22 @@ class EmbedJob:
     ) -> Iterator[tuple[int, ImageRecord] | None]:
         """Yield the records of all parts with their positions, and ``END`` after each part.
 
-        Before the records of a part are read, the part gets a mark, and the fingerprint of its
-        shards is put into ``fingerprints``.
+        Before the records of a part are read, the part gets a mark, and the fingerprint of the
+        part's shards is put into ``fingerprints``.
         """
         for part in parts:
             marks.begin(part)
-            # The fingerprint is computed before the shards are read. So if a shard changes while it
-            # is read, the next run notices the change.
+            # The fingerprint is computed before the shards are read. So if a shard changes during
+            # the reading, the next run notices the change.
             fingerprints[part.number] = self.ledger.shard_fingerprint(part)
             yield from records_with_positions(self.run, part, self.dataset)
             yield END
 
     def _give_up(self, part: Part, n_deaths: int) -> Receipt:
-        """Write a part in which ``n_deaths`` processes died: all its images become errors."""
+        """Give up a part after the death of ``n_deaths`` processes: write only error rows."""
         with AttemptMarks(self.root) as marks:
-            # If listing the images also kills this process, its mark stays. Then the next process
-            # sees more than MAX_ATTEMPTS marks, and does not list the images.
+            # If listing the images also kills this process, the mark of this process stays. Then
+            # the next process sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.begin(part)
             shard_fingerprint = self.ledger.shard_fingerprint(part)
             listing_killed_process = n_deaths > MAX_ATTEMPTS
@@ -403,10 +404,10 @@ class EmbedJob:
 class Executor(Protocol):
     """An object that decides where and when the parts of a job are done.
 
-    The job decides what a part contains. ``EmbedJob.process`` is deterministic and idempotent. So
+    The job decides the content of a part. ``EmbedJob.process`` is deterministic and idempotent. So
     an executor may do a part twice, even at the same time. ``EmbedJob.process`` also gives up a
-    part that keeps killing its process. So after the death of a worker, an executor only has to try
-    the part again.
+    part after several deaths of processes. So after the death of a worker, an executor only has to
+    try the part again.
     """
 
     name: str
@@ -414,6 +415,6 @@ class Executor(Protocol):
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipt of each part as soon as the part is done, in any order.
 
-        ``parts`` are the numbers of the parts. An executor that shares the work with other
-        processes does only its own parts.
+        ``parts`` are the numbers of the parts. If several processes share the work, the executor of
+        a process does only the parts of this process.
         """

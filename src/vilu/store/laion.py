@@ -34,7 +34,7 @@ from vilu.validation import checked
 FOLDER_NAMES = (("img_emb", "text_emb"), ("images", "texts"))
 """Names of the folders of image and caption embeddings: clip-retrieval's, and LAION's."""
 
-# names of the image file and the caption file, if there is a single shard
+# names of the image file and the caption file of a single shard
 FILE_NAMES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
 METADATA_FOLDER = "metadata"  # name of the folder of the metadata
 
@@ -42,20 +42,20 @@ LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
     "or one of " + " and ".join(f"{image} + {text}" for image, text in FILE_NAMES)
 )
-"""The layouts that are accepted, for messages."""
+"""The accepted layouts, for messages."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Files whose rows belong together: row i of each file belongs to the same pair."""
+    """Files with the same rows: row i of each file belongs to the same pair."""
 
     image: Path  # file of (n, D) image embeddings
     text: Path  # file of (n, D) caption embeddings
-    metadata: Path | None  # file with n rows of metadata, if there is one
+    metadata: Path | None  # file with n rows of metadata, if any
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Shape (n, D), from the headers of all files; ProvenanceError if they disagree."""
+        """Shape (n, D), from the headers of all files; ProvenanceError if the files disagree."""
         n_images, image_width = map_matrix(self.image).shape
         n_texts, text_width = map_matrix(self.text).shape
         n_rows_of_file = {self.image: n_images, self.text: n_texts}
@@ -155,8 +155,8 @@ def _require_partners(
     """Raise DataError if a folder has no file for one of the ``numbers``.
 
     Args:
-        base_folder: The folder that has the folders of ``files_of_folder``.
-        files_of_folder: Maps the name of each folder to its files, by the number in their names.
+        base_folder: The parent folder of the folders in ``files_of_folder``.
+        files_of_folder: Maps the name of each folder to the files of the folder, by number.
         numbers: All numbers that occur in any of the folders.
     """
     for folder, files in files_of_folder.items():
@@ -164,7 +164,7 @@ def _require_partners(
         if not missing_numbers:
             continue
         number = missing_numbers[0]
-        # some other folder has a file with this number, because the number occurs in a folder
+        # another folder has a file with this number, because the number occurs in a folder
         partner = next(files[number] for files in files_of_folder.values() if number in files)
         raise DataError(
             f"{base_folder / folder} has no file with number {number}, the partner of {partner}. "
@@ -175,11 +175,12 @@ def _require_partners(
 def _find_base_folder(root: Path) -> tuple[Path, str, str]:
     """Find the folder with the embeddings: ``root``, or else a sub-folder of ``root``.
 
-    Returns the folder, the name of its folder of image embeddings, and the name of its folder of
-    caption embeddings.
+    Returns the folder, and the names of two sub-folders: of image embeddings, and of caption
+    embeddings.
 
     Raises:
-        DataError: If there is no such folder, or if several sub-folders are such folders.
+        DataError: If there is no such folder, or if several sub-folders of ``root`` have
+            embeddings.
     """
     entries = _sorted_entries(root)
     base_folders: list[tuple[Path, str, str]] = []
@@ -193,7 +194,7 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
         )
-    # if ``root`` itself has embeddings, it comes first
+    # if ``root`` itself has embeddings, ``root`` comes first
     base_folder, image_folder, text_folder = base_folders[0]
     if base_folder != root and len(base_folders) > 1:
         splits = ", ".join(str(folder) for folder, _, _ in base_folders)
@@ -202,7 +203,7 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
 
 
 def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
-    """Map the number at the end of each file's name to the file, for all files in a folder."""
+    """Map the number at the end of each file name to the file, for all files in a folder."""
     files: dict[int, Path] = {}
     for path in _sorted_entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
@@ -224,7 +225,7 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _sorted_entries(folder: Path) -> list[Path]:
-    """Return the entries of a folder, sorted; DataError if it is no folder."""
+    """Return the sorted entries of a folder; DataError if ``folder`` is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
     with convert_os_errors(f"cannot read {folder}"):
@@ -235,14 +236,14 @@ CAPTION_COLUMNS = ("caption", "TEXT")
 """Names of the column of captions in the metadata: clip-retrieval's name, and LAION's."""
 
 # Maximum number of values in a block of rows. A thread checks one block at a time. A block takes 4
-# MiB in float32, which fits into the cache of a processor.
+# MiB in float32. This size fits into the cache of a processor.
 MAX_BLOCK_CELLS = 2**20
 
 
 class LaionPairs(PickledByPath, MappedPairs):
     """Image-caption pairs from shards of embeddings.
 
-    Row i of an image file belongs to row i of its text file.
+    Row i of an image file and row i of the text file of the same shard are a pair.
 
     There are four layouts. In the first three, the numbers in file names may have any number of
     digits. The fourth layout has a single shard::
@@ -254,17 +255,17 @@ class LaionPairs(PickledByPath, MappedPairs):
 
     Opening reads headers only. When the usable rows are first needed, all rows are read once, in
     blocks. This takes about as long as reading the files. The status of each row is kept in memory
-    (1 byte per row), and nothing is written into the folder. Rows that do not have unit norm are
-    normalised whenever they are read. A warning says how many such rows there are.
+    (1 byte per row), and nothing is written into the folder. Rows without unit norm are normalised
+    each time they are read. A warning says how many such rows there are.
 
-    Rows are identified by their embeddings, because different data sets use the same keys in their
+    Rows are identified by their embeddings, because different data sets use the same keys in the
     metadata. ``ids`` are the numbers of the rows over all shards.
 
-    These files have no receipts, so a change of the numbers in them is not noticed. The object is
-    pickled as its path, like a store. When it is unpickled, a shard is taken as changed if its size
-    or its time of modification differs.
+    These files have no receipts, so a change of numbers in a file is not noticed. Like a store, the
+    object is pickled as the path of the folder. Unpickling treats a shard as changed if size or
+    time of modification differ.
 
-    The arguments are the same as for ``CaptionStore``, and two more: ``logit_scale`` multiplies the
+    The arguments are the same as for ``CaptionStore``, and two more. ``logit_scale`` multiplies the
     cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
     metadata with captions.
 
@@ -272,8 +273,8 @@ class LaionPairs(PickledByPath, MappedPairs):
         DataError: If the folder has another layout, or a file has no partner or does not hold a
             matrix of floats.
         StorageError: If a file is damaged.
-        ProvenanceError: If partners differ in their number of rows or their width.
-        UsageError: If there are no captions to make folds of.
+        ProvenanceError: If partners differ in number of rows or in width.
+        UsageError: If ``fold`` is given and there are no captions.
     """
 
     @checked
@@ -314,7 +315,7 @@ class LaionPairs(PickledByPath, MappedPairs):
             pools=pools or Pools(),
             chosen_rows=chosen_rows,
         )
-        self._has_unit_norms = False  # _row_status sets it to True if all rows have unit norm
+        self._has_unit_norms = False  # _row_status changes this to True if all rows have unit norm
         self.ids = RowNumbers(len(rows)) if chosen_rows is None else ListedNumbers(chosen_rows)
 
     def _take_rows(self, name: str, index: Tensor) -> Tensor:
@@ -340,8 +341,7 @@ class LaionPairs(PickledByPath, MappedPairs):
             ) as results,
         ):
             for start, block_status, norms in results:
-                # A row has one status code for its image and its caption: the first code that is
-                # not VALID.
+                # A row has one status code for image and caption: the first code that is not VALID.
                 status_so_far = status[start : start + len(block_status)]
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
                 norms_seen.add(norms[torch.from_numpy(block_status == VALID)])
@@ -359,12 +359,12 @@ class LaionPairs(PickledByPath, MappedPairs):
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield all rows of all files in blocks: the number of the first row, and the rows (b, D).
 
-        The rows are mapped. They are read from the disk only when the block is checked.
+        The rows are mapped. The disk is read only when the block is checked.
         """
         block_rows = max(MAX_BLOCK_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                # The part is mapped anew and not shared. So the pages that were read are released
+                # The part is mapped anew and not shared. So the pages read from disk are released
                 # together with this array.
                 part = self._rows.open_part(name, number)
                 for start in range(0, len(part), block_rows):
@@ -375,7 +375,7 @@ class LaionPairs(PickledByPath, MappedPairs):
 class _NormStatistics:
     """Statistics of the norms of rows."""
 
-    n_not_unit: int = 0  # number of norms that are not 1
+    n_not_unit: int = 0  # number of norms other than 1
     low: float = np.inf  # smallest norm
     high: float = 0.0  # largest norm
 
@@ -390,7 +390,7 @@ class _NormStatistics:
 
 
 def _common_width(shards: Sequence[Shard]) -> int:
-    """Return the width of all shards; ProvenanceError if their widths differ."""
+    """Return the width of all shards; ProvenanceError if there are different widths."""
     first = shards[0]
     for shard in shards:
         if shard.width != first.width:
@@ -404,7 +404,7 @@ def _common_width(shards: Sequence[Shard]) -> int:
 def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
     """Return the number of a block's first row, and the status codes (b,) and norms (b,).
 
-    ``block`` has the number of its first row, and the rows (b, D).
+    ``block`` has the number of the first row, and the rows (b, D).
     """
     first_number, rows = block
     # torch accepts only the native byte order

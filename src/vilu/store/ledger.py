@@ -1,11 +1,11 @@
-"""A folder that a run fills part by part, so that a killed run can be resumed.
+"""Folder of a run, filled part by part, so that a killed run can be resumed.
 
-A run is the work of one command, and a part is a fixed share of its rows. The files are written in
+A run is the work of a single command. A part is a fixed share of the rows. The files are written in
 this order:
 
 1. ``run.json`` describes the run.
-2. For each part, its files are written, and then a receipt with their sizes and hashes. A part is
-   done only if its receipt exists and its files have these sizes.
+2. For each part, the files of the part are written. Then a receipt is written, with the sizes and
+   hashes of these files. A part is done only if the receipt exists and the files have these sizes.
 3. ``manifest.json`` marks the folder as complete (sealed).
 
 Every file is written atomically. If the process is killed, only the unfinished part is lost.
@@ -51,13 +51,13 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, Vi
 from vilu.progress import Silence, Task, track
 
 RUN_FILE = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
-"""Names of the files that a run writes.
+"""Names of the files of a run.
 
 The name of a receipt is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
 
 RECEIPTS = "receipts"  # name of the folder of the receipts
-NO_RECEIPT = "it is not there"  # what ``look_up`` returns for a part without a receipt
+NO_RECEIPT = "it is not there"  # result of ``look_up`` for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class FileInfo(Model):
 
 
 class AnyPart(Protocol):
-    """A part of the work, with the names of its files."""
+    """A part of the work, with the names of the files."""
 
     @property
     def number(self) -> int:
@@ -81,18 +81,18 @@ class AnyPart(Protocol):
 
     @property
     def receipt_file(self) -> str:
-        """Name of the receipt file, which is written after the other files."""
+        """Name of the receipt file. The receipt is the last file to be written."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files that the receipt lists, in the order in which they are written."""
+        """Names of the files in the receipt, in the order of writing."""
 
 
 class AnyReceipt(Document):
     """Sizes and hashes of the files of a part.
 
-    Every subclass defines ``fingerprint`` and ``files`` itself, because the order in which it
-    defines its fields is their order in the JSON file.
+    Every subclass defines ``fingerprint`` and ``files`` again, because the order of the field
+    definitions is the order of the fields in the JSON file.
     """
 
     if TYPE_CHECKING:
@@ -105,14 +105,14 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """The folder of a run, with finished parts and parts that are still to be done."""
+    """The folder of a run, with finished parts and missing parts."""
 
-    folder_kind: ClassVar[str]  # what messages call such a folder
+    folder_kind: ClassVar[str]  # name of such a folder in messages
     command: ClassVar[str]  # command that makes the folder, for messages
-    activity: ClassVar[str]  # what the holder of the lock does, for messages: "scoring into"
-    kind: ClassVar[str | None] = None  # value of "kind" in run.json; None if there is no such field
+    activity: ClassVar[str]  # work under the lock, for messages: "scoring into"
+    kind: ClassVar[str | None] = None  # value of "kind" in run.json; None: no such field
     documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)  # files directly in the folder
-    folders: ClassVar[tuple[str, ...]]  # all sub-folders that a run can have
+    folders: ClassVar[tuple[str, ...]]  # all possible sub-folders of a run
 
     def __init__(
         self, root: Path, fingerprint: str, parts: Sequence[P], receipt_type: type[R]
@@ -125,7 +125,7 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     @contextmanager
     def claim(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
-        """Make the folder, and hold its lock in the block.
+        """Make the folder, and hold the lock of the folder in the block.
 
         If another process holds the lock, wait for at most ``wait_seconds``. The system releases
         the lock if this process dies.
@@ -134,9 +134,9 @@ class Ledger(ABC, Generic[P, R]):
         cls.check_folder(root)
         with convert_os_errors(f"cannot write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        # A driver is a process that begins and seals the folder. Because of the lock, no second
-        # driver can seal, unseal or clear the folder at the same time. Parts need no lock, since
-        # every process would write the same bytes.
+        # A driver process begins and seals the folder. Because of the lock, no second driver can
+        # seal, unseal or clear the folder at the same time. Parts need no lock, since every process
+        # would write the same bytes.
         with locked(root, activity=cls.activity, wait_seconds=wait_seconds):
             yield
 
@@ -144,10 +144,10 @@ class Ledger(ABC, Generic[P, R]):
     def check_folder(cls, root: Path, *, overwrite: bool = False) -> None:
         """Raise UsageError if a folder is not empty and has no run of this kind.
 
-        With ``overwrite``, a folder with files that no run writes is also refused.
+        With ``overwrite``, a folder with any file of another origin is also refused.
         """
-        # The folder is searched for any file before it is searched for run.json. In the other
-        # order, another process could begin a run in between, and its files would be refused.
+        # The search for any file comes before the search for run.json. In the opposite order,
+        # another process could begin a run in between. Then the files of this run would be refused.
         is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
         if not may_be_used and (root / RUN).is_file():
@@ -155,9 +155,10 @@ class Ledger(ABC, Generic[P, R]):
                 f"{root / RUN} is of no {cls.folder_kind}, so nothing there is touched. Give a new "
                 "folder."
             )
-        # ``may_be_used`` already says whether the folder is ours. So ``claim_folder`` does not have
-        # to recognise files. ``has_same_inputs`` makes it accept a folder that may be used, and
-        # ``is_ours`` makes it refuse every file in any other folder.
+        # ``may_be_used`` already says whether a run of this kind owns the folder. So
+        # ``claim_folder`` does not have to recognise files. Because of ``has_same_inputs``,
+        # ``claim_folder`` accepts a folder that may be used. Because of ``is_ours``, every file in
+        # any other folder is refused.
         claim_folder(root, cls.folder_kind, is_ours=lambda _: False, has_same_inputs=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
@@ -171,8 +172,8 @@ class Ledger(ABC, Generic[P, R]):
         try:
             content = parse_json(read_bounded(root / RUN, "Give another folder", DataError))
         except (ValueError, RecursionError):
-            # The file is damaged, which its next reader reports. False would lead to the wrong
-            # message that the run is of another kind.
+            # The file is damaged. The next reader of the file reports the damage. False would lead
+            # to the wrong message that the run is of another kind.
             return True
         return content.get("kind") == cls.kind
 
@@ -200,7 +201,7 @@ class Ledger(ABC, Generic[P, R]):
     def require_sealed(cls, root: Path) -> None:
         """Raise DataError if a folder has no ``run.json``, or is not complete."""
         cls.require_begun(root)
-        # The manifest is written after the last part, so it shows that all parts are done.
+        # The manifest is written after the last part, so a manifest shows that all parts are done.
         if not (root / MANIFEST).is_file():
             raise DataError(
                 f"{root} is not complete. Run the same `{cls.command_of(root)}` again: it goes on "
@@ -213,9 +214,9 @@ class Ledger(ABC, Generic[P, R]):
         return cls.command
 
     def begin(self, run: Document, folders: Iterable[str]) -> None:
-        """Write ``run.json`` unless it exists, make the sub-folders, and remove temporary files."""
-        # run.json is written first, because a folder with parts and without run.json is refused.
-        # An existing run.json is never replaced, because it describes the parts in the folder.
+        """Write ``run.json`` if missing, make the sub-folders, and remove temporary files."""
+        # run.json is written first, because a folder with parts and without run.json is refused. An
+        # existing run.json is never replaced, because run.json describes the parts in the folder.
         if not (self.root / RUN).is_file():
             write_document(self.root / RUN, run)
         with convert_os_errors(f"cannot prepare {self.root}"):
@@ -244,16 +245,16 @@ class Ledger(ABC, Generic[P, R]):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the files that a run wrote; UsageError for a folder that also has other files."""
+        """Remove the files of a run; UsageError if the folder also has files of another origin."""
         self.check_folder(self.root, overwrite=True)
-        # The manifest is removed first, so that no reader opens a folder that is partly removed.
+        # The manifest is removed first, so that no reader opens a partly removed folder.
         self.unseal()
         with convert_os_errors(f"cannot remove the old {self.folder_kind} in {self.root}"):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            # run.json is removed last. If it were removed earlier and the removal were interrupted,
-            # the next one would refuse the folder: it has files and no run.json.
+            # run.json is removed last. Otherwise an interrupted removal could leave files without
+            # run.json, and the next removal would refuse such a folder.
             documents = [name for name in self.documents if name != RUN]
             for name in (*documents, RUN):
                 (self.root / name).unlink(missing_ok=True)
@@ -262,13 +263,13 @@ class Ledger(ABC, Generic[P, R]):
     def stated_and_planned(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return what the receipt states about its part, and what the run planned for ``part``.
+        """Return two tuples: the facts stated in the receipt, and the facts planned for ``part``.
 
         The two tuples are equal if the receipt belongs to this part.
         """
 
     def receipt(self, part: P) -> R:
-        """Return the receipt of a part, whose files must exist with the right sizes.
+        """Return the receipt of a part. All files of the part must exist with the right sizes.
 
         Raises:
             StorageError: If the receipt is damaged, or a file is missing or has another size.
@@ -276,7 +277,7 @@ class Ledger(ABC, Generic[P, R]):
         """
         path = self.root / part.receipt_file
         receipt = read_document(path, self._receipt_type)
-        # an undamaged receipt may have been copied from another folder, whose run had other inputs
+        # an undamaged receipt may be a copy from another folder with other inputs of the run
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
@@ -300,8 +301,8 @@ class Ledger(ABC, Generic[P, R]):
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
-        """Raise StorageError if a file is missing or has another size than in its receipt."""
-        # The whole file was written before its receipt. But the folder may be an incomplete copy,
+        """Raise StorageError if a file is missing, or has another size than in the receipt."""
+        # The whole file was written before the receipt. But the folder may be an incomplete copy,
         # or someone may have changed or removed the file later.
         path = self.root / name
         if not path.is_file():
@@ -317,7 +318,7 @@ class Ledger(ABC, Generic[P, R]):
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
-        """Return the receipt of a part that is done. If the part is not done, return the reason.
+        """Return the receipt of a finished part. If the part is not done, return the reason.
 
         With ``deep``, the files of the part are also compared with their hashes.
         """
@@ -337,7 +338,7 @@ class Ledger(ABC, Generic[P, R]):
         return receipt
 
     def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
-        """Return the parts that are still to be done, and the receipts of the parts that are done.
+        """Return the missing parts, and the receipts of the finished parts.
 
         ``deep`` is passed on to ``look_up``.
         """
@@ -378,42 +379,41 @@ class Ledger(ABC, Generic[P, R]):
         payloads: Mapping[str, bytes],
         make_receipt: Callable[[dict[str, FileInfo]], R],
     ) -> R:
-        """Write the files of a part and then its receipt, each atomically.
+        """Write the files of a part and then the receipt, each atomically.
 
         Args:
             part: The part.
             payloads: Maps the name of each file to its content.
-            make_receipt: Function that makes the receipt. Its argument maps the name of each file
-                to its size and hash.
+            make_receipt: Function that makes the receipt. The argument of the function maps the
+                name of each file to size and hash.
         """
         infos: dict[str, FileInfo] = {}
         for name in part.files:
             infos[name] = write_hashed(self.root / name, payloads[name])
-        # The receipt is written last. If the process is killed before that, the part has no receipt
-        # and is done again. If the receipt were written first, it could list files that do not
-        # exist.
+        # The receipt is written last. If the process is killed before, the part has no receipt and
+        # is done again. If the receipt were written first, the receipt could list missing files.
         receipt = make_receipt(infos)
         write_document(self.root / part.receipt_file, receipt)
         return receipt
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove from a folder the temporary files that dead processes of a run left."""
+    """Remove the temporary files of a run's dead processes from a folder."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         is_temporary = match is not None and RUN_FILE.fullmatch(match["name"])
-        # Files of other programs stay, and so do files that a living process (here or on another
-        # machine) is still writing.
+        # Files of other programs stay. Files of a living process (here or on another machine) also
+        # stay, because the process is still writing.
         if is_temporary and is_leftover(path):
             # another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
-    """Write ``payload`` into a file atomically, and return its size and hash."""
+    """Write ``payload`` into a file atomically, and return size and hash of the file."""
     write_bytes(path, payload)
     # The hash is computed from ``payload`` and not from the file. So if writing damaged the file, a
-    # later comparison with the hash reveals it.
+    # later comparison with the hash reveals the damage.
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
@@ -423,8 +423,8 @@ def require_hash(path: Path, sha256: str, remedy: str, document: str = "its rece
     Args:
         path: The file.
         sha256: The expected hash.
-        remedy: For messages: how to make the file again.
-        document: For messages: the document that states the hash.
+        remedy: Advice for messages: how to make the file again.
+        document: Name of the document with the hash, for messages.
     """
     if file_hash(path) != sha256:
         raise StorageError(
@@ -432,13 +432,13 @@ def require_hash(path: Path, sha256: str, remedy: str, document: str = "its rece
         )
 
 
-# identities of the files whose hash was right (``require_hash_once``)
+# identities of the files with a right hash (``require_hash_once``)
 _verified_files: set[tuple[int | str, ...]] = set()
 _single_thread_lock = Lock()
 
 
 def _replace_lock_in_child() -> None:
-    # A fork copies a lock that is held, but not the thread that holds it. In the child nobody could
+    # A fork copies a held lock, but not the thread that holds the lock. In the child nobody could
     # release the lock, so the child gets a new lock.
     global _single_thread_lock  # noqa: PLW0603 - the lock belongs to the whole process
     _single_thread_lock = Lock()
@@ -451,24 +451,26 @@ if hasattr(os, "register_at_fork"):
 def single_thread_lock() -> Lock:
     """Return the lock for work that only one thread of this process may do at a time.
 
-    A process that was forked from this process gets a lock of its own, which is not held.
+    A process forked from this process gets a new lock, which no thread holds.
     """
     return _single_thread_lock
 
 
 def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
-    """Check the hash of a file, unless this process has checked it before, and return its path.
+    """Check the hash of a file unless this process has done so before. Return the path.
 
-    A file is hashed again only if its device, inode, size or times have changed. A change of the
-    file after it was opened is not noticed. Threads may call this function at the same time. The
-    arguments are those of ``require_hash``.
+    A file is hashed again only if the device, inode, size or times of the file have changed. A
+    change of the file after opening is not noticed. Threads may call this function at the same
+    time. The arguments are the same as for ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
         state = path.stat()
-    # The path does not identify a file, because another file may have replaced it. The inode does.
+    # The path does not identify a file, because another file may have replaced the first file. The
+    # inode does.
     times = (state.st_mtime_ns, state.st_ctime_ns)
     identity = (state.st_dev, state.st_ino, state.st_size, *times, sha256)
-    # The lock is held while hashing. So if two threads open the same file, it is read only once.
+    # The lock is held while hashing. So if two threads open the same file, the file is read only
+    # once.
     with single_thread_lock():
         if identity not in _verified_files:
             require_hash(path, sha256, remedy, document)
@@ -477,9 +479,9 @@ def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its
 
 
 class FileVerifier:
-    """A function that verifies a file of a part, and returns its path.
+    """A function that verifies a file of a part, and returns the path of the file.
 
-    It takes the name of the file, and compares the file with the hash in its receipt.
+    The argument is the name of the file. The file is compared with the hash in the receipt.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
@@ -491,19 +493,19 @@ class FileVerifier:
                 self._hash_of_file[name] = info.sha256
 
     def __call__(self, name: str) -> Path:
-        """Verify the file ``name``, and return its path; StorageError if the file is damaged."""
+        """Verify the file ``name``, and return the path; StorageError if the file is damaged."""
         return require_hash_once(self._root / name, self._hash_of_file[name], self._remedy)
 
 
 class PickledByPath:
     """Base of objects that read a folder and are pickled as the path of the folder.
 
-    Unpickling opens the folder again. It raises ProvenanceError if the folder has changed since.
+    Unpickling opens the folder again. If the folder has changed since, ProvenanceError is raised.
 
     Attributes:
         path: The folder.
-        folder_hash: Hash of the content of the folder. If it differs, the folder has changed.
-        options: Keyword arguments with which the folder was opened, besides its path.
+        folder_hash: Hash of the content of the folder. Another hash means a changed folder.
+        options: Keyword arguments for opening the folder, besides the path.
     """
 
     path: Path
@@ -513,11 +515,11 @@ class PickledByPath:
     def __reduce__(
         self,
     ) -> tuple[Callable[..., PickledByPath], tuple[object, ...], dict[str, object] | None]:
-        # The path is absolute, because the process that unpickles it may have another working
-        # folder.
+        # The path is absolute, because the unpickling process may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.folder_hash)
-        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file
-        # says which rows were left out, so the attributes that depend on them are pickled, too.
+        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file has
+        # a record of the left-out rows. So the attributes that depend on these rows are pickled,
+        # too.
         attributes = vars(self)
         if "_remaining_pairs" not in attributes:
             return reopen, arguments, None
@@ -541,7 +543,7 @@ def reopen(
         pickled_hash: ``folder_hash`` of the object when it was pickled.
     """
     reader = open_folder(path, **options)
-    # Without this check, a worker could read other rows than the process that started it.
+    # Without this check, a worker could read other rows than the parent process.
     if reader.folder_hash != pickled_hash:
         raise ProvenanceError(
             f"{path} has changed since it was pickled: its fingerprint was {pickled_hash} and is "
@@ -551,9 +553,9 @@ def reopen(
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
-    """Return one hash of the hashes of all files, in the order of the parts."""
-    # The manifest has this hash. It reveals a part that was copied from another run with the same
-    # inputs: the receipt of such a part is right, but rounding may have given other numbers.
+    """Return a single hash over the hashes of all files, in the order of the parts."""
+    # The manifest has this hash. The hash reveals a part copied from another run with the same
+    # inputs. The receipt of such a part is right, but rounding may have given other numbers.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

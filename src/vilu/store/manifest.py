@@ -37,20 +37,20 @@ MIN_AREA = 0.5  # a view shows at least this share of the area of an image
 class Views(Model):
     """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
 
-    A crop has the aspect ratio of the image, so that the preprocessing treats both alike. The share
-    of the image's area that a crop shows is uniform in [1/2, 1], and its position is uniform. View
-    v of an image depends only on the key of the image, on v and on the seed.
+    A crop has the aspect ratio of the image, so that the preprocessing treats crop and image alike.
+    The area of a crop is a uniform share in [1/2, 1] of the area of the image. The position of the
+    crop is uniform. View v of an image depends only on the key of the image, on v and on the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of views per image, V
     seed: int = 0  # seed of the views
-    # fixed text that describes the random crops; it is part of the inputs of a store
+    # fixed text about the random crops; the text is part of the inputs of a store
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
 
     def make_views(self, image: Image.Image, key: str) -> list[Image.Image]:
-        """Return the V views of an image. The key of the image decides how it is cropped."""
+        """Return the V views of an image. The key of the image determines the crops."""
         views: list[Image.Image] = []
         for number in range(self.n):
             area_draw, left_draw, top_draw, mirror_draw = _uniform_numbers(self.seed, number, key)
@@ -89,14 +89,14 @@ def make_view(
 def _uniform_numbers(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
     """Return four uniform numbers in [0, 1) for view ``number`` of the image with the key ``key``.
 
-    They come from a hash. Unlike a random generator, a hash gives the same numbers in every version
-    of a library.
+    The numbers come from a hash. Unlike a random generator, a hash gives the same numbers in every
+    version of a library.
     """
     text = f"{seed} {number} {key}"
     digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     # the 256 bits of the hash as four whole numbers of 64 bits
     whole_numbers = np.frombuffer(digest_bytes, "<u8")
-    # a float64 has 53 bits of precision, so the upper 53 bits are used: they need no rounding
+    # a float64 has 53 bits of precision, so only the upper 53 bits are used, without rounding
     upper_bits = whole_numbers >> np.uint64(11)
     area, left, top, mirror = upper_bits * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
@@ -114,44 +114,44 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 
 SHARED_FIELDS = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""Names of the fields that ``Run`` and ``StoredClasses`` both have, with equal values."""
+"""Names of the fields in both ``Run`` and ``StoredClasses``. The values are equal."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
-"""Columns of the classes and of the model, each in a file of its own."""
+"""Columns of the classes and of the model, each in a separate file."""
 ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
-"""Columns with one entry per image. "answer" is a column of the metadata, the rest are arrays."""
+"""Columns with an entry per image. "answer" is a column of the metadata, the rest are arrays."""
 
 
 class Imported(Model):
-    """Facts about embeddings that were imported, not computed by vilu."""
+    """Facts about imported embeddings, as opposed to embeddings computed by vilu."""
 
-    # name of every imported column of the images -> shape of one row
+    # name of every imported column of the images -> shape of a row
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
-    # whether the rows had identifiers; if not, the keys are row numbers, which identify no image
+    # whether the rows had identifiers; if not, the keys are row numbers and identify no image
     ids: bool
-    source: str | None = None  # origin of the embeddings, as the user described it
+    source: str | None = None  # origin of the embeddings, in the words of the user
 
 
 class Inputs(StoreDocument):
-    """Everything that decides what a store holds. Its hash is the fingerprint of the run.
+    """All inputs that decide the content of a store. Their hash is the fingerprint of the run.
 
-    Batch size, device and number of threads are no inputs. They change values only by rounding, and
-    a run that ran out of memory must be able to resume with smaller batches.
+    Batch size, device and number of threads are no inputs. These settings change values only by
+    rounding. Also, after running out of memory a run must be able to resume with smaller batches.
     """
 
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    # number of images, whether or not they can be read; 0 if there are shards, because then the
-    # number is known only at the end (``Manifest.n_in``)
+    # number of images, readable or not; 0 if there are shards, because then the number is known
+    # only at the end (``Manifest.n_in``)
     n_in: Count
     split: str | None  # name of the split, if any
-    space: EmbeddingSpace  # the embedding space, with what is known about the model
-    # the K class names as written in the prompts; empty if captions are the candidates
+    space: EmbeddingSpace  # the embedding space, with the known facts about the model
+    # the K class names in the spelling of the prompts; empty if captions are the candidates
     names: tuple[str, ...]
-    # the K class names as they are in the data set; None if the data set has no labels
+    # the K class names in the spelling of the data set; None if the data set has no labels
     folders: tuple[str, ...] | None
     templates: tuple[str, ...]  # prompt templates; empty if there are no classes
     limits: dict[str, float]  # limits of the images (``ImageLimits``)
@@ -159,17 +159,17 @@ class Inputs(StoreDocument):
     dtype: Literal["float16", "float32"]  # number format of the arrays of the images
     # width F of the stored features of each image; None if features are not stored
     features: Annotated[int, Field(ge=1)] | None = None
-    views: Views | None = None  # augmented views whose embeddings are stored, if any
+    views: Views | None = None  # augmented views to embed, if any
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
-    # words of the column ``negatives``, embedded in ``templates``; they need not be classes
+    # words of the column ``negatives``, embedded in ``templates``; the words need not be classes
     negatives: tuple[str, ...] = ()
     # whether images have captions; if so, the captions are embedded, and there are no classes
     captions: bool = False
     # number of shards, if parts are made of shards; 0 if parts are made of images
     shards: Count = 0
-    # folders or labels, as they are in the data set, whose images belong to none of the classes
+    # folders or labels of the data set for images outside all classes
     outside: tuple[str, ...] = ()
-    imported: Imported | None = None  # facts about imported embeddings; None for computed ones
+    imported: Imported | None = None  # facts about imported embeddings; None: not imported
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
@@ -198,7 +198,7 @@ class Inputs(StoreDocument):
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Maps each array of the images to the shape of one row; image embeddings come first."""
+        """Maps each array of the images to the shape of a row; image embeddings come first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {}
         if dim > 0:  # 0 means that the rows have logits and no embeddings
@@ -223,7 +223,7 @@ class Inputs(StoreDocument):
 
     @property
     def has_answers(self) -> bool:
-        """Whether the metadata hold, for every row, an answer that another model gave."""
+        """Whether the metadata hold an answer of another model for every row."""
         return self.imported is not None and ANSWER in self.imported.columns
 
     @property
@@ -232,15 +232,15 @@ class Inputs(StoreDocument):
         return self.imported is None
 
     def identity(self) -> dict[str, object]:
-        """Return the fields that the fingerprint covers. Names of nested fields have a dot.
+        """Return the fields for the fingerprint. Names of nested fields have a dot.
 
         For example, "space.weights" is the field ``weights`` of ``space``.
         """
-        # only fields of ``Inputs``; fields that subclasses such as ``Run`` add are not covered
+        # only fields of ``Inputs``; further fields of subclasses such as ``Run`` are not covered
         covered_names = set(Inputs.model_fields)
         if self.shards:
-            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. It is
-            # left out, so that the run and the manifest have the same fingerprint.
+            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. So
+            # ``n_in`` is left out. Then the run and the manifest have the same fingerprint.
             covered_names.remove("n_in")
         flat_fields: dict[str, object] = {}
         for name, value in self.model_dump(mode="json", include=covered_names).items():
@@ -252,9 +252,9 @@ class Inputs(StoreDocument):
         return flat_fields
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError if ``inputs`` differ from the inputs from which a store was made.
+        """Raise ProvenanceError if ``inputs`` differ from the inputs of an existing store.
 
-        The store was made from the inputs ``self``. Its path ``store`` is for the message.
+        ``self`` are the inputs of the existing store. The path ``store`` is for the message.
         """
         old_fields = self.identity()
         new_fields = inputs.identity()
@@ -279,7 +279,7 @@ class Run(Inputs):
 
     fingerprint: str  # hash of the inputs
     dataset: str  # short name of the data set, for reports: the last part of the source's path
-    vilu: str  # version of vilu that began the run
+    vilu: str  # version of vilu at the beginning of the run
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
@@ -315,38 +315,38 @@ class ArrayInfo(FileInfo):
 
 
 class Receipt(AnyReceipt, CountedDocument):
-    """``receipts/00000.json``, the receipt of a part. It is written after the files of the part.
+    """``receipts/00000.json``, the receipt of a part, written after the files of the part.
 
-    A part is done if its receipt exists and its files have the sizes in the receipt.
+    A part is done if the receipt exists and all files have the sizes in the receipt.
     """
 
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
-    start: Count  # position of its first image, or number of its first shard
-    stop: Count  # position after its last image, or number after its last shard
-    files: dict[str, FileInfo]  # name of each file of the part -> its size and hash
+    start: Count  # position of the first image, or number of the first shard
+    stop: Count  # position after the last image, or number after the last shard
+    files: dict[str, FileInfo]  # name of each file of the part -> size and hash
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # fingerprint that the shards of the part had before they were read
+    # fingerprint of the shards of the part, from before the shards were read
     # (``ShardedDataset.shard_fingerprint``); empty if parts are made of images
     source: str = ""
 
 
 class StoredClasses(StoreDocument):
-    """``classes.json``: the K candidates, and how their texts were made."""
+    """``classes.json``: the K candidates, and the settings of the text embeddings."""
 
-    names: tuple[str, ...]  # class names as written in the prompts
-    folders: tuple[str, ...] | None  # class names as they are in the data set
-    # prompt templates; the text of a class is the normalised mean of its prompts
+    names: tuple[str, ...]  # class names in the spelling of the prompts
+    folders: tuple[str, ...] | None  # class names in the spelling of the data set
+    # prompt templates; the text of a class is the normalised mean of the class's prompts
     templates: tuple[str, ...]
     tokenizer: str | None  # description of the tokenizer
     text_emb: Literal["text_emb/classes.npy"] = TEXT_FILE  # file of (K, D) float32 embeddings
-    text_file: FileInfo  # size and hash of the file that ``text_emb`` names
+    text_file: FileInfo  # size and hash of the file ``text_emb``
     features: int | None = None  # width of the image features, as in the run
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
     negatives: tuple[str, ...] = ()  # words of the column ``negatives``
     # columns of the classes and of the model; column NAME is in ``columns/NAME.npy``
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
-    hash: str  # hash of the other fields
+    hash: str  # hash of all other fields
 
     @model_validator(mode="after")
     def _check_hash(self) -> Self:
@@ -358,10 +358,11 @@ class StoredClasses(StoreDocument):
     def from_files(
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
-        """Return the class table of a run, from the files of its text embeddings and columns."""
+        """Return the class table of a run, from the files of text embeddings and columns."""
         fields_of_run = {name: getattr(run, name) for name in SHARED_FIELDS}
-        # The hash is computed from the other fields, so a draft without a hash is made first.
-        # ``model_construct`` does not validate the draft: validation would refuse it.
+        # The hash is computed from all other fields, so a draft without a hash is made first.
+        # ``model_construct`` does not validate the draft, because validation would refuse the
+        # draft.
         draft = cls.model_construct(
             **fields_of_run,
             tokenizer=run.space.tokenizer,
@@ -376,21 +377,21 @@ class StoredClasses(StoreDocument):
 
 
 class Manifest(CountedDocument, Run):
-    """``manifest.json``, which is written last, when the store is complete.
+    """``manifest.json``, the last written file of a complete store.
 
-    It is written only if the losses of the store are within the budget.
+    The manifest is written only if the losses of the store are within the budget.
     """
 
     parts: Count  # number of parts
     classes: str  # hash of the class table; empty if captions are the candidates
-    content: str  # one hash of the hashes of all files of all parts (``content_hash``)
+    content: str  # hash over the hashes of all files of all parts (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute the columns of the classes and of the model that a run asks for, in float32."""
+    """Compute the columns of the classes and of the model for a run, in float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)  # (K, P, D)
@@ -407,8 +408,8 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     """Return the last linear maps of both towers, and the input of the text tower's last map.
 
-    The input is the column ``text_features``. It is left out if there are several templates. If the
-    last map of a tower is not linear, there are no columns.
+    The input is the column ``text_features``. With several templates, this column is left out. If
+    the last map of a tower is not linear, there are no columns.
     """
     if backbone.projections is None:
         logger.info(

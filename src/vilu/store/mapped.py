@@ -1,4 +1,4 @@
-"""Sources whose rows are in files, which are memory-mapped part by part and read by threads."""
+"""Sources with rows in files. Files are memory-mapped part by part and read by threads."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ R = TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], workers: int, max_ahead: int
 ) -> Iterator[Iterator[R]]:
-    """Call ``function`` in threads for each item, and yield an iterator over the results, in order.
+    """Call ``function`` in threads for each item. Yield an iterator over the results, in order.
 
     When the block ends, normally or by an exception, calls that have not started are cancelled.
 
     Args:
         function: The function.
-        items: Its arguments.
+        items: The arguments of the calls.
         workers: Number of threads.
-        max_ahead: Maximum number of results that are computed before they are needed.
+        max_ahead: Maximum number of results computed in advance.
     """
     pool = ThreadPoolExecutor(
         workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
@@ -66,18 +66,19 @@ def in_threads(
 def _stay_on_one_core() -> None:
     """Limit the tensor operations of the calling thread to one core.
 
-    Otherwise, each decoding thread would start several OpenMP threads, which would compete with the
-    threads of the model. The limit of OpenMP is set for one thread. ``torch.set_num_threads`` would
-    set it for the whole process.
+    Otherwise, each decoding thread would start several OpenMP threads. These threads would compete
+    with the threads of the model. The limit of OpenMP is set for a single thread.
+    ``torch.set_num_threads`` would set the limit for the whole process.
     """
-    # At its first use in a thread, torch itself sets the limit of this thread. This call makes
-    # torch do so now. Otherwise torch would later replace the limit that is set below.
+    # At the first use of torch in a thread, torch itself sets the limit of this thread. This call
+    # makes torch set the limit now. Otherwise torch would later replace the limit from the next
+    # line.
     torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
 
 def n_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of available cores for this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -88,37 +89,37 @@ def default_workers() -> int:
     return min(n_cores(), 16)
 
 
-# Maximum number of parts that are mapped at a time. Each part needs a file descriptor, and many
-# systems allow only 1024 file descriptors per process.
+# Maximum number of mapped parts at a time. Each part needs a file descriptor, and many systems
+# allow only 1024 file descriptors per process.
 MAX_OPEN_PARTS = 320
 
 PAGE_BYTES = 4096  # size of a page of memory: reading a row reads at least one page
-MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files that stay in memory
+MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files in memory
 
 # Number of rows of a block in training (``shuffled_in_blocks``). A block takes 128 MiB in float16
 # at width 512.
 BLOCK_ROWS = 2**17
-GROUP_BLOCKS = 8  # number of blocks whose rows are shuffled together
+GROUP_BLOCKS = 8  # number of blocks shuffled together
 
 N_READERS = 2
-"""Number of threads that read batches in advance, while an earlier batch is used.
+"""Number of threads for reading batches in advance, while an earlier batch is used.
 
 Each thread uses one core, since the work on a batch is too small for several cores.
 """
 
-N_BATCHES_AHEAD = 2  # number of batches that are read in advance
+N_BATCHES_AHEAD = 2  # number of batches read in advance
 
 
 class MappedParts:
-    """(N, ...) arrays that are cut into parts of rows. A part is mapped when it is needed.
+    """(N, ...) arrays, cut into parts of rows. A part is mapped on demand.
 
     Args:
         starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
-        shapes: Maps the name of each array to the shape of one row.
+        shapes: Maps the name of each array to the shape of a row.
         open_part: Function that takes the name of an array and the number of a part, and returns
             the rows of the part in any float type.
-        max_open_parts: Maximum number of parts that are mapped at a time.
-        max_resident_bytes: Maximum number of bytes of mapped files that stay in memory.
+        max_open_parts: Maximum number of mapped parts at a time.
+        max_resident_bytes: Maximum number of bytes of mapped files in memory.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class MappedParts:
         self.shapes = shapes
         self.open_part = open_part
         self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._touched_bytes = 0  # size of the pages that were read since the last release of parts
+        self._touched_bytes = 0  # size of the pages read since the last release of parts
         self._widest = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
@@ -157,7 +158,7 @@ class MappedParts:
             part = self._map_part(name, number)
             positions = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
-                # this part has a wider float type than all earlier parts, so ``rows`` gets its type
+                # this part has the widest float type so far, so ``rows`` gets this type
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
             rows[positions] = part[row_numbers[positions] - self.starts[number]]
@@ -175,8 +176,8 @@ class MappedParts:
         """Return a mapped part. Several threads may call this method at the same time.
 
         If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
-        first. This closes their files, and frees the pages that were read, which are memory of this
-        process.
+        first. This closes the files of the parts, and frees the pages read so far. These pages
+        count as memory of this process.
         """
         part = self._mapped.get((name, number))
         is_full = part is None and len(self._mapped) >= self.max_open_parts
@@ -192,7 +193,7 @@ class MappedParts:
 
 
 class MappedSource(EmbeddingSource):
-    """A source whose rows are in files, in the order of their numbers."""
+    """A source with rows in files, in the order of the row numbers."""
 
     def _map_parts(self, function: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
         """Yield ``function(part)`` for each part of the row indices, in order.
@@ -213,9 +214,9 @@ class MappedSource(EmbeddingSource):
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """Return the rows in a random order, for which memory needs ``GROUP_BLOCKS`` blocks at a time.
+    """Return the rows in a random order with few blocks in memory: ``GROUP_BLOCKS`` at a time.
 
-    A block is about ``block_rows`` rows that are near each other on the disk. It is read once.
+    A block is about ``block_rows`` rows near each other on the disk. Each block is read once.
 
     1. Cut the sorted rows into blocks of equal size.
     2. Put the blocks in random order, and form groups of at most ``GROUP_BLOCKS`` blocks (at least
@@ -240,17 +241,17 @@ def shuffled_in_blocks(
 class MappedPairs(PairSource, MappedSource):
     """Image-caption pairs in memory-mapped parts; only the vectors of a batch or block are loaded.
 
-    Memory holds three numbers per row: its position in the order of the pools and its number in the
-    store (8 bytes each), and its status (1 byte). Rows that remain after the last full pool have
-    the status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
+    Memory holds three numbers per row: the position in the order of the pools and the number in the
+    store (8 bytes each), and the status (1 byte). Rows after the last full pool have the status
+    "short_pool". Hard pools are made within blocks of rows (``PairSource``).
 
     Args:
         path: Folder, for messages.
         rows: The arrays of all rows.
         arrays: Names of two arrays in ``rows``: the images and the captions.
         space: Space of both embeddings.
-        pools: How the pools are made.
-        chosen_rows: (M,) ascending numbers of the rows that belong to this source. None: all rows.
+        pools: Settings for making the pools.
+        chosen_rows: (M,) ascending numbers of the rows of this source. None: all rows.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class MappedPairs(PairSource, MappedSource):
         self._arrays = arrays
         self._chosen_rows = None if chosen_rows is None else torch.from_numpy(chosen_rows)
         n_rows = len(rows) if chosen_rows is None else len(chosen_rows)
-        # The target of a pair is an index of the candidates of its pool, so it exists only in a
+        # The target of a pair is an index of the candidates in a pool, so targets exist only in a
         # batch. Here, the targets of all rows are unknown. ``expand`` keeps a single number in
         # memory.
         self.target = torch.tensor(UNKNOWN).expand(n_rows)
@@ -298,10 +299,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ListedNumbers(RowNumbers):
-    """Identifiers that are row numbers in a list, so they identify no row of another source.
+    """Identifiers from a list of row numbers. Such identifiers identify no row of another source.
 
-    The list may hold numbers or texts. For example, it holds the numbers that the rows of a fold
-    have in the whole store.
+    The list may hold numbers or texts. For example, the list holds the numbers of the rows of a
+    fold in the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
@@ -319,13 +320,13 @@ class ListedNumbers(RowNumbers):
 
 
 class PartStrings(Identifiers):
-    """Identifiers that are stored in files, and read part by part when they are needed.
+    """Identifiers in files. The files are read part by part, on demand.
 
     Args:
         starts: (P + 1,) number of the first row of each of the P parts, and the number of rows at
             the end.
-        read_part: Function that takes the number of a part, and returns the strings of its rows.
-        rows: (M,) ascending numbers of the rows whose identifiers these are. None: all rows.
+        read_part: Function that takes the number of a part and returns the strings of the rows.
+        rows: (M,) ascending numbers of the rows of these identifiers. None: all rows.
     """
 
     def __init__(
@@ -344,7 +345,7 @@ class PartStrings(Identifiers):
 
     def _identifier(self, row: int) -> str:
         stored_row = row if self._rows is None else int(self._rows[row])
-        # number of the part that has the row: the last part that does not begin after it
+        # number of the part with this row: the last part with ``start <= stored_row``
         number = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
         strings = self._read_part(number)
         index_in_part = stored_row - int(self._starts[number])

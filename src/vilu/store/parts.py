@@ -1,4 +1,4 @@
-"""Read and write the parts of a store, and the files of its classes."""
+"""Read and write the parts of a store, and the files of the classes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from vilu.store.unreadable import NPY_READING_ERRORS, convert_damage_errors
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the data set: the images (or shards) ``start`` to ``stop - 1``, and its file names.
+    """A part of the data set: the images (or shards) ``start`` to ``stop - 1``, with file names.
 
-    File names follow LAION's layout, so that its tools can read the vectors and the metadata.
+    File names follow LAION's layout, so that LAION's tools can read the vectors and the metadata.
     """
 
     number: int  # number of the part, from 0
@@ -57,30 +57,30 @@ class Part:
 
     @property
     def metadata_file(self) -> str:
-        """File of the metadata: one row per embedded image, in the order of the arrays."""
+        """File of the metadata: a row per embedded image, in the order of the arrays."""
         return f"metadata/metadata_{self.number:05d}.parquet"
 
     @property
     def errors_file(self) -> str:
-        """File of the errors: one row per image without an embedding."""
+        """File of the errors: a row per image without an embedding."""
         return f"errors/errors_{self.number:05d}.parquet"
 
     @property
     def receipt_file(self) -> str:
-        """File of the receipt, which is written after all other files of the part."""
+        """File of the receipt. The receipt is written after all other files of the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
     def attempts_file(self) -> str:
-        """File with one byte for each process that has begun the part and not finished it.
+        """File with a byte for each process that has begun the part and not finished the part.
 
-        Such a process is still at work, or it died while it worked on the part.
+        Such a process is still at work, or died while working on the part.
         """
         return f"attempts/{self.number:05d}"
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files that the receipt lists, in the order in which they are written."""
+        """Names of the files in the receipt, in the order of writing."""
         first_file, *further_files = [self.array_file(name) for name in self.arrays]
         return first_file, self.metadata_file, self.errors_file, *further_files
 
@@ -99,9 +99,10 @@ def plan_parts(run: Run) -> list[Part]:
 
 
 def possible_positions(run: Run, part: Part) -> range:
-    """Return the range of positions that the images of a part can have.
+    """Return the range of possible positions for the images of a part.
 
-    Each shard reserves ``SHARD`` positions, which are far more than it has images.
+    Each shard reserves ``SHARD`` positions. This number is far above the number of images in a
+    shard.
     """
     if run.shards:
         return range(part.start * SHARD, part.stop * SHARD)
@@ -109,10 +110,10 @@ def possible_positions(run: Run, part: Part) -> range:
 
 
 def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64], n_in: int) -> bool:
-    """Whether ``sorted_positions`` are valid positions for all ``n_in`` images of a part.
+    """Return whether ``sorted_positions`` are valid positions for all ``n_in`` images of a part.
 
-    Without shards, they must be all positions of the part. With shards, the positions in each shard
-    must begin at the first position of the shard and have no gap.
+    Without shards, valid positions are all positions of the part. With shards, the positions in
+    each shard must begin at the first position of the shard and have no gap.
     """
     position_range = possible_positions(run, part)
     if not run.shards:
@@ -135,16 +136,16 @@ def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64],
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """The folder of a store, with finished parts and parts that are still to be done.
+    """The folder of a store, with finished parts and missing parts.
 
-    ``data`` is the data set that is embedded. None: the store is only read, or it is imported.
+    ``data`` is the data set to embed. None: the store is only read, or the store is imported.
     """
 
     folder_kind = "embedding store"
-    command = "vilu embed` or `vilu import"  # messages put backticks around it
+    command = "vilu embed` or `vilu import"  # messages put backticks around this text
     activity = "embedding into"
     documents = (*Ledger.documents, CLASSES_FILE)
-    # sub-folders that every store has
+    # sub-folders of every store
     required_folders = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*required_folders, *get_args(ImageColumn), "columns")
 
@@ -155,7 +156,7 @@ class StoreLedger(Ledger[Part, Receipt]):
 
     @classmethod
     def command_of(cls, root: Path) -> str:
-        """Return the command that began the store, according to its ``run.json``."""
+        """Return the command that began the store, according to ``run.json``."""
         run = read_document(root / RUN, Run)
         return "vilu embed" if run.imported is None else "vilu import"
 
@@ -164,7 +165,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Return (number, start, stop, number of images) from the receipt, and from the plan.
 
-        With shards, the plan has no number of images, so it is taken from the receipt.
+        With shards, the plan has no number of images. So the number in the receipt is used twice.
         """
         n_planned = receipt.n_in if self.run.shards else len(part)
         stated_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
@@ -172,7 +173,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return stated_facts, planned_facts
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
-        """Return the receipt of a part that is done. If the part is not done, return the reason.
+        """Return the receipt of a finished part. If the part is not done, return the reason.
 
         If the shards of a part have changed since the part was written, the part is not done.
         """
@@ -182,7 +183,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return outcome
 
     def shard_fingerprint(self, part: Part) -> str:
-        """Return the fingerprint that a part's shards have now; "" if there are no shards."""
+        """Return the current fingerprint of a part's shards; "" if there are no shards."""
         if not self.run.shards:
             return ""
         return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
@@ -190,10 +191,10 @@ class StoreLedger(Ledger[Part, Receipt]):
     def write_rows(
         self, part: Part, content: PartRows, batch_size: int, shard_fingerprint: str
     ) -> Receipt:
-        """Write the rows and errors of a part, and return its receipt.
+        """Write the rows and errors of a part, and return the receipt.
 
-        ``batch_size`` is the number of images per forward pass. ``shard_fingerprint`` is what the
-        method of this name returned before the shards were read.
+        ``batch_size`` is the number of images per forward pass. ``shard_fingerprint`` is the result
+        of the method ``shard_fingerprint`` before the shards were read.
         """
         n_ok = len(content.rows)
         n_error = len(content.errors)
@@ -217,7 +218,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return self.write(part, self._payloads(part, content), make_receipt)
 
     def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
-        """Map the name of every file of a part to its bytes."""
+        """Return a dictionary from the name of every file of a part to the bytes of the file."""
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.arrays.items():
             blocks = content.arrays.get(name, [])  # if all images failed, there are no blocks
@@ -236,7 +237,7 @@ NULLABLE_COLUMNS = {"label", "exif_orientation", "exception", "bytes"}  # column
 
 
 def _make_schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Return a schema. ``types`` maps the names of its columns to their types."""
+    """Return a schema. ``types`` maps names of columns to types."""
     fields: list[pa.Field] = []
     for name, column_type in types.items():
         fields.append(pa.field(name, column_type, nullable=name in NULLABLE_COLUMNS))
@@ -257,8 +258,8 @@ METADATA_SCHEMA = _make_schema(
 )
 """Columns of the metadata. ``position`` is the position of the image in the data set.
 
-The number of the row in the store is not a column. It depends on how many images failed in earlier
-parts, which may not be written yet. So the reader counts the rows.
+The metadata do not contain the number of the row in the store. This number depends on the failed
+images in earlier parts, and earlier parts may not be written yet. So the reader counts the rows.
 """
 
 # further column of the metadata if images have captions
@@ -269,7 +270,7 @@ PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
 """Further column of the metadata, if ``Run.has_picture_column`` is true.
 
-It has the first half of the SHA-256 of ``ImageRecord.content``.
+The value is the first half of the SHA-256 of ``ImageRecord.content``.
 """
 
 ERROR_SCHEMA = _make_schema(
@@ -283,7 +284,7 @@ ERROR_SCHEMA = _make_schema(
         "bytes": INT64,
     }
 )
-"""Columns of the error table. ``bytes`` is the encoded size of the image, if it could be read."""
+"""Columns of the error table. ``bytes`` is the encoded size of a readable image, or null."""
 
 REDO_HINT = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
@@ -307,11 +308,11 @@ def metadata_schema(run: Run) -> pa.Schema:
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
-    """Map the array of a ``.npy`` file into memory; also return the number of bytes of its data.
+    """Map the array of a ``.npy`` file into memory. Also return the number of bytes of data.
 
     Only the header is read. ``hint`` is the advice in the message if the file is damaged.
     """
-    # Only one thread at a time may read headers: reading them in two threads can fail in Python
+    # Only one thread at a time may read headers. Reading headers in two threads can fail in Python
     # 3.11 (gh-106905, a bug of ast.literal_eval).
     with convert_damage_errors(path, hint, NPY_READING_ERRORS), single_thread_lock():
         rows = np.lib.format.open_memmap(path, mode="r")
@@ -360,7 +361,7 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
 
 
 def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
-    """Return the class table of a run, and its (K, D) float32 text embeddings.
+    """Return the class table of a run, and the (K, D) float32 text embeddings.
 
     Raises:
         ProvenanceError: If the class table belongs to another run.
@@ -386,13 +387,13 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     for path, sha256 in hash_of_file.items():
         require_hash_once(path, sha256, table.remedy, CLASSES_FILE)
     text = torch.from_numpy(np.array(rows))
-    if not run.has_texts:  # with logits the text embeddings are zeros, which are not usable
+    if not run.has_texts:  # with logits the text embeddings are zeros, so not usable
         return table, text
     return table, require_usable(text, "class text")
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether a column has the right number of dimensions, and a shape that fits the run."""
+    """Return whether a column has the right number of dimensions, and a shape for this run."""
     n_dims, _ = COLUMNS[name]
     return len(shape) == n_dims and is_possible_shape(run, name, shape)
 
@@ -403,16 +404,17 @@ def column_path(root: Path, name: ClassColumn) -> Path:
 
 
 def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether the column ``name`` of the classes or of the model can have ``shape`` in this run."""
+    """Return whether the class or model column ``name`` can have ``shape`` in this run."""
     n_classes = len(run.names)
     dim = run.space.embed_dim
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
     if run.imported is not None:
-        # an imported run does not list prompts and words, so any number of them is possible
+        # an imported run has no list of prompts and words, so any number of prompts or words is
+        # possible
         n_prompts = shape[1]
         n_words = shape[0]
-    # the first sizes in the shape of each column; the run does not determine the other sizes
+    # the first sizes in the shape of each column; the run does not determine the remaining sizes
     first_sizes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
         "text_features": (n_classes,),
@@ -430,7 +432,7 @@ MESSAGE_LENGTH = 300  # longer messages are shortened in the error table
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """The metadata that every row has; fields as in ``METADATA_SCHEMA``."""
+    """The metadata of every row; fields as in ``METADATA_SCHEMA``."""
 
     position: int
     key: str
@@ -439,7 +441,7 @@ class LabelledRow:
 
 @dataclass(frozen=True)
 class RowWithAnswer(LabelledRow):
-    """The metadata of a row for which the answer of another model was imported."""
+    """The metadata of a row with an imported answer of another model."""
 
     answer: int  # index of a class in the class table
 
@@ -475,8 +477,8 @@ class PartRows:
     """The content of a part: arrays and metadata of embedded images, and errors of failed images.
 
     Attributes:
-        arrays: Maps the name of each array to its rows, which are a list of blocks (n, ...). They
-            are in the order of ``rows``.
+        arrays: Maps the name of each array to the rows of the array: a list of blocks (n, ...), in
+            the order of ``rows``.
         rows: Metadata of the embedded images.
         errors: Errors of the failed images.
         started_at: When the part was begun, in seconds of the monotonic clock.
@@ -500,14 +502,14 @@ def write_classes(
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
         info = write_hashed(path, _npy_bytes(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
-    # like a receipt, the table states the hashes of the other files, so it is written last
+    # like a receipt, the table states the hashes of all other files, so the table is written last
     write_document(root / CLASSES_FILE, StoredClasses.from_files(run, text_file, column_files))
 
 
 def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Join the blocks of rows to one little-endian array; DataError if a number is not finite.
+    """Join the blocks of rows to a little-endian array; DataError if a number is not finite.
 
     Args:
         name: Name of the array, for the message.
@@ -544,7 +546,7 @@ def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) ->
 
 
 def _escape_surrogates(value: int | str | bytes | None) -> int | str | bytes | None:
-    r"""Return the value. If it is a text, its surrogates are escaped as ``\uNNNN``.
+    r"""Return the value. In a text, surrogates are escaped as ``\uNNNN``.
 
     UTF-8 cannot encode surrogates.
     """

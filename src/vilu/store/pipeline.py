@@ -1,4 +1,4 @@
-"""Make rows from image records: ``Decoder`` is called in many threads, ``Encoder`` in one."""
+"""Make rows from image records: ``Decoder`` in many threads, ``Encoder`` in one."""
 
 from __future__ import annotations
 
@@ -35,16 +35,15 @@ from vilu.store.parts import (
 )
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row whose caption is longer than the longest text that the model reads.
+"""Flag of a row with a caption too long for the model. The tokenizer cuts such a caption.
 
 Smaller flags are defined in ``ImageFlag``.
 """
 
 ROW_WORDS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
-"""Maps each array whose rows are normalised to the word for a row in messages."""
+"""Maps each array with normalised rows to the word for a row in messages."""
 
-# The end of a part, among the records that go into the decoder and among the outcomes that come out
-# of it.
+# The end of a part, among the records before the decoder and among the outcomes after the decoder.
 END: Final = None
 
 
@@ -54,7 +53,7 @@ MAX_WAIT_SHARE: Final = 0.1
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image that is ready for the model."""
+    """A decoded and preprocessed image, ready for the model."""
 
     row: Row  # metadata of the image
     pixels: Tensor  # (3, H, W) float32
@@ -64,22 +63,22 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A function that reads, decodes and preprocesses one image.
+    """A function that reads, decodes and preprocesses an image.
 
     The outcome is a ``PreparedImage``, or an error row if the image is bad.
     """
 
     preprocess: Callable[[Image.Image], Tensor]  # returns (3, H, W) float32 pixels
-    limits: ImageLimits  # limits of size and shape; other images are bad
+    limits: ImageLimits  # limits of size and shape of valid images
     n_classes: int  # number of classes, to check labels
-    views: Views | None = None  # augmented views that are made of each image, if any
+    views: Views | None = None  # augmented views of each image, if any
     captions: bool = False  # whether to read captions
-    # JPEGs are decoded at a reduced size whose shorter side has at least this number of pixels;
-    # None: JPEGs are decoded in full
+    # JPEGs are decoded at a reduced size. The shorter side has at least this number of pixels.
+    # None: JPEGs are decoded in full.
     jpeg_side: int | None = None
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> PreparedImage | ErrorRow | None:
-        """Return the outcome for a position and its record; return ``END`` for ``END``.
+        """Return the outcome for a position and a record; return ``END`` for ``END``.
 
         Raises:
             DataError: If the label of the image is not a class.
@@ -140,7 +139,7 @@ class Decoder:
 
 
 class _RecordReader:
-    """A reader of one record. It remembers the size and the digest of the bytes that it read."""
+    """A reader of a single record, with the size and the digest of the bytes read."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
@@ -185,22 +184,22 @@ def records_with_positions(
 
 @dataclass
 class Encoder:
-    """Runs the model over batches of decoded images, which is the last step to the rows.
+    """Runs the model over batches of decoded images. This is the last step to the rows.
 
-    A batch never has images of two parts, and a bad image leaves its batch smaller. So a part that
-    is done again has the same batches, and gives the same bytes. Numbers too large for ``dtype``
-    become infinite.
+    A batch never has images of two parts, and a bad image leaves a smaller batch. So a repeated
+    part has the same batches, and gives the same bytes. Numbers too large for ``dtype`` become
+    infinite.
     """
 
     backbone: Backbone  # the model
     batch_size: int  # images per forward pass
-    strict: bool  # whether the first bad image raises DataError; if not, it becomes an error row
+    strict: bool  # whether a bad image raises DataError; if not, an error row is made
     task: Task  # progress bar of the images
-    arrays: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of one row
+    arrays: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of a row
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
     begun_at: float = field(default_factory=time.monotonic)  # seconds of the monotonic clock
-    seconds_waited: float = 0.0  # seconds that the model has waited for decoded images
+    seconds_waited: float = 0.0  # seconds of waiting for decoded images
 
     def encode_part(self, outcomes: Iterator[PreparedImage | ErrorRow | None]) -> PartRows:
         """Encode the images of a part: the outcomes up to the next ``END``.
@@ -213,7 +212,8 @@ class Encoder:
         next_outcome = partial(self._next, outcomes)
         outcomes_of_part: Iterator[PreparedImage | ErrorRow] = iter(next_outcome, END)
         while True:
-            # No variable holds the batch. So its memory is freed before the next batch is read.
+            # No variable holds the batch. So the memory of the batch is freed before the next batch
+            # is read.
             n_images = self._encode(list(islice(outcomes_of_part, self.batch_size)), content)
             if n_images == 0:
                 return content
@@ -222,14 +222,14 @@ class Encoder:
     def _next(
         self, outcomes: Iterator[PreparedImage | ErrorRow | None]
     ) -> PreparedImage | ErrorRow | None:
-        """Return the next outcome, and add the time for which the model waited for it."""
+        """Return the next outcome, and add the waiting time to ``seconds_waited``."""
         wait_begun_at = time.monotonic()
         outcome = next(outcomes)
         self.seconds_waited += time.monotonic() - wait_begun_at
         return outcome
 
     def _waiting_text(self) -> str:
-        """Say whether decoding waits for the model, or the model for decoding."""
+        """Return a text: decoding waits for the model, or the model waits for photos."""
         share = self.seconds_waited / max(time.monotonic() - self.begun_at, 1e-9)
         if share > MAX_WAIT_SHARE:
             return f"the model waits for photos {share:.0%} of the time"
@@ -278,7 +278,7 @@ class Encoder:
         return errors
 
     def _metadata(self, batch: Sequence[PreparedImage]) -> list[Row]:
-        """Return the metadata of images. An image whose caption the tokenizer cuts gets a flag."""
+        """Return the metadata of images. A truncated caption sets a flag of the row."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
@@ -324,7 +324,8 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # each forward pass has one view of every image, so it is no larger than a batch
+            # each forward pass has one view of every image, so a forward pass is no larger than a
+            # batch
             view_rows: list[Tensor] = []
             for number in range(len(batch[0].views)):
                 views = [image.views[number] for image in batch]
@@ -336,8 +337,8 @@ class Encoder:
 def _stack_images(images: list[Tensor]) -> Tensor:
     """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
-    If the channels are last in the memory of the images, they stay last in the memory of the stack,
-    because moving them would take time.
+    If the channels are last in the memory of the images, the channels stay last in the memory of
+    the stack, because moving the channels would take time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -346,7 +347,7 @@ def _stack_images(images: list[Tensor]) -> Tensor:
 
 
 def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows (B, D), or views (B, V, D); return also the worst status code of each image.
+    """Normalise rows (B, D) or views (B, V, D). Also return the worst status code of each image.
 
     ``row_name`` is the word for a row in messages.
     """

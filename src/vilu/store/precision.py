@@ -18,7 +18,7 @@ from vilu.errors import ProvenanceError
 from vilu.store.manifest import Run
 
 N_CHECKED_PHOTOS: Final = 64
-"""Number of photos that are embedded in both precisions."""
+"""Number of photos embedded in both precisions."""
 
 MIN_COSINE: Final = 0.995
 """A check is passed only if the two embeddings of every photo have at least this cosine."""
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrecisionCheck:
-    """How far embeddings in a low precision are from embeddings in float32.
+    """Differences between embeddings in a low precision and embeddings in float32.
 
     Attributes:
         precision: The low precision.
@@ -40,8 +40,8 @@ class PrecisionCheck:
         equal_answers: Share of photos with equal answers of the predictor. Without a predictor, the
             zero-shot answers are compared. None if there are captions and no classes.
         equal_decisions: Share of photos with equal decisions; None without a predictor.
-        speedup: Processor time of the image tower in float32, divided by its time in the low
-            precision; None if it was not measured.
+        speedup: Processor time of the image tower in float32, divided by the time in the low
+            precision; None if the time was not measured.
     """
 
     precision: str
@@ -83,9 +83,9 @@ def check_precision(
 
     ``pixels`` are the pixels (3, H, W) of each photo.
 
-    Returns None if there is nothing to compare: if the model is in float32 or states no precision,
-    if there are no photos, or if the model is no ``DualEncoder``, because vilu can run only a
-    ``DualEncoder`` in float32 as well.
+    Returns None if there is nothing to compare. This is so if the model is in float32 or states no
+    precision, if there are no photos, or if the model is no ``DualEncoder``. Only a ``DualEncoder``
+    can also run in float32.
 
     Raises:
         ProvenanceError: If the embeddings or the answers differ too much.
@@ -109,8 +109,8 @@ def check_precision(
 def _encode_and_time(
     model: DualEncoder, pixels: list[Tensor], batch_size: int
 ) -> tuple[Tensor, float]:
-    """Embeddings (N, D) of photos, and the seconds of processor time that the model needed."""
-    model.encode_images(pixels[0][None])  # not timed, because a model may be built at its first use
+    """Return embeddings (N, D) of photos, and the seconds of processor time of the model."""
+    model.encode_images(pixels[0][None])  # not timed, because a model may be built at the first use
     batches = torch.stack(pixels).split(batch_size)
     begun = time.process_time()
     rows = torch.cat([model.encode_images(batch) for batch in batches])

@@ -1,4 +1,4 @@
-"""Open embeddings on disk: a sealed store, or embeddings that another tool wrote."""
+"""Open embeddings on disk: a sealed store, or embeddings from another tool."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def open_source(
     """Open a store of classes or captions, or another tool's embeddings of image-caption pairs.
 
     Args:
-        path: A folder that ``vilu embed`` wrote, or one in a layout of ``LaionPairs``.
-        pools: How pairs are grouped into pools, in which captions and images are matched. By
+        path: A folder written by ``vilu embed``, or a folder in a layout of ``LaionPairs``.
+        pools: Grouping of pairs into pools. Captions and images are matched within a pool. By
             default a pool has 1024 pairs.
-        fold: "train", "validation" or "test". Only pairs whose caption is in this fold are used.
+        fold: "train", "validation" or "test": only pairs with a caption in this fold are used.
             None: all pairs.
-        logit_scale: Multiplier of the cosine. Required for embeddings of another tool; a store has
-            its own.
+        logit_scale: Multiplier of the cosine. Required for embeddings of another tool, but not for
+            a store.
 
     Raises:
         UsageError: If an argument does not fit the data, or the logit scale is missing.
         DataError: If the folder has another layout, or is not complete.
-        StorageError: If a file is missing or damaged; the message names it.
+        StorageError: If a file is missing or damaged; the message names the file.
         ProvenanceError: If files do not belong together.
 
     Examples:
@@ -82,7 +82,7 @@ def open_source(
     root = Path(path)
     if not (root / RUN).is_file():
         if logit_scale is None:
-            find_shards(root)  # raises DataError if the folder has none of the layouts
+            find_shards(root)  # raises DataError if the folder has no known layout
             raise UsageError(
                 f"{root} does not say which model made it. Give logit_scale, the multiplier of its "
                 "cosines: 100 for OpenAI's CLIP, for others the exponential of the learned "
@@ -104,10 +104,11 @@ def open_source(
 
 
 class SealedStore(PickledByPath):
-    """The documents and the parts of a complete store, without its classes.
+    """The documents and the parts of a complete store, without the classes.
 
     The constructor checks documents, sizes, shapes and numbers of rows. When a file is first read,
-    ``verify_file`` compares its hash with the receipt, and returns the path of the file.
+    ``verify_file`` compares the hash of the file with the receipt, and returns the path of the
+    file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,9 +132,9 @@ class SealedStore(PickledByPath):
             self.manifest.arrays,
             open_part=partial(_map_part, ledger, starts, self.verify_file),
         )
-        # Every array is mapped once, to check its header. ``path.joinpath`` finds the files,
-        # because ``verify_file`` would also hash every file. A file is hashed later, when a row in
-        # it is first read.
+        # Every array is mapped once, to check the header. ``path.joinpath`` finds the files,
+        # because ``verify_file`` would also hash every file. A file is hashed later, when a row of
+        # the file is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, find_file=path.joinpath, name=name, number=part.number)
@@ -165,14 +166,14 @@ class SealedStore(PickledByPath):
     def identities(
         self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
     ) -> NDArray[np.uint64]:
-        """Return hashes (M,) of some rows: of their keys, or of their pictures and captions.
+        """Return hashes (M,) of some rows: of the keys, or of pictures and captions.
 
         Each part is read once.
 
         Args:
             by: "names" to hash the keys, "pictures" to hash the pictures and captions.
             rows: (M,) numbers of the rows in the store.
-            captions: Whether the captions, if there are any, are hashed with the pictures.
+            captions: Whether captions, if any, are hashed with the pictures.
         """
         # the rows of part p are at the positions order[bounds[p] : bounds[p + 1]] of ``rows``
         order = np.argsort(rows, kind="stable")
@@ -188,7 +189,7 @@ class SealedStore(PickledByPath):
     def _hashes_in_part(
         self, by: Identity, number: int, index: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
-        """Return hashes (m,) as ``identities`` does, but of the rows ``index`` in one part.
+        """Return hashes (m,) like ``identities``, but of the rows ``index`` in a single part.
 
         ``number`` is the number of the part.
         """
@@ -197,7 +198,7 @@ class SealedStore(PickledByPath):
         pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
         has_captions = self.manifest.captions and captions
         if not has_captions:
-            # the column "picture" has hashes of pictures, of which only the first bytes are used
+            # the column "picture" has hashes of pictures; only the first bytes of a hash are used
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
@@ -218,7 +219,7 @@ def _map_part(
     Args:
         ledger: The folder of the store.
         starts: (P + 1,) number of the first row of each of the P parts, and the number of rows.
-        find_file: Function that takes the name of a file, and returns its path.
+        find_file: Function that takes the name of a file and returns the path.
         name: Name of the array.
         number: Number of the part.
     """
@@ -229,14 +230,14 @@ def _map_part(
 
 
 class StoredRows(EmbeddingSource):
-    """A source of all rows of a store, or of some. The metadata of the store identify the rows."""
+    """A source of all or some rows of a store. The metadata of the store identify the rows."""
 
     _sealed_store: SealedStore
     _chosen_rows: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity of the rows: "pictures" (with captions, if there are any) and "names".
+        """Kinds of identity of the rows: "pictures" (with captions, if any) and "names".
 
         Imported rows have no picture. Their kinds are "embeddings", and "names" if there are names.
         """
@@ -245,7 +246,7 @@ class StoredRows(EmbeddingSource):
         return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Return the identities (M,) of the rows, as ``EmbeddingSource.identities``."""
+        """Return the identities (M,) of the rows, like ``EmbeddingSource.identities``."""
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
@@ -264,13 +265,13 @@ class StoredRows(EmbeddingSource):
 class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
     """A sealed store of images and classes; predictors use it like ``Embeddings`` in memory.
 
-    The constructor checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part
-    are compared with the SHA-256 in its receipt when a row of the part is first read in this
-    process. Later changes of an open file are not noticed. A store is pickled as its path.
-    Unpickling opens the store again, and raises ProvenanceError if the store has changed.
+    The constructor checks documents, sizes, shapes, numbers of rows and labels. When a row of a
+    part is first read in this process, the bytes of the part are compared with the SHA-256 in the
+    receipt. Later changes of an open file are not noticed. A store is pickled as the path of the
+    store. Unpickling opens the store again, and raises ProvenanceError if the store has changed.
 
     Args:
-        path: The folder that ``vilu embed`` wrote.
+        path: The folder of the store, from ``vilu embed`` or ``vilu import``.
 
     Attributes:
         path: The folder.
@@ -280,7 +281,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
 
     Raises:
         DataError: If the folder is no store, is not complete, or is a store of captions.
-        StorageError: If a file is missing or damaged; the message names it.
+        StorageError: If a file is missing or damaged; the message names the file.
         ProvenanceError: If files do not belong together, or another schema wrote them.
 
     Examples:
@@ -326,8 +327,8 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         self.outside = labels == OUTSIDE
         self.ids = self._sealed_store.keys()
         if not self._sealed_store.has_names:
-            # The keys are the numbers that the rows had in the imported arrays. ``ListedNumbers``
-            # marks them as numbers, which identify no row of another source.
+            # The keys are the numbers of the rows in the imported arrays. ``ListedNumbers`` marks
+            # the keys as numbers. Numbers identify no row of another source.
             self.ids = ListedNumbers(self._sealed_store.keys())
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed_store.parts)
@@ -345,7 +346,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         return self._sealed_store.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return column ``name``. If it is a column of the images, return the rows ``index``."""
+        """Return column ``name``. Of a column of the images, return only the rows ``index``."""
         if name == ANSWER or name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.arrays:
@@ -354,11 +355,11 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         has_row_per_class = name in TEXT_COLUMNS
         if self._class_of_candidate is None or not has_row_per_class:
             return values
-        # classes with equal texts were merged, and the column has one row for each candidate then
+        # after a merge of classes with equal texts, the column has a row for each candidate
         return values[self._class_of_candidate]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Yield the key of every image without a row, and its kind of error, e.g. "truncated"."""
+        """Yield key and kind of error, e.g. "truncated", of every image without a row."""
         for part, n_error in zip(
             self._sealed_store.parts, self._sealed_store.n_errors, strict=True
         ):
@@ -396,7 +397,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
     """Read a column of the classes or of the model, and check its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
-    # n_rows has no effect, because it concerns only columns of images
+    # n_rows has no effect, because only columns of images depend on n_rows
     checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(classes.names))
     return checked_columns[name]
 
@@ -408,9 +409,9 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
     DataError here.
 
     Args:
-        path: The folder that ``vilu embed`` wrote.
-        pools: How pairs are grouped into pools, in which captions and images are matched.
-        fold: Only rows whose caption is in this fold are used (``folds.fold_of``). None: all rows.
+        path: The folder, written by ``vilu embed``.
+        pools: Grouping of pairs into pools. Captions and images are matched within a pool.
+        fold: Only rows with a caption in this fold are used (``folds.fold_of``). None: all rows.
     """
 
     @checked
@@ -421,7 +422,7 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         sealed_store = SealedStore(Path(path))
         self.manifest = sealed_store.manifest
         self.folder_hash = sealed_store.folder_hash
-        self.options = {"pools": pools, "fold": fold}  # unpickling opens the store with these
+        self.options = {"pools": pools, "fold": fold}  # for unpickling
         if not self.manifest.captions:
             raise DataError(
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
@@ -439,8 +440,8 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Columns belong to images. In the other direction, the images are the candidates of a
-            # caption, and a column of the right image would reveal which image is the answer.
+            # Columns belong to images. In the opposite direction, the images are the candidates of
+            # a caption. Then a column of the right image would reveal the answer.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.ids = sealed_store.keys(chosen_rows)
         self._sealed_store = sealed_store
@@ -453,7 +454,7 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
 
 
 def _rows_of_fold(sealed_store: SealedStore, fold: Fold) -> NDArray[np.int64]:
-    """Return the ascending numbers (M,) of the rows whose caption is in a fold."""
+    """Return the ascending numbers (M,) of the rows with a caption in a fold."""
     part_sizes = np.diff(sealed_store.rows.starts).tolist()
     parts = zip(sealed_store.parts, part_sizes, strict=True)
     files = ((sealed_store.verify_file(part.metadata_file), n_rows) for part, n_rows in parts)

@@ -1,4 +1,4 @@
-"""Convert the exceptions that unreadable files cause into errors of vilu."""
+"""Convert exceptions from unreadable files into errors of vilu."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ NPY_READING_ERRORS = (
     RecursionError,
     MemoryError,
 )
-"""Exceptions that NumPy raises for a damaged file.
+"""NumPy's exceptions for a damaged file.
 
 NumPy parses the header as Python code. The last four exceptions come from this parser.
 """
 
 PARQUET_READING_ERRORS = (pa.ArrowException, OSError, ValueError)
-"""Exceptions that pyarrow raises for a damaged file.
+"""pyarrow's exceptions for a damaged file.
 
-A ValueError may also mean that the name of a column is not text.
+A ValueError is also raised if the name of a column is not text.
 """
 
 SYSTEM_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -48,8 +48,9 @@ def convert_damage_errors(
     """Convert ``exceptions``, which a library raises for a damaged file, into ``error_class``.
 
     The message is "PATH is CONDITION: REASON. HINT", where REASON is the message of the exception.
-    HINT is a sentence of advice. An error that does not concern the content of the file
-    (``SYSTEM_ERRNOS``) becomes a StorageError with the message "cannot read PATH: REASON."
+    HINT is a sentence of advice. Errors of the system (``SYSTEM_ERRNOS``) have nothing to do with
+    the content of the file. Such an error becomes a StorageError with the message "cannot read
+    PATH: REASON."
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which answers of a table to label next: some to fit on, and a random sample to calibrate on."""
+"""Chooses answers of a table to label next: some to fit on, and a random sample to calibrate on."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def next_answers(
 ) -> tuple[Ints, list[Purpose]]:
     """Choose ``n`` answers without a label: half to fit on, half to calibrate on.
 
-    A hash of a row's identifier decides for which of the two the row may be chosen. The rows to
-    calibrate on are the next ones in the random order of their hashes. So at any time, all rows
-    that were chosen to calibrate on are a random sample. The rows to fit on are spread evenly over
-    the ascending uncertainties, so that right and wrong answers are among them. Rows that the
-    predictor was fitted on, and copies of other rows, are not chosen.
+    A hash of the identifier of a row decides between the two purposes. The rows to calibrate on are
+    the next rows in the random order of the hashes. So at any time, all rows chosen for calibration
+    are a random sample. The rows to fit on are spread evenly over the ascending uncertainties, to
+    include right and wrong answers. Rows that the predictor was fitted on, and copies of other
+    rows, are not chosen.
 
-    In a table with clusters, whole clusters are chosen in the same way. The hash is of the name of
-    a cluster, and the uncertainty is the mean over its rows. The number of clusters is ``n``
-    divided by their mean size, so they have about ``n`` rows. A cluster is left out if one of its
-    rows cannot be chosen.
+    In a table with clusters, whole clusters are chosen in the same way. The name of a cluster is
+    hashed, and the uncertainty is the mean over the rows of the cluster. The number of clusters is
+    ``n`` divided by the mean size of a cluster, so the chosen clusters have about ``n`` rows. A
+    cluster is left out if a row of the cluster cannot be chosen.
 
     Args:
         table: The answers.
         predictor: The predictor that scores the answers.
-        asked_ids: Identifiers of answers that were asked for before.
+        asked_ids: Identifiers of answers from earlier requests.
         n: Number of answers.
         seed: Seed of the hash.
 
@@ -86,10 +86,10 @@ def _first_units(candidates: Ints, random_numbers: NDArray[np.uint64], n_units: 
 
 
 def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: int) -> Ints:
-    """``n_units`` of the ``candidates``, spread evenly over their ascending uncertainties.
+    """``n_units`` of the ``candidates``, spread evenly over the ascending uncertainties.
 
-    ``mean_uncertainty`` has a number for every unit of the table. All candidates are returned if
-    there are not more.
+    ``mean_uncertainty`` has a number for every unit of the table. If there are at most ``n_units``
+    candidates, all candidates are returned.
     """
     ascending_units = candidates[np.argsort(mean_uncertainty[candidates], kind="stable")]
     n_chosen = min(n_units, len(ascending_units))
@@ -100,10 +100,10 @@ def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: in
 def _askable_rows(
     table: AnswerTable, predictor: FailurePredictor, asked_ids: Collection[str]
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows without a label that were neither asked for nor fitted on.
+    """Mask (N,) of the unlabelled rows that were neither asked for nor fitted on.
 
-    Of exact copies only the first is in the mask. In a table with clusters, all copies are in it,
-    because whole clusters are asked for.
+    Of exact copies only the first copy is in the mask. In a table with clusters, all copies are in
+    the mask, because the requests are for whole clusters.
     """
     was_asked = np.array([key in asked_ids for key in table.ids], dtype=np.bool_)
     was_fitted_on = predictor.seen(table).shared
@@ -121,7 +121,7 @@ def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
 
     ``unit_of_row`` (N,) is the unit of every row of the table.
     """
-    # the rank of a unit is its position in ``units``; a unit that is not in it has len(units)
+    # the rank of a unit is the position in ``units``; all other units have the rank len(units)
     rank_of_unit = np.full(int(unit_of_row.max()) + 1, len(units))
     rank_of_unit[units] = np.arange(len(units))
     rank_of_row = rank_of_unit[unit_of_row]
@@ -130,7 +130,7 @@ def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
 
 
 def _random_number(key: str, seed: int) -> int:
-    """A random number from 0 to 2^64 - 1, which depends on the key and the seed only."""
+    """A random number from 0 to 2^64 - 1, determined by the key and the seed only."""
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

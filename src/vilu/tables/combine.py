@@ -1,7 +1,7 @@
-"""Fits of tables: several numbers of an answer are combined into one, by logistic regression.
+"""Fits for tables: logistic regression combines several numbers of an answer into one number.
 
 The inputs of all functions are arrays of N rows. ``failure`` (N,) is 1 if the answer of a row is
-wrong, and 0 if it is right.
+wrong, and 0 if the answer is right.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ FOLDS: Final = 5
 """Number of folds of every cross-validation."""
 
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths ``ridge`` that are compared. The penalty is ridge / 2 * (sum of squared weights)."""
+"""Strengths ``ridge`` to compare. The penalty is ridge / 2 * (sum of squared weights)."""
 
 KNOTS: Final = 64
-"""Number of quantiles of a column at which ``rank_maps`` has its knots."""
+"""Number of knots of ``rank_maps``, at quantiles of a column."""
 
 STEPS: Final = 1_000
 """Maximum number of steps of each optimiser."""
 
-Way = TypeVar("Way")  # a way to fit, such as a recipe or a ridge; cross-validation compares ways
+Way = TypeVar("Way")  # a way to fit, for a comparison by cross-validation: a recipe or a ridge
 
 
 class Fold(NamedTuple):
@@ -47,7 +47,8 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
     """Divide the rows for a cross-validation.
 
     ``cluster`` (N,) is the cluster of each row. All rows of a cluster are in the same fold. A fold
-    is left out if the rows outside it are all right or all wrong, because they cannot be fitted on.
+    is left out if the rows outside the fold are all right or all wrong, because no fit to such rows
+    is possible.
 
     Raises:
         DataError: If all right answers, or all wrong answers, are in one fold.
@@ -69,7 +70,7 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
 
 
 def _too_few_message(cluster: Ints, failure: Ints) -> str:
-    """The message that there are too few answers for a cross-validation."""
+    """The message about too few answers for a cross-validation."""
     n_wrong = int(failure.sum())
     n_right = len(failure) - n_wrong
     return (
@@ -81,7 +82,7 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
 
 
 def log_losses(log_odds: Floats, failure: Ints) -> Floats:
-    """Log-loss (N,) in nats of every row, from its log-odds of failure (N,)."""
+    """Log-loss (N,) in nats of every row, from the log-odds of failure (N,)."""
     return np.logaddexp(0, log_odds) - failure * log_odds
 
 
@@ -101,7 +102,7 @@ class Linear(NamedTuple):
 
 
 def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
-    """Ridge logistic regression whose weights are at least 0, so that no input lowers the risk.
+    """Ridge logistic regression with weights of at least 0, so no input lowers the risk.
 
     L-BFGS with bounds minimises (mean log-loss) + ridge / 2 * (sum of squared weights).
     """
@@ -110,12 +111,12 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
     n_columns = inputs.shape[1]
 
     def objective(parameters: Floats) -> tuple[float, Floats]:
-        """The value that is minimised, and its gradient."""
+        """The value to minimise, and the gradient."""
         weights = parameters[:n_columns]
         intercept = parameters[n_columns]
         log_odds = inputs @ weights + intercept
         loss = log_losses(log_odds, failure).mean() + ridge / 2 * (weights @ weights)
-        # 1 / (1 + exp(-s)), written with tanh, which does not overflow
+        # 1 / (1 + exp(-s)), written with tanh to avoid an overflow
         probability = (1 + np.tanh(log_odds / 2)) / 2
         error = probability - failure
         gradient = inputs.T @ error / len(failure) + ridge * weights
@@ -130,31 +131,31 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
 
 
 def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
-    """Ridge logistic regression by scikit-learn; it minimises what ``rising_logistic`` minimises.
+    """Ridge logistic regression by scikit-learn, with the same objective as ``rising_logistic``.
 
     The weights may have any sign.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    # scikit-learn's C multiplies the sum of the log-losses, but ``ridge`` is for their mean.
+    # scikit-learn's C multiplies the sum of the log-losses, but ``ridge`` is for the mean.
     model = LogisticRegression(C=1 / (ridge * len(failure)), max_iter=STEPS)
     with warnings.catch_warnings():
-        # With a weak penalty, and more columns than rows, it may not converge. The warning is not
-        # needed, because cross-validation judges every fit.
+        # With a weak penalty, and more columns than rows, the fit may not converge. The warning is
+        # not needed, because cross-validation judges every fit.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(inputs, failure)
     return Linear(model.coef_[0].astype(np.float64), float(model.intercept_[0]))
 
 
 def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
-    """Slope and shift that calibrate held-out log-odds (N,) by logistic regression.
+    """Slope and shift to calibrate held-out log-odds (N,) by logistic regression.
 
     If failures become rarer as the log-odds rise, the log-odds are of no use. Then the slope is 1
     and the shift 0.
     """
     column = log_odds[:, None]
-    # the optimiser gets numbers from -1 to 1, whatever the range of the log-odds is
+    # the optimiser gets numbers from -1 to 1, whatever the range of the log-odds
     scale = max(float(np.abs(column).max()), 1e-12)
     linear = ridge_logistic(column / scale, failure, ridge=1e-9)
     slope = float(linear.weights[0]) / scale
@@ -171,9 +172,9 @@ class RisingMaps:
     number outside the range of the fit is mapped like the nearest number in this range.
     """
 
-    lower: Floats  # (C, S) number at which a piece begins
+    lower: Floats  # (C, S) start of a piece
     width: Floats  # (C, S) length of a piece, positive
-    rise: Floats  # (C, S) how much the function rises over a piece, at least 0
+    rise: Floats  # (C, S) rise of the function over a piece, at least 0
 
     def __call__(self, numbers: Floats) -> Floats:
         """The mapped numbers (N, C)."""
@@ -218,7 +219,7 @@ def rank_maps(numbers: Floats) -> RisingMaps:
     rise = np.zeros((n_columns, KNOTS - 1))
     for column in range(n_columns):
         quantiles = np.quantile(numbers[:, column], share)
-        # several quantiles may be the same number: then they are one knot, at their mean height
+        # several quantiles may be the same number: they become a single knot, at their mean height
         knots, knot_of_quantile = np.unique(quantiles, return_inverse=True)
         mean_height = np.bincount(knot_of_quantile, height) / np.bincount(knot_of_quantile)
         n_pieces = len(knots) - 1
@@ -238,7 +239,7 @@ MAPS: Final[dict[str, Callable[[Floats], RisingMaps]]] = {
 def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Floats:
     """For every column (C,): 1 if a higher number means more likely wrong, else -1.
 
-    The name of a column decides. If the name does not say it, the failures of the rows decide.
+    The name of a column decides. If the name has no sign, the failures of the rows decide.
     """
     directions = []
     for column, name in enumerate(names):
@@ -251,7 +252,7 @@ def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Flo
 
 
 class Recipe(NamedTuple):
-    """A way to combine columns, which cross-validation compares with others."""
+    """A way to combine columns. Cross-validation compares several recipes."""
 
     map_name: str  # key of ``MAPS``
     columns: tuple[int, ...]  # indices of the columns
@@ -260,7 +261,7 @@ class Recipe(NamedTuple):
 
 def recipes_to_compare(n_columns: int) -> list[Recipe]:
     """Each column alone, and all columns together with every strength of the penalty."""
-    # one strength is enough for a single column, because the penalty only shrinks its weight
+    # a single strength is enough for a single column, because the penalty only shrinks the weight
     weakest_ridge = min(RIDGES)
     all_recipes = []
     for map_name in MAPS:
@@ -281,7 +282,7 @@ class Combination:
     linear: Linear  # log-odds from the mapped columns
 
     def __call__(self, numbers: Floats) -> Floats:
-        """Log-odds (N,) of numbers (N, C), which are not mapped yet."""
+        """Log-odds (N,) of numbers (N, C). The numbers are not mapped yet."""
         return self.linear(self.maps(numbers * self.direction))
 
 
@@ -301,7 +302,7 @@ def _fit_mapped(
 ) -> Combination:
     """The combination of a recipe, fitted to the ``mapped`` numbers (N, C).
 
-    Columns that are not in the recipe get the weight 0.
+    Columns outside the recipe get the weight 0.
     """
     chosen_columns = list(recipe.columns)
     linear = rising_logistic(mapped[:, chosen_columns], failure, recipe.ridge)
@@ -313,9 +314,9 @@ def _fit_mapped(
 def held_out_log_odds(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> dict[Recipe, Floats]:
-    """Recipe -> log-odds (N,). The log-odds of each row come from a fit to the other folds.
+    """Recipe -> log-odds (N,). Each row is scored by a fit without the fold of the row.
 
-    A row that is in no fold has NaN.
+    A row outside all folds has NaN.
     """
     log_odds = {recipe: np.full(len(failure), np.nan) for recipe in recipes_to_compare(len(names))}
     for fit_mask, held_out_mask in folds:
@@ -328,16 +329,16 @@ def held_out_log_odds(
             for recipe, log_odds_of_recipe in log_odds.items():
                 if recipe.map_name == map_name:
                     combination = _fit_mapped(direction, maps, mapped, fit_failure, recipe)
-                    # a combination maps the numbers itself
+                    # the combination maps these numbers
                     log_odds_of_recipe[held_out_mask] = combination(numbers[held_out_mask])
     return log_odds
 
 
 class CrossValidated(NamedTuple, Generic[Way]):
-    """The way to fit that is best on held-out rows, and how to calibrate its log-odds."""
+    """The way to fit with the best result on held-out rows, and its calibration."""
 
     best: Way  # the way with the least mean held-out log-loss
-    losses: dict[Way, float]  # way -> its mean held-out log-loss
+    losses: dict[Way, float]  # way -> mean held-out log-loss
     slope: float  # calibrated log-odds are slope * log-odds + shift
     shift: float
 
@@ -345,7 +346,7 @@ class CrossValidated(NamedTuple, Generic[Way]):
     def of(cls, held_out: Mapping[Way, Floats], failure: Ints) -> CrossValidated[Way]:
         """Compare ways to fit.
 
-        ``held_out`` maps each way to its held-out log-odds (N,), which are NaN for rows in no fold.
+        ``held_out`` maps each way to held-out log-odds (N,), with NaN for rows outside all folds.
         """
         losses = {}
         for way, log_odds in held_out.items():
@@ -360,7 +361,7 @@ class CrossValidated(NamedTuple, Generic[Way]):
 def best_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> tuple[Combination, CrossValidated[Recipe]]:
-    """The combination with the least held-out log-loss, calibrated by its held-out log-odds."""
+    """The combination with the least held-out log-loss, calibrated by the held-out log-odds."""
     comparison = CrossValidated.of(held_out_log_odds(names, numbers, failure, folds), failure)
     combination = fit_combination(names, numbers, failure, comparison.best)
     linear = combination.linear.recalibrated(comparison.slope, comparison.shift)
@@ -378,7 +379,7 @@ class Probe(NamedTuple):
 def best_probe(
     inputs: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> tuple[Probe, CrossValidated[float]]:
-    """The probe with the least held-out log-loss, calibrated by its held-out log-odds."""
+    """The probe with the least held-out log-loss, calibrated by the held-out log-odds."""
     held_out_odds = {ridge: np.full(len(failure), np.nan) for ridge in RIDGES}
     for fit_mask, held_out_mask in folds:
         mean, scale = _mean_and_scale(inputs[fit_mask])
@@ -394,7 +395,7 @@ def best_probe(
 
 
 def _mean_and_scale(inputs: Floats) -> tuple[Floats, Floats]:
-    """Mean (I,) and scale (I,) of inputs; the scale is the standard deviation, or 1 if it is 0."""
+    """Mean (I,) and scale (I,) of inputs. The scale is the standard deviation, but never 0."""
     deviation = inputs.std(axis=0)
     deviation[deviation == 0] = 1.0
     return inputs.mean(axis=0), deviation

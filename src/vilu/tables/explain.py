@@ -1,4 +1,4 @@
-"""Why answers of a table are suspicious: which column moves the score of each row."""
+"""Explains suspicious answers of a table: how much each column moves the score of a row."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vilu.tables.table import AnswerTable
 from vilu.text import printable
 
 WORD_OF_CORRECT = {1: "right", 0: "WRONG"}
-"""Value of the column ``correct`` -> word for it. There is no word for unknown (-1)."""
+"""Value of the column ``correct`` -> word. There is no word for unknown (-1)."""
 
 
 @dataclass(frozen=True)
 class ExplainedAnswer:
-    """Why one answer is suspicious, or why it is not."""
+    """The reasons for the score of a single answer."""
 
     row: int  # position of the row in the table, from 0
     key: str  # identifier of the row
-    answer: str | None  # text of the answer; None if the table has none
+    answer: str | None  # text of the answer; None if the table has no texts
     uncertainty: float
     correct: int  # 1 right, 0 wrong, -1 unknown
-    # column -> its term in the score of this row, minus the mean of this term over all rows; terms
-    # with the largest absolute values come first
+    # column -> term in the score of this row, minus the mean of this term over all rows; terms with
+    # the largest absolute values come first
     terms: dict[str, float]
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class ExplainedAnswers:
     """Explanations of rows, and the share of each column in the scores of the fit."""
 
     method: str
-    shares: dict[str, float]  # column -> its share in the spread of the score; empty without a fit
+    shares: dict[str, float]  # column -> share in the spread of the score; empty without a fit
     rows: tuple[ExplainedAnswer, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def explain_answers(
     rows: Sequence[int | str] | None = None,
     n: int = 10,
 ) -> ExplainedAnswers:
-    """Explain some rows of a table, by default the ``n`` most uncertain ones.
+    """Explain some rows of a table, by default the ``n`` most uncertain rows.
 
     Args:
-        predictor: A method for tables that needs no fit, or that was fitted.
+        predictor: A method for tables. It must be fitted, unless the method needs no fit.
         table: The table.
         rows: Positions or identifiers of rows; None: the most uncertain rows.
         n: Number of rows, if ``rows`` is None.
@@ -114,7 +114,7 @@ def _explain_row(
 ) -> ExplainedAnswer:
     """The explanation of the row at the position ``row``.
 
-    ``contributions`` maps each column to its terms (N,) in all rows.
+    ``contributions`` maps each column to the terms (N,) of all rows.
     """
     terms = {name: float(values[row]) for name, values in contributions.items()}
     largest_first = sorted(terms.items(), key=_absolute_value, reverse=True)

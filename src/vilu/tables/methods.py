@@ -1,4 +1,4 @@
-"""Methods that score tables of answers: one score as it is, several combined, and a probe."""
+"""Methods to score tables of answers: a single column, a combination of columns, and a probe."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
 COLUMNS_KEY = "columns"
-"""Key in the notes of a fit. Its value: names of the columns of numbers that are used, in order."""
+"""Key in the notes of a fit. Its value: names of the used columns of numbers, in order."""
 
 WIDTH_KEY = "n_features"
-"""Key in the notes of a fit. Its value: number of features that are used."""
+"""Key in the notes of a fit. Its value: number of used features."""
 
 SHARES_KEY = "shares"
-"""Key in the notes of a fit. Its value: column -> its share in the score."""
+"""Key in the notes of a fit. Its value: column -> share in the score."""
 
 
 @dataclass
 class AnswerMethod(FailurePredictor):
-    """Base class of the methods that score tables of answers (``vilu.AnswerTable``).
+    """Base class of the methods for tables of answers (``vilu.AnswerTable``).
 
-    ``fit`` and ``predict_uncertainty`` also take what ``vilu.open_table`` takes, such as a data
-    frame. The log-odds of failure, or another score, is a sum of one term per column.
+    ``fit`` and ``predict_uncertainty`` also accept the arguments of ``vilu.open_table``, such as a
+    data frame. The log-odds of failure, or another score, is a sum of one term per column.
     """
 
     takes: ClassVar[DataKind] = "answers"
@@ -66,7 +66,7 @@ class AnswerMethod(FailurePredictor):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Learn from the rows of a table whose column ``correct`` is not empty.
+        """Learn from the rows of a table with a value in the column ``correct``.
 
         Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.fit``.
         """
@@ -82,7 +82,7 @@ class AnswerMethod(FailurePredictor):
         data: Any,  # noqa: ANN401 - whatever open_table takes
         text: None = None,
     ) -> NDArray[np.float64]:
-        """Uncertainty (N,) float64 of every row of a table, higher = more likely wrong.
+        """Uncertainty (N,) float64 of every row of a table. A higher number: more likely wrong.
 
         Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.predict_uncertainty``.
         """
@@ -91,15 +91,15 @@ class AnswerMethod(FailurePredictor):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """Names of the columns of numbers that the score uses, in their order."""
+        """Names of the columns of numbers in the score, in order."""
         return tuple(self.notes_.get(COLUMNS_KEY, ()))
 
     def contributions(self, data: object) -> dict[str, Floats]:
-        """Return column -> contributions (N,): how much it moves the log-odds of failure of a row.
+        """Return column -> contributions (N,) to the log-odds of failure of each row.
 
-        The contribution of a column is its term in the log-odds, minus the mean of this term. All
-        features together are treated as one column. The contributions of a row add up to its
-        log-odds of failure minus the mean log-odds.
+        The contribution of a column is the term of the column in the log-odds, minus the mean of
+        this term. All features together count as a single column. The contributions of a row add up
+        to the log-odds of failure of the row minus the mean log-odds.
 
         Examples:
             >>> import numpy as np
@@ -122,7 +122,7 @@ class AnswerMethod(FailurePredictor):
         return {name: centred[:, column] for column, name in enumerate(self.term_names)}
 
     def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
-        """Check the columns that the score reads, and return them by name.
+        """Check the columns of the score, and return the columns by name.
 
         Raises:
             DataError: If the table lacks a column, or has features of another width.
@@ -134,15 +134,15 @@ class AnswerMethod(FailurePredictor):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms of the score: the columns, and "features" if they are used."""
+        """Names of the terms of the score: the columns, and "features" if features are used."""
         return self.used_columns
 
     @abstractmethod
     def terms(self, batch: Batch) -> Tensor:
-        """Terms (B, G) float64 of the score, one for each of the G ``term_names``."""
+        """Terms (B, G) float64 of the score, for each of the G ``term_names``."""
 
     def check_answer(self) -> None:
-        """Refuse a method whose ``answer`` is not "given": it must judge the answers of a table."""
+        """Refuse an ``answer`` other than "given": the method must judge the answers of a table."""
         if self.answer != "given":
             raise UsageError(
                 f'{self.name} judges the answers of a table, and none of a model: answer="given". '
@@ -150,7 +150,7 @@ class AnswerMethod(FailurePredictor):
             )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
-        """Refuse data that are no table, or whose features do not fit the fit."""
+        """Refuse data that are no table, or have features unlike the features of the fit."""
         require_kind(type(self), data)
         if FEATURES in columns and FEATURES not in data.columns:
             raise DataError(
@@ -160,16 +160,16 @@ class AnswerMethod(FailurePredictor):
         n_features = self.notes_.get(WIDTH_KEY, 0)
         if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != n_features:
             raise self._width_error(expected=n_features, actual=data.n_features)
-        # Methods that do not read the features still recognise near copies by them. So the features
-        # must be as wide as the features of the fit.
+        # Methods without features still recognise near copies by the features. So the features must
+        # be as wide as the features of the fit.
         width = 0 if self.space_ is None else self.space_.embed_dim
         if width and data.has_vectors and data.space.embed_dim != width:
             raise self._width_error(expected=width, actual=data.space.embed_dim)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Find which rows were used to fit, after a check that the table has the same columns.
+        """Find the rows that were used to fit, after a check of the columns of the table.
 
-        The order of the columns does not matter, nor do columns that the fit did not use.
+        The order of the columns does not matter. Additional columns do not matter.
         """
         self._check_source(data, self.columns_to_score)
         if isinstance(data, AnswerTable):
@@ -177,14 +177,15 @@ class AnswerMethod(FailurePredictor):
         return super().seen(data, rows)
 
     def _width_error(self, *, expected: int, actual: int) -> DataError:
-        """The error that the table has ``actual`` features, but the fit had ``expected``."""
+        """The error for a table with ``actual`` instead of ``expected`` features."""
         return DataError(
             f"this {self.name} was fitted on a table with {expected} features. Got {actual} "
             "instead."
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
-        # As in the base class, except that no embedding spaces are compared: a table has none.
+        # Like the base class, but without a comparison of embedding spaces: a table has no such
+        # space.
         check_parameters(self)
         self.check_answer()
         self._check_source(data, self.columns_to_score)
@@ -208,12 +209,12 @@ def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
 
 @dataclass
 class AnswerScore(AnswerMethod):
-    """One column of a table as it is: u = -score, or u = uncertainty.
+    """A single column of a table, unchanged: u = -score, or u = uncertainty.
 
     Nothing is learned. Calibration turns the score into a probability of failure.
 
     Args:
-        column: Name of the column, which begins with ``score`` or ``uncertainty``.
+        column: Name of the column. The name begins with ``score`` or ``uncertainty``.
 
     Examples:
         >>> from vilu.tables.methods import AnswerScore
@@ -231,7 +232,7 @@ class AnswerScore(AnswerMethod):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """The one column."""
+        """The name of the scored column."""
         return (self.column,)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -250,10 +251,10 @@ class AnswerScore(AnswerMethod):
 
 
 def method_of_only_score(table: AnswerTable) -> AnswerScore:
-    """The method that scores a table by its only column whose name says its sign.
+    """Return the method for the only column of a table with a sign in its name.
 
     Raises:
-        UsageError: If there is no such column, or more than one.
+        UsageError: If there is no such column, or several.
 
     Examples:
         >>> import vilu
@@ -281,11 +282,12 @@ class AnswerScores(AnswerMethod):
 
     P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0
 
-    Here x_c is a column multiplied by 1 or -1, so that a higher number means more likely wrong. The
-    map f_c is a straight line, or the rank. So if a score falls, the uncertainty never falls. A
-    5-fold cross-validation compares each column alone and all columns together, both maps, and five
-    strengths of a ridge penalty. The combination with the least log-loss is chosen. Its log-odds
-    are calibrated on the held-out folds (Platt). Rows of one cluster are in one fold.
+    Here x_c is a column multiplied by 1 or -1, so a higher number means more likely wrong. The map
+    f_c is a straight line, or the rank. So if a score falls, the uncertainty never falls. A 5-fold
+    cross-validation compares each column alone and all columns together, both maps, and five
+    strengths of a ridge penalty. The combination with the least log-loss is chosen. The log-odds of
+    this combination are calibrated on the held-out folds (Platt). Rows of one cluster are in one
+    fold.
 
     Examples:
         >>> import numpy as np
@@ -361,10 +363,10 @@ class AnswerProbe(AnswerMethod):
     """Ridge logistic regression on the standardised columns of numbers and features.
 
     P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row. Each has
-    mean 0 and standard deviation 1 over the rows of the fit. The strength of the penalty is the one
-    with the least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out
-    folds (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of
-    one cluster are in one fold.
+    mean 0 and standard deviation 1 over the rows of the fit. The penalty has the strength with the
+    least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds
+    (Platt). With hidden states as features the probe is P(I know) of Kadavath et al. (2022). Rows
+    of one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -391,14 +393,14 @@ class AnswerProbe(AnswerMethod):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The numbers, and the features if the fit had any."""
+        """The numbers, and the features of the fit if any."""
         if self.notes_.get(WIDTH_KEY):
             return (NUMBERS, FEATURES)
         return (NUMBERS,)
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The columns of numbers, and "features" if they are used."""
+        """The columns of numbers, and "features" if features are used."""
         if self.notes_.get(WIDTH_KEY):
             return (*self.used_columns, FEATURES)
         return self.used_columns
@@ -466,12 +468,12 @@ def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
 
 
 def _arrays_of_maps(maps: RisingMaps) -> dict[str, Floats]:
-    """The pieces of the functions of all columns: name of a tensor -> its numbers."""
+    """The pieces of the functions of all columns: name of a tensor -> numbers."""
     return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
 def _arrays_of_linear(linear: Linear) -> dict[str, Floats]:
-    """Weights and intercept: name of a tensor -> its numbers."""
+    """Weights and intercept: name of a tensor -> numbers."""
     return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
 
 
@@ -481,7 +483,7 @@ def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
 
 
 def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str, float]:
-    """Term -> its share in the score: its standard deviation, divided by the sum over all terms.
+    """Term -> share in the score: the standard deviation of the term, divided by the sum.
 
     The sign of ``deviation_of_terms`` is ignored: a deviation times a negative weight is negative.
     """
@@ -493,7 +495,7 @@ def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str
 
 
 def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidated[Recipe]) -> str:
-    """A text for the notes: the recipe that the cross-validation chose, and its log-loss."""
+    """A text for the notes: the recipe chosen by cross-validation, with the log-loss."""
     recipe = comparison.best
     columns_in_words = "all columns"
     if len(recipe.columns) == 1:

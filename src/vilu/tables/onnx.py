@@ -30,13 +30,13 @@ from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
 N_TRIAL_ROWS: Final = 257
-"""Number of random rows on which the file is compared with the predictor."""
+"""Number of random rows to compare the file with the predictor."""
 
 
 class TableGraph(nn.Module):
     """The score of a predictor as a module.
 
-    Its inputs are numbers (N, C) and, if the predictor uses them, features (N, F).
+    The inputs are numbers (N, C) and, for a predictor with features, features (N, F).
     """
 
     def __init__(self, predictor: AnswerMethod) -> None:
@@ -49,12 +49,12 @@ class TableGraph(nn.Module):
 
 
 def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
-    """A batch of rows that have only these columns."""
+    """A batch of rows with these columns only."""
     columns = {NUMBERS: numbers}
     if features is not None:
         columns[FEATURES] = features
-    # The score of a table uses neither images nor texts, nor targets and row numbers. They are made
-    # of ``numbers``, so that an export keeps the number of rows variable.
+    # The score of a table does not use images, texts, targets or row numbers. These inputs are made
+    # from ``numbers``, so an export keeps the number of rows variable.
     no_images = numbers[:, :0].float()
     no_texts = no_images[:0]
     zeros = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
@@ -66,8 +66,8 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
 
     The inputs are ``numbers`` (N, C) float64, the columns in the order of "vilu.columns" in the
     metadata, and ``features`` (N, F) float32 if the fit had any. The output is ``uncertainty`` (N,)
-    float64. Before the file is written, onnxruntime runs it on random rows, which are near the rows
-    of the fit.
+    float64. Before the file is written, onnxruntime runs the file on random rows near the rows of
+    the fit.
 
     Returns the largest difference between the uncertainties of the file and of the predictor.
 
@@ -91,9 +91,9 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
 
 
 def _difference(predictor: AnswerMethod, content: bytes, trial: GraphInputs) -> float:
-    """The largest difference between the uncertainties of a file and of its predictor.
+    """The largest difference between the uncertainties of a file and of the predictor.
 
-    DataError if it is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
+    DataError if the difference is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
     """
     (uncertainty,) = onnx_function(content)(trial)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def random_rows(predictor: AnswerMethod) -> GraphInputs:
 def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     """Centre (I,) and spread (I,) of the inputs of the fit; 0 and 1 if nothing was learned.
 
-    Far from the inputs of the fit, all rows have the same score, so that a comparison of such rows
-    would show nothing.
+    Far from the inputs of the fit, all rows have the same score. A comparison of such rows would
+    show nothing.
     """
     learned = predictor.learned_
     if "mean" in learned:  # a probe
@@ -141,7 +141,7 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     if "lower" not in learned:
         ones = torch.ones(len(predictor.used_columns), dtype=torch.float64)
         return torch.zeros_like(ones), ones
-    # A combination: its rising functions have the range from the first to the last piece. A column
+    # A combination: the rising functions have the range from the first to the last piece. A column
     # without a piece gets the range from 0 to 0.
     is_piece = learned["rise"] > 0
     upper = learned["lower"] + learned["width"]

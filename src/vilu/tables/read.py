@@ -1,4 +1,4 @@
-"""Reading of tables of answers. The message of every error names the column and the row."""
+"""Reads tables of answers. The message of every error names the column and the row."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ROLE_COLUMNS: Final = (
     "features",
     "asked_for",
 )
-"""Names of the columns with a role of their own."""
+"""Names of the columns with a fixed role."""
 
 MAY_BE_EMPTY: Final = ("answer", "truth")
-"""Columns of texts whose cells may be empty."""
+"""Columns of texts that may have empty cells."""
 
 FEATURES_SUFFIX: Final = ".features.npy"
 """Suffix of the file with the features of a table: ``answers.features.npy`` for ``answers.csv``."""
@@ -56,7 +56,7 @@ CORRECT_VALUES: Final = {
 def open_table(
     source: object, *, name: str | None = None, clusters: str | None = None
 ) -> AnswerTable:
-    """Read a table of answers, one row per answer, and check every cell that is used.
+    """Read a table of answers, one row per answer, and check every used cell.
 
     ``AnswerTable`` describes the columns.
 
@@ -64,13 +64,13 @@ def open_table(
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
             pyarrow, or a dictionary of arrays and lists.
         name: Name of the data set. [the name of the file without its suffix]
-        clusters: Name of the column that has the role of ``cluster``, such as "page". It replaces a
-            column ``cluster``. [cluster]
+        clusters: Name of the column for the role ``cluster``, such as "page". This column replaces
+            a column ``cluster``. [cluster]
 
     Raises:
         DataError: If a column is missing, occurs twice, or has a name that differs from a known
-            name only by capital letters or spaces; if an identifier occurs twice; or if a cell does
-            not have the content that its column needs. The message names the row, counted from 1.
+            name only by capital letters or spaces; if an identifier occurs twice; or if a cell has
+            the wrong content for its column. The message names the row, counted from 1.
         UsageError: If the source has another type.
         StorageError: If a file cannot be read.
 
@@ -101,15 +101,15 @@ def open_table(
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path can be a table of answers: a file that ends in .csv or .parquet."""
+    """Whether a path can be a table of answers: an existing file with suffix .csv or .parquet."""
     return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
 
 
 def has_answers(path: Path) -> bool:
     """Whether a file is a table of answers.
 
-    A CSV file without the column ``id`` is taken for a table, too, unless it has columns of
-    ``vilu score``. ``open_table`` then says what is wrong with it.
+    A CSV file without the column ``id`` counts as a table, too, unless it has columns of ``vilu
+    score``. ``open_table`` then reports the mistake in the file.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -122,7 +122,7 @@ def has_answers(path: Path) -> bool:
         else:
             names = pyarrow.parquet.read_schema(path).names
     except (pa.ArrowException, ValueError, OSError):
-        return False  # the file will be read as something else, and that reader reports the error
+        return False  # another reader will read the file and report the error
     score_columns = {"uncertainty", "failure"} & set(names)
     is_score_file = len(score_columns) == 2  # files of `vilu score` have both columns
     if "id" in names:
@@ -131,7 +131,7 @@ def has_answers(path: Path) -> bool:
 
 
 def files_of(*paths: Path) -> list[Path]:
-    """The paths; after each table comes the file with its features, if there is such a file."""
+    """The paths; after each table follows the file with the features, if this file exists."""
     files = []
     for path in paths:
         files.append(path)
@@ -182,7 +182,7 @@ def _read_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
 
 
 def _require_utf8(path: Path) -> None:
-    """Refuse a file whose text is not in UTF-8."""
+    """Refuse a file with text in another encoding than UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
             for _ in file:
@@ -194,7 +194,7 @@ def _require_utf8(path: Path) -> None:
 
 
 def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a CSV file. All are texts, so that an error can name the row of a wrong cell.
+    """The columns of a CSV file, all as texts, so an error can name the row of a wrong cell.
 
     In many countries spreadsheets write semicolons between columns, and commas in numbers.
     """
@@ -212,15 +212,15 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
 
 
 MAYBE_THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
-"""A number such as 1,234, whose comma may separate thousands."""
+"""A number such as 1,234. The comma may separate thousands."""
 
 
 def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of texts, with its decimal commas replaced by decimal points.
+    """Replace decimal commas in a column of texts by decimal points.
 
-    The column is returned unchanged if a cell is no number, or if commas may separate thousands: if
-    a cell has a point, or if all cells with commas look like 12,345. ``_Cells.numbers`` refuses
-    such a column.
+    The column is returned unchanged if a cell is no number, or if commas may separate thousands.
+    Commas may separate thousands if a cell has a point, or if all cells with commas look like
+    12,345. ``_Cells.numbers`` refuses such a column.
     """
     import pyarrow as pa
 
@@ -278,7 +278,7 @@ def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN40
 
 
 def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    """Name -> column. Spreadsheets may add columns without a name, which are left out."""
+    """Name -> column. Columns without a name, added by some spreadsheets, are left out."""
     columns = {}
     for index, name in enumerate(table.column_names):
         if name.strip():
@@ -289,7 +289,7 @@ def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
 def _with_cluster_column(
     columns: dict[str, pa.ChunkedArray], cluster_column: str | None
 ) -> dict[str, pa.ChunkedArray]:
-    """The columns, where the column ``cluster_column`` is renamed to ``cluster``, its role.
+    """Rename the column ``cluster_column`` to its role ``cluster``.
 
     Without ``cluster_column``, the columns are returned unchanged.
     """
@@ -301,7 +301,7 @@ def _with_cluster_column(
             f"{', '.join(columns)}."
         )
     renamed = {**columns, "cluster": columns[cluster_column]}
-    if cluster_column not in ROLE_COLUMNS:  # a column with another role also keeps its own name
+    if cluster_column not in ROLE_COLUMNS:  # a column with another role also keeps the old name
         del renamed[cluster_column]
     return renamed
 
@@ -312,7 +312,7 @@ def _checked_table(
     where: str,
     name: str | None,
 ) -> AnswerTable:
-    """Check all cells, and make a table of them.
+    """Check all cells, and make a table from the columns.
 
     Args:
         columns: Name -> column, for all columns except the features.
@@ -353,7 +353,7 @@ def _checked_table(
 def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
     """Whether a column has numbers that say how sure an answer is.
 
-    It has if its name has a sign, or if its cells are numbers and its name has no other role.
+    True if the name has a sign, or if the cells are numbers and the name has no other role.
     """
     if name in ROLE_COLUMNS:
         return False
@@ -361,7 +361,7 @@ def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
 
 
 def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
-    """Refuse a table without identifiers, and names of columns that are misspelt roles.
+    """Refuse a table without identifiers, and column names similar to the name of a role.
 
     Without this check, a column ``Correct`` would have no role, and the user would not notice.
     """
@@ -392,8 +392,8 @@ def _text_column(
 ) -> tuple[str, ...] | None:
     """The texts of a column; None if there is no such column.
 
-    An empty cell is refused, unless the column is one of ``MAY_BE_EMPTY``. ``ids`` are the
-    identifiers of the rows, for the message; empty if they are not known yet.
+    An empty cell is refused, except in the columns ``MAY_BE_EMPTY``. ``ids`` are the identifiers of
+    the rows, for the message; empty if not known yet.
     """
     import pyarrow as pa
 
@@ -401,7 +401,7 @@ def _text_column(
         return None
     column = columns[name]
     if pa.types.is_dictionary(column.type):
-        # pyarrow cannot cast the categories of polars, but it can list them.
+        # pyarrow cannot cast the categories of polars, but can list the categories.
         column = pa.chunked_array([pa.array(column.to_pylist())])
     try:
         cells = column.cast(pa.string()).to_pylist()
@@ -421,7 +421,7 @@ def _text_column(
 def _purpose_column(
     where: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
 ) -> tuple[Purpose, ...] | None:
-    """The column ``asked_for``, which must be "fit" or "calibration"; None without the column."""
+    """The column ``asked_for``, checked to be "fit" or "calibration"; None without the column."""
     texts = _text_column(where, columns, "asked_for", ids)
     if texts is None:
         return None
@@ -437,14 +437,14 @@ def _purpose_column(
 
 
 def _row_in_words(row: int, ids: Sequence[str]) -> str:
-    """A row in words: its number, counted from 1, and its identifier if ``ids`` has one."""
+    """A row in words: the number, counted from 1, and the identifier if ``ids`` is not empty."""
     if not ids:
         return f"row {row + 1}"
     return f"row {row + 1} (id {ids[row]!r:.60})"
 
 
 def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
-    """Refuse a table in which several rows have the same identifier."""
+    """Refuse a table with the same identifier in several rows."""
     if len(set(ids)) == len(ids):
         return
     counts = Counter(ids)
@@ -460,7 +460,7 @@ def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
 
 
 def _has_numbers(column: pa.ChunkedArray) -> bool:
-    """Whether a column has numbers: its type is numeric, or all its texts are numbers."""
+    """Whether a column has numbers: the type is numeric, or all texts are numbers."""
     import pyarrow as pa
 
     data_type = column.type
@@ -474,7 +474,7 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
 
 
 def _is_text(data_type: pa.DataType) -> bool:
-    """Whether cells are text, in any of Arrow's three types of text."""
+    """Whether cells are text, in any of the three types of text in Arrow."""
     import pyarrow as pa
 
     checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
@@ -482,7 +482,7 @@ def _is_text(data_type: pa.DataType) -> bool:
 
 
 def _parse_number(cell: str) -> float | None:
-    """The number in a cell; None if there is none."""
+    """The number in a cell; None if the cell is no number."""
     try:
         return float(cell)
     except ValueError:
@@ -490,7 +490,7 @@ def _parse_number(cell: str) -> float | None:
 
 
 class _Cells:
-    """Reads columns of numbers of one table. Its errors name the column and the row.
+    """Reads the columns of numbers of a table. Errors name the column and the row.
 
     ``where`` is the beginning of the messages, and ``ids`` are the identifiers of the rows.
     """
@@ -500,7 +500,7 @@ class _Cells:
         self.ids = ids
 
     def fault(self, row: int, problem: str) -> DataError:
-        """The error that a cell of a row has a problem, which is a clause for the message."""
+        """Make the error for a cell of a row. ``problem`` is a clause for the message."""
         return DataError(f"{self.where}, {_row_in_words(row, self.ids)}: {problem}")
 
     def numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
@@ -541,7 +541,7 @@ class _Cells:
         return numbers
 
     def correct(self, column: pa.ChunkedArray | None) -> Ints:
-        """The column ``correct`` as (N,) int64: 1, 0, or -1 where it is not known."""
+        """The column ``correct`` as (N,) int64: 1, 0, or -1 where not known."""
         correct = np.full(len(self.ids), UNKNOWN, dtype=np.int64)
         if column is None:
             return correct

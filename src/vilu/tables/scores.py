@@ -1,4 +1,4 @@
-"""Scores of a table of answers. They come from its own columns, or from a saved predictor."""
+"""Scores of a table of answers, from columns of the table or from a saved predictor."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from vilu.tables.table import AnswerTable, sign_of
 def scores_in(
     path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
-    """The scores of a table of answers; an empty list if the path is no such table.
+    """Return the scores of a table of answers; an empty list if the path is no such table.
 
     Args:
         path: The table.
-        predictor: Folder of the predictor that scores the answers. If it is calibrated, the scores
-            have decisions, too. None: each column whose name says its sign is a method of its own.
-        cluster_column: Name of the column with the clusters, if it is not ``cluster``.
+        predictor: Folder of the predictor that scores the answers. If the predictor is calibrated,
+            the scores have decisions, too. None: each column with a sign in its name is a separate
+            method.
+        cluster_column: Name of the column with the clusters. [cluster]
 
     Raises:
-        UsageError: If no column says its sign and there is no predictor.
+        UsageError: If no column has a sign in its name and there is no predictor.
     """
     if not has_answers(path):
         return []
@@ -42,7 +43,7 @@ def scores_in(
 
 
 def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
-    """The scores of each column whose name says its sign; the method has the name of the column.
+    """Return the scores of each column with a sign in its name. This name is the method.
 
     Raises:
         UsageError: If there is no such column.
@@ -82,12 +83,12 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
 def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
     """Outcomes of rows of a table, with the texts of the answers as classes.
 
-    So ``vilu.estimate`` can tell how many rows each class has. The right class of a row is its
-    answer if the answer is right, and else its ``truth``.
+    With classes, ``vilu.estimate`` can count the rows of each class. The right class of a row is
+    the answer if the answer is right, and else the ``truth``.
 
     Raises:
-        DataError: If the table has no answers, if the truth of a wrong answer is not known, or if
-            it is the answer itself.
+        DataError: If the table has no answers, or if the truth of a wrong answer is not known or
+            equals the answer.
 
     Examples:
         >>> import vilu
@@ -131,7 +132,7 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
 
 
 def _right_class(table: AnswerTable, row: int) -> str:
-    """The text of the right answer of a row, which must be labelled in a table with answers."""
+    """The text of the right answer of a labelled row, in a table with answers."""
     answers = table.answer or ()
     if table.correct[row] == 1:
         return answers[row]

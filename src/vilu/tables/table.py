@@ -1,4 +1,4 @@
-"""A table of answers: one row per answer of any model, with its scores."""
+"""A table of answers of any model: one row per answer, with scores."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from vilu.validation import checked
 
 SCORE: Final = "score"
 UNCERTAINTY: Final = "uncertainty"
-"""A column has a sign if its name is "score" or "uncertainty", or begins with one of them and _."""
+"""Columns named "score", "score_...", "uncertainty" or "uncertainty_..." have a sign."""
 
 Text = TypeVar("Text", bound=str)
 
 FEATURES: Final = "features"
 CANDIDATES: Final = ("the answer", "another answer")
-"""The two candidates of a row: its own answer, and any other answer."""
+"""The two candidates of a row: the answer of the row, and any other answer."""
 
 MIN_COPY_WIDTH: Final = 32
 """Near copies are only searched for if the features have at least this width.
 
-Vectors of few numbers often have nearly the same direction, although their rows differ.
+Vectors of few numbers often have nearly the same direction, even for different rows.
 """
 
 Sign = Literal[-1, 0, 1]
 Purpose = Literal["fit", "calibration"]
-"""What the label of a row was asked for: to fit on, or to calibrate on."""
+"""Purpose of a label: to fit on, or to calibrate on."""
 Features = NDArray[np.float32]
 
 
 def sign_of(name: str) -> Sign:
-    """The sign of a numeric column, as its name says.
+    """Return the sign of a numeric column by name.
 
     1: a higher number means that the answer is more likely right. -1: more likely wrong. 0: the
-    name does not say it, so a fit has to learn it.
+    name does not say the sign, so a fit learns it.
 
     Examples:
         >>> from vilu.tables.table import sign_of
@@ -65,40 +65,42 @@ def sign_of(name: str) -> Sign:
 
 
 class AnswerTable(EmbeddingSource):
-    """Answers of any model, one per row, with the numbers that say how sure the model was.
+    """Answers of any model, one per row, with numbers that say how sure the model was.
 
-    ``vilu.open_table`` makes a table of a file, a data frame or arrays, and checks every cell. A
-    table can be used where a source of embeddings can: ``vilu.score``, ``vilu.Selective`` and the
-    commands take it. The candidates of a row are its own answer, and any other answer.
+    ``vilu.open_table`` makes a table from a file, a data frame or arrays, and checks every cell.
+    ``vilu.score``, ``vilu.Selective`` and the commands accept a table in place of a source of
+    embeddings. The candidates of a row are the answer of the row, and any other answer.
 
-    The columns are known by their names:
+    The name of a column decides its role:
 
     - ``id``: identifier of the row; required, and different in all rows.
     - ``answer``: any text.
-    - ``correct``: 1 if the answer is right, 0 if it is wrong, empty if it is not known.
-    - ``truth``: text of the right answer, or empty. Only shares of classes need it.
+    - ``correct``: 1 if the answer is right, 0 if wrong, empty if not known.
+    - ``truth``: text of the right answer, or empty. Only shares of classes need this column.
     - ``score`` and ``score_...``: a higher number means that the answer is more likely right.
     - ``uncertainty`` and ``uncertainty_...``: a higher number means more likely wrong.
     - ``group``, ``cluster``: any text.
-    - ``features``: a vector of each row, as a column of lists of one length. Beside a file
-      ``answers.csv`` or ``answers.parquet`` the vectors may be in ``answers.features.npy`` (N, F).
+    - ``features``: a vector of each row, as a column of lists of equal length. For a file
+      ``answers.csv`` or ``answers.parquet`` the vectors may be in ``answers.features.npy`` (N, F)
+      in the same folder.
 
     Every other column of numbers is used, too, and a fit learns its sign. Other columns of texts
     have no role.
 
     Attributes:
-        ids: Identifiers of the N rows, which all differ. Rows are recognised by them.
-        correct: (N,) int64: 1 if the answer is right, 0 if it is wrong, -1 if it is not known.
-        numbers: Name -> column (N,) float64, in the order of the table. ``sign_of(name)`` says
-            whether a higher number means that the answer is more likely right.
-        answer: Texts of the N answers; None if the table has no such column.
-        truth: Texts of the right answers, "" where not known; None if the table has no such column.
-        group: Group of each row; None if the table has no such column.
+        ids: Identifiers of the N rows, all different. Rows are recognised by identifier.
+        correct: (N,) int64: 1 if the answer is right, 0 if wrong, -1 if not known.
+        numbers: Name -> column (N,) float64, in the order of the table. ``sign_of(name)`` is 1 if a
+            higher number means that the answer is more likely right, -1 if more likely wrong, 0 if
+            a fit learns the sign.
+        answer: Texts of the N answers; None without the column.
+        truth: Texts of the right answers, "" where not known; None without the column.
+        group: Group of each row; None without the column.
         cluster: Cluster of each row, such as a page or a conversation; None without the column.
-        features: (N, F) float32 vectors of the rows; None if the table has none.
-        asked_for: What the label of each row was asked for by ``vilu next``; None without the
+        features: (N, F) float32 vectors of the rows; None without features.
+        asked_for: Purpose of the label of each row, written by ``vilu next``; None without the
             column.
-        unused: Names of the columns that have no role.
+        unused: Names of the columns without a role.
         name: Name of the data set: the name of the file without its suffix; None without a file.
 
     Examples:
@@ -119,7 +121,7 @@ class AnswerTable(EmbeddingSource):
         ('cat', 'cat')
     """
 
-    # what messages about a wrong argument say: what is expected, and how to get it
+    # for messages about a wrong argument: the expected value, and a way to get it
     how: ClassVar[str] = 'a table of answers (vilu.open_table("answers.csv"))'
     holds: ClassVar[DataKind] = "answers"
 
@@ -141,10 +143,10 @@ class AnswerTable(EmbeddingSource):
         name: str | None = None,
         image: Tensor | None = None,
     ) -> None:
-        """Make a table of columns that are checked already.
+        """Make a table from checked columns.
 
-        ``image`` has the directions of the features (``_feature_directions``). None: they are
-        computed.
+        ``image`` has the directions of the features (``_feature_directions``). If ``image`` is
+        None, the directions are computed.
         """
         self.ids = ids
         self.correct = correct
@@ -154,7 +156,7 @@ class AnswerTable(EmbeddingSource):
         self.group = group
         self.cluster = cluster
         if answer is not None and cluster is not None:
-            # equal answers have equal numbers, so that the majority answer of a cluster is found
+            # equal answers have equal numbers, to find the majority answer of a cluster
             self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.asked_for = asked_for
@@ -170,7 +172,7 @@ class AnswerTable(EmbeddingSource):
         self.columns = frozenset(self._columns)
 
     def _batch_columns(self) -> dict[str, Tensor]:
-        """Name -> column, for the columns that batches have."""
+        """Name -> column, for the columns of batches."""
         n_rows = len(self.ids)
         tensors = {
             LOGITS: torch.tensor([[1.0, 0.0]]).expand(n_rows, -1),
@@ -193,19 +195,19 @@ class AnswerTable(EmbeddingSource):
 
     @property
     def failure(self) -> Ints:
-        """Failures (N,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
+        """Failures (N,) int64: 1 if the answer is wrong, 0 if right, -1 if unknown."""
         return np.where(self.correct == UNKNOWN, UNKNOWN, 1 - self.correct)
 
     @property
     def n_features(self) -> int:
-        """Width F of the features; 0 if the table has none."""
+        """Width F of the features; 0 without features."""
         if self.features is None:
             return 0
         return int(self.features.shape[1])
 
     @property
     def roles(self) -> dict[str, str]:
-        """Name of a column -> what the column is used for, in words.
+        """Name of a column -> use of the column, in words.
 
         Examples:
             >>> import vilu
@@ -238,15 +240,15 @@ class AnswerTable(EmbeddingSource):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]  # in other sources a plain attribute
-        """Hash of everything in the table except its name and its unused columns."""
+        """Hash of everything in the table except the name and the unused columns."""
         content = hashlib.sha256(self.correct.tobytes())
         for numbers in self.numbers.values():
             content.update(numbers.tobytes())
         if self.features is not None:
             content.update(self.features.tobytes())
         texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
-        # These columns are newer than the fingerprint. Without them it must not change, so they are
-        # hashed only if they exist.
+        # These columns are newer than the fingerprint. The fingerprint of a table without these
+        # columns must not change, so only existing columns are hashed.
         for newer_texts in (self.asked_for, self.truth):
             if newer_texts is not None:
                 texts.append(newer_texts)
@@ -256,7 +258,7 @@ class AnswerTable(EmbeddingSource):
         """The columns of numbers with these names, as (N, C) float64.
 
         Raises:
-            DataError: If the table lacks one of the columns.
+            DataError: If the table lacks a column.
         """
         missing_names = [name for name in names if name not in self.numbers]
         if missing_names:
@@ -272,12 +274,11 @@ class AnswerTable(EmbeddingSource):
     def for_purpose(self, purpose: Purpose) -> AnswerTable:
         """The rows that may be used for a purpose: to fit on, or to calibrate on.
 
-        The column ``asked_for`` says it; without this column, all rows may be used. Rows that were
-        chosen to fit on are no random sample, so they must not be calibrated on.
+        The column ``asked_for`` has the purpose of each row; without this column, all rows may be
+        used. Rows chosen to fit on are no random sample, so calibration must not use these rows.
 
         Raises:
-            DataError: If no row is left, or if a label that was asked for to calibrate on is
-                missing.
+            DataError: If no row is left, or if a label requested for calibration is missing.
         """
         if self.asked_for is None:
             return self
@@ -298,17 +299,17 @@ class AnswerTable(EmbeddingSource):
         """The table with only these columns of numbers, in the order of ``names``.
 
         Raises:
-            DataError: If the table lacks one of the columns.
+            DataError: If the table lacks a column.
         """
         table = copy.copy(self)
-        table.__dict__.pop("fingerprint", None)  # the cached fingerprint is of the old columns
+        table.__dict__.pop("fingerprint", None)  # the cached fingerprint belongs to the old columns
         matrix = self.matrix(names)
         table.numbers = {name: matrix[:, column] for column, name in enumerate(names)}
         table._columns = {**self._columns, NUMBERS: torch.from_numpy(matrix)}
         return table
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Directions (B, F) of the features, which show near copies; (B, 0) if there are none."""
+        """Directions (B, F) of the features, to find near copies; (B, 0) without features."""
         return select_rows(self.image, index)
 
     @property
@@ -319,7 +320,7 @@ class AnswerTable(EmbeddingSource):
         return ("embeddings", "rows")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Identity hashes (M,) of the rows with the indices ``rows``; None: of all rows."""
+        """Identity hashes (M,) of the rows with the indices ``rows``; of all rows if None."""
         if by == "rows":
             return super().identities("names", rows)
         index = np.arange(len(self)) if rows is None else rows
@@ -331,8 +332,8 @@ class AnswerTable(EmbeddingSource):
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Identities (M,) int64 of ``rows`` (M,). Rows with equal identities are one answer.
 
-        Exact copies have equal features and equal numbers. Without features every row is an answer
-        of its own, because different answers often have equal scores.
+        Exact copies have equal features and equal numbers. Without features every row is a separate
+        answer, because different answers often have equal scores.
         """
         hashes = self.identities(self.identified_by[0], rows)
         return (hashes & np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
@@ -347,7 +348,7 @@ class AnswerTable(EmbeddingSource):
         """The rows with these indices (M,), as a new table.
 
         Raises:
-            UsageError: If ``classes`` or ``columns`` are given, which a table does not have.
+            UsageError: If ``classes`` or ``columns`` are given. A table has rows only.
             DataError: If there is no such row.
         """
         if classes is not None or columns is not None:
@@ -391,12 +392,12 @@ def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...]
 def _feature_directions(
     features: Features | None, n_rows: int, known_directions: Tensor | None
 ) -> Tensor:
-    """Unit vectors (N, F) of standardised features, by which near copies are found.
+    """Unit vectors (N, F) of standardised features, to find near copies.
 
-    Hidden states of networks have a large mean in common, so all of them have nearly the same
+    Hidden states of networks share a large mean, so all hidden states have nearly the same
     direction. Therefore each number is standardised over the rows. The result is (N, 0) without
-    features, or if F is below ``MIN_COPY_WIDTH``. ``known_directions`` are returned if they are not
-    None.
+    features, or if F is below ``MIN_COPY_WIDTH``. If ``known_directions`` is not None, the function
+    returns ``known_directions``.
     """
     if known_directions is not None:
         return known_directions

@@ -1,4 +1,4 @@
-"""The answers about all photos, and the tables that people read and fill in."""
+"""The answers about all photos, and the tables for people to read and fill in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
 
 LABELLED: Final = "labelled"
-"""Decision about a photo whose label is known."""
+"""Decision about a photo with a known label."""
 
 NO_GUARANTEE: Final = "no_guarantee"
 """Reason of every decision if the predictor has no rule. Then no answer is accepted."""
@@ -38,14 +38,14 @@ def answers_of(
     labels: Mapping[str, str],
     likely_right: LikelyRight | None = None,
 ) -> list[Answer]:
-    """The answers about all photos, unreadable ones included, in the order of their paths.
+    """The answers about all photos, also about unreadable photos, in the order of the paths.
 
     Args:
         photos: The embedded photos.
         predictor: Judges the answers.
         outcomes: The scores of the photos by the predictor.
-        labels: Maps paths to labels. The answer about a labelled photo is its label.
-        likely_right: Which answers are likely right; None if this was not estimated.
+        labels: Maps paths to labels. For a labelled photo, the label is the answer.
+        likely_right: Estimate of the likely right answers; None without an estimate.
     """
     runners_up = all_runners_up(photos, predictor)
     flags: Flags = [None] * len(photos)
@@ -72,7 +72,7 @@ def answers_of(
 
 
 def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> Floats:
-    """(N,) uncertainty of every photo; NaN for photos that have a label."""
+    """(N,) uncertainty of every photo; NaN for photos with a label."""
     has_label = np.array([path in labels for path in photos.ids], dtype=np.bool_)
     return np.where(has_label, np.nan, outcomes.uncertainty)
 
@@ -96,7 +96,7 @@ def answer_of(
     likely: bool | None = None,
     quantiles: Floats | None = None,
 ) -> Answer:
-    """The model's answer about a row; ``quantiles`` (N,) are those of all rows."""
+    """The model's answer about a row; ``quantiles`` (N,) are the quantiles of all rows."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
         fault = None if outcomes.reason is None else outcomes.reason[row]
@@ -121,7 +121,7 @@ def answer_of(
 
 
 def failure_probability(outcomes: Outcomes, row: int) -> float | None:
-    """Probability that the answer about a row is wrong; None if the scores have none."""
+    """Probability of a wrong answer about a row; None if the scores give no probability."""
     probability = math.nan
     if outcomes.failure_probability is not None:
         probability = float(outcomes.failure_probability[row])
@@ -131,7 +131,7 @@ def failure_probability(outcomes: Outcomes, row: int) -> float | None:
 
 
 def _answer_by_label(path: str, label: str) -> Answer:
-    """The answer about a labelled photo, which is its label."""
+    """The answer about a labelled photo: the label."""
     return Answer(
         key=path,
         label=label,
@@ -155,7 +155,7 @@ def _no_answer(path: str, reason: str | None) -> Answer:
 
 
 def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list[RunnersUp]:
-    """The runners-up of every row; empty for rows that cannot be scored."""
+    """The runners-up of every row; empty for rows without a score."""
     runners_up: list[RunnersUp] = [()] * len(photos)  # in the order of the rows
     names = photos.class_names or ()
     columns = (*predictor.columns_to_score, *predictor.answer_columns)
@@ -167,11 +167,11 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Count the photos by what is known or decided about them.
+    """Count the photos by label, decision and estimate.
 
-    "photos" counts all photos, and "labelled" those that people have labelled. All other counts are
-    about photos without a label. Such a photo counts as "accepted", "review" or "unreadable". It
-    may also count as "outside" or as "likely".
+    "photos" counts all photos, and "labelled" counts the photos that people have labelled. All
+    other counts are about photos without a label. Such a photo counts as "accepted", "review" or
+    "unreadable". In addition, such a photo may count as "outside" or as "likely".
     """
     n_labelled = sum(answer.decision == LABELLED for answer in answers)
     counts = {
@@ -190,9 +190,9 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
-    """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does.
+    """Write ``decisions.csv`` for people, and ``decisions.parquet`` like ``vilu score``.
 
-    The column "likely" is empty for photos with a label, and if there is no estimate. If adapted
+    The column "likely" is empty for photos with a label, and without an estimate. If adapted
     answers are judged, the CSV also has a column of zero-shot answers.
     """
     first_runners_up: list[str | None] = []
@@ -217,12 +217,12 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
 def write_next(
     path: Path, entries: Sequence[Entry], answers: Mapping[str, Answer], kind: str
 ) -> None:
-    """Write the table of the photos to label, whose column "label" people fill in.
+    """Write the table of the photos to label. People fill in the column "label".
 
     Args:
         path: The file.
-        entries: Entries of the photos whose labels are asked for.
-        answers: Maps the paths of photos to the answers about them.
+        entries: Entries of the photos to label.
+        answers: Maps the paths of photos to answers.
         kind: Kind of the answers, such as "zero_shot".
     """
     answers_of_entries = []
@@ -262,6 +262,6 @@ def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Arra
 
 
 def _class_texts(names: Sequence[str | None]) -> pa.Array:
-    """Column of class names as tables write them; ``labels.meant_name`` finds the names again."""
+    """Column of class names as tables write them. ``labels.meant_name`` restores the names."""
     texts = [None if name is None else portable_name(name) for name in names]
     return pa.array(texts, pa.string())

@@ -44,18 +44,18 @@ from vilu.triage.trial import Trial, require_scores
 from vilu.validation import checked
 
 CONFIDENCE: Final = 0.95
-"""Confidence of the guarantee for which draws are planned."""
+"""Confidence of the guarantee. Draws are planned for this confidence."""
 
 Draws = dict[str, tuple[Ints, Trial]]
-"""Maps a group of answers to its calibration rows (M,), and to the trial that they test."""
+"""Maps a group of answers to the calibration rows (M,) and to the trial of the group."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Fingerprint of a predictor. Tables of labels note for which predictor a label was asked.
+    """Fingerprint of a predictor. A table of labels contains it with each request.
 
-    The fingerprint depends on the method, its parameters, the weights and the judged answers. So
-    predictors that differ in one of them count as two predictors, and each has a share of the
-    level.
+    The fingerprint depends on the method, the parameters of the method, the weights and the judged
+    answers. So predictors that differ in any of these facts count as two predictors, and each has a
+    share of the level.
     """
     facts = {name: str(values.sum().item()) for name, values in predictor.state().items()}
     facts["method"] = f"{predictor.name} {predictor.get_params()!r}"
@@ -66,15 +66,15 @@ def fingerprint_of(predictor: FailurePredictor) -> str:
 
 @dataclass(frozen=True)
 class StoreDraws:
-    """A labelled store that a predictor has scored, with the calibration rows of every group.
+    """A labelled store with the scores of a predictor, and the calibration rows of every group.
 
     Attributes:
         predictor_fingerprint: Fingerprint of the predictor (``fingerprint_of``).
         photos: The rows of the store.
         book: The labels of the rows.
         outcomes: The scores of all rows.
-        split: Which rows are for fits, and which for the guarantee.
-        draws: One draw for all answers. Or one draw for each large class of answers, and one for
+        split: The rows for fits, and the rows for the guarantee.
+        draws: One draw for all answers. Or a draw for each large class of answers, and a draw for
             all small classes together. Draws are planned from the scores alone, without labels.
     """
 
@@ -96,16 +96,16 @@ class StoreDraws:
         *,
         per_class: bool,
     ) -> StoreDraws:
-        """Label and score a store, and plan its draws.
+        """Label and score a store, and plan the draws.
 
         Rows that the predictor was fitted on are not calibration rows (``unseen_rows``).
 
         Args:
             store: The rows.
             predictor: Scores the rows.
-            files: Tables of labels, such as ``vilu next`` wrote.
+            files: Tables of labels, for example from ``vilu next``.
             seed: Seed of the split into rows for fits and calibration rows.
-            max_risk: Error rate that the guarantee is to stay below.
+            max_risk: Largest error rate allowed by the guarantee.
             per_class: Whether every large class of answers gets a draw of its own.
         """
         photos, book = label_store(store, files)
@@ -115,7 +115,7 @@ class StoreDraws:
         is_calibration = split.is_calibration & unseen_rows(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
         draws: Draws = {}
-        if predictor.is_probability:  # without probabilities no limit can be chosen
+        if predictor.is_probability:  # without probabilities, no limit can be chosen
             rows = np.flatnonzero(split.usable_calibration)
             require_scores(outcomes.uncertainty, rows, photos.ids)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
@@ -129,20 +129,20 @@ class StoreDraws:
         )
 
     def next_calibration_rows(self, n: int, was_asked: Mask, max_risk: float) -> list[Ints]:
-        """At most ``n`` calibration rows to ask for: an array for every draw, in random order.
+        """Choose at most ``n`` calibration rows to ask for: an array per draw, in random order.
 
         The draws are served in this order:
 
         1. Draws that are likely to get a guarantee.
         2. Other draws without a guarantee.
-        3. Draws that have a guarantee.
+        3. Draws with a guarantee.
 
-        Of two draws of the same kind, the draw with fewer rows that were asked for comes first.
+        Of two draws of the same kind, the draw with fewer requested rows comes first.
 
         Args:
             n: Number of rows, of all draws together.
-            was_asked: (N,) bool, which rows were asked for before.
-            max_risk: Error rate that the guarantee is to stay below.
+            was_asked: (N,) bool, True for rows with an earlier request.
+            max_risk: Largest error rate allowed by the guarantee.
         """
         all_progress = self.progress(max_risk, 1 - CONFIDENCE)
         queue = []
@@ -159,21 +159,21 @@ class StoreDraws:
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
     def _open_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
-        """Rows up to a limit that were not asked for, in random order, and the number of others."""
+        """Open rows up to a limit, in random order, and the number of rows that were asked for."""
         below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
         open_rows = below_limit[~was_asked[below_limit]]
         n_asked = len(below_limit) - len(open_rows)
         return self.split.in_random_order(open_rows), n_asked
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
-        """Map the group of every draw to the progress of its guarantee.
+        """Map the group of every draw to the progress of the guarantee.
 
         All draws have equal shares of the level ``delta``.
         """
         if not self.draws:
             return {}
         fingerprint = self.predictor_fingerprint
-        # Each calibration label was requested for the test of one predictor, which its entry names.
+        # Each calibration label was requested for the test of one predictor, named by the entry.
         fingerprint_of_path = {
             entry.path: entry.predictor for entry in self.book if _was_drawn(entry)
         }
@@ -197,7 +197,7 @@ class StoreDraws:
         return all_progress
 
     def require_labels(self, all_progress: Mapping[str, GuaranteeProgress]) -> None:
-        """Raise DataError if labels that were asked for are missing."""
+        """Raise DataError if requested labels are missing."""
         missing_paths = []
         for progress in all_progress.values():
             missing_paths += [self.photos.ids[row] for row in progress.missing_rows.tolist()]
@@ -210,12 +210,12 @@ class StoreDraws:
 
 
 def unseen_rows(predictor: FailurePredictor, photos: Photos) -> Mask:
-    """(N,) bool, which rows the predictor was not fitted on, as far as this is known.
+    """(N,) bool, True for rows that the predictor was not fitted on, as far as this is known.
 
-    A predictor that was fitted on many rows has recorded only a sample of them.
+    After a fit on many rows, the predictor has recorded only a sample of the rows.
 
     Raises:
-        DataError: If only a sample was recorded and more than 1 % of the rows are in it.
+        DataError: If only a sample was recorded and more than 1 % of the rows are in the sample.
     """
     overlap = predictor.seen(photos)
     has_recorded_all_rows = overlap.is_complete
@@ -242,7 +242,7 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
     if per_class:
         all_names = group_names(outcomes)
         group_of_row = [all_names[row] for row in rows.tolist()]
-    rows_needed = partial(flawless_labels, max_risk)  # number of rows that a group needs at least
+    rows_needed = partial(flawless_labels, max_risk)  # minimum number of rows in a group
     groups = members_of(group_of_row, len(rows), delta, rows_needed)
     draws = {}
     for group, members in groups.items():
@@ -277,12 +277,12 @@ def next_of_store(
     Args:
         store: The rows.
         predictor: Scores the rows.
-        files: Tables of labels that were asked for before.
+        files: Tables of labels with earlier requests.
         n: Number of rows.
-        max_risk: Error rate that the guarantee is to stay below.
+        max_risk: Largest error rate allowed by the guarantee.
         seed: Seed of the split, and of the choice of rows to fit on.
-        per_class: Whether each class of answers gets a guarantee of its own. Then classes that
-            lack labels come first.
+        per_class: Whether each class of answers gets a separate guarantee. Then classes with too
+            few labels come first.
 
     Returns:
         The entries of the chosen rows, rows to fit on first, and the answers by path.
@@ -324,26 +324,26 @@ def calibrate_by_labels(
     per_class: bool = False,
     overwrite: bool = False,
 ) -> Calibration:
-    """Calibrate a predictor by the labels that `vilu next` asked for.
+    """Calibrate a predictor by the labels requested by `vilu next`.
 
     The guarantee is valid even if the calibration is repeated after every label.
 
     Two kinds of labels count: labels of rows that were picked at random ("given"), and all labels
-    of a draw up to the last position that was asked for with this predictor.
+    of a draw up to the last position that was requested with this predictor.
 
-    If labels were asked for to test several predictors, each of them has a share of the level
-    (``level_of``). So ``files`` must contain the tables of all these predictors.
+    If labels were requested for the tests of several predictors, each predictor has a share of the
+    level (``level_of``). So ``files`` must contain the tables of all these predictors.
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another target.
-        DataError: If labels that were asked for are missing, if the predictor was fitted on all
-            calibration rows, or if it has recorded only a sample of its fit and more than 1 % of
-            the rows are in the sample.
+        DataError: If requested labels are missing, if the predictor was fitted on all calibration
+            rows, or if the predictor has recorded only a sample of its fit and more than 1 % of the
+            rows are in the sample.
         InfeasibleError: If nothing is certified yet. Then no calibration is written. An earlier
-            calibration is removed if its labels have changed.
+            calibration is removed if labels of this calibration have changed.
     """
-    # The earlier calibration is compared with the new one. Because of the lock, no other process
-    # changes it meanwhile.
+    # The earlier calibration is compared with the new calibration. The lock keeps other processes
+    # from changing the earlier calibration meanwhile.
     with locked(folder, activity="calibrating", holder_kind="calibration"):
         predictor = load_predictor(folder)
         predictor.calibrator_ = None
@@ -370,7 +370,7 @@ def calibrate_by_labels(
 def _earlier_rule(
     folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
 ) -> Rule | None:
-    """The rule of a calibration; UsageError if it is for another target or other groups."""
+    """The rule of a calibration; UsageError if the target or the groups of this rule differ."""
     rule = calibration.rule
     if rule is None:
         return None
@@ -395,11 +395,11 @@ def _keep_better(
 ) -> Calibration:
     """Keep the earlier rule if it accepts at least as many rows, or write the new rule.
 
-    The earlier rule may be kept, because a rule that was certified once stays certified.
+    The earlier rule may be kept, because a certified rule stays certified.
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # In ``progress.outcomes``, a picture that nobody could name counts as a failure.
+        # In ``progress.outcomes``, a picture without a name (skipped) counts as a failure.
         outcomes.failure[progress.rows] = progress.outcomes.failure
     if earlier_rule is not None and not _remove_if_changed(folder, outcomes):
         names = group_names(outcomes)
@@ -411,7 +411,7 @@ def _keep_better(
         _remove_if_changed(folder, outcomes)  # also if ``overwrite`` has ignored the earlier rule
         reasons = []
         for group, threshold in rule.thresholds.items():
-            # The group of all answers has the name "", which needs no colon.
+            # The group of all answers has the name "". An empty name needs no colon.
             reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
         raise InfeasibleError(
             f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
@@ -430,7 +430,7 @@ def _keep_better(
 
 
 def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
-    """Remove a calibration by labels if new labels contradict the labels that it used.
+    """Remove a calibration by labels if new labels contradict the labels of the calibration.
 
     Returns whether the calibration was removed.
     """
@@ -441,7 +441,7 @@ def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     failure_of = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed_keys = set()
     for key, failure in zip(rows.ids or (), rows.failure.tolist(), strict=True):
-        # An answer that has no label now (UNKNOWN) contradicts nothing.
+        # An answer without a label now (UNKNOWN) contradicts nothing.
         if failure_of.get(key, UNKNOWN) not in {UNKNOWN, failure}:
             changed_keys.add(key)
     return remove_outdated_calibration(folder, changed_keys)

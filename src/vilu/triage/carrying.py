@@ -1,10 +1,10 @@
 """Carries a triage over to other settings: labels stay, predictors and guarantees are removed.
 
-- Labels and the random order stay. What earlier tests have used of the level stays used.
-- Predictors are fitted anew. Their guarantee is removed, because it was about other settings.
+- Labels and the random order stay. The share of the level used by earlier tests stays used.
+- Predictors are fitted anew. Old guarantees are removed, because they were about other settings.
 - Photos are embedded again if the model or its texts have changed.
-- A label whose class no longer exists is moved to a second book, the book of former labels. It is
-  moved back once the class exists again.
+- Labels of classes that no longer exist are moved to a second book, the book of former labels. Once
+  a class exists again, the labels of the class are moved back.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ SETTINGS_OF_EMBEDDINGS: Final = (
     "templates",
     "negatives",
 )
-"""Settings that embeddings depend on."""
+"""Photos are embedded again if one of these settings changes."""
 
 FIXED_SETTINGS: Final = ("seed", "about")
 """Settings that never change (``open_state``)."""
 
 MOST_NAMES: Final = 5
-"""Maximum number of classes that a message names."""
+"""Maximum number of classes in a message."""
 
 logger = logging.getLogger(__name__)
 
 
 def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> TriageState:
-    """Carry a triage over to the settings of this run, and log what has changed.
+    """Carry a triage over to the settings of this run, and log the changes.
 
     The caller writes the returned state at the end. So if the process is killed in this function,
-    the next run calls it again with the same state.
+    the next run calls this function again with the same state.
 
     Args:
         root: The folder of the triage.
@@ -60,7 +60,7 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
         settings: Settings of this run.
 
     Returns:
-        The state for this run: ``state`` itself if no setting has changed.
+        The state for this run: ``state`` without a change if all settings are the same.
     """
     move_former_labels(root, settings.known_labels, settings.about)
     changed = changed_settings(state.settings, settings.recorded_settings)
@@ -82,7 +82,7 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
 def changed_settings(
     before: Mapping[str, object], now: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """Map the name of every recorded setting that has changed to its values before and now."""
+    """Map the name of every changed recorded setting to the values before and now."""
     changed = {}
     for name, value in now.items():
         if name in FIXED_SETTINGS:
@@ -95,7 +95,7 @@ def changed_settings(
 def _change_in_words(
     changed: Mapping[str, tuple[object, object]], state: TriageState, *, embeds_again: bool
 ) -> str:
-    """Text on the settings that have changed, and on what the run does about it."""
+    """Text on the changed settings, and on the consequences for the run."""
     phrases = []
     for name, (before, now) in changed.items():
         if isinstance(before, list) and isinstance(now, list):
@@ -117,7 +117,7 @@ def _change_in_words(
 
 
 def _lists_in_words(before: Sequence[object], now: Sequence[object]) -> str:
-    """Text on the values that were removed from a list, and on new values in it."""
+    """Text on removed values and new values of a list."""
     removed_values = [repr(value) for value in before if value not in now]
     new_values = [repr(value) for value in now if value not in before]
     phrases = []
@@ -129,7 +129,7 @@ def _lists_in_words(before: Sequence[object], now: Sequence[object]) -> str:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """Join the first ``MOST_NAMES`` names with commas, and say how many more there are."""
+    """Join the first ``MOST_NAMES`` names with commas, and add the number of further names."""
     text = ", ".join(names[:MOST_NAMES])
     if len(names) > MOST_NAMES:
         text += f" and {len(names) - MOST_NAMES} more"
@@ -137,16 +137,16 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def move_former_labels(root: Path, known: Collection[str], about: About) -> None:
-    """Move labels whose class no longer exists to the book of former labels, and others back.
+    """Move labels without a class to the book of former labels, and labels with a class back.
 
-    A former label is moved back to the book of the triage if its class exists again, unless its
-    photo has a new label. The book of former labels also keeps labels that were moved back. It is
-    saved first, so that no label is lost if the process is killed.
+    A former label is moved back to the book of the triage if its class exists again, unless the
+    photo has a new label. The book of former labels also keeps returned labels. This book is saved
+    first, so no label is lost if the process is killed.
 
     Args:
         root: The folder of the triage.
         known: All allowed labels: the names of the classes, and words such as "(skip)".
-        about: Which photos the guarantee is about.
+        about: The photos of the guarantee: "new" or "folder".
     """
     book = LabelBook.load(root / BOOK)
     former_book = LabelBook.load(root / FORMER_BOOK)
@@ -158,8 +158,8 @@ def move_former_labels(root: Path, known: Collection[str], about: About) -> None
         del book.entries[entry.path]
     for entry in returning_entries:
         book.entries[entry.path] = entry
-    # If the guarantee is about the folder, labels of the stream "given" do not count for it anyway.
-    # They keep their stream, because some of them must not be fitted on.
+    # If the guarantee is about the folder, labels of the stream "given" do not count anyway. These
+    # labels keep the stream, because some of them must not be fitted on.
     if about == "new" and any(entry.stream == "given" for entry in removed_entries):
         _change_given_to_fit(book)
         _change_given_to_fit(former_book)
@@ -181,10 +181,10 @@ def _entries_to_move(
 
 
 def _change_given_to_fit(book: LabelBook) -> None:
-    """Change the stream "given" to "fit", so that no label counts as picked at random.
+    """Change the stream "given" to "fit", so no label counts as picked at random.
 
-    The labels of some classes were removed. So the other labels of the stream "given" are no random
-    sample any more, and their error rate would be too low.
+    The labels of some classes were removed. So the remaining labels of the stream "given" are no
+    random sample any more, and the error rate of these labels would be too low.
     """
     for path, entry in book.entries.items():
         if entry.stream == "given":
@@ -192,13 +192,13 @@ def _change_given_to_fit(book: LabelBook) -> None:
 
 
 def _names_with_numbers(labels: Sequence[str]) -> str:
-    """Text on the different labels and how often each occurs, the most frequent label first."""
+    """Text on the different labels with the count of each label, the most frequent label first."""
     counts = Counter(labels).most_common()
     return _join_names([f"{label!r} ({n})" for label, n in counts])
 
 
 def _log_moved_labels(removed_entries: Sequence[Entry], returning_entries: Sequence[Entry]) -> None:
-    """Log how many labels were moved to the book of former labels, and how many back."""
+    """Log the numbers of labels moved to the book of former labels, and of labels moved back."""
     if removed_entries:
         logger.warning(
             "%s left out, because the class no longer exists: %s. They stay in %s and count again "
@@ -215,11 +215,11 @@ def _log_moved_labels(removed_entries: Sequence[Entry], returning_entries: Seque
 def without_former_labels(
     labels: Mapping[str, str], former_classes: Collection[str], source: Path
 ) -> dict[str, str]:
-    """Leave out the labels whose class no longer exists, with a warning.
+    """Leave out labels of classes that no longer exist, with a warning.
 
     Args:
-        labels: Maps the name of a photo to its label in the file ``source``.
-        former_classes: Names of classes that the triage no longer has.
+        labels: Maps the name of a photo to the label in the file ``source``.
+        former_classes: Names of former classes of the triage.
         source: The file, for the warning.
     """
     remaining_labels = {}
@@ -240,14 +240,14 @@ def without_former_labels(
 
 
 def former_class_names(root: Path, known: Collection[str]) -> set[str]:
-    """Names of the classes that labels of a triage have, but that are not ``known`` any more."""
+    """Names of classes in the labels of a triage, without the ``known`` names."""
     return set(all_labels(root).labels.values()) - set(known)
 
 
 def all_labels(root: Path) -> LabelBook:
-    """The labels of a triage together with its former labels.
+    """The labels of a triage together with the former labels.
 
-    A photo that has a former label and a new label gets the new label.
+    A photo with a former label and a new label gets the new label.
     """
     book = LabelBook.load(root / FORMER_BOOK)
     for entry in LabelBook.load(root / BOOK):

@@ -1,14 +1,14 @@
-"""Which photos to label next: photos to fit on and, apart from them, photos for the guarantee.
+"""Chooses photos to label next: photos to fit on and, separately, photos for the guarantee.
 
-*Photos to fit on* are uncertain and differ from one another. k-means clusters the embeddings, each
-photo weighted by its uncertainty. The photo nearest to the centre of each cluster is chosen.
+*Photos to fit on* are uncertain and differ from one another. k-means clusters the embeddings, with
+each photo weighted by its uncertainty. The photo nearest to the centre of each cluster is chosen.
 Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV
-2021; we use the probability of failure in place of their entropy.
+2021; we use the probability of failure in place of entropy.
 
-*Photos for the guarantee* are drawn at random from the photos whose uncertainty is at most a limit.
-Because they are drawn at random, every threshold up to the limit can be tested on their labels.
-Photos above the limit would be reviewed anyway and need no label. The limit is chosen from scores
-alone: it is the largest limit at which n labels are expected to show that few answers are wrong.
+*Photos for the guarantee* are drawn at random from the photos with an uncertainty up to a limit.
+Because of the random draw, the labels can test every threshold up to the limit. Photos above the
+limit would be reviewed anyway and need no label. The limit is chosen from scores alone: the largest
+limit at which n labels are expected to show that few answers are wrong.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from vilu.metrics.counts import Floats, Ints
 Mask = NDArray[np.bool_]
 
 POOL_SIZE: Final = 20_000
-"""Maximum number of photos that are clustered.
+"""Maximum number of photos in the clustering.
 
-If there are more photos, the most uncertain photos make up half of this number. The other half are
-drawn at random from all other photos.
+If there are more photos, the most uncertain photos make up half of this number. The second half is
+drawn at random from the remaining photos.
 """
 
 ITERATIONS: Final = 20
 """Maximum number of iterations of k-means."""
 
 LEAST_SHARE: Final = 1 / 8
-"""Smallest share of the photos that a limit includes."""
+"""A limit includes at least this share of the photos."""
 
 WIDENING: Final = 1.25
 """The limit of a single draw includes this many times as many photos as are expected to pass.
 
 Probabilities may be too pessimistic, and no photo beyond the limit can be accepted. The price is a
-fifth of the labels, which are spent on photos that are not expected to pass.
+fifth of the labels, spent on photos that are not expected to pass.
 """
 
 LEAST_PHOTOS: Final = 100
@@ -67,12 +67,12 @@ def choose_to_fit(
     image = source.image_rows(torch.from_numpy(rows)).numpy()
     excess = uncertainty[rows] - np.nanmin(uncertainty)  # at least 0
     largest_excess = max(float(excess.max()), 1e-12)  # above 0, because it is a divisor
-    weight = excess / largest_excess + 1e-3  # above 0, so that no photo is left out
+    weight = excess / largest_excess + 1e-3  # above 0, to leave no photo out
     clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
     distance = clusters.transform(image)  # (M, n) distance of every row to every centre
     chosen_index = np.empty(n, dtype=np.int64)  # for every cluster, the index of a row in ``rows``
-    is_free = np.ones(len(rows), dtype=np.bool_)  # which rows are not chosen yet
+    is_free = np.ones(len(rows), dtype=np.bool_)  # True for rows not chosen yet
     for cluster in range(n):
         nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
         chosen_index[cluster] = nearest_free
@@ -81,7 +81,7 @@ def choose_to_fit(
 
 
 def _rows_to_cluster(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
-    """The rows to cluster: all rows, or ``POOL_SIZE`` of them if there are more."""
+    """The rows to cluster: all rows, or at most ``POOL_SIZE`` rows."""
     if len(rows) <= POOL_SIZE:
         return rows
     ordered = _doubtful_first(rows, uncertainty)
@@ -91,26 +91,26 @@ def _rows_to_cluster(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
 
 
 def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
-    """The rows, ordered by falling uncertainty."""
+    """The rows, in order of falling uncertainty."""
     return rows[np.argsort(-uncertainty[rows], kind="stable")]
 
 
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
     """Choose the limit of a draw from the probabilities of failure alone.
 
-    The limit is the largest uncertainty up to which ``n`` labels are expected to show that the
-    error rate is at most ``max_risk``. It includes at least an eighth of the photos. It also
-    includes at least the number of photos whose labels would certify it if every answer were right:
-    with fewer photos nothing could be certified.
+    The limit is the largest uncertainty up to which ``n`` labels are expected to show an error rate
+    of at most ``max_risk``. It includes at least an eighth of the photos. It also includes enough
+    photos to certify the limit if every answer is right: with fewer photos nothing could be
+    certified.
 
     Args:
         uncertainty: (N,) probabilities of failure; rows with NaN are ignored.
         n: Number of labels.
-        max_risk: Largest error rate that is allowed.
+        max_risk: Largest allowed error rate.
         delta: Level of the test.
 
     Returns:
-        The limit, and whether ``n`` labels are expected to be enough at this limit.
+        The limit, and whether ``n`` labels are expected to be enough for it.
     """
 
     def is_shown(wrong: Floats) -> Mask:
@@ -123,10 +123,10 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
 def choose_limit_of_draw(
     uncertainty: Floats, n: int, max_risk: float, delta: float
 ) -> tuple[float, bool]:
-    """As ``choose_limit``, but for a single test, which is made once all ``n`` labels have come.
+    """Choose the limit like ``choose_limit``, but for a single test after all ``n`` labels.
 
-    The limit is raised so that it includes ``WIDENING`` times as many photos. If it then includes
-    all photos, it is 1, the largest probability.
+    The limit is raised to include ``WIDENING`` times as many photos. If the raised limit includes
+    all photos, the limit is 1, the largest probability.
     """
 
     def is_shown(wrong: Floats) -> Mask:
@@ -143,21 +143,21 @@ def choose_limit_of_draw(
 def _largest_limit(
     uncertainty: Floats, n: int, least_photos: int, is_shown: Callable[[Floats], Mask]
 ) -> tuple[float, bool]:
-    """The largest limit up to which so few wrong answers are expected that the risk is shown.
+    """The largest limit with few enough expected wrong answers to show the risk.
 
     Args:
         uncertainty: (N,) probabilities of failure.
         n: Number of labels.
-        least_photos: The limit includes at least this number of photos. It also includes at least
-            the share ``LEAST_SHARE`` of them.
-        is_shown: Takes numbers of wrong answers (M,). Returns for each number whether so many wrong
-            answers among ``n`` would still show the risk.
+        least_photos: The limit includes at least this number of photos, and at least the share
+            ``LEAST_SHARE`` of the photos.
+        is_shown: Takes numbers of wrong answers (M,). Returns for each number whether ``n`` labels
+            with so many wrong answers would still show the risk.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
     # The uncertainty of every photo is tried as the limit. The expected error rate up to the limit
-    # is the mean of the probabilities up to it.
+    # is the mean of the probabilities up to the limit.
     n_up_to_limit = np.arange(1, len(ordered) + 1)
     expected_risk = np.cumsum(ordered) / n_up_to_limit
     expected_wrong = np.round(expected_risk * n)

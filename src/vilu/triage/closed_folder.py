@@ -1,16 +1,16 @@
-"""The photos of a triage whose guarantee is about its folder (``--about folder``).
+"""The photos of a triage with a guarantee about its folder (``--about folder``).
 
 The population of a predictor is all photos of the folder that the predictor was not fitted on. The
-guarantee is about this population. Its photos are drawn in the random order of the pictures, which
-is fixed before the first label.
+guarantee is about this population. The photos are drawn in the random order of the pictures. This
+order is fixed before the first label.
 
-Some photos are picked to fit on. A picked photo leaves the population of every predictor that is
-fitted on it. The picks must not depend on which photos were drawn. Otherwise the drawn photos that
-are left would be no random sample of the population. So a drawn photo may be picked, too, and then
-its label is used for both purposes.
+Some photos are picked to fit on. A picked photo leaves the population of every predictor fitted on
+this photo. The picks must not depend on the drawn photos. Otherwise the remaining drawn photos
+would be no random sample of the population. So a drawn photo may be picked, too. Then the label is
+used for both purposes.
 
-People choose which photos they label by what is already labelled. So after the first draw, no
-predictor is fitted on a label that nobody asked for.
+People look at earlier labels when they choose further photos to label. So after the first draw, no
+predictor is fitted on a label without a request.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from vilu.triage.trial import Trial
 
 
 class FolderSplit(PhotoSplit):
-    """As ``PhotoSplit``, for a guarantee about the photos of the folder.
+    """Like ``PhotoSplit``, for a guarantee about the photos of the folder.
 
-    A photo is on the calibration side until it is picked to fit on. Of photos with equal pictures,
-    only one is usable: the first that has a label, or the first of all if none has a label.
+    A photo is on the calibration side until the photo is picked to fit on. Of several photos with
+    equal pictures, a single photo is usable: the first photo with a label, or else the first photo.
     """
 
     @classmethod
@@ -45,7 +45,7 @@ class FolderSplit(PhotoSplit):
         """Split photos by the book of their labels."""
         split = super().of(photos, book, seed)
         # Equal pictures have equal positions. ``np.unique`` finds the first row of every position.
-        # Rows with a label are put first, so a row with a label is found if there is any.
+        # Rows with a label are put first, so ``np.unique`` prefers a row with a label.
         rows_labelled_first = np.argsort(~split.answered, kind="stable")
         _, first_indices = np.unique(split.position[rows_labelled_first], return_index=True)
         is_first = np.zeros(len(photos), np.bool_)
@@ -69,10 +69,10 @@ class FolderSplit(PhotoSplit):
         *,
         has_drawn: bool,
     ) -> Mapping[str, str]:
-        """Give all labels that nobody asked for the same stream.
+        """Give the same stream to all labels without a request.
 
-        Before the first draw this is "fit": predictors are fitted on these labels. After the first
-        draw it is "given": these labels are never used.
+        Before the first draw this stream is "fit": predictors are fitted on these labels. After the
+        first draw the stream is "given": these labels are never used.
         """
         return dict.fromkeys(labels, "given" if has_drawn else "fit")
 
@@ -81,9 +81,9 @@ class FolderSplit(PhotoSplit):
         return digest(sorted({picture.hex() for picture in photos.pictures}))
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:
-        """The split whose calibration side is the population of a predictor.
+        """The split with the population of a predictor as the calibration side.
 
-        A predictor that needs no labels was not fitted on any label. So its split is unchanged.
+        A predictor that needs no labels was not fitted on any label. So the split is unchanged.
         """
         if not predictor.needs_labels:
             return self
@@ -91,16 +91,16 @@ class FolderSplit(PhotoSplit):
         return dataclasses.replace(self, is_calibration=~was_fitted_on)
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
-        """(M,) rows that may be picked to fit on, whether they were drawn or not."""
+        """(M,) rows that may be picked to fit on, whether drawn or not."""
         return np.flatnonzero(self.usable & ~_is_picked(photos, book))
 
     def looks(
         self, trial: Trial, outcomes: Outcomes, rows: Ints, max_risk: float, level: float
     ) -> ClosedLooks:
-        """The tests of a trial in which the labels of ``rows`` (M,) are the random sample.
+        """The tests of a trial, with the labels of ``rows`` (M,) as the random sample.
 
-        Other labelled photos of the population were not drawn at random. Their labels are known, so
-        the tests count them apart from the sample.
+        All other labelled photos of the population were not drawn at random. The labels of these
+        photos are known, so the tests count these photos apart from the sample.
         """
         is_labelled = self.usable_calibration & self.answered
         is_in_sample = np.zeros(len(is_labelled), np.bool_)
@@ -145,7 +145,7 @@ class FolderSplit(PhotoSplit):
 
 
 def _is_picked(photos: Photos, book: LabelBook) -> Mask:
-    """(N,) bool, which photos were picked to fit on."""
+    """(N,) bool, True for photos picked to fit on."""
     is_picked = np.zeros(len(photos), np.bool_)
     for row, path in enumerate(photos.ids):
         entry = book.entries.get(path)
@@ -154,4 +154,4 @@ def _is_picked(photos: Photos, book: LabelBook) -> Mask:
 
 
 SPLITS: Final[dict[About, type[PhotoSplit]]] = {"new": PhotoSplit, "folder": FolderSplit}
-"""Maps what the guarantee is about to the class that splits the photos."""
+"""Maps the topic of the guarantee to the class for the split of the photos."""

@@ -3,12 +3,12 @@
 Every row of a store is on one of two sides (``vilu.triage.labels``). The scores of the fit side
 choose a limit of uncertainty. Then rows of the calibration side up to this limit are drawn at
 random. The limit does not depend on the scores of these rows. So, for a fixed limit, the drawn rows
-are independent draws from the answers that the limit accepts. Therefore
-``vilu.calibration.thresholds.learn_then_test`` is valid for them, with thresholds up to the limit.
-No label is spent on answers that would be reviewed.
+are independent draws from the answers up to the limit. Therefore
+``vilu.calibration.thresholds.learn_then_test`` is valid for these rows, with thresholds up to the
+limit. No label is spent on answers that would be reviewed.
 
-Rows that already have a label are drawn like all other rows. If only rows without a label were
-drawn, the draw would depend on how somebody chose the labelled rows.
+Rows with a label are drawn like all other rows. If only rows without a label were drawn, the draw
+would depend on the choice of the labelled rows.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from vilu.validation import checked, require_between
 
 
 class DrawRecord(Document):
-    """What a draw depends on. The record is written before the drawn rows are labelled.
+    """The facts that decide a draw. The record is written before the drawn rows are labelled.
 
     Attributes:
-        vilu: Version of vilu that drew the rows.
+        vilu: Version of vilu at the draw.
         store: Fingerprint of the store.
         predictor: Fingerprint of the predictor (``fingerprint_of``).
-        max_risk: Largest error rate that the draw is for.
-        limit: Largest uncertainty of rows that may be drawn.
+        max_risk: Largest error rate for the guarantee of the draw.
+        limit: Largest uncertainty of a row in the draw.
         seed: Seed of the sides and of the random order.
         n_calibration: Number of rows of the calibration side, with any uncertainty.
         n_below: Number of rows of the calibration side with an uncertainty up to the limit.
@@ -79,10 +79,10 @@ class DrawRecord(Document):
 
 @dataclass(frozen=True)
 class GuaranteeDraw:
-    """A draw that was written.
+    """A draw, after the record and the table were written.
 
     Attributes:
-        record: What the draw depends on.
+        record: The facts that decide the draw.
         n_open: Number of drawn rows without a label.
         is_expected: Whether a guarantee up to the limit is expected, by the predictor's
             probabilities.
@@ -93,7 +93,7 @@ class GuaranteeDraw:
     is_expected: bool
 
     def in_words(self) -> str:
-        """Text that describes the draw, and says what to do next."""
+        """Text on the draw and on the next step."""
         record = self.record
         share = record.n_below / record.n_calibration
         text = (
@@ -112,7 +112,7 @@ class GuaranteeDraw:
 
 
 def record_path(table: Path) -> Path:
-    """Path of the record of a draw. It is in the folder of ``table``, the table of drawn rows."""
+    """Path of the record of a draw, in the folder of ``table``, the table of drawn rows."""
     return table.with_suffix(".draw.json")
 
 
@@ -129,17 +129,17 @@ def draw_for_guarantee(
     seed: int,
     overwrite: bool = False,
 ) -> GuaranteeDraw:
-    """Draw ``n`` rows of a store up to a limit. Write a table of them, and the record of the draw.
+    """Draw ``n`` rows of a store up to a limit. Write a table of these rows, and a record.
 
-    If there are fewer rows up to the limit, all of them are drawn.
+    If there are fewer rows up to the limit, all of these rows are drawn.
 
     Args:
         folder: Folder of the predictor.
         store: The rows.
-        files: Tables of labels that were asked for before.
+        files: Tables of labels with earlier requests.
         table: The table to write.
         n: Number of rows to draw.
-        max_risk: Error rate that the guarantee is to stay below.
+        max_risk: Largest error rate allowed by the guarantee.
         seed: Seed of the sides and of the random order.
         overwrite: Whether the record of an earlier draw may be replaced.
 
@@ -168,7 +168,7 @@ def draw_for_guarantee(
         n_below=len(rows),
         paths=tuple(entry.path for entry in entries),
     )
-    # The record is written before the table. So every table has a record, unless it was moved.
+    # The record is written before the table. So every table has a record, unless a file is moved.
     write_document(record_path(table), record)
     write_next(table, entries, answers, predictor.answer)
     n_open = sum(entry.label is None for entry in entries)
@@ -176,7 +176,7 @@ def draw_for_guarantee(
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
-    """The predictor as it was fitted, without the probabilities of an earlier calibration."""
+    """Load the predictor without the probabilities of an earlier calibration."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
     return predictor
@@ -192,13 +192,13 @@ def _require_no_record(table: Path, *, overwrite: bool) -> None:
 
 
 def _fewest_rows(max_risk: float) -> int:
-    """Smallest number of drawn rows with which anything can be guaranteed."""
+    """Smallest number of drawn rows that can guarantee anything."""
     # The row at the threshold does not count for the test, so one more row is needed.
     return rows_without_error(max_risk, 1 - CONFIDENCE) + 1
 
 
 def _require_enough_rows(n: int, max_risk: float) -> None:
-    """Refuse to draw so few rows that nothing can be guaranteed."""
+    """Refuse to draw too few rows for any guarantee."""
     require_between("max_risk", max_risk)
     fewest = _fewest_rows(max_risk)
     if n < fewest:
@@ -228,14 +228,15 @@ def _rows_up_to_limit(
 def _choose_limit(
     draws: StoreDraws, is_unseen: Mask, n: int, max_risk: float
 ) -> tuple[float, bool]:
-    """The limit that the scores of the fit side choose, and whether a guarantee is expected.
+    """Choose the limit by the scores of the fit side; also return whether a guarantee is expected.
 
-    ``is_unseen`` (N,) are the rows that the predictor was not fitted on.
+    ``is_unseen`` (N,) is True for rows that the predictor was not fitted on.
     """
     uncertainty = draws.outcomes.uncertainty
     is_calibration = draws.split.usable_calibration
-    # Rows of the calibration side do not choose the limit, because it must not depend on the tested
-    # rows. Rows that the predictor was fitted on do not choose it either: their scores are too low.
+    # The limit must not depend on the tested rows, so rows of the calibration side do not choose
+    # the limit. Rows that the predictor was fitted on do not choose the limit either: their scores
+    # are too low.
     is_of_fit_side = draws.split.usable & ~is_calibration
     chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
     if not chooses_limit.any():
@@ -270,20 +271,21 @@ def calibrate_by_draw(
     *,
     overwrite: bool = False,
 ) -> Calibration:
-    """Calibrate a predictor by the labels of the rows that ``draw_for_guarantee`` drew.
+    """Calibrate a predictor by the labels of the rows drawn by ``draw_for_guarantee``.
 
     Args:
         folder: Folder of the predictor.
-        store: The store that the rows were drawn from.
+        store: The store of the drawn rows.
         table: The filled-in table of the draw. The record of the draw is in the same folder.
-        target: What is to be guaranteed. If it has no ``max_risk``, the record's is used.
+        target: The target of the calibration. Without a ``max_risk``, the ``max_risk`` of the
+            record is used.
         overwrite: Whether an earlier calibration may be replaced.
 
     Raises:
         ProvenanceError: If the draw was of another predictor or of another store.
         DataError: If labels are missing, if there are labels of other rows, or if the record is
             missing or damaged.
-        UsageError, InfeasibleError: As ``calibrate_predictor``.
+        UsageError, InfeasibleError: Under the same conditions as in ``calibrate_predictor``.
     """
     record = _read_record(table)
     _require_same_origin(record, folder, store)
@@ -315,7 +317,7 @@ def _read_record(table: Path) -> DrawRecord:
 
 
 def _require_same_origin(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
-    """Refuse a predictor or a store that is not the one of the draw."""
+    """Refuse a predictor or a store that differs from the record of the draw."""
     predictor = _load_uncalibrated(folder)
     fingerprints = {"predictor": fingerprint_of(predictor), "store": source_fingerprint(store)}
     path_of = {"predictor": folder, "store": store.path}
@@ -344,7 +346,7 @@ def _require_only_drawn(
 
 
 def _require_all_labels(paths: Collection[str], book: LabelBook, table: Path) -> None:
-    """Refuse a draw in which a row has no label, or was skipped."""
+    """Refuse a draw with a skipped row or a row without a label."""
     unlabelled_paths = [path for path in paths if path not in book.labels]
     if unlabelled_paths:
         raise DataError(

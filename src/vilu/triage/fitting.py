@@ -1,4 +1,4 @@
-"""Decides whether a triage tests its present predictor or fits a new one."""
+"""Decides whether a triage tests the present predictor or fits a new predictor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
 ZERO_SHOT: Final = "vilu_zero"
-"""Method of a triage with few labels. It needs no labels."""
+"""Method of a triage with few labels. The method needs no labels."""
 
 FROM_LABELS: Final = "vilu_plus"
 """Method of a triage with at least ``LEAST_TO_FIT`` labels."""
@@ -36,23 +36,23 @@ GROWTH_AFTER_TEST: Final = 1.5
 """Factor by which the number of labels must grow before a tested predictor is fitted anew."""
 
 GROWTH_BEFORE_TEST: Final = 1.25
-"""The same factor for a predictor that was not tested yet. It is smaller: no test is wasted."""
+"""The same factor for an untested predictor. It is smaller, because no test is wasted."""
 
 GROWTH_FOR_CANDIDATE: Final = 1.25
 """Factor by which the number of labels must grow from one candidate to the next."""
 
 GROWTH_FOR_UNLIKELY_CANDIDATE: Final = 3
-"""With so many times the labels, a candidate is tested even if its guarantee is not likely."""
+"""With so many times the labels, a candidate is tested even if a guarantee is not likely."""
 
 logger = logging.getLogger(__name__)
 
 
 class FitCase(Enum):
-    """Whether a new predictor is fitted, and why.
+    """Whether a new predictor is fitted, with the reason.
 
     If the present predictor has a guarantee, a new predictor is only a candidate. The present
     predictor decides while the candidate is tested. Once the candidate is certified to accept more
-    photos, it replaces the present predictor.
+    photos, the candidate replaces the present predictor.
     """
 
     UP_TO_DATE = "go on: the method is the same, and there are few new labels"
@@ -62,7 +62,7 @@ class FitCase(Enum):
 
     @property
     def keeps_predictor(self) -> bool:
-        """Whether no new predictor is fitted, so that the tested predictor stays."""
+        """Whether the tested predictor stays, without a new fit."""
         return self in {FitCase.UP_TO_DATE, FitCase.NOTHING_TO_COMPARE}
 
 
@@ -100,7 +100,7 @@ def fit_case(
 def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
     """Whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
-    # A candidate needs more labels than the last candidate, even if the last one was not tested.
+    # A candidate needs more labels than the last candidate, even if that candidate was not tested.
     looks_for_a_candidate = is_guaranteed and state.candidate is None
     if looks_for_a_candidate:
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
@@ -112,10 +112,10 @@ def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: boo
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
-    """Whether to test a candidate: it is likely to accept more, or is fitted on far more labels.
+    """Whether to test a candidate: it is likely to accept more, or has far more labels.
 
     ``candidate.likely`` is estimated from the candidate's probabilities, without calibration
-    labels. So a candidate that is not tested uses none of the level.
+    labels. So a candidate without a test uses no share of the level.
     """
     n_before = max(_n_fit(state.tested_trial), 1)
     has_far_more_labels = n_labels >= GROWTH_FOR_UNLIKELY_CANDIDATE * n_before
@@ -151,12 +151,12 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
 
 
 def _add_held_out_answers(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
-    """Give a predictor cross-fitted answers about the rows of its fit, if it needs them.
+    """Give a predictor cross-fitted answers about the rows of its fit, if these are needed.
 
-    These answers are used to choose the kind of answers, and to estimate which answers are likely
+    The answers are used to choose the kind of answers, and to estimate which answers are likely
     right. A fit that pools experts has held-out answers already. Five more such fits would take
-    most of the time of a run, so no answers are cross-fitted then. There is one exception: the
-    held-out answers of such a fit lack the rows of none of the classes, whose answer is always
+    most of the time of a run, so then no answers are cross-fitted. There is one exception. The
+    held-out answers of such a fit lack the rows of none of the classes, where every answer is
     wrong. So if there are such rows, answers are cross-fitted.
     """
     has_outside = bool(labelled.outside.any())
@@ -167,12 +167,12 @@ def _add_held_out_answers(predictor: FailurePredictor, labelled: EmbeddingSource
 def estimate_likely_right(
     predictor: FailurePredictor, uncertainty: Floats, max_risk: float
 ) -> LikelyRight:
-    """Estimate which answers of a new predictor are likely right.
+    """Estimate the likely right answers of a new predictor.
 
     Args:
-        predictor: The new predictor. The kind of answers that it judges has been chosen.
-        uncertainty: (N,) its uncertainties of all photos.
-        max_risk: Largest expected error rate of the answers that are likely right.
+        predictor: The new predictor, after the choice of the kind of answers.
+        uncertainty: (N,) uncertainties of all photos by the new predictor.
+        max_risk: Largest expected error rate among the likely right answers.
     """
     if predictor.held_out_ is None:
         return LikelyRight.without_labels(max_risk)
@@ -184,7 +184,7 @@ def estimate_likely_right(
 
 
 def refuse_given_answers(answer: AnswerKind | None) -> None:
-    """Raise UsageError if given answers are to be judged, because photos of a folder have none."""
+    """Raise UsageError for given answers, because photos of a folder have no given answers."""
     if answer == "given":
         raise UsageError(
             "photos in a folder have no given answers. Choose --answer zero_shot or adapted. For "
@@ -198,16 +198,16 @@ def answer_to_judge(
     labelled: EmbeddingSource,
     max_risk: float,
 ) -> AnswerChoice:
-    """The answers that a new predictor judges.
+    """Choose the kind of answers for a new predictor to judge.
 
-    The choice depends on labels of the fit side alone. Calibration labels must not decide which
-    answers are judged, because the guarantee of these answers depends on the same labels.
+    The choice depends on labels of the fit side alone. The guarantee depends on calibration labels,
+    so these labels must not decide about the kind of answers.
 
     Args:
-        requested: Kind of answers that the user asked for; None if vilu chooses.
+        requested: Kind of answers requested by the user; None for a choice by vilu.
         predictor: The new predictor.
-        labelled: Rows that the predictor was fitted on, with their labels.
-        max_risk: Largest error rate that the guarantee allows.
+        labelled: Rows that the predictor was fitted on, with labels.
+        max_risk: Largest error rate allowed by the guarantee.
     """
     if requested is not None:
         return AnswerChoice(answer=requested, reason=f"--answer {requested} asks for them")

@@ -1,17 +1,17 @@
-"""Forecast of how many photos could be accepted, before anybody gives the labels for it.
+"""Forecasts how many photos could be accepted, before anybody gives the labels.
 
-The labels are simulated, as if no label were given yet. Of the photos up to the planned limit, as
-many as a triage would draw get a simulated label. With the probability that the predictor gives,
-the label says that the answer is wrong. These probabilities may all be too low or too high, so each
-simulation multiplies them by one random factor. The simulated labels are tested after every round,
-as the real labels will be.
+The labels are simulated, as if no label were given yet. The simulation draws as many photos up to
+the planned limit as a triage would draw. Each drawn photo gets a simulated label. The label says
+"wrong" with the predictor's probability of failure. These probabilities may all be too low or too
+high, so each simulation multiplies all probabilities by the same random factor. The simulated
+labels are tested after every round, like real labels.
 
-A predictor gets better with more labels, which the simulation does not know. So if the upper end of
-a range is not 0, it is at least a certain share of the photos: the largest share whose mean
-probability is at most a multiple of the risk (``MULTIPLE_BEFORE_LABELS``,
+A predictor gets better with more labels. The simulation does not include this effect. So if the
+upper end of a range is not 0, it is raised to at least a certain share of the photos: the largest
+share whose mean probability is at most a multiple of the risk (``MULTIPLE_BEFORE_LABELS``,
 ``MULTIPLE_AFTER_LABELS``).
 
-The ranges are estimates, not guarantees. How often they held is in docs/triage.md.
+The ranges are estimates, not guarantees. docs/triage.md reports how often the ranges held.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.triage.trial import Trial
 
 BUDGETS: Final = (100, 200, 400)
-"""Total numbers of labels for which a forecast is made."""
+"""Total numbers of labels for forecasts."""
 
 SEED: Final = 0
 """Seed of the simulations."""
@@ -46,13 +46,13 @@ MULTIPLE_BEFORE_LABELS: Final = 1.5
 """Multiple of the risk for the upper end of a range, if no label was given yet."""
 
 MULTIPLE_AFTER_LABELS: Final = 1.2
-"""The same multiple for a predictor that was fitted on labels."""
+"""The same multiple for a predictor after a fit on labels."""
 
 LABELS_PER_ROUND: Final = 50
 """Number of labels between two simulated tests."""
 
 RISKS: Final = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
-"""Risks that are tried, ascending, to find the least risk that labels can show."""
+"""Risks to try, ascending, for the least risk that labels can show."""
 
 FEWEST_TO_FIT: Final = 50
 """The first draw needs at least so many fit-side labels, even if there are fewer classes."""
@@ -67,13 +67,13 @@ ENOUGH_TO_FIT: Final = 200
 """With this number of fit-side labels, photos are drawn even if the limit includes few photos."""
 
 MakeLooks = Callable[[Trial, Floats, float, float], AnyLooks]
-"""Makes the tests of a trial from the scores of its photos, the risk and the level."""
+"""Makes the tests of a trial from the scores of the photos, the risk and the level."""
 
 
 def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
-    """Whether a predictor is fitted on enough labels, so that calibration photos are drawn.
+    """Whether the predictor was fitted on enough labels to begin the draw of calibration photos.
 
-    A predictor that is fitted on more labels can accept more photos. So a draw waits for labels to
+    With more labels to fit on, a predictor can accept more photos. So a draw waits for labels to
     fit on, unless the limit already includes a large share of the photos.
     """
     n_required = min(max(n_classes, FEWEST_TO_FIT), MOST_TO_FIT)
@@ -83,7 +83,7 @@ def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
 
 
 class ExpectedShare(Model):
-    """Range of the share of photos that could be accepted with some number of labels.
+    """Range of the share of accepted photos, with some number of labels.
 
     Attributes:
         n_labels: Total number of labels.
@@ -101,7 +101,7 @@ class ExpectedShare(Model):
         return str(high) if low == high else f"{low} to {high}"
 
     def raised_to(self, share: float) -> Self:
-        """The range whose ends are at least ``share``, which is accepted already."""
+        """Raise both ends of the range to at least ``share``, the share accepted already."""
         lowest = max(self.lowest, share)
         highest = max(self.highest, share)
         return self.model_copy(update={"lowest": lowest, "highest": highest})
@@ -112,10 +112,10 @@ class Forecast(Model):
 
     Attributes:
         n_photos: Number of photos.
-        max_risk: The risk: largest error rate that is allowed among the accepted answers.
+        max_risk: The risk: largest allowed error rate among the accepted answers.
         expected: Ranges for several numbers of labels, the smallest number first.
         least_risk: The least of ``RISKS`` that the largest number of labels can show; None if so
-            many labels can show none of ``RISKS``.
+            many labels cannot show any of ``RISKS``.
     """
 
     n_photos: int
@@ -138,7 +138,7 @@ class Forecast(Model):
         make_looks: MakeLooks,
         share_accepted: float = 0.0,
     ) -> Self:
-        """Make the forecast from scores, and from what is guaranteed already.
+        """Make the forecast from scores and from the guarantee in force.
 
         Args:
             uncertainty: (M,) probabilities of failure of the calibration photos.
@@ -146,11 +146,11 @@ class Forecast(Model):
             n_classes: Number of classes.
             n_fit_labels: Number of labels that the predictor was fitted on.
             most_fit_labels: Largest possible number of labels to fit on.
-            n_labels: Number of labels that were given so far.
-            max_risk: Largest error rate that is allowed among the accepted answers.
+            n_labels: Number of labels so far.
+            max_risk: Largest allowed error rate among the accepted answers.
             level: Level of the next test.
             make_looks: Makes the tests of a trial (``PhotoSplit.looks_before_labels``).
-            share_accepted: Share of the photos that the guarantee in force accepts.
+            share_accepted: Share of the photos accepted by the guarantee in force.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
         budgets = _budgets(n_labels, n_photos)
@@ -197,7 +197,7 @@ class Forecast(Model):
         return f"{text} {self._least_risk_in_words(most_labels)}"
 
     def _least_risk_in_words(self, most_labels: str) -> str:
-        """A sentence on the least risk that can be shown with ``most_labels`` labels."""
+        """A sentence on the least possible risk with ``most_labels`` labels."""
         if self.least_risk is None:
             return (
                 f"With so many labels not even a risk of {RISKS[-1]:.0%} can be shown here: add "
@@ -215,10 +215,10 @@ class Forecast(Model):
 
 
 def _budgets(n_labels: int, n_photos: int) -> list[int]:
-    """Total numbers of labels for which a forecast is made, ascending.
+    """Total numbers of labels for forecasts, ascending.
 
-    They are at least one round larger than the number of labels so far, and smaller than the number
-    of photos. The list is empty if one more round would label every photo.
+    Each number is at least one round larger than the number of labels so far, and smaller than the
+    number of photos. The list is empty if one more round would label every photo.
 
     Args:
         n_labels: Number of labels so far.
@@ -230,14 +230,14 @@ def _budgets(n_labels: int, n_photos: int) -> list[int]:
     budgets = [n for n in BUDGETS if smallest <= n < n_photos]
     if budgets:
         return budgets
-    # All numbers in ``BUDGETS`` are too small or too large. So they are added to the labels so far.
+    # All numbers in ``BUDGETS`` are too small or too large, so they are added to the labels so far.
     sums = [n_labels + n for n in BUDGETS]
     sums_below_n_photos = [total for total in sums if total < n_photos]
     return sums_below_n_photos or [smallest]
 
 
 class _Simulation:
-    """Simulates labels of photos whose answers are wrong with the probabilities of a predictor.
+    """Simulates labels of photos. Each answer is wrong with the probability of the predictor.
 
     Args:
         scores: (M,) probabilities of failure of the calibration photos, ascending.
@@ -282,7 +282,7 @@ class _Simulation:
         return max(0, min(n_labels - n_fit, n_below_limit))
 
     def expected_share(self, n_labels: int, max_risk: float, level: float) -> ExpectedShare:
-        """Range of the share of photos that could be accepted with ``n_labels`` labels."""
+        """Range of the share of accepted photos with ``n_labels`` labels."""
         trial = self.plan(max_risk, level)
         n_drawn = self.n_to_draw(trial, n_labels)
         looks = self.make_looks(trial, self.scores, max_risk, level)
@@ -295,7 +295,7 @@ class _Simulation:
         multiple = MULTIPLE_AFTER_LABELS if self.n_fit_labels else MULTIPLE_BEFORE_LABELS
         n_up_to = np.arange(1, len(self.scores) + 1)
         mean_up_to = np.cumsum(self.scores) / n_up_to
-        # The scores are ascending, so this is True for the first photos and False for all others.
+        # The scores are ascending, so this is True for the first photos and False for the rest.
         is_below = mean_up_to <= multiple * max_risk
         share_below = float(is_below.mean())
         return ExpectedShare(
@@ -303,7 +303,7 @@ class _Simulation:
         )
 
     def _simulated_share(self, looks: AnyLooks, n_drawn: int) -> float:
-        """The share of the photos that simulated labels certify, in tests after every round."""
+        """The share of the photos certified by simulated labels, with a test after every round."""
         below_limit = np.flatnonzero(self.scores <= looks.limit)
         rows: Ints = self.rng.permutation(below_limit)[:n_drawn]
         factor = math.exp(self.rng.normal(0.0, LOG_FACTOR_SPREAD))
@@ -323,7 +323,7 @@ class _Simulation:
             if not trial.likely:
                 continue
             looks = self.make_looks(trial, self.scores, risk, level)
-            # Every test is tried, not only the last one. If all photos of a folder had a label, no
+            # Every test is tried, not only the last test. If all photos of a folder had a label, no
             # photo would be left for the guarantee. So fewer labels can show more.
             for n_so_far in _label_counts_at_tests(self.n_to_draw(trial, n_labels)):
                 if looks.can_certify(self._evenly_spread_scores(trial.limit, n_so_far)):
@@ -331,7 +331,7 @@ class _Simulation:
         return None
 
     def _evenly_spread_scores(self, limit: float, n: int) -> Floats:
-        """``n`` scores up to a limit, whose ranks are evenly spaced."""
+        """``n`` scores up to a limit, with evenly spaced ranks."""
         below_limit = self.scores[self.scores <= limit]
         ranks = np.linspace(0, len(below_limit) - 1, n).round().astype(np.int64)
         spread_scores: Floats = below_limit[ranks]
@@ -339,5 +339,5 @@ class _Simulation:
 
 
 def _label_counts_at_tests(n_drawn: int) -> list[int]:
-    """Numbers of labels after which a test is made, if ``n_drawn`` labels come in rounds."""
+    """Numbers of labels at each test, if ``n_drawn`` labels come in rounds."""
     return [*range(LABELS_PER_ROUND, n_drawn, LABELS_PER_ROUND), n_drawn]

@@ -1,4 +1,4 @@
-"""Which labels count for a predictor's guarantee, and up to which threshold it may accept."""
+"""Counts the labels for a predictor's guarantee, and finds the certified threshold."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class PhotoSplit:
-    """For every photo: its side, its position in the random order, and the state of its label.
+    """For every photo: the side, the position in the random order, and the state of the label.
 
     Attributes:
-        usable: (N,) bool, which photos may be used in fits or for a guarantee. Of photos with equal
-            pictures only one is usable.
+        usable: (N,) bool, True for photos that may be used in fits or for a guarantee. Of several
+            photos with equal pictures, a single photo is usable.
         is_calibration: (N,) bool, True on the calibration side, False on the fit side.
         position: (N,) int64 position in the random order.
-        labelled: (N,) bool, which photos have a label: a class, or "none of the classes".
-        answered: (N,) bool, which photos have a label or were skipped.
-        skipped: (N,) bool, which photos were skipped because nobody could name them.
-        unasked: (N,) bool, which photos were picked at random and labelled without a request.
-        awaited: (N,) bool, photos whose calibration label was asked for and has not come.
+        labelled: (N,) bool, True for photos with a label: a class, or "none of the classes".
+        answered: (N,) bool, True for photos with a label and for skipped photos.
+        skipped: (N,) bool, True for skipped photos. Nobody could name these photos.
+        unasked: (N,) bool, True for photos picked at random and labelled without a request.
+        awaited: (N,) bool, True for photos with an open request for a calibration label.
     """
 
     usable: Mask
@@ -90,8 +90,8 @@ class PhotoSplit:
                 unasked[row] = entry.stream == "given"
                 awaited[row] = entry.stream == "calibration" and entry.label is None
                 has_changed[row] = entry.was_another_picture(pictures[row])
-        # The unsigned positions are below 2^64. Their halves are below ``POSITIONS``, and fit into
-        # int64.
+        # The unsigned positions are below 2^64. Half of such a position is below ``POSITIONS``, and
+        # fits into int64.
         position = (unsigned_position >> np.uint64(1)).astype(np.int64)
         return cls(
             usable=usable & is_first & ~(is_calibration & has_changed),
@@ -111,7 +111,7 @@ class PhotoSplit:
 
     @property
     def usable_fit(self) -> Mask:
-        """(N,) bool, usable photos of the fit side: predictors may be fitted on their labels."""
+        """(N,) bool, usable photos of the fit side: predictors may be fitted on these photos."""
         return self.usable & ~self.is_calibration
 
     @property
@@ -120,23 +120,23 @@ class PhotoSplit:
         return np.flatnonzero(self.usable_fit & self.labelled)
 
     def in_random_order(self, rows: Ints) -> Ints:
-        """These rows (M,), sorted by their position in the random order."""
+        """These rows (M,), sorted by position in the random order."""
         return rows[np.argsort(self.position[rows])]
 
     def open_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """(M,) calibration rows up to a limit that have no label yet, in the random order."""
+        """(M,) calibration rows up to a limit without a label, in the random order."""
         is_open = self.usable_calibration & (uncertainty <= limit) & ~self.answered
         return self.in_random_order(np.flatnonzero(is_open))
 
     def drawn_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """(M,) calibration rows up to a limit whose labels count for a guarantee.
+        """(M,) calibration rows up to a limit that count for a guarantee.
 
-        All rows before the first row without a label count, in the random order. Rows that were
-        picked at random and labelled without a request count, too.
+        All rows before the first row without a label count, in the random order. Rows picked at
+        random and labelled without a request count, too.
         """
-        # The evidence may stop at any row. So it stays valid if people leave a photo unlabelled.
+        # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.
         open_rows = self.open_rows(uncertainty, limit)
-        # position of the first row without a label; beyond all positions if there is none
+        # position of the first row without a label; beyond all positions if no such row exists
         end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
         is_below_limit = self.usable_calibration & (uncertainty <= limit)
         is_drawn = is_below_limit & (self.position < end)
@@ -151,15 +151,15 @@ class PhotoSplit:
         *,
         has_drawn: bool,  # noqa: ARG004
     ) -> Mapping[str, str]:
-        """Streams of labels that nobody asked for, by path: ``streams``, which their files name."""
+        """Return ``streams`` unchanged: the streams of labels without a request, by path."""
         return streams
 
     def pictures_digest(self, photos: Photos) -> str | None:  # noqa: ARG002
-        """Digest of the pictures that the guarantee is about; None if it is about new photos."""
+        """Digest of the pictures under the guarantee; None for a guarantee about new photos."""
         return None
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:  # noqa: ARG002
-        """The split for the test of a predictor. Here it is the same for all predictors."""
+        """The split for the test of a predictor. Here the split is the same for all predictors."""
         return self
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
@@ -175,7 +175,7 @@ class PhotoSplit:
         max_risk: float,
         level: float,
     ) -> AnyLooks:
-        """The tests of a trial in which the labels of ``rows`` (M,) are the random sample."""
+        """The tests of a trial, with the labels of ``rows`` (M,) as the random sample."""
         scores = outcomes.uncertainty[self.usable_calibration]
         return self.looks_before_labels(trial, scores, max_risk, level)
 
@@ -198,7 +198,7 @@ class PhotoSplit:
         uncertainty: Floats,  # noqa: ARG002
         threshold: float,  # noqa: ARG002
     ) -> ClosedPhotos | None:
-        """Photos that a guarantee up to a threshold is about; None if it is about new photos."""
+        """Photos under a guarantee up to a threshold; None for a guarantee about new photos."""
         return None
 
 
@@ -211,12 +211,12 @@ def draw_probability(last_position: int) -> float:
 
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) bool, which ``rows`` (M,) are neither near copies of a known row nor of an earlier row.
+    """(M,) bool, False for near copies of a known row or of an earlier row in ``rows`` (M,).
 
     ``known`` (K,) are the known rows.
     """
     known_and_rows = np.concatenate([known, rows])
-    # for every row, the position of the first row of its group of near copies
+    # for every row, the position of the first row in the same group of near copies
     first_copy = near_copies(photos, known_and_rows)
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]  # without the known rows
@@ -224,18 +224,16 @@ def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
 
 @dataclass(frozen=True)
 class GuaranteeProgress:
-    """What the labels certify about a predictor so far, and which labels are still needed.
+    """The certified threshold so far, and the number of labels still needed.
 
     Attributes:
         looks: The test: thresholds, risk and level.
-        rows: (M,) rows of the photos whose labels count.
+        rows: (M,) rows of the photos that count.
         outcomes: Outcomes of these photos. A photo that nobody could name counts as a failure.
-        missing_rows: (K,) rows of the photos whose labels were asked for and have not come, in the
-            random order.
+        missing_rows: (K,) rows of the photos with an open request for a label, in the random order.
         certified_index: Index of the laxest certified threshold; None if no threshold is certified.
-        n_more_labels: Estimated number of labels that are still needed; None if no number is
-            enough.
-        n_photos_left: Number of photos that may still be drawn for the test.
+        n_more_labels: Estimated number of labels still needed; None if no number is enough.
+        n_photos_left: Number of photos left to draw for the test.
     """
 
     looks: AnyLooks
@@ -263,10 +261,10 @@ def rule_of(
     """The rule for all groups of answers. The rule is infeasible if no threshold is certified.
 
     Args:
-        all_progress: Maps the groups of answers to the progress of their guarantees.
-        max_risk: Largest error rate that is allowed among the accepted answers.
+        all_progress: Maps the groups of answers to the progress of the guarantees.
+        max_risk: Largest allowed error rate among the accepted answers.
         confidence: Confidence of the guarantee.
-        closed_photos: The photos that the rule is about; None if it is about new photos.
+        closed_photos: The photos of the rule; None for a rule about new photos.
     """
     groups = {}
     for group, progress in all_progress.items():
@@ -282,13 +280,13 @@ def progress_of(
     max_risk: float,
     level: float,
 ) -> GuaranteeProgress:
-    """The progress of a predictor's guarantee, by the labels that count (``drawn_rows``).
+    """The progress of a predictor's guarantee, from the counted labels (``drawn_rows``).
 
     Args:
         trial: Plan of the test of the predictor.
         outcomes: Outcomes of all photos, by the tested predictor.
         split: Side, position and state of the label of every photo.
-        max_risk: Largest error rate that is allowed among the accepted answers.
+        max_risk: Largest allowed error rate among the accepted answers.
         level: Level of the test.
     """
     rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
@@ -318,12 +316,12 @@ def keep_guarantee(
     rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Write a rule to the folder of its predictor, as ``vilu calibrate`` does.
+    """Write a rule to the folder of the predictor, like ``vilu calibrate``.
 
-    ``counted_outcomes`` are the outcomes of the photos whose labels count for the rule.
+    ``counted_outcomes`` are the outcomes of the photos that count for the rule.
     """
-    # The score is a probability already. It is not calibrated on these labels, because only photos
-    # with scores up to the limit have labels.
+    # The score is a probability already. The score is not calibrated on these labels, because only
+    # photos with scores up to the limit have labels.
     predictor.calibrator_ = identity_calibrator(counted_outcomes.failure)
     target = Target(
         max_risk=rule.max_risk,

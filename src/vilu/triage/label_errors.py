@@ -38,14 +38,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows, and a score of every label. The label that is most likely wrong comes first.
+    """Labelled rows with a score of every label. The most doubtful label comes first.
 
     Attributes:
         keys: N names of the rows.
         label: N labels.
         suggested: N names: for every row the most likely class by the posterior.
         quality: (N,) cleanlab's label score in [0, 1]. A label with a low score is likely wrong.
-        is_error: (N,) bool, which labels are wrong according to cleanlab.
+        is_error: (N,) bool, True for wrong labels according to cleanlab.
     """
 
     keys: list[str]
@@ -55,7 +55,7 @@ class LabelErrors:
     is_error: NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
-        """Write a CSV or Parquet table; it may replace only an earlier table of label errors."""
+        """Write a CSV or Parquet table. Only an earlier table of label errors may be replaced."""
         claim_file(path, "label errors", overwrite=True)
         texts = {"path": self.keys, "label": self.label, "suggested": self.suggested}
         columns = {name: pa.array(values, pa.string()) for name, values in texts.items()}
@@ -70,15 +70,15 @@ def find_label_errors(
 ) -> LabelErrors:
     """Order the labels of a source by cleanlab's confident learning, the least likely label first.
 
-    The posterior of a row is held-out: it comes from a predictor that was not fitted on its label.
-    The predictor is ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near
-    copies of a picture (``near_copies``) are in the same fold. Classes without a labelled row are
-    left out of the posterior, because their error rates cannot be estimated.
+    The posterior of a row is held-out: the predictor was not fitted on the label of the row. The
+    predictor is ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near copies
+    of a picture (``near_copies``) are in the same fold. Classes without a labelled row are left out
+    of the posterior, because the error rates of these classes cannot be estimated.
 
     Args:
-        source: Rows with labels; rows whose label is none of the classes are left out.
-        predictor: Gives the posterior; None to cross-fit ``vilu_plus``. Rows that the predictor
-            was fitted on are left out with a warning.
+        source: Rows with labels; rows with the label "none of the classes" are left out.
+        predictor: Gives the posterior; None to cross-fit ``vilu_plus``. Rows that the predictor was
+            fitted on are left out with a warning.
         seed: Seed of the folds and the fits.
 
     Raises:
@@ -96,10 +96,10 @@ def find_label_errors(
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
     if predictor is not None:
-        # Rows that the predictor was fitted on are left out. If there are many, it is a DataError.
+        # Rows that the predictor was fitted on are left out. Many such rows are a DataError.
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
-    classes = np.unique(target)  # indices of the classes that have labels
+    classes = np.unique(target)  # indices of the classes with labels
     if len(classes) < 2:
         raise DataError(
             "finding wrong labels needs labels of at least two classes. These rows have labels of "
@@ -133,7 +133,7 @@ def find_label_errors(
 
 
 def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None:
-    """Draw the pictures with the best and the worst labels, with label and suggested class.
+    """Draw the pictures with the best and the worst labels, with each label and suggested class.
 
     Raises:
         DataError: If ``images`` has no pictures with the keys of the labels.
@@ -143,14 +143,14 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     worst_rows = range(n)
     best_rows = range(n_rows - n, n_rows)
     photos = _photos(errors, [*worst_rows, *best_rows], images)
-    # Photos that cannot be read are not in ``photos``.
+    # ``photos`` does not contain unreadable photos.
     worst_photos = [photos[row] for row in photos if row in worst_rows]
     best_photos = [photos[row] for row in photos if row in best_rows]
     style.save(figures.contact_sheet(best_photos, worst_photos), path)
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
-    """Map the rows, in ascending order, to their pictures; unreadable pictures are left out."""
+    """Map the rows, in ascending order, to pictures; unreadable pictures are left out."""
     row_of = {errors.keys[row]: row for row in rows}
     photos = {}
     for record in find_pictures(images, row_of):

@@ -19,7 +19,7 @@ from vilu.triage.labels import SKIPPED, meant_name
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
-    """Make the columns of a table of labels, whose rows are sorted by path.
+    """Make the columns of a table of labels, sorted by path.
 
     Args:
         labels: Maps paths to labels.
@@ -45,11 +45,11 @@ def write_labels(
     Args:
         labels: Maps paths to labels.
         output: The file to write.
-        scores: File of scores, whose labelled rows are written; None to write a CSV.
+        scores: File of scores. The labelled rows of the scores are written. None to write a CSV.
         streams: Maps paths to the streams of the labels, for the CSV.
 
     Returns:
-        The number of labels that were written.
+        The number of written labels.
 
     Raises:
         UsageError: With ``scores`` if the output exists. Without ``scores`` if the output is no
@@ -71,7 +71,7 @@ def write_labels(
 
 
 def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
-    """Read scores and return their labelled rows, with targets and failures."""
+    """Read scores and return the labelled rows, with targets and failures."""
     outcomes = Outcomes.load(scores)
     if outcomes.ids is None or outcomes.class_names is None or outcomes.prediction is None:
         raise DataError(
@@ -81,7 +81,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
     known_keys = set(outcomes.ids)
     label_of_key: dict[str, str] = {}
     for path, label in labels.items():
-        key = matching_text(path, known_keys) or path  # ``path`` if no row has it
+        key = matching_text(path, known_keys) or path  # ``path`` if no row has this key
         add_label(label_of_key, scores, key, label)
     target_of = {name: index for index, name in enumerate(outcomes.class_names)}
     target_of.setdefault(OUTSIDE_NAME, OUTSIDE)  # has no effect if a class has this name
@@ -110,7 +110,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
-    """Add a label unless it is None; DataError if the photo already has a different label."""
+    """Add a label; DataError if the photo already has a different label. None is no label."""
     if label is None:
         return
     first_label = labels.setdefault(path, label)  # adds the label if the photo has none
@@ -119,7 +119,7 @@ def add_label(labels: dict[str, str], source: Path, path: str, label: str | None
 
 
 def require_suffix(output: Path, suffix: str) -> None:
-    """Raise UsageError if the name of a file does not end in ``suffix``."""
+    """Raise UsageError unless the name of a file ends in ``suffix``."""
     if output.suffix.lower() != suffix:
         raise UsageError(f"the output must be a file that ends in {suffix}. Got {output} instead.")
 
@@ -128,7 +128,7 @@ def write_new(path: Path, content: bytes) -> None:
     """Write a file; an existing file must have the same content.
 
     Raises:
-        UsageError: If a file with other content exists, since it may be somebody's work.
+        UsageError: If a file with different content exists. It may be somebody's work.
     """
     with convert_os_errors(f"cannot read {path}"):
         has_same_content = path.is_file() and path.read_bytes() == bytes(content)

@@ -1,22 +1,22 @@
-"""The book of labels: which labels were asked for, which were given, and which of them count.
+"""The book of labels: the requested labels, the given labels, and the labels that count.
 
-Every photo is on one of two sides and never changes its side. The hash of its picture decides:
+Every photo is on the fit side or on the calibration side, and never changes sides. The hash of the
+picture decides:
 
 - Fit side: predictors are fitted on the labels of these photos.
 - Calibration side: guarantees rest on the labels of these photos. No predictor is fitted on them.
 
-The same hash puts the photos of the calibration side into one random order. These labels count for
-a guarantee:
+The same hash puts the photos of the calibration side into a random order. These labels count for a
+guarantee:
 
-1. First a position in the order is fixed. Then a run asks for the labels of all photos that are
-   before this position and that the rule may accept. These labels count once all of them have
-   come. Because the order is random, they are a random sample of the photos that the rule may
-   accept.
+1. First a position in the order is fixed. Then a run asks for the labels of all photos before this
+   position that the rule may accept. These labels count once all have come. Because the order is
+   random, they are a random sample of the photos that the rule may accept.
 2. A skipped photo, which nobody can name, counts as a wrong answer.
-3. Labels that nobody asked for ("given") count, too, because it is assumed that their photos were
-   picked at random. They do not count if their file names another stream.
-4. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
-   the photo is also in the draw.
+3. Labels that nobody asked for ("given") count, too, because the photos are assumed to be picked at
+   random. Such a label does not count if the file names another stream.
+4. No other label counts. So if a photo was chosen for its uncertainty, the label counts only if the
+   photo is also in the draw.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vilu.errors import NO_NAME, DataError, UsageError, did_you_mean
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
-"""Why a label was asked for; "given" if nobody asked for it (``Entry.stream``)."""
+"""Why a label was asked for; "given" if nobody asked for the label (``Entry.stream``)."""
 
 STREAMS: Final = get_args(Stream)
 """All streams."""
@@ -49,27 +49,27 @@ SKIPPED: Final = NO_NAME
 """The label of a photo that nobody can name."""
 
 PATH_COLUMNS: Final = ("path", "file", "filename", "image", "key")
-"""Columns that may name the photo in a file of labels. The first of them in the file is used."""
+"""Possible names of the column with the photos in a file of labels. The first match is used."""
 
 PATHS_SHOWN: Final = 3
-"""Maximum number of paths that a message names."""
+"""Maximum number of paths in a message."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The label of a photo, and when and why the label was asked for.
+    """The label of a photo, with the time of the request and the reason for the request.
 
     Attributes:
         path: Path of the photo, as tables write it.
-        label: The label; None if it was asked for and has not come.
-        stream: Why the label was asked for: "fit" or "calibration". "given" if nobody asked for the
+        label: The label; None if the label was requested and has not come.
+        stream: Why the label was requested: "fit" or "calibration". "given" if nobody requested the
             label. Then the photo counts as picked at random.
         probability: Probability with which the draw takes a photo of the calibration side; NaN if
-            no draw has asked for the label.
-        predictor: Fingerprint of the predictor for which the label was asked.
+            no draw has requested the label.
+        predictor: Fingerprint of the predictor for which the label was requested.
         asked: Time of the request in seconds since 1970; 0 if nobody asked for the label.
         answered: Time of the label in seconds since 1970; 0 without a label.
-        picture: Digest of the picture that was labelled; empty if it is not known, as in books of
+        picture: Digest of the labelled picture; empty if the picture is not known, as in books of
             version 0.1.0.
     """
 
@@ -85,7 +85,7 @@ class Entry:
     def was_another_picture(self, picture: bytes) -> bool:
         """Whether the photo had another picture than ``picture`` when it was labelled.
 
-        False if it is not known which picture the photo had.
+        False if the labelled picture is not known.
         """
         return self.picture not in {"", picture.hex()}
 
@@ -100,7 +100,7 @@ COLUMNS: Final = (
     "asked",
     "answered",
 )
-"""Columns of a book, in the order of its file: the attributes of ``Entry``."""
+"""Columns of a book, in the order of the file: the attributes of ``Entry``."""
 
 NUMBER_TYPES: Final = {
     "probability": pa.float64(),
@@ -109,11 +109,11 @@ NUMBER_TYPES: Final = {
     "asked": pa.int64(),
     "answered": pa.int64(),
 }
-"""Maps the columns with numbers, in all tables of photos, to their types."""
+"""Maps the columns with numbers, in all tables of photos, to types."""
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
-    """Make columns from attributes of the rows, one column per name. NaN becomes an empty cell."""
+    """Make columns from attributes of the rows, a column per name. NaN becomes an empty cell."""
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
@@ -123,7 +123,7 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
 
 @dataclass
 class LabelBook:
-    """All labels that were asked for or given.
+    """All requested and all given labels.
 
     Attributes:
         entries: Maps the path of a photo to its entry.
@@ -164,12 +164,12 @@ class LabelBook:
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
-        """Note that the labels of photos are asked for; a photo that has a label keeps it.
+        """Note requests for the labels of photos. Existing labels of the photos stay.
 
         Args:
             paths: Paths of the photos.
             stream: Why the labels are asked for.
-            predictor: Fingerprint of the predictor for which they are asked.
+            predictor: Fingerprint of the predictor for which the labels are asked.
             probability: Probability of the draw (``Entry.probability``).
         """
         now = int(time.time())
@@ -180,11 +180,11 @@ class LabelBook:
             )
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels; return the number of labels that are new or have changed.
+        """Note labels; return the number of new and changed labels.
 
         Args:
             labels: Maps paths to labels.
-            streams: Maps paths to streams, for photos that have no entry yet.
+            streams: Maps paths to streams, for photos without an entry.
         """
         now = int(time.time())
         n_noted = 0
@@ -193,16 +193,16 @@ class LabelBook:
             if entry is None:
                 entry = Entry(path, label=None, stream=_unasked_stream(path, streams or {}))
             if entry.label != label:
-                # It is not known yet which picture was labelled. ``note_pictures`` notes it later.
+                # The labelled picture is not known yet. ``note_pictures`` notes it later.
                 self.entries[path] = replace(entry, label=label, answered=now, picture="")
                 n_noted += 1
         return n_noted
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note which pictures the new labels belong to.
+        """Note the pictures of the new labels.
 
-        ``pictures`` maps paths to digests of pictures. The result is the number of photos that had
-        another picture when they were labelled.
+        ``pictures`` maps paths to digests of pictures. Returns the number of photos whose picture
+        has changed since the label was given.
         """
         n_photos_changed = 0
         for path, picture in pictures.items():
@@ -225,16 +225,16 @@ class LabelBook:
         self.entries = remaining_entries
 
     def rename(self, former_text: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Rename entries of books of version 0.1.0, which wrote some paths in another way.
+        """Rename entries of books of version 0.1.0 to the present form of paths.
 
         Args:
-            former_text: Returns the text that version 0.1.0 wrote for a path.
+            former_text: Returns the text of version 0.1.0 for a path.
             paths: The paths of all photos, as tables write them now.
         """
         present_paths = set(paths)
         for path in present_paths - self.entries.keys():
             former_path = former_text(path)
-            # If the former path is the path of another photo now, the entry belongs to that photo.
+            # If the former path is the path of another photo now, the entry belongs to this photo.
             if former_path in self.entries and former_path not in present_paths:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
 
@@ -244,7 +244,7 @@ class LabelBook:
         return any(entry.stream == "calibration" for entry in self)
 
     def waiting(self) -> list[Entry]:
-        """Entries whose label was asked for and has not come."""
+        """Entries that still wait for a label."""
         return [entry for entry in self if entry.label is None]
 
     def save(self, path: Path) -> None:
@@ -278,10 +278,10 @@ class LabelBook:
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
-    """Stream of a label that nobody asked for: "given" unless its file names another stream.
+    """Stream of a label that nobody asked for: "given" unless ``streams`` names another stream.
 
-    Any other stream becomes "fit". It cannot be "calibration", because this triage has not drawn
-    the photo.
+    Any other stream becomes "fit". The stream cannot be "calibration", because this triage has not
+    drawn the photo.
     """
     stream = streams.get(path, "given")
     return "given" if stream == "given" else "fit"
@@ -290,9 +290,9 @@ def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
 def sides_and_positions(
     pictures: Iterable[bytes], seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Side and random position of each picture, from a hash of the seed and its digest (SHA-256).
+    """Side and random position of each picture, from a SHA-256 hash of the seed and the digest.
 
-    Equal pictures are on the same side, whatever their file names.
+    Equal pictures are on the same side, whatever the file names.
 
     Args:
         pictures: N digests of pictures.
@@ -312,10 +312,10 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Read labels and streams from a file.
 
     The file is a CSV or TSV table, or the book of another triage (Parquet). Rows without a label
-    are left out: these labels were asked for and have not come yet.
+    are left out, because these labels were requested and have not come yet.
 
     Returns:
-        Two mappings from the names that the file gives to photos: to labels, and to streams.
+        Two mappings from the photo names in the file: to labels, and to streams.
 
     Raises:
         DataError: If the file is no table of labels, or gives a photo two different labels.
@@ -356,7 +356,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]:
-    """Two mappings from the paths in a book: to labels as tables write them, and to streams."""
+    """Map the paths in a book to labels as tables write them, and to streams."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for entry in book:
@@ -367,7 +367,7 @@ def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]
 
 
 class PhotoNames:
-    """Finds photos of a folder by the names that a file of labels gives them.
+    """Finds photos of a folder by the names in a file of labels.
 
     Args:
         photos: Paths of all photos, relative to the folder.
@@ -378,7 +378,7 @@ class PhotoNames:
         self.photos = photos
         self.root = root
         self.paths = set(photos)
-        self.photos_of_name: dict[str, list[str]] = {}  # maps a file name to all photos with it
+        self.photos_of_name: dict[str, list[str]] = {}  # maps a file name to its photos
         for photo in photos:
             _, _, file_name = photo.rpartition("/")
             self.photos_of_name.setdefault(file_name, []).append(photo)
@@ -396,7 +396,7 @@ class PhotoNames:
         if photo is not None:
             return photo
         path = Path(name)
-        # The folder may be a link, and the path may start with the link or with its target.
+        # The folder may be a link. The path may start with the link or with the target of the link.
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 return matching_text(path.relative_to(root).as_posix(), self.paths)
@@ -415,7 +415,7 @@ class PhotoNames:
         """Warn if a name with a backslash can mean two photos.
 
         Tables write some backslashes of file names as escapes (``portable_name``). So the name may
-        be the text that tables write for one photo, and also the real file name of another photo.
+        be the text for one photo in a table, and also the real file name of another photo.
         """
         literal = portable_name(name)
         if literal != name and {name, literal} <= self.paths:
@@ -425,10 +425,10 @@ class PhotoNames:
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
-        """Warn that no photo has these names; DataError if ``none_matches``.
+        """Warn about names without a photo; raise DataError if ``none_matches``.
 
         Args:
-            missing: Names in the file that no photo has.
+            missing: Names in the file without a photo.
             source: The file.
             none_matches: Whether all names in the file are missing.
         """
@@ -455,18 +455,18 @@ def match_photos(
     """Find the photos of the names in a file of labels (``PhotoNames.find``).
 
     Args:
-        labels: Maps the names that the file gives to photos to labels.
+        labels: Maps the photo names in the file to labels.
         photos: Paths of all photos.
         root: The folder of the photos.
         source: The file, for messages.
 
     Returns:
-        Maps the names to the paths of the photos. Names that no photo has are left out, with a
+        Maps the names to the paths of the photos. Names without a photo are left out, with a
         warning.
 
     Raises:
-        DataError: If no name is a photo of the folder, or if two names of one photo have different
-            labels.
+        DataError: If no name is a photo of the folder, or if two names of the same photo have
+            different labels.
     """
     photo_names = PhotoNames(photos, root)
     matches: dict[str, str] = {}
@@ -477,7 +477,7 @@ def match_photos(
         if photo is None:
             missing.append(name)
         else:
-            # The first name of a photo is compared with itself, so it raises no error.
+            # The first name of a photo is compared with the same name, so it raises no error.
             first_name = first_name_of.setdefault(photo, name)
             first_label = labels[first_name]
             if label != first_label:
@@ -492,9 +492,9 @@ def match_photos(
 
 
 def meant_name(label: str, names: Collection[str]) -> str | None:
-    """The name in ``names`` that a label from a table means; None if there is no such name.
+    """Find the name in ``names`` for a label from a table; None if there is no such name.
 
-    The label is the name itself, or the text that tables write for the name (``portable_name``).
+    The label is the name, or the text for the name in tables (``portable_name``).
     """
     without_escapes = original_path(label)
     for candidate in (label, without_escapes):
@@ -506,7 +506,7 @@ def meant_name(label: str, names: Collection[str]) -> str | None:
 def names_of_labels(
     labels: Mapping[str, str], names: Sequence[str], outside_labels: Sequence[str], source: Path
 ) -> dict[str, str]:
-    """Replace each label, a text from a table, by the name that it means (``meant_name``).
+    """Replace each label, a text from a table, by the name of a class (``meant_name``).
 
     Args:
         labels: Maps paths to texts from a table.
@@ -543,7 +543,7 @@ def _unknown_label_error(
     *,
     n_classes: int,
 ) -> DataError:
-    """The error for one of the ``labels`` that is none of the known names."""
+    """Make the error for a label that is not a known name."""
     paths = [path for path in labels if labels[path] == label]
     photos = paths[0]
     if len(paths) > 1:

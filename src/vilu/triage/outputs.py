@@ -1,4 +1,4 @@
-"""The whole triage of a folder of photos, with its report page and its summary for people."""
+"""Runs the whole triage of a folder of photos, and writes the report page and the summary."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ THRESHOLDS_SHOWN: Final = 20
 """The table of the page has at most this number of thresholds."""
 
 FEW_NEAR_COPIES: Final = 0.05
-"""The page mentions near copies if they are more than this share of the labelled photos."""
+"""The page mentions near copies if more than this share of the labelled photos are near copies."""
 
 TRIED_BOUNDS: Final = np.arange(1, 1000) / 1000
-"""Upper bounds on the error rate that ``least_bound`` tries, ascending."""
+"""Upper bounds on the error rate for ``least_bound`` to try, ascending."""
 
 NO_SIDECAR: Final = "--xmp has written no label: no photo is accepted or labelled with a class yet."
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
-"""Maps every file of labels to two mappings from its names of photos: to labels, and to streams."""
+"""Maps every file of labels to two mappings: from photo names to labels, and to streams."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
-        verdict: What the labels say about the answers, and warnings; "" if there is neither.
-        answer: Which answers are judged, and why.
-        counts: How many photos were accepted, are to be reviewed, and so on; and how many photos
-            have a label.
-        guarantee: What is guaranteed, or what is missing for a guarantee.
+        verdict: Text on how good the answers are according to the labels, and warnings; may be "".
+        answer: The kind of answers that are judged, with the reason.
+        counts: The number of accepted photos, of photos to review, and so on; and the number of
+            photos with a label.
+        guarantee: The guarantee, or the labels missing for a guarantee.
         forecast: How many photos could be accepted with more labels; "" if this is not known.
         likely: How many photos without a label are likely right, or why this is not known.
         prompts: The templates of the prompts, and a warning if prompts read badly.
-        n_asked: Number of photos whose labels are asked for.
-        why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
-        sidecars: How many photos have their label in a sidecar, or why no photo has; "" if no
-            sidecars were asked for.
+        n_asked: Number of labels that are asked for.
+        why_none: Why no label is asked for, and the next step; "" if labels are asked for.
+        sidecars: How many photos have a sidecar with their label, or why no photo has a sidecar; ""
+            if no sidecars were asked for.
     """
 
     verdict: str
@@ -107,7 +107,7 @@ def triage_photos(
     xmp: bool = False,
     overwrite: bool = False,
 ) -> TriageSummary:
-    """Run a triage in a folder; a later run only processes what is new.
+    """Run a triage in a folder; a later run only processes new photos and labels.
 
     Args:
         settings: The settings of the triage.
@@ -117,12 +117,12 @@ def triage_photos(
         sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
             folders.
         xmp: Also write the accepted labels to XMP sidecars beside the photos.
-        overwrite: Begin anew, and remove the results and labels of earlier runs. Photos that were
-            moved stay where they are.
+        overwrite: Begin anew, and remove the results and labels of earlier runs. Moved photos stay
+            where they are.
 
     Raises:
         UsageError: If a setting is not allowed, if the seed differs from the earlier runs, or if
-            ``next_labels.csv`` has answers that no run has read, which would be lost.
+            answers in ``next_labels.csv`` would be lost because no run has read them.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
         StorageError: If the file system refuses. A repeated run goes on where this run ended.
@@ -139,7 +139,7 @@ def triage_photos(
     if not overwrite:
         _require_no_lost_answers(output, files, labels_by_path)
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
-        # ``run_triage`` reads the state again, because another run may have changed it while this
+        # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
         result = run_triage(output, settings, listing, labels_by_path, streams, overwrite=overwrite)
         answers = answers_of(
@@ -183,7 +183,7 @@ def _write_accepted_labels(
     output: Path, answers: Sequence[Answer], settings: TriageSettings
 ) -> str:
     """Write the accepted labels to sidecars; return a text for the summary."""
-    # The photos are listed again, because they may have been moved.
+    # The photos are listed again because they may have been moved.
     listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
     n_written = write_sidecars(accepted_labels(output, listing, answers, settings))
     if not n_written:
@@ -213,7 +213,7 @@ def check_settings(settings: TriageSettings) -> None:
 def _labels_by_path(
     files: LabelFiles, listing: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Two mappings from the paths of photos: to labels of all files, and to their streams."""
+    """Map the paths of photos to the labels of all files, and to the streams of these labels."""
     labels_by_path: dict[str, str] = {}
     streams_by_path: dict[str, str] = {}
     for file, (labels, streams) in files.items():
@@ -226,19 +226,19 @@ def _labels_by_path(
 
 
 def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[str]) -> None:
-    """Raise UsageError if ``next_labels.csv`` has answers that would be lost.
+    """Raise UsageError if answers in ``next_labels.csv`` would be lost.
 
-    The run replaces this file. Answers would be lost if they are neither in the book nor in the
+    The run replaces this file. An answer would be lost if it is neither in the book nor in the
     files of this run.
 
     Args:
         output: The folder of the triage.
         files: The files of labels of this run.
-        paths: Paths of the photos that these files label.
+        paths: Paths of the photos with a label in these files.
     """
     if not (output / NEXT_LABELS).is_file():
         return
-    in_files = set(paths)  # paths of photos, and below also their names in the files
+    in_files = set(paths)  # paths of photos; the names of the photos in the files are added below
     for labels_by_name, _ in files.values():
         in_files |= labels_by_name.keys()
     in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
@@ -317,7 +317,7 @@ def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int])
 
 
 def _verdict_text(result: TriageResult) -> str:
-    """Text on what the labels say about the answers, and warnings."""
+    """Text on how good the answers are according to the labels, and warnings."""
     labelled = labelled_answers(
         result.photos,
         result.outcomes,
@@ -338,16 +338,16 @@ def _prompts_text(settings: TriageSettings) -> str:
 
 @dataclass(frozen=True)
 class ThresholdRow:
-    """What the labels show about one threshold: a row in the table of the page.
+    """A row of the table on the page: a threshold with the counted labels and the bound.
 
     Attributes:
         coverage: Share of the unlabelled photos that the threshold accepts.
-        threshold: Largest uncertainty that is accepted.
-        accepted: Number of photos with a counted label that the threshold accepts.
-        wrong: Number of these photos whose answer is wrong.
-        bound: Upper bound on the error rate that the labels show if only this threshold is tested;
-            None if they show no bound.
-        expected: Mean probability of failure of the unlabelled photos that the threshold accepts.
+        threshold: Largest accepted uncertainty.
+        accepted: Number of accepted photos with a counted label.
+        wrong: Number of these photos with a wrong answer.
+        bound: Upper bound on the error rate from the labels, if only this threshold is tested; None
+            if the labels show no bound.
+        expected: Mean probability of failure of the accepted photos without a label.
         certified: Whether the guarantee in force covers this threshold.
     """
 
@@ -365,8 +365,8 @@ def threshold_rows(
 ) -> list[ThresholdRow]:
     """Make the rows of the table of the page.
 
-    The thresholds are spread over the grid of the test. Without a test they are the deciles of the
-    uncertainties.
+    The thresholds are spread over the grid of the test. Without a test the thresholds are the
+    deciles of the uncertainties.
 
     Args:
         uncertainty: (N,) uncertainties of the photos without a label.
@@ -386,19 +386,19 @@ def threshold_rows(
 def _rows_of_test(
     uncertainty: Floats, progress: GuaranteeProgress, threshold_in_force: float | None
 ) -> list[ThresholdRow]:
-    """Rows for thresholds that are spread over the grid of a test."""
+    """Rows for thresholds spread over the grid of a test."""
     looks = progress.looks
-    # for every threshold of the grid: the counted labels, and the evidence that they give
+    # for every threshold of the grid: the counted labels, and the evidence of these labels
     wrong, accepted = looks.counts(progress.outcomes.uncertainty, progress.outcomes.failure)
     evidence = log_evidence(wrong, accepted, looks.max_risk)
-    # These bounds are not valid for a closed set, whose labels are drawn without replacement.
+    # These bounds are not valid for a closed set, with labels drawn without replacement.
     has_bounds = isinstance(looks, Looks)
     spread_indices = np.linspace(0, len(looks.grid) - 1, THRESHOLDS_SHOWN).round().astype(int)
     rows = []
     for index in np.unique(spread_indices):  # a small grid has fewer thresholds
         threshold = float(looks.grid[index])
-        # The guarantee is about all photos up to the threshold in force. A lower threshold needs
-        # evidence of its own, because the photos up to it may have a higher error rate.
+        # The guarantee is about all photos up to the threshold in force. The photos up to a lower
+        # threshold may have a higher error rate, so a lower threshold needs separate evidence.
         has_evidence = has_bounds and bool(evidence[index] >= -math.log(looks.delta))
         is_within = threshold_in_force is not None and threshold <= threshold_in_force
         bound = None
@@ -420,7 +420,7 @@ def _rows_of_test(
 def _row_without_labels(
     uncertainty: Floats, threshold: float, threshold_in_force: float | None
 ) -> ThresholdRow:
-    """The row of the table for a threshold for which no labels are counted."""
+    """The row of the table for a threshold without counted labels."""
     return ThresholdRow(
         coverage=float((uncertainty <= threshold).mean()),
         threshold=threshold,
@@ -439,13 +439,13 @@ def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
 
 
 def least_bound(wrong: int, accepted: int, delta: float) -> float | None:
-    """The lowest of ``TRIED_BOUNDS`` that labels show at a threshold; None if they show none.
+    """The lowest of ``TRIED_BOUNDS`` shown by the labels at a threshold; None if no bound is shown.
 
     The bound is valid after every label, at the level ``delta``.
 
     Args:
         wrong: Number of wrong answers among the accepted answers.
-        accepted: Number of labelled answers that the threshold accepts.
+        accepted: Number of accepted answers with a label.
         delta: The level.
     """
     if not accepted:
@@ -466,13 +466,13 @@ def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
 
 
 def _unlabelled_scores(result: TriageResult) -> Floats:
-    """(M,) scores that the tested predictor gives to the photos without a label."""
+    """(M,) scores of the photos without a label by the tested predictor."""
     scores = unlabelled_scores(result.photos, result.tested_outcomes, result.book.labels)
     return scores[np.isfinite(scores)]
 
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
-    """Text on what is guaranteed, or on what is missing for a guarantee."""
+    """Text on the guarantee, or on the labels missing for a guarantee."""
     population = "the accepted"
     if settings.about == "folder":
         population = "the accepted photos of this folder that nobody has labelled"
@@ -500,7 +500,7 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
 def _folder_guarantee_in_words(
     rule: Rule, closed_photos: ClosedPhotos, settings: TriageSettings
 ) -> str:
-    """Text on what is guaranteed about the photos of the folder."""
+    """Text on the guarantee about the photos of the folder."""
     return (
         f"Guaranteed: of the {closed_photos} that are accepted and that nobody had labelled, at "
         f"most {percent(settings.max_risk, decimals=1)} are wrong, with "
@@ -511,7 +511,7 @@ def _folder_guarantee_in_words(
 
 
 def _lacking_in_words(progress: GuaranteeProgress) -> str:
-    """Text on what is missing for a guarantee: labels that were asked for, or more labels."""
+    """Text on the labels missing for a guarantee: missing answers to requests, or more labels."""
     if len(progress.missing_rows):
         return (
             f"{len(progress.missing_rows):,} of the labels that were asked for are missing. Labels "
@@ -521,7 +521,7 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     wrong, accepted = progress.looks.counts(
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
-    last = progress.looks.last  # index of the laxest threshold that is tested
+    last = progress.looks.last  # index of the laxest threshold of the test
     n_counted = int(accepted[last])
     counted_labels = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
     if not n_counted:
@@ -539,16 +539,16 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
 
 
 def _needed_labels_in_words(n_more_labels: int, n_counted: int) -> str:
-    """Clause on the number of labels that are needed; ``n_counted`` labels count so far."""
+    """Clause on the number of needed labels; ``n_counted`` labels count so far."""
     if not n_counted:
         return f"About {n_more_labels:,} labels are needed if every answer is right"
     return f"About {n_more_labels:,} more labels are needed at the present error rate"
 
 
 def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
-    """Text on what to do if no number of further labels would certify a threshold.
+    """Advice if no number of further labels would certify a threshold.
 
-    ``n_counted`` is the number of labels that count so far.
+    ``n_counted`` is the number of counted labels so far.
     """
     if not n_counted:
         return (
@@ -568,7 +568,7 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
 
 
 def why_nothing_is_asked(result: TriageResult) -> str:
-    """Text that says why no label is asked for, and what to do next."""
+    """Text on why no label is asked for, and on the next step."""
     nothing_left = (
         "No label is asked for: no photo is left from which a predictor or the guarantee could "
         "gain."
@@ -595,7 +595,7 @@ def why_nothing_is_asked(result: TriageResult) -> str:
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """Text on what the labels show about new scenes, which follows the text on the guarantee.
+    """Text on the guarantee for photos of new scenes, to append to the text on the guarantee.
 
     For this text, the test is repeated with only the first photo of every scene. The text is "" if
     nothing is guaranteed, or if few labelled photos are near copies.
@@ -633,7 +633,7 @@ def write_page(
     settings: TriageSettings,
     verdict: str,
 ) -> None:
-    """Write ``report.html``: decisions, guarantee, and the photos that people should look at."""
+    """Write ``report.html``: decisions, guarantee, and the photos for people to look at."""
     sections = _sections(answers, {entry.path for entry in result.asked})
     counts = count_answers(answers)
     pictures = _pictures(listing, result, sections)
@@ -662,9 +662,9 @@ def write_page(
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
-    """Map the heading of every section to its answers, about photos that people should look at.
+    """Map the heading of every section to answers about photos for people to look at.
 
-    ``asked`` are the paths of the photos whose labels are asked for.
+    ``asked`` are the paths of the photos to label next.
     """
     doubtful_first = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
     to_label = [answer for answer in answers if answer.key in asked]
@@ -683,7 +683,7 @@ def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, li
 def _pictures(
     listing: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
 ) -> dict[str, object]:
-    """Map the paths of the photos in the sections to their thumbnails, except unreadable photos."""
+    """Map the path of every readable photo in the sections to a thumbnail."""
     row_of = {path: row for row, path in enumerate(result.photos.ids)}
     paths = set()
     for answers in sections.values():

@@ -32,12 +32,12 @@ from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 
 FOLDER: Final = "embeddings"
-"""Name of the folder that holds the stores."""
+"""Name of the folder with the stores."""
 
 MAX_ERROR_RATE: Final = 1.0
 """Largest share of bad photos in one store.
 
-Bad photos never stop a run. The result names all of them.
+Bad photos never stop a run. The result names all bad photos.
 """
 
 logger = logging.getLogger(__name__)
@@ -46,32 +46,32 @@ Version = tuple[int, int]
 """Size in bytes and modification time in nanoseconds. A changed photo has another version."""
 
 NO_VERSION: Final[Version] = (-1, -1)
-"""Version of a file whose status cannot be read; no real file has it."""
+"""Version of a file with an unreadable status; no real file has this version."""
 
 
 def version_of(status: os.stat_result | OSError) -> Version:
-    """Version of a listed file; ``NO_VERSION`` if its status could not be read."""
+    """Version of a listed file; ``NO_VERSION`` if the status could not be read."""
     if isinstance(status, OSError):
         return NO_VERSION
     return (status.st_size, status.st_mtime_ns)
 
 
 def versions_of(photos: Sequence[ListedPhoto]) -> dict[str, Version]:
-    """Map the path of every listed photo, as tables write it, to the version of the photo."""
+    """Map the path of every listed photo, as tables write the path, to the version of the photo."""
     return {portable_name(path): version_of(status) for path, status in photos}
 
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """How photos are embedded, and between which classes the model chooses.
+    """Settings of the embedding: the model, its classes and prompts, and the batches.
 
     Attributes:
         backbone: The model.
         names: Names of the classes.
         templates: Prompts with ``{}`` for the name of a class; None for the default prompts.
-        negatives: Negative words, which name no class.
-        batch_size: Number of photos that are embedded at a time.
-        workers: Number of threads that decode photos; None for one per core.
+        negatives: Negative words. They name no class.
+        batch_size: Number of photos in a batch.
+        workers: Number of threads to decode photos; None for one per core.
     """
 
     backbone: BackboneSpec
@@ -84,12 +84,12 @@ class EmbeddingSettings:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """The listed photos of a folder, with the photos that were moved out of it.
+    """The listed photos of a folder, with the photos that were moved out of the folder.
 
     Attributes:
         root: The folder.
         listing: Path and status of every photo.
-        moved: For photos that were moved: maps the path in the folder to the present location.
+        moved: Maps the path of each moved photo in the folder to the present location.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
@@ -104,7 +104,7 @@ class PhotoFolder:
         return [portable_name(path) for path, _ in self.listing]
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
-        """A data set of the photos with these paths; ``names`` are its classes."""
+        """A data set of the photos with these paths and the class names ``names``."""
         chosen_photos = []
         for path, status in self.listing:
             if portable_name(path) in paths:
@@ -119,10 +119,9 @@ class _StoredPhotos:
     """The photos in the stores of a folder.
 
     Attributes:
-        versions: Maps the path of every photo that was embedded, or found to be bad, to its
-            version.
+        versions: Maps the path of every embedded or bad photo to the version of the photo.
         unreadable: Paths of photos that could not be read, but may be readable now.
-        interrupted_store: Number of the store whose embedding was interrupted; None if there is no
+        interrupted_store: Number of the store with an interrupted embedding; None if there is no
             such store.
     """
 
@@ -135,7 +134,7 @@ class _StoredPhotos:
 class PhotoStores:
     """The numbered stores of a folder of photos.
 
-    Every store has a list of its photos, a file that is written before the store.
+    Every store has a file with a list of its photos. The list is written before the store.
 
     Attributes:
         root: Folder that contains the stores and the lists.
@@ -144,11 +143,11 @@ class PhotoStores:
     root: Path
 
     def numbers(self) -> list[int]:
-        """Numbers of all stores that were begun, ascending."""
+        """Numbers of all stores, complete or not, ascending."""
         return sorted(int(path.stem) for path in self.root.glob("*.parquet") if path.stem.isdigit())
 
     def _list_file(self, number: int) -> Path:
-        """File that lists the photos of a store."""
+        """File with the list of the photos of a store."""
         return self.root / f"{number:03}.parquet"
 
     def store_folder(self, number: int) -> Path:
@@ -160,7 +159,7 @@ class PhotoStores:
         return (self.store_folder(number) / MANIFEST).is_file()
 
     def listed_versions(self, number: int) -> dict[str, Version]:
-        """Map the paths of the photos in the list of a store to their versions."""
+        """Map the paths of the photos in the list of a store to the versions of the photos."""
         table, metadata = read_table(self._list_file(number), ())
         if metadata.get("kind") != "photos":
             raise DataError(
@@ -174,7 +173,7 @@ class PhotoStores:
         return dict(zip(paths, versions, strict=True))
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
-        """Embed new and changed photos, and photos that have become readable.
+        """Embed new photos, changed photos, and photos that are readable again.
 
         An interrupted store is finished first. The result is the number of photos in the new store;
         0 if no store was needed.
@@ -201,7 +200,7 @@ class PhotoStores:
         return len(new_versions)
 
     def _read_stores(self, present_versions: Mapping[str, Version]) -> _StoredPhotos:
-        """The photos in the stores; an interrupted store is removed if its photos have changed."""
+        """Read all stores; remove an interrupted store if photos of this store have changed."""
         versions: dict[str, Version] = {}
         unreadable: set[str] = set()
         interrupted_store = None
@@ -245,7 +244,7 @@ class PhotoStores:
         return readable_paths
 
     def _write_list(self, number: int, versions: Mapping[str, Version]) -> None:
-        """Write the list of the photos of a store, with which the store begins."""
+        """Write the list of the photos of a store. A store begins with this list."""
         make_folder(self.root)
         sizes = [size for size, _ in versions.values()]
         times = [time for _, time in versions.values()]
@@ -293,7 +292,7 @@ class PhotoStores:
             self._list_file(number).unlink()
 
     def open(self, photos: Sequence[ListedPhoto]) -> Photos:
-        """The listed photos, each from the newest store that contains its present version."""
+        """Open the listed photos, each from the newest store with the present version."""
         present_versions = versions_of(photos)
         numbers = self.numbers()
         newest_store: dict[str, int] = {}  # maps the path of a photo to the number of a store
@@ -314,7 +313,7 @@ class PhotoStores:
 
 
 class Photos(EmbeddingSource):
-    """Chosen rows of several stores with the same model and classes, joined in one source.
+    """Chosen rows of several stores with the same model and classes, joined into one source.
 
     No row has a label until ``label`` sets the labels.
 
@@ -351,16 +350,16 @@ class Photos(EmbeddingSource):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) status of every row, from its store: whether the row is usable."""
+        """(N,) status of every row in the store of the row: whether the row is usable."""
         return np.concatenate([store.status[rows.numpy()] for store, rows in self._parts])
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity by which rows are recognised, as in the stores."""
+        """Kinds of identity to recognise rows, as in the stores."""
         return self.first.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Identities of the ``rows`` (M,), or of all rows (N,) if it is None, from the stores."""
+        """Identities of ``rows`` (M,) from the stores; of all rows (N,) if ``rows`` is None."""
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
@@ -383,7 +382,7 @@ class Photos(EmbeddingSource):
         return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the classes or of the model, which all stores share."""
+        """A column of the classes or of the model. All stores share these columns."""
         return self.first.column(name, index)
 
     def _split(
@@ -391,10 +390,10 @@ class Photos(EmbeddingSource):
     ) -> Iterator[tuple[EmbeddingStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Split ``rows`` (M,) by store.
 
-        For each store, yields the store, the positions of its rows in ``rows``, and the numbers
-        that these rows have in the store.
+        For each store, yields the store, the positions of the rows of this store in ``rows``, and
+        the numbers of these rows in the store.
         """
-        # A row belongs to the last part that starts at this row or before it.
+        # A row belongs to the last part with a start at this row or before this row.
         part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(part_of_row).tolist():
             store, rows_of_part = self._parts[part]
@@ -406,8 +405,8 @@ class Photos(EmbeddingSource):
         """Set the labels of all photos.
 
         Args:
-            labels: Maps paths to labels; all other photos get no label.
-            outside: Labels that mean "none of the classes".
+            labels: Maps paths to labels; photos without an entry get no label.
+            outside: Labels for "none of the classes".
         """
         candidate_of = self.candidates_by_name()
         for row, path in enumerate(self.ids):

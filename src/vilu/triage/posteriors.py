@@ -1,4 +1,4 @@
-"""Posteriors of labelled rows by predictors that were not fitted on the labels of these rows."""
+"""Held-out posteriors of labelled rows: the predictor of a row was not fitted on the row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
     """(M, K) posterior of the ``rows`` (M,), by predictors that were not fitted on these rows.
 
-    The predictor of a row was fitted neither on the row nor on its near copies.
+    The predictor of a row was not fitted on the row or on near copies of the row.
     """
     fold_of_row = _folds(source, rows, seed)
     posterior = np.empty((len(rows), source.n_candidates))

@@ -1,4 +1,4 @@
-"""Photos for people to look at: which photos, in which order, and the names to choose from."""
+"""Photos for people to look at: the selection, the order, and the names to choose from."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from vilu.triage.photos import FOLDER, Photos, PhotoStores
 from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS, STATE, TriageState
 
 DEFAULT_STREAM: Final = "fit"
-"""Stream of a photo whose label nobody asked for. The label counts for no guarantee."""
+"""Stream of a photo without a request. The label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
-"""Columns that ``decisions.csv`` must have."""
+"""Required columns of ``decisions.csv``."""
 
 NEXT_COLUMNS: Final = ("path", "stream")
-"""Columns that ``next_labels.csv`` must have."""
+"""Required columns of ``next_labels.csv``."""
 
 Which = Literal["asked", "review", "all"]
-"""Which photos to look at (``open_review``)."""
+"""Selection of photos to look at (``open_review``)."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class ReviewTask:
     """One photo to look at.
 
     The label of a photo of the calibration side may count for a guarantee later. People who see the
-    model's answer tend to agree with it. So such a photo is blind: it has no answer here.
+    model's answer tend to agree with it. So such a photo is blind: the task does not contain the
+    answer.
 
     Attributes:
         path: Path of the photo, as tables write it.
         answer: The model's answer, as tables write it; None without an answer.
-        failure_probability: Probability that the answer is wrong; None if it is not known.
-        quantile: Share of the photos that are no more doubtful than this photo; None if it is not
-            known.
-        runner_up: The second most likely answer; None if it is not known.
-        zero_shot: The zero-shot answer; None if it is the same as ``answer``.
-        stream: Why the label was asked for. If nobody asked for it, the stream is "fit"
-            (``DEFAULT_STREAM``), so the label may only be used in fits.
+        failure_probability: Probability of a wrong answer; None if the probability is not known.
+        quantile: Share of the photos that are no more doubtful than this photo; None if not known.
+        runner_up: The second most likely answer; None if not known.
+        zero_shot: The zero-shot answer; None if equal to ``answer``.
+        stream: Why the label was asked for. If nobody asked for the label, the stream is "fit"
+            (``DEFAULT_STREAM``). Then only fits may use the label.
         decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
         is_blind: Whether the model's answer is not shown.
     """
@@ -79,17 +79,17 @@ class ReviewTask:
 
 @dataclass(frozen=True)
 class Review:
-    """Photos to look at, the names to choose from, and where the photos are.
+    """Photos to look at, the names to choose from, and the location of the photos.
 
     Attributes:
-        tasks: The photos, in the order in which to look at them.
+        tasks: The photos, in the order of the review.
         names: Class names as tables write them, then the labels for "none of the classes".
-        photos: Folder that the paths are relative to; None if it is not known.
+        photos: Folder of the photos and start of all paths; None if the folder is not known.
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
         follow_links: Whether links in the folder of the photos may lead anywhere.
-        labels: Maps paths of photos to their labels so far, as tables write them.
-        scores: File of scores whose rows are looked at; None for a triage.
+        labels: Maps paths of photos to the labels so far, as tables write them.
+        scores: File of scores, for a review of rows; None for a triage.
     """
 
     tasks: list[ReviewTask]
@@ -105,19 +105,19 @@ class Review:
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
     """Open the photos of a triage, or the rows of scores, for people to look at.
 
-    Photos whose labels are asked for come first, in the order of the requests. Then come all other
+    Photos with an open request come first, in the order of the requests. Then come all other
     photos, the most doubtful photo first. Rows of scores are ordered by falling uncertainty.
 
     Args:
         source: The folder of a triage, or a file of scores.
-        which: "asked": photos whose labels are asked for. "review": photos that are to be
-            reviewed. "all": all photos. For scores, "asked" and "review" both mean all rows that
-            are not accepted.
+        which: "asked": photos with an open request. "review": photos with the decision "review".
+            "all": all photos. For scores, "asked" and "review" both mean all rows that are not
+            accepted.
         n: Maximum number of photos; None for all.
 
     Raises:
-        DataError: If the source is neither a triage nor scores, or if the scores do not name their
-            images and classes.
+        DataError: If the source is no triage and no scores, or if the scores do not name images and
+            classes.
     """
     if (source / STATE).is_file():
         review = _review_of_triage(source, which)
@@ -127,7 +127,7 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
 
 
 def _review_of_triage(folder: Path, which: Which) -> Review:
-    """The review of a triage, from the tables in its folder."""
+    """The review of a triage, from the tables in the folder."""
     state = read_document(folder / STATE, TriageState)
     calibration_paths = _calibration_side(folder, state)
     tasks = []
@@ -149,12 +149,12 @@ def _review_of_triage(folder: Path, which: Which) -> Review:
 
 
 def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
-    """Tasks in their order: first the photos whose labels are asked for, then all other photos.
+    """Put the tasks in order: first the photos with an open request, then all other photos.
 
     The first group has the order of the requests. In the second group the most doubtful photo is
     first.
     """
-    streams = {}  # maps the paths of the photos that were asked for to their streams
+    streams = {}  # maps the paths of the requested photos to streams
     for row in _read_table_of_triage(folder / NEXT_LABELS, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
     tasks = []
@@ -165,7 +165,7 @@ def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
     n_requests = len(number_of_request)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
-        # All photos that were not asked for have the same number, which follows the last request.
+        # All photos without a request have the same number, after the last request.
         number = number_of_request.get(task.path, n_requests)
         doubt = task.failure_probability if task.quantile is None else task.quantile
         return number, -(doubt or 0.0)  # the minus sign puts the most doubtful photo first
@@ -190,20 +190,20 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
 
 
 def _names_to_choose_from(settings: Mapping[str, object]) -> tuple[str, ...]:
-    """The classes of a triage, then its labels for "none of the classes"."""
+    """The classes of a triage, then the labels for "none of the classes"."""
     outside = [name for name in _list_setting(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_list_setting(settings, "classes"), *outside, OUTSIDE_NAME)
     return tuple(portable_name(name) for name in names)
 
 
 def _list_setting(settings: Mapping[str, object], name: str) -> list[str]:
-    """The values in a setting that is a list; [] if the setting is missing or is no list."""
+    """The values of a list setting; [] if the setting is missing or is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
 
 def _read_table_of_triage(path: Path, required_columns: Sequence[str]) -> list[CsvRow]:
-    """Read the rows of a table that a triage has written.
+    """Read the rows of a table written by a triage.
 
     Raises:
         DataError: If a required column is missing, or if the table is damaged.
@@ -244,7 +244,7 @@ def _number(cell: str) -> float | None:
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
     """Whether ``which`` selects this row of ``decisions.csv``.
 
-    The keys of ``streams`` are the paths of the photos whose labels are asked for.
+    The keys of ``streams`` are the paths of the photos with an open request.
     """
     if which == "asked":
         return row["path"] in streams

@@ -32,7 +32,7 @@ from vilu.triage.review import DEFAULT_STREAM, Review, ReviewTask
 from vilu.triage.state import STATE
 
 CHOICE: Final = "label"
-"""Name of the control with which a person chooses a label in Label Studio."""
+"""Name of the control in Label Studio to choose a label."""
 
 IMAGE: Final = "image"
 """Name of the image in a task and in a labelling configuration of Label Studio."""
@@ -44,7 +44,7 @@ TRUTH_FIELD: Final = "ground_truth"
 """Field of a FiftyOne sample with a person's label."""
 
 FIFTYONE_VERSION: Final = "1.9.0"
-"""Files are written in the format of this version of FiftyOne; newer versions convert them."""
+"""FiftyOne version of the format of the files; newer versions convert older files."""
 
 MAX_EXPORT_BYTES: Final = 256 * 2**20
 """Maximum size of a file of finished tasks, in bytes."""
@@ -53,7 +53,7 @@ Tool = Literal["label-studio", "fiftyone", "csv"]
 """Names of the labelling tools."""
 
 LabelsAndStreams = tuple[dict[str, str], dict[str, str]]
-"""Two mappings from the paths of photos: to their labels, and to the streams that are known."""
+"""Two mappings from the paths of photos: to labels, and to known streams."""
 
 
 def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") -> list[Path]:
@@ -67,7 +67,7 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
             An example is "/data/local-files/?d=photos/".
 
     Returns:
-        The files that were written.
+        The paths of the written files.
     """
     if tool == "label-studio":
         return _write_label_studio(review, output, prefix)
@@ -110,12 +110,12 @@ def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, A
 
 
 def _confidence(task: ReviewTask) -> float | None:
-    """Probability that the answer is right; None if it is not known."""
+    """Probability that the answer is right; None if the probability is not known."""
     return None if task.failure_probability is None else 1 - task.failure_probability
 
 
 def label_config(names: Sequence[str]) -> str:
-    """Make Label Studio's labelling configuration (XML): a choice of one of the ``names``."""
+    """Make Label Studio's labelling configuration (XML) for a choice from ``names``."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
     choices = ElementTree.SubElement(
@@ -140,7 +140,7 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     return [output]
 
 
-# Maps a field to its type, the class of its embedded document (or None), and its database name.
+# Maps a field to the type, the class of the embedded document (or None), and the database name.
 SAMPLE_FIELDS: Final = {
     "id": ("ObjectIdField", None, "_id"),
     "filepath": ("StringField", None, "filepath"),
@@ -153,11 +153,11 @@ SAMPLE_FIELDS: Final = {
     "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
-"""Fields of a FiftyOne sample: first those that FiftyOne requires, then those of vilu."""
+"""Fields of a FiftyOne sample: first the required fields of FiftyOne, then the fields of vilu."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
-    """Write the two files of a FiftyOne data set on disk; return their paths."""
+    """Write the two files of a FiftyOne data set on disk; return the paths of these files."""
     make_folder(output)
     metadata = {
         "name": "vilu",
@@ -198,7 +198,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
             "confidence": _confidence(task),
         }
     identifier = _object_id(task.path)
-    # FiftyOne draws random samples by this number in [0, 1). It comes from the first 32 bits.
+    # FiftyOne draws random samples by this number in [0, 1), made from the first 32 bits.
     rand = int(identifier["$oid"][:8], 16) / 2**32
     return {
         "_id": identifier,
@@ -233,14 +233,14 @@ def _object_id(text: str) -> dict[str, str]:
 
 
 def read_finished_tasks(path: Path) -> LabelsAndStreams:
-    """Read the labels of finished tasks, and their streams.
+    """Read the labels of finished tasks, and the streams of the labels.
 
     ``path`` is the folder of a triage, an export of Label Studio, a FiftyOne data set on disk, or a
     file of labels (``labels.read_labels``). A skipped task has the label "(skip)". Tasks without a
     label are left out.
 
     Raises:
-        DataError: If the file has none of these formats, or if a photo has two labels.
+        DataError: If the file has another format, or if a photo has two labels.
     """
     if (path / STATE).is_file():
         return labels_and_streams(all_labels(path))
@@ -259,7 +259,7 @@ def read_finished_tasks(path: Path) -> LabelsAndStreams:
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
-    """The content of a JSON file; DataError if it is too large, or no JSON."""
+    """The content of a JSON file; DataError if the file is too large, or no JSON."""
     with convert_os_errors(f"cannot read {path}"):
         if path.stat().st_size > MAX_EXPORT_BYTES:
             raise DataError(
@@ -289,12 +289,12 @@ def _labels_of_tasks(tasks: list[Any], source: Path) -> LabelsAndStreams:
 
 
 def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
-    """The path of the photo of a task, or else the path in the address of its image."""
+    """The path of the photo of a task, or else the path in the address of the image."""
     # An export as JSON-MIN has no "data". There the fields of the data are fields of the task.
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
-        # The path is all that follows "?d=", or the whole address if it has no "?d=".
+        # The path is everything after "?d=", or the whole address without "?d=".
         _, _, quoted_path = data[IMAGE].rpartition("?d=")
         path = portable_name(unquote(quoted_path, errors="surrogateescape"))
     if not isinstance(path, str):
@@ -353,7 +353,7 @@ def _labels_of_samples(
 
 
 def _stream_of_tags(tags: Sequence[object]) -> str:
-    """The first tag that names a stream; ``DEFAULT_STREAM`` if there is no such tag."""
+    """The first tag with the name of a stream; ``DEFAULT_STREAM`` if there is no such tag."""
     for tag in tags:
         if tag in STREAMS:
             return str(tag)

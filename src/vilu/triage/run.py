@@ -2,7 +2,7 @@
 
 ``advance`` calls the steps in order. A step first writes its files, then writes the next state to
 ``triage.json``, then returns this state. So if a run is killed between two steps, the next run
-continues with the second of them. If a run is killed inside a step, the next run repeats the step.
+continues with the second step. If a run is killed inside a step, the next run repeats the step.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ THRESHOLDS_PER_STEP: Final = 8
 """Once all thresholds up to the limit are certified, the limit rises by so many thresholds."""
 
 CALIBRATION_PART: Final = 3
-"""With a guarantee and no candidate, one in so many photos to label is of the calibration side."""
+"""With a guarantee and no candidate, every third photo to label is of the calibration side."""
 
 CANDIDATE_COVERAGE_FACTOR: Final = 1.25
-"""The limit of a candidate includes at least so many times the photos that are accepted now."""
+"""The limit of a candidate includes at least so many times the photos accepted now."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class TriageRun:
         settings: The settings of the run.
         photos: The embedded photos, with the labels of the book.
         book: All labels that were asked for or given.
-        split: Which photos are for fits, and which for a guarantee.
+        split: The photos to fit on, and the photos for a guarantee.
     """
 
     root: Path
@@ -108,12 +108,12 @@ class TriageRun:
 
     @property
     def present_folder(self) -> Path:
-        """Folder of the present predictor, which decides about the photos."""
+        """Folder of the present predictor. The present predictor decides about the photos."""
         return self.root / PREDICTOR_FOLDER
 
     @property
     def candidate_folder(self) -> Path:
-        """Folder of a candidate, which is tested while the present predictor decides."""
+        """Folder of a candidate. While a candidate is tested, the present predictor decides."""
         return self.root / CANDIDATE_FOLDER
 
     def tested_folder(self, state: TriageState) -> Path:
@@ -134,7 +134,7 @@ class TriageRun:
         return score_rows(predictor, self.photos, facts, calibration=calibration)
 
     def write(self, state: TriageState) -> TriageState:
-        """Write the state to the folder, and return it."""
+        """Write the state to the folder and return it."""
         write_document(self.root / STATE, state)
         return state
 
@@ -146,24 +146,24 @@ class TriageResult:
     Attributes:
         photos: The embedded photos.
         outcomes: Outcomes of all photos by the present predictor, with decisions.
-        predictor: The present predictor, which decides.
-        answer: Which answers the present predictor judges, and why.
-        likely_right: Which answers of the present predictor are likely right; None if an
+        predictor: The present predictor. Its decisions are in ``outcomes``.
+        answer: The kind of answers that the present predictor judges, with the reason.
+        likely_right: Estimate of the likely right answers of the present predictor; None if an
             earlier version of vilu fitted this predictor.
         rule: The guarantee of the present predictor; None if nothing is certified.
         progress: Progress of the guarantee of the tested predictor; None if the tested predictor
             needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
-        is_calibration: (N,) bool, which photos may count for a guarantee.
-        is_first_of_scene: (M,) bool about the photos that count for the guarantee: which of them
-            are near copies neither of a photo to fit on nor of an earlier photo. None without
+        is_calibration: (N,) bool, True for photos that may count for a guarantee.
+        is_first_of_scene: (M,) bool about the photos that count for the guarantee. False for near
+            copies of a photo to fit on or of an earlier photo. None without
             ``progress``.
-        asked: Entries of the photos whose labels are asked for.
+        asked: Entries of the photos to label next.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
         forecast: How many photos could be accepted with more labels.
-        n_new: Number of photos that were embedded in this run.
+        n_new: Number of photos embedded in this run.
     """
 
     photos: Photos
@@ -199,8 +199,8 @@ def run_triage(
         root: The folder of the triage.
         settings: The settings of the run.
         listing: The photos.
-        labels: Maps paths to labels that were given to this run.
-        streams: Maps paths to the streams that the files of these labels name.
+        labels: Maps paths to the labels given to this run.
+        streams: Maps paths to the streams of these labels, as named in the files of labels.
         overwrite: Whether to begin anew, and remove earlier results.
     """
     state = begin_run(root, settings, overwrite=overwrite)
@@ -208,7 +208,7 @@ def run_triage(
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
-    # The state also remembers drawn photos that left the book, because their classes are gone.
+    # Drawn photos may have left the book because their classes are gone. The state remembers them.
     has_drawn = state.has_drawn or LabelBook.load(root / BOOK).has_drawn
     streams = SPLITS[settings.about].streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
@@ -217,7 +217,7 @@ def run_triage(
 
 
 def begin_run(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """Open the state in which a run begins, and carry it over to the settings of the run.
+    """Open the first state of a run, and carry the state over to the settings of the run.
 
     With ``overwrite``, earlier results are removed (``RESULT_FILES``).
     """
@@ -254,15 +254,15 @@ def note_labels(
     labels: Mapping[str, str],
     streams: Mapping[str, str],
 ) -> LabelBook:
-    """Add the new labels to the book; remove a guarantee if one of its labels has changed.
+    """Add the new labels to the book; remove a guarantee if a label of the guarantee has changed.
 
-    ``labels`` maps paths to the labels that were given to this run, and ``streams`` maps paths to
-    the streams of these labels. ``paths`` are the paths of all photos.
+    ``labels`` maps paths to the labels given to this run, and ``streams`` maps paths to the streams
+    of these labels. ``paths`` are the paths of all photos.
     """
     book = LabelBook.load(root / BOOK)
     book.rename(text_of_version_0_1, paths)
     # The guarantee is removed before the book is saved. Otherwise, if the run is killed in between,
-    # a guarantee could stay although its labels have changed.
+    # a guarantee with changed labels could stay.
     remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))
     n_noted = book.answer(labels, streams)
     if n_noted:
@@ -274,19 +274,19 @@ def note_labels(
             "%d photos have changed since their labels were given, so no guarantee rests on them",
             n_photos_changed,
         )
-    # New labels are saved at once. Other changes are saved in the last step (``ask_for_labels``).
+    # New labels are saved at once. The last step (``ask_for_labels``) saves all other changes.
     if n_noted:
         book.save(root / BOOK)
     return book
 
 
 def _paths_to_relabel(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
-    """Paths of the photos whose label in the book is replaced by a different label."""
+    """Paths of the photos for which ``labels`` changes a label of the book."""
     paths = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
         if entry is None or entry.label is None:
-            continue  # there is no label that could be replaced
+            continue  # there is no label to replace
         if entry.label != label:
             paths.add(path)
     return paths
@@ -314,7 +314,7 @@ def advance(
 
 
 def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
-    """The state with the digest of the pictures that the guarantee is about.
+    """The state with the digest of the pictures under the guarantee.
 
     Args:
         state: The state before.
@@ -367,9 +367,9 @@ def _result(
 
 
 def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit: int) -> Outcomes:
-    """Outcomes of all photos by the present predictor, which was fitted on ``n_fit`` labels."""
+    """Outcomes of all photos by the present predictor. ``n_fit`` labels were used to fit it."""
     outcomes = run.score(predictor, Calibration.find(run.present_folder))
-    # By these entries `vilu evaluate` and `vilu calibrate` know that the predictor was fitted on
+    # With these entries `vilu evaluate` and `vilu calibrate` know that the predictor was fitted on
     # some of the labels.
     entries = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
     return dataclasses.replace(outcomes, provenance={**outcomes.provenance, **entries})
@@ -378,7 +378,7 @@ def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit:
 def likely_with_drawn_labels(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, outcomes: Outcomes
 ) -> LikelyRight | None:
-    """The estimate of which answers are likely right, updated with all labels of the draw.
+    """Update the estimate of the likely right answers with all labels of the draw.
 
     The new estimate is saved in the folder of the present predictor.
 
@@ -403,7 +403,7 @@ def likely_with_drawn_labels(
 
 
 def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
-    """Number of labels that the present predictor was fitted on, or an upper bound on it."""
+    """Number of labels that the present predictor was fitted on, or an upper bound."""
     if state.trial is not None:
         return state.trial.n_fit
     # There is no trial if there is no calibration photo. Then only the upper bound is known.
@@ -432,8 +432,8 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
 def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
     """Test the tested predictor of the last run once more before a new predictor replaces it.
 
-    Labels of a draw and labels to fit on may come in the same run. Without this test, the labels of
-    the draw would not be used for the predictor that they were drawn for.
+    Labels of a draw and labels to fit on may come in the same run. The labels of the draw were
+    requested for the tested predictor. This test uses them before the predictor is replaced.
     """
     predictor_stays = fit_case_of(run, state).keeps_predictor
     is_missing = not (run.tested_folder(state) / PREDICTOR).is_file()
@@ -448,7 +448,7 @@ def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
 def test_predictor(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, tested_outcomes: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress | None]:
-    """Count the labels for the tested predictor, and write the guarantee that they certify.
+    """Count the labels for the tested predictor, and write the certified guarantee.
 
     Returns:
         The next state, and the progress of the guarantee. The progress is None if the predictor
@@ -471,7 +471,7 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: choose the predictor to test. The last step asks for labels to test it.
+# The first step: choose the predictor to test. The last step asks for the labels of the test.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
@@ -509,7 +509,7 @@ def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
-    """The predictor as it was fitted, without the probabilities of an earlier calibration."""
+    """Load the predictor without the probabilities of an earlier calibration."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
     return predictor
@@ -550,8 +550,8 @@ def _begin_trial(
 ) -> tuple[TriageState, FailurePredictor]:
     """Make a new predictor the candidate if its test is worth the labels.
 
-    ``scores`` (N,) are its uncertainties of all photos. The result is the next state and the tested
-    predictor: the new predictor, or the predictor that was tested before.
+    ``scores`` (N,) are the uncertainties of all photos by the new predictor. Returns the next state
+    and the tested predictor: the new predictor, or the predictor tested before.
     """
     n_labels = len(run.split.fit_rows)
     least_share = min(CANDIDATE_COVERAGE_FACTOR * share_accepted(run), 1.0)
@@ -591,7 +591,7 @@ def plan_trial(
 
 
 def share_accepted(run: TriageRun) -> float:
-    """Share of the calibration photos that the guarantee in force accepts."""
+    """Share of the calibration photos accepted by the guarantee in force."""
     usable_calibration = run.split.usable_calibration
     rule = rule_in_force(run.present_folder)
     if rule is None or rule.threshold is None or not usable_calibration.any():
@@ -607,7 +607,7 @@ def share_accepted(run: TriageRun) -> float:
 def count_labels(
     run: TriageRun, state: TriageState, tested_outcomes: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress]:
-    """Count the labels for the guarantee, and note which share of the level the test uses."""
+    """Count the labels for the guarantee, and note the share of the level that the test uses."""
     trial = state.tested_trial or plan_trial(run, state, tested_outcomes.uncertainty)
     settings = run.settings
     level = trial.level
@@ -620,8 +620,11 @@ def count_labels(
 
 
 def state_after_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
-    """The state after a test, with its trial. Tests that used a share of the level are counted."""
-    # A test with too few labels to certify anything uses none of the level, so it is not counted.
+    """Return the state after a test.
+
+    ``n_tested`` counts the tests that used a share of the level.
+    """
+    # A test with too few labels to certify anything uses no share of the level. It is not counted.
     starts_to_count = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
     if starts_to_count:
         trial = trial.model_copy(update={"level": progress.looks.delta})
@@ -629,7 +632,7 @@ def state_after_test(state: TriageState, trial: Trial, progress: GuaranteeProgre
     return state.with_trial(trial)
 
 
-# The third step: write the guarantee that was certified.
+# The third step: write the certified guarantee.
 
 
 def write_certified_guarantee(
@@ -671,7 +674,7 @@ def _replace_present_predictor(
         state,
         candidate,
         # The field ``candidate`` of the state is the trial of the candidate (``tested_trial``). The
-        # field keeps this name, because saved files (triage.json) have it.
+        # field keeps this name because saved files (triage.json) contain the name.
         trial=state.candidate,
         answer=state.candidate_answer,
         likely_right=LikelyRight.find(run.candidate_folder),
@@ -689,7 +692,7 @@ def _write_guarantee(
     tested_outcomes: Outcomes,
     progress: GuaranteeProgress,
 ) -> None:
-    """Write the rule that the labels certify, to the folder of the present predictor."""
+    """Write the certified rule to the folder of the present predictor."""
     settings = run.settings
     all_progress = {ALL: progress}
     closed_photos = run.split.closed_photos(
@@ -725,12 +728,12 @@ def _is_better(progress: GuaranteeProgress, rule: Rule | None) -> bool:
 def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
-    """Ask for labels that are missing in the draw. If none is missing, ask for new labels.
+    """Ask for the missing labels of the draw. If no label is missing, ask for new labels.
 
     ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
     """
     description = read_description(run.tested_folder(state) / PREDICTOR)
-    # The book names a predictor by the start of the digest of its weights.
+    # The book names each predictor by the start of the digest of the weights.
     fingerprint = str(description["weights_sha256"])[:16]
     missing_rows = np.zeros(0, np.int64) if progress is None else progress.missing_rows
     _withdraw_requests(run, fingerprint, _paths_of(run, missing_rows))
@@ -742,16 +745,17 @@ def ask_for_labels(
         n_to_fit = run.settings.n_next - len(run.book.waiting())
         _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
     # The state comes first. If the run is killed in between, the next run asks for the same labels.
-    # A raised limit would be lost if they were asked for already.
+    # In the reverse order, a raised limit would be lost.
     state = run.write(state)
     run.book.save(run.root / BOOK)
     return state
 
 
 def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
-    """Ask for the labels of calibration ``rows`` that are not asked for yet.
+    """Ask for the labels of calibration ``rows`` without an open request.
 
-    ``rows`` (M,) are in the random order. ``fingerprint`` is that of the tested predictor.
+    ``rows`` (M,) are in the random order. ``fingerprint`` is the fingerprint of the tested
+    predictor.
     """
     if not len(rows):
         return
@@ -765,7 +769,7 @@ def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
 def _draw_photos(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
 ) -> tuple[TriageState, Ints]:
-    """Draw the next calibration photos; return the state after the draw, and their rows."""
+    """Draw the next calibration photos; return the state after the draw, and the drawn rows."""
     no_rows: Ints = np.zeros(0, np.int64)
     trial = state.tested_trial
     if trial is None:
@@ -785,7 +789,7 @@ def _draw_photos(
 
 
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
-    """Whether calibration labels are asked for already, for a predictor without a guarantee.
+    """Whether the run asks for calibration labels, for a predictor without a guarantee.
 
     A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
     no photo is left to fit on, nothing is gained by waiting, so the result is True.
@@ -802,15 +806,15 @@ def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
 
 
 def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str]) -> None:
-    """Withdraw requests for labels that were made for another predictor.
+    """Withdraw requests for labels of earlier predictors.
 
-    Requests for labels of ``missing_paths`` always stay. If there are such paths and nothing is
-    guaranteed, all other requests are withdrawn.
+    Requests for labels of ``missing_paths`` always stay. If ``missing_paths`` is not empty and
+    nothing is guaranteed, all other requests are withdrawn.
 
     Args:
         run: The run.
         fingerprint: Fingerprint of the tested predictor.
-        missing_paths: Paths of the photos whose labels are missing in the draw.
+        missing_paths: Paths of the photos with a missing label in the draw.
     """
     only_missing = bool(missing_paths) and rule_in_force(run.present_folder) is None
 
@@ -829,14 +833,14 @@ def n_to_draw(
 
     - If a candidate is tested: all labels.
     - If there is a guarantee: every third label.
-    - If calibration labels are asked for already and a guarantee is possible: all labels.
-    - In all other cases: none.
+    - If the run asks for calibration labels (``is_ready``) and a guarantee is possible: all labels.
+    - Otherwise: none.
 
     Args:
         state: State of the triage.
-        n: Number of labels that are asked for.
+        n: Number of labels to ask for.
         is_guaranteed: Whether a guarantee is in force.
-        is_ready: Whether calibration labels are asked for already (``is_ready_to_draw``).
+        is_ready: Whether the run asks for calibration labels (``is_ready_to_draw``).
         can_be_shown: Whether some number of further calibration labels would certify a threshold.
     """
     if state.candidate is not None:
@@ -859,8 +863,8 @@ def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: F
 def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -> None:
     """Ask for ``n`` labels to fit on.
 
-    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor, which has the
-    fingerprint ``fingerprint``.
+    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
+    ``fingerprint`` is the fingerprint of this predictor.
     """
     if n <= 0:
         return

@@ -1,7 +1,6 @@
-"""A web page on which one person labels photos with the keyboard.
+"""A web page for one person to label photos with the keyboard.
 
-While an answer is saved, the page already shows the next photo. Answers are saved in the order in
-which they were given.
+While an answer is saved, the page already shows the next photo. The order of the answers is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review
 
 LOOPBACK: Final = "127.0.0.1"
-"""Address at which only this machine can reach the page."""
+"""Address for access from this machine only."""
 
 LONGEST_SIDE: Final = 1600
 """Length of the longest side of a photo on the page, in pixels, if the photo is not smaller."""
@@ -49,21 +48,22 @@ class ReviewSession:
     """The photos to label, the answers so far, and the file of the answers.
 
     Args:
-        review: Photos to look at; their folder must be known.
-        output: CSV of labels. If it exists, its labels are read first.
+        review: Photos to look at; the folder of the photos must be known.
+        output: CSV of labels. If the file exists, the labels in it are read first.
 
     Attributes:
         answers: Maps the paths of photos to labels.
-        streams: Maps the paths of photos to streams, as the file had them at the start.
-        labelled_before: Paths that had a label in the file at the start. Their streams are kept.
-        last_content: Content of the file when this session last read or wrote it; None if there was
-            no file.
+        streams: Maps the paths of photos to streams, as in the file at the start.
+        labelled_before: Paths with a label in the file at the start. The streams of these labels
+            are kept.
+        last_content: Content of the file when this session last read or wrote the file; None if
+            there was no file.
         lock: Held while an answer is saved.
-        bounds: Reads files of the folder of photos, and of no other folder.
+        bounds: Reads files of the folder of photos only.
 
     Raises:
         UsageError: If there is no photo to look at, or the folder of the photos is not known.
-        DataError: If the file of labels is damaged, or has only labels of other photos.
+        DataError: If the file of labels is damaged, or if all its labels are of other photos.
     """
 
     review: Review
@@ -104,7 +104,7 @@ class ReviewSession:
             BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
-        # The type is compared, because True and False would pass as numbers.
+        # The type is compared because True and False would pass as numbers.
         if type(index) is not int or not 0 <= index < len(self.review.tasks):
             raise DataError(f"there is no photo number {index!r}.")
         if label is not None and label not in {*self.review.names, SKIPPED}:
@@ -121,14 +121,14 @@ class ReviewSession:
 
     def _save(self, answers: dict[str, str]) -> None:
         """Write the answers; BusyError if another program has changed the file."""
-        # If the file was removed meanwhile (None), it is written again.
+        # If the file was removed meanwhile (None), the file is written again.
         if self._content_on_disk() not in {None, self.last_content}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        # A label that the file had without a stream belongs to a photo that was picked at random.
-        # So it gets no stream here.
+        # A label without a stream in the file belongs to a photo that was picked at random. So this
+        # label gets no stream here.
         streams = dict(self.streams)
         for task in self.review.tasks:
             if task.path not in self.labelled_before:
@@ -157,7 +157,7 @@ class ReviewSession:
         return content.getvalue()
 
     def page_data(self) -> dict[str, Any]:
-        """The data that the page shows, for JSON: the names to choose from, and the photos."""
+        """The data of the page for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
             facts = {
@@ -181,14 +181,14 @@ class ReviewSession:
         }
 
     def _names_by_use(self) -> list[str]:
-        """Names that photos have as labels so far, the most frequent name first."""
+        """Names of the labels so far, the most frequent name first."""
         # The triage may have read the file of answers already, but each photo counts once.
         labels = {**self.review.labels, **self.answers}
         counts = Counter(labels.values())
         return [name for name, _ in counts.most_common() if name in self.review.names]
 
     def next_command(self) -> str:
-        """Phrase that says which command takes the file of labels next."""
+        """Phrase that names the next command for the file of labels."""
         if self.review.scores is None:
             return f"the same `vilu triage` command with --labels {quote(str(self.output))}"
         scores = str(self.review.scores)
@@ -202,7 +202,7 @@ def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], Non
     Args:
         session: The photos and the answers.
         port: The port; 0 for a free port.
-        ready: Called with the address of the page, which includes a secret key.
+        ready: Called with the address of the page. The address includes a secret key.
 
     Raises:
         UsageError: If the port is taken.
@@ -241,7 +241,7 @@ class PageHandler(BaseHTTPRequestHandler):
     """Handles the requests of the page.
 
     A request is refused if it has no secret key, if it names this machine by another host name, or
-    if it comes from the page of another site.
+    if it comes from a page of another site.
 
     Attributes:
         page_session: The photos and the answers.
@@ -254,7 +254,7 @@ class PageHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        """Send the page, the data of its tasks, or a photo."""
+        """Send the page, the data of the tasks, or a photo."""
         if not self._is_allowed():
             return
         # The paths are /, /tasks and /photo/NUMBER.
@@ -295,12 +295,12 @@ class PageHandler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
     def _is_allowed(self) -> bool:
-        """Whether a request is allowed. A request that is not allowed gets an error as response."""
+        """Whether a request is allowed. A refused request gets an error as response."""
         query = parse_qs(urlsplit(self.path).query)
         key, *_ = query.get("key", [""])  # the first key if there are several
         _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
-        # The host name is checked, because a hostile site may let its own host name lead to this
+        # The host name is checked because a hostile site may let its own host name lead to this
         # machine (DNS rebinding).
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")

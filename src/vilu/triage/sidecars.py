@@ -1,4 +1,4 @@
-"""XMP sidecars: accepted labels beside the photos, where photo libraries read them."""
+"""XMP sidecars: accepted labels in files beside the photos, for photo libraries to read."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
     """Write labels as ``dc:subject`` to PHOTO.xmp in the folder of each photo.
 
     - Photos are never changed.
-    - A sidecar of another program keeps all its bytes; the label is added to its subjects. If it is
-      not clear where the label belongs, the sidecar is not changed, and a warning says why.
-    - If the label of a photo is None, a label that an earlier run wrote is removed.
+    - A sidecar of another program keeps all its bytes; the label is added to the subjects in the
+      sidecar. If the place for the label is not clear, the sidecar is not changed, and a warning
+      gives the reason.
+    - If the label of a photo is None, a label from an earlier run is removed.
 
     Args:
         labels: Maps photos to labels.
 
     Returns:
-        The number of labels that were written.
+        The number of written labels.
     """
-    refusals: dict[Path, str] = {}  # maps a sidecar that was not changed to the reason
+    refusals: dict[Path, str] = {}  # maps an unchanged sidecar to the reason
     n_written = 0
     for photo, label in labels.items():
         sidecar = sidecar_of(photo)
@@ -91,13 +92,13 @@ def _new_content(old_content: bytes, label: str | None) -> bytes | None:
     if _is_written_by_vilu(old_content):
         return None if label is None else new_xmp(label)
     if label is None and BEGIN.encode() not in old_content:
-        return old_content  # vilu has added nothing to it
+        return old_content  # vilu has added nothing
     original = remove_added_subject(old_content)
     return original if label is None else add_subject(original, label)
 
 
 def _is_written_by_vilu(content: bytes) -> bool:
-    """Whether ``new_xmp`` wrote a sidecar, and no other program has changed it."""
+    """Whether ``new_xmp`` wrote a sidecar, and no other program has changed the sidecar."""
     try:
         subjects = read_xmp(content).subjects
         return len(subjects) == 1 and content == new_xmp(subjects[0])
@@ -106,7 +107,7 @@ def _is_written_by_vilu(content: bytes) -> bool:
 
 
 def _warn_of_refusals(refusals: Mapping[Path, str]) -> None:
-    """Warn that sidecars were not changed, with the first of them and the reason."""
+    """Warn about unchanged sidecars, with the first of these sidecars and the reason."""
     if refusals:
         first, reason = next(iter(refusals.items()))
         logger.warning(

@@ -1,4 +1,4 @@
-"""Lists the photos of a folder, also photos that were moved, and sorts them by their decisions."""
+"""Lists the photos of a folder, also moved photos, and sorts photos by decision."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from vilu.triage.sidecars import SUFFIX, sidecar_of
 from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings
 
 REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
-"""Characters that are replaced by "_" in the name of a folder."""
+"""Characters to replace by "_" in the name of a folder."""
 
 LONGEST_NAME: Final = 255 - len(SUFFIX)
-"""Maximum length of the file name of a photo in bytes, so that its sidecar's name fits, too."""
+"""Maximum length of the file name of a photo in bytes, with room for the suffix of a sidecar."""
 
 HASH_DIGITS: Final = 16
 """Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
 
 
 def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> PhotoFolder:
-    """List the photos in ``photos``, and the photos that earlier runs moved into ``root``.
+    """List the photos in ``photos``, and the photos moved into ``root`` by earlier runs.
 
     Args:
         photos: The folder of photos.
-        root: The folder of the triage. If it is inside ``photos``, its files are left out.
+        root: The folder of the triage. If this folder is inside ``photos``, its files are left out.
         follow_links: Whether links may lead anywhere, also to folders.
 
     Raises:
-        DataError: If there is no photo, or if a new photo has the name of a photo that was moved.
+        DataError: If there is no photo, or if a new photo has the name of a moved photo.
     """
     moved = moved_photos(root)
     n_required = 0 if moved else 1  # the folder may be empty if all photos were moved
@@ -72,9 +72,9 @@ def _without_output(listing: list[ListedPhoto], photos: Path, root: Path) -> lis
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
-    """Map the path of every moved photo, in the folder of photos, to its present location.
+    """Map the path of every moved photo, in the folder of photos, to the present location.
 
-    Moved photos that were since deleted or replaced by a link are left out.
+    Moved photos are left out if they were deleted since or replaced by a link.
     """
     if not (root / MOVED_TABLE).exists():
         return {}
@@ -96,12 +96,12 @@ def sort_photos(
 ) -> None:
     """Sort photos into ``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
-    - The new path of a photo is saved before the photo is moved. So later runs find the photo even
-      if this run is killed in between.
-    - No file is overwritten. If the new path of a photo is taken, the photo stays where it is.
+    - The new path of a photo is saved before the photo is moved. So if this run is killed in
+      between, later runs still find the photo.
+    - No file is overwritten. If the new path of a photo is taken, the photo is not moved.
     - All links in ``sorted`` are removed at the beginning. No other file is removed.
-    - A photo that is itself a link, or is reached by a link to a folder, is not moved.
-    - The XMP sidecar of a photo is moved with it, unless it is a link.
+    - A photo is not moved if the photo is a link, or is reached by a link to a folder.
+    - The XMP sidecar of a photo is moved with the photo, unless the sidecar is a link.
 
     Args:
         root: The folder of the triage.
@@ -127,7 +127,7 @@ def sort_photos(
         for path, target in targets.items():
             sidecar = sidecar_of(sources[path])
             # The sidecar is moved before the photo. So if the process is killed in between, the
-            # photo is still in its place, and the next run moves it.
+            # photo is not moved yet, and the next run moves the photo.
             if sidecar.is_file() and not sidecar.is_symlink():
                 _move(sidecar, sidecar_of(target))
             _move(sources[path], target)
@@ -136,9 +136,10 @@ def sort_photos(
 def accepted_labels(
     root: Path, listing: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[Path, str | None]:
-    """Map the present path of every photo to its label if that is accepted, else to None.
+    """Map the present path of every photo to the label if the label is accepted, else to None.
 
-    Photos that are only reached by links to folders are left out, because they lie elsewhere.
+    Photos are left out if they are reached only by links to folders, because such photos lie
+    elsewhere.
     """
     sources = _present_locations(listing)
     labels: dict[Path, str | None] = {}
@@ -152,7 +153,7 @@ def accepted_labels(
 
 
 def _present_locations(listing: PhotoFolder) -> dict[str, Path]:
-    """Map the path of every photo, as tables write it, to its present location."""
+    """Map the path of every photo, as tables write it, to the present location."""
     sources = {}
     for path, _ in listing.listing:
         name = portable_name(path)
@@ -185,7 +186,7 @@ def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
 
 
 def flat_name(path: str) -> str:
-    """File name of a photo in a folder without sub-folders: its path with "__" in place of "/"."""
+    """File name of a photo in a flat folder: the path with "__" in place of "/"."""
     name = path.replace("/", "__")
     if len(name.encode()) <= LONGEST_NAME:
         return name
@@ -193,10 +194,10 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """A hash of the path of a photo, followed by its flat name. A long flat name loses its start.
+    """A hash of the path of a photo, then the flat name. The start of a long flat name is cut off.
 
-    Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name, and so would two long
-    paths with the same end.
+    Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name. Two long paths with the
+    same end would also have the same name.
     """
     prefix = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
     encoded_name = path.replace("/", "__").encode()
@@ -205,12 +206,12 @@ def hashed_name(path: str) -> str:
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
-    """Whether a photo is a link, or is reached by a link that leads out of the ``folders``."""
+    """Whether a photo is a link, or is reached by a link to a place outside the ``folders``."""
     return photo.is_symlink() or not lies_inside(photo, *folders)
 
 
 def lies_inside(photo: Path, *folders: Path) -> bool:
-    """Whether the real folder of a photo is one of the ``folders``, or inside one of them."""
+    """Whether the real folder of a photo is in ``folders``, or below a folder in ``folders``."""
     real_folder = Path(os.path.realpath(photo.parent))
     return any(real_folder.is_relative_to(folder.resolve()) for folder in folders)
 
@@ -223,7 +224,7 @@ def _remove_links(sorted_folder: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a relative link at ``target`` that leads to the real file of ``source``."""
+    """Make a relative link at ``target`` to the real file of ``source``."""
     make_folder(target.parent)
     # Path.resolve raises an error for a link to itself; os.path.realpath does not.
     real_file = os.path.realpath(source)
@@ -238,7 +239,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    """Copy a photo and its times to another disk; a killed process leaves no partial file."""
+    """Copy a photo with the file times to another disk; a killed process leaves no partial file."""
     with atomic_write(target) as copy:
         copy.write(Path(source).read_bytes())
         copy.flush()

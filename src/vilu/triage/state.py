@@ -1,4 +1,4 @@
-"""Settings and state of a triage, and the names of the files in its folder."""
+"""Settings and state of a triage, and names of the files in the folder of a triage."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ RESULT_FILES: Final = (
     NEXT_LABELS,
     REPORT,
 )
-"""Files and folders that ``--overwrite`` removes. Moved photos and their table stay."""
+"""Files and folders to remove with ``--overwrite``. Moved photos and their table stay."""
 
 
 About = Literal["new", "folder"]
-"""A guarantee is about "new" photos, drawn as these were, or about the photos of the "folder"."""
+"""A guarantee is about "new" photos, drawn like these photos, or about those of the "folder"."""
 
 WHY_FIXED: Final = (
     "It decides which photos are fitted on and which a guarantee rests on, so it stays."
@@ -54,7 +54,7 @@ WHY_FIXED: Final = (
 """Why a setting must not change."""
 
 BEGIN_ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
-"""What to do if a setting must not change."""
+"""Advice if a setting must not change."""
 
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
 """The choice of answers before the first fit, and of a candidate while there is no candidate."""
@@ -67,14 +67,14 @@ class TriageSettings:
     Attributes:
         photos: The folder of photos.
         embedding: Model, classes, prompts and negative words.
-        outside: Labels that mean "none of the classes", besides "(outside)".
+        outside: Labels for "none of the classes", besides "(outside)".
         max_risk: Largest error rate among accepted answers, in (0, 1).
         confidence: Confidence of the guarantee of ``max_risk``, in (0, 1).
-        n_next: Number of labels that are asked for at a time.
+        n_next: Number of labels to ask for at a time.
         seed: Seed of the split, of the fits and of the choice of photos to label.
         answer: Kind of the judged answers; None to let vilu choose with every fit.
         follow_links: Whether links in the folder may lead anywhere, also to folders.
-        about: Which photos the guarantee is about: "new" or "folder".
+        about: The photos of the guarantee: "new" or "folder".
     """
 
     photos: Path
@@ -90,12 +90,12 @@ class TriageSettings:
 
     @property
     def outside_labels(self) -> tuple[str, ...]:
-        """Labels that mean "none of the classes"."""
+        """Labels for "none of the classes"."""
         return (*self.outside, OUTSIDE_NAME)
 
     @property
     def known_labels(self) -> set[str]:
-        """All labels that a photo may have."""
+        """All allowed labels of a photo."""
         return {*self.embedding.names, *self.outside_labels, SKIPPED}
 
     @property
@@ -105,7 +105,7 @@ class TriageSettings:
 
     @property
     def recorded_settings(self) -> dict[str, object]:
-        """Settings that embeddings, fits and guarantees depend on (``carrying.carry_over``)."""
+        """Settings that affect embeddings, fits and guarantees (``carrying.carry_over``)."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
         return {
@@ -124,23 +124,24 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """The file ``triage.json``: the settings, and what is known about the predictors of a triage.
+    """The file ``triage.json``: the settings, and facts about the predictors of a triage.
 
     Attributes:
         settings: Settings of the last run (``TriageSettings.recorded_settings``).
         photos: The folder of photos in the last run.
         follow_links: Whether links in this folder were followed in the last run.
         method: Method of the present predictor; empty before the first fit.
-        answer: Which answers the present predictor judges, and why.
-        trial: Test of the present predictor; None before its first test or if it needs no labels.
+        answer: The kind of answers that the present predictor judges, with the reason.
+        trial: Test of the present predictor; None before the first test, or if the predictor needs
+            no labels.
         candidate: Test of the candidate; None if there is no candidate.
-        candidate_answer: Which answers the candidate judges, and why.
-        n_tested: Number of predictors so far whose test had enough labels to certify something.
-            Predictors under earlier settings of the folder count, too.
+        candidate_answer: The kind of answers that the candidate judges, with the reason.
+        n_tested: Number of predictors so far, counted once the test had enough labels to certify
+            something. Predictors under earlier settings of the folder count, too.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
         has_drawn: Whether a label for a guarantee was ever asked for.
-        pictures: Digest of all pictures of the folder if the guarantee is about them, else None.
+        pictures: Digest of all pictures of the folder for a guarantee about the folder, else None.
         guarantee: Text of the guarantee in force; "" if nothing is guaranteed.
     """
 
@@ -170,7 +171,7 @@ class TriageState(Document):
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
-        """The state in which the trial of the tested predictor is replaced by ``trial``."""
+        """The state with ``trial`` in place of the trial of the tested predictor."""
         if self.candidate is None:
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
@@ -189,7 +190,7 @@ class TriageState(Document):
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """Read the state of a folder, which has the settings of the last run, or make a new state.
+    """Read the state of a folder, with the settings of the last run, or make a new state.
 
     Raises:
         UsageError: If the folder holds a triage with another seed or ``about``, or other files.
@@ -209,13 +210,13 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
 
 
 def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSettings) -> None:
-    """Raise UsageError if a setting that decides about the split of the photos has changed."""
+    """Raise UsageError if a setting of the split has changed."""
     if before.get("seed") != now.seed:
         raise UsageError(
             f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. "
             f"{WHY_FIXED} {BEGIN_ANEW}"
         )
-    about = before.get("about", "new")  # states of earlier versions do not name it
+    about = before.get("about", "new")  # states of earlier versions do not have "about"
     if about != now.about:
         raise UsageError(
             f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. "

@@ -1,4 +1,4 @@
-"""Labels of the rows of a store, from the store itself and from tables that people fill in."""
+"""Labels of the rows of a store, from the store and from tables filled in by people."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from vilu.triage.photos import Photos
 
 
 def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
-    """Label the rows of a store by the store's own labels and by tables.
+    """Label the rows of a store by the labels in the store and by tables.
 
     Args:
         store: The rows.
-        files: Tables that ``vilu next`` wrote, or other files of labels (``labels.read_labels``).
+        files: Tables from ``vilu next``, or other files of labels (``labels.read_labels``).
 
     Returns:
-        The rows of the store with their labels, and the book of these labels.
+        The labelled rows of the store, and the book of these labels.
 
     Raises:
         DataError: If a table names no row of the store, or a label is no class.
@@ -57,7 +57,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
 
 
 def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
-    """Map the paths of the rows to the labels that the store was made with."""
+    """Map the paths of the rows to the labels in the store."""
     names = store.class_names
     if names is None:
         names = tuple(str(index) for index in range(store.n_candidates))
@@ -69,9 +69,9 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Map the paths in a table that ``vilu next`` wrote to entries; {} for other files of labels.
+    """Map the paths in a table from ``vilu next`` to entries; {} for other files of labels.
 
-    Only rows whose path is one of the ``keys`` are read.
+    Only rows with a path in ``keys`` are read.
     """
     if path.suffix.lower() != ".csv":
         return {}
@@ -91,7 +91,7 @@ def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
 
 
 def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
-    """Add entries to the book; an entry without a label gets the label that the book has."""
+    """Add entries to the book; an entry without a label gets the earlier label in the book."""
     for path, entry in entries.items():
         earlier_entry = book.entries.get(path)
         if entry.label is None and earlier_entry is not None:
@@ -101,7 +101,7 @@ def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Add the labels of a file that ``vilu next`` did not write to the book.
+    """Add the labels of a file to the book. The file is no table from ``vilu next``.
 
     ``paths`` are the paths of all rows, and ``root`` is the folder of the store.
     """
@@ -117,7 +117,7 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
 
 
 def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The rows that have a label. Skipped rows are left out.
+    """The rows with a label. Skipped rows are left out.
 
     Raises:
         DataError: In the cases of ``label_store``, or if no row has a label.
@@ -127,7 +127,7 @@ def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSour
 
 
 def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The labelled rows, except the rows that ``vilu next`` drew for a guarantee.
+    """The labelled rows, without the rows drawn by ``vilu next`` for a guarantee.
 
     Raises:
         DataError: In the cases of ``label_store``, or if no row is left.
@@ -145,7 +145,7 @@ def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSou
 
 
 def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSource:
-    """The rows whose paths are among ``wanted_paths``; DataError if there is no such row."""
+    """The rows with a path in ``wanted_paths``; DataError if there is no such row."""
     rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
@@ -156,14 +156,13 @@ def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSo
 
 
 def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The labelled rows that were picked at random.
+    """The labelled rows picked at random.
 
-    Rows that were skipped, and rows that were chosen to fit on, are left out.
+    Skipped rows, and rows chosen to fit on, are left out.
 
     Raises:
-        UsageError: If some labels were drawn by ``vilu next`` for a guarantee. Such labels are not
-            a random sample of all rows, only of rows that could be accepted.
-        DataError: In the cases of ``label_store``, or if no row is left.
+        UsageError: If ``vilu next`` drew some labels for a guarantee. Such labels are a random
+            sample only of the rows that could be accepted, not of all rows.
     """
     photos, book = label_store(store, files)
     if any(entry.stream == "calibration" for entry in book):
@@ -191,10 +190,10 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
 
 
 def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """All rows of a store, some of them labelled, for statements about all rows.
+    """All rows of a store, with labels for some rows, for statements about all rows.
 
     Raises:
-        UsageError: If labelled rows were chosen by their scores, and not at random.
+        UsageError: If labelled rows were chosen by score, not at random.
         DataError: In the cases of ``label_store``.
     """
     photos, book = label_store(store, files)

@@ -1,4 +1,4 @@
-"""The plan of a predictor's test, fixed before the labels of the test are looked at."""
+"""The plan of a predictor's test, fixed before any look at the labels of the test."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from vilu.text import plural
 from vilu.triage.choose import choose_limit
 
 ALLOWED_WRONG: Final = 2
-"""The limit is chosen for a number of labels that certifies it even if so many answers are wrong.
+"""The planned number of labels certifies the limit even with so many wrong answers.
 
-At 5 % risk this number is about 200. So about 1 % of the answers up to the limit may be wrong.
+At 5 % risk the planned number is about 200. So about 1 % of the answers up to the limit may be
+wrong.
 """
 
 NAMES_SHOWN: Final = 5
@@ -26,14 +27,14 @@ NAMES_SHOWN: Final = 5
 
 
 class Trial(Model):
-    """The plan of a predictor's test: the thresholds that are tested, and which labels count.
+    """The plan of a predictor's test: the thresholds, and the limit of the counted labels.
 
     Attributes:
         n_fit: Number of labels that the predictor was fitted on.
         grid: The thresholds, ascending.
         limit: Only labels of photos with an uncertainty up to this limit count.
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
-        share: Share of the calibration photos that the limit includes.
+        share: Share of the calibration photos up to the limit.
         level: Level of the test; 0 until the predictor has enough labels to be certified.
     """
 
@@ -60,20 +61,20 @@ class Trial(Model):
         Args:
             n_fit: Number of labels that the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos, all finite (``require_scores``).
-            n_answered: Number of calibration photos that have a label. The limit is chosen for a
-                larger number, because more labels will come.
-            max_risk: Largest error rate that is allowed.
+            n_answered: Number of calibration photos with a label. The limit is chosen for a larger
+                number, because more labels will come.
+            max_risk: Largest allowed error rate.
             delta: Level of the test.
             least_share: The limit includes at least this share of the photos.
         """
         level = level_of_limit(delta)
-        # so many labels that ``ALLOWED_WRONG`` answers may be wrong, and more than there are now
+        # enough labels for ``ALLOWED_WRONG`` wrong answers, and more labels than now
         n_planned = max(
             labels_needed(ALLOWED_WRONG, max_risk, level),
             n_answered + flawless_labels(max_risk, level),
         )
         limit, likely = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
-        # the smallest limit that includes ``least_share`` of the photos
+        # the smallest limit with at least ``least_share`` of the photos
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
             limit = least_limit
@@ -83,7 +84,7 @@ class Trial(Model):
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
 
     def with_raised_limit(self, n_thresholds: int, scores: Floats) -> Self:
-        """The trial with a limit that is ``n_thresholds`` thresholds higher, but within the grid.
+        """Raise the limit by ``n_thresholds`` thresholds, but not beyond the grid.
 
         ``scores`` (M,) are the uncertainties of the calibration photos.
         """
@@ -99,7 +100,7 @@ def share_up_to(limit: float, scores: Floats) -> float:
 
 
 def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
-    """Raise DataError if a photo that a test may draw has no score.
+    """Raise DataError if a test could draw a photo without a score.
 
     Args:
         scores: (N,) uncertainties of all photos; NaN for a photo without a score.
@@ -118,6 +119,6 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
 
 
 def level_of_limit(delta: float) -> float:
-    """The part of the level ``delta`` that is used for the planned limit alone."""
+    """The part of the level ``delta`` for the planned limit alone."""
     _, share = STARTS[-1]
     return share * delta

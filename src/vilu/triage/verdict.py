@@ -1,11 +1,11 @@
-"""What the labels say about the answers: the verdict with which the summary of a run begins.
+"""The verdict of the labels on the answers. The summary of a run begins with this verdict.
 
-No answer is judged by a label that its predictor was fitted on. So adapted answers about labelled
-photos come from two sources:
+Each answer is judged by labels that the predictor was not fitted on. So adapted answers about
+labelled photos come from two sources:
 
 - Photos of the calibration side: the answers of the present predictor.
-- Photos of the fit side: the cross-fitted answers. Only the number of wrong ones is known, which is
-  saved with the predictor (``LikelyRight``).
+- Photos of the fit side: the cross-fitted answers. Only the number of wrong answers is known. This
+  number is saved with the predictor (``LikelyRight``).
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ LEAST_ANSWERS: Final = 20
 """Smallest number of answers for this warning."""
 
 KINDS: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
-"""Maps kinds of answers to their names in texts."""
+"""Maps kinds of answers to names in texts."""
 
 CONFUSIONS: Final = 3
-"""Maximum number of confusions that a verdict names."""
+"""Maximum number of confusions in a verdict."""
 
 
 @dataclass(frozen=True)
 class LabelledAnswers:
     """Labels of M photos, and answers of predictors that were not fitted on these labels.
 
-    All kinds of answers are judged by the same labels. These are the labels of photos with an
-    answer of every kind, and the labels by which cross-fitted answers were judged.
+    All kinds of answers are judged by the same labels: the labels of photos with an answer of every
+    kind, and the labels that judge cross-fitted answers.
 
     Attributes:
         label: (M,) indices of classes; ``OUTSIDE`` for none of the classes.
-        answers: Maps kinds of answers to (M,) indices of classes; -1 where there is no answer.
-            There are adapted answers only about photos of the calibration side.
-        n_cross_fitted: Number of labels by which cross-fitted answers were judged.
+        answers: Maps kinds of answers to (M,) indices of classes; -1 without an answer. There are
+            adapted answers only about photos of the calibration side.
+        n_cross_fitted: Number of labels that judge cross-fitted answers.
         cross_fitted_wrong: Maps kinds of answers to the number of wrong cross-fitted answers.
     """
 
@@ -63,7 +63,7 @@ class LabelledAnswers:
 
     @property
     def has_every_answer(self) -> NDArray[np.bool_]:
-        """(M,) bool, which photos have an answer of every kind."""
+        """(M,) bool, True for photos with an answer of every kind."""
         has_answer = np.ones(len(self.label), np.bool_)
         for answers in self.answers.values():
             has_answer &= answers != UNKNOWN
@@ -71,17 +71,17 @@ class LabelledAnswers:
 
     @property
     def n_judging_labels(self) -> int:
-        """Number of labels by which answers are judged."""
+        """Number of labels that judge answers."""
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Share of right answers of this kind, among the answers that are judged."""
+        """Share of right answers of this kind, among the judged answers."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
         return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging_labels
 
     def most_frequent_label(self) -> tuple[int, float]:
-        """The most frequent label and its share of all labels; -1 and 0 without labels."""
+        """The most frequent label, with the share among all labels; -1 and 0 without labels."""
         counts = Counter(self.label.tolist())
         if not counts:
             return UNKNOWN, 0.0
@@ -106,16 +106,16 @@ def labelled_answers(
 ) -> LabelledAnswers:
     """The labels of all labelled photos, and the answers about these photos.
 
-    If zero-shot answers are judged, there are no others. If no label can judge adapted answers,
-    there are only zero-shot answers, too.
+    If zero-shot answers are judged, the result has only zero-shot answers. If no label can judge
+    adapted answers, the result has only zero-shot answers, too.
 
     Args:
-        photos: The photos, with their labels.
+        photos: The photos, with labels.
         outcomes: Outcomes of all photos by the present predictor.
         predictor: The present predictor.
-        is_calibration: (N,) bool, which photos are of the calibration side.
-        likely_right: The estimate that was saved with the predictor. It has the numbers of
-            cross-fitted answers and of wrong ones.
+        is_calibration: (N,) bool, True for photos of the calibration side.
+        likely_right: The estimate saved with the predictor, with the numbers of all cross-fitted
+            answers and of wrong cross-fitted answers.
     """
     label = np.where(photos.outside.numpy(), OUTSIDE, photos.target.numpy())
     usable = photos.usable_rows.numpy()
@@ -158,7 +158,7 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
     Args:
         labelled: Labels and answers of the labelled photos.
         outcomes: Outcomes of all photos by the present predictor.
-        has_doubtful: Whether some labels were asked for because their photos are doubtful.
+        has_doubtful: Whether some labels were requested because the photos are doubtful.
     """
     sentences = [_warning_of_one_class(labelled, outcomes)]
     if labelled.answers and labelled.n_judging_labels:

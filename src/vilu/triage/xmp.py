@@ -1,4 +1,4 @@
-"""Subjects in XMP: read them, add a subject, remove it again. All other bytes stay as they are."""
+"""Subjects in XMP: read, add and remove subjects. All other bytes stay unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu.errors import DataError
 RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DUBLIN_CORE: Final = "http://purl.org/dc/elements/1.1/"
 
-# Names of elements and attributes as the parser gives them: namespace, blank, name.
+# Names of elements and attributes in the form of the parser: namespace, blank, name.
 ROOT: Final = f"{RDF} RDF"
 DESCRIPTION: Final = f"{RDF} Description"
 ABOUT: Final = f"{RDF} about"
@@ -21,8 +21,8 @@ BAG: Final = f"{RDF} Bag"
 ITEM: Final = f"{RDF} li"
 SUBJECT: Final = f"{DUBLIN_CORE} subject"
 
-# Comments before and after what vilu adds to the XMP of another program. Readers of XMP ignore
-# comments. vilu finds by them what it may remove again.
+# Comments around each addition of vilu to the XMP of another program. Readers of XMP ignore
+# comments. vilu finds the additions by these comments, to remove them again.
 BEGIN: Final = "<!--vilu-->"
 END: Final = "<!--/vilu-->"
 
@@ -37,7 +37,7 @@ SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
 """
 """XMP with one subject (XMP specification, part 1)."""
 
-# Patterns for the two forms of what vilu adds: a whole description, or only an item of a bag.
+# Patterns for the two forms of additions by vilu: a whole description, or only an item of a bag.
 # Another tool may have put white space between the tags.
 _P: Final = r"(?:[^\s<>/:]+:)?"  # the prefix of RDF
 _HEAD: Final = (
@@ -47,19 +47,19 @@ _HEAD: Final = (
 _TAIL: Final = rf"</{_P}Bag>\s*</dc:subject>\s*</{_P}Description>\s*"
 _ITEM: Final = rf"<{_P}li>[^<>]*</{_P}li>\s*"
 ADDED_BY_VILU: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
-"""Matches what vilu adds, with the comments, if no other program has changed it."""
+"""Matches an addition of vilu with both comments, unless another program has changed it."""
 
 NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 cannot hold."""
+"""Characters not allowed in XML 1.0."""
 
 
 def new_xmp(subject: str) -> bytes:
-    """XMP that has a subject and nothing else; DataError if XML cannot hold the subject."""
+    """XMP with a single subject and nothing else; DataError if XML cannot hold the subject."""
     return SIDECAR.format(label=_escaped(subject)).encode()
 
 
 def _escaped(subject: str) -> str:
-    """A subject as text of XML; DataError if XML cannot hold it."""
+    """A subject as text of XML; DataError if XML cannot hold the subject."""
     if NOT_IN_XML.search(subject):
         raise DataError("the label has a character that XML cannot hold")
     return escape(subject)
@@ -67,16 +67,16 @@ def _escaped(subject: str) -> str:
 
 @dataclass
 class Xmp:
-    """What the parser finds in XMP. Positions are indices of bytes.
+    """Result of parsing XMP. Positions are indices of bytes.
 
     Attributes:
         subjects: Subjects in the bag of ``dc:subject``.
         bag_ends: Position of the end tag of every bag of subjects.
         root_ends: Position of the end tag of every ``rdf:RDF``.
         n_subject_elements: Number of elements ``dc:subject``.
-        about: What the first description is about; "" means the file itself. None if there is no
-            description.
-        passages: Start and end position of every passage that vilu has added.
+        about: Value of ``rdf:about`` in the first description; "" means the file itself. None
+            without a description.
+        passages: Start and end position of every addition by vilu.
     """
 
     subjects: list[str] = field(default_factory=list)
@@ -88,13 +88,13 @@ class Xmp:
 
 
 class _Reader:
-    """Handlers of the parser, which fill an ``Xmp``."""
+    """Handlers of the parser. The handlers fill an ``Xmp``."""
 
     def __init__(self) -> None:
         self.xmp = Xmp()
         # names of the elements around the present position, the innermost element last
         self._open_elements: list[str] = []
-        # position of a ``BEGIN`` whose ``END`` was not found yet
+        # position of a ``BEGIN`` with no ``END`` found yet
         self._passage_start: int | None = None
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.buffer_text = True
@@ -106,7 +106,7 @@ class _Reader:
         self._parser.XmlDeclHandler = self._declaration
 
     def read(self, data: bytes) -> Xmp:
-        """Parse XMP; DataError if it cannot be parsed."""
+        """Parse XMP; DataError for invalid XMP."""
         try:
             self._parser.Parse(data, True)
         except expat.ExpatError as error:
@@ -156,19 +156,19 @@ class _Reader:
 
 
 def read_xmp(data: bytes) -> Xmp:
-    """Find the subjects of XMP; DataError if it is no XML in UTF-8, or declares entities."""
+    """Find the subjects of XMP; DataError if ``data`` is no XML in UTF-8, or declares entities."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("its encoding is UTF-16; UTF-8 was expected")
     return _Reader().read(data)
 
 
 def remove_added_subject(data: bytes) -> bytes:
-    """XMP without the subject that vilu has added to it.
+    """Remove the subject added by vilu from XMP.
 
     Raises:
-        DataError: If another program has changed what vilu added. Its changes would be lost.
+        DataError: If another program has changed the addition. The change would be lost.
     """
-    # The last passage is removed first, so that the positions of the other passages stay valid.
+    # The last passage is removed first, so the positions of earlier passages stay valid.
     for begin, end in reversed(read_xmp(data).passages):
         if ADDED_BY_VILU.fullmatch(data[begin:end]) is None:
             raise DataError("another program has changed what vilu added to it")
@@ -177,10 +177,10 @@ def remove_added_subject(data: bytes) -> bytes:
 
 
 def add_subject(data: bytes, subject: str) -> bytes:
-    """XMP of another program with one more subject. The data is unchanged if it has the subject.
+    """Add a subject to the XMP of another program. Data with this subject stays unchanged.
 
     Raises:
-        DataError: If it is not clear where the subject belongs.
+        DataError: If the place for the subject is not clear.
     """
     xmp = read_xmp(data)
     if len(xmp.root_ends) != 1:
@@ -203,7 +203,7 @@ def add_subject(data: bytes, subject: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Addition:
-    """Where an item of a bag is inserted, and the elements that must enclose the item."""
+    """The place to insert an item of a bag, and the enclosing elements of the item."""
 
     position: int  # position of the end tag before which the item is inserted
     tag_name: str  # name of this end tag, without the prefix of RDF
@@ -225,8 +225,8 @@ class _Addition:
 
 
 def _new_description(xmp: Xmp) -> _Addition:
-    """The addition of a new description, about the same as the first description in the XMP."""
-    # "{" is escaped, because "{p}" is replaced by the prefix.
+    """The addition of a new description, with the same ``rdf:about`` as the first description."""
+    # "{" is escaped because "{p}" is replaced by the prefix.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (
         f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"

@@ -1,4 +1,4 @@
-"""The data sets of the paper by name, and data sets that TOML tables describe."""
+"""The data sets of the paper by name, and data sets from TOML tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["add_datasets", "add_tables"]
 
 
 def add_datasets(source: Path | str) -> list[KnownDataset]:
-    """Add the data sets that a TOML file, or TOML text, describes.
+    """Add the data sets of a TOML file or a TOML text.
 
     Each data set has a table with the keys of ``assets/datasets.toml``.
 
@@ -29,9 +29,9 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """Add the data sets that tables describe; the key of a table is the name of its data set.
+    """Add the data sets of ``tables``; the key of a table is the name of the data set.
 
-    If one of them cannot be added, none is added.
+    If any data set cannot be added, no data set is added.
 
     Raises:
         UsageError: If a key is missing, unknown or of a wrong type, or a name is taken.
@@ -43,7 +43,7 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
 
 
 def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
-    """The data set with this name that a table of ``facts`` describes."""
+    """Make the data set with this name from a table of ``facts``."""
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
     entry = fill_dataclass(KnownDataset, {"name": name, **facts, "reader": reader}, where)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, read from their pickle files without running the pickles."""
+"""CIFAR-10 and CIFAR-100, read from the pickle files without running the pickles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIF
 
 
 MAX_TUPLES: Final = 64
-"""Maximum number of tuples in a pickle, not counting tuples that are the arguments of a call.
+"""Maximum number of tuples in a pickle, not counting the arguments of calls.
 
 An array and its labels need only a few tuples. Deeply nested tuples would overflow Python's stack
 when they are hashed.
@@ -37,11 +37,11 @@ when they are hashed.
 TUPLE_OPCODES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
 """Opcodes of a pickle that make a tuple or a frozen set."""
 MEMO_OPCODES: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
-"""Opcodes of a pickle that put an object into the unpickler's memo, to use it again later."""
+"""Opcodes of a pickle that put an object into the unpickler's memo, for later use."""
 
 
 class PickledArray:
-    """Stand-in for a numpy array in a pickle; it stores the array's state."""
+    """Stand-in for a numpy array in a pickle. Stores the array's state."""
 
     state: object = None
 
@@ -66,7 +66,7 @@ class PickledArray:
                 bool(fortran),
                 bytes() | str() as raw,
             ):
-                # a pickle of Python 2 has its bytes as text
+                # a pickle of Python 2 has bytes as text
                 content = raw.encode("latin-1") if isinstance(raw, str) else raw
             case _:
                 raise error
@@ -78,7 +78,7 @@ class PickledArray:
 
 
 class PickledType:
-    """Stand-in for a numpy dtype in a pickle; it stores the dtype's code."""
+    """Stand-in for a numpy dtype in a pickle. Stores the dtype's code."""
 
     __match_args__ = ("code",)
 
@@ -86,7 +86,7 @@ class PickledType:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which do not matter for single bytes."""
+        """Ignore byte order and alignment. Both do not matter for single bytes."""
 
 
 def _reconstruct(*_arguments: object) -> PickledArray:
@@ -99,7 +99,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# The only objects that a pickle can use, by the module and the name that the pickle asks for.
+# The only objects that a pickle can use, by the module and the name in the pickle.
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -117,9 +117,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _opcode_names(content: bytes) -> Iterator[str]:
-    """Yield the names of a pickle's opcodes, without those that put an object into the memo.
+    """Yield the names of a pickle's opcodes, except opcodes that put an object into the memo.
 
-    Raises a ValueError if the number of a memo slot exceeds the number of opcodes before it. A huge
+    Raises a ValueError if the number of a memo slot exceeds the number of earlier opcodes. A huge
     number would make the unpickler allocate gigabytes.
     """
     for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
@@ -133,14 +133,14 @@ def _opcode_names(content: bytes) -> Iterator[str]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary in a pickle; its values are built-in types and ``PickledArray``.
+    """Read the dictionary in a pickle. The values are built-in types and ``PickledArray``.
 
-    Keys that are bytes are decoded to text.
+    Keys of type bytes are decoded to text.
     """
     try:
         content = _unpickle(file)
-    # ``UnpicklingError`` means a refused name or a misplaced opcode. The other exceptions mean that
-    # the file is damaged.
+    # ``UnpicklingError`` means a refused name or a misplaced opcode. All other exceptions mean
+    # that the file is damaged.
     except (pickle.UnpicklingError, *DECODING_ERRORS) as error:
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
@@ -154,12 +154,13 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def _unpickle(file: Path) -> object:
-    """The content of a pickle, after its size, its memo and its tuples are checked."""
+    """The content of a pickle, after a check of the size, the memo and the tuples."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
     with warnings.catch_warnings():
-        # A warning means an invalid escape sequence. No pickled array has one, so it is an error.
+        # A warning means an invalid escape sequence. No pickled array has such a sequence, so a
+        # warning becomes an error.
         warnings.simplefilter("error")
         n_tuples = 0
         for name, next_name in itertools.pairwise(_opcode_names(raw)):
@@ -174,7 +175,7 @@ def _unpickle(file: Path) -> object:
 
 
 def _as_text(name: object) -> str:
-    """A key or a class name as text. Python 2 wrote them as bytes."""
+    """A key or a class name as text. Python 2 wrote such names as bytes."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
@@ -189,7 +190,7 @@ class Layout:
     """
 
     folder: str  # name of the folder in the archive
-    splits: dict[str, tuple[str, ...]]  # maps a split to the names of its files
+    splits: dict[str, tuple[str, ...]]  # maps a split to the file names
     labels: str  # key of the labels in these files
     meta: str  # name of the file with the class names
     names: str  # key of the class names in the file ``meta``
@@ -219,7 +220,7 @@ CIFAR100: Final = Layout(
 
 
 class CifarDataset:
-    """The 32 x 32 pictures of CIFAR as a data set of PNGs, which are lossless.
+    """The 32 x 32 pictures of CIFAR as a data set of lossless PNGs.
 
     The key of a picture is ``file/row``.
 
@@ -227,9 +228,9 @@ class CifarDataset:
         folder: Folder with the pickle files.
         layout: Files and keys of the data set.
         split: "train", "test" or "train+test"; None: both splits.
-        classes: File of class names in label order. It may leave out the classes of ``outside``.
-        raw_names: Whether class names keep their underscores in prompts.
-        outside: Names of classes whose pictures are treated as pictures of none of the classes.
+        classes: File of class names in label order. The classes of ``outside`` may be left out.
+        raw_names: Whether class names keep the underscores in prompts.
+        outside: Names of classes. Their pictures are treated as pictures of none of the classes.
     """
 
     def __init__(
@@ -276,7 +277,7 @@ class CifarDataset:
         """Yield records of the images start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
-            # a picture is identified by its pixels, because a PNG's bytes depend on the library
+            # the pixels identify a picture, because a PNG's bytes depend on the library
             yield ImageRecord(
                 batch.key(row), batch.labels[row], partial(_as_png, pixels), content=pixels.tobytes
             )
@@ -284,7 +285,7 @@ class CifarDataset:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The pictures of one file."""
+    """The pictures of a file."""
 
     name: str  # name of the file
     pixels: NDArray[np.uint8]  # (n, 3072), flattened from (channels, rows, columns)
@@ -337,7 +338,7 @@ def _as_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def find_folder(source: Path, layout: Layout) -> Path | None:
-    """The folder with the files: ``source``, or its subfolder of the usual name; else None."""
+    """The folder with the files: ``source``, or the subfolder of the usual name; else None."""
     for folder in (source, source / layout.folder):
         if layout.is_in(folder):
             return folder
@@ -345,7 +346,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def opener_of_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """A function that opens CIFAR in ``source``; None if ``source`` does not have its files."""
+    """A function that opens CIFAR in ``source``; None if ``source`` does not have the files."""
     folder = find_folder(source, layout)
     if folder is None:
         return None

@@ -35,9 +35,9 @@ from vilu_bench.known_datasets.read import (
 )
 
 Files = Sequence[tuple[str, stat_result | OSError]]
-"""The images of one class.
+"""The images of a class.
 
-Each image is a pair: its path below the class folder, and either the file's status or the error of
+Each image is a pair: the path below the class folder, and either the file's status or the error of
 reading the status.
 """
 
@@ -45,7 +45,7 @@ RENAMED_CLASSES: Final = {744: "projectile", 836: "sunglass"}
 """Our names of two ImageNet classes, by label.
 
 CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
-"sunglasses". Two classes with equal names have equal scores, so the second one would never be the
+"sunglasses". Two classes with equal names have equal scores, so the second class would never be the
 answer. Our names are the first words of WordNet's synsets n04008634 and n04355933.
 """
 
@@ -64,12 +64,12 @@ def every_image(_class_name: str, files: Files) -> Files:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images in a folder per class; an iteration lists them, class by class."""
+    """Images in a folder per class. An iteration lists the images, class by class."""
 
     root: Path  # the data set's folder
     part: str  # path, below ``root``, of the folder of class folders; "" for ``root`` itself
     labels: Mapping[str, int]  # maps the name of a class folder to the label
-    # function that gets the name of a class folder and its images, and returns the images to use
+    # function from the name of a class folder and its images to the images to use
     choose: Callable[[str, Files], Files] = every_image
     advice: str = UNPACK_ADVICE  # last sentence of the error if there are no class folders
 
@@ -107,13 +107,13 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """Lists a data set with a folder per split, and in it a folder per class.
+    """Lists a data set with a folder per split, each with a folder per class.
 
-    A class is in the list if any split has it. A label is the position of a class name among all
-    class names, sorted by bytes.
+    A class is in the list if any split has the class. A label is the position of a class name among
+    all class names, sorted by bytes.
     """
 
-    # Maps a split to its folder, where "" is the data set's folder itself. By default the folder of
+    # Maps a split to the folder of the split; "" is the data set's folder. By default the folder of
     # a split has the name of the split.
     splits: Mapping[str, str] = field(default_factory=dict)
 
@@ -166,10 +166,10 @@ def imagenet_sketch(place: Place) -> Listing:
 def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
     """Half of the images of a class: the lower hashes if ``first``, else the higher hashes.
 
-    If the number of images is odd, the half with the higher hashes has one more. It is not known
-    which images the paper took as few shots, so a hash of ``class/path`` decides: BLAKE2b with 8
-    bytes. With a hash, the halves depend neither on the order of files, nor on the machine, nor on
-    other classes.
+    If the number of images is odd, the half with the higher hashes has the additional image. The
+    few-shot images of the paper are not known, so a hash of ``class/path`` decides: BLAKE2b with 8
+    bytes. With a hash, the halves do not depend on the order of files, on the machine, or on the
+    remaining classes.
     """
     hashes = []
     for path, _ in files:
@@ -183,7 +183,7 @@ def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes in label order, which is the ascending order of ids."""
+    """WordNet ids of the 1,000 classes in label order. This is the ascending order of ids."""
     return tuple(asset("imagenet_wnids.txt").split())
 
 
@@ -196,7 +196,7 @@ def clip_names() -> tuple[str, ...]:
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
-    """Listing of images without splits: one half of each class is "shots", the other is "test"."""
+    """Listing of images without splits: half of each class is "shots", and the rest is "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
         "shots": ClassFolders(place.folder, "", labels, partial(half_by_hash, first=True)),
@@ -212,7 +212,7 @@ def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origi
 
 @dataclass(frozen=True)
 class CifarReader:
-    """A reader of CIFAR-10 or CIFAR-100, which does not run their pickles."""
+    """A reader of CIFAR-10 or CIFAR-100 without running the pickles."""
 
     layout: Layout
 
@@ -235,8 +235,8 @@ class CifarReader:
         return Survey("official split", counts)
 
     def _count(self, place: Place, split: str) -> Count:
-        """Count the pictures of one split."""
-        # CIFAR has no list of pictures. If its files cannot be read, the published number of
+        """Count the pictures of a split."""
+        # CIFAR has no list of pictures. If the files cannot be read, the published number of
         # pictures stands in for the number of listed pictures.
         published = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
@@ -245,19 +245,19 @@ class CifarReader:
             return Count(found=0, listed=published, missing=missing)
         try:
             n_pictures = len(self.open(place, Request(split)))
-        except DataError as error:  # not raised, so that the next split is counted, too
+        except DataError as error:  # not raised, because the next split is counted, too
             return Count(found=None, listed=published, problem=str(error))
         return Count(found=n_pictures, listed=n_pictures)  # the files themselves are the list
 
 
 class ShardReader:
-    """A reader of image-caption pairs in tar files, as img2dataset writes them.
+    """A reader of image-caption pairs in tar files of img2dataset.
 
-    The tar files lie in the data set's folder or in its subfolders.
+    The tar files lie in the data set's folder or in subfolders of this folder.
     """
 
     def open(self, place: Place, request: Request) -> TarShards:
-        """All pairs, which are divided into folds later, by a hash of the caption."""
+        """Open all pairs. Later, a hash of the caption divides the pairs into folds."""
         unfit_options = request.unfit_options()
         if unfit_options:
             raise UsageError(
@@ -267,7 +267,7 @@ class ShardReader:
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Count the tar files and find gaps in their numbers.
+        """Count the tar files and find gaps in the numbers of the files.
 
         With ``deep``, the members of the files are listed, to count pairs and find damaged files.
         """
@@ -284,9 +284,9 @@ class ShardReader:
 def find_known_shards(folder: Path) -> list[Path]:
     """The tar files in a folder, sorted by name.
 
-    If there are none, the tar files in its subfolders (such as train and validation) are returned.
+    If there are none, the tar files in the subfolders (such as train and validation) are returned.
     """
-    shards = find_shards(folder) or []  # it returns None if the folder has no tar files
+    shards = find_shards(folder) or []  # ``find_shards`` returns None without tar files
     if not shards:
         for name in subfolders(folder):
             shards += find_shards(folder / name) or []
@@ -348,7 +348,7 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
 }
 """Maps the ``kind`` in ``layout = { kind = ... }`` of a data set's table to a reader.
 
-A value may also be a class. Then an object of the class is made from the other keys of ``layout``,
+A value may also be a class. Then the further keys of ``layout`` make an object of the class,
 and this object is the function ``read`` of a ``ListReader``.
 """
 

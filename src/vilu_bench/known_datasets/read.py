@@ -36,7 +36,7 @@ class Listing:
     """The classes and images that a data set lists."""
 
     classes: tuple[str, ...]  # names of the classes in files or lists, in label order
-    # images of each split; an iteration may list folders, and raises a DataError if that fails
+    # images of each split; an iteration may list folders, and raises a DataError on failure
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # text that says where the splits come from
     # cleaned class names for prompts; None: ``classes`` with underscores replaced by spaces
@@ -66,9 +66,9 @@ class ListReader:
 
 @dataclass(frozen=True)
 class PathList:
-    """Images of a list, sorted by path, so that the order of the list does not matter.
+    """Images of a list, sorted by path. So the order of the list does not matter.
 
-    An iteration takes one call of stat per image.
+    An iteration takes a call of stat per image.
     """
 
     folder: Path
@@ -82,7 +82,7 @@ class PathList:
 class ListedDataset(ListedFiles):
     """A data set of listed images.
 
-    If a listed file is missing, its row has a read error. Keys are paths below the data set's
+    If a listed file is missing, the row has a read error. Keys are paths below the data set's
     folder. All splits have the same class table.
     """
 
@@ -110,7 +110,7 @@ class ListedDataset(ListedFiles):
                 split: self._add_all(listing.splits[split], listing_hash, task) for split in splits
             }
         empty_splits = [split for split, count in counts.items() if count == 0]
-        # if no split is requested, all splits are taken, and an empty one is no error
+        # if no split is requested, all splits are taken, and an empty split is no error
         is_request_empty = request.split is not None and len(empty_splits) > 0
         if not self._paths or is_request_empty:
             raise DataError(
@@ -120,7 +120,7 @@ class ListedDataset(ListedFiles):
         self.fingerprint = listing_hash.hexdigest()
 
     def _add_all(self, entries: Iterable[Entry], listing_hash: ListingHash, task: Task) -> int:
-        """Add the images of a split and return their number."""
+        """Add the images of a split and return the number of images."""
         n_before = len(self)
         for path, label, status in _with_progress(entries, task):
             self._add(path, label, status, listing_hash)
@@ -128,7 +128,7 @@ class ListedDataset(ListedFiles):
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
-    """Count the files of a split: listed files, and listed files that exist."""
+    """Count the files of a split: all listed files, and all existing listed files."""
     n_existing = 0
     n_listed = 0
     missing: list[str] = []
@@ -140,7 +140,7 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
                 n_existing += 1
             elif len(missing) < MAX_MISSING_NAMES:
                 missing.append(portable_name(path))
-    except DataError as error:  # not raised, so that the next split is counted, too
+    except DataError as error:  # not raised, because the next split is counted, too
         return Count(found=n_existing, listed=None, problem=str(error))
     return Count(found=n_existing, listed=n_listed, missing=tuple(missing))
 
@@ -158,9 +158,9 @@ def _with_progress(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024  # maximum number of characters in a listed path
 T = TypeVar("T")
 ParseEntry = Callable[[T], tuple[str, int]]
-"""Function that returns the path and the label in an entry of a list.
+"""Function from an entry of a list to the path and the label.
 
-It raises a ValueError for a wrong entry.
+The function raises a ValueError for a wrong entry.
 """
 
 
@@ -168,17 +168,17 @@ It raises a ValueError for a wrong entry.
 class SplitLists:
     """Lists of paths and labels by split.
 
-    No path occurs twice, and every label 0 ... K-1 has one name.
+    No path occurs twice, and every label 0 ... K-1 has a name.
     """
 
-    # maps a split to the paths and labels of its images
+    # maps a split to the paths and labels of the images
     splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)  # name by label
     _labels: dict[str, int] = field(default_factory=dict)  # label by name
     _added_paths: set[str] = field(default_factory=set)  # paths of all splits
 
     def add(self, split: str, path: str, label: int) -> None:
-        """Add one image; raises ValueError for an unusable path, or one that was added before."""
+        """Add an image; raises ValueError for an unusable path, or for an already added path."""
         if not is_usable(path):
             raise ValueError(
                 f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
@@ -189,7 +189,7 @@ class SplitLists:
         self.splits[split].append((path, label))
 
     def fill(self, split: str, file: Path, entries: Iterable[T], parse: ParseEntry[T]) -> None:
-        """Add all entries of a file; an invalid entry is a DataError that names its number."""
+        """Add all entries of a file; a DataError names the number of an invalid entry."""
         for number, entry in enumerate(entries, start=1):
             try:
                 path, label = parse(entry)
@@ -201,7 +201,7 @@ class SplitLists:
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
         """Make lists with these splits and class names, but without images.
 
-        ``file`` is the file of the class names, which errors name.
+        ``file`` is the file of the class names. Errors name this file.
         """
         lists = cls({split: [] for split in splits})
         try:
@@ -227,7 +227,8 @@ class SplitLists:
         """
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
-        # ``setdefault`` keeps and returns an earlier value if there is one, else it stores this one
+        # ``setdefault`` returns an earlier value if there is one, else stores and returns the new
+        # value
         if self._names.setdefault(label, name) != name:
             raise ValueError(f"label {label} is {name!r} here and {self._names[label]!r} before")
         if self._labels.setdefault(name, label) != label:
@@ -250,7 +251,7 @@ class SplitLists:
         return tuple(names)
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
-        """The listing of these lists, whose paths are relative to the subfolder ``images``."""
+        """The listing of these lists; the paths are relative to the subfolder ``images``."""
         names = self.names_in_label_order()
         prefix = f"{images}/" if images else ""
         splits = {}
@@ -261,7 +262,7 @@ class SplitLists:
 
 
 def is_usable(path: str) -> bool:
-    """Whether a path is short, printable, relative, in normal form, and below its folder."""
+    """Whether a path is short, printable, relative, in normal form, and below the base folder."""
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
@@ -371,7 +372,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Reads CoOp's list: the user's own list if there is one, else the shipped list."""
+    """Reads CoOp's list: the user's own list, or else the shipped list."""
 
     file: str  # file name of the user's list
     # subfolder that the paths of the list are relative to; "" for the data set's folder
@@ -419,7 +420,7 @@ def food101(place: Place) -> Listing:
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
-            # must be a ValueError, which ``SplitLists.fill`` reports with the number of the entry
+            # must be a ValueError, because ``SplitLists.fill`` reports the number of the entry
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004
         return f"{path}.jpg", lists.label_of(name)
 
@@ -464,14 +465,14 @@ def _official_listing(
     entries: Mapping[Path, tuple[str, Iterable[T]]],
     parse: ParseEntry[T],
 ) -> Listing:
-    """The listing of a data set from the files that its authors published.
+    """The listing of a data set from the files that the authors published.
 
     Args:
         place: The data set on this disk.
-        lists: The lists to fill, which have all splits and class names already.
+        lists: The lists to fill, already with all splits and class names.
         images: Subfolder that the paths are relative to; "" for the data set's folder.
-        entries: Maps each file to the split that it lists, and to its entries.
-        parse: Function that returns the path and the label in an entry.
+        entries: Maps each file to a split, and to the entries of the file.
+        parse: Function from an entry to the path and the label.
     """
     for file, (split, lines) in entries.items():
         lists.fill(split, file, lines, parse)
@@ -479,7 +480,7 @@ def _official_listing(
 
 
 def _class_and_path_pairs(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
-    """Yield pairs of class and path from ``content``, which has the paths by class."""
+    """Yield pairs of class and path from ``content`` (paths by class)."""
     for name, paths in content.items():
         if not isinstance(paths, list):
             raise DataError(

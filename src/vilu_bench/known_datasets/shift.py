@@ -1,6 +1,6 @@
-"""Damages pictures by noise, blur, compression and the like, without changing what they show.
+"""Damages pictures by noise, blur, compression and the like. The shown objects stay the same.
 
-The kinds of damage are those of Hendrycks and Dietterich (ICLR 2019). The code and the strengths
+The kinds of damage are from Hendrycks and Dietterich (ICLR 2019). The code and the strengths
 are ours. A strength in pixels is relative to the size of the picture.
 """
 
@@ -89,13 +89,13 @@ KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""Maps a kind of damage to its function and to its five strengths, one for each severity."""
+"""Maps a kind of damage to the function and to five strengths, one for each severity."""
 
 
 class ShiftedImages(ChosenImages):
-    """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
+    """A data set of damaged pictures; a hash of the picture's key chooses the kind of damage.
 
-    Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
+    Damaged pictures are PNGs. The undamaged picture identifies a row, so a picture and the
     damaged form have the same identity.
     """
 

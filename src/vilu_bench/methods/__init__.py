@@ -1,1 +1,1 @@
-"""Methods that exist to be compared with."""
+"""Methods for comparison with the methods of ``vilu``."""

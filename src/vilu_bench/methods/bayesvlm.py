@@ -21,7 +21,7 @@ from vilu.predictors.nn.train import steps_per_epoch
 from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
-BLOCK_ROWS = 1_024  # rows are processed in blocks of this size, so that their logits fit in memory
+BLOCK_ROWS = 1_024  # rows are processed in blocks of this size, so that the logits fit in memory
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,8 @@ def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors a and b (M, K) of SigLIP's loss: a = sigma (1 - sigma) and b = 0.
 
-    The curvature of the loss in a row of logits is diag(a) - b b^T. For SigLIP it is diagonal,
-    because the loss is a sum over single logits.
+    The curvature of the loss in a row of logits is diag(a) - b b^T. For SigLIP the curvature is
+    diagonal, because the loss is a sum over single logits.
     """
     p = logits.sigmoid()
     return p * (1 - p), torch.zeros_like(p)
@@ -158,14 +158,14 @@ class Posterior:
 def posterior(
     layer_factors: Factors, squared_norm: float, pseudo_count: float
 ) -> tuple[Posterior, float]:
-    """Posterior of a last layer, and the prior precision lambda that maximises the evidence.
+    """Posterior of a last layer, and the prior precision lambda with the largest evidence.
 
     Args:
         layer_factors: Factors of the layer.
         squared_norm: ‖P‖² of the layer's weights P.
         pseudo_count: Weight tau of the data against the prior.
     """
-    # each factor is multiplied by this scale, so their product is multiplied by tau / n
+    # each factor is multiplied by this scale, so the product is multiplied by tau / n
     scale = math.sqrt(pseudo_count / layer_factors.n)
     a, a_vectors = torch.linalg.eigh(scale * layer_factors.inputs)  # (F,), (F, F)
     b, b_vectors = torch.linalg.eigh(scale * layer_factors.outputs)  # (D,), (D, D)
@@ -199,9 +199,9 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     """The prior precision lambda that maximises ``log_evidence``.
 
-    The evidence is concave in log lambda, so it has one maximum. The maximum is below
-    lambda = F D / ‖P‖², because from there on the first two terms fall together, and the third
-    falls everywhere. It is searched for between e^-60 times this bound and the bound.
+    The evidence is concave in log lambda, so there is one maximum. The maximum is below
+    lambda = F D / ‖P‖², because from there on the sum of the first two terms falls, and the third
+    term falls everywhere. The search is between e^-60 times this bound and the bound.
     """
     from scipy.optimize import minimize_scalar
 
@@ -221,11 +221,11 @@ def cosine_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, K) of the cosine of Gaussian vectors.
 
-    The vectors have the means ``g`` (B, D) and ``h`` (K, D). Their covariances are diagonal, with
-    the diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
+    The vectors have the means ``g`` (B, D) and ``h`` (K, D). The covariances are diagonal, with the
+    diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
 
-    The moments of the dot product are exact. The product of the norms is replaced by the square
-    root of its expected square.
+    The moments of the dot product are exact. The product of the norms is replaced by the root mean
+    square of the product.
     """
     g_second = g.square() + g_variance  # expected squares of the coordinates
     h_second = h.square() + h_variance
@@ -246,7 +246,7 @@ The rounding of float16 alone gives about 1e-3.
 
 @dataclass
 class BayesVLM(FailurePredictor):
-    """Last-layer Laplace: a posterior over the VLM's last linear layers softens its logits.
+    """Last-layer Laplace: a posterior over the VLM's last linear layers softens the VLM's logits.
 
     u = 1 - p_t̂, where p is the softmax of the softened logits.
 
@@ -270,8 +270,8 @@ class BayesVLM(FailurePredictor):
     The n pairs are the training images, each with the text of its class or with its caption. The
     loss matches an image with all K candidates, and a text with the images of its chunk. A text
     counts once for each of its images. With captions a chunk is a pool. A class without training
-    images adds nothing to the factors. If no other text has a component along the psi of such a
-    class, the variance of the class's h is that of the prior.
+    images adds nothing to the factors. If psi of such a class is orthogonal to psi of all texts
+    with images, the data do not reduce the factor psi^T Ã^(-1) psi of the variance of h.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
@@ -279,22 +279,22 @@ class BayesVLM(FailurePredictor):
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
       ``image_projection`` and ``text_projection``. Data are refused if normalise(P phi) is farther
       than 1e-2 from an embedding. This refuses, for example, features of a second encoder, and
-      texts averaged over prompts. A last layer with bias has the bias as a further column of P,
-      whose feature is always one.
+      texts averaged over prompts. A last layer with bias has the bias as a further column of P. The
+      feature for this column is always one.
     - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, with
       phi = g = z and P = I. This variant is ours, not the published method.
 
     Args:
         mode: "model", "embeddings", or "auto". "auto" means "model" if the training data have all
             four columns, else "embeddings".
-        loss: Loss that the VLM was trained with: "infonce" (CLIP) or "siglip".
+        loss: Training loss of the VLM: "infonce" (CLIP) or "siglip".
         pseudo_count: Weight tau of the pairs against the prior; 10 in the reference implementation.
         chunk: Number of pairs in a chunk. A text is matched with this number of images.
 
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
     reference implementation omits the factor 1/2 of the log-determinants in the evidence, and swaps
-    their exponents F and D. Here the evidence is as derived. In the reference implementation the
-    pairs come from the VLM's own training data, here from the data to fit on.
+    the factors F and D of the log-determinants. Here the evidence is as derived. In the reference
+    implementation the pairs come from the VLM's own training data, here from the data to fit on.
 
     Examples:
         >>> import numpy as np, vilu
@@ -399,7 +399,7 @@ class BayesVLM(FailurePredictor):
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
         """Yield the factors of the image layer and of the text layer from every chunk of pairs."""
         # Labelled rows are often sorted by class, and a text must be matched with images of all
-        # classes, so labelled rows are shuffled. Rows with captions stay in their pools.
+        # classes, so labelled rows are shuffled. Rows with captions stay within pools.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
@@ -465,7 +465,7 @@ def last_layer(
         batch: Rows with both columns.
         features: Name of the column with phi.
         projection: Name of the column with P.
-        embedding: The encoder's embeddings, which normalise(P phi) must equal.
+        embedding: The encoder's embeddings. normalise(P phi) must equal these embeddings.
 
     Raises:
         DataError: If P has another shape than expected, or P phi does not give the embeddings.

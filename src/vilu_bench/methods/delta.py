@@ -1,4 +1,4 @@
-"""Delta methods: distance to rightly answered images minus distance to wrongly answered ones."""
+"""Delta methods: distance to rightly answered images minus distance to wrongly answered images."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ class DeltaKNN(ClosedSet):
         - margin_weight * (cos_(1) - cos_(2))
 
     There are two banks: the rightly answered and the wrongly answered training images. d_i and e_j
-    are the Euclidean distances, between unit vectors, to the nearest images in them. cos_(1) and
-    cos_(2) are the two largest cosines with the candidates. Without the margin, u is 2/D times the
-    log-likelihood ratio, wrong over right, of two k-NN density estimates, up to constants. If a
-    bank has fewer than k images, all of them are used. For an empty bank the mean is zero, as if
-    its density were flat.
+    are the Euclidean distances, between unit vectors, to the nearest images of the right and of the
+    wrong bank. cos_(1) and cos_(2) are the two largest cosines with the candidates. Without the
+    margin, u is 2/D times the log-likelihood ratio, wrong over right, of two k-NN density
+    estimates, up to constants. If a bank has fewer than k images, all images of the bank are used.
+    For an empty bank the mean is zero, as for a flat density.
 
     Args:
         k: Number of neighbours per bank.
         margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
             out. The paper chooses lambda so that both terms have a similar magnitude.
 
-    Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (their k = 25). As in the
-    released code, the logarithm is that of squared distances, which is twice the logarithm in the
-    paper. lambda multiplies cosines, because the CLIP logits of the released code are cosines
+    Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (k = 25 in the paper). As in
+    the released code, the logarithm is taken of squared distances, so it is twice the logarithm in
+    the paper. lambda multiplies cosines, because the CLIP logits of the released code are cosines
     without the logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
@@ -112,7 +112,7 @@ class DeltaKNN(ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        # Raises an error for other classes, because with them other training images would be
+        # Raises an error for other classes: with other classes, other training images would be
         # answered wrongly.
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
@@ -170,12 +170,12 @@ class DeltaMDS(ClosedSet):
     There are two banks: the rightly answered and the wrongly answered training images. m_c is the
     mean of the rightly answered images of class c, and R is the covariance of this bank around the
     means. n_c and W are the same for the wrongly answered images. cos_(1) and cos_(2) are the two
-    largest cosines with the candidates. Each minimum is over the classes that have such images. For
-    an empty bank the term is zero.
+    largest cosines with the candidates. Each minimum is over the classes with such images. For an
+    empty bank the term is zero.
 
-    If no class of a bank has two different images, the bank has no covariance of its own, and gets
-    the covariance within the classes of all training images. If all training images have no spread
-    within classes either, the covariance is the mean variance of a coordinate times the identity.
+    If no class of a bank has two different images, the bank gets the covariance within the classes
+    of all training images. If all training images have no spread within classes either, the
+    covariance is the mean variance of a coordinate times the identity.
 
     Args:
         margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
@@ -229,7 +229,7 @@ class DeltaMDS(ClosedSet):
     ) -> dict[str, Tensor]:
         """Compute whitened class means, class counts and the whitening matrix of a bank.
 
-        ``is_member`` (N,) says which training images are in the bank. ``bank_name``, "right" or
+        ``is_member`` (N,) is true for the training images in the bank. ``bank_name``, "right" or
         "wrong", begins the names of the tensors.
         """
         n_classes = train.source.n_candidates

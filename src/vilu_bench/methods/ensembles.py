@@ -23,12 +23,12 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class DeepEnsemble(ViLU):
-    """M ViLU heads that differ in their initial weights and in the order of the training rows.
+    """M ViLU heads with different initial weights and different orders of the training rows.
 
     u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of head m.
 
-    Member m has the seed ``seed * M + m``, so that ensembles of different seeds share no member.
-    For all members the best epoch is selected on the same rows.
+    Member m has the seed ``seed * M + m``, so ensembles of different seeds share no member. For all
+    members the best epoch is selected on the same rows.
 
     Args:
         members: Number M of heads.
@@ -93,7 +93,7 @@ class DeepEnsemble(ViLU):
         return Learnt(tensors, notes)
 
     def _new_members(self) -> list[ViLU]:
-        """The unfitted heads of the ensemble, each with its own seed."""
+        """The unfitted heads of the ensemble, each with a different seed."""
         values = {name: getattr(self, name) for name in parameters(ViLU)}
         first_seed = self.seed * self.members
         return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
@@ -104,7 +104,7 @@ class DeepEnsemble(ViLU):
 
 @dataclasses.dataclass
 class MCDropout(ViLU):
-    """ViLU's head with dropout that stays on at scoring.
+    """ViLU's head with dropout, also in scoring.
 
     u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of the head under dropout mask m.
 
@@ -113,10 +113,10 @@ class MCDropout(ViLU):
     not depend on the other rows. The best epoch is selected with dropout switched off.
 
     Args:
-        dropout: Share of hidden units that is dropped.
+        dropout: Share of dropped hidden units.
         passes: Number M of masks.
 
-    Source: Gal and Ghahramani, ICML 2016, Eq. 6. There every input has masks of its own.
+    Source: Gal and Ghahramani, ICML 2016, Eq. 6. There every input has separate masks.
 
     Examples:
         >>> import numpy as np, vilu

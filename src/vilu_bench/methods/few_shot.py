@@ -1,4 +1,4 @@
-"""Simple and strong baselines that use a few labels per class.
+"""Simple and strong baselines for a few labels per class.
 
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
@@ -42,7 +42,7 @@ Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class LabelledImages(NamedTuple):
-    """Labelled images, with the zero-shot logits of their rows."""
+    """Labelled images and zero-shot logits of the same rows."""
 
     image: Tensor  # (M, D) float32, unit norm
     label: Tensor  # (M,)
@@ -78,8 +78,8 @@ def cross_fitted(
 ) -> tuple[Tensor, Tensor] | None:
     """Log posteriors (V, N, K) of held-out rows under V values to choose from, and labels (N,).
 
-    A row that is the only labelled row of its class is never held out, because nothing would be
-    known of the class. If all rows are such rows, the result is None.
+    The only labelled row of a class is never held out, because nothing would be known of the class.
+    If all rows are such rows, the result is None.
 
     Args:
         rows: The labelled rows.
@@ -110,7 +110,7 @@ def likeliest_value(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the value that makes held-out labels most likely; None if no row is held out.
+    """Index of the most likely value, judged by held-out labels; None if no row is held out.
 
     The arguments are those of ``cross_fitted``.
     """
@@ -142,7 +142,7 @@ def most_accurate_value(
 
 @dataclasses.dataclass
 class LinearProbeCV(ClassRegression):
-    """The linear probe, with the strength of its penalty chosen by cross-validation.
+    """The linear probe, with a strength of the penalty chosen by cross-validation.
 
     u = 1 - P(t̂ | z), as for ``linear_probe``. The labels are held out in five folds, and C is the
     value of ``grid`` under which held-out labels are most likely. In this comparison every class
@@ -215,7 +215,7 @@ PROBE_PENALTY = 100.0
 def floored_probe(
     fitted_on: LabelledImages, rows: LabelledImages, penalty: float, max_iter: int = 500
 ) -> Tensor:
-    """Log posteriors (N, K) of ``rows`` by a linear probe that is fitted on ``fitted_on``.
+    """Log posteriors (N, K) of ``rows`` by a linear probe fitted on ``fitted_on``.
 
     Probabilities are clipped to at least ``MIN_PROBABILITY``. ``penalty`` is C of the probe.
     """
@@ -358,20 +358,20 @@ class GDAAndZeroShot(AddedToZeroShot):
         W = M S, b_c = -1/2 m_c S m_c
 
     M (K, D) has the class means m_c. The precision S of all classes together is D ((N - 1) C +
-    tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around their class means (Kubokawa
+    tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around the class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
     alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one
     label per class, C is zero and nothing is added. The original work uses augmented images then.
 
     Args:
-        grid: The values of alpha to choose from; the default is that of the released code.
+        grid: The values of alpha to choose from; the default is the value in the released code.
         max_bank: Maximum number of training images; more are sampled with ``seed``.
 
     Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
     2024, and its code (mrflogs/ICLR24). The original takes the alpha of best accuracy on a
-    validation set. It augments images in several epochs; here each image is embedded once. A class
-    without images has the mean of all images, where the original has no number.
+    validation set. The code augments images in several epochs; here each image is embedded once. A
+    class without images has the mean of all images, where the original has no number.
 
     Examples:
         >>> import numpy as np, vilu
@@ -445,14 +445,14 @@ def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
     trace = float(scatter.trace()) / max(n - 1, 1)
     if trace <= MIN_VARIANCE:
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
-    # inverse of the covariance, with its trace as ridge
+    # inverse of the covariance, with the trace as ridge
     precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
     weight = mean @ precision
     return weight, -(weight * mean).sum(dim=1) / 2
 
 
 MIN_VARIANCE = 1e-12
-"""Unit vectors are treated as equal if their variance is at most this number."""
+"""Unit vectors are treated as equal if the variance is at most this number."""
 
 
 @dataclasses.dataclass
@@ -463,16 +463,16 @@ class TipAdapter(AddedToZeroShot):
         A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
 
     alpha and beta are the values of ``alphas`` and ``betas`` with most right answers to held-out
-    rows (five folds). If no row can be held out, because every class has one label, they are 1 and
-    5.5, as in the paper.
+    rows (five folds). If no row can be held out, because every class has one label, the values are
+    1 and 5.5, as in the paper.
 
     Args:
         alphas: The values of alpha to choose from.
         betas: The values of beta to choose from.
         max_bank: Maximum number of training images; more are sampled with ``seed``.
 
-    Source: Zhang et al., "Tip-Adapter", ECCV 2022, and its code, which searches a finer grid by
-    accuracy on a validation set.
+    Source: Zhang et al., "Tip-Adapter", ECCV 2022, and the released code. The code searches a finer
+    grid by accuracy on a validation set.
 
     Examples:
         >>> import numpy as np, vilu

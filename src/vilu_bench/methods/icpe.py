@@ -32,8 +32,8 @@ class ICPE(ClassDensity):
     the training images of the class, with ``ridge`` added to the diagonal. All images are projected
     on the first principal components of the training set. x is the image encoder's output P phi
     *before* normalisation, computed from the columns ``features`` and ``image_projection``. If the
-    data do not have both columns, x is the unit-norm embedding. With such an x the method is
-    another one, and the label of the results says so.
+    data do not have both columns, x is the unit-norm embedding. With such an x the method is not
+    ICPE, and the label of the results says so.
 
     Args:
         features: Whether to use the two columns if the data have them.
@@ -42,13 +42,13 @@ class ICPE(ClassDensity):
             variance is raised to this bound.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
-    1e-8, float64 densities. This implementation adds what the notebook leaves undefined. With fewer
-    images than components there are fewer components. A class of one image has the mean covariance
-    within classes. A class without images is left out of the sum. If such a class is the answer,
-    its density is that of all training images. The notebook computes FPR95 at the vertex of the ROC
-    curve whose TPR is nearest to 0.95; ``vilu.metrics`` interpolates.
+    1e-8, float64 densities. This implementation also defines cases that the notebook leaves
+    undefined. With fewer images than components there are fewer components. A class of one image
+    has the mean covariance within classes. A class without images is left out of the sum. If such a
+    class is the answer, the density of all training images is used. The notebook computes FPR95 at
+    the vertex of the ROC curve with the TPR nearest to 0.95; ``vilu.metrics`` interpolates.
 
-    If a class has fewer images than components, its covariance is singular up to the ridge. Then
+    The covariance of a class with fewer images than components is singular up to the ridge. Then
     s_d is 0 or 1 for nearly all images. The method needs hundreds of images per class.
 
     Examples:
@@ -124,7 +124,7 @@ def outputs_before_norm(batch: Batch) -> Tensor:
 
 
 def blocks_of_outputs(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows: their slice, and their outputs (b, D) before normalisation."""
+    """Yield blocks of rows: a slice, and the outputs (b, D) before normalisation."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
         stop = start + len(batch.index)

@@ -24,7 +24,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
-    """Shrunk covariance (D, D) of the images around the mean (K, D) of their class.
+    """Shrunk covariance (D, D) of the images around class means (K, D).
 
     The Ledoit-Wolf estimate is multiplied by M / (M - number of classes with images), because the
     class means were estimated from the same M images. The result is None if no class has two
@@ -43,7 +43,7 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
 def spherical_covariance(train: Rows) -> Tensor:
     """The identity (D, D) times the variance of a coordinate, averaged over the coordinates.
 
-    The variance is computed from all images. If it is zero, the result is the identity.
+    The variance is computed from all images. If this variance is zero, the result is the identity.
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, n_classes=1)
@@ -91,22 +91,22 @@ class Mahalanobis(ClosedSet):
 
         u = (z - mu_t̂)^T S^-1 (z - mu_t̂),
 
-    with S the covariance of the images around the means of their classes. With ``relative``,
+    with S the covariance of the images around the class means. With ``relative``,
     (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance of
     all training images.
 
-    S and S_0 are Ledoit-Wolf estimates. They also work with fewer images than coordinates, where
-    the plain covariance is singular. If no class has two different images, S is replaced by the
-    mean variance of a coordinate times the identity. A class without training images has the
-    mean mu.
+    S and S_0 are Ledoit-Wolf estimates. A shrunk covariance also works with fewer images than
+    coordinates, where the plain covariance is singular. If no class has two different images, S is
+    replaced by the mean variance of a coordinate times the identity. A class without training
+    images has the mean mu.
 
     Args:
         relative: Whether to subtract the distance to all training images. This distance measures
             how unusual an image is.
 
     Source: Lee et al., NeurIPS 2018; for ``relative``, Ren et al., 2021. In these papers the
-    distance is to the nearest class. Here it is to the predicted class, because the task is to
-    predict whether this answer is wrong.
+    distance is to the nearest class. Here the distance to the predicted class is used, because the
+    task is to predict whether this answer is wrong.
 
     Examples:
         >>> import numpy as np, vilu
@@ -144,7 +144,7 @@ class Mahalanobis(ClosedSet):
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; the two global ones exist only with ``relative``."""
+        """Names of the fitted tensors; the two global tensors exist only with ``relative``."""
         return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:

@@ -33,7 +33,7 @@ TINY = 1e-6
 
 @dataclasses.dataclass
 class LabelledBank(ClosedSet):
-    """A method that stores training images (the bank) with their classes."""
+    """A method that stores training images (the bank) and the classes of the images."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
@@ -54,27 +54,27 @@ class LabelledBank(ClosedSet):
         )
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of ``bank`` (N, D) to keep, and their classes; by default all images."""
+        """The kept images of ``bank`` (N, D) and the kept classes; by default all."""
         return bank, label
 
 
 @dataclasses.dataclass
 class KNNVote(LabelledBank):
-    """Share of the k nearest training images that are not of the predicted class.
+    """Share of the k nearest training images outside the predicted class.
 
     u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i
 
     The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
-    class has no training images, u = 1. If there are fewer than k training images, all of them
-    vote, and a uniform vote is the same for all images with the same answer. Uniform votes have
-    only k + 1 possible values, so many images tie.
+    class has no training images, u = 1. If there are fewer than k training images, all training
+    images vote. A uniform vote is then the same for all images with the same answer. Uniform votes
+    have only k + 1 possible values, so many images tie.
 
     Args:
         k: Number of neighbours.
         weighting: "uniform", or "similarity" for votes weighted by cosine.
 
     Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf.
-    Theory 1967) in the class that the VLM predicts.
+    Theory 1967) in the class predicted by the VLM.
 
     Examples:
         >>> import numpy as np, vilu
@@ -109,9 +109,9 @@ class KNNVote(LabelledBank):
 class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
-    The distance measures how unusual an image is. It depends neither on the candidates nor on the
+    The distance measures how unusual an image is. u does not depend on the candidates or the
     answer. No class labels are used, so the method also works on captions. If there are fewer than
-    k training images, u is the distance to the farthest of them.
+    k training images, u is the distance to the farthest training image.
 
     Args:
         k: Rank of the neighbour; 1 is the nearest.
@@ -170,13 +170,13 @@ class TRINE(LabelledBank):
         S_c = sum_{r: y_r = c} w_r / sum_r w_r,
         u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
 
-    A class without training images has the support 0, so u > 1 if it is the answer. If there are
-    fewer than k training images, all of them vote. 1 + cos is at least 1e-6, so that no ratio is
-    0 / 0, even for opposite texts.
+    A class without training images has the support 0, so u > 1 for an answer of this class. If
+    there are fewer than k training images, all training images vote. 1 + cos is at least 1e-6, so
+    that no ratio is 0 / 0, even for opposite texts.
 
     Args:
         k: Number of neighbours.
-        decay: Rate at which a neighbour's weight falls with its rank r.
+        decay: Rate of decay of a neighbour's weight with the rank r of the neighbour.
 
     Source: the support margin of the repository sgchr273/TRINE (2026). One difference: a bank
     smaller than k is refused in the repository. Here the whole bank is used.
@@ -213,8 +213,8 @@ class TRINE(LabelledBank):
         text_factor = (1 + text_similarity).clamp(min=TINY)
         weight = torch.exp(-self.decay * rank) * image_factor / 2 * text_factor / 2
         support = text.new_zeros(len(label), len(text))
-        # One neighbour is added at a time. A single scatter_add_ would add in an order that differs
-        # between devices.
+        # One neighbour is added at a time. A single scatter_add_ would add in different orders on
+        # different devices.
         for rank_index in range(n_neighbours):
             neighbour = slice(rank_index, rank_index + 1)
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
@@ -232,14 +232,14 @@ class TrustScore(LabelledBank):
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 
     d(z, H) is the Euclidean distance of z to the nearest image in H, between unit vectors. H_c are
-    the training images of class c, without the share ``alpha`` that is in the sparsest regions of
-    the class. An image is in a sparse region if the k-th nearest image of its class is far, where
-    the image itself is the first. The distance to a class without images is 2, the largest
+    the training images of class c, without the share ``alpha`` in the sparsest regions of the
+    class. An image is in a sparse region if the k-th nearest image of the same class is far. The
+    image itself counts as the first. The distance to a class without images is 2, the largest
     possible distance.
 
     Args:
-        alpha: Share of each class that is left out; 0: no image is left out.
-        k: Rank of the neighbour whose distance measures sparsity; at most the size of the class.
+        alpha: Share of each class to leave out; 0: no image is left out.
+        k: Sparsity is the distance to the neighbour with this rank; at most the size of the class.
 
     Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2, with alpha = 0 and k = 10 as in the
     released code. As in the paper, distances are to the nearest image. The released code takes the
@@ -268,7 +268,7 @@ class TrustScore(LabelledBank):
     k: Count = 10
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The bank without the share ``alpha`` of each class that lies in the sparsest regions."""
+        """The bank without the share ``alpha`` of each class in the sparsest regions."""
         if self.alpha == 0:
             return bank, label
         dense_members = []
@@ -285,8 +285,8 @@ class TrustScore(LabelledBank):
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        # Both functions return a mask (queries, bank images): which images of the bank are allowed
-        # as the nearest image of which query.
+        # Both functions return a mask (queries, bank images) of the allowed pairs of a query and an
+        # image of the bank.
         def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] == label[bank_images]
 
@@ -303,7 +303,7 @@ class TrustScore(LabelledBank):
         similarity, index = nearest_in_bank(image, bank, k=1, allowed=allowed)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
-        # For near duplicates 2 - 2 cos loses all its digits, so the distance is computed from the
+        # For near duplicates 2 - 2 cos loses all digits, so the distance is computed from the
         # coordinates.
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)

@@ -29,14 +29,14 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 @dataclasses.dataclass
 class NetworkPredictor(FailurePredictor):
-    """A predictor whose network computes one number per row and is trained with AdamW.
+    """A predictor with a network of one output per row, trained with AdamW.
 
-    The fitted weights are those after the last epoch.
+    The fitted weights are the weights after the last epoch.
 
     Args:
         epochs: Passes over the training rows; None: the default of ``HeadPredictor``.
         batch_size: Rows per step; None: the default of ``HeadPredictor``.
-        learning_rate: Initial learning rate; a cosine schedule lowers it to zero.
+        learning_rate: Initial learning rate; a cosine schedule lowers the rate to zero.
         weight_decay: Weight decay of AdamW.
     """
 
@@ -70,7 +70,7 @@ class NetworkPredictor(FailurePredictor):
 
 
 def perceptron(widths: list[int], seed: int) -> nn.Sequential:
-    """Linear layers of ``widths`` with leaky ReLUs between them; ``seed`` draws the weights."""
+    """Linear layers of ``widths`` with leaky ReLUs in between; ``seed`` draws the weights."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
@@ -89,7 +89,7 @@ class PVU(NetworkPredictor):
 
     u = softplus(g(z_v)) + 1e-6. The score u predicts the VLM's loss L = -log p_target.
 
-    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. Its only input is the image embedding.
+    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. The only input is the image embedding.
 
     With loss="ranking" the network learns the order of the losses L. The training loss is the mean
     of max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs of a shuffled batch. If the
@@ -104,9 +104,9 @@ class PVU(NetworkPredictor):
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. The paper pretrains on
     ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training rows
     for 1,400 to 6,000 steps. AdamW (learning rate 1e-3, betas 0.8 and 0.95, weight decay 1e-4) and
-    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), so that
-    their coordinates have the size of features. The losses L are float64; in float32, many rows
-    with nearly certain answers would tie.
+    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), so that the
+    coordinates have the size of features. The losses L are float64; in float32, many rows with
+    nearly certain answers would tie.
 
     Examples:
         >>> import numpy as np, vilu
@@ -195,7 +195,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ranking": ranking_loss,
     "mse": regression_loss,
 }
-"""Training losses of ``PVU`` by name; they take the uncertainties and the VLM's losses."""
+"""Training losses of ``PVU`` by name; a loss takes the uncertainties and the VLM's losses."""
 
 
 MAX_LOG_TEMPERATURE = math.log(10.0)
@@ -211,9 +211,9 @@ class LMN(NetworkPredictor):
 
     u = 1 - max_j softmax_j(l / T(x)). The temperature never changes the answer.
 
-    log T is the output of an MLP with 16 hidden units (about 17,000 parameters at D = 512). Its
-    inputs are the gaps between the largest logit and the next ones, z_v and z_t̂. With p =
-    softmax(l / T) and s = max_j p_j, the training loss of a row is
+    log T is the output of an MLP with 16 hidden units (about 17,000 parameters at D = 512). The
+    inputs are the gaps between the largest logit and the next logits, z_v and z_t̂. With
+    p = softmax(l / T) and s = max_j p_j, the training loss of a row is
 
         balance * [1 - psi(s) - log s]                  if the answer is right,
         (1 - balance) * [psi(s) + KL(uniform || p)]     if it is wrong,
@@ -226,14 +226,14 @@ class LMN(NetworkPredictor):
         hidden: Hidden widths of the MLP.
         n_logits: Number of the largest logits that are inputs.
         balance: Weight beta of the right answers.
-        steepness: The divisor in psi. If it is large, psi(s) is nearly s, as in ordinary
+        steepness: The divisor in psi. With a large value, psi(s) is nearly s, as in ordinary
             calibration.
 
     Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
     VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the order of the classes are
     fixed. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most 20 nats
     each. If there are fewer candidates, the missing gaps are 20 nats. Here the last layer starts at
-    zero, so that the scores before training are those of MCM. Here |log T| is at most log 10.
+    zero, so that the scores before training are the scores of MCM. Here |log T| is at most log 10.
 
     Examples:
         >>> import numpy as np, vilu
@@ -302,7 +302,7 @@ class LMN(NetworkPredictor):
 
 
 class MetaNetwork(nn.Module):
-    """Network that computes log T of a row from its logits, its image and its answer's text."""
+    """Network that computes log T from the logits, the image and the answer's text of a row."""
 
     def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int, seed: int) -> None:
         super().__init__()

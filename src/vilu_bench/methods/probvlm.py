@@ -25,7 +25,7 @@ MIN_DEVIATION = 1e-6
 
 
 class GeneralisedGaussian(NamedTuple):
-    """Distribution of a tensor whose entries are independent generalised Gaussians.
+    """Distribution of a tensor of independent generalised Gaussians.
 
     The density of an entry is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
@@ -45,8 +45,8 @@ class GeneralisedGaussian(NamedTuple):
     def nll(self, x: Tensor) -> Tensor:
         """Negative log-density of every entry.
 
-        The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). So that
-        the gradient is finite, |x - mean| is taken as at least 1e-6 alpha.
+        The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
+        |x - mean| is taken as at least 1e-6 alpha, for a finite gradient.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(MIN_DEVIATION)
         normaliser = (
@@ -80,11 +80,11 @@ class ProbabilisticAdapter(nn.Module):
     """Network of ProbVLM that turns an embedding z into a distribution over embeddings.
 
     x = z sqrt(D) and y = x + MLP(x). Three heads on y compute the mean, 1 / alpha and beta. There
-    is one adapter for images and one for texts.
+    is an adapter for images and an adapter for texts.
 
-    A coordinate of a unit vector is of order 1 / sqrt(D). Times sqrt(D) it is of order one, so the
-    start of the training does not depend on D. The distribution is over embeddings times sqrt(D).
-    The MLP has three layers, and each head has two.
+    A coordinate of a unit vector is of order 1 / sqrt(D). A coordinate times sqrt(D) is of order
+    one, so the start of the training does not depend on D. The distribution is over embeddings
+    times sqrt(D). The MLP has three layers, and each head has two.
     """
 
     def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
@@ -150,11 +150,11 @@ MAX_BLOCK_ENTRIES = 1 << 24
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
-    """Spread of the distribution that ProbVLM's adapters predict around an embedding.
+    """Spread of the distribution predicted by ProbVLM's adapters around an embedding.
 
     The distributions are factorised generalised Gaussians. An adapter computes q_v from an image,
-    another q_t from a text. They are trained on pairs (z_v, z_t) of an image and the text of its
-    class, or its caption. The training loss of a pair is
+    another q_t from a text. The adapters are trained on pairs (z_v, z_t) of an image and a text:
+    the text of the class or the caption. The training loss of a pair is
 
         L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
 
@@ -167,16 +167,16 @@ class ProbVLM(NetworkPredictor):
       dimensions. The masks are drawn once from the seed, so the score of a row does not depend on
       other rows.
     - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
-      losses of the image and the candidates. The order of the rows is that of 1 - p_t̂, but rows
-      whose p_t̂ rounds to zero do not tie.
+      losses of the image and the candidates. The rows have the same order as by 1 - p_t̂, but rows
+      with p_t̂ rounded to zero do not tie.
 
     "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
     reports "aleatoric" and "cross_modal", and both were poor predictors of failure.
 
     Args:
-        epochs: Passes over the training rows; None: 20, or the number that makes 300 steps.
+        epochs: Passes over the training rows; None: 20, or enough epochs for 300 steps.
         width: Hidden width of the adapters.
-        dropout: Share of hidden units that a training step drops.
+        dropout: Share of hidden units to drop in a training step.
         cross_weight: Weight of the cross-modal terms.
         uncertainty: "aleatoric", "epistemic" or "cross_modal".
         samples: Number of dropout masks of "epistemic".
@@ -186,8 +186,9 @@ class ProbVLM(NetworkPredictor):
 
     - In the reference, beta multiplies |x - mean| / alpha. Here beta is the exponent.
     - In the reference, an absolute error is added to the loss. Here it is not.
-    - In the reference, 1 / alpha and beta are outputs of ReLUs, which have no gradient once they
-      are zero. Here 1 / alpha is the output of a softplus, beta that of a sigmoid onto [0.1, 5].
+    - In the reference, 1 / alpha and beta are outputs of ReLUs. A ReLU has no gradient once the
+      output is zero. Here 1 / alpha is the output of a softplus, and beta is the output of a
+      sigmoid onto [0.1, 5].
     - Here embeddings are multiplied by sqrt(D), and Adam has a cosine schedule.
     - Here the variances of the dimensions are averaged geometrically. In an arithmetic mean one
       dimension with a heavy tail would outweigh all the rest: at beta = 0.1,
@@ -309,7 +310,7 @@ class PairAdapters(nn.Module):
         return means.var(dim=0).mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
-        """Log-odds (B,) that the VLM's answer is wrong.
+        """Log-odds (B,) of a wrong answer of the VLM.
 
         The probabilities are the softmax of the negative cross-modal losses.
         """

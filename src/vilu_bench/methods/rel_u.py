@@ -16,7 +16,7 @@ from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
-MAX_CLASSES = 10_000  # the penalties of their pairs take 800 MB in float64
+MAX_CLASSES = 10_000  # the penalties of all pairs take 800 MB in float64
 
 
 @dataclass
@@ -27,8 +27,8 @@ class RelU(ClosedSet):
 
         trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
 
-    over symmetric matrices without negative entries whose diagonal is zero and whose Frobenius norm
-    is at most 1. This objective is the inner product <M, D> with
+    over symmetric matrices without negative entries, with zeros on the diagonal and a Frobenius
+    norm of at most 1. This objective is the inner product <M, D> with
 
         M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes].
 
@@ -37,12 +37,13 @@ class RelU(ClosedSet):
 
     If no entry of M off the diagonal is positive (without failures this is always so), every D has
     an objective <= 0. In this case D is taken as constant off the diagonal, and u is proportional
-    to the Gini impurity: the order of the rows is that of ``doctor`` at this temperature. Without
-    successes, M has only the term of the failures.
+    to the Gini impurity: the order of the rows is the order by ``doctor`` at this temperature.
+    Without successes, M has only the term of the failures.
 
     Args:
         trade_off: Weight lambda of the failures; the successes have the weight 1 - lambda.
-        temperature: T; it divides logits that already contain the VLM's logit scale.
+        temperature: T; the logits already contain the VLM's logit scale, and are divided by this
+            number.
 
     Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
     Detection", ICLR 2024; defaults of ViLU, supplement A.3. The code of Dadalto et al. drops the
@@ -114,7 +115,7 @@ class RelU(ClosedSet):
 
 
 def best_penalty(moment: Tensor) -> Tensor:
-    """Penalties D (K, K) that maximise <moment, D>.
+    """Penalties D (K, K) with the largest <moment, D>.
 
     If no entry of ``moment`` off the diagonal is positive, D is constant off the diagonal.
     """

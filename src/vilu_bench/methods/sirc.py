@@ -1,4 +1,4 @@
-"""SIRC: a zero-shot confidence that is overruled for images far from the training images."""
+"""SIRC: a zero-shot confidence, overruled for images far from the training images."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class SIRC(FailurePredictor):
     S1 is a confidence computed from the posterior. S2 measures how typical the image is. Over the
     training rows, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2), with sd at least 1e-6.
 
-    For a typical S2 the second term is nearly constant, so S1 decides. An image whose S2 is far
-    below the threshold a is uncertain, whatever its S1. The paper multiplies two factors. Here u is
-    the logarithm of their product, so that nothing underflows. S1_max - S1 is computed without
+    For a typical S2 the second term is nearly constant, so S1 decides. An image with S2 far below
+    the threshold a is uncertain for every S1. The paper multiplies two factors. Here u is the
+    logarithm of the product, so that nothing underflows. S1_max - S1 is computed without
     cancellation.
 
-    The fit uses no labels. Still, like every fitted method, it uses only labelled rows.
+    The fit uses no labels. Still, like every fitted method, ``sirc`` uses only labelled rows.
 
     Args:
         confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
@@ -41,10 +41,11 @@ class SIRC(FailurePredictor):
         components: Dimension of the principal subspace. None: half of min(D, number of rows).
 
     Source: Xia and Bouganis, ACCV 2022. In the paper S2 is computed from the features before the
-    classifier. Here S2 is computed from the embedding z_v. Its 2-norm is one, so its 1-norm
-    measures how evenly z_v spreads over the coordinates. The published code differs in two
-    points. It takes 512 components, which leaves no residual if D <= 512. It shifts the features by
-    an origin that is computed from the classifier's bias, but a VLM has no such bias.
+    classifier. Here S2 is computed from the embedding z_v. The 2-norm of z_v is 1, so the 1-norm
+    measures how evenly z_v spreads over the coordinates. The published code differs in two points.
+    First, the published code takes 512 components, so there is no residual if D <= 512. Second, the
+    published code shifts the features by an origin computed from the classifier's bias, but a VLM
+    has no such bias.
 
     Examples:
         >>> import vilu
@@ -94,7 +95,7 @@ class SIRC(FailurePredictor):
         return Learnt(learned)
 
     def _complement(self, train: Rows, n_rows: int) -> Tensor:
-        """Orthonormal directions (D, D - components) in which the images have the least moment."""
+        """Orthonormal directions (D, D - components) with the least moment of the images."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:

@@ -1,10 +1,10 @@
-"""Baselines: methods that adapt the zero-shot posterior to images without labels.
+"""Baselines with a zero-shot posterior adapted to images without labels.
 
 Shapes: N images to learn from, B rows to score, K classes, D embedding width.
 
-The papers of both methods are about transduction: a method learns from the same images that it
-judges. Here the methods are fitted like all methods, so they may judge other images than they
-learned from. For transduction, fit a method on the images to judge, without their labels.
+The papers of both methods are about transduction: a method learns from the same images as it
+judges. Here the methods are fitted like all methods, and may also judge new images. For
+transduction, fit a method on the images to judge, without labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class AdaptedToImages(ClosedSet):
-    """A method that learns from images without labels; u = 1 - q_t̂ with its own posterior q."""
+    """A method with a posterior q learned from images without labels; u = 1 - q_t̂."""
 
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
@@ -54,25 +54,25 @@ def zero_shot_logits(rows: Rows) -> Tensor:
 
 @dataclasses.dataclass
 class OTTER(AdaptedToImages):
-    """OTTER: the posterior is changed such that all classes are equally frequent.
+    """OTTER: the posterior is changed to make all classes equally frequent.
 
     u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that the mean of q over
     the N images is 1/K for every class.
 
     This is optimal transport between images and classes with the cost -log p and an entropy term of
-    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes, which
-    are also used for new images.
+    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes. New
+    images use the same v.
 
     Args:
         passes: Maximum number of passes of Sinkhorn's algorithm.
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
     Source: Shin et al., "OTTER: Effortless Label Distribution Adaptation of Zero-shot Models",
-    NeurIPS 2024. The original solves the transport without an entropy term (``ot.emd``), so it has
-    answers and no probabilities; this method approaches it as the weight of the entropy term goes
-    to 0. The original gets the true class frequencies, or estimates them from labels. Here no label
-    is used, so equal frequencies are assumed. If some classes do not occur, this makes the
-    posterior worse.
+    NeurIPS 2024. The original solves the transport without an entropy term (``ot.emd``), and so
+    gives answers without probabilities; this method approaches the original as the weight of the
+    entropy term goes to 0. The original gets the true class frequencies, or estimates the
+    frequencies from labels. Here no label is used, so equal frequencies are assumed. If some
+    classes do not occur, this makes the posterior worse.
 
     Examples:
         >>> import numpy as np, vilu
@@ -106,8 +106,8 @@ class OTTER(AdaptedToImages):
         offset = torch.zeros(logits.shape[1], dtype=torch.float64)
         for _ in range(self.passes):
             mean = (logits + offset).softmax(dim=1).mean(dim=0)
-            # Sinkhorn's step: it raises the logits of classes whose share is below 1/K, and lowers
-            # the logits of classes whose share is above 1/K
+            # Sinkhorn's step: raise the logits of classes with a share below 1/K, and lower the
+            # logits of classes with a share above 1/K
             step = -(mean * len(mean)).clamp(min=MIN_SHARE).log()
             offset = offset + step
             if float(step.abs().max()) < CONVERGED_STEP:
@@ -125,7 +125,7 @@ class OTTER(AdaptedToImages):
 MIN_SHARE = 1e-12
 """The share of a class times K is clipped to this value, so that its logarithm is finite."""
 CONVERGED_STEP = 1e-6
-"""Sinkhorn's algorithm ends after a step whose entries are all smaller than this number."""
+"""Sinkhorn's algorithm ends after a step with all entries smaller than this number."""
 
 
 class Gaussians(NamedTuple):
@@ -138,23 +138,24 @@ class Gaussians(NamedTuple):
 
 @dataclasses.dataclass
 class StatA(AdaptedToImages):
-    """StatA: one Gaussian per class, whose mean and variance are kept near the class text.
+    """StatA: one Gaussian per class, with mean and variance kept near the class text.
 
         u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
 
     p is the zero-shot posterior; m and s are fitted to images without labels (``fit_gaussians``).
-    During the fit, the posterior of an image is also drawn towards the posteriors of its three
+    During the fit, the posterior of an image is also drawn towards the posteriors of the three
     nearest images. For new images, q has no such term.
 
     Args:
         anchor: Weight of the class text in mean and variance, as a number of images.
-        neighbours: Number of nearest images towards whose posteriors a posterior is drawn.
+        neighbours: Number of nearest images to draw a posterior towards.
         passes: Number of updates of the Gaussians.
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
     Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
-    and its code (MaxZanella/StatA) with its defaults. One difference: the code divides the initial
-    covariance by N anew for each block of 2,500 images, and here it is divided once.
+    and the released code (MaxZanella/StatA) with the same defaults. One difference: the code
+    divides the initial covariance by N anew for each block of 2,500 images; here the covariance is
+    divided once.
 
     Examples:
         >>> import numpy as np, vilu
@@ -224,14 +225,14 @@ def fit_gaussians(
         m_c ~ b_c (mean of the members) + (1 - b_c) t_c
         s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
 
-    Here t_c is the text of class c, n_c is the number of images whose answer is c,
-    b_c = n_c / (n_c + anchor), and s_0 is the variance of all images about the texts of their
-    classes. Means are scaled to unit norm.
+    Here t_c is the text of class c, n_c is the number of images with the answer c,
+    b_c = n_c / (n_c + anchor), and s_0 is the variance of all images about the class texts. Means
+    are scaled to unit norm.
     """
     zero_shot = logits.log_softmax(dim=1)
     posterior = zero_shot.exp()
     mean = text
-    # s_0 is the mean of the variances of the classes, weighted by the sums of their posteriors
+    # s_0 is the mean of the variances of the classes, weighted by the sums of the posteriors
     class_weight = posterior.sum(dim=0)[:, None]  # (K, 1)
     weighted_variance = variance_about(image, posterior, text) * class_weight
     first_variance = weighted_variance.sum(dim=0) / len(image)  # (D,)
@@ -240,8 +241,8 @@ def fit_gaussians(
     for pass_number in range(passes + 1):
         likelihood = gaussian_likelihood(image, mean, variance)
         for _ in range(INNER_PASSES):
-            # an image is drawn to its nearest images, and to every image whose nearest images
-            # include it
+            # images a and b are drawn to each other if a is among the nearest images of b, or b
+            # among the nearest images of a
             neighbour_posteriors = affinity.T @ posterior + affinity @ posterior
             pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbour_posteriors
             posterior = (zero_shot + (likelihood + pull) / TEMPERATURE).softmax(dim=1)
@@ -260,7 +261,7 @@ def fit_gaussians(
 
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
-    """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by their posteriors (N, K)."""
+    """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by the posteriors (N, K)."""
     total_weight = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
     mean_image = posterior.T @ image / total_weight
     mean_square = posterior.T @ image.square() / total_weight
@@ -279,7 +280,7 @@ def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor
 
 
 def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
-    """Sparse matrix (N, N): each row has the cosines of an image with its nearest other images."""
+    """Sparse matrix (N, N): each row has the cosines of an image with the nearest other images."""
     n = len(image)
     n_neighbours = min(n_neighbours, n - 1)
     rows = torch.arange(n).repeat_interleave(n_neighbours)
@@ -288,7 +289,7 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
     for start in range(0, n, SCORING_BATCH):
         cosine = image[start : start + SCORING_BATCH] @ image.T
         in_batch = torch.arange(len(cosine))
-        cosine[in_batch, start + in_batch] = -torch.inf  # an image is not its own neighbour
+        cosine[in_batch, start + in_batch] = -torch.inf  # an image is no neighbour of itself
         top_cosine, top_column = cosine.topk(n_neighbours, dim=1)
         cosines.append(top_cosine.flatten())
         columns.append(top_column.flatten())

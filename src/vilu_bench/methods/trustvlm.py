@@ -36,8 +36,8 @@ class TrustVLM(ClosedSet):
         shots: Maximum number of training images per class.
 
     Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2
-    features averaged over tokens). The paper's TrustVLM* predicts another answer, so it does not
-    score the VLM's own answer and is left out.
+    features averaged over tokens). The paper's TrustVLM* predicts another answer, does not score
+    the VLM's own answer, and is left out.
 
     Examples:
         >>> import numpy as np, vilu
@@ -95,7 +95,7 @@ class TrustVLM(ClosedSet):
 
 
 def draw_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
-    """Sorted indices of at most ``limit`` rows of each class, which are drawn at random."""
+    """Sorted indices of at most ``limit`` rows of each class, drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     # all rows, sorted by class; the rows of a class stay in random order
     rows_by_class = shuffled[label[shuffled].argsort(stable=True)]

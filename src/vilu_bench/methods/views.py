@@ -21,16 +21,15 @@ Statistic = Literal["mean", "vote"]
 class Disagreement(FailurePredictor):
     """Mean disagreement of an input and its variants with the original answer.
 
-    u = 1/(R + 1) sum_r d_r over the original input (r = 0) and its R variants. d_r measures how
+    u = 1/(R + 1) sum_r d_r over the original input (r = 0) and the R variants. d_r measures how
     much variant r disagrees with the original answer t̂:
 
     - statistic="mean": d_r = 1 - p_r(t̂), where p_r is the zero-shot posterior of the variant. u is
       one minus the mean probability.
     - statistic="vote": d_r = 1 if variant r has another answer than t̂, else 0. u is the share of
-      variants that disagree. It has only R + 1 possible values, so many rows tie.
+      variants that disagree. With only R + 1 possible values of u, many rows tie.
 
-    The variants are scored one after the other, so that the logits of only one variant are in
-    memory at a time.
+    The variants are scored in turn, so that only the logits of a single variant are in memory.
 
     Args:
         statistic: "mean" or "vote".
@@ -57,7 +56,7 @@ class Disagreement(FailurePredictor):
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
     """One minus the probability (B,) of the answers (B, 1), float64.
 
-    The difference is computed without cancellation for probabilities near one.
+    The difference is computed without cancellation for probabilities near 1.
     """
     logits = float64(logits)
     answer = answer.to(logits.device)
@@ -75,7 +74,7 @@ DISAGREEMENT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
     "vote": has_other_answer,
 }
-"""Functions that compute d_r (B,) from the logits of a variant and the original answers (B, 1)."""
+"""Functions for d_r (B,), from the logits of a variant and the original answers (B, 1)."""
 
 
 @dataclass
@@ -86,9 +85,9 @@ class TTA(Disagreement):
     the same candidates.
 
     Source: Ayhan and Berens, MIDL 2018, use the spread of the predictions; Ashukha et al., ICLR
-    2020, use their mean. Here u uses the mean probability of the original answer, because the
-    failure of the original answer is predicted. The largest mean probability may be that of another
-    candidate.
+    2020, use the mean of the predictions. Here u uses the mean probability of the original answer,
+    because the failure of the original answer is predicted. Another candidate may have the largest
+    mean probability.
 
     Examples:
         >>> import numpy as np, vilu
@@ -116,8 +115,8 @@ class PromptDisagreement(Disagreement):
     method also works on captions if the column has P paraphrases of each caption.
 
     Source: Wightman et al., TrustNLP 2023, use the agreement of prompts as a confidence of language
-    models. The prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), kept separate
-    where CLIP averages them.
+    models. The prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), without the
+    averaging over templates in CLIP.
 
     Examples:
         >>> import numpy as np, vilu

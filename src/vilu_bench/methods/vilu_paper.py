@@ -19,22 +19,22 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class ViLUPaper(ViLU):
-    """ViLU with the settings of its paper: of the supplement, else of the released script.
+    """ViLU with the settings of the ViLU paper: of the supplement, else of the released script.
 
-    Only defaults and initial weights differ from ``vilu``. Each setting below has its source beside
-    it. The released settings are those of CIFAR-10, on 50,000 images: 800 epochs are 312,800 steps
+    Only defaults and initial weights differ from ``vilu``. A comment beside each setting names the
+    source. The released settings are for CIFAR-10, with 50,000 images: 800 epochs are 312,800 steps
     there. The script for ImageNet has a learning rate of 0.001, 512 rows a step and 300 epochs, and
     never trains the attention.
 
-    The supplement (A.2) also fixes the MLP (512, 256, 128, 1; ReLU) and SGD, as in ``vilu``. It
-    selects learning rate and batch size for every data set from a grid, which is the study
-    ``paper/grid``; the values here are those of the script and are in that grid.
+    The supplement (A.2) also fixes the MLP (512, 256, 128, 1; ReLU) and SGD, as in ``vilu``. The
+    supplement selects learning rate and batch size for every data set from a grid. The study
+    ``paper/grid`` repeats this selection. The values here are from the script and are in the grid.
 
     Some settings of the paper are not possible with embeddings, and others were defects. In these
     cases the method works like ``vilu``: images are not cropped anew in every epoch, labels and
     logits are in float32, weight decay does not change a frozen attention, the last batch of an
     epoch is not dropped, and the learning rate changes with every step instead of every epoch. If
-    ``fit`` gets a validation set, the best epoch on it is selected.
+    ``fit`` gets a validation set, the best epoch on this set is selected.
 
     Source: ViLU, ICCV 2025, supplement A.2. Repository ykrmm/ViLU: scripts/train_vilu_cifar10.sh
     and train_vilu_imagenet.sh (commit d4c6e18), vilu/models (9584263), and the configuration of a
@@ -78,7 +78,7 @@ class ViLUPaper(ViLU):
         tensors: dict[str, Tensor],
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """A new head; the seed draws its initial weights as torch does by default."""
+        """A new head; the seed draws initial weights as torch does by default."""
         head = cast("FailureHead", super().module(tensors, space))
         draw_weights_like_torch(head, torch.Generator().manual_seed(self.seed))
         return head

@@ -1,4 +1,4 @@
-"""The results of a benchmark by method, data set and setting, and their differences."""
+"""The results of a benchmark by method, data set and setting, and differences of results."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Place = tuple[str, str, str]  # method, data set, setting
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method's results on one data set in one setting, by seed."""
+    """A method's results on a data set in a setting, by seed."""
 
     place: Place
-    results: Mapping[int, CellResult]  # by seed; only results that have the ranking metric
+    results: Mapping[int, CellResult]  # by seed; only results with the ranking metric
     run_cells: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
-    refused_seeds: tuple[int, ...]  # the seeds that are not in ``results``
+    refused_seeds: tuple[int, ...]  # the seeds missing in ``results``
     reason: str | None  # why the first refused seed has no result; None if none is refused
     bootstrap: Bootstrap
     ranked_by: Names  # metrics with bootstrap values; methods are ranked by the first
@@ -47,7 +47,7 @@ class Entrant:
 
     @property
     def merit(self) -> float:
-        """Mean of the metric by which methods are ranked; 0 if it is undefined."""
+        """Mean of the ranking metric; 0 if the metric is undefined."""
         return self.mean(self.ranked_by[0]) or 0.0
 
     @property
@@ -56,7 +56,7 @@ class Entrant:
         return len(set(self.run_cells.values()))
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over seeds; None if the metric is undefined for one of them."""
+        """Mean of a metric over seeds; None if the metric is undefined for any seed."""
         return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
@@ -72,7 +72,7 @@ class Entrant:
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(bootstrap_values))
 
     def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean minus the rival's mean, over their common seeds.
+        """This mean minus the rival's mean, over common seeds.
 
         None if the two have no common seed.
         """
@@ -100,7 +100,7 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
 def distinct_row_counts(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """All different values of a count of rows that the results of entrants have, ascending.
+    """All different values of a count of rows in the results of entrants, ascending.
 
     ``field`` is the count: "n" (test rows), "n_failures" (wrong answers) or "n_outside" (pictures
     of none of the classes).
@@ -124,12 +124,12 @@ def row_counts_in_words(
 
 @dataclass(frozen=True)
 class Mean:
-    """A method in one setting, averaged over one or several data sets."""
+    """A method in a setting, averaged over one or several data sets."""
 
     parts: tuple[Entrant, ...]  # the method's results on each data set
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over data sets; None if the metric is undefined on one of them."""
+        """Mean of a metric over data sets; None if the metric is undefined on any data set."""
         return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
@@ -139,7 +139,7 @@ class Mean:
     def difference_from(self, rival: Mean, metric: str) -> Quantity | None:
         """This mean minus the rival's mean on the same data sets.
 
-        None if the two have no common seed on one of the data sets.
+        None if the two have no common seed on any of the data sets.
         """
         differences = []
         for part, rival_part in zip(self.parts, rival.parts, strict=True):
@@ -151,7 +151,7 @@ class Mean:
 
 
 class Board:
-    """All results of a finished benchmark, and their bootstrap values."""
+    """All results of a finished benchmark, with bootstrap values."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Board:
         return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
-        """All methods by data set and setting, methods without a result included."""
+        """All methods by data set and setting, including methods without a result."""
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for (_, data, setting), entrant in self.entrants.items():
             groups.setdefault((data, setting), []).append(entrant)
@@ -203,7 +203,7 @@ def _entrant(
     bootstrap: Bootstrap,
     ranked_by: Names,
 ) -> Entrant:
-    """The results of a method on one data set in one setting, from its cells."""
+    """The results of a method on a data set in a setting, from the cells."""
     result_of_seed = {}
     run_cells = {}
     refused_seeds = []

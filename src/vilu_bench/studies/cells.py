@@ -1,4 +1,4 @@
-"""The cells of a benchmark: which cells are run, and which share the result of another cell."""
+"""The cells of a benchmark: cells to run, and cells with the result of another cell."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Cell:
     """One method on one data set in one setting with one seed."""
 
     method: str
-    data: str  # data set that is tested on
+    data: str  # data set to test on
     setting: str
     seed: int  # seed of the rows, the class halves and the method
-    # the cell whose result this cell shares, because everything that decides the result is equal;
-    # None: this cell is run
+    # the cell whose result this cell shares, because all deciding facts are equal; None: this cell
+    # is run
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
     def result_cell(self) -> Cell:
-        """The cell that was run for this cell's result: ``same_as``, or this cell itself."""
+        """The cell that was run for this cell's result: ``same_as``, or this cell."""
         return self.same_as or self
 
     @property
@@ -38,16 +38,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that decides the training rows and the candidates of a fit."""
+    """All facts that decide the training rows and the candidates of a fit."""
 
     # data sets to fit on; empty: no fit; several: a union with class texts as captions
     train: tuple[str, ...] = ()
     # labels to fit on, as in ``Setting.budget``: a number per class, a share of all labels, "all",
-    # or "none" (all rows, without their labels)
+    # or "none" (all rows, without the labels)
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
-    # seed that divides a set of rows into training and test rows; None if every data set has one
-    # set of training rows and another of test rows
+    # seed that divides rows into training and test rows; None if every data set has separate
+    # sets of training rows and test rows
     division_seed: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
@@ -61,17 +61,17 @@ class Origin:
 
     @property
     def first_fit(self) -> Origin:
-        """The earlier fit that this fit starts from, else this fit itself."""
+        """``start`` if there is an earlier fit, or else this fit."""
         return self.start or self
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Everything that decides the rows and the candidates that a method scores."""
+    """All facts that decide the rows and the candidates to score."""
 
     data: str
     role: Role
-    # number of captions in a pool; None: the number that the data set sets
+    # number of captions in a pool; None: the number of the data set
     pool_size: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
@@ -139,14 +139,14 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
 
 
 def _halves_seed(config: Config, cell: Cell) -> int | None:
-    """The cell's seed if its setting draws class halves; else None."""
+    """The cell's seed if the setting draws class halves; else None."""
     if isinstance(config.settings[cell.setting], Unseen):
         return cell.seed
     return None
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """``seed`` if one of these data sets divides its rows into two by a seed; else None."""
+    """``seed`` if any of these data sets divides its rows by a seed; else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -154,8 +154,8 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
-    """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
-    # maps everything that decides a result to the first cell with this result
+    """Every cell, seed by seed. A cell that shares an earlier cell's result refers to that cell."""
+    # maps the deciding facts of a result to the first cell with this result
     first_cell: dict[object, Cell] = {}
     cells = []
     for cell in _grid(config):
@@ -169,29 +169,29 @@ def plan(config: Config) -> tuple[Cell, ...]:
 
 
 def cells_to_run(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells that are run, because no earlier cell has the same result."""
+    """The cells to run, because no earlier cell has the same result."""
     return [cell for cell in cells if cell.same_as is None]
 
 
 def fit_key(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
     """Key of the fit of a cell: method, training rows, and seed.
 
-    The seed is None if the scores of the method do not depend on it.
+    The seed is None if the scores of the method do not depend on the seed.
     """
     seed = cell.seed if config.depends_on_seed(cell.method) else None
     return cell.method, origin_of(config, cell), seed
 
 
 def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells grouped by the first fit that they need; groups are in the order of their first cells.
+    """Group cells by the first needed fit; groups are in the order of their first cells.
 
-    Cells share a fit if its predictor is tested on several data sets, or if other fits start from
-    its weights.
+    Cells share a fit if the fitted predictor is tested on several data sets, or if more fits start
+    from the weights of this fit.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         method, origin, seed = fit_key(config, cell)
-        group_key: object = cell  # a cell without a fit is a group of its own
+        group_key: object = cell  # a cell without a fit is a separate group
         if origin.train:
             group_key = (method, origin.first_fit, seed)
         groups.setdefault(group_key, []).append(cell)
@@ -199,12 +199,12 @@ def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
-    """The parts (data set, role) that the cells read: the keys of a dict, in order of first use."""
+    """The parts (data set, role) to read for the cells: keys of a dict, in order of first use."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
-        # Without an earlier fit, ``first_fit`` is ``origin``. Its parts are then added twice, which
-        # changes nothing.
+        # Without an earlier fit, ``first_fit`` is ``origin``. Then the parts are added twice. The
+        # second time changes nothing.
         for fit in (origin.first_fit, origin):
             for data in fit.train:
                 needed[data, "train"] = None
@@ -220,7 +220,7 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
 
 
 def may_select(origin: Origin) -> bool:
-    """Whether a fit may select on validation rows: only if it takes one whole data set."""
+    """Whether a fit may select on validation rows: only a fit on one whole data set may."""
     return (
         len(origin.train) == 1
         and origin.budget == "all"
@@ -241,7 +241,7 @@ def _grid(config: Config) -> list[Cell]:
 
 
 def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
-    """The cells of every method that runs on a data set, in a setting, with a seed."""
+    """The cells of all methods for a data set, a setting and a seed."""
     n_seeds = config.settings[setting].seeds
     if n_seeds is not None and seed >= n_seeds:
         return

@@ -14,7 +14,7 @@ from vilu.metrics.catalog import METRICS
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.views import AnyClaim, Better, Steeper, Subject, Trend
 
-LEAST_POINTS = 3  # minimum number of points of a trend line that decides a claim
+LEAST_POINTS = 3  # minimum number of points of a trend line to decide a claim
 NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
@@ -25,11 +25,11 @@ class Verdict:
     """The decision on a claim."""
 
     claim: AnyClaim
-    # "holds" if the interval of ``number`` is above zero, "does not hold" if it is below zero,
+    # "holds" if the interval of ``number`` is above zero, "does not hold" if below zero,
     # "open" if the interval contains zero, "not tested" if a method has no result or the number is
     # undefined
     ruling: Ruling
-    # The number that decides, as a fraction. A positive number is in favour of the claim. A slope
+    # The deciding number, as a fraction. A positive number is in favour of the claim. A slope
     # is per unit of the axis: per doubling, or per accuracy of 1.
     number: float | None
     interval: Interval | None  # interval of ``number``
@@ -49,10 +49,10 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 
 
 def _decide_better(board: Board, claim: Better) -> Verdict:
-    """Decide the claim that a method is better than another."""
+    """Decide the claim that a method is better than another method."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
-    # "A less B" names a difference of two numbers, and "A below B" compares them.
+    # "A less B" names a difference of two numbers, and "A below B" compares two numbers.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _subject_in_words(board, claim.better)
     rival_name = _subject_in_words(board, claim.than)
@@ -128,7 +128,7 @@ def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
 
 
 def _sign(claim: Better | Steeper) -> int:
-    """1 or -1: a difference times this factor is positive if it is in favour of the claim."""
+    """1 or -1. A difference in favour of the claim, times this factor, is positive."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
@@ -149,9 +149,9 @@ def _slope_over_accuracy(
     """Slope of a method's trend line over the zero-shot accuracy.
 
     Args:
-        points: The method's results, each of which is a point of the line.
+        points: The method's results, one per point of the line.
         seeds_of_points: For each point, the seeds over which accuracy and metric are averaged.
-        metric: The metric whose slope is computed.
+        metric: Name of the metric.
     """
     accuracies = []
     heights = []
@@ -164,7 +164,7 @@ def _slope_over_accuracy(
 
 
 def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: str) -> Verdict:
-    """The verdict on a claim by the number that decides it."""
+    """The verdict on a claim by the sign of ``number``."""
     interval = number.interval(board.config.confidence)
     if not np.isfinite([interval.ci_low, interval.ci_high]).all():
         return _not_tested(claim, number_in_words, "the number is undefined")
@@ -195,10 +195,10 @@ def _not_tested(
 
 
 def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Text that names the common seeds of two methods; "" if both have the same seeds.
+    """Text on the common seeds of two methods; "" if both have the same seeds.
 
-    The text explains why the number differs from the tables. Their means are over all seeds of a
-    method, and so also over seeds for which the other method has no result.
+    The text explains why the number differs from the tables. The means in the tables are over all
+    seeds of a method, and so also over seeds for which the other method has no result.
     """
     pairs = zip(a, b, strict=True)
     have_equal_seeds = all(
@@ -231,7 +231,7 @@ def _subject_in_words(board: Board, subject: Subject) -> str:
 
 
 def _data_in_words(data: tuple[str, ...]) -> str:
-    """Text that names the data sets of a claim."""
+    """Text on the data sets of a claim."""
     if len(data) == 1:
         return data[0]
     return f"mean of {', '.join(data)}"

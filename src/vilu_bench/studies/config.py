@@ -1,4 +1,4 @@
-"""Pydantic models of a benchmark's TOML file, and the checks of its content."""
+"""Pydantic models of a benchmark's TOML file, and checks of the content."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 
 
 class Setting(Section):
-    """Rule that says which rows methods are fitted on, and which rows they are tested on."""
+    """Rule for choosing the rows to fit methods on, and the rows to test methods on."""
 
     # Labels to fit on. An int is a number of labels per class, and a float (such as 0.025) a share
-    # of all labels. "all" takes all labels. "none" takes all rows, without their labels.
+    # of all labels. "all" takes all labels. "none" takes all rows, without the labels.
     budget: int | float | Literal["all", "none"] = "all"
-    # Data sets to test on. By default all; a ``FromOther`` setting leaves out its ``source``.
+    # Data sets to test on. By default all; a ``FromOther`` setting leaves out the ``source``.
     data: Names | None = None
-    # which rows to test on; "validation" serves to choose among methods
+    # which rows to test on; "validation" is for a choice among methods
     test_on: Literal["validation", "test"] = "test"
-    # number of captions in a pool of the test set; by default the number that the data set sets
+    # number of captions in a pool of the test set; by default the number of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
     seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
     title: str | None = None  # title in tables and figures; by default the name
@@ -49,7 +49,7 @@ class Setting(Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _check_budget(cls, value: object) -> object:
-        """Refuse a budget that is neither a word, a share, nor a number of labels."""
+        """Refuse a budget unless the budget is a word, a share, or a number of labels."""
         is_word = value in ("all", "none")
         is_share = isinstance(value, float) and 0 < value < 1
         is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -62,7 +62,7 @@ class Setting(Section):
 
     @property
     def sources(self) -> Names:
-        """Other data sets to fit on; empty if the setting fits on the tested data set."""
+        """Other data sets to fit on; empty for a fit on the tested data set."""
         return ()
 
     @property
@@ -77,10 +77,10 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted_on: str = "") -> str:
-        """Text that says what methods are fitted on, then what differs from the defaults.
+        """Text about the rows to fit on, followed by the differences from the defaults.
 
         Args:
-            fitted_on: Text on what methods are fitted on; if it is "", the budget is named instead.
+            fitted_on: Text about the rows to fit on; if "", the budget is named instead.
         """
         text = fitted_on or self.amount
         if self.test_on == "validation":
@@ -94,27 +94,27 @@ class Setting(Section):
 
 
 class Labels(Setting):
-    """Setting in which methods are fitted and tested on one data set."""
+    """Setting in which methods are fitted and tested on the same data set."""
 
     kind: Literal["labels"]
 
 
 class FromOther(Setting):
-    """Setting whose first fit, or only fit, is on another data set than its test."""
+    """Setting with a fit on another data set than the tested data set."""
 
     source: str
-    # whether the source and the tested data set may be embedded by one model with different
-    # preprocessing, such as picture sizes; by default that is refused
+    # whether the source and the tested data set may be embedded by the same model with different
+    # preprocessing, such as picture sizes; by default this is refused
     across_preprocessing: bool = False
 
     @property
     def sources(self) -> Names:
-        """The one data set to fit on."""
+        """The single data set to fit on."""
         return (self.source,)
 
 
 class Transfer(FromOther):
-    """Setting whose only fit is on another data set than its test."""
+    """Setting with a single fit, on another data set than the tested data set."""
 
     kind: Literal["transfer"]
 
@@ -162,7 +162,7 @@ class Union(Setting):
 
 
 class Unseen(Setting):
-    """Setting with a fit on half of the classes, and a test on the other half.
+    """Setting with a fit on half of the classes, and a test on the remaining half.
 
     The seed draws the halves.
     """
@@ -180,21 +180,21 @@ MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs; the heads have 
 
 
 class Method(Section):
-    """A method, its hyper-parameters, and the settings, data sets and seeds that it runs with."""
+    """A method, with its hyper-parameters, settings, data sets and seeds."""
 
     method: str | None = None  # name in ``PREDICTORS``; by default the label
-    # hyper-parameters that differ from the defaults
+    # hyper-parameters with values different from the defaults
     params: dict[str, Any] = Field(default_factory=dict)
     settings: Names | None = None  # settings to run in; by default all
     data: Names | None = None  # data sets to test on; by default all
     seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
-    # total number of training steps, which replaces ``epochs``; the number of epochs follows from
+    # total number of training steps, instead of ``epochs``; the number of epochs follows from
     # the number of training rows
     steps: Count | None = None
-    # whether the seed changes scores only through the training rows that it draws
+    # whether the seed changes scores only by the choice of training rows
     deterministic: bool = False
-    # whether the fit also gets all training rows without labels, including rows that the budget
-    # leaves out
+    # whether the fit also gets all training rows without labels, including rows left out by the
+    # budget
     unlabelled: bool = False
     title: str | None = None  # title in tables and figures; by default the label
     x: float | None = None  # position on the axis of a curve
@@ -202,7 +202,7 @@ class Method(Section):
 
 
 class Trained(Section):
-    """Defaults of all methods that train a network. The table of a method overrides them."""
+    """Defaults of all methods that train a network. The table of a method has precedence."""
 
     seeds: Count | None = None  # number of seeds to run, from seed 0
     steps: Count | None = None  # total number of training steps, instead of ``epochs``
@@ -213,19 +213,19 @@ class Trained(Section):
 class Config(Section):
     """Content of a benchmark file."""
 
-    # name of the benchmark and of its folder of tables and figures; by default the file's name
+    # name of the benchmark and of the folder of tables and figures; by default the file's name
     name: Name = "benchmark"
-    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and it is the
-    # seed of the methods.
+    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and is also
+    # the seed of the methods.
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
-    device: str = "cpu"  # device of the models, and of methods that have a device parameter
-    # whether to run every method, not only those in ``methods``; if ``methods`` is empty, every
-    # method is run in any case
+    device: str = "cpu"  # device of the models, and of methods with a device parameter
+    # whether to run every method, in addition to ``methods``; if ``methods`` is empty, every method
+    # is run in any case
     all_methods: bool = False
-    # labels of deterministic methods; the same as ``deterministic = true`` in their own tables
+    # labels of deterministic methods; the same as ``deterministic = true`` in the method tables
     deterministic: Names = ()
     trained: Trained = Trained()  # defaults of all methods that train a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
@@ -234,7 +234,7 @@ class Config(Section):
     study: Study | None = None
     views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
     claims: tuple[AnyClaim, ...] = ()  # claims of a publication to check
-    # methods whose submitted results are shown beside the study's own, by label
+    # submitted methods to show beside the study's own methods, by label
     _guests: dict[str, Method] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -256,23 +256,23 @@ class Config(Section):
 
     @property
     def judges_adapted_answers(self) -> bool:
-        """Whether any method judges adapted answers, so that methods judge different answers."""
+        """Whether any method judges adapted answers. If so, methods judge different answers."""
         return any(method.params.get("answer") == "adapted" for method in self.methods.values())
 
     @property
     def ranked_by(self) -> Names:
-        """Metrics that get intervals; methods are ranked by the first."""
+        """Metrics with intervals; methods are ranked by the first metric."""
         return RANKED_ACROSS if self.judges_adapted_answers else RANKED_BY
 
     @property
     def strata(self) -> str:
         """Text on the strata of the bootstrap."""
-        # With strata, every resample has as many wrong rows as the test set. That is impossible if
-        # methods judge different answers, because each method then has other wrong rows.
+        # With strata, every resample has as many wrong rows as the test set. This is impossible if
+        # methods judge different answers, because different rows are then wrong for each method.
         return "without strata" if self.judges_adapted_answers else "stratified by failure"
 
     def _check_across_answers(self) -> None:
-        """Refuse metrics that cannot compare methods which judge different answers."""
+        """Refuse metrics that cannot compare methods with different answers."""
         across = [name for name, metric in METRICS.items() if metric.across_answers]
         for name in self.metrics:
             if name not in across:
@@ -283,7 +283,7 @@ class Config(Section):
                 )
 
     def _check_method(self, label: str) -> None:
-        """Refuse a method with unknown names, or with an entry that contradicts its class."""
+        """Refuse a method with unknown names, or with an entry that contradicts the class."""
         method = self.methods[label]
         name = method.method or label
         require_known(f"method (methods.{label})", [name], method_names())
@@ -315,14 +315,14 @@ class Config(Section):
         )
         if draws_rows_or_classes:
             # Rows and classes are drawn from the tested data sets. But in a transfer or a union
-            # they are drawn from the sources, because no fit is on the tested data set alone.
+            # the sources are used, because no fit is on the tested data set alone.
             drawn_data: Sequence[str] = tested_data
             if setting.sources and not isinstance(setting, Adapt):
                 drawn_data = setting.sources
             self._refuse_captions(name, drawn_data)
 
     def _check_validation(self, setting: str, tested_data: Iterable[str]) -> None:
-        """Refuse tested data sets that have no validation rows."""
+        """Refuse tested data sets without validation rows."""
         for data in tested_data:
             if self.data[data].validation is None:
                 raise ValueError(
@@ -339,7 +339,7 @@ class Config(Section):
                 )
 
     def _refuse_captions(self, setting: str, drawn_data: Iterable[str]) -> None:
-        """Refuse data sets with captions, from which no rows or classes can be drawn."""
+        """Refuse data sets with captions, because no rows or classes can be drawn from captions."""
         for data in drawn_data:
             if self.data[data].captions:
                 raise ValueError(
@@ -360,7 +360,7 @@ class Config(Section):
 
     @cached_property
     def entries(self) -> dict[str, Method]:
-        """Every method that runs, by label; values missing in its table have their defaults."""
+        """Every method to run, by label, with defaults for values missing in the method's table."""
         methods = self.methods
         if self.all_methods or not methods:
             methods = {name: Method() for name in PREDICTORS} | methods
@@ -375,11 +375,11 @@ class Config(Section):
         return self.settings
 
     def with_guests(self, maker_of_label: Mapping[str, str]) -> Config:
-        """A copy that also has methods whose results were submitted.
+        """Return a copy with further methods, whose results were submitted.
 
         Args:
             maker_of_label: Maps the label of each submitted method to the distribution and version
-                that its code is from; to "" if vilu has the code.
+                with the method's code; to "" if vilu has the code.
         """
         guests = {}
         for label, maker in maker_of_label.items():
@@ -394,7 +394,7 @@ class Config(Section):
         return tuple(self._guests)
 
     def _with_defaults(self, label: str, method: Method) -> Method:
-        """A method whose missing values are taken from ``deterministic`` and ``trained``."""
+        """Return a copy of a method, with missing values from ``deterministic`` and ``trained``."""
         name = method.method or label
         defaults: dict[str, Any] = {"method": name}
         if label in self.deterministic:
@@ -408,14 +408,14 @@ class Config(Section):
         return method.model_copy(update=defaults)
 
     def complete(self) -> Config:
-        """A copy that names every method, so that it does not depend on the installed methods."""
+        """Return a copy that names every method, so the installed methods do not matter."""
         return self.model_copy(update={"methods": self.entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
         """Whether a setting tests on a data set.
 
-        The data set must be among those that the setting chooses. Except in a union, the data set
-        must not be a source of the setting.
+        The data set must be among the chosen data sets of the setting. Except in a union, the data
+        set must not be a source of the setting.
         """
         chosen_setting = self.settings[setting]
         if data in chosen_setting.sources and not isinstance(chosen_setting, Union):
@@ -429,8 +429,8 @@ class Config(Section):
     def is_run_in(self, label: str, setting: str) -> bool:
         """Whether a method runs in a setting.
 
-        The setting must be among those that the method's table chooses, and must have labels if the
-        method needs them.
+        The setting must be among the chosen settings in the method's table, and must have labels if
+        the method needs labels.
         """
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
@@ -471,7 +471,7 @@ class Config(Section):
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
-        """Number of epochs that gives about ``steps`` steps of ``step_rows`` training rows each.
+        """Number of epochs for about ``steps`` steps of ``step_rows`` training rows.
 
         None if the method has no ``steps``.
         """
@@ -484,5 +484,5 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Whether a method trains a network: it has the parameters ``epochs`` and ``batch_size``."""
+    """Whether a method trains a network, that is, has parameters ``epochs`` and ``batch_size``."""
     return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()

@@ -1,4 +1,4 @@
-"""The rows of a cell: which embeddings it is fitted on, and which it scores."""
+"""The rows of a cell: the embeddings to fit on, and the embeddings to score."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ DRAW_DIVISION = 3
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
     """Sorted indices of ``per_class`` labelled rows of every class, drawn at random.
 
-    If a class has fewer labelled rows, all of them are drawn. With the same seed, a larger
-    ``per_class`` draws the same rows and further ones.
+    If a class has fewer labelled rows, all rows of the class are drawn. With the same seed, a
+    larger ``per_class`` draws the same rows and further rows.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
     order = rng.permutation(len(target))
@@ -65,9 +65,9 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
 
 
 def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of a share of the labelled rows, drawn at random, at least one row.
+    """Sorted indices of a share of the labelled rows, drawn at random; always at least one row.
 
-    With the same seed, a larger share draws the same rows and further ones.
+    With the same seed, a larger share draws the same rows and further rows.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
     rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
@@ -76,9 +76,9 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 
 def held_out_mask(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows to hold out, which are about ``share`` of all rows.
+    """Mask (N,) of the rows to hold out, about ``share`` of all rows.
 
-    ``identities`` (N,) are hashes of the rows. A row is held out if its hash, with its bytes in
+    ``identities`` (N,) are hashes of the rows. A row is held out if the hash, with the bytes in
     reverse order, is below share * 2^64.
     """
     return identities.byteswap() < share * 2.0**64
@@ -111,20 +111,20 @@ def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the rows whose label is one of ``classes``."""
+    """Indices of the rows with a label in ``classes``."""
     return np.flatnonzero(np.isin(source.target.numpy(), classes))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Facts about the rows of a test set that do not depend on the method."""
+    """Facts about the rows of a test set, the same for every method."""
 
     # hash of the rows and candidates; results with equal hashes can be compared row by row
     rows_hash: str
-    # (N,) int64: 1 if the zero-shot answer is wrong, 0 if it is right, -1 if that is unknown
+    # (N,) int64: 1 if the zero-shot answer is wrong, 0 if the answer is right, -1 if unknown
     failure: NDArray[np.int64]
     outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
-    # for every row, the reason why it has no uncertainty; None for a row that has one
+    # for every row, the reason for a missing uncertainty; None for a row with an uncertainty
     reason: tuple[str | None, ...]
 
 
@@ -134,7 +134,7 @@ class Workbench:
     Args:
         config: The benchmark.
         folders: Folder of the store of each part of a data set.
-        second_folders: Folder of the second model's store, for each part that has one.
+        second_folders: Folder of the second model's store, for each part with a second model.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Workbench:
     def _open_part(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a role, and their hash.
+        """The rows of a role, and the hash of the rows.
 
-        If the data set holds out a share of its training rows, the validation rows are these rows,
-        and the training rows are without them.
+        If the data set holds out a share of the training rows, the held-out rows are the validation
+        rows, and the training rows are the remaining rows.
         """
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
@@ -180,7 +180,7 @@ class Workbench:
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a part's store, within the limit, and their hash."""
+        """The rows of a part's store, within the limit, and the hash of the rows."""
         entry = self.config.data[data]
         folder = self.folders[data, role]
         if entry.captions:
@@ -225,7 +225,7 @@ class Workbench:
         return fit.take(np.flatnonzero(~is_tested_on))
 
     def check(self) -> None:
-        """Raise an error for data sets whose parts do not belong together."""
+        """Raise an error for data sets with parts that do not belong together."""
         parts = needed_parts(self.config, plan(self.config))
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]
@@ -263,7 +263,7 @@ class Workbench:
                 "Embed both with the same names in the same order."
             )
         if self.config.data[data].captions:
-            return  # folds of one store have no common row: a hash puts every row into one fold
+            return  # folds of a store have no common row: a hash puts every row into a single fold
         shared_rows = overlap(a, b, (name_a, name_b))
         if shared_rows is None:
             return
@@ -301,7 +301,7 @@ class Workbench:
         )
 
     def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
-        """All training rows without labels, if the fit also gets them; else None."""
+        """All training rows without labels, if the fit also gets unlabelled rows; else None."""
         if not origin.unlabelled:
             return None
         return without_labels(self._all_training_rows(origin.train[0], origin))
@@ -317,7 +317,7 @@ class Workbench:
         if origin.halves_seed is None:
             return source.take(np.union1d(rows_in_budget(target, origin), outside_rows))
         classes, _ = class_halves(source.n_candidates, origin.halves_seed)
-        # a row of a class of the other half gets no label here, so it is not drawn
+        # a row of a class of the other half gets no label here, so the row is not drawn
         target_of_half = np.where(np.isin(target, classes), target, UNKNOWN)
         rows = rows_in_budget(target_of_half, origin)
         return source.take(np.union1d(rows, outside_rows), classes, columns)
@@ -335,7 +335,7 @@ class Workbench:
         return source
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
-        """The rows that the method of a cell is tested on."""
+        """The rows to test the method of a cell on."""
         scored_set = scored_set_of(self.config, cell)
         source = self._test_rows(scored_set, columns)
         if not scored_set.across_preprocessing:
@@ -345,7 +345,7 @@ class Workbench:
         return ignore_preprocessing(source, fitted_on.space)
 
     def _test_rows(self, scored_set: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
-        """The rows of a test set, in the embedding space of their store."""
+        """The rows of a test set, in the embedding space of the store."""
         source = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
         source = self._fit_or_test_rows(
             scored_set.data, scored_set.division_seed, source, to_fit=False
@@ -356,7 +356,7 @@ class Workbench:
         return source.take(rows_of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
-        """Texts (K, D) of the candidates in training and of those in testing; None for captions."""
+        """Texts (K, D) of the training candidates and of the test candidates; None for captions."""
         origin = origin_of(self.config, cell)
         scored_set = scored_set_of(self.config, cell)
         if origin.pool_size is not None:
@@ -366,7 +366,7 @@ class Workbench:
         has_captions = train.pool_size is not None or test.pool_size is not None
         if has_captions:
             return None
-        no_rows = torch.arange(0)  # all rows have the same candidates, so none is needed
+        no_rows = torch.arange(0)  # all rows have the same candidates, so no row is needed
         train_texts = train.candidates(no_rows).text
         test_texts = test.candidates(no_rows).text
         if scored_set.halves_seed is None:
@@ -375,7 +375,7 @@ class Workbench:
         return train_texts[seen_classes], test_texts[unseen_classes]
 
     def truth(self, cell: Cell) -> Truth:
-        """The truth of a cell's test set; it is computed once per test set."""
+        """The truth of a cell's test set, computed once per test set."""
         return self._truth(scored_set_of(self.config, cell))
 
     def _compute_truth(self, scored_set: ScoredSet) -> Truth:
@@ -392,7 +392,7 @@ class Workbench:
 def _open_vilu_store(
     folder: Path, pools: Pools | None = None, fold: Role | None = None
 ) -> tuple[EmbeddingSource, list[object]]:
-    """A store made by vilu, and the hashes that identify its content."""
+    """A store made by vilu, and hashes to identify the content."""
     source = open_source(folder, pools=pools, fold=fold)
     if not isinstance(source, EmbeddingStore | CaptionStore):
         raise ProvenanceError(
@@ -411,7 +411,7 @@ def _name_of_set(data: str, role: Role) -> str:
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
     """All rows of a source, with labels and ``outside`` removed.
 
-    Pairs are returned unchanged; a fit refuses them as unlabelled rows.
+    Pairs are returned unchanged. A fit refuses such pairs as unlabelled rows.
     """
     if source.pool_size is not None:
         return source
@@ -424,7 +424,7 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 def rows_in_budget(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
     """Indices of the labelled rows to fit on, as many as the budget allows.
 
-    If ``origin`` has no seed that draws rows, all labelled rows are returned.
+    If ``origin`` has no seed for a draw of rows, all labelled rows are returned.
     """
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
@@ -434,7 +434,7 @@ def rows_in_budget(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int6
 
 
 def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
-    """The truth of a source, whose rows and candidates have the hash ``rows_hash``."""
+    """The truth of a source; ``rows_hash`` is the hash of the rows and candidates."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
@@ -443,7 +443,7 @@ def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Whether two spaces of one model differ in the preprocessing, such as the picture size."""
+    """Whether two spaces of the same model differ in preprocessing, such as the picture size."""
     if a is None:
         return False
     if a == b:
@@ -452,9 +452,9 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
 
 
 def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """The source with its space replaced by ``space``, if the two differ only in preprocessing.
+    """The source with ``space`` as the space, if the two spaces differ only in preprocessing.
 
-    Any other source is returned unchanged. If it is from another model, it is refused later, when
+    Any other source is returned unchanged. A source of another model is refused later, when
     the spaces are compared.
     """
     if not differs_in_preprocessing(source.space, space):

@@ -1,4 +1,4 @@
-"""Plans of studies: what a study would run, and how much disk space it would need."""
+"""Plans of studies: what a study would run, and how much disk space the study would need."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vilu_bench.studies.parts import Data, Role
 from vilu_bench.studies.stores import PACKAGE, Part, is_complete, open_images, store_of
 
 COMPACT_WIDTHS = (768, 1280)  # widths of the compact model's embeddings and features
-FLOAT16_BYTES = 2  # size of a stored number, which is a float16
+FLOAT16_BYTES = 2  # size of a stored number (float16)
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """Plan for one part of a data set."""
+    """Plan for a part of a data set."""
 
     data: str
     part: str  # a role, or "pairs" for the pairs of all roles
@@ -50,9 +50,9 @@ class StudyPlan:
     title: str
     parts: tuple[PartPlan, ...]
     cells: int  # number of cells; a cell is a method, a data set, a setting and a seed
-    runs: int  # number of cells to run; every other cell shares the result of a cell that is run
+    runs: int  # number of cells to run; all other cells share the result of such a cell
     fits: int  # number of different fits that the runs need
-    # the fields of every cell; the field ``same_as`` names the cell whose result this cell shares
+    # the fields of every cell; ``same_as`` names the cell whose result this cell shares
     listed: tuple[dict[str, object], ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -61,7 +61,7 @@ class StudyPlan:
 
 
 def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
-    """Plan what a benchmark would do with the present data and output; nothing is run."""
+    """Plan a benchmark with the present data and output; nothing is run."""
     cells = plan(config)
     cells_run = cells_to_run(cells)
     parts = []
@@ -92,7 +92,7 @@ def _cell_to_dict(cell: Cell) -> dict[str, object]:
 
 
 def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> PartPlan:
-    """Plan a part from its store if there is one, else from its images, else from the catalogue."""
+    """Plan a part from the store, or else from the images, or else from the catalogue."""
     _name, role = part
     catalogue_plan = _plan_by_catalogue(part, entry)
     if not _has_data_here(entry, data_folder):
@@ -125,7 +125,7 @@ def _has_data_here(entry: Data, data_folder: Path) -> bool:
 
 
 def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
-    """The plan of a part that has a complete store."""
+    """The plan of a part with a complete store."""
     name, _role = part
     numbers_per_image = sum(math.prod(shape) for shape in manifest.arrays.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
@@ -141,7 +141,7 @@ def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _plan_by_catalogue(part: Part, entry: Data) -> PartPlan:
-    """The plan of a part, with the number of images that the catalogue states."""
+    """The plan of a part, with the number of images from the catalogue."""
     _name, role = part
     return _plan_to_embed(part, entry, _catalogued_images(entry, role), counted="catalogue")
 
@@ -193,7 +193,7 @@ def _widths_of_model(backbone: str) -> tuple[int, int] | None:
 
 
 def _part_title(part: Part, entry: Data) -> str:
-    """Name of the part: its role, or "pairs" for captions, whose one store holds all roles."""
+    """Name of the part: the role, or "pairs" for captions, because one store holds all roles."""
     if entry.captions:
         return "pairs"
     _name, role = part
@@ -201,7 +201,7 @@ def _part_title(part: Part, entry: Data) -> str:
 
 
 def _catalogued_images(entry: Data, role: Role) -> int | None:
-    """Number of images of a role according to the catalogue; None if it has no number."""
+    """Number of images of a role in the catalogue; None if the catalogue has no number."""
     if entry.dataset is None:
         return None
     if entry.shards is not None:
@@ -240,7 +240,7 @@ def describe(plans: Sequence[StudyPlan]) -> str:
 
 
 def _describe_study(study: StudyPlan) -> str:
-    """Text of a study's plan: a table of its parts, and numbers of cells and fits."""
+    """Text of a study's plan: a table of the parts, and numbers of cells and fits."""
     rows = [["data", "part", "backbone", "images", "state", "MB"]]
     problems = []
     for part in study.parts:

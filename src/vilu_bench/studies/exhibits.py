@@ -55,7 +55,7 @@ class Exhibit:
 
 
 def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
-    """The exhibit of a view; ``root`` is the run folder that holds the files of the cells."""
+    """The exhibit of a view; ``root`` is the run folder with the files of the cells."""
     match view:
         case TableView():
             return Exhibit(view.name, view.title, table_sheet(board, view))
@@ -106,7 +106,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A result in a figure, with its x coordinate."""
+    """A result in a figure, with an x coordinate."""
 
     key: Key
     x: float
@@ -120,12 +120,12 @@ def _panels(
     panel_field: str,
     line_field: str,
 ) -> list[Panel]:
-    """The panels of a figure, with their lines.
+    """The panels of a figure, with lines.
 
     Args:
         board: The results.
         view: The view.
-        x_of: Function that returns the x coordinate of a number, or None to leave the number out.
+        x_of: Function from a key to the x coordinate; None leaves the number out.
         panel_field: Field of a key. There is a panel for each value of this field and each metric.
         line_field: Field of a key. A panel has a line for each value of this field.
     """
@@ -162,7 +162,7 @@ def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label:
 
 
 def _axis_label(metric_name: str) -> str:
-    """Label of the vertical axis: the metric, its unit and the direction that is better."""
+    """Label of the vertical axis: the metric, the unit and the better direction."""
     metric = METRICS[metric_name]
     better = "higher" if metric.higher_is_better else "lower"
     return f"{metric.title} (%), {better} is better"
@@ -209,7 +209,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
     """The title of each panel, with the file of the scores to show there.
 
-    The scores are those of the method's first seed. The setting is in a title only if there are
+    The scores are from the method's first seed. The setting is in a title only if there are
     several settings.
     """
     entrants = {}
@@ -232,7 +232,7 @@ ValuePair = tuple[str, str]  # values of the two hyper-parameters of a grid
 
 @dataclass(frozen=True)
 class _DataGrid:
-    """The methods of a data set, by their values of two hyper-parameters."""
+    """The methods of a data set, by the values of two hyper-parameters."""
 
     data: str
     methods: dict[ValuePair, str]  # label of the method with these two values
@@ -278,7 +278,7 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
 
 
 def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
-    """A method's values of the two parameters; None if it does not set both."""
+    """A method's values of the two parameters; None if the method does not set both."""
     params = board.config.entries[label].params
     row_parameter, column_parameter = view.parameters
     row_value = params.get(row_parameter)
@@ -301,7 +301,7 @@ def _grid_sheet(
     cells = {}
     for data_grid in data_grids:
         for pair, method in data_grid.methods.items():
-            row = len(rows)  # index of the row that is added below
+            row = len(rows)  # index of the row added below
             for column, (setting, metric) in enumerate(columns):
                 shown = _grid_cell(board, Key(method, data_grid.data, setting, metric))
                 if shown is not None:
@@ -337,7 +337,7 @@ def _grid_cell(board: Board, key: Key) -> Shown | None:
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
-    """Draw two panels for every data set: one for each of the view's two settings."""
+    """Draw two panels for every data set, a panel for each of the view's two settings."""
     from vilu.report.figures import grids
 
     panels = []
@@ -348,7 +348,7 @@ def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Fi
 
 
 def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str) -> Grid:
-    """The panel of a data set in one setting: means by the values of the two parameters."""
+    """The panel of a data set in a setting: means by the values of the two parameters."""
     from vilu.report.figures import Grid
 
     first_metric = view.metrics[0]

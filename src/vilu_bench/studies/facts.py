@@ -1,4 +1,4 @@
-"""Everything that decides the result of a cell: parameters, data and code."""
+"""All facts that decide the result of a cell: parameters, data and code."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vilu_bench.studies.fit import predictor_of
 
 SOURCES = Path(__file__).parents[2]  # folder of the packages vilu and vilu_bench
 REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
-"""Modules that are left out of the hash, because they import every method.
+"""Modules left out of the hash, because they import every method.
 
-If a method uses code through them, that code is in a module that is hashed for the method.
+If a method uses code through such a module, the module of this code is hashed for the method.
 """
 
 SHARED_MODULES = (
@@ -38,8 +38,8 @@ SHARED_MODULES = (
 def code_digest(*modules: str) -> str:
     """Hash of modules, of ``SHARED_MODULES``, and of all modules of vilu that they import.
 
-    Imports within functions are ignored. If a module is outside vilu, the modules that it imports
-    from its own package are hashed as well. Comments and docstrings do not change the hash.
+    Imports within functions are ignored. If a module is outside vilu, imported modules of the same
+    package are hashed as well. Comments and docstrings do not change the hash.
     """
     for name in modules:
         if _source_file(name) is None:
@@ -47,7 +47,7 @@ def code_digest(*modules: str) -> str:
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
-    hashes: dict[str, str] = {}  # maps the name of a module to the hash of its code
+    hashes: dict[str, str] = {}  # maps the name of a module to the hash of the code
     names_to_hash = [*modules, *SHARED_MODULES]
     while names_to_hash:
         name = names_to_hash.pop()
@@ -62,7 +62,7 @@ def code_digest(*modules: str) -> str:
 
 @cache
 def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module's code, and the names that it imports from vilu and from its own package."""
+    """Hash of a module's code, and the imported names from vilu and the module's own package."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     own_package = module.partition(".")[0]
     followed_prefixes = ("vilu.", f"{own_package}.")
@@ -74,7 +74,7 @@ def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
-    """Names of all modules, and objects in modules, that a module imports at its top level."""
+    """Names of all imported modules, and objects in modules, at the top level of a module."""
     package = module
     if file.name != "__init__.py":
         package, _, _ = module.rpartition(".")
@@ -125,7 +125,7 @@ def _source_file(module: str) -> Path | None:
 
 
 def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
-    """Everything that decides the result of a cell, as plain JSON."""
+    """All facts that decide the result of a cell, as plain JSON."""
     config = bench.config
     origin = origin_of(config, cell)
     predictor = predictor_of(config, cell)
@@ -165,7 +165,7 @@ def code_of(config: Config, cell: Cell) -> str:
 
 
 def _module_of_metric(name: str) -> str:
-    """The module that computes a metric."""
+    """The module of a metric's kernel."""
     kernel = METRICS[name].kernel
     if isinstance(kernel, partial):
         kernel = kernel.func
@@ -175,7 +175,7 @@ def _module_of_metric(name: str) -> str:
 def _division_facts(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
     """The facts that decide how the rows of ``data`` are divided into training and test rows.
 
-    If ``seed`` is None, they are not divided, and there are no facts.
+    If ``seed`` is None, the rows are not divided, and there are no facts.
     """
     if seed is None:
         return {}
@@ -184,7 +184,7 @@ def _division_facts(bench: Workbench, seed: int | None, data: Sequence[str]) -> 
 
 
 def _facts_of_rows(bench: Workbench, origin: Origin) -> dict[str, object]:
-    """The facts that decide the rows of a fit, and of the earlier fit that it starts from."""
+    """The facts on the rows of a fit, including the rows of the earlier fit (``start``)."""
     validation = None
     if may_select(origin) and bench.config.data[origin.train[0]].validation is not None:
         validation = bench.fingerprint(origin.train[0], "validation")

@@ -22,7 +22,7 @@ from vilu_bench.studies.data import Workbench, differs_in_preprocessing
 from vilu_bench.studies.result import Refusal
 
 REFUSALS = (UsageError, DataError, ProvenanceError)
-"""Exceptions by which a method refuses its data or settings; any other exception is a bug."""
+"""Exceptions by which a method refuses data or settings; any other exception is a bug."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Fitted:
     """The result of a fit: a predictor or a refusal, with the warnings."""
 
     predictor: FailurePredictor  # fitted, unless ``refused`` is set
-    refused: Refusal | None = None  # why the fit was refused; None if it was not refused
+    refused: Refusal | None = None  # why the fit was refused; None if the fit was not refused
     n_train: int | None = None  # number of training rows; None if nothing was fitted
-    seconds: float | None = None  # time of this fit, without the earlier fit that it starts from
+    seconds: float | None = None  # time of this fit, without the time of the earlier fit
     warnings: tuple[str, ...] = ()  # warnings of the fit
 
 
 def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
-    """The unfitted predictor of a cell; a predictor that ignores the seed gets seed 0."""
+    """The unfitted predictor of a cell. If the predictor ignores the seed, the seed is 0."""
     seed = 0
     if config.depends_on_seed(cell.method):
         seed = cell.seed
@@ -47,7 +47,7 @@ def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
     """The predictor of a cell, fitted if it needs a fit.
 
-    ``fits`` maps origins to the fits of earlier cells; new fits are added to it.
+    ``fits`` maps origins to the fits of earlier cells. New fits are added to ``fits``.
     """
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
@@ -65,7 +65,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | None) -> Fitted:
     """Fit a predictor on the rows of ``origin``.
 
-    The fit starts from the weights of ``earlier_fit``, or from scratch if that is None.
+    The fit starts from the weights of ``earlier_fit``, or from scratch if ``earlier_fit`` is None.
     """
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
@@ -100,8 +100,9 @@ def _initialised_from(
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
     may_differ = origin.across_preprocessing
     if may_differ and differs_in_preprocessing(fitted_predictor.space_, train.space):
-        # The earlier fit used, for example, another picture size. A copy of it gets the space of
-        # the new training rows, because it would refuse rows of another space.
+        # The earlier fit used, for example, a different picture size. A copy of the fitted
+        # predictor gets the space of the new training rows, because a predictor refuses rows of
+        # another space.
         fitted_predictor = copy.copy(fitted_predictor)
         fitted_predictor.space_ = train.space
     return initialise(type(fitted_predictor), fitted_predictor)
@@ -110,14 +111,14 @@ def _initialised_from(
 def _with_epochs_for_steps(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """A copy of the predictor with as many epochs as the ``steps`` of its entry need.
+    """A copy of the predictor with as many epochs as the method's ``steps`` need.
 
-    If the entry has no ``steps``, the predictor itself is returned.
+    If the method has no ``steps``, ``predictor`` is returned unchanged.
     """
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-    # a training step takes a pool of captions, else the batch size that is set, else the default
+    # a training step takes a pool of captions, else the given batch size, else the default
     step_rows = train.pool_size or values["batch_size"] or default_batch(len(train))
     values["epochs"] = config.epochs_for(label, step_rows, len(train))
     return type(predictor)(**values)

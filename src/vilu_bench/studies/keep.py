@@ -1,8 +1,9 @@
-"""One small file with all that the tables, figures and claims of finished studies need.
+"""One small file with all data for the tables, figures and claims of finished studies.
 
-The file is a Parquet table. It has a row for every cell that was run, with the document of the cell
-and its bootstrap values, which are whole multiples of ``STEP``. It has no scores of single rows,
-and only the first ``RESAMPLES`` resamples. The documents of the studies are in its metadata.
+The file is a Parquet table with a row for every run cell. The row has the document of the cell and
+the bootstrap values, as whole multiples of ``STEP``. The file has no scores of single rows, and
+only the first ``RESAMPLES`` resamples. The documents of the studies are in the metadata of the
+file.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ A 95 % interval goes from the fifth smallest to the fifth largest of 200 values.
 STEP: Final = 1e-4
 """Bootstrap values are rounded to multiples of this step.
 
-It is a hundredth of a percentage point. Tables show tenths of a point.
+The step is a hundredth of a percentage point. Tables show tenths of a point.
 """
 
 UNDEFINED: Final = 65_535
@@ -62,10 +63,10 @@ STUDY_NAME: Final = TypeAdapter[str](Name)
 
 
 def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
-    """Write the finished studies of a run folder as one file; returns the number of its cells.
+    """Write the finished studies of a run folder as one file; return the number of cells.
 
     Raises:
-        UsageError: If a study shows the scores of single rows, which are not kept.
+        UsageError: If a study shows the scores of single rows. Such scores are not kept.
     """
     claim_file(file, "kept studies", overwrite=overwrite)
     archives = {}
@@ -90,7 +91,7 @@ def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
-    """The columns of the file: documents of cells, and one column per metric and resample."""
+    """The columns of the file: documents of cells, and a column per metric and resample."""
     import pyarrow as pa
 
     values_of_cells = [_first_resamples(run, result) for result in results]
@@ -100,8 +101,8 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
         n_metrics, n_resamples = values.shape
         steps[row, :n_metrics, :n_resamples] = _to_steps(values)
     # The resamples of a cell differ little. So the first resample is stored, and for every later
-    # resample its difference from the first, which compresses better. A negative difference wraps
-    # around in 16 bits, and is undone by the addition in ``_stored_steps``.
+    # resample the difference from the first resample. Differences compress better. A negative
+    # difference wraps around in 16 bits, and is undone by the addition in ``_stored_steps``.
     steps[:, :, 1:] -= steps[:, :, :1]
     columns = {
         "document": pa.array([_short_document(result) for result in results]),
@@ -123,7 +124,7 @@ def _first_resamples(run: Path, result: CellResult) -> Floats:
 def _short_document(result: CellResult) -> str:
     """The document of a cell as JSON text, with fewer facts in ``decided_by``.
 
-    Of these facts only the hash of the code is stored: rendering compares it with the present code.
+    Only the hash of the code is stored. Rendering compares this hash with the present code.
     """
     code = {"code": result.decided_by.get("code")}
     short = result.model_copy(update={"decided_by": code, "files": {}})
@@ -153,7 +154,7 @@ def render_file(
 ) -> list[Rendered]:
     """Render the studies of a file that ``keep`` wrote.
 
-    Only the document and its figures are written. The other arguments are those of
+    Only the document and the figures of the document are written. The further arguments are as in
     ``render_studies``.
     """
     with TemporaryDirectory() as folder:
@@ -163,10 +164,10 @@ def render_file(
 
 
 def restore(file: Path, run: Path) -> None:
-    """Write a run folder from a file that ``keep`` wrote. Its cells have no scores of single rows.
+    """Write a run folder from a file that ``keep`` wrote. The cells have no scores of single rows.
 
     Raises:
-        DataError: If the file is damaged, or if ``keep`` did not write it.
+        DataError: If the file is damaged, or if ``keep`` did not write the file.
     """
     table, metadata = read_table(file, ["document"])
     studies = metadata.get("studies")
@@ -178,7 +179,7 @@ def restore(file: Path, run: Path) -> None:
     try:
         for name, content in studies.items():
             archive = Archive.model_validate(content)
-            STUDY_NAME.validate_python(name)  # it becomes the name of a folder
+            STUDY_NAME.validate_python(name)  # the study's name becomes the name of a folder
             folder = make_folder(run / STUDIES / name)
             write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
         steps = _stored_steps(table)
@@ -210,7 +211,7 @@ def _stored_steps(table: pa.Table) -> Steps:
 
 
 def _restore_cell(document: str, steps: Steps, run: Path) -> None:
-    """Write the files of a cell: its document, and its bootstrap values from ``steps`` (M, B)."""
+    """Write the files of a cell: the document, and bootstrap values from ``steps`` (M, B)."""
     result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Reads the file of a study, and the file that it includes."""
+"""Reads the file of a study, and the included file."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def load_config(path: Path) -> Config:
 
 
 def load_configs(names: Sequence[Path | str]) -> list[Config]:
-    """Read and check several benchmarks; each name is one that ``find_studies`` accepts.
+    """Read and check several benchmarks. ``find_studies`` says which names are possible.
 
     Raises:
-        UsageError: If a file or study does not exist, its content is invalid, or two benchmarks
+        UsageError: If a file or study does not exist, the content is invalid, or two benchmarks
             have the same name.
     """
     paths: list[Path] = []
@@ -57,17 +57,17 @@ def study_names() -> list[str]:
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
         is_group = study.is_dir()
-        if not is_group:  # the file of a group has only what its studies include
+        if not is_group:  # the file of a group only has parts that studies include
             names.append(study.relative_to(CONFIGS).as_posix())
     return names
 
 
 def find_studies(name: Path | str) -> list[Path]:
-    """The benchmark files that a name stands for.
+    """Find the benchmark files for a name.
 
-    It may be the path of a file, the name of a study that ships with vilu ("here/main"), or the
-    name of a group of such studies ("here"). If there are both a file and a study of this name, the
-    file is taken.
+    The name may be the path of a file, the name of a study that ships with vilu ("here/main"), or
+    the name of a group of such studies ("here"). If there are both a file and a study of this name,
+    the file is taken.
     """
     path = Path(name)
     if path.exists() and not path.is_dir():
@@ -84,7 +84,7 @@ def find_studies(name: Path | str) -> list[Path]:
 
 
 def _read_tables(path: Path) -> dict[str, Any]:
-    """Read a benchmark file, and check that ``TABLES`` are tables in it."""
+    """Read a benchmark file, and check that ``TABLES`` are tables in the file."""
     try:
         content = tomllib.loads(read_toml_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -103,12 +103,13 @@ def _read_tables(path: Path) -> dict[str, Any]:
 
 
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a file, merged with the content of the file that it includes.
+    """The content of a file, merged with the content of the included file.
 
     ``include`` names a file in the same folder. A key of the including file replaces the same key
     of the included file. In the tables ``data``, ``settings`` and ``methods``, an entry replaces
     the entry of the same name. If ``[use]`` lists entries of a table, only the listed entries of
-    the included file are used; of a table that ``[use]`` does not name, all entries are used.
+    the included file are used. If ``[use]`` does not name a table, all entries of the table are
+    used.
     """
     name = content.pop("include", None)
     use = content.pop("use", {})
@@ -130,7 +131,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
-    """Refuse an invalid ``include``, or an invalid table ``use`` beside it."""
+    """Refuse an invalid ``include``, or an invalid table ``use``."""
     if not isinstance(name, str) or not _is_table_of_lists(use):
         raise UsageError(
             f"{path.name}: include must be the name of a file, "
@@ -153,7 +154,7 @@ def _is_table_of_lists(use: object) -> bool:
 def _select_entries(
     entries: Mapping[str, Any], names: Sequence[object], where: str, table: str
 ) -> dict[str, Any]:
-    """The entries of an included table that are listed in ``names``.
+    """Select the entries ``names`` of an included table.
 
     ``where`` and ``table`` name the files and the table in errors.
     """
@@ -183,10 +184,10 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 def _explain(name: str, error: ValidationError) -> str:
     """Message about the first error of pydantic: the file, the keys that lead to it, the reason."""
     first_error, *_ = error.errors(include_url=False, include_context=False)
-    # pydantic marks an invalid key by a step "[key]" after it
+    # pydantic marks an invalid key by a further step "[key]"
     steps = [str(step) for step in first_error["loc"] if step != "[key]"]
     if steps and steps[0] in {"settings", "views", "claims"}:
-        # The third step, if there is one, is the kind of the setting, view or claim. The kind is
+        # The third step (if present) is the kind of the setting, view or claim. The kind is
         # not a key in the file.
         del steps[2:3]
     reason = first_error["msg"].removeprefix("Value error, ")
@@ -228,7 +229,7 @@ def shrink(config: Config) -> Config:
 
 
 def _shrink_data(entry: Data) -> Data:
-    """A data set cut to few images (or one tar file), views and prompts.
+    """A data set cut to few images (or a single tar file), views and prompts.
 
     The compact model gets pictures of 64 x 64 pixels.
     """

@@ -14,7 +14,7 @@ from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies.load import parse_config
 
 FIT_SHARE: Final = 0.5
-"""Share of the rows to fit on, if train and test are one store."""
+"""Share of the rows to fit on, if train and test are the same store."""
 
 FEW_LABELS: Final = 5
 """Number of labels per class in the setting ``few`` of a new study."""
@@ -52,25 +52,25 @@ columns = ["setting", "metric"]
 
 
 class NewStudy(NamedTuple):
-    """The text of a benchmark file, and the folder that its paths are relative to."""
+    """The text of a benchmark file, and the folder that the paths in the text are relative to."""
 
     text: str
     folder: Path
 
 
 def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
-    """Write the text of a study that compares the main methods on one store or on two.
+    """Write the text of a study that compares the main methods, on one store or on two stores.
 
-    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the other half is
-    tested on. The text is checked as `vilu benchmark` checks it.
+    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the remaining half
+    is tested on. The text is checked in the same way as by `vilu benchmark`.
 
     Args:
         train: Store with labels to fit on.
         test: Store with labels to test on; None: the other half of the rows of ``train``.
-        file: Path of the file that will have this text; comments in the text name it.
+        file: Path of the file that will have this text; comments in the text name the path.
 
     Raises:
-        UsageError: If a store has no labels or only one class, or if the two have different
+        UsageError: If a store has no labels or a single class, or if the two have different
             classes.
     """
     train_store = _labelled_store(train)
@@ -78,7 +78,7 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
     share_line = ""
     if test is None:
         test = train
-        # a name of its own, so that its results are not mixed up with results on a test store
+        # a separate name, to keep the results apart from results on a test store
         name += "-halves"
         share_line = f"fit_share = {FIT_SHARE}    # of the rows; the others are tested on\n"
     elif _labelled_store(test).class_names != train_store.class_names:
@@ -101,7 +101,7 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
 
 
 def _labelled_store(path: Path) -> EmbeddingStore:
-    """Open a store; UsageError if it has no labels, or only one class."""
+    """Open a store; UsageError if the store has no labels, or only a single class."""
     store = EmbeddingStore(path)
     n_labelled = int((store.target != UNKNOWN).sum())
     if n_labelled == 0:
@@ -127,7 +127,7 @@ def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
 
 
 def _toml_key(path: Path) -> str:
-    """The name of a folder as a key of TOML, which is also part of paths."""
+    """The name of a folder as a key of TOML. The key is also a part of paths."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_") or "data"
 
 

@@ -1,4 +1,4 @@
-"""Names and data sets as a benchmark file describes them."""
+"""Names and data sets in a benchmark file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from vilu.errors import did_you_mean
 from vilu_bench.known_datasets.shift import KINDS, SEVERITIES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-"""Name of a data set, a setting or a method; it is used in file names."""
+"""Name of a data set, a setting or a method. The name is used in file names."""
 Names = tuple[str, ...]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked by the first
+RANKED_BY = ("auroc", "fpr95")  # metrics with intervals; methods are ranked by the first metric
 # These metrics replace ``RANKED_BY`` in a study whose methods judge different answers. AUROC and
-# FPR95 ask how well right and wrong answers are told apart, so they cannot compare such methods.
+# FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
+# methods.
 RANKED_ACROSS = ("coverage_at_risk_0.05", "aurc")
 
 
@@ -62,7 +63,7 @@ class StorePaths(Section):
 class Shift(Section):
     """Damage done to every picture before it is embedded (``known_datasets.shift``)."""
 
-    # kinds of damage; every picture gets one of them
+    # kinds of damage; every picture gets a single kind
     kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
     severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
 
@@ -74,7 +75,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """Maximum number of images of each role, which are taken evenly spaced; None: all images."""
+    """Maximum number of images of each role, taken evenly spaced; None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -86,23 +87,23 @@ class Data(Section):
 
     # file or folder of images below the data folder; ``package:NAME`` ships with vilu
     source: str | None = None
-    # Name of a known data set (``vilu datasets list``), whose folder is ``source``. Without
-    # ``source``, the folder is searched for in the data folder.
+    # Name of a known data set (``vilu datasets list``); ``source`` is the data set's folder.
+    # Without ``source``, the folder is searched for in the data folder.
     dataset: str | None = None
-    # ready-made stores, in place of ``source`` and of the keys that say how to embed images
+    # ready-made stores, in place of ``source`` and of the keys for embedding images
     stores: StorePaths | None = None
     # stores of the same images (and perhaps more) from a second model, for methods of two models
     second: StorePaths | None = None
     backbone: str = "compact"
-    # class names for the prompts, in label order; by default the names that the data set has
+    # class names for the prompts, in label order; by default the names of the data set
     classes: Names | None = None
     # whether the class names of a known data set are used in prompts unchanged, with underscores
     raw_names: bool = False
     # maps a column of a table to a value; only rows with this value in the column are used
     where: dict[str, str] = Field(default_factory=dict)
-    # Whether images have captions instead of classes. With captions there is one store. The roles
-    # are folds of its captions ("train", "validation", "test"), and each image is matched with the
-    # captions of its pool.
+    # Whether images have captions instead of classes. With captions there is a single store. The
+    # roles are folds of the captions ("train", "validation", "test"), and each image is matched
+    # with the captions of the pool.
     captions: bool = False
     # number of captions in a pool, in training and in testing; a setting may replace it in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
@@ -114,7 +115,7 @@ class Data(Section):
     validation: str | Share | None = None
     test: str = "test"  # split to test on
     # Only if train and test are the same set of rows: the share of these rows to fit on. The seed
-    # draws them, and all other rows are tested on.
+    # draws the rows to fit on, and all remaining rows are tested on.
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image
@@ -123,12 +124,12 @@ class Data(Section):
     negatives: bool = False  # whether to store everyday words, as ``vilu embed --negatives`` does
     # maximum number of images of each split, taken evenly spaced
     limit: Count | Limits | None = None
-    # number of tar files to read; it replaces ``limit`` where images are in tar files, because
+    # number of tar files to read; replaces ``limit`` for images in tar files, because
     # these images are not counted in advance
     shards: Count | None = None
     title: str | None = None  # title in tables and figures; by default the name
     x: float | None = None  # position on the axis of a curve
-    # name of the data set in publications, to show their numbers beside ours; by default
+    # name of the data set in publications, to show published numbers beside ours; by default
     # ``dataset``
     published: str | None = None
 
@@ -154,7 +155,7 @@ class Data(Section):
         return self
 
     def _check_captions(self) -> None:
-        """Refuse settings that a data set with captions cannot have."""
+        """Refuse settings that are impossible for a data set with captions."""
         if self.classes is not None or isinstance(self.validation, float):
             raise ValueError(
                 "captions have no classes, and their validation set is the fold of that name"
@@ -174,7 +175,7 @@ class Data(Section):
 
     def _is_one_set(self) -> bool:
         """Whether training and test rows are the same set, without validation rows."""
-        # both objects have a field for each role, which names a split or a store
+        # both objects have a field for each role, with the name of a split or a store
         rows_by_role = self if self.stores is None else self.stores
         if rows_by_role.train != rows_by_role.test:
             return False

@@ -1,4 +1,4 @@
-"""Arranges results in the rows and columns of a table, and writes its notes."""
+"""Arranges results in the rows and columns of a table, and writes the notes of the table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def notes_of(
 
 
 def _interval_note(config: Config, view: View) -> str:
-    """Note on the unit of the numbers and on their intervals."""
+    """Note on the unit of the numbers and on the intervals."""
     exceptions = not_in_percent(METRICS[name] for name in view.metrics)
     return (
         f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
@@ -60,8 +60,8 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # Maps a data set and the text of its numbers to the settings with these numbers. The settings
-    # are the keys of a dict, so that each of them is listed once.
+    # Maps a data set and the text of the numbers to the settings with these numbers. The settings
+    # are the keys of a dict, so that each setting is listed once.
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
@@ -87,7 +87,7 @@ def _row_numbers_in_words(entrant: Entrant) -> str:
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """Note on the number of different results that are averaged.
+    """Note on the number of different results in a mean.
 
     At least one entrant must have a result.
     """
@@ -113,8 +113,8 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
     """Names of the methods of ``entrants``, as text.
 
-    If a method has further entrants in ``all_entrants``, its data sets and settings follow its name
-    in parentheses.
+    If a method has further entrants in ``all_entrants``, the data sets and settings follow the
+    name of the method in parentheses.
     """
     cases_of: dict[str, list[str]] = {}
     for entrant in entrants:
@@ -133,7 +133,7 @@ def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entran
 def _published_notes(
     board: Board, entrants: Iterable[Entrant], numbers: Iterable[Shown]
 ) -> list[str]:
-    """Notes on published numbers: their sources, and why they may differ from ours."""
+    """Notes on published numbers: sources, and reasons for differences from our numbers."""
     all_published = [number.published for number in numbers if number.published is not None]
     if not all_published:
         return []
@@ -175,7 +175,7 @@ def _differences_in_words(
 
 
 def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
-    """A note for each reason for which methods have no result."""
+    """Make a note for each reason why methods have no result."""
     refused_for: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is None:
@@ -196,7 +196,7 @@ ALPHA = 0.05  # two methods with a p-value of at least this are tied
 
 @dataclass(frozen=True)
 class Key:
-    """Identity of a number: its method, data set, setting and metric."""
+    """Identity of a number: the method, data set, setting and metric."""
 
     method: str
     data: str
@@ -215,11 +215,11 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     means = means_by_key(board, view)
     numbers = {key: shown_number(config, key, mean) for key, mean in means.items()}
     ranked_numbers = _with_ranks(numbers, means, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # maps the labels of a row to its index
-    columns: dict[tuple[str, ...], int] = {}  # maps the labels of a column to its index
+    rows: dict[tuple[str, ...], int] = {}  # maps the labels of a row to the row index
+    columns: dict[tuple[str, ...], int] = {}  # maps the labels of a column to the column index
     cells = {}
     for key, number in ranked_numbers.items():
-        # new labels get the next index, and labels that occurred before keep their index
+        # new labels get the next index, and known labels keep the index
         row = rows.setdefault(key.values_of(view.rows), len(rows))
         column = columns.setdefault(key.values_of(view.columns), len(columns))
         cells[row, column] = number
@@ -236,7 +236,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 
 def means_by_key(board: Board, view: View) -> dict[Key, Mean]:
-    """The results that a view shows, by key: single data sets, then means over data sets."""
+    """The results for a view, by key: single data sets, then means over data sets."""
     entrants = entrants_by_key(board, view)
     means = {}
     if not view.means_only:
@@ -271,7 +271,7 @@ def entrants_by_key(board: Board, view: View) -> dict[Key, Entrant]:
 
 
 def shown_number(config: Config, key: Key, mean: Mean) -> Shown:
-    """The number of a key, with its interval and the published number."""
+    """The number of a key, with the interval and the published number."""
     parts = mean.parts
     published = published_number(config, key, parts)
     for part in parts:
@@ -318,7 +318,7 @@ def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) ->
 
 
 def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
-    """Name that the published numbers have for a mean over the data sets of ``parts``.
+    """Published name of a mean over the data sets of ``parts``.
 
     None if a data set has no name in publications, or if two data sets have the same name there.
     """
@@ -333,9 +333,9 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
 def _with_ranks(
     numbers: Mapping[Key, Shown], means: Mapping[Key, Mean], competing_fields: Sequence[str]
 ) -> dict[Key, Shown]:
-    """The numbers with their ranks.
+    """The numbers, with ranks added.
 
-    Numbers compete with each other if they differ only in ``competing_fields``.
+    Numbers compete if the keys differ only in ``competing_fields``.
     """
     ranked_numbers = dict(numbers)
     for keys in _contests(numbers, competing_fields):

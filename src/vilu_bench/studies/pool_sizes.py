@@ -36,17 +36,17 @@ def over_pool_sizes(
 ) -> ResultTable:
     """Metrics of fitted predictors on the same pairs, in pools of different sizes.
 
-    A larger pool has more candidate captions for every image. A size that exceeds the number of
+    A larger pool has more candidate captions for every image. A size above the number of
     pairs is left out with a log message.
 
     Args:
         predictors: Fitted predictors by label.
         open_pairs: Function that gets the settings of the pools and opens the pairs.
         sizes: Pool sizes.
-        pools: Settings of the pools; each draw replaces their size and seed.
+        pools: Settings of the pools; each draw replaces the size and the seed.
         draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
-            has the seed of its draw.
-        dataset: Name of the data set; in the results it reads "NAME, pool SIZE".
+            has the seed of the draw.
+        dataset: Name of the data set; the name in the results is "NAME, pool SIZE".
         n_resamples: Number of bootstrap resamples.
     """
     require_at_least("draws", draws, 1)

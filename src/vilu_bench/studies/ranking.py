@@ -1,4 +1,4 @@
-"""Ranks methods on each data set and over all of them, and writes the result as text."""
+"""Ranks methods on each data set and over all data sets, and writes the result as text."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ REASON_LENGTH = 200  # maximum number of characters of a reason in the text
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method's rank and numbers on one data set in one setting."""
+    """A method's rank and numbers on a data set in a setting."""
 
     method: str
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
-    n_runs: int  # number of different results that are averaged; 1 if the seed changes nothing
+    n_runs: int  # number of different results in the mean; 1 if the seed changes nothing
     values: dict[str, float | None]  # mean over seeds by metric; None if undefined
     # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
     intervals: dict[str, Interval]
-    against: str | None  # the best other method; None without another method
-    # ranking metric minus that of ``against``, paired over common seeds; None if there is no other
-    # method or no common seed
+    against: str | None  # the best other method; None if there is no other method
+    # ranking metric minus the ranking metric of ``against``, paired over common seeds; None if
+    # there is no other method or no common seed
     gap: Difference | None
-    refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
+    refused_seeds: tuple[int, ...]  # seeds without a result of the method
 
     def to_dict(self) -> dict[str, object]:
         """The fields as plain JSON."""
@@ -54,11 +54,11 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All methods on one data set in one setting, best first."""
+    """All methods on a data set in a setting, best first."""
 
     data: str
     setting: str
-    description: str  # text that describes the setting
+    description: str  # description of the setting
     n: tuple[int, ...]  # the different numbers of test rows
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
@@ -66,7 +66,7 @@ class Ranking:
     # Maps a seed to the ranking metric of each method. A seed that was not planned for all methods
     # of ``lines`` is left out.
     contests: dict[int, dict[str, float]]
-    # the different numbers of test rows whose pictures are of none of the classes
+    # the different numbers of test rows with pictures of none of the classes
     n_outside: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
@@ -86,9 +86,9 @@ class Standing:
     """
 
     method: str
-    # number of contests in which the method is best; k methods that tie get 1/k each
+    # number of contests that the method wins; k tied methods get 1/k each
     wins: float
-    # mean rank over the contests of the method; methods that tie get the mean of their ranks
+    # mean rank over the contests of the method; tied methods get the mean of the tied ranks
     mean_rank: float
     contests: int  # number of contests of the method
 
@@ -126,7 +126,7 @@ def summarise(board: Board) -> Summary:
 def _result_rows(board: Board) -> list[ResultRow]:
     """The result rows of every data set and setting.
 
-    If several seeds share a result, its rows are listed once.
+    If several seeds share a result, the rows of the result are listed once.
     """
     rows = []
     distinct_results = dict.fromkeys(
@@ -141,7 +141,7 @@ def _result_rows(board: Board) -> list[ResultRow]:
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     """Wins and mean ranks of all methods, sorted by descending wins.
 
-    Each contest maps a method to its ranking metric.
+    Each contest maps a method to the ranking metric of the method.
     """
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
@@ -149,11 +149,11 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
         values = list(contest.values())
         for method, value in contest.items():
             n_better = sum(rival > value for rival in values)
-            n_equal = values.count(value)  # including the method itself
-            # the mean of the ranks n_better + 1 to n_better + n_equal, which tied methods share
+            n_equal = values.count(value)  # including the method
+            # tied methods share the mean of the ranks n_better + 1 to n_better + n_equal
             rank = 1 + n_better + (n_equal - 1) / 2
             ranks.setdefault(method, []).append(rank)
-            wins.setdefault(method, 0.0)  # at its first contest, a method has no wins
+            wins.setdefault(method, 0.0)  # at the first contest, a method has no wins
             if n_better == 0:
                 wins[method] += 1 / n_equal
     all_standings = [
@@ -170,7 +170,7 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
 
 
 def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
-    """Rank the methods on one data set in one setting."""
+    """Rank the methods on a data set in a setting."""
     entrants_with_result = []
     refused = {}
     for entrant in entrants:
@@ -202,7 +202,7 @@ def _best_first(entrant: Entrant) -> tuple[float, float, str]:
 
 
 def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """The ranking metric by seed and method, for the seeds that were planned for all entrants."""
+    """The ranking metric by seed and method, for the seeds planned for all entrants."""
     if not entrants_with_result:
         return {}
     seeds = frozenset.intersection(
@@ -250,7 +250,7 @@ def _ranked_method(
 
 
 def _difference_or_none(quantity: Quantity | None, confidence: float) -> Difference | None:
-    """The quantity as a difference with its interval; None if the quantity is None."""
+    """The quantity as a difference with an interval; None if the quantity is None."""
     if quantity is None:
         return None
     return quantity.difference(confidence)
@@ -346,7 +346,7 @@ def _table_row(config: Config, line: Ranked) -> list[str]:
 
 
 def _gap_texts(gap: Difference | None) -> list[str]:
-    """Texts of the difference from the best other method, in percent, and of its p-value."""
+    """Texts of the difference from the best other method in percent, and of the p-value."""
     if gap is None:
         return [NOTHING, NOTHING]
     interval = f"[{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]"
@@ -354,7 +354,7 @@ def _gap_texts(gap: Difference | None) -> list[str]:
 
 
 def _value_text(name: str, value: float | None, interval: Interval | None = None) -> str:
-    """Text of a value, with its interval if there is one."""
+    """Text of a value, with the interval if there is an interval."""
     if value is None:
         return NOTHING
     metric = METRICS[name]
@@ -367,7 +367,7 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
 def _standings_table(summary: Summary, metric: str) -> str:
     """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    merits = []  # for every block, a dict from each method to its ranking metric
+    merits = []  # for every block, a dict from each method to the ranking metric
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
         merits.append({line.method: line.values[metric] for line in block.lines})

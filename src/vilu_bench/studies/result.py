@@ -1,4 +1,4 @@
-"""The result of a cell as files: a JSON document, its scores, and its bootstrap values."""
+"""The result of a cell as files: a JSON document, scores, and bootstrap values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall times of a cell with one thread, from a line of ``log.jsonl`` in the run folder."""
+    """Wall times of a cell with a single thread, from a line of ``log.jsonl`` in the run folder."""
 
     fit_seconds: float | None  # time of the fit; None if nothing was fitted
     score_seconds: float  # time of scoring the test set
@@ -53,7 +53,7 @@ class CellResult(Section):
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["benchmark cell"] = "benchmark cell"
     fingerprint: str  # hash of ``decided_by``
-    decided_by: dict[str, Any]  # everything that decides the result
+    decided_by: dict[str, Any]  # all facts that decide the result
     method: Name
     data: Name
     setting: Name
@@ -61,7 +61,7 @@ class CellResult(Section):
     variant: str = ""  # suffix of the method's label, such as " (model)"; empty for most methods
     test_rows: str  # hash of the rows tested on
     n_train: int | None = None  # number of training rows; None if nothing was fitted
-    results: tuple[ResultRow, ...] = ()  # one row per metric; its ``split`` is the setting
+    results: tuple[ResultRow, ...] = ()  # a row per metric; the ``split`` of a row is the setting
     refused: Refusal | None = None  # why there are no results
     warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
     # SHA-256, by suffix, of the two files beside this document; empty for a refused cell
@@ -72,7 +72,7 @@ class CellResult(Section):
         return ResultTable(results).to_dicts()
 
     def value(self, metric: str) -> float | None:
-        """The value of a metric; None if it is undefined or the cell was refused."""
+        """The value of a metric; None if the metric is undefined or the cell was refused."""
         for row in self.results:
             if row.metric == metric:
                 return row.value
@@ -83,7 +83,7 @@ class CellResult(Section):
     ) -> None:
         """Write the files of the cell.
 
-        The document is written last, so a cell whose document exists is finished.
+        The document is written last, so a cell with a document is finished.
         """
         path = root / self.cell.path
         make_folder(path.parent)
@@ -138,7 +138,7 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
     for line in read_log(root):
         cell = cell_of_path.get(str(line.pop("cell", None)))
         if cell is not None:
-            # a line with other content is skipped: a log does not follow a fixed schema
+            # a line with different content is skipped: a log does not follow a fixed schema
             with suppress(ValidationError):
                 times[cell] = Timing.model_validate(line)
     return times
@@ -158,9 +158,9 @@ def resampled_metrics(
     """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
 
     ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
-    cells with the same test rows have the same resamples, whatever their method and training seed,
+    cells with the same test rows have the same resamples, for any method and training seed,
     and differences between methods are paired. An average over training seeds keeps the variance
-    that comes from the test rows.
+    from the test rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}
@@ -174,8 +174,8 @@ def resampled_across_answers(
     """Values (M, B) of metrics on B resamples, where methods judge different answers.
 
     The resamples are as in ``resampled_metrics``, but without strata of right and wrong rows. Such
-    strata do not fit all methods: each method judges answers of its own, and other rows are wrong
-    for each method.
+    strata do not fit all methods: each method judges different answers, and different rows are
+    wrong for each method.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
     values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))

@@ -71,10 +71,10 @@ logger = logging.getLogger("vilu.bench")
 
 
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
-    """Fit, score and evaluate cells that share a fit, and write their results.
+    """Fit, score and evaluate cells with a common fit, and write the results.
 
-    If a method refuses a cell, the refusal is written as its result. Every cell is yielded after
-    its result is written.
+    If a method refuses a cell, the refusal is written as the result. Every cell is yielded after
+    the result is written.
     """
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
@@ -89,7 +89,7 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
-    """The refusal of a cell whose closed-set method meets unknown candidates; else None.
+    """Return a refusal if a closed-set method meets unknown candidates, or else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
@@ -120,7 +120,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
 
 
 def write_result(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
-    """Score and evaluate the test rows of a cell, and write its result."""
+    """Score and evaluate the test rows of a cell, and write the result."""
     result = _without_metrics(bench, cell, fitted)
     if result.refused is not None:
         result.save(root)
@@ -144,7 +144,7 @@ def write_result(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> No
 
 
 def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
-    """The result of a cell, with the fields that are known before its test rows are scored."""
+    """The result of a cell, with the fields that are known before the test rows are scored."""
     facts = decided_by(bench, cell)
     return CellResult(
         fingerprint=digest(facts),
@@ -161,7 +161,7 @@ def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult
 
 
 def _bootstrap_values(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
-    """Bootstrap values (M, B) over the rows that have both a known truth and a score."""
+    """Bootstrap values (M, B) over the rows with a known truth and a score."""
     config = bench.config
     rows = outcomes.evaluable
     uncertainty = outcomes.uncertainty[rows]
@@ -211,7 +211,7 @@ def named_in_errors(cell: Cell) -> Iterator[None]:
         yield
     except Exception as error:  # every exception is raised again
         error.add_note(f"in the cell: {cell}")
-        # without traceback, which the caller shows
+        # without traceback, because the caller shows the traceback
         logger.error("the benchmark stops at %s", cell)  # noqa: TRY400
         raise
 
@@ -219,30 +219,30 @@ def named_in_errors(cell: Cell) -> Iterator[None]:
 def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContextManager[object]:
     """Limit torch ("openmp") or BLAS ("blas") to one thread within a block.
 
-    With this limit, results do not depend on the number of cores or jobs. The OpenMP limit, which
-    torch follows, applies to the calling thread only. The BLAS limit applies to the whole process,
-    so it is set only in vilu's own processes (the command line and its workers).
+    With this limit, results do not depend on the number of cores or jobs. Torch follows the OpenMP
+    limit, and this limit applies to the calling thread only. The BLAS limit applies to the whole
+    process, so it is set only in vilu's own processes (the command line and the workers).
     """
-    # threadpoolctl limits only libraries that are loaded, and this import loads OpenMP and BLAS
+    # threadpoolctl limits only loaded libraries, and this import loads OpenMP and BLAS
     import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # At its first call in a thread, torch sets the number of threads itself. This call comes first,
-    # so that torch does not undo the limit later.
+    # At the first call in a thread, torch sets the number of threads without the limit. This call
+    # comes first, so that torch does not undo the limit later.
     torch.get_num_threads()
     return cast("AbstractContextManager[object]", threadpool_limits(1, user_api=user_api))
 
 
 Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""Arguments of a ``Workbench``: the benchmark, its stores, and stores of second models."""
+"""Arguments of a ``Workbench``: the benchmark, the stores, and stores of second models."""
 
 
 class Crew:
-    """Runs the cells of several benchmarks, one benchmark after the other, in ``jobs`` processes.
+    """Runs the cells of several benchmarks, benchmark by benchmark, in ``jobs`` processes.
 
-    With one job, the cells run in this process. With more jobs, worker processes start with the
-    first cell and run the cells of all benchmarks. If an exception leaves the block, the workers
-    are terminated at once.
+    With a single job, the cells run in this process. With more jobs, worker processes start with
+    the first cell and run the cells of all benchmarks. If an exception leaves the block, the
+    workers are terminated at once.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
@@ -274,7 +274,7 @@ class Crew:
                 worker.join()
 
     def run(self, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
-        """Run groups of cells that share a fit, and yield every cell after its file is written.
+        """Run groups of cells with a common fit; yield every cell after writing the file.
 
         ``bench_index`` is the index of the cells' benchmark in ``benches``.
         """
@@ -290,14 +290,14 @@ class Crew:
 def run_cells(
     crew: Crew, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
-    """Run cells, write their files and show progress. An interruption loses no finished cell.
+    """Run cells, write the files and show progress. An interruption loses no finished cell.
 
     Args:
         crew: Runs the cells.
         bench_index: Index of the benchmark in the crew.
-        groups: Groups of cells that share a fit.
+        groups: Groups of cells with a common fit.
         root: The run folder.
-        n_done: Number of cells that were finished before.
+        n_done: Number of cells finished before.
     """
     started = time.monotonic()
     n_cells = sum(map(len, groups))
@@ -310,40 +310,40 @@ def run_cells(
 
 
 # globals of a worker process
-_openings: list[Opening] = []  # one for each benchmark of the crew
-_open_bench: dict[int, Workbench] = {}  # at most one open workbench, by the index of its benchmark
+_openings: list[Opening] = []  # an opening for each benchmark of the crew
+_open_bench: dict[int, Workbench] = {}  # at most one open workbench, by the benchmark's index
 
 
 def _start_worker(modules: Sequence[str], openings: list[Opening]) -> None:
     """Set up a worker process: load the plugins ``modules``, and store ``openings``."""
     for module in modules:
         load_plugin(module)
-    one_thread("blas")  # without a block, so that the limit lasts until the process ends
+    one_thread("blas")  # without a block, to keep the limit until the process ends
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process ends its workers
-    # this process ends as soon as its parent process has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process ends the workers
+    # this process ends as soon as the parent process has ended
     threading.Thread(target=end_with_driver, daemon=True).start()
     _openings[:] = openings
 
 
 def _run_in_worker(bench_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
-    """Run cells of the benchmark with this index, and return them."""
+    """Run cells of the benchmark with this index, and return the cells."""
     if bench_index not in _open_bench:
-        _open_bench.clear()  # benchmarks run one after the other, so one open workbench is enough
+        _open_bench.clear()  # benchmarks run in sequence, so a single open workbench is enough
         _open_bench[bench_index] = Workbench(*_openings[bench_index])
     return list(run_group(_open_bench[bench_index], cells, root))
 
 
 @dataclass(frozen=True)
 class Share:
-    """One share of the cells, to run on one of several machines."""
+    """A share of the cells, to run on one of several machines."""
 
     index: int = 0  # index of the share, from 0
     n_shares: int = 1  # number of all shares
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """The share that ``I/N`` describes, with I from 1 to N."""
+        """Parse the text ``I/N`` of a share, with I from 1 to N."""
         if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
         before_slash, _, after_slash = text.partition("/")
@@ -355,7 +355,7 @@ class Share:
 
     @property
     def lock(self) -> str:
-        """Name of the lock file; every share has its own, so that shares can run in parallel."""
+        """Name of the lock file. Shares have different lock files and can run in parallel."""
         if self.n_shares == 1:
             return LOCK
         return f"{LOCK}-{self.index + 1}-of-{self.n_shares}"
@@ -373,15 +373,15 @@ def run_all(
 ) -> list[Board]:
     """Run every cell of ``configs`` that has no result yet.
 
-    A cell that several of the benchmarks have is run once.
+    A cell that occurs in several benchmarks is run once.
 
     The run can be interrupted at any moment: finished cells stay, and the next run does the rest. A
-    cell is run again if its method, data, parameters or code have changed. Progress is shown
+    cell is run again if the method, data, parameters or code have changed. Progress is shown
     through ``vilu.progress``.
 
     Returns:
         One board for each benchmark. The list is empty with ``embed_only``, and if ``share`` is
-        one of several.
+        only a part of the cells.
     """
     require_at_least("jobs", jobs, 1)
     if share is None:
@@ -409,7 +409,7 @@ def run_all(
 
 @dataclass(frozen=True)
 class _OpenBenchmark:
-    """A benchmark with its cells planned and its stores open."""
+    """A benchmark with planned cells and open stores."""
 
     cells: tuple[Cell, ...]
     bench: Workbench
@@ -418,9 +418,9 @@ class _OpenBenchmark:
     def begin(
         cls, config: Config, data: Path, output: Path, models: Path | None, *, make_missing: bool
     ) -> _OpenBenchmark:
-        """Plan the cells and open their stores.
+        """Plan the cells and open the stores.
 
-        With ``make_missing``, missing stores are made. Without it, a missing store is an error.
+        With ``make_missing``, missing stores are made. Otherwise a missing store is an error.
         """
         cells = plan(config)
         parts = needed_parts(config, cells)
@@ -475,14 +475,14 @@ class _OpenBenchmark:
 
 def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
     """Refuse benchmarks that share an output folder and would give a cell different results."""
-    # maps each cell to the name of the first benchmark that has it, and to the facts that decide
-    # its result there
+    # maps each cell to the name of the first benchmark with this cell, and to the facts that
+    # decide the result there
     first_use: dict[Cell, tuple[str, dict[str, object]]] = {}
     for benchmark in benchmarks:
         name = benchmark.bench.config.name
         for cell in cells_to_run(benchmark.cells):
             facts = decided_by(benchmark.bench, cell)
-            # if no earlier benchmark has the cell, this benchmark is compared with itself
+            # for a new cell, ``first_facts`` are ``facts``, so nothing differs
             first_name, first_facts = first_use.setdefault(cell, (name, facts))
             differing = [
                 key for key in first_facts | facts if first_facts.get(key) != facts.get(key)
@@ -496,7 +496,7 @@ def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove half-written files of killed processes; files that a process still writes stay."""
+    """Remove half-written files of killed processes, but keep files of running processes."""
     with convert_os_errors(f"cannot clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):

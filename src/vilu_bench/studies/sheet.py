@@ -1,4 +1,4 @@
-"""A table of a study, and its forms: text, Markdown, LaTeX and CSV."""
+"""A table of a study, and its formats: text, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vilu.text import (
 )
 from vilu_bench.studies.views import Published
 
-Labels = tuple[str, ...]  # the texts that label one row or one column
+Labels = tuple[str, ...]  # the label texts of a row or a column
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A number as a table shows it, with its interval, its rank and the published number."""
+    """A number in a table, with the interval, the rank and the published number."""
 
     metric: str
     value: float | None  # as a fraction; None if undefined
@@ -36,8 +36,8 @@ class Shown:
     interval: Interval | None = None
     n: tuple[int, ...] = ()  # the different numbers of test rows in the averaged results
     n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers in these results
-    n_runs: int = 0  # number of different results that are averaged
-    # rank among the competing numbers; None for lower ranks, and if no other number competes
+    n_runs: int = 0  # number of different results in the mean
+    # rank among the competing numbers; None for lower ranks and for a number without competitors
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
     tied: bool = False
@@ -70,7 +70,7 @@ class Sheet:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """The different doubts about published numbers, in the order of their marks ?1, ?2, ..."""
+        """The different doubts about published numbers, in the order of the marks ?1, ?2, ..."""
         doubts: dict[str, None] = {}
         for _, shown in sorted(self.cells.items()):
             if shown.published is not None and shown.published.doubt:
@@ -78,7 +78,7 @@ class Sheet:
         return tuple(doubts)
 
 
-# columns of the CSV, which follow the columns of the labels
+# columns of the CSV, after the columns of the labels
 CSV_FIELDS = (
     "metric",
     "value",
@@ -106,17 +106,17 @@ BOLD_LEGEND = "Bold: best; underlined: second best"  # for Markdown and LaTeX
 
 
 def to_text(sheet: Sheet) -> str:
-    """The table as aligned plain text, with its notes last."""
+    """The table as aligned plain text, with the notes last."""
     n_labels = len(sheet.row_fields)
     lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
     for line in _body_lines(sheet, str, _plain_cell):
-        # the labels of a row share one column, and every cell has its own
+        # the labels of a row share a column, and every cell has a separate column
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
     return "\n".join([sheet.title, *aligned(lines), *_all_notes(sheet, "*: best; +: second best")])
 
 
 def to_markdown(sheet: Sheet) -> str:
-    """The table as Markdown, with its notes below."""
+    """The table as Markdown, with the notes below."""
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
         heading.append("<br>".join(map(in_markdown, labels)))
@@ -149,24 +149,24 @@ def to_latex(sheet: Sheet) -> str:
 
 
 def _latex_heading(sheet: Sheet) -> list[list[str]]:
-    """The lines of the heading, one per column field; the last line also names the row fields."""
+    """The heading, with a line per column field; the last line also names the row fields."""
     depth = len(sheet.column_fields)
     lines = []
     for level in range(1, depth + 1):
         fields = [""] * len(sheet.row_fields)
         if level == depth:
             fields = [in_latex(field) for field in sheet.row_fields]
-        # Columns are merged only if their labels in all lines down to this one are equal.
+        # Columns are merged only if the labels in all lines down to this line are equal.
         labels_down_to_line = [labels[:level] for labels in sheet.columns]
         lines.append(fields + _merged_headings(labels_down_to_line))
     return lines
 
 
 def to_csv(sheet: Sheet) -> str:
-    """The table as CSV, with one line per number; values are fractions."""
+    """The table as CSV, with a line per number; values are fractions."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    # the metric is left out here, because ``CSV_FIELDS`` has it
+    # the metric is left out here, because ``CSV_FIELDS`` has the metric
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
     for (row, column), shown in sorted(sheet.cells.items()):
@@ -186,8 +186,8 @@ def _body_lines(
     Args:
         sheet: The table.
         write_label: Function that writes a label.
-        write_cell: Function that writes a cell. Its arguments are the number, the number as text,
-            and the text beside it.
+        write_cell: Function that writes a cell. The arguments are the number, the number as text,
+            and the text beside the number.
     """
     doubts = sheet.doubts
     lines = []
@@ -210,7 +210,7 @@ def _number_text(shown: Shown) -> str:
 
 
 def _text_beside(shown: Shown, doubts: Sequence[str]) -> str:
-    """The text beside a number: its interval and the published number."""
+    """The text beside a number: the interval and the published number."""
     parts = []
     if shown.interval is not None:
         _, low, high = shown.interval
@@ -221,7 +221,7 @@ def _text_beside(shown: Shown, doubts: Sequence[str]) -> str:
 
 
 def _published_text(shown: Shown, published: Published, doubts: Sequence[str]) -> str:
-    """The published number with the mark of its doubt, and our difference from it."""
+    """The published number with the mark of its doubt, and our difference from this number."""
     show = METRICS[shown.metric].show
     text = show(published.value)
     if published.doubt:
@@ -232,7 +232,7 @@ def _published_text(shown: Shown, published: Published, doubts: Sequence[str]) -
 
 
 def _plain_cell(shown: Shown, number: str, side_text: str) -> str:
-    """A number in plain text, with the mark of its rank."""
+    """A number in plain text, with the mark of the rank."""
     rank_mark = {"best": "*", "second": "+", None: ""}[shown.rank]
     text = number + rank_mark
     if shown.tied:
@@ -241,7 +241,7 @@ def _plain_cell(shown: Shown, number: str, side_text: str) -> str:
 
 
 def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
-    """A number in Markdown: bold if it is best, underlined if it is second best."""
+    """A number in Markdown: bold for the best, underlined for the second best."""
     template = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank]
     text = template.format(number)
     if shown.tied:
@@ -252,7 +252,7 @@ def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
 
 
 def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
-    """A number in LaTeX: bold if it is best, underlined if it is second best."""
+    """A number in LaTeX: bold for the best, underlined for the second best."""
     template = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank]
     text = template % number
     if shown.tied:
@@ -263,9 +263,9 @@ def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
 
 
 def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cells of one heading line; neighbouring columns with equal labels share a cell.
+    """The cells of a heading line; neighbouring columns with equal labels share a cell.
 
-    ``labels`` has, for every column, its labels from the first heading line down to this line.
+    ``labels`` has, for every column, the labels from the first heading line down to this line.
     """
     heads = []
     for label, neighbours in groupby(labels):

@@ -1,4 +1,4 @@
-"""The embedding stores of a study, which are made once and shared by all cells."""
+"""The embedding stores of a study, made once for all cells."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Part = tuple[str, Role]  # name of a data set, and a role
 def find_stores(
     config: Config, parts: Iterable[Part], data_folder: Path, output: Path
 ) -> dict[Part, Path]:
-    """The folder of each part's store, which may not exist yet; nothing is embedded."""
+    """The folder of each part's store. The store may not exist yet; nothing is embedded."""
     folders = {}
     for part in parts:
         name, _role = part
@@ -124,7 +124,7 @@ def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
     """The folder of a part's store.
 
     A ready-made store is in the folder that the data set names. Any other folder is named by a hash
-    of the recipe by which the store is made, so data sets with the same recipe share a store.
+    of the recipe of the store, so data sets with the same recipe share a store.
     """
     name, role = part
     if entry.stores is not None:
@@ -169,7 +169,7 @@ def _ready_made_folder(
         key: Key of ``paths`` in the table of the data set: "stores" or "second".
         paths: The paths of the stores by role.
         role: The role.
-        data_folder: Folder that relative paths are relative to.
+        data_folder: Base folder of relative paths.
 
     Raises:
         UsageError: If the data set names no store for the role, or if the folder does not exist.
@@ -223,7 +223,7 @@ def _word_lists(entry: Data) -> list[tuple[str, ...]]:
 
 
 def _split(entry: Data, role: Role) -> str | None:
-    """The split of a role; None for captions, where all roles are in one store."""
+    """The split of a role; None for captions, because all roles are in the same store."""
     if entry.captions:
         return None
     split: str | None = getattr(entry, role)
@@ -247,14 +247,14 @@ def _class_names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDataset]:
     """Open the pictures of a role, within the limits of the data set.
 
-    If the data set has a ``shift``, the pictures are damaged. If it has captions, the pictures of
-    all roles are opened.
+    If the data set has a ``shift``, the pictures are damaged. If the data set has captions, the
+    pictures of all roles are opened.
     """
     with _source_path(entry, data_folder) as path:
         images = open_dataset(
             path,
             split=_split(entry, role),
-            # a known data set says itself whether it has captions
+            # a known data set tells the reader whether the data set has captions
             captions=entry.captions and entry.dataset is None,
             where=entry.where,
             dataset=entry.dataset,

@@ -1,4 +1,4 @@
-"""Writes the tables, figures and pages of a study from its finished cells."""
+"""Writes the tables, figures and pages of a study from the finished cells."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Archive(Section):
     kind: str = "study"
     vilu: str  # version of vilu that wrote the file
     config: dict[str, Any]  # the benchmark, with every method named
-    fingerprints: dict[str, str]  # fingerprints of results, by path of the cell that is run
+    fingerprints: dict[str, str]  # fingerprints of results, by path of the run cell
 
 
 def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
@@ -74,7 +74,7 @@ def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
 
 
 def save_study(board: Board, output: Path) -> Path:
-    """Write ``study.json`` and return its folder."""
+    """Write ``study.json`` and return the folder of the study."""
     archive = archive_of(board.config, board.results)
     folder = make_folder(output / STUDIES / board.config.name)
     write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
@@ -94,7 +94,7 @@ def load_studies(output: Path) -> list[Board]:
 
 
 def _load_study(path: Path, output: Path) -> Board:
-    """Read a study from its document and its cells."""
+    """Read a study from the document and the cells."""
     try:
         archive = Archive.model_validate(read_json(path, RUN_AGAIN))
     except ValidationError as error:
@@ -123,7 +123,7 @@ def _load_study(path: Path, output: Path) -> Board:
 
 
 def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult | None:
-    """The result of a cell that the study was made from; None if it is missing."""
+    """The archived result of a cell; None if the result is missing."""
     fingerprint = archive.fingerprints.get(cell.path.as_posix())
     if fingerprint is None:
         return None
@@ -147,7 +147,7 @@ def study_page(
 ) -> str:
     """Markdown of a study, with headings from level two.
 
-    ``figure_path`` returns the path of a figure from the name of its view.
+    ``figure_path`` maps the name of a view to the path of the figure.
     """
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
@@ -169,7 +169,7 @@ def study_page(
 
 
 def _about_paragraph(study: Study) -> list[str]:
-    """A paragraph on what a study reproduces and on its protocol.
+    """A paragraph on the reproduced publication and the protocol of a study.
 
     If the study states neither, the list is empty.
     """
@@ -213,7 +213,7 @@ def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
 
 
 def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
-    """A heading, and below it a Markdown list of claims, grouped by ruling."""
+    """A heading, followed by a Markdown list of claims, grouped by ruling."""
     by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
     for verdict in verdicts:
         says = in_markdown(verdict.claim.says)
@@ -228,7 +228,7 @@ def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
-    """Markdown table of claims, their rulings, and the numbers that decide them."""
+    """Markdown table of claims, with rulings and deciding numbers."""
     lines = []
     for verdict in verdicts:
         says = in_markdown(verdict.claim.says)
@@ -256,7 +256,7 @@ def _deciding_number(verdict: Verdict) -> str:
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
-"""Formats of a figure, in the order in which a drawing is saved.
+"""Formats of a figure, in the order of saving.
 
 If the PNG was saved first, the layout of the SVG would change. In this order, both files have the
 same bytes as if each was saved from a new drawing.
@@ -271,7 +271,7 @@ class Rendered:
     exhibits: tuple[Exhibit, ...]
     verdicts: tuple[Verdict, ...]  # verdicts on the study's claims
     text: str  # exhibits and claims, for a terminal
-    times: str  # wall times, for a terminal; not in ``text``, because they differ from run to run
+    times: str  # wall times, for a terminal; not in ``text``, because times differ between runs
 
 
 def render(board: Board, output: Path) -> Rendered:
@@ -279,9 +279,9 @@ def render(board: Board, output: Path) -> Rendered:
 
     - ``tables/VIEW.{md,tex,csv,txt}`` and ``figures/VIEW.{png,svg}``: each view
     - ``README.md``: the page
-    - ``table.txt``: the text that is printed
+    - ``table.txt``: the printed text
     - ``results.json`` and ``results.parquet``: every number, and the configuration
-    - ``times.txt``: wall times, which no other file contains
+    - ``times.txt``: wall times; no other file contains wall times
     """
     config = board.config
     folder = output / STUDIES / config.name
@@ -324,7 +324,7 @@ def write_document(
     intro: str,
     inputs: str = "",
 ) -> None:
-    """Write several studies below ``output`` as one Markdown file, with a folder of figures."""
+    """Write several studies below ``output`` as one Markdown file and a folder of figures."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", ""]
     if intro:
@@ -336,7 +336,7 @@ def write_document(
             if exhibit.draw is not None:
                 figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
                 write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
-        # the method ``format`` of this text makes the path of a figure from the name of its view
+        # the method ``format`` of this text maps the name of a view to the path of the figure
         figure_path = f"{figures.name}/{name}-{{}}.svg".format
         parts.append(study_page(study.board.config, study.exhibits, study.verdicts, figure_path))
     write_text(document, "\n".join(parts) + "\n" + text_mark("study", inputs))
@@ -364,7 +364,7 @@ def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
 
 
 DEFAULT_VIEW = RankingView(kind="ranking", name="ranking", title="Every method, best first")
-"""View of a study whose configuration names no view."""
+"""View of a study without views in the configuration."""
 
 VIEWS_WITH_FIGURE = (CurveView, ScatterView, HistogramView, GridView)
 
@@ -379,7 +379,7 @@ def run_studies(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Rendered]:
-    """Run some benchmarks and write their tables and figures.
+    """Run some benchmarks, and write the tables and figures.
 
     The arguments and the errors are the same as for ``run_all``.
     """
@@ -396,7 +396,7 @@ def run_studies(
 
 
 def _claim_folders(configs: Iterable[Config], output: Path) -> None:
-    """Refuse an output folder or a study's folder that has files which vilu did not write."""
+    """Refuse an output folder or a study's folder with files that vilu did not write."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(
@@ -425,13 +425,13 @@ def render_studies(
 
     Args:
         output: The run folder.
-        document: Markdown file to write for all studies together. Its figures are written to the
+        document: Markdown file to write for all studies together. The figures are written to the
             folder of the same name without suffix.
         title: Heading of the document.
         intro: First paragraph of the document.
-        first: Markdown file, UTF-8, that the document shows between its heading and ``intro``.
+        first: Markdown file in UTF-8, shown between the heading of the document and ``intro``.
         submitted: Folder of submitted cells, to show beside the cells of the run folder.
-        overwrite: Whether to replace a document that exists already.
+        overwrite: Whether to replace an existing document.
     """
     boards = load_studies(output)
     files: list[Path] = []
@@ -460,11 +460,11 @@ def render_studies(
 
 
 def _read_markdown(path: Path) -> str:
-    """Markdown of a file that somebody wrote.
+    """Read the Markdown of a user's file.
 
     Raises:
-        DataError: If it is not UTF-8.
-        StorageError: If it cannot be read.
+        DataError: If the file is not UTF-8.
+        StorageError: If the file cannot be read.
     """
     with convert_os_errors(f"cannot read {path}"):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Submitted cells: files of results that others ran, checked and shown beside a study's own."""
+"""Submitted cells: files of results from other people, checked and shown beside a study."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ KEY = "submission"  # key of the submission in the provenance of a score file
 # keys of ``decided_by`` that must have the same values as in the study's cell
 SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
 # Keys of ``decided_by["train"]`` that must have the same values as in some fit of the study. The
-# budget is not among them: a submitted fit may have the budget "none" instead of the study's.
+# budget is left out: a submitted fit may have the budget "none" in place of the study's budget.
 SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
 class Submission(Section):
-    """The metadata of a submitted file, whose rows are scores as ``vilu score`` writes them."""
+    """The metadata of a submitted file. The rows of the file are scores, as from ``vilu score``."""
 
     schema_version: Literal[2] = 2
-    # distribution and version that a method from outside vilu comes from; "" for our methods
+    # distribution and version of a method from outside vilu; "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
     result: CellResult  # the result document of the run folder
-    # (setting, seed) pairs of all cells with this result; everything that decides it is equal there
+    # (setting, seed) pairs of all cells with this result; all deciding facts are equal there
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -63,8 +63,8 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
         UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
     # The keys of both dicts are the cells of the method that were run and have a result.
-    first_board: dict[Cell, Board] = {}  # the first study that has the cell
-    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds that share its result
+    first_board: dict[Cell, Board] = {}  # the first study with the cell
+    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds with the same result
     for board in boards:
         _refuse_adapted(board)
         for cell in board.cells:
@@ -92,7 +92,7 @@ def _refuse_adapted(board: Board) -> None:
 def _write(
     board: Board, run: Path, cell: Cell, stands_for: list[tuple[str, int]], folder: Path
 ) -> Path:
-    """Write the scores of a cell as a file that can be submitted."""
+    """Write the scores of a cell as a file for submission."""
     submission = Submission(
         made_by=_maker(board, cell.method),
         result=board.results[cell].model_copy(update={"files": {}}),
@@ -119,11 +119,11 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
 
 
 def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
-    """Check submitted files, and add each file to every study of a run folder that it matches.
+    """Check submitted files, and add each file to every matching study of a run folder.
 
     Raises:
         DataError: If there is no file, or if a file differs from the result that the study would
-            have computed from its rows.
+            compute from the rows of the file.
     """
     guests = [_read(path) for path in files]
     if not guests:
@@ -153,7 +153,7 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
 
 
 def _read(path: Path) -> Guest:
-    """Read a submitted file, and check that it is undamaged and has every row once."""
+    """Read a submitted file, and check that the file is undamaged and has every row once."""
     try:
         outcomes = Outcomes.load(path)
         table, _ = read_table(path, TEXT_COLUMNS)
@@ -179,10 +179,11 @@ def _read(path: Path) -> Guest:
 
 
 def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells to compare a guest with: one for each setting and seed of the guest.
+    """The study's cells to compare a guest with: a cell for each setting and seed of the guest.
 
-    If the study has no result with a setting and seed, no cell is returned for them. If several
-    methods have a result there, the last one is taken: all of them have the same test rows.
+    If the study has no result with a setting and seed, no cell is returned for this pair. If
+    several methods have a result there, the last method is taken: all these methods have the same
+    test rows.
     """
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
@@ -200,7 +201,7 @@ def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
     """A study with guests added.
 
-    Each pair has a guest and the cell of the study with its data set, its setting and its seed.
+    Each pair has a guest and the cell of the study with the same data set, setting and seed.
     """
     guests: dict[Cell, Guest] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}
@@ -232,7 +233,7 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
 def _present_scores(
     run: Path, result_cells: Mapping[Cell, Cell], guests: Mapping[Cell, Guest], cell: Cell
 ) -> Outcomes | None:
-    """The scores that a cell already has, from an earlier guest or from the study; else None."""
+    """The present scores of a cell, from an earlier guest or from the study; else None."""
     if cell in guests:
         return guests[cell].outcomes
     if cell in result_cells:
@@ -257,9 +258,10 @@ def _conflict_error(guest: Guest) -> DataError:
 def _bootstrap_with_guests(
     board: Board, run: Path, guests: Mapping[Cell, Guest], results: Mapping[Cell, CellResult]
 ) -> Bootstrap:
-    """A function that returns the bootstrap values of a cell of the study or of a guest.
+    """Return a function that returns the bootstrap values of a cell of the study or of a guest.
 
-    For a cell of the study the values are read. For a guest they are computed from its scores.
+    For a cell of the study the values are read. For a guest the values are computed from the
+    scores.
     """
     outcomes = {cell.result_cell: guest.outcomes for cell, guest in guests.items()}
 
@@ -275,7 +277,7 @@ def _bootstrap_with_guests(
 
 
 def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellResult:
-    """The result of a guest, with metrics computed from its scores.
+    """The result of a guest, with metrics computed from the scores of the guest.
 
     Args:
         board: The study.
@@ -284,7 +286,7 @@ def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> Cel
         study_cell: The study's cell with the same data set, setting and seed.
 
     Raises:
-        DataError: If the guest's facts, rows or metrics differ from what they must be.
+        DataError: If the facts, rows or metrics of the guest are not the expected values.
     """
     result = guest.submission.result
     fault = _fault_of_facts(board, result, study_cell)
@@ -292,7 +294,7 @@ def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> Cel
         fault = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
     if fault is None:
-        with collected_warnings():  # not shown again, because the submitted result lists them
+        with collected_warnings():  # not shown again, because the submitted result has the warnings
             rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
         fault = _fault_of_metrics(result, rows)
     if fault is not None:
@@ -303,7 +305,7 @@ def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> Cel
 
 
 def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
-    """How the facts of a submitted result differ from our cell's facts; None if they do not."""
+    """How the facts of a submitted result differ from the facts of our cell; None if equal."""
     our_result = board.results[cell.result_cell]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
@@ -341,7 +343,7 @@ def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
 
 
 def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | None:
-    """How the rows of a guest differ from the study's rows; None if they do not."""
+    """How the rows of a guest differ from the rows of the study; None if equal."""
     if len(guest_outcomes) != len(our_outcomes):
         return f"it has {len(guest_outcomes)} rows, and there are {len(our_outcomes)}"
     differs = (guest_outcomes.failure != our_outcomes.failure) | (
@@ -359,7 +361,7 @@ def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | No
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """Say which metrics of a submitted result differ from those in ``rows``; None if none does.
+    """How the metrics of a submitted result differ from the metrics in ``rows``; None if equal.
 
     ``rows`` are computed from the submitted scores.
     """

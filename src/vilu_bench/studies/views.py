@@ -1,4 +1,4 @@
-"""What a study shows: tables, figures, claims of a publication, and published numbers."""
+"""Content of a study: tables, figures, claims of a publication, and published numbers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Study(Section):
     """Title and description of a benchmark."""
 
     title: str  # short title
-    reproduces: str = ""  # the table or figure of a publication that it reproduces, if any
-    protocol: str = ""  # the protocol, and its differences from the publication
+    reproduces: str = ""  # the reproduced table or figure of a publication, if any
+    protocol: str = ""  # the protocol, and differences from the publication
     published: Names = ()  # tables of ``assets/published.csv`` to show beside our numbers
 
     @field_validator("published")
@@ -38,7 +38,7 @@ class Study(Section):
 
 
 class OnAxis(Protocol):
-    """A method, data set or setting, which may have a position on the axis of a curve."""
+    """A method, data set or setting, with an optional position on the axis of a curve."""
 
     @property
     def x(self) -> float | None:
@@ -46,7 +46,7 @@ class OnAxis(Protocol):
 
 
 class StudyNames(Protocol):
-    """The names of a study, which its views and claims may use; ``Config`` provides them."""
+    """The names that views and claims of a study may use; ``Config`` provides the names."""
 
     metrics: Names
 
@@ -59,7 +59,7 @@ class StudyNames(Protocol):
 
     @property
     def guests(self) -> Names:
-        """Labels of the methods whose results others submitted."""
+        """Labels of the methods with submitted results."""
 
 
 def require_known_names(
@@ -69,7 +69,7 @@ def require_known_names(
 
     Args:
         where: Text after the name of the axis in the message, such as "(claim)".
-        study_names: The names that the study has.
+        study_names: The names of the study.
         names_of_axis: Maps each axis to the names to check. None means all names of the study, so
             there is nothing to check.
     """
@@ -90,7 +90,7 @@ class View(Section):
     data: Names | None = None  # data sets to show, in this order; None: all
     settings: Names | None = None  # settings to show, in this order; None: all
     metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # metrics to show
-    mean: Names = ()  # data sets over which a mean is shown beside them; empty: no mean
+    mean: Names = ()  # data sets of a mean, shown beside the data sets; empty: no mean
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
@@ -131,7 +131,7 @@ class View(Section):
             )
 
     def entries_of(self, study_names: StudyNames, axis: str) -> dict[str, OnAxis]:
-        """The methods, data sets or settings that the view shows, by name."""
+        """The methods, data sets or settings of the view, by name."""
         all_entries = study_names.entries_of(axis)
         if axis == "method":
             names = self._methods_to_show(study_names)
@@ -165,7 +165,7 @@ class TableView(View):
     """A table of values with intervals; the best and second best competing values are marked."""
 
     kind: Literal["table"]
-    # Fields that label a row. A field that neither ``rows`` nor ``columns`` name must have a single
+    # Fields that label a row. A field outside ``rows`` and ``columns`` must have a single
     # value.
     rows: Names = ("method",)
     columns: Names = ("data", "metric")  # fields that label a column
@@ -202,15 +202,15 @@ class TableView(View):
 
 
 class CurveView(View):
-    """A figure of a metric over a number: lines with intervals, in one or several panels."""
+    """A figure of a metric over a number: lines with intervals, in one or more panels."""
 
     needs_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
     # Whether the points are the methods, the data sets or the settings. The field ``x`` of a point
-    # is its position on the horizontal axis.
+    # is the position on the horizontal axis.
     x: Axis = "setting"
-    line: Axis = "method"  # a panel has one line for each of these
-    panel: Axis = "data"  # there is one panel for each of these and each metric
+    line: Axis = "method"  # a panel has a line for each entry of this axis
+    panel: Axis = "data"  # there is a panel for each entry of this axis and each metric
     x_label: str  # label of the horizontal axis
     log: bool = False  # whether the horizontal axis is logarithmic
     # texts to show at values of the horizontal axis, instead of the values
@@ -218,7 +218,7 @@ class CurveView(View):
 
     @property
     def can_average(self) -> bool:
-        """Whether the view can show means over data sets: not if data sets are its axis."""
+        """Whether the view can show means over data sets: not if data sets are on the axis."""
         return self.x != "data"
 
     @model_validator(mode="after")
@@ -255,13 +255,13 @@ class HistogramView(View):
 
 
 class GridView(View):
-    """A grid of two hyper-parameters, which are chosen in one setting and reported in another."""
+    """A grid of two hyper-parameters, with one setting for choosing and one for reporting."""
 
     shows_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
     kind: Literal["grid"]
     parameters: tuple[str, str]  # hyper-parameter of the rows, hyper-parameter of the columns
-    select_on: str  # setting in which the best pair of values is chosen
-    report_on: str  # setting in which the results of all pairs are reported
+    select_on: str  # setting for choosing the best pair of values
+    report_on: str  # setting for reporting the results of all pairs
 
     def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
@@ -273,12 +273,12 @@ class GridView(View):
 
 
 class RankingView(View):
-    """For each data set and setting a table of all methods, best first; then their wins."""
+    """For each data set and setting a table of all methods, best first; then the wins."""
 
     kind: Literal["ranking"]
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError if names are chosen, because a ranking shows all of them."""
+        """Also raise a ValueError for chosen names, because a ranking shows all names."""
         super().check(study_names)
         if any(self.chosen_names.values()) or self.metrics != RANKED_BY:
             raise ValueError(
@@ -299,11 +299,11 @@ class Subject(Section):
     setting: str
 
 
-THIS_PROJECT = "this project"  # source of a claim that no publication makes
+THIS_PROJECT = "this project"  # source of a claim without a publication
 
 
 class Claim(Section):
-    """A claim of a publication or of this project; a number and its interval decide it."""
+    """A claim of a publication or of this project. A number and an interval decide the claim."""
 
     says: str  # the claim in our words
     source: str  # where the publication makes the claim; or ``THIS_PROJECT``
@@ -318,7 +318,7 @@ class Claim(Section):
     @property
     @abstractmethod
     def subjects(self) -> tuple[Names, Names]:
-        """Methods and settings that the claim is about."""
+        """Methods and settings of the claim."""
 
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
@@ -329,7 +329,7 @@ class Claim(Section):
 
 
 class Better(Claim):
-    """One method in one setting is better than another, by the mean over the data sets."""
+    """One method in a setting is better than another method, by the mean over the data sets."""
 
     kind: Literal["better"]
     better: Subject
@@ -337,7 +337,7 @@ class Better(Claim):
 
     @property
     def subjects(self) -> tuple[Names, Names]:
-        """The two methods and their settings."""
+        """The two methods and the two settings."""
         return (self.better.method, self.than.method), (self.better.setting, self.than.setting)
 
 
@@ -367,7 +367,7 @@ class Trend(Claim):
 
 
 class Steeper(Claim):
-    """A metric rises more with the zero-shot accuracy for one method than for another."""
+    """A metric rises more with the zero-shot accuracy for one method than for another method."""
 
     kind: Literal["steeper"]
     steeper: str
@@ -384,7 +384,7 @@ AnyClaim = Annotated[Better | Trend | Steeper, Field(discriminator="kind")]
 
 
 PublishedKey = tuple[str, str, str, str]
-"""Data set, setting, method and metric of a number, as ``assets/published.csv`` names them."""
+"""Data set, setting, method and metric of a number, with the names in ``assets/published.csv``."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ class Published:
     """A number of a publication."""
 
     value: float  # the metric, as a fraction
-    backbone: str  # the model with which it was measured (``vilu.backbones.catalog``)
+    backbone: str  # the model that was measured (``vilu.backbones.catalog``)
     source: str  # table or figure of the publication
     doubt: str  # why the number is doubtful; "" if there is no doubt
 
@@ -418,11 +418,11 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
 
 
 def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
-    """The published number for a key, from the first table that has it; None if no table has it.
+    """The published number for a key, from the first suitable table; None if no table has one.
 
     If a table has a number for ``backbone``, this number is taken. Otherwise, if the table has a
-    single number (for another backbone), that number is taken. If the table has several numbers for
-    other backbones, nothing decides between them, so the next table is searched.
+    single number (for another backbone), this single number is taken. If the table has several
+    numbers for other backbones, the choice is unclear, so the next table is searched.
     """
     for name in tables:
         numbers = published_tables()[name].get(key, ())

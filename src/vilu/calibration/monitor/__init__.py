@@ -1,1 +1,1 @@
-"""Monitoring: tests whether a guarantee still holds for rows that arrive later."""
+"""Monitoring: tests whether a guarantee still holds for later rows."""

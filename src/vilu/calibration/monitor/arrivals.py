@@ -1,4 +1,4 @@
-"""Checks of rows that arrive at a monitor: origin, repeated rows, and sorted rows."""
+"""Checks of new rows of a monitor: origin, repeated rows, and sorted rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 
 FEW_DISTINCT: Final = 16
-"""Smallest number of distinct uncertainties with which a batch without identifiers is recognised.
+"""Smallest number of distinct uncertainties for recognising a batch without identifiers.
 
-A batch with fewer distinct uncertainties could occur again by chance, so it always counts as new.
+A batch with fewer distinct uncertainties could occur again by chance, and always counts as new.
 """
 
 
 class SeenRows:
-    """Set of rows and their names, saved as 64-bit hashes in sorted arrays, the runs.
+    """Set of rows and names of rows, saved as 64-bit hashes in sorted arrays, the runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -34,26 +34,26 @@ class SeenRows:
         self.runs = list(runs)
 
     def __deepcopy__(self, _: object) -> SeenRows:
-        """A copy that shares the runs. This is safe, because runs are replaced, never changed."""
+        """Copy the set with shared runs. This is safe: runs are replaced, never changed."""
         return SeenRows(self.runs)
 
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
     def hashes(self) -> Ints:
-        """All hashes, ascending."""
+        """Return all hashes, ascending."""
         hashes = np.concatenate([np.empty(0, np.int64), *self.runs])
         hashes.sort()
         return hashes
 
     def add(self, hashes: Ints) -> None:
-        """Add hashes; hashes that are already there are ignored."""
+        """Add hashes; known hashes are ignored."""
         run = np.unique(hashes[~self._contains(hashes)])
         if not len(run):
             return
-        # Earlier runs are merged into the new run if they are not longer than it. So every run is
-        # shorter than the run before it, and there are few runs to search. Long runs are left as
-        # they are, because a merge takes several times the memory of its runs.
+        # Earlier runs are merged into the new run, unless an earlier run is longer. So every run is
+        # shorter than the previous run, and there are few runs to search. Long runs are never
+        # merged, because a merge takes several times the memory of the merged runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
             run = np.concatenate([self.runs.pop(), run])
             run.sort(kind="stable")  # fast, because both parts are sorted; no hash is in both
@@ -62,10 +62,10 @@ class SeenRows:
     def find_new(
         self, outcomes: Outcomes, *, compare_failures: bool = False
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """Hashes to add for the rows of ``outcomes``, and a mask (N,) of the rows that are new.
+        """Return the hashes to add for the rows of ``outcomes``, and a mask (N,) of the new rows.
 
-        Rows without identifiers are recognised as a whole batch: all of them are new, or none. With
-        ``compare_failures``, two such batches are the same only if their failures are equal, too.
+        Rows without identifiers are recognised as a whole batch: all rows are new, or no row. With
+        ``compare_failures``, two such batches are the same only if the failures are equal, too.
         """
         if outcomes.ids is not None:
             return self._find_new_by_name(outcomes, outcomes.ids)
@@ -80,25 +80,25 @@ class SeenRows:
         """As ``find_new``, for rows with identifiers."""
         numbers = _identifying_numbers(outcomes)
         hashes = hash_items(_rows_as_bytes(ids, numbers)).view(np.int64)
-        # Equal rows of this batch count once: the first of them may be new.
+        # Equal rows of this batch count once: the first of the equal rows may be new.
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
         name_hashes = hash_names(ids).view(np.int64)
         is_known = self._contains(hashes)
         is_name_known = self._contains(name_hashes)
         is_mixed = is_known.any() and not is_known.all()
-        # If some names of this batch were seen with other scores, the names are used again for new
-        # rows. Then a new row may have the same name and the same score as an old row by chance, if
-        # many rows share this score. So only a score that no other row shares shows a repetition.
+        # If some names of this batch were seen with different scores, the names are used again for
+        # new rows. Then a new row may have the same name and the same score as an old row by
+        # chance, if many rows share this score. So only a unique score shows a repetition.
         has_reused_names = not np.array_equal(is_name_known, is_known)
         if is_mixed and has_reused_names:
             is_known &= ~_is_known_by_chance(numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
     def _find_new_batch(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``find_new``, for rows without identifiers: the whole batch is new, or none of it.
+        """As ``find_new``, for rows without identifiers: all rows of the batch are new, or no row.
 
-        ``numbers`` (N, M) are the M numbers by which each row is recognised.
+        ``numbers`` (N, M) are the M numbers that identify each row.
         """
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
@@ -111,18 +111,18 @@ class SeenRows:
         return batch_hash, np.full(n, is_new)
 
     def _contains(self, hashes: Ints) -> NDArray[np.bool_]:
-        """Mask (N,) of the hashes (N,) that are in this set."""
+        """Return the mask (N,) of known hashes among ``hashes`` (N,)."""
         is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
-            # For each hash, the index at which it must be if the run contains it. The clip keeps
-            # the index valid for a hash that is larger than all hashes of the run.
+            # If the run contains a hash, the hash must be at this index. The clip keeps the index
+            # valid for hashes above all hashes of the run.
             index = np.searchsorted(run, hashes).clip(max=len(run) - 1)
             is_known |= run[index] == hashes
         return is_known
 
 
 def _identifying_numbers(outcomes: Outcomes) -> Ints:
-    """Numbers (N, 2) by which rows are recognised: the bits of the uncertainty, and the answer."""
+    """Return numbers (N, 2) that identify each row: the bits of the uncertainty, and the answer."""
     answers = outcomes.prediction
     if answers is None:
         answers = np.full(len(outcomes), UNKNOWN)
@@ -130,7 +130,7 @@ def _identifying_numbers(outcomes: Outcomes) -> Ints:
 
 
 def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
-    """Yield for each row its name and its two ``numbers``, as bytes."""
+    """Yield for each row the name and the two ``numbers``, as bytes."""
     number_bytes = np.ascontiguousarray(numbers).tobytes()
     bytes_per_row = 2 * numbers.itemsize
     for row, name in enumerate(ids):
@@ -139,14 +139,14 @@ def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
 
 
 def _is_known_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows with tied scores, if these rows seem to be known only by chance.
+    """Return the mask (N,) of rows with tied scores, if these rows seem to be known by chance.
 
-    They seem to be known only by chance if the share of known rows among them is more than ten
-    times as large as among all other rows. Otherwise the mask is False everywhere.
+    Rows with tied scores seem to be known by chance if the share of known rows among tied rows is
+    more than ten times the share among untied rows. Otherwise the mask is False everywhere.
     """
     _, index, n_equal = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
     is_tied = n_equal[index.ravel()] > 1
-    # Two entries each: for the rows without ties, and for the tied rows. No divisor is 0.
+    # Both arrays have two entries: for the untied rows, and for the tied rows. No divisor is 0.
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
     n_known = np.bincount(is_tied, is_known, minlength=2)
     known_share_of_untied, known_share_of_tied = n_known / n_rows
@@ -163,7 +163,7 @@ def _are_row_numbers(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse rows that are sorted, because rows that arrive at random are not sorted."""
+    """Refuse sorted rows, because rows in random order are not sorted."""
     quantity = _sorting_quantity(outcomes)
     if quantity is None:
         return
@@ -176,7 +176,7 @@ def refuse_sorted(outcomes: Outcomes) -> None:
 
 
 def _sorting_quantity(outcomes: Outcomes) -> str | None:
-    """What the rows with an uncertainty are sorted by, as a word; None if they are not sorted."""
+    """Name the quantity by which the rows with an uncertainty are sorted; None: not sorted."""
     is_scored = np.isfinite(outcomes.uncertainty)
     if outcomes.target is not None:
         labels = outcomes.target[is_scored]
@@ -192,7 +192,7 @@ def _sorting_quantity(outcomes: Outcomes) -> str | None:
 def admit(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None) -> Outcomes:
     """Check that new rows were scored by the calibrated predictor, with the same candidates.
 
-    Return the outcomes without identifiers that are only numbers of rows. If class names are
+    Return the outcomes, without identifiers that are only numbers of rows. If class names are
     missing, as in a CSV file, the class names of the calibration are added.
 
     Args:
@@ -207,8 +207,8 @@ def admit(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | Non
             f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, which say nothing "
             "about new rows.",
         )
-    # Identifiers that are numbers of rows must be recognised here, before any rows are left out.
-    # Afterwards there would be gaps in the numbers, and they would look like keys.
+    # Identifiers that are numbers of rows must be recognised here, before rows are left out.
+    # Afterwards there would be gaps in the numbers, and the numbers would look like keys.
     if outcomes.ids is not None and _are_row_numbers(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
@@ -250,14 +250,14 @@ def _differs(expected: object, present: object) -> bool:
 
 
 def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Number of rows that have the same key and the same uncertainty as a calibration row.
+    """Return the number of rows with the same key and the same uncertainty as a calibration row.
 
     Equal keys alone are not enough, because a row of another data set may have the same key.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # Uncertainties are compared first, because this is fast and only few calibration rows have an
-    # uncertainty that occurs in a small batch.
+    # Uncertainties are compared first, because this is fast, and only few uncertainties of
+    # calibration rows occur in a small batch.
     has_uncertainty_of_batch = np.isin(calibration.uncertainty, outcomes.uncertainty)
     calibration_pairs = {
         (calibration.ids[row], calibration.uncertainty[row])

@@ -1,4 +1,4 @@
-"""Anytime-valid bounds of the error rate among accepted answers that have been labelled.
+"""Anytime-valid bounds of the error rate among labelled accepted answers.
 
 Let k of m answers be wrong. The wealth of bets against "the error rate is at most r" is
 
@@ -10,8 +10,8 @@ bet. If the error rate of every answer, given the answers before it, is at most 
 probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
 looked at after every label.
 
-As r rises from 0 to k/m, M(r) decreases. For all r above k/m it is at most 1. So there is a single
-rate above which M(r) < 1/delta. This rate is the lower bound of the error rate. The upper bound
+As r rises from 0 to k/m, M(r) decreases. For all r above k/m, M(r) is at most 1. So M(r) falls
+below 1/delta at a single rate. This rate is the lower bound of the error rate. The upper bound
 comes from the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970.
 Confidence sequences: Howard et al., Annals of Statistics 2021.)
 """
@@ -33,27 +33,27 @@ TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "revie
 """Names of the tests of a monitor (``vilu.calibration.monitor.status.MEANING``)."""
 
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
-"""What audited answers say about a guarantee."""
+"""Verdicts of an audit about a guarantee."""
 
 Prior = tuple[float, float]
 """Parameters a and b of the Beta distribution of theta."""
 
 
 def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
-    """Log wealth (...), log M(rate), after ``n`` answers of which ``wrong`` are wrong.
+    """Return the log wealth (...), log M(rate), after ``n`` answers with ``wrong`` wrong answers.
 
     ``rate`` is in (0, 1). ``prior`` holds the parameters a and b of the Beta distribution of theta.
     """
     a, b = prior
     right = n - wrong
     # Only rates theta above ``rate`` are bet on. A bet on a smaller rate would gain on average if
-    # the true rate is small, and M would reject "at most ``rate``" although it is true.
+    # the true rate is small, and M would reject the true statement "at most ``rate``".
     #
-    # Either term of M may be 0. Its logarithm is then -inf, which is no error.
+    # Either term of M may be 0. The logarithm is then -inf, and this is no error.
     with np.errstate(divide="ignore", under="ignore"):
         log_not_bet = np.log(special.betainc(a, b, rate))
         # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
-        # is the share of the integral that lies above ``rate``.
+        # is the share of the integral above ``rate``.
         log_share_above = np.log(special.betaincc(a + wrong, b + right, rate))
         log_integral = special.betaln(a + wrong, b + right) - special.betaln(a, b) + log_share_above
         log_bet = log_integral - wrong * math.log(rate) - right * math.log1p(-rate)
@@ -62,15 +62,15 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
 
 def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Lower bound of an error rate, after ``n`` answers of which ``wrong`` are wrong.
+    """Return a lower bound of an error rate, after ``n`` answers with ``wrong`` wrong answers.
 
-    With confidence 1 - delta, none of the bounds after 1, 2, 3, ... answers is above the true rate.
+    With confidence 1 - delta, no bound after 1, 2, 3, ... answers is above the true rate.
     """
     if not wrong:
         return 0.0
 
     def excess(rate: float) -> float:
-        """Logarithm of M(rate) / (1 / delta): above 0 where M is larger than 1 / delta."""
+        """Return the logarithm of M(rate) / (1 / delta): above 0 if M is larger than 1 / delta."""
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
@@ -88,11 +88,11 @@ class Audit:
     limit: float  # guaranteed largest error rate, in (0, 1)
     delta: float  # 1 - confidence of each bound
     n: int = 0  # number of audited answers
-    wrong: int = 0  # number of wrong answers among them
+    wrong: int = 0  # number of wrong audited answers
 
     @property
     def prior(self) -> Prior:
-        """Prior Beta(1, 1/limit - 1). Its mean is the limit, so most bets are near the limit."""
+        """Prior Beta(1, 1/limit - 1). The mean is the limit, so most bets are near the limit."""
         return 1.0, 1 / self.limit - 1
 
     @property
@@ -127,7 +127,7 @@ class Audit:
         return "not enough audited answers"
 
     def log_wealth_after(self, failure: Ints) -> Floats:
-        """Log wealth (B,), log M(limit), after each of the next B audited answers.
+        """Return the log wealth (B,), log M(limit), after each of the next B audited answers.
 
         ``failure`` (B,) is 1 where the answer is wrong. If the log wealth reaches log(1/delta), the
         lower bound reaches the limit, and the guarantee is broken.
@@ -137,11 +137,11 @@ class Audit:
         return log_wealth(wrong, n, self.limit, self.prior)
 
     def with_answers(self, failure: Ints) -> Audit:
-        """The audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
+        """Return the audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
         return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
 
     def n_needed(self) -> int | None:
-        """About how many more audited answers lead to a verdict, if the error rate stays the same.
+        """Estimate how many more audited answers lead to a verdict, at the same error rate.
 
         If no answer was audited yet, all answers are assumed to be right. None if no number of
         answers is enough.

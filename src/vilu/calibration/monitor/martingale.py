@@ -1,7 +1,7 @@
 """Conformal test martingales: bets against p-values that are uniform as long as nothing changes.
 
-Rows must come in their order of arrival. ``is_grouped``, ``is_rising`` and ``is_in_blocks``
-recognise rows that are sorted instead.
+Rows must come in the order of arrival. ``is_grouped``, ``is_rising`` and ``is_in_blocks`` recognise
+sorted rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from scipy import signal, special
 from vilu.metrics.counts import Floats, Ints
 
 SHAPES: Final = tuple(1.3**power for power in range(-2, 4))
-"""Values of the parameters a and b of the beta densities that are bets.
+"""Values of the parameters a and b of the beta bets.
 
-If both are below 1, the bet is on p-values near 0 and 1. If both are above 1, the bet is on
-p-values near the middle. If they are unequal, the bet is on a shift to larger or smaller p-values.
+If a and b are below 1, the bet is on p-values near 0 and 1. If a and b are above 1, the bet is on
+p-values near the middle. If a and b differ, the bet is on a shift to larger or smaller p-values.
 """
 
 BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
@@ -39,34 +39,34 @@ SHARES: Final = np.repeat([0.5 / N_BETS[0], 0.5 / N_BETS[1]], N_BETS)
 """Share (K,) of the wealth of each bet: half for the beta densities, half for the histograms."""
 
 ROWS_PER_START: Final = 50
-"""Number of rows from one start of the bets to the next start."""
+"""Number of rows between two starts of the bets."""
 
 ROWS_PER_BLOCK: Final = 4096
-"""Number of rows that are processed at once."""
+"""Number of rows per block of computation."""
 
 LONGEST_MERGED: Final = 2**15
-"""Sorted runs with more values than this are never merged."""
+"""Sorted runs with more values than this number are never merged."""
 
 EPS: Final = 2.0**-53
 """Smallest distance of a p-value from 0 and from 1."""
 
 
 def beta_bets(p: Floats) -> Floats:
-    """Log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
+    """Return the log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
     a, b = np.array(BETAS).T
     p = p[:, None]  # (B, 1), because every bet is made at every p-value
     powers = (a - 1) * np.log(p) + (b - 1) * np.log1p(-p)
-    # A fair bet has mean 1 under uniform p-values. So it must be a normalised density.
+    # A fair bet has mean 1 under uniform p-values. So a bet must be a normalised density.
     log_density: Floats = powers - special.betaln(a, b)
     return log_density
 
 
-@np.errstate(under="ignore")  # a number far smaller than the largest one is rounded to 0
+@np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
-    """Log densities (B,) of a histogram bet at p-values (B,), and its updated counts (m,).
+    """Return the log densities (B,) of a histogram bet at p-values (B,), and updated counts (m,).
 
-    The bet is a histogram of the last few hundred p-values in m equal cells. It has a uniform prior
-    with the weight of ``weight`` p-values:
+    The bet is a histogram of the last few hundred p-values in m equal cells, with a uniform prior.
+    The prior has the weight of ``weight`` p-values:
 
         f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
@@ -82,8 +82,8 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     row = np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
     counts_after = _counts_after_rows(counts, cell)
-    # The density for a row depends only on the rows before it. If it also depended on the p-value
-    # of the row itself, the bet would win even when nothing changes.
+    # The density for a row depends only on earlier rows. A density that also depends on the p-value
+    # of the row would win even when nothing changes.
     counts_before = np.concatenate([counts[None], counts_after[:-1]])  # (B, m) N_t of each row
     prior_and_count = weight / m + counts_before[row, cell]
     total_weight = weight + counts_before.sum(axis=1)
@@ -93,7 +93,7 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
 
 
 def _counts_after_rows(counts: Floats, cell: Ints) -> Floats:
-    """Counts (B, m) after each of B rows, from the counts (m,) before the first of them.
+    """Return the counts (B, m) after each of B rows, from the counts (m,) before the first row.
 
     ``cell`` (B,) is the cell of the p-value of each row.
     """
@@ -108,9 +108,9 @@ def _counts_after_rows(counts: Floats, cell: Ints) -> Floats:
 
 
 def unused_share(start: Floats) -> Floats:
-    """Share of the initial wealth that no bet uses yet after start number ``start`` (from 0).
+    """Return the unused share of the initial wealth after start number ``start`` (from 0).
 
-    The share is (start + 2)^(-1/2). Before the first start it is 1.
+    The share is (start + 2)^(-1/2). Before the first start the share is 1.
     """
     return 1 / np.sqrt(start + 2)
 
@@ -119,9 +119,9 @@ def unused_share(start: Floats) -> Floats:
 class Martingale:
     """Total wealth of all bets from all starts.
 
-    Each start s uses a share of the initial wealth, share_s. If bet j starts at row s, its wealth
-    is multiplied by its density f_j at each row from s on. Let L_t be the sum of log f_j up to row
-    t. Then the wealth of bet j from all starts together is
+    Each start s uses a share of the initial wealth, share_s. If bet j starts at row s, the wealth
+    of the bet is multiplied by the density f_j at each row from s on. Let L_t be the sum of log f_j
+    up to row t. Then the wealth of bet j from all starts together is
 
         exp(L_t) sum_s share_s exp(-L_{s-1}).
 
@@ -139,7 +139,7 @@ class Martingale:
     )
 
     def update(self, p: Floats) -> Floats:
-        """Log wealth (B,) after each of the next p-values (B,).
+        """Return the log wealth (B,) after each of the next p-values (B,).
 
         The result does not depend on how the p-values are divided into calls.
         """
@@ -148,18 +148,18 @@ class Martingale:
             log_wealth.append(self._update_block(p[first_row : first_row + ROWS_PER_BLOCK]))
         return np.concatenate(log_wealth)
 
-    @np.errstate(under="ignore")  # a number far smaller than the largest one is rounded to 0
+    @np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
     def _update_block(self, p: Floats) -> Floats:
-        """Log wealth (B,) after each of the p-values (B,) of a block."""
+        """Return the log wealth (B,) after each of the p-values (B,) of a block."""
         p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
         log_densities = self._bet_and_count(p)
         growth = np.cumsum(np.concatenate([self.growth[None], log_densities]), axis=0)
         growth_before = growth[:-1]  # L_{t-1} for each of the B rows
         growth_after = growth[1:]  # L_t
         row = self.n + np.arange(len(p))
-        # Every start takes a share of the wealth that is not used yet. If all bets started at row
-        # 0, they would lose wealth as long as nothing changes. After a late shift they would first
-        # have to win back these losses.
+        # Every start takes a share of the unused wealth. If all bets started at row 0, the bets
+        # would lose wealth as long as nothing changes. After a late shift the bets would first have
+        # to win back these losses.
         start = (row // ROWS_PER_START).astype(np.float64)  # number of the last start, from 0
         unused_before_start = np.where(start > 0, unused_share(start - 1), 1.0)
         share_of_start = unused_before_start - unused_share(start)
@@ -180,7 +180,10 @@ class Martingale:
         return log_wealth
 
     def _bet_and_count(self, p: Floats) -> Floats:
-        """Log densities (B, K) of all K bets at p-values (B,). The histograms then count these."""
+        """Return the log densities (B, K) of all K bets at p-values (B,), and count the p-values.
+
+        The histograms count the p-values after the bets.
+        """
         log_densities = [beta_bets(p)]
         updated_counts = []
         for counts, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True):
@@ -193,47 +196,47 @@ class Martingale:
 
 @dataclass
 class SortedRun:
-    """Sorted values with their counts.
+    """Sorted distinct values with counts.
 
-    A repeated value is saved once, and it counts as often as it occurred.
+    A repeated value is saved once, together with the number of occurrences.
     """
 
     values: Floats  # (G,) distinct values, ascending
-    n_up_to: Ints  # (G,) number of all values that are at most as large as each distinct value
+    n_up_to: Ints  # (G,) for each distinct value, number of all values up to this value
 
     def __len__(self) -> int:
         return len(self.values)
 
     @property
     def n(self) -> int:
-        """Number of values, where repeated values count as often as they occurred."""
+        """Number of values, where every occurrence of a repeated value counts."""
         return int(self.n_up_to[-1])
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
-        """The run of values (N,) in any order, each of which occurred ``counts`` (N,) times."""
+        """Make a run of values (N,) in any order; each value occurred ``counts`` (N,) times."""
         distinct_values, index = np.unique(values, return_inverse=True)
         counts_of_distinct = np.bincount(index, weights=counts)
         return cls(distinct_values, np.cumsum(counts_of_distinct).astype(np.int64))
 
     @classmethod
     def merge(cls, runs: Sequence[SortedRun]) -> SortedRun:
-        """One run with the values of all these runs."""
+        """Merge runs into a single run with all values."""
         values = np.concatenate([run.values for run in runs])
         counts = np.concatenate([run.counts() for run in runs])
         return cls.of(values, counts)
 
     def counts(self) -> Ints:
-        """How often each distinct value (G,) occurred."""
+        """Return the number of occurrences (G,) of each distinct value."""
         return np.diff(self.n_up_to, prepend=0)
 
     def compare(self, values: Floats) -> tuple[Ints, Ints]:
-        """For each of these values, how many values of the run are greater, and how many are equal.
+        """Count for each value of ``values`` the greater and the equal values of the run.
 
-        The run has ``n`` values, where repeated values count as often as they occurred.
+        Every occurrence of a repeated value of the run counts.
         """
-        # Entry k of this array is the number of all values that equal one of the k smallest
-        # distinct values. The search gives k.
+        # Entry k of this array is the number of all occurrences of the k smallest distinct values.
+        # The search gives k.
         n_among_smallest = np.concatenate([[0], self.n_up_to])
         n_up_to = n_among_smallest[np.searchsorted(self.values, values, "right")]
         n_below = n_among_smallest[np.searchsorted(self.values, values, "left")]
@@ -246,15 +249,15 @@ class SortedRun:
 class Reference:
     """All values so far, in sorted runs.
 
-    n values are in about log n short runs and n / LONGEST_MERGED long runs. A value that occurs
-    several times in a run takes memory only once.
+    n values are in about log n short runs and n / LONGEST_MERGED long runs. A repeated value in a
+    run takes memory only once.
     """
 
     runs: list[SortedRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: Floats, counts: Ints | None = None) -> Reference:
-        """A reference with these values; ``counts`` says how often each occurs (None: once)."""
+        """Make a reference; ``counts`` says how often each value occurs (None: once)."""
         reference = cls()
         reference.add(values, counts)
         return reference
@@ -265,35 +268,35 @@ class Reference:
         return sum(run.n for run in self.runs)
 
     def __deepcopy__(self, _: object) -> Reference:
-        """A copy that shares the runs. This is safe, because runs are replaced, never changed."""
+        """Copy the reference with shared runs. This is safe: runs are replaced, never changed."""
         return Reference(list(self.runs))
 
     def add(self, values: Floats, counts: Ints | None = None) -> None:
-        """Add values; ``counts`` says how often each of them occurs (None: once)."""
+        """Add values; ``counts`` says how often each value occurs (None: once)."""
         if not len(values):
             return
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
-        # Earlier runs are merged into the new run if they are not longer than it. So every run is
-        # shorter than the run before it, and there are few runs to search. Long runs are left as
-        # they are, because a merge takes several times the memory of its runs.
+        # Earlier runs are merged into the new run, unless an earlier run is longer. So every run is
+        # shorter than the previous run, and there are few runs to search. Long runs are never
+        # merged, because a merge takes several times the memory of the merged runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
             run = SortedRun.merge([self.runs.pop(), run])
         self.runs.append(run)
 
     def table(self) -> tuple[Floats, Ints]:
-        """Distinct values, ascending, and how often each occurred."""
+        """Return the distinct values, ascending, and the number of occurrences of each value."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
         all_values = SortedRun.merge(self.runs)
         return all_values.values, all_values.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """P-values (B,) of new values (B,), which are then added to the reference.
+        """Return the p-values (B,) of new values (B,), and add the new values to the reference.
 
-        Each new value is compared with all values of the reference and with the new values before
-        it. ``uniform`` (B,) are random numbers in [0, 1) that break ties.
+        Each new value is compared with all values of the reference and with earlier new values.
+        ``uniform`` (B,) are random numbers in [0, 1) for breaking ties.
         """
         n_greater, n_equal = compare_with_earlier(values)
         for run in self.runs:
@@ -309,10 +312,10 @@ class Reference:
 
 
 def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
-    """For each value, how many earlier values are greater, and how many are equal.
+    """Count for each value the greater and the equal values among earlier values.
 
     The values are divided into blocks of 1 value, then of 2 values, of 4 values, and so on. Blocks
-    are numbered from 0. Every odd block is compared with the even block before it. Over all block
+    are numbered from 0. Every odd block is compared with the previous, even block. Over all block
     sizes, every pair of values is compared once. This takes O(B log^2 B) time for B values.
     """
     n = len(values)
@@ -325,15 +328,15 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     while width < n:
         pair = index // (2 * width)  # number of the pair of an even and an odd block
         is_odd_block = (index // width) % 2 == 1
-        # The key sorts by pair of blocks, then by value. So all even blocks are in one sorted
-        # array, and one search compares every odd block with the even block of its pair.
+        # The key sorts by pair of blocks, then by value. So all even blocks are in a single sorted
+        # array. A single search compares every odd block with the even block of the same pair.
         key = pair * n + rank
         even_keys = np.sort(key[~is_odd_block])
         odd_keys = key[is_odd_block]
         n_up_to = np.searchsorted(even_keys, odd_keys, "right")
         n_below = np.searchsorted(even_keys, odd_keys, "left")
-        # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
-        # Together they hold (pair + 1) * width values.
+        # If an odd block has values, the even blocks of this pair and of all earlier pairs are
+        # full. Together these even blocks hold (pair + 1) * width values.
         n_greater[is_odd_block] += (pair[is_odd_block] + 1) * width - n_up_to
         n_equal[is_odd_block] += n_up_to - n_below
         width *= 2
@@ -347,26 +350,26 @@ For exchangeable rows of any distribution this happens with probability 1/1000.
 """
 
 CLEAR_DEVIATIONS: Final = 4.0
-"""Rows count as sorted only if their order is at least this many standard deviations above chance.
+"""Rows count as sorted only if the order is this many standard deviations or more above chance.
 
 Chance is the mean over the shuffles, and the standard deviation is over the shuffles, too. A normal
-variable is so far above its mean with probability 3/100,000.
+variable is so far above the mean with probability 3/100,000.
 """
 
 ROWS_PER_HALF: Final = 4096
-"""Largest number of rows that are compared in each half of the rows. They are evenly spaced."""
+"""At most this many rows of each half are compared. The compared rows are evenly spaced."""
 
 FEWEST_ROWS: Final = 20
-"""Fewer rows than this never count as sorted."""
+"""Fewer rows than this number never count as sorted."""
 
 
 def is_grouped(codes: Ints) -> bool:
     """Whether equal codes (N,) are neighbours, as in a list of files by class.
 
     The excess is the number of equal neighbours, minus the mean number in shuffled rows. In both
-    halves of the rows, it must be at least a tenth of the excess that sorted rows would have. So
-    rows whose mix changes while they arrive do not count as sorted: after one sudden change at
-    least one half has no order, and a slow drift makes only few neighbours equal.
+    halves of the rows, the excess must be at least a tenth of the excess of sorted rows. So rows
+    with a changing mix do not count as sorted. After a single sudden change at least one half has
+    no order, and a slow drift makes only few neighbours equal.
     """
 
     def n_equal_neighbours(codes: Floats) -> float:
@@ -386,9 +389,9 @@ def is_grouped(codes: Ints) -> bool:
 def is_rising(values: Floats) -> bool:
     """Whether neighbours among values (N,) have similar ranks, as in sorted values.
 
-    The excess is the mean distance of neighbours in shuffled rows, minus their distance here. In
-    both halves of the rows, it must be at least three quarters of the excess that sorted rows would
-    have. If one kind of rows is followed by another kind, the excess is only half as large.
+    The excess is the mean distance of neighbours in shuffled rows, minus the distance here. In both
+    halves of the rows, the excess must be at least three quarters of the excess of sorted rows. If
+    a first kind of rows is followed by a second kind, the excess is only half as large.
     """
 
     # minus the total distance of neighbours, so that more order gives a larger number
@@ -408,10 +411,10 @@ def is_rising(values: Floats) -> bool:
 
 
 def is_in_blocks(codes: Ints) -> bool:
-    """Whether every code (N,) has all its rows in one block, and this is hardly due to chance.
+    """Whether all rows of every code (N,) form a single block, and chance hardly explains this.
 
-    It is hardly due to chance if exchangeable rows have one block per code with a probability of
-    less than 1e-6.
+    Chance hardly explains this if exchangeable rows have a single block per code with a probability
+    of less than 1e-6.
     """
     if not len(codes):
         return False
@@ -419,8 +422,8 @@ def is_in_blocks(codes: Ints) -> bool:
     n_blocks = 1 + np.count_nonzero(codes[1:] != codes[:-1])
     if n_blocks != len(sizes):
         return False
-    # Let n_k be the number of rows of code k. Of all N! orders, K! n_1! ... n_K! have one block for
-    # each of the K codes.
+    # Let n_k be the number of rows of code k. Of all N! orders, K! n_1! ... n_K! have a single
+    # block for each of the K codes.
     log_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
     log_all_orders = special.gammaln(len(codes) + 1)
     return bool(log_in_blocks - log_all_orders < np.log(1e-6))
@@ -435,17 +438,17 @@ def _is_sorted_in_halves(
 ) -> bool:
     """Whether values are sorted within both halves of the rows.
 
-    1. The values must have more order than every shuffle of them.
+    1. The values must have more order than every shuffle of the values.
     2. In each half, the excess of order over shuffles must be at least the share ``least_share`` of
        the largest possible excess.
 
-    A shuffle moves values only within their half. So a difference between the two halves does not
-    count as order.
+    A shuffle moves values only within a half. So a difference between the two halves does not count
+    as order.
 
     Args:
         values: Values (N,) in the order of the rows.
-        order: Maps the values of a half to a measure of their order.
-        largest_order: Maps the values of a half to the largest measure that they could have.
+        order: Maps the values of a half to a measure of order.
+        largest_order: Maps the values of a half to the largest possible measure.
         least_share: Smallest share of the largest possible excess.
     """
     if len(values) < FEWEST_ROWS:

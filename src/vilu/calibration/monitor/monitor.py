@@ -44,28 +44,29 @@ class Monitor:
 
     Args:
         calibration: The calibration rows; rows without an uncertainty are left out.
-        rule: The rule that ``certify`` returned, or label sets. Neither label sets nor a rule that
-            judges whole batches can be audited.
+        rule: A rule from ``certify``, or label sets. Label sets, and rules for whole batches,
+            cannot be audited.
         groups: Names of the groups of the N calibration rows; needed if the rule was made with a
             list of groups.
         false_alarm: Probability, in (0, 1), that any test ever raises a false alarm.
-        seed: Seed of the random numbers that break ties, at least 0. It must be chosen before the
-            first row is seen.
+        seed: Seed of the random numbers that break ties, at least 0. The seed must be chosen before
+            the first row is seen.
 
     Attributes:
         rows: Number of monitored rows.
-        unscored: Number of monitored rows without an uncertainty; the tests leave them out.
-        accepted: Number of monitored rows that are accepted.
+        unscored: Number of monitored rows without an uncertainty; the tests leave out these rows.
+        accepted: Number of accepted rows among the monitored rows.
         repeated: Number of rows and labels that were left out, because they were given before.
-        risk: Hash of the saved calibration; None if the calibration is not saved. Scores that were
-            decided on by this calibration contain the same hash.
+        risk: Hash of the saved calibration; None if the calibration is not saved. Scores with
+            decisions of this calibration contain the same hash.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
         DataError: If no calibration row has an uncertainty.
         InfeasibleError: If there is no guarantee to monitor: no rule, or a rule that accepts
             nothing.
-        ProvenanceError: If the rule is about the photos of one folder, not about new rows.
+        ProvenanceError: If the rule is about the photos of a folder or about clusters, not about
+            single new rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -132,14 +133,14 @@ class Monitor:
     def _make_tests(self, values: Mapping[TestName, Floats]) -> None:
         """Make all tests, each with a share of ``false_alarm``.
 
-        ``values`` maps the name of a test to the values of the calibration rows, with which the
-        values of new rows are compared.
+        ``values`` maps the name of a test to the values of the calibration rows. The test compares
+        the values of new rows with these values.
         """
         guaranteed_risk = self._guaranteed_risk()
         names: list[TestName] = list(values)
         if guaranteed_risk is not None:
             names.append("audit")
-        # Only the names of the rates are needed here. Their levels are computed below.
+        # Only the names of the rates are needed here. The levels of the rates are computed below.
         names += rates_of(self.rule, self.calibration, level=self.false_alarm)
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
@@ -158,21 +159,21 @@ class Monitor:
         self._make_rate_tests(level_of_part=self.false_alarm / max(total_parts, 1))
 
     def _make_rate_tests(self, level_of_part: float) -> None:
-        """Make the rates and their tests. Every rate gets one part of the level."""
+        """Make all rates, and a test for every rate. Every rate gets one part of the level."""
         self.rates = rates_of(self.rule, self.calibration, level_of_part)
         self.rate_tests: dict[TestName, Test] = {}
         for name, rate in self.rates.items():
             self.rate_tests[name] = Test(name=name, level=rate.delta)
 
     def _end_of_sample(self) -> float:
-        """Rows with an uncertainty below this number are compared with the calibration rows.
+        """Return the limit of the comparison: only rows with a smaller uncertainty are compared.
 
-        The number is infinite if all rows are compared.
+        The limit is infinite if all rows are compared.
         """
         scores = self.calibration.uncertainty
         distinct_scores = np.unique(scores[np.isfinite(scores)])
-        # If labels arrived one after another, or rows were drawn below a limit, the labelled rows
-        # are a random sample only up to the limit. Labelled rows beyond the limit were chosen by
+        # With the method "anytime", or with rows drawn below a limit, the labelled rows are a
+        # random sample only up to the limit. Labelled rows beyond the limit were chosen by
         # somebody, so new rows are not like them.
         if self._is_partial and len(distinct_scores) > 1:
             return float(distinct_scores[-1])
@@ -183,12 +184,11 @@ class Monitor:
     def of_folder(
         cls, folder: str | Path | SavedModel, *, false_alarm: float = 0.05, seed: int = 0
     ) -> Self:
-        """A monitor of the calibration in a predictor's folder, or of a ``vilu.Selective``.
+        """Make a monitor of the calibration in a predictor's folder, or of a ``vilu.Selective``.
 
         Raises:
-            InfeasibleError: If nothing is guaranteed of the predictor, so that there is no
-                guarantee to monitor.
-            DataError: If the folder holds no predictor, or if its calibration is damaged.
+            InfeasibleError: If the predictor has no guarantee to monitor.
+            DataError: If the folder holds no predictor, or if the calibration is damaged.
             ProvenanceError: If a newer version of vilu wrote the calibration.
 
         Examples:
@@ -216,12 +216,12 @@ class Monitor:
     ) -> Status:
         """Monitor the next rows, in the order of their arrival.
 
-        Rows whose failure is known are also audited.
+        Rows with a known failure are also audited.
 
         Args:
-            outcomes: Scores of the same predictor. Rows that were monitored before are left out and
-                counted in ``repeated``. They are recognised by identifier, uncertainty and answer.
-                Rows without identifiers are recognised only as a whole batch.
+            outcomes: Scores of the same predictor. Rows from earlier batches are left out and
+                counted in ``repeated``. Such rows are recognised by identifier, uncertainty and
+                answer. Rows without identifiers are recognised only as a whole batch.
             groups: Names of the groups of the N rows; needed if the rule was made with a list of
                 groups.
             in_order: Whether the rows are known to be in the order of their arrival. If not, sorted
@@ -233,8 +233,8 @@ class Monitor:
         Raises:
             ProvenanceError: If the scores are of another predictor or calibration, or if the
                 candidates differ.
-            DataError: If the rows are sorted, or if they have no answers but the calibration rows
-                have.
+            DataError: If the rows are sorted, or if the rows lack answers and the calibration rows
+                have answers.
             UsageError: If groups are needed and not given.
 
         Examples:
@@ -278,12 +278,12 @@ class Monitor:
     def audit(
         self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
     ) -> Status:
-        """Audit labels that arrived later, of rows that were monitored before.
+        """Audit late labels of rows that were monitored before.
 
-        A label counts once: if a row was audited before, its label is left out. Such rows are
+        A label counts once: if a row was audited before, the label is left out. Such rows are
         recognised as in ``update``. By default the order of the labels has no meaning, so the test
-        looks at the evidence once, after the last label. With ``in_order`` the test looks at it
-        after every label.
+        looks at the evidence once, after the last label. With ``in_order`` the test looks at the
+        evidence after every label.
 
         Warns:
             UserWarning: If some labels were given before.
@@ -311,10 +311,10 @@ class Monitor:
                 "or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
-        # An alarm is reported at the last row that was monitored before.
+        # An alarm is reported at the last monitored row.
         row_numbers = np.full(len(outcomes), max(self.rows - 1, 0))
-        # Labels that arrived together have no order. If the evidence were looked at after every
-        # label, a difficult class that comes first could raise an alarm, although all labels
+        # Labels without an arrival order are tested together. If the evidence were tested after
+        # every label, a difficult class at the beginning could raise an alarm, although all labels
         # together do not.
         all_labels = slice(None)
         last_label = slice(-1, None)
@@ -325,12 +325,12 @@ class Monitor:
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write the state, from which ``resume`` continues, atomically into a ``.parquet`` file.
+        """Write the state for ``resume`` into a ``.parquet`` file, atomically.
 
-        An existing file is replaced only if it is the state of a monitor.
+        An existing file is replaced only if the file is the state of a monitor.
 
         Raises:
-            UsageError: If the file has another suffix, or if it exists and is no such state.
+            UsageError: If the file has another suffix, or if an existing file is no such state.
             StorageError: If the file cannot be written.
 
         Examples:
@@ -359,12 +359,12 @@ class Monitor:
         # without a test, this empty table still brings the columns "value" and "count"
         empty_columns = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty_columns))
-        # The hashes of seen rows and seen labels are in the same table. In their lines, the column
-        # "test" names the kind of hash.
+        # The hashes of seen rows and seen labels are in the same table. In lines with hashes, the
+        # column "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.seen_rows), (LABELS_SEEN, self.seen_labels)):
             hashes = seen.hashes()
             tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
-        # With this option, a column that a table lacks is filled with null.
+        # With this option, missing columns are filled with null.
         all_lines = pa.concat_tables(tables, promote_options="default")
         columns = {name: all_lines[name] for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
@@ -377,7 +377,7 @@ class Monitor:
             UsageError: If the file is not a ``.parquet`` file, or if this monitor has already
                 monitored rows.
             StorageError: If the file cannot be opened.
-            DataError: If the file is no state of a monitor, or if it is damaged.
+            DataError: If the file is no state of a monitor, or if the file is damaged.
             ProvenanceError: If the state belongs to another calibration, level or seed.
 
         Examples:
@@ -428,7 +428,7 @@ class Monitor:
         return self
 
     def state(self) -> State:
-        """The state of the monitor, without its calibration and without the monitored values.
+        """Return the state of the monitor, without the calibration and the monitored values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -456,8 +456,8 @@ class Monitor:
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
         """Set this monitor to a saved state.
 
-        ``values`` maps the name of a test to its distinct values so far, and how often each of them
-        occurred. Raises a ValueError if the state does not fit.
+        ``values`` maps the name of a test to the distinct values so far, and to the count of each
+        value. Raises a ValueError if the state does not fit.
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
@@ -477,7 +477,7 @@ class Monitor:
     def _saved_watches(
         self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]
     ) -> dict[TestName, Watch]:
-        """The watches of a saved state; ``values`` is as in ``_restore``."""
+        """Return the watches of a saved state; ``values`` is as in ``_restore``."""
         tests = {test.name: test for test in state.tests}
         compares_all = self.compared_below == np.inf
         watches: dict[TestName, Watch] = {}
@@ -535,17 +535,17 @@ class Monitor:
         )
 
     def _tests(self) -> list[Test]:
-        """All tests, in the order in which they are shown."""
+        """Return all tests, in the order of the status."""
         tests = [watch.test for watch in self.watches.values()]
         if self.audit_test is not None:
             tests.append(self.audit_test)
         return [*tests, *self.rate_tests.values()]
 
     def _guaranteed_risk(self) -> float | None:
-        """The guaranteed largest error rate of accepted answers.
+        """Return the guaranteed largest error rate of accepted answers.
 
-        None if nothing is accepted, if the guarantee is only about a mean over calibrations, or if
-        the error rate is 0 or 1, which no audit can test.
+        None if nothing is accepted, or if the guarantee is only about a mean over calibrations. An
+        error rate of 0 or 1 cannot be audited, and gives None too.
         """
         if self.rule is None or not self.rule.feasible:
             return None
@@ -562,7 +562,7 @@ class Monitor:
         return risk
 
     def _is_accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
-        """Mask (N,) of the accepted answers; False everywhere without a rule."""
+        """Return the mask (N,) of the accepted answers; False everywhere without a rule."""
         if self.rule is None:
             return np.zeros(len(outcomes), dtype=np.bool_)
         if self.rule.grouped_by == "prediction":
@@ -572,7 +572,7 @@ class Monitor:
     def _values_by_test(
         self, outcomes: Outcomes, accepted: NDArray[np.bool_]
     ) -> dict[TestName, Floats]:
-        """For each test that compares rows, the values (M,) of the M compared rows.
+        """Return the values (M,) of the M compared rows, for each test that compares rows.
 
         ``accepted`` is the mask (N,) of the accepted answers.
         """
@@ -595,7 +595,7 @@ class Monitor:
         return self.rule is not None and self.rule.is_partial
 
     def _is_compared(self, outcomes: Outcomes) -> NDArray[np.bool_]:
-        """Mask (N,) of the rows that are compared with the calibration rows.
+        """Return the mask (N,) of the rows to compare with the calibration rows.
 
         Rows without an uncertainty are not compared. If the calibration rows are a random sample
         only up to some uncertainty, rows from this uncertainty on are not compared either.
@@ -609,14 +609,14 @@ class Monitor:
         row_numbers: Ints,
         tested_after: slice = slice(None),
     ) -> None:
-        """Audit the rows whose failure is known, except the rows that were audited before.
+        """Audit the rows with a known failure, except rows from earlier audits.
 
         Args:
             outcomes: N rows.
             accepted: Mask (N,) of the accepted answers.
             row_numbers: (N,) If the label of a row raises an alarm, the alarm is reported at the
                 row with this number.
-            tested_after: Selects the labels after which the evidence is tested.
+            tested_after: Selects labels. The evidence is tested after each selected label.
         """
         if self.error_audit is None or self.audit_test is None:
             return
@@ -654,15 +654,14 @@ class Monitor:
         row_numbers: Ints,
         tested_after: slice = slice(None),
     ) -> None:
-        """Update a rate and its test with M new rows; do nothing if the rate is not monitored.
+        """Update a rate and the test of the rate with M new rows; ignore unmonitored rates.
 
         Args:
             name: Name of the rate, such as "review".
-            is_event: Mask (M,) of the rows with the event whose rate is monitored, such as rows
-                that are left for review.
+            is_event: Mask (M,) of the rows with the counted event, such as rows left for review.
             row_numbers: (M,) If a row raises an alarm, the alarm is reported at the row with this
                 number.
-            tested_after: Selects the rows after which the evidence is tested.
+            tested_after: Selects rows. The evidence is tested after each selected row.
         """
         if name not in self.rates:
             return
@@ -674,7 +673,7 @@ class Monitor:
         self.rates[name] = self.rates[name].with_answers(events)
 
     def _acceptance_shares(self) -> Acceptance | None:
-        """Shares of accepted answers among the calibration rows and among the monitored rows.
+        """Return the shares of accepted answers among the calibration rows and the monitored rows.
 
         None if the share among the calibration rows is not known.
         """
@@ -685,7 +684,7 @@ class Monitor:
         return Acceptance(calibration=self._coverage, since=share, n=n_scored)
 
     def _fingerprint(self) -> str:
-        """Digest of everything on which the results of this monitor depend, except new rows."""
+        """Return a digest of everything that determines the results, except new rows."""
         content = hashlib.sha256()
         for watch in self.watches.values():
             for values_or_counts in watch.reference.table():
@@ -702,7 +701,7 @@ class Monitor:
 
 
 def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
-    """The calibration of a predictor, and its guarantee; InfeasibleError if there is none."""
+    """Load the calibration and guarantee of a predictor; InfeasibleError without a guarantee."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
@@ -727,7 +726,7 @@ LABELS_SEEN = "labels seen"
 def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
     """Add n saved hashes to the empty set ``seen``.
 
-    Raises a ValueError if they are not n distinct hashes.
+    Raises a ValueError if ``hashes`` does not hold n distinct hashes.
     """
     seen.add(hashes.drop_null().to_numpy())
     if len(hashes) != n or len(seen) != n:
@@ -735,7 +734,7 @@ def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
-    """Read the saved state of a monitor: the table with values and hashes, and all else."""
+    """Read the saved state of a monitor: the table with values and hashes, and the ``State``."""
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(
@@ -751,7 +750,7 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
 
 
 def _require_parquet(path: str | Path) -> None:
-    """Refuse a path whose suffix is not ".parquet"."""
+    """Refuse a path with another suffix than ".parquet"."""
     if table_suffix(path) != ".parquet":
         raise UsageError(
             f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead."

@@ -1,4 +1,4 @@
-"""Rates that stay below a limit as long as a guarantee for stated shares holds.
+"""Rates with an upper limit, as long as a guarantee for stated shares holds.
 
 Each rate is monitored by an ``Audit``, like the error rate of accepted answers.
 """
@@ -21,22 +21,22 @@ SMALLEST_LIMIT: Final = 1e-3
 
 
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
-    """Audits of the rates that stay below a limit while a guarantee for stated shares holds.
+    """Return the audits of rates that stay below a limit while a guarantee for stated shares holds.
 
     Rules without stated shares have no such rates. ``level`` is the probability that the audit of a
     rate ever raises a false alarm.
 
     - "outside": the share of out-of-distribution images among labelled rows. The limit is the
-      stated share.
-    - "review": the share of rows that the rule leaves for review. Let d_in be this share among
-      images of the classes, and d_out this share among out-of-distribution images. If the share of
+      stated share, but at least ``SMALLEST_LIMIT``.
+    - "review": the share of rows left for review. Let d_in be this share among images of the
+      classes, and d_out this share among out-of-distribution images. If the share of
       out-of-distribution images is p', the rate is
 
           (1 - p') d_in + p' d_out.
 
-      The limit is the maximum over all p' from 0 to the stated share. It is computed with upper
+      The limit is the maximum over all p' from 0 to the stated share, computed with upper
       Clopper-Pearson bounds of the rates in all strata. These bounds together take half of the
-      level, and the audit takes the other half.
+      level, and the audit takes the second half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
@@ -50,7 +50,7 @@ def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[Tes
 
 
 def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
-    """Upper bound of the share of rows that are left for review, at the stated shares.
+    """Return an upper bound of the share of rows left for review, at the stated shares.
 
     ``rows`` are the calibration rows with a label. The bound holds with confidence 1 - delta.
     """
@@ -67,7 +67,7 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
     class_shares = strata.share[:-1]
     inside_bound = float(class_shares @ np.array(class_bounds)) / (1 - ood_share)
     # The true share of out-of-distribution images may be any number from 0 to the stated share. The
-    # rate is linear in this share, so its maximum is at 0 or at the stated share. Suppose only the
+    # rate is linear in this share, so the maximum is at 0 or at the stated share. Suppose only the
     # rate at the stated share were the limit. Then fewer such images than stated could raise a
     # false alarm.
     bound_at_stated_share = (1 - ood_share) * inside_bound + ood_share * ood_bound
@@ -75,9 +75,10 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
 
 
 def ood_in_words(audit: Audit, stated_share: float) -> str:
-    """Text on the share of out-of-distribution rows among labelled rows, with anytime bounds.
+    """Return a text on the share of out-of-distribution rows among labelled rows, with bounds.
 
-    ``audit`` is the audit of this share, and ``stated_share`` is the share that was stated.
+    The bounds hold after every label. ``audit`` is the audit of this share, and ``stated_share`` is
+    the stated share.
     """
     lower = percent(audit.lower, rounding=math.floor)
     upper = percent(audit.upper)

@@ -1,4 +1,4 @@
-"""Status of a monitor: the verdict, the tests behind it, and what to do next."""
+"""Status of a monitor: the verdict, the tests behind the verdict, and advice."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vilu.metrics.counts import Floats, Ints
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
 """Verdicts of a monitor.
 
-"holds": no alarm. "broken": an alarm of the audit. "shifted: guarantee void": alarms of tests other
-than the audit only.
+"holds": no alarm. "broken": an alarm of the audit. "shifted: guarantee void": alarms, but no alarm
+of the audit.
 """
 
-# For each test, what its alarm means, as a part of a sentence.
+# For each test, the meaning of an alarm, as a part of a sentence.
 MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
@@ -40,22 +40,22 @@ ADVICE_AFTER_ALARM = (
 
 
 class Test(Model):
-    """One test of the calibration's guarantee."""
+    """Test of the calibration's guarantee."""
 
     __test__ = False  # tells pytest that this is no test class
 
     # "scores", "acceptance" and "answers" test whether the rows are still like the calibration
     # rows. "audit" tests whether accepted answers are wrong too often. "outside" and "review" test
-    # whether the shares are still the shares for which the guarantee was stated.
+    # whether the shares are still the stated shares of the guarantee.
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability that a false alarm is ever raised
     log_wealth: float = 0.0  # evidence now, a log wealth; the alarm is raised at log(1/level)
     peak: float = 0.0  # largest log wealth so far
-    # row at which the alarm was raised, 0 = first row monitored; None: no alarm
+    # number of the row with the alarm, 0 = first monitored row; None: no alarm
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """The test after B more rows.
+        """Return the test after B more rows.
 
         ``log_wealth`` (B,) is the evidence after each of these rows, and ``rows`` (B,) are the
         numbers of the rows.
@@ -64,7 +64,7 @@ class Test(Model):
             return self
         raised_at = self.raised_at
         # The alarm stays, even if the evidence falls again. Ville's inequality bounds the
-        # probability that a false alarm is ever raised, so later rows need not confirm it.
+        # probability that a false alarm is ever raised, so later rows need not confirm the alarm.
         enough_evidence = np.flatnonzero(log_wealth >= -math.log(self.level))
         if raised_at is None and len(enough_evidence):
             raised_at = int(rows[enough_evidence[0]])
@@ -89,25 +89,25 @@ class Acceptance(Model):
 
     calibration: float  # share among the calibration rows
     since: float | None  # share among the monitored rows; None before the first row
-    n: int  # number of monitored rows that have an uncertainty
+    n: int  # number of monitored rows with an uncertainty
 
 
 class Audited(Model):
-    """Result of the audit of labels that have arrived."""
+    """Result of the audit of labels so far. The bounds may be looked at after every label."""
 
     n: int  # number of audited accepted answers
-    wrong: int  # number of wrong answers among them
+    wrong: int  # number of wrong audited answers
     guarantee: float  # guaranteed largest error rate
-    lower: float  # lower bound of the error rate; it may be looked at after every label
-    upper: float  # upper bound of the error rate; it may be looked at after every label
-    confidence: float  # 1 - delta, for each bound by itself
+    lower: float  # lower bound of the error rate
+    upper: float  # upper bound of the error rate
+    confidence: float  # 1 - delta, for each single bound
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
-    # about how many more audited answers lead to a verdict; None if no number of them is enough
+    # about how many more audited answers lead to a verdict; None if no number is enough
     n_needed: int | None
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
-        """The result of an audit, with its bounds computed."""
+        """Make the result of an audit, with computed bounds."""
         return cls(
             n=audit.n,
             wrong=audit.wrong,
@@ -136,15 +136,14 @@ class Status(Model):
     """The state of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    # number of the row at which the first alarm was raised (the first monitored row is 0); None: no
-    # alarm
+    # number of the row with the first alarm (the first monitored row is 0); None: no alarm
     raised_at: int | None
     reason: str  # reason for the verdict, as a text
-    advice: str  # what to do next, as a text
+    advice: str  # advice for the next step, as a text
     rows: int  # number of monitored rows
-    unscored: int  # number of monitored rows without an uncertainty; the tests leave them out
+    unscored: int  # number of monitored rows without an uncertainty; left out of the tests
     false_alarm: float  # bound of the probability that any test ever raises a false alarm
-    tests: tuple[Test, ...]  # all tests, among which ``false_alarm`` is divided
+    tests: tuple[Test, ...]  # all tests; ``false_alarm`` is divided among the tests
     acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
     audit: Audited | None  # result of the audit; None without a guarantee for single answers
     # share of out-of-distribution images among labelled rows, as a text; None: no share was stated
@@ -152,7 +151,7 @@ class Status(Model):
 
     @property
     def alarm(self) -> bool:
-        """Whether an alarm was raised, so that the guarantee should no longer be relied on."""
+        """Whether an alarm was raised. Do not rely on the guarantee after an alarm."""
         return self.raised_at is not None
 
     def __str__(self) -> str:
@@ -176,21 +175,21 @@ class Status(Model):
 
 
 def _odds(log_wealth: float) -> str:
-    """Text of the wealth. A wealth of 10^6 or more is written as a power of ten."""
+    """Return the wealth as a text. A wealth of 10^6 or more is written as a power of ten."""
     if log_wealth < math.log(1e6):
         return f"{math.exp(log_wealth):,.3g}"
     return f"1e{log_wealth / math.log(10):.0f}"
 
 
 class Alarm(NamedTuple):
-    """An alarm: the row at which it was raised, and the test that raised it."""
+    """Alarm of a test at a row."""
 
     row: int
     test: TestName
 
 
 class Conclusion(NamedTuple):
-    """What follows from all tests. The fields are the fields of ``Status`` with the same names."""
+    """Conclusion from all tests. The fields are the fields of ``Status`` with the same names."""
 
     verdict: Verdict
     raised_at: int | None
@@ -199,7 +198,7 @@ class Conclusion(NamedTuple):
 
 
 def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
-    """The conclusion from the tests and the audit."""
+    """Return the conclusion from the tests and the audit."""
     alarms = []
     for test in tests:
         if test.raised_at is not None:

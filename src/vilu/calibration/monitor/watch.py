@@ -1,4 +1,4 @@
-"""State of a monitor between batches: its tests with their evidence, and how they are saved."""
+"""State of a monitor between batches: the tests with the evidence so far, and the saved form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS: Final[dict[TestName, int]] = {
     "outside": 1,
     "review": 1,
 }
-"""Number of parts of the false-alarm probability that each test gets.
+"""Number of parts of the false-alarm probability for each test.
 
 A test with p parts gets the share p / s, where s is the sum of the parts of all tests in use. So
 unused tests take nothing.
@@ -31,20 +31,20 @@ unused tests take nothing.
 
 @dataclass
 class Watch:
-    """Test of whether one value per row stays exchangeable, with its evidence so far."""
+    """Test for exchangeable values, with the evidence so far. Every row has a single value."""
 
     test: Test
-    reference: Reference  # the values of calibration rows, and of all rows that were tested
+    reference: Reference  # the values of calibration rows, and of all tested rows
     martingale: Martingale = field(default_factory=Martingale)  # bets on the tested rows
 
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Test the next values (B,), which belong to the rows with the numbers ``rows`` (B,).
+        """Test the next values (B,) of the rows with the numbers ``rows`` (B,).
 
         ``seed`` is the seed of the random numbers that break ties.
         """
         number_of_test = list(PARTS).index(self.test.name)
         generator = np.random.PCG64([seed, number_of_test])
-        # Every value has its own random number, however the values are divided into batches.
+        # The random number of a value does not depend on the division of values into batches.
         # Otherwise the evidence would depend on the division, and a user could choose a division
         # with a convenient result.
         generator.advance(self.martingale.n)
@@ -56,7 +56,7 @@ class Watch:
     def with_saved_state(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """This watch as it was after n tested rows, from its saved parts.
+        """Restore this watch after n tested rows, from saved parts.
 
         Raises a ValueError if the saved values do not belong to n rows.
 
@@ -64,7 +64,7 @@ class Watch:
             test: The saved test.
             wealth: The saved wealth; None before the first row.
             values: Distinct values of the reference.
-            counts: How often each of the values occurred.
+            counts: Number of occurrences of each value.
             n: Number of tested rows. Calibration rows do not count.
         """
         martingale = Martingale()
@@ -90,7 +90,7 @@ NumberPerBet = Annotated[
 
 
 class Wealth(Model):
-    """Saved form of a ``Martingale`` that has at least one row. The fields have the same names."""
+    """Saved form of a ``Martingale`` with at least one row. The fields have the same names."""
 
     n: Annotated[int, Field(ge=1)]
     growth: NumberPerBet
@@ -99,7 +99,7 @@ class Wealth(Model):
 
     @classmethod
     def of(cls, martingale: Martingale) -> Wealth | None:
-        """The saved form of a martingale; None before its first row."""
+        """Return the saved form of a martingale; None before the first row."""
         if not martingale.n:
             return None
         return cls(
@@ -110,7 +110,7 @@ class Wealth(Model):
         )
 
     def martingale(self) -> Martingale:
-        """The martingale that was saved in this form."""
+        """Return the saved martingale."""
         return Martingale(
             n=self.n,
             growth=np.array(self.growth),
@@ -128,15 +128,15 @@ class Wealth(Model):
 
 
 class State(Model):
-    """State of a monitor without its calibration and without the monitored values."""
+    """State of a monitor without the calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
-    fingerprint: str  # ``Monitor.fingerprint``, a digest of its calibration and settings
+    fingerprint: str  # ``Monitor.fingerprint``, a digest of the calibration and the settings
     rows: Count  # number of monitored rows
     unscored: Count  # number of monitored rows without an uncertainty
-    accepted: Count  # number of monitored rows that are accepted
+    accepted: Count  # number of accepted rows among the monitored rows
     tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]  # by test, for each ``Watch``; None before its first row
+    wealth: dict[str, Wealth | None]  # by test, for each ``Watch``; None before the first row
     audited: tuple[Count, Count]  # number of audited answers, and number of wrong answers
     remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
     # for each rate: number of rows, and number of rows with the event, such as a review

@@ -1,4 +1,4 @@
-"""The catalogue of known data sets: register, open and check them."""
+"""The catalogue of known data sets: register, open and check data sets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_known(name: str) -> KnownDataset:
     """Return the entry of a data set.
 
     Raises:
-        MissingModelError: If the data set is in vilu-bench, which is not installed.
+        MissingModelError: If the data set is in vilu-bench, and vilu-bench is not installed.
         UsageError: If there is no such data set. The message has the most similar name, or all
             names.
     """
@@ -63,7 +63,7 @@ def open_known(
 ) -> ImageDataset:
     """Open a data set of the catalogue.
 
-    The attribute ``source`` of the result names the list of splits that is used.
+    The attribute ``source`` of the result names the list of splits in use.
     """
     entry = find_known(name)
     if raw_names and classes is not None:
@@ -82,12 +82,12 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
         UsageError: If another data set has the same name.
     """
     require_free_name(entry)
-    # setdefault adds the entry and returns it, or returns an equal entry that was added before
+    # setdefault adds the entry, or returns an equal entry that was added before
     return KNOWN.registered.setdefault(entry.name, entry)
 
 
 def require_free_name(entry: KnownDataset) -> None:
-    """Raise UsageError if another data set has the name of ``entry``."""
+    """Raise UsageError if another data set has the same name as ``entry``."""
     earlier_entry = KNOWN.registered.get(entry.name)
     if earlier_entry is not None and earlier_entry != entry:
         raise UsageError(
@@ -108,27 +108,27 @@ ADDERS["a vilu.datasets.known.KnownDataset"] = _add_dataset
 
 ArchiveState = Literal["present", "right", "wrong"]
 State = Literal["complete", "present", "incomplete", "absent"]
-PACKED_SUFFIXES: Final = (".tar", ".gz", ".tgz", ".zip")  # suffixes of files that must be unpacked
+PACKED_SUFFIXES: Final = (".tar", ".gz", ".tgz", ".zip")  # suffixes of files to be unpacked
 CHUNK_BYTES: Final = 2**22  # number of bytes hashed at a time
 MEBIBYTE: Final = 2**20
 
 
 @dataclass(frozen=True)
 class Presence:
-    """The state of one data set on a disk.
+    """The state of a data set on a disk.
 
     Attributes:
         name: Name of the data set in the catalogue.
-        title: Name of the data set as messages show it.
+        title: Name of the data set in messages.
         folder: Folder of the data set; None if the data set is absent.
-        origin: Description of the list of splits that is used; "" if the data set is absent.
-        splits: Split -> numbers of its files.
-        archives: Name -> state, for every existing archive or file that has a published checksum.
-            The state is "right" or "wrong" if the checksum was compared, else "present".
+        origin: Description of the list of splits in use; "" if the data set is absent.
+        splits: Split -> numbers of files.
+        archives: Name -> state, for every existing archive or file with a published checksum. The
+            state is "right" or "wrong" if the checksum was compared, else "present".
         problem: Error that ended the check early, if any.
-        state: "complete" means that all listed files exist. "present" means that there is no error,
-            but also no list of the files.
-        advice: Text that says what the user can do next.
+        state: "complete" means that all listed files exist. "present" means no error, but also no
+            list of the files.
+        advice: Text on the user's next step.
     """
 
     name: str
@@ -150,10 +150,10 @@ class Presence:
 def check(
     root: Path | str, names: list[str] | None = None, *, deep: bool = False
 ) -> list[Presence]:
-    """Check which files of data sets exist on a disk, and how to get what is missing.
+    """Check which files of data sets exist on a disk, and how to get missing files.
 
     Args:
-        root: The folder that holds all data sets, or the folder of one data set.
+        root: The folder of all data sets, or the folder of a single data set.
         names: Names of data sets; None for all in the catalogue.
         deep: Whether to compare archives with their published checksums, and to list the members of
             tar files.
@@ -167,7 +167,7 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """Check one data set; ``named`` says whether the user has named it (``find_place``)."""
+    """Check a data set; ``named`` is true if the user has named it (``find_place``)."""
     place = find_place(entry, root, named=named)
     archive_paths = _find_archives(entry, root, place)
     archives = {name: _archive_state(entry, path, deep) for name, path in archive_paths.items()}
@@ -213,7 +213,7 @@ def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
 def _damaged_archives(
     archives: Mapping[str, ArchiveState], archive_paths: Mapping[str, Path], place: Place
 ) -> list[str]:
-    """Return the names of the archives in the data set's own folder that have a wrong checksum."""
+    """Return the names of the archives with a wrong checksum in the folder of the data set."""
     damaged_names: list[str] = []
     for name, state in archives.items():
         is_in_folder = archive_paths[name].parent == place.folder
@@ -232,10 +232,10 @@ def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Return name -> path of the existing files that have a published checksum.
+    """Return name -> path of the existing files with a published checksum.
 
-    They are looked for in the folder of the data set and in the folders where users usually put
-    archives. If several folders have a file of a name, the first file is taken.
+    The places to search are the folder of the data set and the usual folders of archives. If
+    several folders have a file of the same name, the first file is taken.
     """
     folders = [root]
     for usual_folder in entry.folders:
@@ -254,7 +254,7 @@ def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict
 
 
 def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
-    """Return the state of an archive. Its checksum is computed only if ``deep`` is True."""
+    """Return the state of an archive. The checksum is computed only if ``deep`` is True."""
     if not deep:
         return "present"
     try:
@@ -267,7 +267,7 @@ def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
 
 
 def _md5(path: Path) -> str:
-    """Return the MD5 checksum of a file, which is the checksum that torchvision publishes."""
+    """Return the MD5 checksum of a file. torchvision publishes MD5 checksums."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         size = path.stat().st_size

@@ -13,17 +13,17 @@ from vilu.artifacts.disk import convert_os_errors
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, UsageError
 
-MAX_MISSING_NAMES: Final = 5  # maximum number of missing files that are named
+MAX_MISSING_NAMES: Final = 5  # maximum number of missing files in a message
 
 
 @dataclass(frozen=True)
 class Count:
-    """The numbers of images of a split, or of several splits if only their sum is published."""
+    """The numbers of images of a split, or of several splits if only the sum is published."""
 
-    found: int | None  # number of files that exist; None if they were not counted
+    found: int | None  # number of existing files; None if not counted
     listed: int | None  # number of files in the list of the split; None if there is no list
     expected: int | None = None  # published number of files in this list; None if not published
-    missing: tuple[str, ...] = ()  # the first listed files that do not exist
+    missing: tuple[str, ...] = ()  # the first missing files in the list
     problem: str | None = None  # error that prevented the counting; None if there was no error
 
     @classmethod
@@ -61,15 +61,15 @@ class Count:
 class Survey:
     """The counts of the files of a data set."""
 
-    origin: str  # description of the list of splits that is used, as messages show it
-    counts: Mapping[str, Count]  # split -> its counts
-    # whether the published sizes must be reached; False if the user made the list, or if some of
-    # the images are no longer on the web
+    origin: str  # description of the list of splits in use, for messages
+    counts: Mapping[str, Count]  # split -> counts
+    # whether the published sizes must be reached; False if the user made the list, or if some
+    # images are no longer on the web
     binding: bool = True
 
 
 def _sum_if_known(first: int | None, second: int | None) -> int | None:
-    """Return the sum of two numbers; None if one of them is None."""
+    """Return the sum of two numbers; None if either number is None."""
     if first is None or second is None:
         return None
     return first + second
@@ -80,16 +80,16 @@ NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data se
 
 @dataclass(frozen=True)
 class Request:
-    """The options with which a data set is opened."""
+    """Options for opening a data set."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all
-    raw_names: bool = False  # whether to use the class names as they are in the data
+    raw_names: bool = False  # whether to use the class names of the data unchanged
     classes: Path | None = None  # a classes file; None if the data have the class names
     # names of classes to leave out; the file ``classes`` need not list them
     outside: tuple[str, ...] = ()
 
     def unfit_options(self) -> list[str]:
-        """Return the options that are used but do not fit a data set without classes and splits."""
+        """Return the used options that do not fit a data set without classes and splits."""
         is_used = {
             "--split": self.split is not None,
             "raw_names": self.raw_names,
@@ -101,7 +101,7 @@ class Request:
 
 @runtime_checkable
 class Reader(Protocol):
-    """An object that reads one data set. Most are a ``ListReader`` with a short function."""
+    """A reader of a data set. Most readers are a ``ListReader`` with a short function."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
         """Open the images.
@@ -121,24 +121,24 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """One data set, as its authors published it.
+    """A data set, as published by its authors.
 
     Attributes:
         name: Key in the catalogue.
-        title: Name of the data set as messages show it.
-        sizes: Number of images by split (or by splits joined by ``+`` if only their sum is known).
+        title: Name of the data set in messages.
+        sizes: Number of images by split (or by splits joined by ``+`` if only the sum is known).
         url: Web page of the data set.
         how: How to get and unpack the data set.
-        folders: Usual folders of the data set below a folder that holds all data sets, by the
-            conventions of torchvision and CoOp.
-        reader: Object that reads the files; a TOML file names it as ``layout``.
+        folders: Usual folders of the data set below the folder of all data sets, by the conventions
+            of torchvision and CoOp.
+        reader: Reader of the files; a TOML file names the reader as ``layout``.
         n_classes: Number of classes; None if there are captions.
-        marks: Glob patterns by which the folder of the data set is recognised: at least one of
-            them matches a file or folder in it.
-        licence: Short name of the licence; "see the site" if it is not simple.
+        marks: Glob patterns for recognising the folder of the data set. At least one pattern
+            matches a file or folder in it.
+        licence: Short name of the licence; "see the site" if the licence is not simple.
         n_bytes: Approximate size of the download in bytes; None if unknown.
-        reference: Paper that describes the data set.
-        archives: MD5 checksums of archives and files, as torchvision publishes them.
+        reference: Paper on the data set.
+        archives: MD5 checksums of archives and files, as published by torchvision.
         coop_template: CoOp's prompt for this data set; None if CoOp has none.
         official_sizes: Sizes of the official splits, if ``sizes`` are of other splits.
         template: The prompt of ViLU's protocol.
@@ -169,7 +169,7 @@ class KnownDataset:
     def published_sizes(self, splits: Collection[str]) -> Mapping[str, int]:
         """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            # joined and split again, because one key may name several splits, as "train+val"
+            # joined and split again, because a key may name several splits, such as "train+val"
             published_splits = "+".join(sizes).split("+")
             if set(published_splits) == set(splits):
                 return sizes
@@ -181,15 +181,15 @@ class Place:
     """The location of a data set on a disk."""
 
     entry: KnownDataset  # the data set
-    folder: Path  # folder of the data set; keys are paths below it
-    # folders that may also have lists of the splits: those above ``folder``, up to and including
-    # the folder that the user gave
+    folder: Path  # folder of the data set; keys are paths below this folder
+    # further folders that may have lists of the splits: all folders above ``folder``, up to and
+    # including the folder given by the user
     outer_folders: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """Return the first of these files that exists, in ``folder`` or ``outer_folders``.
+        """Return the first existing file of ``names``, in ``folder`` or ``outer_folders``.
 
-        A link to nowhere is returned, too, so that its error is reported when it is read.
+        A link to nowhere is returned, too. Reading the link then reports the error.
         """
         for folder in (self.folder, *self.outer_folders):
             for name in names:
@@ -199,14 +199,14 @@ class Place:
         return None
 
     def require(self, *names: str) -> Path:
-        """Return the first of these files that exists; DataError if there is none."""
+        """Return the first existing file of ``names``; DataError if there is no such file."""
         path = self.find(*names)
         if path is None:
             raise self.missing_error(*names)
         return path
 
     def missing_error(self, *names: str) -> DataError:
-        """Return the error that none of these files exists."""
+        """Return the error for missing files ``names``."""
         return DataError(
             f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, "
             "so nothing says which image is in which split. "
@@ -215,11 +215,11 @@ class Place:
 
 
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
-    """Find a data set below ``root``, or in ``root`` itself; None if it is in neither.
+    """Find a data set below ``root``, or in ``root`` itself; None if not found.
 
-    ``named`` says whether the user has named the data set. If so, ``root`` may itself be the folder
-    of the data set, whatever its name is. Otherwise, ``root`` must then have a usual name of this
-    folder.
+    ``named`` is true if the user has named the data set. Then ``root`` may be the folder of the
+    data set, whatever the name of ``root``. If ``named`` is false, ``root`` may be the folder of
+    the data set only if ``root`` has a usual name.
     """
     if not root.is_dir():
         raise UsageError(
@@ -237,7 +237,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
 
 
 def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
-    """Whether one of the patterns matches in the folder."""
+    """Whether a pattern in ``marks`` matches in the folder."""
     for mark in marks:
         first_match = next(folder.glob(mark), None)
         if first_match is not None:
@@ -246,7 +246,7 @@ def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
 
 
 def require_place(entry: KnownDataset, root: Path) -> Place:
-    """Find a data set that the user named; DataError with advice if it is not there."""
+    """Find a data set named by the user; DataError with advice if not found."""
     place = find_place(entry, root, named=True)
     if place is not None:
         return place
@@ -258,11 +258,11 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
 
 
 def _candidate_paths(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the paths below ``root`` where a data set can be. A path is a tuple of names.
+    """Yield the possible paths of a data set below ``root``. A path is a tuple of names.
 
     1. The folders of the entry, such as ("coop", "dtd", "images").
-    2. The rest of such a path, because ``root`` may itself be a folder on the path, such as
-       "coop/dtd". If ``named`` is False, ``root`` must then end with the same names.
+    2. The rest of such a path, because ``root`` may be a folder on the path, such as "coop/dtd". If
+       ``named`` is False, ``root`` must then end with the same names.
     """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths

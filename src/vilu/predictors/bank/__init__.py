@@ -1,1 +1,1 @@
-"""Methods that learn their classes from labelled images."""
+"""Methods that learn classes from labelled images."""

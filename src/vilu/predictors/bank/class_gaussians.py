@@ -1,4 +1,4 @@
-"""Methods with one Gaussian per class: the density of an image under the predicted class."""
+"""Methods with a Gaussian per class: the density of an image under the predicted class."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Function of rows that yields them in blocks: their positions (a slice) and images (b, D).
+"""Function from rows to an iterator of blocks: positions (a slice) and images (b, D).
 
-``image_blocks`` is such a function. Its images have unit norm.
+``image_blocks`` is such a function, with images of unit norm.
 """
 
 NO_SPREAD = 1e-12
-"""Unit vectors count as equal if their variance is at most this."""
+"""Unit vectors count as equal if the variance is at most this."""
 RELATIVE_FLOOR = 1e-9
 """``whitener`` adds the mean variance times this number to the diagonal of a covariance.
 
@@ -43,7 +43,7 @@ Rounding would lose a smaller ridge.
 def class_means(
     train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, Tensor]:
-    """Mean (K, D) and number (K,) of the images of each class, by their class labels (M,).
+    """Mean (K, D) and number (K,) of the images of each class, from class labels (M,).
 
     The mean of a class without images is replaced by the mean of all images.
     """
@@ -88,19 +88,20 @@ def whitener(covariance: Tensor, floor: float = RELATIVE_FLOOR) -> Tensor:
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-# Every class uses one of several covariances. Their indices are called groups.
+# There are several covariances, and every class uses a covariance. The index of the covariance is
+# the group of the class.
 ABSENT_GROUP = 0
-"""Index of the covariance of all images, which classes without images use."""
+"""Index of the covariance of all images, for classes without images."""
 POOLED_GROUP = 1
-"""Index of the mean covariance within classes, which classes of one image use.
+"""Index of the mean covariance within classes, for classes of one image.
 
-Every class of two or more images has a covariance of its own, with a higher index.
+Every class of two or more images has a separate covariance, with a higher index.
 """
 
 
 @dataclasses.dataclass
 class ClassDensity(ClosedSet):
-    """A method with one Gaussian N_c for every class c.
+    """A method with a Gaussian N_c for every class c.
 
     The Gaussians are in the space of the first principal components of the centred images.
     """
@@ -153,7 +154,7 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """Log-odds (B,) float64 that the answer a to an image is wrong, for images (B, D).
+        """Log-odds (B,) float64 of a wrong answer a, for images (B, D).
 
         log-odds = log sum_{c != a} N_c - log N_a
 
@@ -162,14 +163,14 @@ class ClassDensity(ClosedSet):
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
         answer_log_density = log_density.gather(1, answer_column).squeeze(1)
-        # Classes without training images are no rivals. They have the density of all images, which
-        # would be the largest one for every image that is slightly unlike its own class.
+        # Classes without training images are no rivals. Such a class has the density of all images.
+        # This density would be the largest for every image slightly unlike the true class.
         log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
-        # the answer itself is no rival
+        # the answer is no rival
         log_density_of_rivals = log_density_of_seen.scatter(1, answer_column, -math.inf)
         log_sum_of_rivals = log_density_of_rivals.logsumexp(dim=1)
         # If no rival has images, log sum_{c != a} N_c is minus infinity. This value is replaced by
-        # 0, so that the scores of different images still differ.
+        # 0, and so the scores of different images still differ.
         has_no_rival = log_sum_of_rivals == -math.inf
         return log_sum_of_rivals.masked_fill(has_no_rival, 0.0) - answer_log_density
 
@@ -180,9 +181,9 @@ class ClassDensity(ClosedSet):
         return self._log_densities_of(image, classes, groups), groups != ABSENT_GROUP
 
     def _log_densities_of(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
-        """Log N_c (B, K) float64 up to a constant, for classes (K,) and their groups (K,).
+        """Log N_c (B, K) float64 up to a constant, for classes (K,) in groups (K,).
 
-        Classes that share a covariance are computed together.
+        Classes with the same covariance are computed together.
         """
         centred = image - self.tensor("centre", image.device)
         z = centred @ self.tensor("projection", image.device)
@@ -193,8 +194,8 @@ class ClassDensity(ClosedSet):
         for group in groups.unique().tolist():
             is_in_group = groups == group
             whitener_of_group = whiteners[group]
-            # In whitened coordinates the Mahalanobis distance is the Euclidean distance, so one
-            # matrix product gives the distances to all classes of the group.
+            # In whitened coordinates the Mahalanobis distance is the Euclidean distance. A single
+            # matrix product then gives the distances to all classes of the group.
             squares = squared_distances(
                 z @ whitener_of_group, means[is_in_group] @ whitener_of_group
             )
@@ -224,32 +225,32 @@ class ClassGaussians(ClassDensity):
         s_d = N_t̂(z) / sum_c N_c(z)
 
     N_c is a Gaussian with the mean and the covariance of class c, where ``ridge`` is added to the
-    diagonal of the covariance. The Gaussians are fitted on unit-norm image embeddings, which are
-    centred and projected on their first principal components. p is the zero-shot probability of the
-    answer. The uncertainty is
+    diagonal of the covariance. The Gaussians are fitted on unit-norm image embeddings, centred and
+    projected on the first principal components. p is the zero-shot probability of the answer. The
+    uncertainty is
 
         u = 1 - (p + s_d) / 2                                       with score="probability"
         u = -log(s_d / (1 - s_d)) = log sum_{c != t̂} N_c - log N_t̂  with score="log_odds"
 
-    s_d is often 0 or 1 up to many digits. The log-odds do not saturate there, but they do not
-    depend on p.
+    s_d is often 0 or 1 up to many digits. The log-odds do not saturate there, but do not depend on
+    p.
 
     Classes of few images:
 
     - A class of one image uses the mean covariance within classes. If no class has two different
-      images, it uses a multiple of the identity, with the mean variance of a coordinate.
+      images, this covariance is a multiple of the identity, with the mean variance of a coordinate.
     - A class without images is left out of every sum. If such a class is the prediction, N_t̂ has
       the covariance and the mean of all training images.
-    - If no other class has images, log sum_{c != t̂} N_c is set to 0.
+    - If only the predicted class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:
         score: "probability" or "log_odds".
         components: Maximum number of principal components. With n training images there are at
             most n - 1.
-        ridge: Number that is added to the diagonal of every covariance.
+        ridge: Number added to the diagonal of every covariance.
 
     Source: the idea of ICPE (``icpe``) as implemented in sgchr273/TRINE. Here the embeddings have
-    unit norm, and the ridge is not small compared with the variances. Unlike that implementation,
+    unit norm, and the ridge is not small compared with the variances. Unlike TRINE,
     ``class_gaussians`` also uses classes of one image.
 
     Examples:
@@ -289,8 +290,8 @@ class ClassGaussians(ClassDensity):
             q_c = (p_c + s_c) / 2    with score="probability"
             q_c = s_c                with score="log_odds"
 
-        p_c is the zero-shot probability of class c. s_c is its share in the density, which is 0 for
-        a class without training images.
+        p_c is the zero-shot probability of class c. s_c is the share of class c in the density, and
+        0 for a class without training images.
         """
         log_density, is_seen = self._log_densities(batch, float64(batch.image))
         log_share = log_density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
@@ -311,7 +312,7 @@ def class_scatters(
 ) -> tuple[Tensor, Tensor]:
     """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
-    There is one scatter matrix for each of the G classes with two or more images. The index is
+    There is a scatter matrix for each of the G classes with two or more images. The index is
     ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class of one image.
 
     ``label`` (M,) are the classes of the images. ``means`` (K, D) and ``count`` (K,) are the
@@ -344,11 +345,11 @@ def squared_distances(queries: Tensor, means: Tensor) -> Tensor:
 def principal_components(
     train: Rows, max_components: int, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,) of the images, their first R principal components (D, R) and variances (R,).
+    """Mean (D,), first R principal components (D, R) and R variances (R,) of the images.
 
     R = min(max_components, D, number of images - 1), but at least 1.
     """
-    one_label = torch.zeros_like(train.index)  # all images are in one class
+    one_label = torch.zeros_like(train.index)  # all images are in the same class
     mean, _ = class_means(train, one_label, n_classes=1, blocks=blocks)
     scatter, _ = scatter_within_classes(train, one_label, mean, blocks)
     n = len(one_label)

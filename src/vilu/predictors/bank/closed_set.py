@@ -1,4 +1,4 @@
-"""The common part of methods that learn their classes from labelled images."""
+"""The common part of methods that learn classes from labelled images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 @dataclasses.dataclass
 class ClosedSet(FailurePredictor):
-    """A method that learns from images of each class, and scores only the classes of the fit."""
+    """A method that learns from images of each class, and scores only these classes."""
 
     closed_set: ClassVar[bool] = True
     no_captions: ClassVar[str | None] = (
@@ -28,10 +28,11 @@ class ClosedSet(FailurePredictor):
     def classes_of(self, text: Tensor) -> Tensor:
         """Index (K,) of every candidate (K, D) among the learned ``classes``.
 
-        A class is recognised by the embedding of its text.
+        A class is recognised by the text embedding.
 
         Raises:
-            ProvenanceError: If a candidate is no learned class, or two candidates are one class.
+            ProvenanceError: If a candidate is no learned class, or two candidates are the same
+                class.
         """
         cosine, class_index = nearest_rows(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT_COSINE).sum())

@@ -27,7 +27,7 @@ def fit_regression(
 
     Args:
         image: Images, float32.
-        label: Their classes.
+        label: Classes of the images.
         n_classes: Number K of classes. A class without images has the bias minus infinity.
         inverse_penalty: Inverse strength C of the L2 penalty, as in scikit-learn.
         max_iter: Maximum number of L-BFGS steps.
@@ -46,7 +46,7 @@ def fit_regression(
     centre = image.mean(dim=0)
     model = LogisticRegression(C=inverse_penalty, max_iter=max_iter)
     with warnings.catch_warnings():
-        # the warning is about classes with few images, which are expected here
+        # the warning is about classes with few images, and such classes are expected here
         warnings.filterwarnings("ignore", message="The number of unique classes")
         model.fit((image - centre).numpy(), label.numpy())
     # For two classes scikit-learn has only the logit of the second class. The logit of the first
@@ -96,20 +96,20 @@ class LinearProbe(ClassRegression):
 
         u = 1 - P(t̂ | z) = sigmoid(log sum_{c != t̂} exp l_c - l_t̂)
 
-    l_c are the logits of the regression, and P is their softmax. u is computed from the logits in
-    float64, so that confident images still have different u. A class without training images has
+    l_c are the logits of the regression, and P is the softmax of l. u is computed from the logits
+    in float64, so that confident images still have different u. A class without training images has
     P = 0, hence u = 1. If all training images are of one class, this class has P = 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
-        max_iter: Maximum number of L-BFGS steps. scikit-learn warns if they are too few.
-        max_bank: Maximum number of training images. If there are more, this number of them is drawn
-            at random with ``seed``.
+        max_iter: Maximum number of L-BFGS steps. scikit-learn warns if more steps are needed.
+        max_bank: Maximum number of training images. From a larger set, this number of images is
+            drawn at random with ``seed``.
 
-    Source: the linear probe of Radford et al., ICML 2021, evaluated at the class that the VLM
-    predicts. The regression runs in float32 on centred embeddings. Centring does not change the
-    optimum, because the intercept has no penalty, and the optimum is reached in fewer steps. The
-    time of a fit grows with the number of images times the number of classes.
+    Source: the linear probe of Radford et al., ICML 2021, evaluated at the class predicted by the
+    VLM. The regression runs in float32 on centred embeddings. Centring does not change the optimum,
+    because the intercept has no penalty, and the optimum is reached in fewer steps. The time of a
+    fit grows with the number of images times the number of classes.
 
     Examples:
         >>> import numpy as np, vilu

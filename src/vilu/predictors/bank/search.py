@@ -21,9 +21,10 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
 AllowedPairs = Callable[[slice, slice], Tensor]
-"""Function that says which bank rows may be neighbours of which queries.
+"""Function that selects the allowed pairs of queries and bank rows.
 
-Its arguments are a slice of b queries and a slice of n bank rows. Its result is a mask (b, n).
+The arguments are a slice of b queries and a slice of n bank rows. The result is a mask (b, n): true
+where the bank row may be a neighbour of the query.
 """
 
 QUERY_BLOCK_ROWS = 1_024
@@ -33,9 +34,9 @@ BANK_BLOCK_ROWS = 8_192
 
 
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
-    """Draw at most ``max_rows`` of the training rows at random, and keep them in their order.
+    """Draw at most ``max_rows`` of the training rows at random, in ascending order.
 
-    Returns the drawn rows and their positions (M,) among the rows of ``train``. Warns if rows are
+    Returns the drawn rows, and the positions (M,) of the drawn rows in ``train``. Warns if rows are
     left out.
     """
     n = len(train.index)
@@ -58,8 +59,8 @@ def class_labels(train: Rows) -> Tensor:
 def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks: positions among the rows (a slice) and unit-norm images (b, D) float32.
 
-    Embeddings are normalised again, because rounding to float16 can change their norm by up to
-    1e-3. Such an error would change the distances between near neighbours.
+    Embeddings are normalised again, because rounding to float16 can change the norm by up to 1e-3.
+    Such an error would change the distances between near neighbours.
     """
     for start in range(0, len(train.index), SCORING_BATCH):
         index = train.index[start : start + SCORING_BATCH]
@@ -87,12 +88,12 @@ def nearest_in_bank(
     """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
     The queries are (B, D), and the bank is (N, D). The cosines are float32 and descending. If N is
-    less than k, the results have N columns. A pair that is not ``allowed`` gets the cosine minus
+    less than k, the results have N columns. Pairs outside ``allowed`` get the cosine minus
     infinity.
 
     The search is exact and runs on the device of the queries. Only one block of similarities
     (``query_rows``, ``bank_rows``) is in memory at a time. Bank rows with equal cosines are in the
-    order of their indices. The cosines of two equal bank rows may differ in the last bit, because a
+    order of the indices. The cosines of two equal bank rows may differ in the last bit, because a
     matrix product rounds differently at the edge of a block.
     """
     similarities = []
@@ -108,12 +109,12 @@ def nearest_in_bank(
 
 
 def distance(similarity: Tensor) -> Tensor:
-    """Euclidean distance between unit vectors, from their cosine."""
+    """Euclidean distance between unit vectors, from the cosine."""
     return squared_distance(similarity).sqrt()
 
 
 def squared_distance(similarity: Tensor) -> Tensor:
-    """Squared Euclidean distance between unit vectors, from their cosine."""
+    """Squared Euclidean distance between unit vectors, from the cosine."""
     return (2 - 2 * similarity).clamp(min=0)
 
 
@@ -125,7 +126,7 @@ def _nearest_to_queries(
     first_query: int,
     bank_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """As ``nearest_in_bank``, for one block of queries that begins at the index ``first_query``."""
+    """As ``nearest_in_bank``, for a block of queries from the index ``first_query`` on."""
     query = normalize(query, dim=1)
     query_slice = slice(first_query, first_query + len(query))
     # the k most similar rows of the blocks so far
@@ -139,7 +140,7 @@ def _nearest_to_queries(
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
         similarity_in_block, index_in_block = k_largest(similarity, k)
         # Rows of earlier blocks come first in the concatenation, and the sort is stable. So equal
-        # similarities stay in the order of their indices.
+        # similarities stay in the order of the indices.
         joint_similarity = torch.cat([best_similarity, similarity_in_block], dim=1)
         joint_index = torch.cat([best_index, start + index_in_block], dim=1)
         sorted_similarity, order = joint_similarity.sort(dim=1, descending=True, stable=True)
@@ -149,12 +150,12 @@ def _nearest_to_queries(
 
 
 def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of every row, descending, and their column indices.
+    """The k largest values of every row, descending, and the column indices of these values.
 
     For ``values`` (B, n), both results are (B, k).
 
-    Equal values are in the order of their indices. ``topk`` does not define which of several equal
-    values it returns. So a row is sorted in full if its values of rank k and k + 1 are equal.
+    Equal values are in the order of the indices. ``topk`` does not define the order of equal
+    values. So a row is sorted in full if the values of rank k and k + 1 are equal.
     """
     if k >= values.shape[1]:
         largest, index = values.sort(dim=1, descending=True, stable=True)
@@ -164,7 +165,7 @@ def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value_after_k = largest[:, k]
     is_tied = (value_k == value_after_k) & (value_after_k > -math.inf)
     # The results are sorted by ascending index, and then stably by descending value. So equal
-    # values stay in the order of their indices.
+    # values stay in the order of the indices.
     index, index_order = index[:, :k].sort(dim=1)
     largest = largest[:, :k].gather(1, index_order)
     largest, value_order = largest.sort(dim=1, descending=True, stable=True)

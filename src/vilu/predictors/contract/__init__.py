@@ -1,1 +1,1 @@
-"""What all predictors have in common: their base class, parameters, and record of fitted rows."""
+"""The common parts of all predictors: base class, parameters, and record of fitted rows."""

@@ -1,4 +1,4 @@
-"""Data to calibrate a predictor on: its uncertainties on labelled rows, and their failures."""
+"""Data to calibrate a predictor: uncertainties and failures of labelled rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Scorer(Protocol):
     def scored(
         self, data: EmbeddingSource, rows: Tensor | None = None
     ) -> Iterator[tuple[Batch, Floats]]:
-        """Yield batches of the rows, each with its uncertainties (B,)."""
+        """Yield batches of the rows, each batch with the uncertainties (B,)."""
 
 
 def log_odds(probability: Floats) -> Floats:
@@ -40,8 +40,8 @@ def scores_and_failures(
     """(N,) uncertainties and (N,) failures of the rows.
 
     An unknown uncertainty is NaN, and an unknown failure is -1. Both are computed for the rows in
-    the mask ``is_unseen`` (N,). For image-caption pairs both are computed for all rows, since every
-    pool needs all its rows.
+    the mask ``is_unseen`` (N,). For image-caption pairs both are computed for all rows, since a
+    pool is only scored as a whole.
     """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
@@ -56,20 +56,20 @@ def scores_and_failures(
 def failure_of_pictures(
     calibration: EmbeddingSource, is_unseen: NDArray[np.bool_], uncertainty: Floats, failure: Ints
 ) -> Ints:
-    """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
+    """(N,) failure of a single row of every picture, and -1 (unknown) for all other rows.
 
-    So every picture counts once, by one of its rows. If one of its rows is a failure, such a row is
-    taken, and otherwise its first row. In pools a failure depends on the other captions of the
-    pool, so the first row is always taken. Only rows in the mask ``is_unseen`` (N,) with a known
-    uncertainty (N,) and a known ``failure`` (N,) are considered.
+    So every picture counts once. The chosen row is the first failure of the picture, or the first
+    row of a picture without failures. In pools a failure depends on all captions of the pool, so
+    the first row is always chosen. The choice is among the rows in the mask ``is_unseen`` (N,) with
+    a known uncertainty (N,) and a known ``failure`` (N,).
     """
     is_known = is_unseen & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known_rows = np.flatnonzero(is_known)
     picture = calibration.picture_identities(known_rows)
-    priority = failure[known_rows]  # of the rows of a picture, one with a 1 is taken
+    priority = failure[known_rows]  # a row with priority 1 is chosen
     has_pools = calibration.pool_size is not None
     if has_pools:
-        priority = np.zeros_like(known_rows)  # without a 1, the first row is taken
+        priority = np.zeros_like(known_rows)  # without priorities, the first row is chosen
     rows = known_rows[one_per_picture(picture, priority)]
     failure_of_row = np.full(len(calibration), UNKNOWN)
     failure_of_row[rows] = failure[rows]
@@ -77,10 +77,10 @@ def failure_of_pictures(
 
 
 def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Ints]:
-    """(M,) uncertainties and (M,) failures of those rows for which both are known.
+    """(M,) uncertainties and (M,) failures of the rows with both values known.
 
     Raises:
-        DataError: If there are no such rows.
+        DataError: If no row has both values.
     """
     scores = real_vector(uncertainty, "uncertainty")
     failures = check_codes(failure, "failure", 1)

@@ -21,7 +21,7 @@ from vilu.predictors.nn.pooled import PooledLogits
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
     """The method has no Shapley values. The message gives the reason.
 
-    An explanation then has all its parts but the attribution.
+    An explanation then lacks only the attribution.
     """
 
 
@@ -31,44 +31,44 @@ IMAGE = "image"
 TEXTS = "texts"
 NONE_OF_CLASSES = "none of the classes"
 PLAYER_OF_INPUT = {"logits": ZERO_SHOT, "image": IMAGE}
-"""For methods with one input: maps the name of the input in ``looks_at`` to the player."""
+"""For methods with a single input: maps the name of the input in ``looks_at`` to the player."""
 PLAYER_OF_HEAD_INPUT = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
-"""Maps the name of an input of a ``FailureHead`` to the player that it belongs to."""
+"""Maps the name of an input of a ``FailureHead`` to the player with this input."""
 
 LOG_ODDS = "log-odds of failure"
-"""Unit of values that are log-odds, not uncertainties."""
+"""Unit of values, if the values are log-odds instead of uncertainties."""
 
 ScoredBatch = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
 LayerTerms = dict[str, Tensor]
-"""Maps a player to the term (B, H) that its inputs add to the first hidden layer of a head."""
+"""Maps a player to a term (B, H), a summand of the first hidden layer of a head."""
 
 
 class Coalitions(ABC):
-    """Players, which are groups of inputs of a score, and the values of their coalitions."""
+    """Players, which are groups of inputs of a score, and the values of all coalitions."""
 
     players: tuple[str, ...]
     unit: str  # unit of the values
-    meaning: str  # what the values mean, in one sentence of an explanation
-    background_batch = 1  # number of background rows that are scored in one batch
+    meaning: str  # meaning of the values, as a sentence of an explanation
+    background_batch = 1  # number of background rows in a scored batch
 
     @abstractmethod
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store the background rows, whose inputs replace the inputs of missing players."""
+        """Store the background rows. Their inputs replace the inputs of missing players."""
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
         """(2^G, B) float64 on the CPU: values v(S) of all coalitions S of G players.
 
         Bit i of the first index says whether player i is in S. Some subclasses compute the values
-        from the batch, others from its scores (B,).
+        from ``batch``, and some from ``scores`` (B,).
         """
 
 
 class SingleCoalitions(Coalitions):
-    """The coalitions of a score with one player.
+    """The coalitions of a score with a single player.
 
-    The whole difference between the score and the background mean belongs to that player.
+    The whole difference between the score and the background mean belongs to the player.
     """
 
     unit = "uncertainty"
@@ -92,15 +92,15 @@ class SingleCoalitions(Coalitions):
 
 
 class HeadCoalitions(Coalitions):
-    """Coalitions of the inputs of one ``FailureHead``, or of an ensemble of them.
+    """Coalitions of the inputs of a ``FailureHead``, or of an ensemble of heads.
 
-    A coalition S has its value in the interventional game (Janzing et al., AISTATS 2020):
+    A coalition S has the value of the interventional game (Janzing et al., AISTATS 2020):
 
         v(S) = 1/M sum_b link(g(z_b))
 
-    b is one of M background rows. z_b has the inputs of the players in S from the explained row,
-    and all other inputs from row b. v(S) is averaged over the heads g. The link is the identity for
-    the logit of one head, and the sigmoid for an ensemble.
+    b runs over M background rows. z_b has the inputs of the players in S from the explained row,
+    and the remaining inputs from row b. v(S) is averaged over the heads g. The link is the identity
+    for the logit of a single head, and the sigmoid for an ensemble.
 
     The players are "image" z_v, "texts" (the attended text and the predicted caption), and
     "zero-shot score" (the MCM input). The first layer is a sum over the inputs, so an input is
@@ -123,12 +123,12 @@ class HeadCoalitions(Coalitions):
         self._background: list[LayerTerms] = []  # terms of the background rows, for every head
 
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store what the background rows add to the first layer of every head."""
+        """Store the terms of the background rows in the first layer of every head."""
         with torch.no_grad():
             self._background = [self._background_terms(head, background) for head in self.heads]
 
     def _background_terms(self, head: FailureHead, background: list[ScoredBatch]) -> LayerTerms:
-        """Terms (M, H) that M background rows add to the first layer of a head, by player."""
+        """Terms (M, H) of M background rows in the first layer of a head, by player."""
         terms_of_batches = [first_layer_terms(head, batch) for batch, _ in background]
         terms: LayerTerms = {}
         for player in self.players:
@@ -149,7 +149,7 @@ class HeadCoalitions(Coalitions):
     def _value(
         self, head: FailureHead, own_terms: LayerTerms, background_terms: LayerTerms, coalition: int
     ) -> Tensor:
-        """(B,) float64 v(S) of one head for the ``coalition`` S: bit i says if player i is in S.
+        """(B,) float64 v(S) of a single head. Bit i of ``coalition`` says if player i is in S.
 
         ``own_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
         """
@@ -162,11 +162,11 @@ class HeadCoalitions(Coalitions):
                 member_part = member_part + own_terms[player]
             else:
                 missing_part = missing_part + background_terms[player]
-        # All coalitions use tensors of the same shape. They then round alike, and a player without
-        # effect gets exactly zero.
+        # All coalitions use tensors of the same shape. All coalitions then round alike, and a
+        # player without effect gets exactly zero.
         member_part = member_part.expand_as(own_terms[IMAGE])  # (B, H)
         missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
-        # number of rows whose pairs with all background rows are in memory together
+        # number of rows in memory at a time, together with all background rows
         block_rows = max(TILE_CELLS // (len(missing_part) * member_part.shape[1]), 1)
         means = []
         for block in member_part.split(block_rows):
@@ -178,13 +178,13 @@ class HeadCoalitions(Coalitions):
 
 
 def is_member(player: int, coalition: int) -> bool:
-    """Whether the player with this number is in the ``coalition``, by the bit of this number."""
+    """Whether the player is in the coalition: whether bit ``player`` of ``coalition`` is 1."""
     bit = (coalition >> player) & 1
     return bool(bit)
 
 
 def first_layer_terms(head: FailureHead, batch: Batch) -> LayerTerms:
-    """What every player adds to the first hidden layer of a head.
+    """The terms of every player in the first hidden layer of a head.
 
     The sum over the players plus the bias is ``head.first_layer``.
     """
@@ -202,10 +202,10 @@ def first_layer_terms(head: FailureHead, batch: Batch) -> LayerTerms:
 class PoolCoalitions(Coalitions):
     """Coalitions of the summands of the pooled logits of ViLU+ or ViLU-zero (``PooledLogits``).
 
-    The players are the summands: tempered zero-shot logits ("zero-shot score"), what was learned
-    about the candidates for any image ("texts"), and what the image adds ("image"). f(S) is the
-    log-odds of failure of the judged answer, under the softmax of the sum of the summands in S. f
-    of the empty coalition is 0. The value of a coalition S is
+    The players are the three summands of the logits: the tempered zero-shot logits ("zero-shot
+    score"), the learned effect of the candidates for any image ("texts"), and the effect of the
+    image ("image"). f(S) is the log-odds of failure of the judged answer, under the softmax of the
+    sum of the summands in S. f of the empty coalition is 0. The value of a coalition S is
 
         v(S) = f(S) + mean over background rows b of [f_b(all) - f_b(S)]
 
@@ -213,15 +213,16 @@ class PoolCoalitions(Coalitions):
 
     1. v(all) is the score of the row.
     2. v of the empty coalition is the mean score of the background rows.
-    3. A player whose effect on this row equals its mean effect on the background rows gets zero.
+    3. A player gets zero if the player's effect on this row equals the mean effect on the
+       background rows.
 
-    Unlike in ``HeadCoalitions``, inputs are not replaced by those of other images. The summands are
-    logits of classes, so a summand of one image has no meaning beside the zero-shot logits of
+    Unlike in ``HeadCoalitions``, no input is replaced by an input of another image. The summands
+    are logits of classes. A summand of one image has no meaning beside the zero-shot logits of
     another image.
 
-    ``parts`` computes the summands of a batch. ``outside_log_odds``, if it is given, computes the
-    log-odds (B,) that an image is of none of the classes. Then "none of the classes" is a further
-    player. If this player is in S, f(S) counts "outside" as a further wrong answer.
+    ``parts`` computes the summands of a batch. ``outside_log_odds`` computes the log-odds (B,) that
+    an image is outside all classes. If ``outside_log_odds`` is given, "none of the classes" is a
+    further player. If this player is in S, f(S) counts "outside" as a further wrong answer.
     """
 
     unit = LOG_ODDS
@@ -243,7 +244,7 @@ class PoolCoalitions(Coalitions):
         self._mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store the mean over the background rows of f(S), for every coalition S."""
+        """Store the mean of f(S) over the background rows, for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
         self._mean = torch.cat(log_odds, dim=1).mean(dim=1)
 
@@ -267,8 +268,9 @@ class PoolCoalitions(Coalitions):
                         logits = logits + summand
                 values.append(failure_log_odds(logits, batch).cpu())
             if self.outside_log_odds is not None:
-                # "none of the classes" is the last player, which is the highest bit. Therefore all
-                # coalitions without this player come first, and the same coalitions with it follow.
+                # "none of the classes" is the last player, and the highest bit. Therefore all
+                # coalitions without this player come first. The same coalitions with this player
+                # follow.
                 outside = self.outside_log_odds(batch).cpu()
                 with_outside = [log_odds_with_outside(log_odds, outside) for log_odds in values]
                 values += with_outside

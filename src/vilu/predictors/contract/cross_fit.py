@@ -37,14 +37,14 @@ def cross_fitted(
 ) -> HeldOutAnswers:
     """Zero-shot and adapted answers for held-out rows, judged by copies of the predictor.
 
-    Each copy is fitted without the rows that it judges. No further fold is fitted once there are
+    Each copy judges only rows held out of its fit. No further fold is fitted once there are
     ``ENOUGH_HELD_OUT`` held-out rows.
 
     Args:
-        predictor: The predictor; it is not changed.
+        predictor: The predictor, which is not changed.
         train: Labelled rows.
         folds: Pairs of rows of ``train`` to fit on and held-out rows (``labelled_folds``).
-        unlabelled: Rows without labels that every fit uses too.
+        unlabelled: Rows without labels, for use in every fit.
     """
     zero_shot_of_folds = []
     adapted_of_folds = []

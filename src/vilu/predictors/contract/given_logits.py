@@ -52,13 +52,13 @@ def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
 
 
 def inputs_of(method: type[Any]) -> frozenset[str]:
-    """The inputs ``looks_at`` that the class itself states; empty if it states none."""
+    """The inputs ``looks_at`` defined in the class itself; empty without such a definition."""
     inputs: frozenset[str] = vars(method).get("looks_at", frozenset())
     return inputs
 
 
 def _methods_on_logits() -> str:
-    """Names of the methods whose only inputs are logits, for a message."""
+    """Names of the methods with logits as their only inputs, for a message."""
     names = []
     for name in METHODS.names():
         if inputs_of(METHODS[name]) == {"logits"}:
@@ -67,7 +67,7 @@ def _methods_on_logits() -> str:
 
 
 def _methods_on_vectors() -> str:
-    """Names of the methods that need vectors of the rows, but no texts, for a message."""
+    """Names of the methods with vectors of the rows as inputs, but no texts, for a message."""
     names = []
     for name in METHODS.names():
         if "image" in inputs_of(METHODS[name]):
@@ -78,17 +78,17 @@ def _methods_on_vectors() -> str:
 def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: EmbeddingSource) -> None:
     """Refuse data with given logits, unless the logits are of the classes of the fit.
 
-    A candidate without an embedding is identified by its position alone. The classes must therefore
-    be the same, in the same order.
+    A candidate without an embedding is identified only by position. The classes must therefore be
+    the same, in the same order.
 
     Args:
         method: Name of the fitted method.
-        fit_notes: The notes of its fit, which include the description by ``candidates_of``.
+        fit_notes: The notes of the fit, including the description by ``candidates_of``.
         data: The rows to score.
 
     Raises:
-        ProvenanceError: If only the fit or only ``data`` has given logits, or if their classes
-            differ.
+        ProvenanceError: If only the fit or only ``data`` has given logits, or if both have given
+            logits of different classes.
     """
     fitted_on_logits = is_of_given_logits(fit_notes)
     has_logits = not data.has_texts
@@ -106,7 +106,7 @@ def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: Embeddi
 
 
 def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` is of given logits: its sketch is empty."""
+    """Whether a description by ``candidates_of`` is of given logits: the sketch is empty."""
     return bool(candidates.get("texts") == [])
 
 
@@ -130,7 +130,7 @@ KIND_IN_WORDS: dict[DataKind, str] = {
 
 
 def require_kind(method: type[Any], data: EmbeddingSource) -> None:
-    """Refuse a table of answers for a method of embeddings, and embeddings for one of tables."""
+    """Refuse a table for a method of embeddings, and embeddings for a method of tables."""
     if method.takes == data.holds:
         return
     suitable_methods = list(METHODS_OF_TABLES)

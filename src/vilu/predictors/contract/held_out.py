@@ -14,14 +14,14 @@ from vilu.errors import UNKNOWN
 
 
 class JudgedAnswers(NamedTuple):
-    """Uncertainties and failures of N answers of one kind."""
+    """Uncertainties and failures of N answers of the same kind."""
 
     uncertainty: NDArray[np.float64]  # (N,)
-    failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if it is right
+    failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if the answer is right
 
     @property
     def is_known(self) -> NDArray[np.bool_]:
-        """(N,) which answers have an uncertainty, and are known to be right or wrong."""
+        """(N,) which answers have an uncertainty and a known failure."""
         known: NDArray[np.bool_] = np.isfinite(self.uncertainty) & (self.failure != UNKNOWN)
         return known
 
@@ -33,7 +33,8 @@ class HeldOutAnswers(NamedTuple):
         zero_shot: The zero-shot answers.
         adapted: The adapted answers.
         has_every_class: Whether every candidate had a label in every fit. Otherwise the adapted
-            answers are wrong for rows of the missing classes, so the two kinds cannot be compared.
+            answers are wrong for rows of the missing classes, so adapted and zero-shot answers
+            cannot be compared.
     """
 
     zero_shot: JudgedAnswers
@@ -41,7 +42,7 @@ class HeldOutAnswers(NamedTuple):
     has_every_class: bool = True
 
     def judged(self, answer: AnswerKind) -> JudgedAnswers:
-        """The answers of one kind, "zero_shot" or "adapted"."""
+        """The answers of the kind ``answer``, "zero_shot" or "adapted"."""
         if answer == "adapted":
             return self.adapted
         return self.zero_shot
@@ -53,7 +54,7 @@ class HeldOutAnswers(NamedTuple):
         zero_shot: NDArray[np.int64],
         target: NDArray[np.int64],
     ) -> HeldOutAnswers:
-        """Both kinds of answers, judged by one posterior: u = 1 - q_a for an answer a.
+        """Both kinds of answers, judged by a posterior q: u = 1 - q_a for an answer a.
 
         Args:
             log_q: (N, K) log probabilities of the candidates.

@@ -1,4 +1,4 @@
-"""Rows to learn from: which rows are usable and labelled, and which of them are held out."""
+"""Rows to learn from: the usable and labelled rows, and the held-out part of these rows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ GROUP_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
 
 
 def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -> EmbeddingSource:
-    """The validation set without the rows that are also in the training set ``train``.
+    """The validation set without the rows of the training set ``train``.
 
     Raises:
-        ProvenanceError: If the two sets are of different embedding spaces.
+        ProvenanceError: If ``validation`` and ``train`` are of different embedding spaces.
         DataError: If more than 1 % of the validation rows are in the training set.
     """
     train_name = "the training set"
@@ -49,7 +49,7 @@ def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
-    """Refuse unlabelled rows with another embedding space or other candidates than ``train``."""
+    """Refuse unlabelled rows if ``train`` has another embedding space or different candidates."""
     train.space.require_match(
         unlabelled.space, name="the training set", other_name="the unlabelled rows"
     )
@@ -59,7 +59,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
     if len(train_text) == len(unlabelled_text):
         cosine = (train_text * unlabelled_text).sum(dim=1)
         n_alike = int((cosine >= SAME_TEXT_COSINE).sum())
-    # image-caption pairs have no shared texts, so they are never comparable
+    # image-caption pairs have no shared texts, and are therefore never comparable
     are_comparable = n_alike > 0 and n_alike == len(train_text)
     if not are_comparable:
         raise DataError(
@@ -70,7 +70,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
 
 
 def _shared_texts(source: EmbeddingSource) -> Tensor:
-    """(K, D) texts of the candidates that all rows share; (0, D) for image-caption pairs."""
+    """(K, D) texts of the candidates shared by all rows; (0, D) for image-caption pairs."""
     if source.pool_size is not None:
         return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
     no_rows = torch.arange(0)
@@ -78,20 +78,21 @@ def _shared_texts(source: EmbeddingSource) -> Tensor:
 
 
 Needs = Literal["failure", "class", "nothing"]
-"""What must be known of a training row: whether its answer is wrong, its class, or nothing."""
+"""Requirement for a training row: a known failure, a known class, or nothing."""
 
 
 def trainable_rows(
     source: EmbeddingSource, role: str, needs: Needs = "class", columns: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Indices (M,) of the rows that a fit can learn from, and their failures (M,).
+    """Indices (M,) of the rows for a fit, and the failures (M,) of these rows.
 
-    If ``needs`` is "nothing", these are all usable rows. Otherwise they are the usable rows with a
-    known failure ("failure") or a known class ("class"). Rows of none of the classes have a
-    failure, but no class.
+    If ``needs`` is "nothing", the result has all usable rows. Otherwise the result has the usable
+    rows with a known failure ("failure") or a known class ("class"). A row outside all classes has
+    a failure, but no class.
 
-    If ``columns`` has "answer", the failures are those of the answers in this column, and otherwise
-    those of the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing".
+    If ``columns`` has "answer", the failures belong to the answers in this column. Otherwise the
+    failures belong to the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is
+    "nothing".
 
     Warns if rows are left out. Messages name the set by its ``role``, such as "training".
     """
@@ -132,12 +133,12 @@ def trainable_rows(
 
 
 def count_right_answers(failure: Tensor) -> dict[str, int]:
-    """Count the known failures (M,), and the right answers among them, as plain JSON."""
+    """Count the known failures (M,), and the right answers among the known failures, as JSON."""
     return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
 
 
 def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """Count the rows that were left over when pools were filled, and the other unusable rows.
+    """Count the rows left over after filling the pools, and the other unusable rows.
 
     Raises:
         DataError: If there are no rows, fewer than two candidates, or too many unusable rows.
@@ -162,7 +163,7 @@ def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
 def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Indices (M,) of the rows of some batches, and their failures (M,).
 
-    Where several processes fit together, each of them computes the failures of its share.
+    Where several processes fit together, each process computes the failures of a share of the rows.
     """
     world = current_world()
     rows = [torch.empty(0, dtype=torch.int64)]
@@ -181,7 +182,7 @@ def degenerate_rate(failure: Tensor, method: str, *, allowed: bool) -> float | N
     method in messages.
 
     Raises:
-        DataError: If the failures are all equal, unless this is ``allowed``.
+        DataError: If the failures are all equal, unless ``allowed`` is true.
     """
     n_rows = len(failure)
     n_failures = int(failure.sum())
@@ -217,12 +218,12 @@ def warn_of_few_rows(failure: Tensor, method: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """The column "answer" if the fit reads it, which means that it judges given answers."""
+    """The column "answer" if the fit reads this column, in order to judge given answers."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
 def class_texts(train: Rows) -> Tensor:
-    """(K, D) texts of the training classes, by which a method recognises classes in any order."""
+    """(K, D) texts of the training classes, to recognise the classes in any order."""
     no_rows = train.index[:0]
     return train.source.candidates(no_rows).text.clone()
 
@@ -232,9 +233,9 @@ def fit_and_selection(
 ) -> tuple[Rows, Rows | None]:
     """Rows to fit on, and rows for model selection.
 
-    The rows for selection are the validation set. Without one, a ``fraction`` of the training rows
-    is held out. Rows whose failures are all equal cannot select anything. In this case all training
-    rows are for the fit, and the rows for selection are None.
+    The rows for selection are the validation set. Without a validation set, a ``fraction`` of the
+    training rows is held out. If the failures of the rows for selection are all equal, selection is
+    impossible. In this case all training rows are for the fit, and the rows for selection are None.
 
     ``failure`` (M,) are the failures of the training rows. ``seed`` chooses the held-out rows.
     """
@@ -257,10 +258,10 @@ def fit_and_selection(
 
 
 def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> Tensor:
-    """Mask (M,) of a random ``fraction`` of the training rows, which have failures (M,).
+    """Mask (M,) of a random ``fraction`` of the training rows, given the failures (M,).
 
     Raises:
-        DataError: If the other rows have only failures, or only successes.
+        DataError: If the rows left to fit on have only failures, or only successes.
     """
     pool_size = train.source.pool_size
     generator = torch.Generator().manual_seed(seed)
@@ -271,8 +272,8 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
     positions = hold_out(failure, fraction, pool_size, generator, groups)
     is_held_out = torch.zeros(len(train.index), dtype=torch.bool)
     is_held_out[positions] = True
-    # Both failures and successes must be left. With pools one kind is enough, because every pass
-    # over the rows draws new pools, in which other answers fail.
+    # Both failures and successes must be left. With pools a single kind is enough, because every
+    # pass over the rows draws new pools, and different answers fail in new pools.
     min_kinds = 2 if pool_size is None else 1
     if len(failure[~is_held_out].unique()) < min_kinds:
         raise DataError(
@@ -290,7 +291,7 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random ``fraction`` of M rows, which have failures (M,).
+    """Sorted positions (H,) of a random ``fraction`` of M rows, given the failures (M,).
 
     Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
     stay together.
@@ -304,8 +305,8 @@ def hold_out(
     if groups is None:
         groups = torch.arange(len(failure))
     _, first_indices = np.unique(groups.numpy(), return_index=True)
-    first_rows = torch.from_numpy(first_indices)  # the first row of a group decides its failure
-    chosen_rows = []  # first rows of the groups that are held out
+    first_rows = torch.from_numpy(first_indices)  # a group takes the failure of its first row
+    chosen_rows = []  # first rows of the held-out groups
     for is_failure in (0, 1):
         candidates = first_rows[failure[first_rows] == is_failure]
         order = torch.randperm(len(candidates), generator=generator)
@@ -333,30 +334,30 @@ def _hold_out_pools(
     else:
         positions_in_order = whole_groups(groups[order], max_rows=n_rows_held_out)
         chosen_rows = order[positions_in_order]
-    if len(chosen_rows) < pool_size:  # too few rows for one pool
+    if len(chosen_rows) < pool_size:  # too few rows for a pool
         chosen_rows = chosen_rows[:0]
     return chosen_rows.sort().values
 
 
 def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
-    """Sorted indices of the rows of whole groups that together have at most ``max_rows`` rows.
+    """Sorted indices of the rows of some whole groups, together at most ``max_rows`` rows.
 
     ``groups`` (M,) has the number of the group of every row. Groups are taken in the order of their
-    first rows. A group that has more rows than are left to take is skipped.
+    first rows. A group with more rows than are left to take is skipped.
     """
     _, group_of_row = torch.unique(groups, return_inverse=True)
     sizes = group_of_row.bincount()
-    # the first row of a group is the smallest index of its rows
+    # the first row of a group is the smallest index of a row in the group
     after_last = torch.full((len(sizes),), len(groups))
     all_rows = torch.arange(len(groups))
     first_row = after_last.scatter_reduce(0, group_of_row, all_rows, reduce="amin")
     is_taken = torch.zeros(len(sizes), dtype=torch.bool)
     rows_left = max_rows
-    # groups that may still be taken, in the order of their first rows
+    # groups not yet taken or skipped, in the order of their first rows
     waiting_groups = first_row.argsort()
     waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
     while len(waiting_groups):
-        # Take as many of the next groups as fit together. That is at least one group, since every
+        # Take as many of the next groups as fit together. At least one group fits, since every
         # waiting group fits alone.
         groups_to_take = waiting_groups[sizes[waiting_groups].cumsum(0) <= rows_left]
         is_taken[groups_to_take] = True
@@ -370,15 +371,15 @@ def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
 def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK_ROWS) -> Tensor:
     """(M,) int64 numbers of groups: equal for rows with equal captions, compared as float16.
 
-    A row whose caption is the text of a class is a group of its own. If all rows of such a caption
-    were held out together, the class could not be learned.
+    A caption equal to the text of a class makes a row a group of its own. If all rows of such a
+    caption were held out together, the class could not be learned.
 
     The number is a hash of the D 16-bit numbers x of a caption, with fixed random odd factors a:
 
         sum_i a_i x_i mod 2^64
 
     Two different captions have the same hash with a probability below 2^-48. The only effect would
-    be that both are in one group.
+    be a group with both captions.
     """
     rng = np.random.default_rng(0)
     halves = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64)
@@ -389,16 +390,16 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
         captions = (source.caption_rows(block).half() + 0).numpy()
         hashes.append(captions.view(np.uint16).astype(np.uint64) @ factors)
     groups = torch.from_numpy(np.concatenate(hashes).view(np.int64))
-    # the number of a row that is a group of its own is its index
+    # a row in a group of its own has its index as the number of the group
     return torch.where(source.of_classes(rows), rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     """(B,) float64 log((1 - p) / p), with the probability p of the judged answer of the batch.
 
-    p comes from the softmax of ``logits`` (B, K). These may differ from the zero-shot logits, so
-    the answer need not have the largest logit. The result is exact also where p would round to zero
-    or one.
+    p comes from the softmax of ``logits`` (B, K). ``logits`` may differ from the zero-shot logits,
+    so the answer need not have the largest logit. The result is exact also where p would round to 0
+    or 1.
     """
     if batch.matches is None:  # all candidates are different answers
         answer_column = batch.prediction[:, None].to(logits.device)
@@ -417,7 +418,7 @@ def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    Large odds stay exact in this way. u itself would round to one, and its odds would be infinite.
+    Large odds stay exact in this way. A computed u would round to 1, with infinite odds.
 
     Args:
         log_odds: (B,) log((1 - q) / q).
@@ -428,7 +429,7 @@ def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
     return torch.logaddexp(log_odds, outside_term)
 
 
-FOLDED_ROWS = 5_000  # with more rows, only one fold is held out
+FOLDED_ROWS = 5_000  # with more rows, only a single fold is held out
 N_FOLDS = 5
 
 
@@ -440,15 +441,15 @@ def cross_fitting(
     needs: Needs = "class",
     folded_rows: int = FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
-    """Split rows into pairs: rows to fit on, and rows that are held out of this fit.
+    """Split rows into pairs: rows to fit on, and rows held out of this fit.
 
-    1. With a validation set there is one pair: all training rows, and the validation set.
-    2. Up to ``folded_rows`` training rows there is one pair for each of five folds.
-    3. With more rows there is one pair. Its held-out rows are a fifth of the training rows, but at
-       most ``folded_rows``.
+    1. With a validation set there is a single pair: all training rows, and the validation set.
+    2. Up to ``folded_rows`` training rows there is a pair for each of five folds.
+    3. With more rows there is a single pair. The held-out rows are a fifth of the training rows,
+       but at most ``folded_rows``.
 
     Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the
-    failure of its first row counts for the picture.
+    failure of the first row counts for the picture.
     """
     if validation is not None:
         rows, _ = trainable_rows(
@@ -459,8 +460,8 @@ def cross_fitting(
     first_row, picture_of_row = train.pictures()
     n_pictures = len(first_row)
     order = torch.randperm(n_pictures, generator=generator)
-    # Successes are sorted before failures. Dealing out the pictures in this order, one to each fold
-    # in turn, stratifies the folds.
+    # Successes are sorted before failures. The pictures are dealt out to the folds in this order.
+    # So the folds are stratified.
     shuffled_failure = failure[first_row][order]
     order = order[shuffled_failure.argsort(stable=True)]
     fold_of_picture = torch.empty(n_pictures, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a method: checked and converted by the annotations of its dataclass."""
+"""Hyper-parameters of a method, checked and converted by the annotations of the dataclass."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vilu.validation import LARGEST_SEED
 
 
 class Parametrised(Protocol):
-    """A dataclass whose fields are parameters, with a ``name``."""
+    """A dataclass with a ``name``, and with parameters as fields."""
 
     name: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-# the class of the predictor that is made; public signatures show this name
+# the class of the new predictor; public signatures show this name
 Made = TypeVar("Made", bound=Parametrised)
 
 
@@ -54,7 +54,7 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     for name in names:
         if name not in known_parameters:
             suggestion = did_you_mean(name, known_parameters)
-            if not suggestion:  # no known name is near: the message lists all of them
+            if not suggestion:  # no known name is similar: the message lists all names
                 listing = ", ".join(known_parameters) or "none"
                 suggestion = f" It has: {listing}."
             raise UsageError(f"{cls.name} has no parameter {name!r}.{suggestion}")
@@ -90,7 +90,7 @@ def _plain_value(value: object) -> object:
 
 
 def _parsed_value(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples of the command line. pydantic parses all other values later."""
+    """Parse "none" and tuples of the command line. pydantic parses all remaining values later."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -102,20 +102,20 @@ def _parsed_value(value: object, *, is_tuple: bool) -> object:
 def _type_and_checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and its checker. Cached, because making a checker is slow."""
     hint = _annotated_type(cls, name)
-    # in all methods the seed has the range that every random number generator accepts
+    # in all methods the seed has the range accepted by every random number generator
     if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
 
 def _annotated_type(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
-    """The annotated type of a parameter, evaluated in the module of the class that declares it.
+    """The annotated type of a parameter, evaluated in the module of the declaring class.
 
-    Annotations of other attributes are not evaluated, since some of their types are imported only
-    for type checkers.
+    Annotations of all other attributes are left alone, since some types are imported only for type
+    checkers.
     """
     owner = next(base for base in cls.__mro__ if name in get_annotations(base))
-    # an object with this annotation alone
+    # an object with this annotation only
     stand_in = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
     module_names = vars(sys.modules[owner.__module__])
     return get_type_hints(stand_in, module_names, include_extras=True)[name]
@@ -151,10 +151,10 @@ def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa
 
 
 def set_params(self: Made, **values: object) -> Made:
-    """Change parameters by name, as in scikit-learn. Their values are checked at the next use.
+    """Change parameters by name, as in scikit-learn. The values are checked at the next use.
 
     Raises:
-        UsageError: If there is no such parameter.
+        UsageError: If no parameter has the given name.
 
     Examples:
         >>> import vilu
@@ -168,7 +168,7 @@ def set_params(self: Made, **values: object) -> Made:
 
 
 def constructor_call(self: Parametrised) -> str:
-    """The ``repr`` of a predictor: the call that makes it, with parameters that are not default."""
+    """The ``repr`` of a predictor: a call of its constructor with all non-default parameters."""
     arguments = []
     for name, parameter in parameters(self).items():
         value = getattr(self, name)
@@ -178,7 +178,7 @@ def constructor_call(self: Parametrised) -> str:
 
 
 def refuse_scikit_learn(self: Parametrised) -> object:
-    """Refuse use in scikit-learn: its cross-validation, searches and pipelines call this first.
+    """Refuse use in scikit-learn. Cross-validation, searches and pipelines call this method first.
 
     Raises:
         UsageError: Always.

@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.seen import Overlap, Sketches
     from vilu.predictors.persistence.fit_sample import FitSample
 
-# Modules that are needed only for a fit, a file or an explanation are imported inside functions. A
-# program that only computes scores from logits then imports a third of the modules.
+# Functions import the modules needed only for a fit, a file or an explanation. A program that only
+# computes scores from logits then imports a third of the modules.
 
 CONSTANT = "constant"
-"""Name of the saved tensor of a fit that had nothing to learn: one score, for all rows."""
+"""Name of the saved tensor of a constant fit: the score of all rows, if nothing can be learned."""
 CLASSES = "classes"
 """Name of the saved tensor with the embedded texts of the classes."""
 
 FEWEST_CANDIDATES = 2
-"""Minimum number of candidates. With one candidate no other answer is possible, and u is NaN."""
+"""Minimum number of candidates. A single candidate leaves no other answer, and u is NaN."""
 
 logger = logging.getLogger(__name__)
 RowsLike = ArrayLike | Tensor
@@ -71,7 +71,7 @@ class Learnt(NamedTuple):
     Attributes:
         tensors: The tensors to save, on the CPU.
         notes: Notes for people to read, as plain JSON.
-        held_out: Uncertainties and failures of held-out rows, where the fit computes them anyway.
+        held_out: Uncertainties and failures of held-out rows; None where the fit computes none.
     """
 
     tensors: dict[str, Tensor]
@@ -84,26 +84,28 @@ class FailurePredictor(ABC):
     """Base class of the methods, which estimate from embeddings how likely an answer is wrong.
 
     Higher uncertainty means that the answer is more likely wrong. The parameter ``answer`` chooses
-    which answer is judged:
+    the judged answer:
 
     - "zero_shot", the default: the candidate of the largest logit.
     - "adapted": argmax_j q_j, where q is the posterior of the method (``log_posterior``). Only
-      methods with ``has_posterior`` have one.
+      methods with ``has_posterior`` have a posterior.
     - "given": the answer in the column "answer" of the data.
 
     A subclass is a dataclass of hyper-parameters. ``get_params``, ``set_params`` and ``repr`` are
-    as in scikit-learn, and ``sklearn.base.clone`` works. Names of attributes that ``fit`` sets end
-    in an underscore. A method has to define ``name``, ``summary``, ``reference`` and ``_score``. A
-    method that learns also defines ``_learn``, and ``tensors`` or ``module``. All other attributes
-    have defaults. ``graph``, ``coalitions`` and ``looks_at`` are used only if the class itself
-    defines them, since inherited ones may be wrong for the class.
+    as in scikit-learn, and ``sklearn.base.clone`` works. Attributes set by ``fit`` have names that
+    end in an underscore. A method has to define ``name``, ``summary``, ``reference`` and
+    ``_score``. A method that learns also defines ``_learn``, and ``tensors`` or ``module``. All
+    remaining attributes have defaults. Exports, explanations and given logits need ``graph``,
+    ``coalitions`` and ``looks_at`` in the class itself. Inherited definitions do not count, since
+    they may be wrong for the subclass.
 
     Parameters of the same name have the same meaning in all methods:
 
     - ``seed`` decides everything random in ``fit``.
-    - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". It is not saved.
+    - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". The device is not saved.
     - ``allow_degenerate`` is for methods that learn from failures. If all or none of the training
-      rows are failures, the fit is then a constant. Otherwise such training rows are refused.
+      rows are failures, the fit is then a constant. Without ``allow_degenerate`` such training rows
+      are refused.
     - ``max_bank`` is the maximum number of training images to keep; a larger set is sampled with
       ``seed``.
 
@@ -112,29 +114,27 @@ class FailurePredictor(ABC):
         summary: One line for ``vilu list predictors``.
         reference: Where the method comes from, in a few words.
         cost: What fitting and scoring cost, in a few words.
-        columns: Columns that the data must have in addition to the embeddings
+        columns: Columns required in the data, in addition to the embeddings
             (``vilu.embeddings.columns``).
-        optional_columns: Columns that the method uses where the data have them.
-        no_captions: Why the method cannot work on image-caption pairs; None where it can.
-        closed_set: Whether the method scores only the classes that it was fitted on.
+        optional_columns: Columns used by the method where the data have these columns.
+        no_captions: Why the method cannot work on image-caption pairs; None where captions work.
+        closed_set: Whether the method scores only the classes of its fit.
         is_probability: Whether the uncertainty estimates P(failure).
-        has_posterior: Whether the method has a posterior of its own over the candidates, that is,
-            whether it defines ``log_posterior``.
+        has_posterior: Whether the method defines ``log_posterior``, a posterior of the candidates.
         learns_failure: Whether the method learns to tell failures from successes. Such a method
             needs training rows of both kinds.
         looks_at: The inputs of the score: "logits", "image", or both. Empty if the score also uses
-            the embeddings of the candidates. Only methods that state their inputs work on given
-            logits (``vilu.Embeddings.from_logits``).
-        depends_on_answer: Whether the score depends on which answer is judged.
-        tensors: Names of the saved tensors, without the weights of its ``module``.
-        needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
-            ``_learn``.
+            the embeddings of the candidates. A method works on given logits
+            (``vilu.Embeddings.from_logits``) only if ``looks_at`` is not empty.
+        depends_on_answer: Whether the score depends on the judged answer.
+        tensors: Names of the saved tensors, without the weights of ``module``.
+        needs_fit: Whether the method defines ``_learn``, and must be fitted before scoring.
         needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
-        takes: What the rows of its data are: "embeddings", or "answers" of a table.
+        takes: Kind of the data rows: "embeddings", or "answers" of a table.
         learned_: The saved tensors by name, without the weights of the network.
-        network_: The ``module`` with its weights, ready to score; None without a module.
+        network_: The ``module`` with fitted weights, ready to score; None without a module.
         space_: Embedding space of the training data; None before a fit.
         seen_: Sketches of the rows used by ``fit``, by kind of identity; empty where the rows
             cannot be recognised.
@@ -144,8 +144,8 @@ class FailurePredictor(ABC):
         held_out_: Uncertainties and failures of held-out rows; None where the fit computed none.
         calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
             before ``calibrate_probability``.
-        sample_: Image vectors of random rows of the fit, at most 2 MB, with which near copies of
-            these rows are detected; None if no sample is stored.
+        sample_: Image vectors of random rows of the fit, at most 2 MB, for the detection of near
+            copies; None if no sample is stored.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -181,7 +181,7 @@ class FailurePredictor(ABC):
     uses_unlabelled: ClassVar[bool] = False
     takes: ClassVar[DataKind] = "embeddings"
     # Names, types and shapes of the saved tensors, in the notation of ``state.require_forms``. A
-    # class that defines them needs no ``tensors``.
+    # class with ``_forms`` needs no ``tensors``.
     _forms: ClassVar[str] = ""
 
     answer: AnswerKind = dataclasses.field(default="zero_shot", kw_only=True)
@@ -218,10 +218,10 @@ class FailurePredictor(ABC):
         cls.has_posterior = cls.log_posterior is not FailurePredictor.log_posterior
         forms = vars(cls).get("_forms", "").split()
         if forms:
-            # a form begins with the name of its tensor and a colon
+            # a form begins with the name of the tensor and a colon
             cls.tensors = tuple(form.split(":")[0] for form in forms)
-        # __repr__ is set here, because the dataclass decorator would otherwise add its own. A class
-        # keeps a __repr__ that it defines itself. mypy does not allow to assign a method.
+        # __repr__ is set here, because the dataclass decorator would otherwise add a __repr__. A
+        # __repr__ defined in the class itself is kept. mypy does not allow to assign a method.
         own_repr = vars(cls).get("__repr__", parameters.constructor_call)
         cls.__repr__ = own_repr  # type: ignore[method-assign]
 
@@ -242,8 +242,8 @@ class FailurePredictor(ABC):
         labels get unknown failures. ``validation`` are rows for model selection, if the caller has
         any.
         """
-        # Not abstract, because methods that score without a fit do not define it. ``fit`` calls it
-        # only if the class defines it (``needs_fit``).
+        # Not abstract, because methods that score without a fit do not define ``_learn``. ``fit``
+        # calls ``_learn`` only if the class defines it (``needs_fit``).
         raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(
@@ -251,14 +251,14 @@ class FailurePredictor(ABC):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,  # noqa: ARG002
     ) -> nn.Module | None:
-        """A new network, whose weights are saved; None for a method without a network.
+        """A new network, to be saved with the predictor; None for a method without a network.
 
         The initial weights must come from a ``torch.Generator`` of the method, since the global
         generator of torch is not seeded.
 
         Args:
-            tensors: The tensors that the network will hold. Their shapes may decide the sizes of
-                its layers. Empty before a fit.
+            tensors: The tensors that the network will hold. The sizes of layers may depend on the
+                shapes of these tensors. Empty before a fit.
             space: Space of the embeddings.
 
         Examples:
@@ -282,7 +282,7 @@ class FailurePredictor(ABC):
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module that maps a batch to scores (N,) float64 and can be exported as ONNX.
+        """A module that computes scores (N,) float64 from a batch, for export as ONNX.
 
         Many methods can use ``own_graph``.
 
@@ -327,12 +327,12 @@ class FailurePredictor(ABC):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of the code that computes the scores, without the modules that they import."""
+        """Modules of the code that computes the scores, without the modules imported there."""
         return (type(self).__module__,)
 
     @property
     def needs(self) -> Needs:
-        """What a training row must have: nothing, a known failure, or a known class."""
+        """The requirement for a training row: nothing, a known failure, or a known class."""
         if not self.needs_labels:
             return "nothing"
         if self.learns_failure:
@@ -356,7 +356,7 @@ class FailurePredictor(ABC):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Columns that data must have to be scored."""
+        """Columns required in data to be scored."""
         return self.columns
 
     def log_posterior(self, batch: Batch) -> Tensor:  # noqa: ARG002 - subclasses use the argument
@@ -376,7 +376,7 @@ class FailurePredictor(ABC):
         raise self._no_posterior_error()
 
     def judged(self, batch: Batch) -> Batch:
-        """The batch with the answers that are judged, as the parameter ``answer`` says.
+        """The batch with the answers to judge, chosen by the parameter ``answer``.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior.
@@ -395,9 +395,9 @@ class FailurePredictor(ABC):
             return batch.judging(likeliest_candidate)
 
     def judging(self, answer: AnswerKind) -> Self:
-        """A copy with the same fit that judges another kind of answers.
+        """A copy with the same fit for another kind of judged answers.
 
-        The copy loses the calibration, which holds for one kind of answers only.
+        The copy loses the calibration, because a calibration holds for a single kind of answers.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior, or if the method
@@ -432,7 +432,7 @@ class FailurePredictor(ABC):
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, settings_class: type[Settings], **replacements: object) -> Settings:
-        """Make settings of a class, whose fields are named like parameters of this predictor.
+        """Make settings of a class with fields named like parameters of this predictor.
 
         A field gets its replacement, if there is one, and otherwise the value of the parameter of
         the same name. The field ``device`` gets the resolved device.
@@ -461,23 +461,23 @@ class FailurePredictor(ABC):
         A method without ``_learn`` only stores the embedding space.
 
         Args:
-            train: Rows to learn from. Rows without the label that the method ``needs`` are left
-                out with a warning.
-            validation: Rows for model selection. At most 1 % of them may be training rows, which
-                are left out with a warning. Without validation rows, a method that selects holds
-                out a part of ``train``.
-            unlabelled: Further rows with the same candidates, whose labels are ignored. For methods
-                with ``uses_unlabelled``.
+            train: Rows to learn from. Rows without the label required by ``needs`` are left out
+                with a warning.
+            validation: Rows for model selection. At most 1 % of these rows may be training rows.
+                Such training rows are left out with a warning. Without validation rows, a method
+                that selects holds out a part of ``train``.
+            unlabelled: Further rows with the same candidates, for methods with ``uses_unlabelled``.
+                The labels of these rows are ignored.
 
         Warns:
             UserWarning: If training rows are left out.
 
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
-                image-caption pairs, or it cannot use unlabelled rows.
-            DataError: If nothing can be learned from the rows (no rows, one candidate, over 1 %
-                unusable rows, or no labels), if over 1 % of the validation rows are training rows,
-                or if a column that the method needs is missing.
+                image-caption pairs, or the method cannot use unlabelled rows.
+            DataError: If nothing can be learned from the rows (no rows, a single candidate, over
+                1 % unusable rows, or no labels), if over 1 % of the validation rows are training
+                rows, or if a required column is missing.
             ProvenanceError: If the sets of rows come from different embedding spaces.
 
         Examples:
@@ -528,9 +528,9 @@ class FailurePredictor(ABC):
         require_comparable(train, unlabelled)
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Learn from the rows that have what the method ``needs``.
+        """Learn from the rows with the label required by ``needs``.
 
-        Sketches and a sample of the rows are stored, by which these rows are recognised later.
+        Stores sketches and a sample of the rows, to recognise the rows later.
         """
         from vilu.predictors.contract import labelled, seen
         from vilu.predictors.persistence.fit_sample import FitSample
@@ -584,7 +584,7 @@ class FailurePredictor(ABC):
         from vilu.predictors.persistence.state import StateLayout
 
         if self._is_constant(tensors):
-            form = f"{CONSTANT}:d"  # one float64 number
+            form = f"{CONSTANT}:d"  # a float64 number
             layout = StateLayout(self.name, (CONSTANT,), form, make_network=None)
         else:
             layout = StateLayout(self.name, self.tensor_names(), self._forms, self.module)
@@ -592,12 +592,12 @@ class FailurePredictor(ABC):
         self.space_ = space
 
     def _is_constant(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the tensors of a fit that had nothing to learn."""
+        """Whether these tensors belong to a constant fit."""
         return self.learns_failure and tensors.keys() == {CONSTANT}
 
     @property
     def constant_(self) -> float | None:
-        """The score of all rows after a fit that had nothing to learn; None after other fits."""
+        """The score of all rows after a constant fit; otherwise None."""
         if not self._is_constant(self.learned_):
             return None
         return float(self.learned_[CONSTANT])
@@ -640,7 +640,7 @@ class FailurePredictor(ABC):
         """Write to a folder and return the fingerprint.
 
         Raises:
-            UsageError: If parameters were changed after the fit, so that they contradict it.
+            UsageError: If parameters were changed after the fit, and now contradict the fit.
 
         Examples:
             >>> import tempfile, vilu
@@ -655,7 +655,7 @@ class FailurePredictor(ABC):
         return save(self, folder)
 
     def require_fitted(self) -> None:
-        """Refuse a predictor that needs ``fit`` and was not fitted."""
+        """Refuse an unfitted predictor if the method needs ``fit``."""
         if self.needs_fit and self.space_ is None:
             raise NotFittedError(
                 f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one."
@@ -682,22 +682,22 @@ class FailurePredictor(ABC):
     ) -> NDArray[np.float64] | Tensor:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
-        The uncertainty is NaN where the embedding is not usable (``data.status``). If there is only
-        one candidate, all uncertainties are NaN, since no other answer is possible.
+        The uncertainty is NaN where the embedding is not usable (``data.status``). With a single
+        candidate, all uncertainties are NaN, since no other answer is possible.
 
         Args:
             data: Embeddings. A fitted predictor also takes bare image embeddings (N, D) of its
-                space, as an array or a tensor. For a tensor the scores are computed on its device,
-                and the result is a tensor on the same device.
-            text: Candidates (K, D) of image embeddings, all different. By default they are the
-                classes of the fit, where the method keeps their texts.
+                space, as an array or a tensor. A tensor is scored on its own device, and the result
+                is a tensor on the same device.
+            text: Candidates (K, D) of image embeddings, all different. By default the candidates
+                are the classes of the fit, where the method keeps their texts.
 
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
             UsageError: If a hyper-parameter is out of range, or the method does not work on
                 image-caption pairs, or there are no candidates.
-            DataError: If the data lack a column that the method needs, or a shape is wrong.
+            DataError: If the data lack a required column, or a shape is wrong.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -742,7 +742,7 @@ class FailurePredictor(ABC):
 
     @torch_defaults()
     def uncertainty_of(self, data: NewImages) -> Tensor:
-        """Uncertainty (N,) float64 of new images, on their device.
+        """Uncertainty (N,) float64 of new images, on the device of the images.
 
         The uncertainty is NaN where the embedding is not usable.
 
@@ -768,7 +768,7 @@ class FailurePredictor(ABC):
         """Yield batches of rows on ``device_``, each with its uncertainties (B,) float64.
 
         By default all usable rows are scored. Memory does not grow with the number of rows. A batch
-        keeps the zero-shot answer that the score has computed.
+        keeps the zero-shot answer computed for the score.
 
         Raises:
             DataError: If a score is not finite. All errors of ``predict_uncertainty`` are raised
@@ -804,14 +804,14 @@ class FailurePredictor(ABC):
         read_blocks = data.batches
         block_rows = SCORING_BATCH
         if self.looks_at == {"logits"}:
-            # Such scores spend most of their time on reading memory. Blocks whose logits stay in
-            # the processor's cache are therefore faster.
+            # Such scores spend most of their time on reading memory. Blocks are therefore faster if
+            # their logits stay in the processor's cache.
             read_blocks = data.many
             block_rows = rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
         for block in read_blocks(block_rows, rows=rows, columns=columns):
             batch = block.to(device)
-            n_candidates = batch.text.shape[-2]  # equal captions of a pool are one candidate
+            n_candidates = batch.text.shape[-2]  # equal captions of a pool are a single candidate
             if n_candidates < FEWEST_CANDIDATES:
                 nan_scores = torch.full((len(batch.index),), torch.nan, dtype=torch.float64)
                 yield batch, nan_scores.to(device)
@@ -822,7 +822,7 @@ class FailurePredictor(ABC):
             yield judged_batch, scores
 
     def _require_finite(self, n_broken: int) -> None:
-        """Refuse scores if any of them is not finite."""
+        """Refuse scores if ``n_broken`` is not zero."""
         if n_broken:
             raise DataError(
                 f"{self.name} gave {n_broken} scores that are not finite: "
@@ -850,7 +850,7 @@ class FailurePredictor(ABC):
         """The embedding space of the fit.
 
         Raises:
-            UsageError: If there is none.
+            UsageError: If the predictor has no embedding space.
         """
         if self.space_ is None:
             raise UsageError(
@@ -864,7 +864,7 @@ class FailurePredictor(ABC):
         """The fitted network.
 
         Raises:
-            DataError: If there is none.
+            DataError: If the predictor has no network.
         """
         if self.network_ is None:
             raise DataError(
@@ -877,7 +877,7 @@ class FailurePredictor(ABC):
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Find which of the ``rows`` (M,), by default all, were used to fit.
+        """Find the ``rows`` (M,) that were used to fit; by default among all rows.
 
         If the fit used more than 16,384 rows, only a sample of these rows is recognised.
 
@@ -915,7 +915,7 @@ class FailurePredictor(ABC):
         )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
-        """Refuse data that the method cannot work on."""
+        """Refuse data that the method cannot use."""
         if self.takes != data.holds:
             from vilu.predictors.contract.given_logits import require_kind
 
@@ -937,12 +937,12 @@ class FailurePredictor(ABC):
                 raise DataError(f"{self.name} needs the column {column!r}. {remedy}.")
 
     def check_answer(self) -> None:
-        """Refuse adapted answers of a method that has no posterior."""
+        """Refuse adapted answers if the method has no posterior."""
         if self.answer == "adapted" and not self.has_posterior:
             raise self._no_posterior_error()
 
     def _no_posterior_error(self) -> UsageError:
-        """The error for adapted answers of a method that has no posterior."""
+        """The error for adapted answers of a method without a posterior."""
         from vilu.registry import METHODS
 
         names = [name for name in METHODS.names() if METHODS[name].has_posterior]
@@ -953,12 +953,13 @@ class FailurePredictor(ABC):
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
-        """Refuse to score with invalid settings, without a fit, or on other data than the fit's."""
+        """Refuse invalid settings, a missing fit, and data that do not match the fit."""
         parameters.check_parameters(self)
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
-        # a score of the logits alone may be fitted on some classes and used on others
+        # a score computed only from logits may be fitted on some classes and used on different
+        # classes
         scores_any_classes = self.looks_at == {"logits"} and not self.closed_set
         if self.needs_fit and not scores_any_classes:
             from vilu.predictors.contract.given_logits import require_same_logits
@@ -997,9 +998,9 @@ class FailurePredictor(ABC):
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-        After calibration this is the calibrated probability. Before calibration it is the
-        uncertainty, if the uncertainty is a probability. The bias of a weighted loss is then
-        removed (``_log_weight``).
+        After calibration the result is the calibrated probability. Before calibration the result is
+        the uncertainty, if the uncertainty is a probability. The bias of a weighted loss is removed
+        (``_log_weight``).
 
         Raises:
             UsageError: If the uncertainty of this method is not a probability, and the predictor
@@ -1015,7 +1016,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) that ``failure_probability`` returns before calibration.
+        """P(failure) (N,) without calibration; otherwise like ``failure_probability``.
 
         Examples:
             >>> import vilu
@@ -1040,8 +1041,8 @@ class FailurePredictor(ABC):
     def calibrate_probability(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 
-        Rows that were used to fit are left out with a warning. All rows of one picture count as one
-        row. This row is a failure if any row of the picture is one.
+        Rows that were used to fit are left out with a warning. All rows of a picture count as a
+        single row. This row is a failure if any row of the picture is a failure.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit, or no row has an uncertainty
@@ -1089,7 +1090,7 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """Inputs (N,) of the calibrator: uncertainties as they are, or log-odds of probabilities.
+        """Inputs (N,) of the calibrator: unchanged uncertainties, or log-odds of probabilities.
 
         The bias of a weighted loss is subtracted from log-odds.
         """

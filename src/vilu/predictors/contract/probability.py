@@ -24,7 +24,7 @@ MIN_ISOTONIC_ROWS = 1000  # with fewer rows, the steps of isotonic regression wo
 
 
 class Form(NamedTuple):
-    """A logistic form: the log-odds of failure are a linear function of features of the score."""
+    """A logistic form: the log-odds of failure are linear in features of the score."""
 
     features: Callable[[Floats], Floats]  # from scores (N,) to features (N, F)
     has_intercept: bool  # whether the linear function has an intercept
@@ -33,9 +33,9 @@ class Form(NamedTuple):
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def expit(log_odds: Floats) -> Floats:
-    """1 / (1 + exp(-x)), exact also near zero and one.
+    """1 / (1 + exp(-x)), exact also near 0 and 1.
 
-    It replaces the function of SciPy, whose import takes half a second.
+    Replaces the function of SciPy, because the import of SciPy takes half a second.
     """
     exponential = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
     probability: Floats = np.where(log_odds < 0, exponential, 1.0) / (1 + exponential)
@@ -60,7 +60,7 @@ FORMS = {
     "platt": Form(_as_column, has_intercept=True, needs_log_odds=False),
     "beta": Form(_logarithms, has_intercept=True, needs_log_odds=True),
 }
-"""The logistic forms, the smoothest one first.
+"""The logistic forms, sorted by smoothness, the smoothest form first.
 
 Temperature scaling and beta calibration need a probability (Guo et al. 2017; Kull et al. 2017).
 """
@@ -71,7 +71,7 @@ class _FitFacts(Model):
 
     n: int = Field(ge=1)  # number of calibration rows
     n_failures: int = Field(ge=0)
-    # held-out log-loss of every form that was tried, by name
+    # held-out log-loss of every tried form, by name
     log_loss: dict[str, float] = Field(default_factory=dict)
 
 
@@ -93,10 +93,9 @@ class Logistic(_FitFacts):
 
 
 def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
-    """The calibrator that leaves the probabilities of a method as they are.
+    """The calibrator that leaves all probabilities of a method unchanged.
 
-    ``failure`` (N,) are the failures of the calibration rows. The calibrator only states their
-    number.
+    ``failure`` (N,) are the failures of the calibration rows, of which only the numbers are stored.
     """
     return Logistic(
         form="temperature",
@@ -108,7 +107,7 @@ def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
 
 
 class Isotonic(_FitFacts):
-    """A non-decreasing function of the score: linear between knots, constant outside of them."""
+    """A non-decreasing function of the score: linear between knots, constant outside the knots."""
 
     form: Literal["isotonic"]
     score: tuple[float, ...] = Field(min_length=1)  # of the knots, ascending
@@ -130,8 +129,8 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
     Platt scaling is always tried. Temperature scaling and beta calibration are tried if the scores
     are log-odds. Isotonic regression is tried with at least 1,000 rows. With fewer than 20 failures
-    or 20 successes no forms are compared: temperature scaling is fitted to log-odds, and Platt
-    scaling to other scores.
+    or 20 successes no forms are compared. Then temperature scaling is fitted to log-odds, and Platt
+    scaling to any other scores.
 
     Args:
         score: (N,) finite scores; higher = more likely wrong.
@@ -163,7 +162,7 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
 
 def _smoothest_good_form(losses: dict[str, Floats]) -> str:
-    """The smoothest form whose mean log-loss is within one standard error of the least.
+    """The smoothest form with a mean log-loss within one standard error of the least.
 
     ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
     computed from the differences to the losses of the best form, row by row. So rows that are hard
@@ -179,7 +178,7 @@ def _smoothest_good_form(losses: dict[str, Floats]) -> str:
 
 
 def read_calibrator(value: object) -> Calibrator:
-    """Read a calibrator from plain JSON; raises DataError for anything else."""
+    """Read a calibrator from plain JSON; raises DataError for any other value."""
     try:
         calibrator = _READER.validate_python(value)
     except ValidationError as error:
@@ -194,7 +193,7 @@ def read_calibrator(value: object) -> Calibrator:
 
 
 def _require_knots(calibrator: Isotonic) -> None:
-    """Refuse knots unless their scores rise, and there is one probability for every score."""
+    """Refuse knots unless the scores rise, and every score has a probability."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
     is_rising = bool((np.diff(calibrator.score) > 0).all())
     if not (has_pairs and is_rising):
@@ -202,7 +201,7 @@ def _require_knots(calibrator: Isotonic) -> None:
 
 
 def _require_weights(calibrator: Logistic) -> None:
-    """Refuse a number of weights that is not the number of features of the form."""
+    """Refuse the calibrator unless its form has as many features as weights."""
     features = FORMS[calibrator.form].features(np.zeros(1))
     n_weights = len(calibrator.weights)
     if n_weights != features.shape[1]:
@@ -221,7 +220,7 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
     fold_of_row = np.empty(len(score), np.int64)
     for is_failure in (0, 1):
         rows = np.flatnonzero(failure == is_failure)
-        # the shuffled rows are dealt out, one to each fold in turn
+        # the shuffled rows are dealt out to the folds in turn
         fold_of_row[rng.permutation(rows)] = np.arange(len(rows)) % N_FOLDS
     losses = np.empty(len(score))
     for fold in range(N_FOLDS):
@@ -236,9 +235,9 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
     """Fit an isotonic regression, with probabilities from 1 / (N + 2) to 1 - 1 / (N + 2).
 
-    It replaces the function of SciPy, whose import takes half a second.
+    Replaces the function of SciPy, because the import of SciPy takes half a second.
     """
-    # the different scores, and the number of rows and of failures at each of them
+    # the different scores, and for each score the number of rows and of failures
     unique_score, index_of_row, n_rows = np.unique(score, return_inverse=True, return_counts=True)
     n_wrong = np.bincount(index_of_row, weights=failure).astype(np.int64)
     rate = _rising_rates(n_wrong, n_rows)
@@ -263,13 +262,13 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     """(V,) non-decreasing error rates at V ascending scores, by pooling adjacent violators.
 
     The result is the least-squares fit. ``n_wrong`` (V,) and ``n_rows`` (V,) are the counts at the
-    scores. Every pass joins all violators to the pools before them.
+    scores. Every pass joins all violators to the preceding pools.
     """
     pool_wrong = n_wrong
     pool_rows = n_rows
     begins_pool = _begins_pool(pool_wrong, pool_rows)
     while not begins_pool.all():
-        # join a pool to the pool before it, if its rate is not above that pool's rate
+        # join a pool to the preceding pool, unless the preceding pool has a lower rate
         first_index = np.flatnonzero(begins_pool)
         pool_wrong = np.add.reduceat(pool_wrong, first_index)
         pool_rows = np.add.reduceat(pool_rows, first_index)
@@ -283,7 +282,7 @@ def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArr
     """(V,) for each rate, whether it begins a new pool.
 
     The rates are ``n_wrong`` (V,) / ``n_rows`` (V,). The first rate begins a pool, and so does
-    every rate above the rate before it.
+    every rate above the preceding rate.
     """
     # For the rates w1 / n1 and w0 / n0, "w1 n0 > w0 n1" is the same as "above", and is exact.
     is_above = n_wrong[1:] * n_rows[:-1] > n_wrong[:-1] * n_rows[1:]
@@ -291,7 +290,7 @@ def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArr
 
 
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
-    """Fit a calibrator of one form: isotonic regression, or logistic regression without a penalty.
+    """Fit a calibrator: isotonic regression, or logistic regression without a penalty.
 
     ``form`` is a key of ``FORMS``, or "isotonic". The targets of the logistic regression are
     smoothed (``_smoothed_targets``).
@@ -304,10 +303,10 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     )
     negative_indices = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
-    # and the other feature is fitted again (Kull et al.).
+    # and the remaining feature is fitted again (Kull et al.).
     if form == "beta" and len(negative_indices):
         dropped_index = int(negative_indices[0])
-        remaining_index = 1 - dropped_index  # index of the other one of the two features
+        remaining_index = 1 - dropped_index  # the two features have the indices 0 and 1
         refitted_weights, intercept = _least_log_loss(
             features[:, [remaining_index]], failure, with_intercept=True
         )
@@ -368,8 +367,8 @@ def _newton_weights(x: Floats, target: Floats) -> Floats:
         gradient = x.T @ (p - target)
         variance = p * (1 - p)
         curvature = x.T @ (x * variance[:, None])
-        # Equal scores give a direction without curvature, in which ``solve`` would fail. Least
-        # squares make no step in this direction.
+        # Equal scores give a direction without curvature. ``solve`` would fail there. Least squares
+        # make no step in this direction.
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
         result = _newton_step(weights, step, loss, x, target)
         if result is None:
@@ -381,9 +380,10 @@ def _newton_weights(x: Floats, target: Floats) -> Floats:
 def _newton_step(
     weights: Floats, step: NDArray[np.floating], last_loss: float, x: Floats, target: Floats
 ) -> tuple[Floats, float] | None:
-    """Weights after a Newton step, and their log-loss; None if the loss decreases no further.
+    """Weights and log-loss after a Newton step; None if the loss decreases no further.
 
-    A full step may be too long. It is halved until the loss is below ``last_loss``, up to 11 times.
+    A full step may be too long. The step is halved until the loss is below ``last_loss``, at most
+    11 times.
     """
     for n_halvings in range(12):
         candidate = weights - step / 2**n_halvings

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     """Sorted indices of ``n`` random usable labelled rows per class.
 
-    If a class has fewer rows, all its rows are taken. All usable rows of none of the classes are
-    taken as well.
+    If a class has fewer rows, all rows of the class are taken. All usable rows outside the classes
+    are taken as well.
 
-    A larger ``n`` only adds rows. The rows that ``seed`` chooses of one class do not depend on the
+    A larger ``n`` only adds rows. The rows chosen from a class by ``seed`` do not depend on the
     other classes.
     """
     require_at_least("shots", n, 1)
@@ -48,7 +48,7 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     chosen_rows = []
     for label in range(source.n_candidates):
         rows_of_class = rows[target == label]
-        # one generator per class, so that the order does not depend on the rows of other classes
+        # a generator for each class, so that the order depends only on the rows of the class
         order = np.random.default_rng([seed, label]).permutation(len(rows_of_class))
         chosen_rows.append(rows_of_class[order[:n]])
     _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen_rows], n)
@@ -68,29 +68,30 @@ def _warn_of_small_classes(sizes: list[int], n: int) -> None:
 
 # Constants of the recognition of rows: sizes in rows, and limits and texts of messages.
 
-MAX_HASHES = 16_384  # maximum number of hashes that a predictor keeps of the rows of its fit
-BLOCK_ROWS = 2**20  # number of rows whose hashes are in memory at the same time
+MAX_HASHES = 16_384  # maximum number of hashes of fit rows in a predictor
+BLOCK_ROWS = 2**20  # number of rows with hashes in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max  # hashes have 63 bits
 
 MAX_SHARED = 0.01
-"""Largest share of rows that two sets may have in common.
+"""Largest share of rows in common between two sets.
 
-Real data contain some rows twice, which are left out. A larger share is a mistake and is refused.
+Real data contain some rows twice. Such rows are left out. A larger share is a mistake and is
+refused.
 """
 
-SHOWN_NAMES = 3  # number of row names that a message lists
+SHOWN_NAMES = 3  # number of row names listed in a message
 
 WHY_NOT_FIT_ROWS = "It learned from them, so nothing measured on them holds for others."
-"""The reason, in messages, why a measurement refuses rows that a predictor was fitted on."""
+"""The reason, in messages, why a measurement refuses rows of the predictor's fit."""
 
 
 @dataclass(frozen=True)
 class RowSketch:
-    """Bottom-k sketch of a set of rows: its smallest 63-bit hashes, sorted, and its number of rows.
+    """Bottom-k sketch of a set of rows: the smallest 63-bit hashes, sorted, and the number of rows.
 
-    A set of up to 16,384 rows has all its hashes in the sketch. The sketch of a larger set is a
-    uniform sample, since hashes are uniform. Such a sketch knows all hashes of the set up to its
-    own largest hash. Of a row with a larger hash it is unknown whether the row is in the set.
+    The sketch of a set of up to 16,384 rows has all hashes of the set. The sketch of a larger set
+    is a uniform sample, since hashes are uniform. Such a sketch has all hashes of the set up to the
+    largest hash in the sketch. For a row with a larger hash, membership in the set is unknown.
     """
 
     hashes: torch.Tensor  # (min(number of different rows, MAX_HASHES),) int64, ascending
@@ -98,7 +99,7 @@ class RowSketch:
 
     @classmethod
     def of(cls, source: EmbeddingSource, kind: Identity) -> RowSketch:
-        """Sketch of all rows of a source, by the hashes of one kind of identity."""
+        """Sketch of all rows of a source, by the hashes of the identity ``kind``."""
         hashes = np.empty(0, np.int64)
         for _, hashes_of_block in _hash_blocks(source, kind, np.arange(len(source))):
             all_hashes = np.concatenate([hashes, hashes_of_block])
@@ -112,11 +113,11 @@ class RowSketch:
 
     @property
     def n_distinct(self) -> int:
-        """Number of different rows. Above 16,384 it is an estimate with a standard error of 1 %."""
+        """Number of different rows; above 16,384 an estimate with a standard error of 1 %."""
         if self.is_complete:
             return len(self.hashes)
-        # The k-th smallest of n uniform hashes is at about the share k / n of their range. If it is
-        # at the share s, (k - 1) / s is the unbiased estimate of n (Bar-Yossef et al., RANDOM
+        # The k-th smallest of n uniform hashes is at about the share k / n of the range of hashes.
+        # Given this share s, (k - 1) / s is the unbiased estimate of n (Bar-Yossef et al., RANDOM
         # 2002).
         share = self.hashes[-1].item() / LARGEST_HASH
         return min(round((MAX_HASHES - 1) / share), self.n_rows)
@@ -146,7 +147,7 @@ class RowSketch:
 def _hash_blocks(
     source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Yield for every block of ``rows`` (M,) its slice of ``rows``, and the hashes of its rows."""
+    """Yield for every block of ``rows`` (M,) the slice of ``rows``, and the hashes of the block."""
     for start in range(0, len(rows), BLOCK_ROWS):
         identities = source.identities(kind, rows[start : start + BLOCK_ROWS])
         # the highest bit is dropped, because torch has no unsigned 64-bit integers
@@ -155,9 +156,9 @@ def _hash_blocks(
 
 
 def _has_identity(source: EmbeddingSource, kind: Identity) -> NDArray[np.bool_]:
-    """(N,) whether the identity of a row distinguishes it from other rows.
+    """(N,) whether the identity of a row distinguishes the row from other rows.
 
-    All rows without a usable embedding have the same embedding, which identifies none of them.
+    All rows without a usable embedding have the same embedding, and therefore the same identity.
     """
     if kind == "embeddings":
         return np.isin(source.status, (VALID, SHORT_POOL))
@@ -166,10 +167,10 @@ def _has_identity(source: EmbeddingSource, kind: Identity) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which rows of a source are in another set, as far as that is known."""
+    """Which rows of a source are in another set, as far as known."""
 
     shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
-    n_comparable: int  # number of rows that could be compared with the other set
+    n_comparable: int  # number of rows comparable with the other set
     is_complete: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
@@ -221,16 +222,16 @@ def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) ->
 
 
 Sketches = Mapping[Identity, RowSketch]
-"""Maps a kind of identity to the sketch of a set of rows. It is empty if no rows are known."""
+"""Maps a kind of identity to the sketch of a set of rows; empty if no rows are known."""
 
 
 def make_sketches(source: EmbeddingSource) -> Sketches:
-    """Sketches of the rows of a source, one for every kind of identity that they have."""
+    """Sketches of the rows of a source, for every available kind of identity."""
     return {kind: RowSketch.of(source, kind) for kind in source.identified_by}
 
 
 MAX_ESTIMATED_REPEATS = 0.05
-"""Largest share of repeated rows without a warning, where the share is estimated from a sample.
+"""Largest share of repeated rows without a warning, if the share is estimated from a sample.
 
 This limit is five standard errors of the estimate.
 """
@@ -240,7 +241,7 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     """Warn if more than 1 % of the training rows are repeats, or 5 % by an estimate.
 
     The warning reports the number of different pictures, or of different image-caption pairs. Rows
-    that are recognised by their names alone are not checked.
+    recognised only by names are not checked.
     """
     if not source.has_vectors:
         return
@@ -251,7 +252,7 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     n_rows = row_sketch.n_rows
     n_distinct = row_sketch.n_distinct
     has_identity = _has_identity(source, kind)
-    if not has_identity.all():  # leave out rows without a usable embedding, which share one hash
+    if not has_identity.all():  # leave out rows without a usable embedding: all share a hash
         n_rows = int(has_identity.sum())
         n_distinct -= 1
     max_repeats = MAX_SHARED
@@ -275,9 +276,9 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
 
 
 def join_sketches(first: Sketches, second: Sketches) -> Sketches:
-    """Sketches of the union of two sets, for the kinds of identity that both sets have.
+    """Sketches of the union of two sets, for the kinds of identity in common.
 
-    If the sets have no kind in common, the sketches of each set are returned unchanged.
+    If the sets have no kind in common, all sketches of both sets are returned unchanged.
     """
     common_kinds = first.keys() & second.keys()
     if not common_kinds:
@@ -288,12 +289,12 @@ def join_sketches(first: Sketches, second: Sketches) -> Sketches:
 def common_identity(
     first: Collection[Identity], second: Collection[Identity], names: tuple[str, str]
 ) -> Identity | None:
-    """The most reliable kind of identity that both sets have; None if they have none in common.
+    """The most reliable kind of identity in both sets; None if the sets have no kind in common.
 
-    ``names`` are the names of the two sets in the message that is logged if rows can be compared by
-    their names alone.
+    ``names`` are the names of the two sets in a logged message. The message appears if rows can be
+    compared only by names.
     """
-    identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable one first
+    identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable kind first
     common_kinds = [kind for kind in identities if kind in first and kind in second]
     if not common_kinds:
         return None
@@ -308,11 +309,10 @@ def common_identity(
 
 
 def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor | None:
-    """Indices (S,) of the usable rows among those chosen by the mask ``is_unseen`` (N,).
+    """Indices (S,) of the usable rows in the mask ``is_unseen`` (N,).
 
-    Scoring divides its rows into blocks. If only these rows are scored, other rows cannot change
-    the blocks. For image-caption pairs the result is None, which means all rows, since pools are
-    made of all rows.
+    Scoring divides these rows into blocks, so that no other rows can change the blocks. For
+    image-caption pairs the result is None and means all rows, since pools are made of all rows.
     """
     if data.pool_size is not None:
         return None
@@ -323,9 +323,9 @@ def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor
 def overlap(
     first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]
 ) -> Overlap | None:
-    """Find the rows of the second source that are in the first; None if they are not comparable.
+    """Find the rows of ``second`` that are in ``first``; None if the sources are not comparable.
 
-    ``names`` are the names of the two sources in messages.
+    ``names`` are the names of ``first`` and ``second`` in messages.
     """
     kind = common_identity(first.identified_by, second.identified_by, names)
     if kind is None:
@@ -336,33 +336,33 @@ def overlap(
 
 
 def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ascending indices (M,) of one row per picture, a failure if one of its rows is a failure.
+    """Ascending indices (M,) of a single row per picture, a failure if the picture has a failure.
 
     Args:
         picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
-            counts as a picture of its own.
+            counts as a separate picture.
         failure: (N,) 1 where the answer is wrong. If no row is 1, the result has the first row of
             every picture.
     """
     rows_alone = np.flatnonzero(picture == UNKNOWN)
     known_rows = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known_rows] != 1
-    # The rows are sorted by picture, then failures before other rows, then by index. ``np.lexsort``
-    # sorts by its last key first. ``np.unique`` then finds the first row of every picture.
+    # The rows are sorted by picture, then failures before the rest, then by index. ``np.lexsort``
+    # sorts by the last key first. ``np.unique`` then finds the first row of every picture.
     order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([rows_alone, order[first_positions]]))
 
 
-SIMILARITY_ROWS = 100  # usable rows that ``similarity_range`` reads
+SIMILARITY_ROWS = 100  # usable rows read by ``similarity_range``
 
 
 def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     """Mean and standard deviation of the largest cosine of a row, over the first 100 usable rows.
 
-    The largest cosine of a row is its cosine with the nearest candidate.
+    The largest cosine of a row is the cosine with the nearest candidate.
     """
-    # at least one whole pool is read, where there are pools
+    # at least a whole pool is read, where there are pools
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     largest_cosine = (batch.image @ batch.text.T).amax(dim=1)
@@ -388,9 +388,9 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
     """Describe the candidates of the images, as plain JSON.
 
     The description has the number of candidates, the hash of their names, and a sketch of their
-    texts. The sketch is the mean text vector in eight fixed random directions, rounded. It does not
-    depend on the order of the candidates. Without texts (given logits) the sketch is empty. For
-    image-caption pairs the description is only the size of the pools.
+    texts. The sketch is the mean text vector in eight fixed random directions, rounded. The order
+    of the candidates has no effect on the sketch. Without texts (given logits) the sketch is empty.
+    For image-caption pairs the description is only the size of the pools.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
@@ -410,7 +410,7 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
 def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two descriptions by ``candidates_of`` may be of the same candidates.
 
-    Their texts are compared, or their names if one description has no texts.
+    The texts are compared, or the names if a description has no texts.
     """
     for size in ("n_candidates", "pool_size"):
         if first.get(size) != second.get(size):
@@ -434,8 +434,9 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
     """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
 
-    ``mean`` and ``deviation`` are the results of ``similarity_range`` for the rows of the fit. No
-    other check shows that embeddings without provenance come from another model of the same width.
+    ``mean`` and ``deviation`` are the results of ``similarity_range`` for the rows of the fit.
+    Embeddings without provenance may come from another model of the same width. No other check
+    recognises such embeddings.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

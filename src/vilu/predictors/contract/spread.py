@@ -1,8 +1,8 @@
-"""The spread of a score among the photos of a fit, for predictors that learned from no label.
+"""The spread of a score among the photos of a fit, for predictors fitted without labels.
 
-Such a score ranks answers. As a probability of failure it can be far off, since it was never
-compared with labels. So a score is shown as a quantile: the share of the photos of the fit that
-have at most this score.
+Such a score ranks answers. As a probability of failure the score can be far off, since the score
+was never compared with labels. So a score is shown as a quantile: the share of the photos of the
+fit with at most this score.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ N_STEPS: Final = 200
 
 
 def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
-    """Note the quantiles of the scores (N,) of the fit rows. Scores that are NaN are left out."""
+    """Note the quantiles of the scores (N,) of the fit rows. NaN scores are left out."""
     scores = uncertainty[np.isfinite(uncertainty)]
     if len(scores):
         steps = np.linspace(0, 1, N_STEPS + 1)
@@ -35,7 +35,7 @@ def states_probability(predictor: FailurePredictor) -> bool:
 
 
 def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Floats | None:
-    """(N,) share of the fit rows that have at most this score; None without a noted spread.
+    """(N,) share of the fit rows with at most this score; None without a noted spread.
 
     NaN scores have NaN quantiles.
 
@@ -50,8 +50,8 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     if SPREAD not in predictor.notes_:
         return None
     quantiles = np.array(predictor.notes_[SPREAD])
-    # Equal quantiles are one score that many photos have. All of these photos have at most this
-    # score. So of equal quantiles the last one is used, which has the largest share.
+    # Equal quantiles mean that many photos have the same score. All of these photos have at most
+    # this score. So the last of equal quantiles is used, with the largest share.
     is_last_of_equals = np.append(np.diff(quantiles) > 0, True)
     shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]
     share_of_row: Floats = np.interp(uncertainty, quantiles[is_last_of_equals], shares, left=0.0)

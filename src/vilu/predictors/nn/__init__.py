@@ -1,1 +1,1 @@
-"""Networks: the failure head, its losses, the training loop, its processes and checkpoints."""
+"""Networks: failure head, losses, training loop, processes and checkpoints."""

@@ -1,4 +1,4 @@
-"""Attention of images to texts, which is fitted to labels by solving a convex problem."""
+"""Attention of images to texts, fitted to labels by solving a convex problem."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ The mean of the prior is 0.
 """
 
 BIAS_SHARE = 0.02
-"""Prior variance of the bias of a class, relative to the prior variance of its weights.
+"""Prior variance of the bias of a class, relative to the prior variance of the class weights.
 
 The share is small, because training sets often have the same number of labels for every class. Such
-labels say nothing about how frequent a class is.
+labels say nothing about the frequency of a class.
 """
 
 SHRINKAGE_ROWS = 8
 """With n labels, the solution is multiplied by n / (n + 8).
 
-The factor is below one, because a few images may have a property in common by chance.
+The factor is below 1, because a few images may have a property in common by chance.
 """
 
 DEFAULT_MISSED_SHARE = 0.1
@@ -44,13 +44,13 @@ STREAMED_ROWS = 1_024
 """Number of rows of a streamed block, so small that the logits of the block stay in the cache."""
 
 MAX_SAMPLE_ROWS = 4_096
-"""Maximum number of ``sample_rows``, by which statistics of all rows are estimated."""
+"""Maximum number of ``sample_rows``, from which statistics of all rows are estimated."""
 
 MIN_CHANGE = 1e-9
-"""The solver stops when a step changes the mean loss by less than this."""
+"""The solver stops when a step changes the mean loss by less than this limit."""
 
 MIN_STREAMED_CHANGE = 3e-5
-"""This limit replaces ``MIN_CHANGE`` for streamed rows.
+"""The limit for streamed rows, in place of ``MIN_CHANGE``.
 
 Fifty further steps would not increase the AUROC.
 """
@@ -59,11 +59,11 @@ FEATURES = "features"
 """Name of the column of image features."""
 
 MIN_VARIANCE = 1e-6
-"""Smallest variance that counts as more than rounding."""
+"""Smallest variance above the rounding error."""
 
 
 class Moments:
-    """The number of rows, their ``total`` (D,), and the sum ``squares`` of their squared norms."""
+    """Number of rows, sum ``total`` (D,) of the rows, and sum ``squares`` of the squared norms."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -79,7 +79,7 @@ class Moments:
 
 
 class Standardisation(nn.Module):
-    """Standardisation of rows: they are centred and divided by their root mean square norm.
+    """Standardisation of rows: centre the rows, and divide by the root mean square norm.
 
     Because of the division, training does not depend on the scale of the embeddings.
     """
@@ -95,7 +95,7 @@ class Standardisation(nn.Module):
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this difference has enough digits.
         mean_square = moments.squares / moments.n_rows
         variance = (mean_square - mean.square().sum()).clamp_min(0)
-        norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
+        norm = torch.ones((), dtype=torch.float32)  # the norm if all rows are equal
         if variance > MIN_VARIANCE:
             norm = variance.sqrt()
         self.mean.copy_(mean)
@@ -134,7 +134,7 @@ class ImageInputs(nn.Module):
         self.features.fit(feature_moments)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Inputs (B, D + F) of a batch. Over the training rows, their mean square norm is 1."""
+        """Inputs (B, D + F) of a batch. Over the training rows, the mean square norm is 1."""
         if not self.has_features:
             return cast("Tensor", self.image(batch.image))
         parts = [self.image(batch.image), self.features(batch.columns[FEATURES])]
@@ -151,18 +151,18 @@ class ImageInputs(nn.Module):
 class Match(NamedTuple):
     """Comparison of K candidates with the training classes.
 
-    ``reach`` is 1 for a candidate that is a training class. For any other candidate it is the
-    squared cosine between its standardised text and that of the nearest class, or 0 if the cosine
-    is negative. The square is the share of variance that the two texts have in common.
+    ``reach`` is 1 for a training class. For any other candidate, ``reach`` is the squared cosine
+    between the standardised texts of the candidate and of the nearest class, or 0 if the cosine is
+    negative. The square is the share of variance that both texts have in common.
     """
 
     nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
-    is_class: Tensor  # (K,) bool: whether the candidate is that class
+    is_class: Tensor  # (K,) bool: whether the candidate is the nearest class
     reach: Tensor  # (K,) from 0 to 1: how similar the candidate is to the training classes
 
 
 class StartLogits(NamedTuple):
-    """Logits of K classes that were estimated from images without labels.
+    """Logits of K classes, estimated from images without labels.
 
     The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c. l_c is
     the zero-shot logit.
@@ -183,26 +183,26 @@ class SupervisedAttention(nn.Module):
         l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j)
 
     a is the temperature. All classes share A (``shared``). v_j (``own``) belongs to class j of the
-    training set, and is zero for a candidate that is no training class. So any candidate can be
+    training set, and is zero for a candidate outside the training classes. So any candidate can be
     scored.
 
-    For candidates that are no training classes, ``Match.reach`` reduces the effect of A and of the
+    For candidates outside the training classes, ``Match.reach`` reduces the effect of A and of the
     temperature. If the text of a candidate is unlike the texts of all classes, the logit is nearly
     the zero-shot logit.
 
     If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
 
-    Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior that was
-    estimated from images without labels (``start_from``).
+    Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior estimated from
+    images without labels (``start_from``).
 
     The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
-    For a ``LogitBatch``, its tempered logits are added to the product (``given_offset``).
+    For a ``LogitBatch``, the tempered given logits are added to the product (``given_offset``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
         dim: Embedding width D of the texts.
         n_classes: Number of training classes; 0 for captions.
-        sharing: rho, the share of the prior variance that belongs to A.
+        sharing: rho, the share of A in the prior variance.
     """
 
     def __init__(self, inputs: ImageInputs, dim: int, n_classes: int, sharing: float) -> None:
@@ -227,19 +227,19 @@ class SupervisedAttention(nn.Module):
         self.own.data.copy_(class_weights / math.sqrt(1 - self.sharing))
 
     def initial_logits(self, batch: Batch) -> Tensor:
-        """(B, K) logits with which training begins, before anything is learned from labels."""
+        """(B, K) logits at the start of training, before learning from labels."""
         logits = self.queries(batch) @ self.initial_keys(batch).T
         return add_offset(logits, self.given_offset(batch))
 
     def initial_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the logits with which training begins."""
+        """(K, D + F + 1) keys of the ``initial_logits``."""
         keys = self.offset_keys(batch)
         if len(self.own):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
     def given_offset(self, batch: Batch) -> Tensor | None:
-        """(B, K) ``offset`` of a ``LogitBatch``, which is no product with keys; otherwise None."""
+        """(B, K) ``offset`` of a ``LogitBatch``, for which no keys exist; otherwise None."""
         if isinstance(batch, LogitBatch):
             return self.offset(batch)
         return None
@@ -268,7 +268,7 @@ class SupervisedAttention(nn.Module):
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
 
-        The temperature is nearer to one if the candidates are less similar to the training classes.
+        The temperature is nearer to 1 if the candidates are less similar to the training classes.
         ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
         the training classes.
         """
@@ -303,7 +303,7 @@ class SupervisedAttention(nn.Module):
         """(B, K) logits.
 
         ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
-        the training classes, in their order.
+        the training classes, in the original order.
         """
         learned_keys = self.learned_keys(batch.text, match)
         learned_logits: Tensor = self.queries(batch) @ learned_keys.T
@@ -325,7 +325,7 @@ class SupervisedAttention(nn.Module):
 
 
 def add_offset(logits: Tensor, offset: Tensor | None) -> Tensor:
-    """Add to logits (B, K) the ``given_offset`` (B, K) of their batch, if there is any."""
+    """Add to logits (B, K) the ``given_offset`` (B, K) of the batch, unless the offset is None."""
     if offset is None:
         return logits
     return logits + offset
@@ -345,9 +345,9 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 ) -> SupervisedAttention:
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
-    1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature.
-       ``class_log_prior`` is added to the bias of each class. With a ``start``, the number that is
-       added for a class without labels is ``start.occurrence``, if this is lower.
+    1. The start is the zero-shot logits, or the logits of ``start``, times a fitted temperature.
+       ``class_log_prior`` is added to the bias of each class. With a ``start``, a class without
+       labels gets ``start.occurrence`` instead, if ``start.occurrence`` is lower.
     2. The learned part, which is added to the start, has a normal prior. The prior of the weights
        of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
        N(0, C / 50). Finding the posterior mode is a convex problem.
@@ -361,10 +361,10 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         variance: Prior variance, relative to the variance of the zero-shot logits.
         sharing: The share rho of the prior variance that the classes have in common.
         device: Device on which the problem is solved.
-        start: Logits that were estimated from images without labels.
+        start: Logits estimated from images without labels.
         has_few_rows: Whether the rows are so few that ``held_out_share`` is used.
-        warm_start: An attention that was fitted to most of the rows. For streamed rows, the search
-            begins at its solution, which saves steps.
+        warm_start: An attention fitted to most of the rows. For streamed rows, the search begins at
+            the solution of this attention, to save steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _fit_texts(attention, rows)
@@ -392,11 +392,11 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 def _set_start(
     attention: SupervisedAttention, rows: Rows, prior: Tensor, device: torch.device
 ) -> None:
-    """Multiply the start by the temperature that fits the rows, and add the log prior (K,)."""
+    """Multiply the start by the fitted temperature, and add the log prior (K,)."""
     temperature = fit_temperature(attention, rows, device)
     attention.temperature.mul_(temperature)
     attention.own.data.mul_(temperature)
-    # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is one
+    # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1
     bias = attention.own.data[:, -1]
     # in the logits, ``own`` is multiplied by sqrt(1 - rho); the division cancels this factor
     bias.add_(prior.to(device) / math.sqrt(1 - attention.sharing))
@@ -405,15 +405,15 @@ def _set_start(
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    Their logits are image @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the ``offset`` if
-    there is any.
+    The logits are image @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the ``offset`` if
+    the offset is not None.
 
     Attributes:
         batch: The rows.
         image: (B, P) queries times the prior standard deviations. So the prior of every element of
             A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
-        initial_keys: (K, P) keys of the logits with which training begins.
+        initial_keys: (K, P) keys of the logits at the start of training.
         offset: (B, K) ``given_offset`` of the batch, or None.
     """
 
@@ -428,17 +428,18 @@ class Block(NamedTuple):
         return -self.batch.log_likelihood(logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """(B, K) derivatives of the ``losses`` in the logits, whose memory may be overwritten.
+        """(B, K) derivatives of the ``losses`` in the logits. The caller may overwrite the result.
 
         A derivative is the softmax over all candidates, minus the softmax over the right
         candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.matches is None:  # one candidate is right, and its softmax over itself is 1
+        if self.batch.matches is None:  # the softmax over the only right candidate is 1
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
-        # Several captions may be right. The loss is -log of the sum of their probabilities.
+        # Several captions may be right. The loss is -log of the summed probabilities of the right
+        # captions.
         posterior = logits.softmax(dim=1)
         is_wrong = ~self.batch.right
         posterior_of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
@@ -448,8 +449,8 @@ class Block(NamedTuple):
 class Solution(NamedTuple):
     """The learned part of an attention, in the coordinates of a ``Problem``."""
 
-    shared_weights: Tensor  # (P, Q) A, the part that all classes share
-    class_weights: Tensor  # (K, P) V, one row for each class
+    shared_weights: Tensor  # (P, Q) A, the part shared by all classes
+    class_weights: Tensor  # (K, P) V, a row for each class
 
 
 class TextKeys(NamedTuple):
@@ -463,17 +464,17 @@ class TextKeys(NamedTuple):
 class Problem:
     """The convex problem of ``fit_attention``: mean loss plus penalty, as a function of A and V.
 
-    The rows are either held in memory as one block, or streamed in blocks at every evaluation.
+    The rows are either held in memory as a single block, or streamed in blocks at every evaluation.
 
-    For a class without labels only A is learned. Its own v would only decrease its logits further,
-    although ``class_log_prior`` has already decreased them.
+    For a class without labels only A is learned. A separate v would only decrease the logits of the
+    class further, although ``class_log_prior`` has already decreased these logits.
 
-    Rows in memory, and their texts, are expressed in orthonormal bases of their spans, which
+    Rows in memory, and their texts, are expressed in orthonormal bases of their spans. The spans
     contain the optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but
     the same optimum.
 
     Attributes:
-        whole_block: All rows as one block, in the bases; None if the rows are streamed.
+        whole_block: All rows as a single block, in the bases; None if the rows are streamed.
     """
 
     def __init__(self, attention: SupervisedAttention, rows: Rows, variance: float) -> None:
@@ -482,8 +483,8 @@ class Problem:
         self.device = attention.shared.device
         self.n_rows = len(rows.index)
         # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
-        # multiplied by it, so that the prior of A and V is N(0, 1). The last input is always 1, so
-        # its weight is the bias, which has a smaller variance.
+        # multiplied by ``scale``, so that the prior of A and V is N(0, 1). The last input is the
+        # constant 1. The weight of the last input is the bias, with a smaller variance.
         scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
@@ -516,7 +517,7 @@ class Problem:
     def _streamed_blocks(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
-        # ``_load_whole_block`` reads all rows as one block, if they are few enough
+        # ``_load_whole_block`` reads all rows as a single block, if the rows are few enough
         is_one_block = self.whole_block is None and self.n_rows <= SCORING_BATCH
         block_rows = STREAMED_ROWS
         if is_one_block:
@@ -543,8 +544,9 @@ class Problem:
         Args:
             weight: (N,) number of times that each row counts; only for rows in memory. None: every
                 row counts once.
-            warm_start: An attention that was fitted to most of the rows. The search begins at its
-                weights if the rows are streamed. For rows in memory it has no effect.
+            warm_start: An attention fitted to most of the rows. If the rows are streamed, the
+                search begins at the weights of this attention. For rows in memory ``warm_start``
+                has no effect.
         """
         shared_weights, class_weights = self._first_guess(warm_start)
         unknowns = [shared_weights]
@@ -566,15 +568,15 @@ class Problem:
         return Solution(shared_weights, class_weights)
 
     def _min_change(self) -> float:
-        """Change of the mean loss in a step at which the solver stops."""
+        """The solver stops when a step changes the mean loss by less than this limit."""
         if self.whole_block is None:
             return MIN_STREAMED_CHANGE
         return MIN_CHANGE
 
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
-        """The point at which the search begins, with the sizes of A and V.
+        """The starting point of the search, with the sizes of A and V.
 
-        The point is zero. For streamed rows it is the solution of ``warm_start``, if there is one.
+        The point is zero, or for streamed rows the solution of ``warm_start``, if given.
         """
         if warm_start is not None and self.whole_block is None:
             scale_column = self.scale[:, None]
@@ -596,7 +598,7 @@ class Problem:
     def _objective_with_gradient(
         self, shared_weights: Tensor, class_weights: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The negative log-posterior divided by n; also sets its gradient on the two weights.
+        """The negative log-posterior divided by n; also sets the gradient on the two weights.
 
         The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
         block in memory.
@@ -622,7 +624,7 @@ class Problem:
         return total
 
     def _blocks(self) -> Iterable[Block]:
-        """The rows: the one block in memory, or the streamed blocks."""
+        """The rows: the single block in memory, or the streamed blocks."""
         if self.whole_block is None:
             return self._streamed_blocks()
         return (self.whole_block,)
@@ -647,7 +649,7 @@ class Problem:
             gradient.class_weights.add_(self.own_scale * self.has_labels * gradient_of_keys)
 
     def keys(self, block: Block, shared_weights: Tensor, class_weights: Tensor) -> Tensor:
-        """(K, P) learned part of the keys, which is added to ``block.initial_keys``."""
+        """(K, P) learned part of the keys, to be added to ``block.initial_keys``."""
         keys = block.text @ shared_weights.T
         if len(class_weights):
             keys = keys + self.own_scale * self.has_labels * class_weights
@@ -664,7 +666,7 @@ class Problem:
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
-    """Orthonormal basis (P, R) of a space that contains the rows (N, P), with R = min(N, P)."""
+    """Orthonormal basis (P, R) of a space with all rows (N, P), with R = min(N, P)."""
     n_rows, width = rows.shape
     if n_rows >= width:
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
@@ -673,7 +675,7 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
 
 
 N_FOLDS = 5
-"""Number of folds of the rows. One fold is held out at a time."""
+"""Number of folds of the rows. The folds are held out in turn."""
 
 ENOUGH_HELD_OUT = 200
 """If this number of held-out rows is reached, no further fold is held out."""
@@ -683,11 +685,11 @@ SHARE_SD = 0.2
 
 
 def held_out_share(problem: Problem) -> float:
-    """The factor w in [0, 1] of the learned logits that fits held-out rows best.
+    """The factor w in [0, 1] of the learned logits with the best fit to held-out rows.
 
-    The model is that labels of held-out rows are drawn from softmax(b + w r). b are the logits with
-    which training begins, and r are the logits that are learned without these rows. w is the
-    posterior mode under the prior w ~ N(1, 0.2^2).
+    In the model, the labels of held-out rows are drawn from softmax(b + w r). b are the logits at
+    the start of training. r are the logits learned without the held-out rows. w is the posterior
+    mode under the prior w ~ N(1, 0.2^2).
     """
     from scipy.optimize import minimize_scalar
 
@@ -716,12 +718,12 @@ def held_out_share(problem: Problem) -> float:
 
 
 def _folds(problem: Problem, block: Block) -> Tensor:
-    """Index (N,) of the fold of every row; all rows of one picture are in the same fold."""
+    """Index (N,) of the fold of every row; all rows of a picture are in the same fold."""
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
     picture_of_row = picture_of_row.to(problem.device)
     # The pictures are sorted by class, and the folds are assigned in turn. So the rows of a class
-    # are spread over the folds, and a class loses few rows when one fold is held out.
+    # are spread over the folds, and a class loses few rows when a fold is held out.
     pictures_by_class = block.batch.target[first_row].argsort(stable=True)
     fold_of_picture = torch.empty_like(first_row)
     fold_of_picture[pictures_by_class] = (
@@ -735,17 +737,17 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
     The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
-    Let f of the n labels be the only label of their class. The share s of all images that belong to
-    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here s is at
-    least 1 / n. This share is divided equally among the K - m classes without labels. The share
-    1 - s is divided equally among the m classes with labels. So the relative frequency of a class
+    Let f of the n labels be the only label of their class. The share s of all images in classes
+    without labels is estimated by the formula of Good and Turing, s = f / n. Here s is at least
+    1 / n. This share is divided equally among the K - m classes without labels. The share 1 - s
+    is divided equally among the m classes with labels. So the relative frequency of a class
     without labels is
 
         s m / ((1 - s) (K - m))
 
     A relative frequency above 1 is replaced by 1. If each of the m classes has exactly one label,
-    the images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
-    assumed.
+    the training set was probably chosen with one image per class. Such labels say nothing about s,
+    and s = 0.1 is assumed.
 
     Source: Good, Biometrika 1953.
     """
@@ -760,7 +762,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
         n_single = int((count == 1).sum())
         share = max(n_single, 1) / n
     prior = torch.zeros(n_classes, dtype=torch.float32)
-    has_both = 0 < m < n_classes  # classes with labels, and classes without
+    has_both = 0 < m < n_classes  # classes with labels, and classes without labels
     if has_both:
         ratio = share * m / ((1 - share) * (n_classes - m))
         prior[count == 0] = min(math.log(ratio), 0.0)
@@ -783,7 +785,7 @@ def sample_rows(rows: Rows) -> Rows:
     """At most ``MAX_SAMPLE_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
     if rows.source.pool_size is not None:
         return rows
-    step = math.ceil(len(rows.index) / MAX_SAMPLE_ROWS)  # 1 if there are few rows
+    step = math.ceil(len(rows.index) / MAX_SAMPLE_ROWS)  # 1 for few rows
     return replace(rows, index=rows.index[::step])
 
 
@@ -801,8 +803,8 @@ def _fit_texts(attention: SupervisedAttention, rows: Rows) -> None:
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
     """Posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
 
-    l are the logits with which training begins. The prior is log a ~ N(0, 0.5^2), so a stays near
-    one if there are few labels. The likelihood of all rows is estimated from the ``sample_rows``.
+    l are the logits at the start of training. The prior is log a ~ N(0, 0.5^2), so a stays near 1
+    for few labels. The likelihood of all rows is estimated from the ``sample_rows``.
     """
     from scipy.optimize import minimize_scalar
 

@@ -1,8 +1,8 @@
-"""Checkpoints of training: their content, when they are written, and how they are checked.
+"""Checkpoints of training: their content, and when checkpoints are written and checked.
 
-A checkpoint is written at the end of an epoch. A resumed run gives the same weights, bit for bit,
-as a run that was not interrupted. So a checkpoint holds everything that later epochs depend on:
-weights, momenta, states of the generators, and the states of losses that remember earlier batches.
+A checkpoint is written at the end of an epoch. A resumed run gives the same weights as an
+uninterrupted run, bit for bit. So a checkpoint has everything needed for later epochs: weights,
+momenta, states of the generators, and states of losses with a memory of earlier batches.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Binding = Mapping[str, object]
 class Checkpoint(NamedTuple):
     """A state of training.
 
-    ``position`` is plain JSON: the number of finished epochs, and their losses and AUROCs.
-    ``tensors`` has everything else.
+    ``position`` is plain JSON: the number of finished epochs, and the losses and AUROCs of these
+    epochs. ``tensors`` has everything else.
     """
 
     position: dict[str, Any]
@@ -76,7 +76,7 @@ def _is_count(number: object) -> bool:
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a training run, and finds the latest one.
+    """Saves the checkpoints of a training run, and finds the latest checkpoint.
 
     This base class saves nothing.
     """
@@ -86,9 +86,9 @@ class CheckpointSaver:
         return None
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
-        """Save the checkpoint that ``make_checkpoint`` returns.
+        """Save the result of ``make_checkpoint``.
 
-        The function is called only in a process that writes the checkpoint.
+        ``make_checkpoint`` is called only in a process that writes the checkpoint.
         """
 
 
@@ -101,14 +101,14 @@ class FolderCheckpointSaver(CheckpointSaver):
     def __init__(self, folder: Path, binding: Binding, world: World) -> None:
         self.folder = folder
         self.world = world
-        # JSON has no tuples, so a binding that is read from a checkpoint has lists instead. The
-        # binding of this run is converted in the same way, so that the two can be compared.
+        # JSON has no tuples, so a binding read from a checkpoint has lists instead. The binding of
+        # this run is converted in the same way, to compare both bindings.
         self.binding = json.loads(json.dumps(binding))
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
-        # Only the leading process reads, because the other processes may have other disks. In the
-        # other processes the call returns None, and ``broadcast`` gives them the bytes.
+        # Only the leading process reads, because the other processes may have other disks. In all
+        # other processes the call returns None, and ``broadcast`` passes on the bytes.
         record, weights = self.world.call_on_leader(self._read_newest) or (b"", b"")
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
@@ -117,11 +117,11 @@ class FolderCheckpointSaver(CheckpointSaver):
         return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint, and remove all others except the one before it."""
+        """Write a checkpoint, and remove all older checkpoints except the previous checkpoint."""
         self.world.call_on_leader(lambda: self._write(make_checkpoint()))
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint under the next serial number, and keep only one older checkpoint."""
+        """Write a checkpoint under the next serial number, and keep a single older checkpoint."""
         last_serial = max(self._serials(), default=0)
         last_name = f"{last_serial:08d}"
         name = f"{last_serial + 1:08d}"
@@ -134,8 +134,9 @@ class FolderCheckpointSaver(CheckpointSaver):
             "position": checkpoint.position,
             "tensors_sha256": bytes_hash(weights),
         }
-        # The process may be killed at any moment. The record is written after the tensors and has
-        # their hash, so a checkpoint with a record is complete. Older checkpoints are removed last.
+        # The process may be killed at any moment. The record has the hash of the tensors, and is
+        # written after the tensors. So a checkpoint with a record is complete. Older checkpoints
+        # are removed last.
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
@@ -153,9 +154,9 @@ class FolderCheckpointSaver(CheckpointSaver):
         return sorted(serials)
 
     def _prune(self, names_to_keep: set[str]) -> None:
-        """Remove all checkpoints except those with ``names_to_keep``."""
+        """Remove all files of checkpoints except the files in ``names_to_keep``."""
         with convert_os_errors(f"cannot remove a checkpoint in {self.folder}"):
-            # sorted, so that the record (.json) of a checkpoint is removed before its tensors
+            # sorted, so that the record (.json) of a checkpoint is removed before the tensors
             for path in sorted(self.folder.iterdir()):
                 if is_checkpoint_file(path.name) and path.stem not in names_to_keep:
                     path.unlink()
@@ -187,7 +188,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         return b"", b""
 
     def _require_same_binding(self, saved_binding: dict[str, object]) -> None:
-        """Refuse checkpoints whose saved binding is not the binding of this run."""
+        """Refuse checkpoints with another binding than the binding of this run."""
         differences = []
         for key in sorted(saved_binding.keys() | self.binding.keys()):
             saved_value = saved_binding.get(key)
@@ -203,7 +204,7 @@ class FolderCheckpointSaver(CheckpointSaver):
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name is a file of a checkpoint, or a temporary form of such a file."""
+    """Whether a file name belongs to a checkpoint file, or to a temporary form of such a file."""
     temporary_name = TEMPORARY.fullmatch(name)
     if temporary_name:
         name = temporary_name["name"]
@@ -211,7 +212,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def read_checkpoint_files(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The record at ``path`` and the bytes of its tensors, after a check of their hashes."""
+    """The record at ``path`` and the bytes of the tensors, after a check of their hashes."""
     record = read_json(path, RERUN_ADVICE)
     has_binding = isinstance(record.get("binding"), dict)
     has_position = isinstance(record.get("position"), dict)
@@ -232,13 +233,13 @@ RUN_FOLDER_NAME = re.compile(r"run_\d+")
 FIT_DIGEST_FILE = "fit.txt"
 """Name of the file with the digest of the inputs of a fit."""
 SAMPLED_IDS = 1024
-"""Maximum number of identifiers that a fingerprint of data depends on."""
+"""Maximum number of identifiers in a fingerprint of data."""
 SAMPLED_ROWS = 64
-"""Maximum number of embeddings that a fingerprint of data depends on."""
+"""Maximum number of embeddings in a fingerprint of data."""
 
 
 class Session:
-    """A fit that consists of one or more training runs. Each run gets a ``CheckpointSaver``.
+    """A fit with one or more training runs. Each run gets a ``CheckpointSaver``.
 
     The savers of this base class save nothing.
     """
@@ -246,13 +247,13 @@ class Session:
     def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:  # noqa: ARG002
         """The saver of the next training run.
 
-        ``binding`` returns the inputs of the run. It is called only if checkpoints are saved.
+        ``binding`` returns the inputs of the run, and is called only if checkpoints are saved.
         """
         return CheckpointSaver()
 
 
 class FolderSession(Session):
-    """A fit whose training runs have their checkpoints in sub-folders of a folder."""
+    """A fit with checkpoints in a folder, and a sub-folder for each training run."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder = folder
@@ -262,7 +263,7 @@ class FolderSession(Session):
 
     def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:
         """The saver of the next training run."""
-        # A run is recognised by its number. When a fit is repeated, its runs have the same order.
+        # A run is recognised by its number. When a fit is repeated, the runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
         return FolderCheckpointSaver(folder, binding(), self.world)
@@ -272,7 +273,7 @@ class FolderSession(Session):
         self.world.call_on_leader(lambda: write_text(self.folder / FIT_DIGEST_FILE, inputs_digest))
 
     def read_fit_digest(self) -> str | None:
-        """The digest that ``write_fit_digest`` wrote; None if it wrote none."""
+        """The digest written by ``write_fit_digest``; None without a written digest."""
         path = self.folder / FIT_DIGEST_FILE
         with convert_os_errors(f"cannot read {path}"):
             if not path.is_file():
@@ -286,24 +287,24 @@ class FolderSession(Session):
         )
 
     def remove(self) -> None:
-        """Remove the checkpoints. This is called when the result of the training is saved."""
+        """Remove the checkpoints, after the result of the training was saved."""
         if self.world.is_leader:
             with convert_os_errors(f"cannot remove the checkpoints in {self.folder}"):
                 for run_folder in self.run_folders():
                     shutil.rmtree(run_folder)
                 (self.folder / FIT_DIGEST_FILE).unlink(missing_ok=True)
-        # the leading process alone removes the folder at the end of ``checkpointing``
+        # only the leading process removes the folder, at the end of ``checkpointing``
         self.is_removed = self.world.is_leader
 
 
-# All contexts share the default session. That is harmless, because this session has no state.
+# All contexts share the default session. Sharing is harmless, because this session has no state.
 _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039
 
 
 def current_session() -> Session:
     """The session of a ``with checkpointing()`` block.
 
-    Outside such a block this is a session that saves nothing.
+    Outside such a block, the result is a session without checkpoints.
     """
     return _session.get()
 
@@ -316,7 +317,7 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
     ``vilu.predictors.nn.processes.world``.
 
     Args:
-        folder: Folder of the checkpoints, which is created if it does not exist.
+        folder: Folder of the checkpoints. A missing folder is created.
         resume: Resume training from the checkpoints in the folder, if there are any.
 
     Raises:
@@ -326,7 +327,7 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
     """
     session = FolderSession(Path(folder), current_world())
     with ExitStack() as lock_stack:
-        # Only the leading process uses the folder. If it is refused, all processes raise the error.
+        # Only the leading process uses the folder. All processes raise the same error.
         session.world.call_on_leader(lambda: _claim_folder(session, lock_stack, resume=resume))
         token = _session.set(session)
         try:
@@ -352,7 +353,7 @@ def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove the lock file, and then the folder if it is empty."""
+    """Remove the lock file, and then the folder if the folder is empty."""
     with convert_os_errors(f"cannot remove {folder}"):
         (folder / LOCK).unlink(missing_ok=True)
         if not any(folder.iterdir()):
@@ -392,20 +393,20 @@ def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
 
 
 class Stateful(Protocol):
-    """A part of a training step that remembers earlier batches, such as a moving average."""
+    """A part of a training step with a memory of earlier batches, such as a moving average."""
 
     def state(self) -> dict[str, Tensor]:
-        """What is remembered, as tensors by name."""
+        """The memory of earlier batches, as tensors by name."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Replace what is remembered by a ``state``; refuses tensors of wrong names or shapes."""
+        """Replace the memory by a ``state``; refuses tensors of wrong names or shapes."""
 
 
 @dataclass
 class History:
     """Loss and validation AUROC of each epoch.
 
-    ``kept_epoch`` is the epoch (0-based) whose weights are the result so far; -1: none yet.
+    ``kept_epoch`` is the epoch (0-based) of the weights kept so far as the result; -1: none yet.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -419,7 +420,7 @@ class Position:
 
     Attributes:
         epoch: Number of finished epochs.
-        chosen_weights: Weights of the epoch that validation chose so far.
+        chosen_weights: Weights of the epoch chosen by validation so far.
         history: Loss and validation AUROC of the finished epochs.
     """
 
@@ -435,10 +436,10 @@ def pack(
     order_generator: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Checkpoint:
-    """Make a checkpoint of everything that the rest of a training run depends on.
+    """Make a checkpoint with everything needed for the rest of a training run.
 
     ``position`` is the progress of the run. ``order_generator`` shuffles the rows. ``stateful`` are
-    the parts of a step that remember earlier batches.
+    the parts of a step with a memory of earlier batches.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -469,7 +470,7 @@ def unpack(
     Returns the position. This is the inverse of ``pack``.
     """
     parts = _tensors_by_part(checkpoint)
-    head_weights = head.state_dict()  # shares memory with the head, so the copy sets its weights
+    head_weights = head.state_dict()  # shares memory with the head, so copying sets the weights
     copy_tensors_into(head_weights, saved_tensors=parts.get("head", {}), tensors_name="weights")
     chosen_weights = parts.get("kept", {})
     _require_same_forms("kept weights", chosen_weights, head_weights)
@@ -494,7 +495,7 @@ def _tensors_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum of each parameter that was trained, by the number of the parameter."""
+    """The momentum of each trained parameter, by the number of the parameter."""
     momenta = {}
     for number, state in optimizer.state_dict()["state"].items():
         has_momentum = state["momentum_buffer"] is not None
@@ -504,7 +505,7 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Set the momentum of every parameter that is trained; refuses missing or further momenta."""
+    """Set the momentum of every trained parameter; refuses missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
     trained_parameters = {}
     for name, parameter in _keyed_by_number(itertools.chain(*groups)).items():
@@ -554,7 +555,7 @@ def copy_tensors_into(
 def _require_same_forms(
     tensors_name: str, saved_tensors: Mapping[str, Tensor], expected_tensors: Mapping[str, Tensor]
 ) -> None:
-    """Refuse saved tensors whose names, shapes or types are not the expected ones."""
+    """Refuse saved tensors with other names, shapes or types than the expected tensors."""
     saved_forms = _forms(saved_tensors)
     expected_forms = _forms(expected_tensors)
     if saved_forms == expected_forms:
@@ -576,7 +577,7 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], to
 
 
 def _history(position: Mapping[str, Any]) -> History:
-    """The history in a position; refused if it does not consist of numbers."""
+    """The history in a position; an error unless the history has only numbers."""
     history = position.get("history")
     names = {"loss", "validation_auroc", "kept_epoch"}
     if not isinstance(history, dict) or history.keys() != names:

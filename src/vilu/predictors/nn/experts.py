@@ -1,7 +1,7 @@
 """Experts besides the attention, and the pool of all experts.
 
-An expert computes a logit for each candidate. The softmax of these logits is the probability, by
-this expert, that the candidate is the true class.
+An expert computes a logit for each candidate. The softmax of these logits is the expert's
+probability that a candidate is the true class.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ RIDGE = 0.1
 LOGIT_GAIN = 8.0
 """Factor from a difference of probabilities to a logit.
 
-Its value matters little, because the pool also gives the memory a weight.
+The value matters little, because the pool also gives the memory a weight.
 """
 
 MIN_BLOCK_ROWS = 256
-"""Minimum number of images that ``Memory`` scores together. Products of fewer rows are slow."""
+"""Minimum number of images in a product of ``Memory``. Products of fewer rows are slow."""
 
 
 class Adapter(nn.Module):
-    """Expert that is a network with one hidden layer, applied to the image.
+    """Expert network with one hidden layer, applied to the image.
 
-    Its outputs are added to the tempered zero-shot logits of the training classes.
+    The outputs are added to the tempered zero-shot logits of the training classes.
     """
 
     def __init__(
         self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float, seed: int
     ) -> None:
         super().__init__()
-        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors that share memory
+        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors with shared memory
         self.dropout = dropout
         self.generator = torch.Generator().manual_seed(seed)  # draws initial weights and masks
         self.first = linear(inputs.width, hidden, self.generator)
@@ -62,8 +62,9 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs (B, K) that are added to the logits of the training classes, in their order."""
-        # The mean square norm of the inputs is 1. The factor makes it 1 per coordinate.
+        """Outputs (B, K) to be added to the logits of the training classes, in their order."""
+        # The mean square norm of the inputs is 1. With the factor, the mean square of a
+        # coordinate is 1.
         image = self.inputs(batch) * math.sqrt(self.inputs.width)
         hidden = functional.gelu(self.first(image))
         if self.training:
@@ -73,9 +74,9 @@ class Adapter(nn.Module):
 
 
 class Memory(nn.Module):
-    """Expert that is a kernel ridge regression of the zero-shot errors on M labelled images.
+    """Expert by kernel ridge regression of the zero-shot errors on M labelled images.
 
-    If x are the ``ImageInputs`` of an image, the memory adds to its tempered zero-shot logits
+    If x are the ``ImageInputs`` of an image, the memory adds to the tempered zero-shot logits
 
         8 k(x) (G + 0.1 I)^-1 (Y - P)
 
@@ -88,16 +89,16 @@ class Memory(nn.Module):
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
         super().__init__()
-        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors that share memory
+        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors with shared memory
         self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width, dtype=torch.float32))
         self.values = nn.Buffer(torch.zeros(n_rows, n_classes, dtype=torch.float32))
 
     @staticmethod
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
-        """Gaussian kernels (N, M) of rows and bank, which are results of ``exponent_factor``.
+        """Gaussian kernels (N, M) of rows and bank, both given as results of ``exponent_factor``.
 
-        The exponents are computed in float64, because they are small differences of terms as large
-        as 10. In float32 the kernel would have an error of 1e-4.
+        The exponents are computed in float64, because the exponents are small differences of terms
+        as large as 10. In float32 the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
@@ -106,11 +107,11 @@ class Memory(nn.Module):
         """Append two columns to rows, so that products of rows are the exponents of the kernel.
 
         The result is (N, D + F + 2) float64. The exponent of inputs x and x' is -|x - x'|^2 / 2.
-        This is the product of two longer vectors, one of x and one of the bank's x':
+        The exponent is the product of two longer vectors, from x and from the bank's x':
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
-        So the exponents are one matrix product, and no second matrix (N, M) is needed.
+        So a single matrix product gives all exponents, and no second matrix (N, M) is needed.
         """
         rows = float64(rows)
         minus_half_square = -rows.square().sum(dim=1, keepdim=True) / 2
@@ -121,7 +122,7 @@ class Memory(nn.Module):
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
-        """Fit a memory to labelled rows, which are so few that they are read as one batch."""
+        """Fit a memory to labelled rows. The rows must be few enough for a single batch."""
         device = attention.classes.device
         (batch_of_all,) = rows.steps(len(rows.index))
         batch = batch_of_all.to(device)
@@ -135,21 +136,21 @@ class Memory(nn.Module):
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs (B, K) that are added to the logits of the training classes, in their order."""
+        """Outputs (B, K) to be added to the logits of the training classes, in their order."""
         residual = self.residual_function()
         return residual(batch)
 
     def residual_function(self) -> Callable[[Batch], Tensor]:
-        """Return a function that does the same as ``forward``, but faster for several batches.
+        """Return a function with the result of ``forward``, but faster for several batches.
 
-        The vectors of the bank are the same for all batches, so they are computed only once.
+        The vectors of the bank are the same for all batches, and are computed only once.
         """
         bank = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
 
         def residual(batch: Batch) -> Tensor:
             rows = self.exponent_factor(self.inputs(batch), is_bank=False)
-            # an exported graph is for any number of rows, so it cannot split them into blocks
+            # an exported graph is for any number of rows, and therefore has no blocks
             if torch.compiler.is_exporting():
                 return (self.kernel(rows, bank) @ values).to(self.bank)
             block_rows = max(CACHED_CELLS // len(bank), MIN_BLOCK_ROWS)
@@ -163,20 +164,20 @@ def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
     """Solution (G + 0.1 I)^-1 ``errors`` (M, K) float64. G is the Gram matrix of ``bank``."""
     rows = Memory.exponent_factor(bank, is_bank=False)
     gram = Memory.kernel(rows, Memory.exponent_factor(bank, is_bank=True))
-    # G is positive semi-definite. With the ridge it is positive definite, as Cholesky requires.
+    # G is positive semi-definite. The ridge makes G positive definite, as required by Cholesky.
     gram.diagonal().add_(RIDGE)
     return torch.cholesky_solve(errors, torch.linalg.cholesky(gram))
 
 
 class Experts(nn.Module):
-    """M experts on which candidate is true: an attention, and its ``companions``.
+    """M experts for the true candidate: an attention, and its ``companions``.
 
-    A companion is an ``Adapter`` or a ``Memory``. It has outputs for the training classes only.
+    A companion is an ``Adapter`` or a ``Memory``, with outputs only for the training classes.
     ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
     belongs to the attention.
 
-    If a candidate of a batch is no training class, only the attention scores the batch, and its
-    weight is 1.
+    If a candidate of a batch is no training class, only the attention scores the batch, and
+    the weight of the attention is 1.
     """
 
     def __init__(
@@ -185,18 +186,19 @@ class Experts(nn.Module):
         super().__init__()
         self.attention = attention
         self.companions = nn.ModuleDict(companions)
-        # not a buffer, because ``to`` would move it to devices that have no float64
+        # not a buffer, because ``to`` would move ``weights`` to devices without float64
         self.weights = weights
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, K) of the pool: sum_m w_m l_m, where w_m is the weight of expert m."""
+        """Logits (B, K) of the pool: sum_m w_m l_m, with the weight w_m of expert m."""
         return torch.cat([logits for _, logits in self.blocks(batch)])
 
     def blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Yield blocks of rows with their pooled logits.
 
-        A block is so small that its logits stay in the cache. The part of the logits that is linear
-        in the image is one matrix product, whose keys are computed once per batch.
+        A block is so small that the logits of the block stay in the cache. The part of the logits
+        that is linear in the image is a single matrix product. The keys of this product are
+        computed once per batch.
         """
         attention = self.attention
         match = attention.match(batch.text)
@@ -204,7 +206,7 @@ class Experts(nn.Module):
         if all_are_classes:
             keys = self._pooled_keys(batch, match)
             residuals = self._weighted_residuals(match)
-        else:  # only the attention can score candidates that are no training classes
+        else:  # only the attention scores candidates beyond the training classes
             keys = attention.learned_keys(batch.text, match)
             residuals = []
         n_candidates = len(batch.text)
@@ -214,7 +216,7 @@ class Experts(nn.Module):
             logits = attention.queries(rows) @ keys.T
             if all_are_classes:
                 logits = add_offset(logits, self._given_offset(rows))
-            else:  # these keys have no offset, because its temperature depends on the match
+            else:  # the keys have no offset, because the temperature depends on the match
                 logits = logits + attention.offset(rows, match)
             for weight, residual in residuals:
                 logits = logits.add_(residual(rows), alpha=weight)
@@ -241,7 +243,7 @@ class Experts(nn.Module):
         return float(self.weights.sum()) * offset
 
     def _weighted_residuals(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
-        """The weight of each companion, and its function from a batch to residual logits (B, K).
+        """The weight of each companion, and a function from a batch to residual logits (B, K).
 
         All candidates must be training classes.
         """
@@ -268,7 +270,7 @@ class Experts(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, M, K) of all experts.
 
-        If a candidate is no training class, these are the logits (B, 1, K) of the attention alone.
+        If a candidate is no training class, the result is the logits (B, 1, K) of the attention.
         """
         match = self.attention.match(batch.text)
         if bool(match.is_class.all()):
@@ -279,9 +281,9 @@ class Experts(nn.Module):
     def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
         """Logits (B, M, K) of all experts, without a check of the candidates.
 
-        The logits of the companions are wrong for candidates that are no training classes.
-        ``match`` is the result of the attention's ``match`` for the candidates, or None if there
-        are no training classes.
+        The logits of the companions are wrong for candidates beyond the training classes. ``match``
+        is the result of the attention's ``match`` for the candidates, or None without training
+        classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -293,9 +295,9 @@ class Experts(nn.Module):
     def pooled_parts(self, batch: Batch) -> PooledLogits:
         """The pooled logits of a batch, split into three parts.
 
-        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, which are
-        multiplied by the temperature a. r_m is the residual of the expert. x is the standardised
-        image, which is 0 for the mean training image. If R = sum_m w_m r_m, the pooled logits are
+        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, and a is the
+        temperature. r_m is the residual of the expert. x is the standardised image, equal to 0 for
+        the mean training image. If R = sum_m w_m r_m, the pooled logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
@@ -316,7 +318,7 @@ class Experts(nn.Module):
         return residual, offset, pool_weights(logits, self.weights).sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
-        """A batch of one row, the mean training image, with the candidates of ``batch``."""
+        """A batch with a single row, the mean training image, and the candidates of ``batch``."""
         inputs = self.attention.inputs
         columns = dict(batch.columns)
         if inputs.has_features:
@@ -327,7 +329,7 @@ class Experts(nn.Module):
 
 
 def _columns_of(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
-    """Return a function that computes the columns ``index`` (K,) of ``residual``."""
+    """Return a function to compute the columns ``index`` (K,) of ``residual``."""
 
     def columns_of_residual(batch: Batch) -> Tensor:
         return residual(batch)[:, index]
@@ -337,8 +339,8 @@ def _columns_of(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[
 
 def pool(logits: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
-    # Logits are log-probabilities up to a constant. So their weighted sum belongs to a product of
-    # probabilities: the log-linear pool q ~ prod_m p_m^w_m.
+    # Logits are log-probabilities up to a constant. So the weighted sum of logits belongs to a
+    # product of probabilities: the log-linear pool q ~ prod_m p_m^w_m.
     return torch.einsum("m,bmk->bk", pool_weights(logits, weights), logits)
 
 

@@ -19,15 +19,15 @@ from vilu.predictors.nn.processes import current_world
 
 
 class Dropout(nn.Module):
-    """Dropout whose masks come from a generator of its own.
+    """Dropout with masks from a separate generator.
 
     In training, a unit becomes 0 with probability ``rate``, and is otherwise multiplied by
     1 / (1 - rate). Outside training, the input is returned unchanged.
 
     Masks are drawn on the CPU, so a seed gives the same masks on every device. The global
-    generators of torch are not used. One instance may be used for several layers. If several
-    processes train together, each process draws the masks of all rows of the step and uses those of
-    its own rows. So the result does not depend on the number of processes.
+    generators of torch are not used. The same instance may be used for several layers. If several
+    processes train together, each process draws the masks of all rows of the step, and uses the
+    masks of its own rows. So the result does not depend on the number of processes.
 
     Source: Srivastava et al., JMLR 2014.
     """
@@ -38,7 +38,7 @@ class Dropout(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Multiply activations (B, H) by a mask in training; otherwise return them unchanged."""
+        """Multiply activations (B, H) by a mask in training; otherwise return the input."""
         if not self.training:
             return hidden
         world = current_world()
@@ -48,12 +48,12 @@ class Dropout(nn.Module):
         return hidden * mask.to(hidden.device)
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A mask on the CPU, whose entries are 0 or 1 / (1 - rate)."""
+        """A mask on the CPU, with entries 0 or 1 / (1 - rate)."""
         return dropout_mask(shape, self.rate, generator)
 
 
 class CrossAttention(nn.Module, ABC):
-    """Average of the candidate texts, weighted by how much the image attends to each."""
+    """Average of the candidate texts, weighted by the image's attention to each text."""
 
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float, next_layer: Tensor
@@ -66,15 +66,16 @@ class CrossAttention(nn.Module, ABC):
             image: (B, D) unit-norm embeddings.
             text: (K, D) unit-norm embeddings.
             logit_scale: Logit scale of the VLM.
-            next_layer: (H, D) weights of the layer after the attention, whose input is the average.
+            next_layer: (H, D) weights of the layer after the attention. The input of this layer is
+                the average.
         """
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
             if has_few_texts(text, image):
-                # Both branches compute the same. This one projects the texts, the other one the
-                # images. With 10 texts and 128 images, this one takes three quarters of the time
-                # of the other one. The (B, K) weights are small here. So a fused kernel, which
-                # takes longer, would save little memory.
+                # Both branches compute the same result. This branch projects the texts, and the
+                # second branch projects the images. With 10 texts and 128 images, this branch takes
+                # three quarters of the time of the second branch. The (B, K) weights are small
+                # here. So a fused kernel would save little memory, and would take longer.
                 keys = (text @ key.T) @ query
                 values = (text @ value.T) @ next_layer.T
                 weights = (scale * (image @ keys.T)).softmax(dim=1)
@@ -91,14 +92,14 @@ class CrossAttention(nn.Module, ABC):
 def has_few_texts(text: Tensor, image: Tensor) -> bool:
     """Whether there are at most half as many texts as images; always false in an export.
 
-    An exported graph is for any numbers of texts and images, so it cannot branch on them.
+    An exported graph is for any numbers of texts and images, so it cannot branch on these numbers.
     """
     return not torch.compiler.is_exporting() and 2 * len(text) <= len(image)
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """(B, H) softmax(scale * queries @ keys.T) @ values."""
-    # The fused kernels need two more dimensions in front: a batch of size one, and one head.
+    # The fused kernels need two more dimensions in front: a batch of size 1, and a single head.
     attended = functional.scaled_dot_product_attention(
         queries[None, None], keys[None, None], values[None, None], scale=scale
     )
@@ -106,7 +107,7 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
 
 
 class OfficialAttention(CrossAttention):
-    """Cross-attention as in the released code, with one matrix for keys and values.
+    """Cross-attention as in the released code, with the same matrix for keys and values.
 
     With the logit scale s of the VLM,
 
@@ -118,7 +119,7 @@ class OfficialAttention(CrossAttention):
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         super().__init__()
-        # not torch.eye: on the meta device it would import torch's compiler
+        # not torch.eye: on the meta device, torch.eye would import torch's compiler
         identity = torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1)
         self.image = nn.Parameter(identity)  # W_v
         self.text = nn.Parameter(identity.clone())  # W_t
@@ -165,7 +166,7 @@ HIDDEN = (512, 256, 128)
 def normal_matrix(
     n_rows: int, n_columns: int, std: float, generator: torch.Generator | None
 ) -> nn.Parameter:
-    """A matrix whose entries are drawn from N(0, std^2)."""
+    """A matrix with random entries from N(0, std^2)."""
     weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
     if not weight.is_meta:  # on the meta device there is nothing to initialise
         weight.normal_(0, std, generator=generator)
@@ -185,21 +186,21 @@ class FailureHead(nn.Module):
 
     z is the concatenation of the image z_v, the attended text, the predicted caption z_t̂ and the
     zero-shot probability of the answer. All parts except z_v are optional. The probability of
-    failure is sigmoid(g). With z_v alone this is the head of ``LVU``.
+    failure is sigmoid(g). With only z_v, this is the head of ``LVU``.
 
     Args:
         dim: Embedding width D.
-        hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
+        hidden: Widths of the hidden layers of the MLP. The MLP has ``len(hidden) + 1`` layers.
         attention: "official" or "paper"; None: z has no attended text.
         predicted_caption: Whether z has z_t̂, the text embedding of the answer.
-        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2), which is
-            max_j p_j for the zero-shot answer.
+        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2). For the
+            zero-shot answer this is max_j p_j.
         dropout: Applied after every hidden layer; None: no dropout, as published.
         generator: Generator of the initial weights; None: the global generator of torch.
 
-    The parts have the order of the released code, not the order of the paper, so that released
-    weights can be used. The released head returns a logit of confidence. This head returns the
-    negative of that logit.
+    The parts have the order of the released code, not the order of the paper, to allow the use of
+    released weights. The released head returns a logit of confidence. This head returns the
+    negative of the released logit.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -239,7 +240,7 @@ class FailureHead(nn.Module):
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) outputs of the first layer before the activation.
 
-        All later layers depend on the batch only through these outputs.
+        The batch has an effect on all later layers only through these outputs.
         """
         total: Tensor = self.first_bias
         for term in self.parts(batch).values():
@@ -247,7 +248,7 @@ class FailureHead(nn.Module):
         return total
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
-        """Terms (B, H) of the outputs of the first layer: one for each part of z, by name."""
+        """Terms (B, H) of the outputs of the first layer, for each part of z by name."""
         parts = {"image": functional.linear(batch.image, self.first["image"])}
         if self.attention is not None:
             parts["attended"] = self.attention(
@@ -264,9 +265,9 @@ class FailureHead(nn.Module):
         """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
         if has_few_texts(batch.text, batch.image):
-            # Every text is projected once, which is faster than one projection per image. The
-            # projections are not indexed with [], because several threads would sum the gradient
-            # of an index in an order that varies.
+            # Every text is projected once. A projection per image would be slower. The projections
+            # are not indexed with [], because several threads would sum the gradient of an index in
+            # an order that varies.
             return functional.embedding(batch.prediction, functional.linear(batch.text, weight))
         return functional.linear(batch.text[batch.prediction], weight)
 
@@ -275,9 +276,9 @@ def first_weights(
     widths: Mapping[str, int], generator: torch.Generator | None, *, n_outputs: int, dim: int
 ) -> nn.ParameterDict:
     """Initial weights (H, width) of the first layer, for each part of z by name."""
-    # He initialisation, for embeddings of unit norm: their coordinates have a mean square of 1 / D
-    # instead of 1. With torch's default initialisation the activations would be so small that
-    # training would spend most of its steps on increasing them.
+    # He initialisation, for embeddings of unit norm: the coordinates have a mean square of 1 / D
+    # instead of 1. With torch's default initialisation the activations would be very small, and
+    # most steps of the training would only increase the activations.
     n_inputs = sum(widths.values())
     std = math.sqrt(2 * dim / n_inputs)
     weights = {
@@ -293,7 +294,7 @@ def perceptron(
 
     ``widths`` are the numbers of outputs of all layers, including the first layer.
     """
-    # All layers are built before any of them is initialised again. In another order, the same seed
+    # All layers are built first, and initialised again afterwards. In another order, the same seed
     # would give other weights than in earlier versions.
     linear_layers = [
         linear(n_inputs, n_outputs, generator) for n_inputs, n_outputs in itertools.pairwise(widths)
@@ -317,12 +318,12 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     ``method`` is the name of the method in messages.
 
     Raises:
-        DataError: If names, shapes or types of the weights differ from those of the network.
+        DataError: If names, shapes or types of the weights differ from the weights of the network.
     """
     expected_forms = _shapes_and_types(network.state_dict())
     actual_forms = _shapes_and_types(state)
     if actual_forms != expected_forms:
-        # pairs (name, sizes and type) that only the network or only the state has
+        # pairs (name, sizes and type) found only in the network or only in the state
         differing_forms = sorted({*actual_forms.items()} ^ {*expected_forms.items()}, key=str)
         raise DataError(
             f"the weights do not fit a {method} with these parameters; "
@@ -342,9 +343,9 @@ def _shapes_and_types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int | to
 
 
 class Graph(nn.Module):
-    """A score function of a batch as a module, which can be exported.
+    """A score function of a batch as a module that can be exported.
 
-    The ``network`` that the function uses is a submodule, so its weights are part of the graph.
+    The ``network`` used by the function is a submodule, so its weights are part of the graph.
     """
 
     def __init__(self, score: Callable[[Batch], Tensor], network: nn.Module | None = None) -> None:

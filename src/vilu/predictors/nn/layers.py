@@ -1,4 +1,4 @@
-"""Layers and masks whose random numbers come from a generator of the caller."""
+"""Layers and masks with random numbers from a generator of the caller."""
 
 from __future__ import annotations
 

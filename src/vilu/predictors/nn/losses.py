@@ -19,7 +19,7 @@ from vilu.predictors.nn.train import Loss
 MIN_ERROR_RATE = 1e-6
 """Error rates e are clipped to at least this value.
 
-For the weight (1 - e) / e they are also clipped to at most 1 minus this value.
+For the weight (1 - e) / e, error rates are also clipped to at most 1 minus this value.
 """
 
 MIN_WEIGHT = 0.05
@@ -44,14 +44,14 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
 
 class FailureWeight:
-    """Weight w of failures in a loss, which depends on an error rate e.
+    """Weight w of failures in a loss, as a function of an error rate e.
 
     The modes are:
 
     - "batch": -log(e) with the e of the batch, as published.
     - "dataset": -log(e) with the e of the whole training set.
-    - "ema": -log(e) with an exponential moving average of the e of batches, which starts at the e
-      of the training set.
+    - "ema": -log(e) with an exponential moving average of the e of batches. The average starts at
+      the e of the training set.
     - "static": a constant.
     - "balanced": (1 - e) / e with the e of the training set. Failures and successes then have the
       same total weight.
@@ -59,7 +59,7 @@ class FailureWeight:
     If several processes train together, the e of a batch is counted over the rows of all processes.
 
     Args:
-        mode: One of the modes above.
+        mode: A mode from the list above.
         error_rate: e of the training set, in [0, 1].
         static: The constant of mode "static".
     """
@@ -81,8 +81,8 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # The mean is over all processes, and waits until every process has called it. So it is
-        # called in mode "dataset", too, which does not use the result.
+        # The mean is over all processes, and waits until every process has called ``mean``. So mode
+        # "dataset" calls ``mean``, too, although the result is not used.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
@@ -92,7 +92,7 @@ class FailureWeight:
         return adaptive_weight(self.rate.to(failure.device))
 
     def _constant_weight(self, static: float) -> Tensor | None:
-        """The weight in a mode where it is the same for all batches; None in other modes."""
+        """The weight in a mode with the same weight for all batches; None in other modes."""
         if self.mode == "static":
             return torch.tensor(float(static), dtype=torch.float32)
         if self.mode == "balanced":
@@ -101,11 +101,11 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The error rate that later calls depend on, for example the moving average."""
+        """The error rate for later calls, for example the moving average."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Set the error rate to the one in a ``state``."""
+        """Set the error rate to the error rate in a ``state``."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -140,7 +140,7 @@ def weighted_mse(
 
 
 def bce_loss(weight: FailureWeight) -> Loss:
-    """Return the loss that is the weighted BCE between failure logits and failures of answers."""
+    """Return the weighted BCE between failure logits and failures of answers, as a loss."""
 
     def loss(batch: Batch, logit: Tensor) -> Tensor:
         return weighted_bce(logit, batch.failure, weight(batch.failure))
@@ -154,14 +154,14 @@ def weighted_mse_loss(
     """Return a function from a failure weight to a loss.
 
     The loss is the weighted squared error between link(g) and the ``target`` of a batch. If the
-    mean square of the targets of the batch exceeds one, the loss is divided by this mean square.
+    mean square of the targets of the batch exceeds 1, the loss is divided by this mean square.
     """
 
     def make_loss(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
             targets = target(batch)
             # The target -log p grows with the logit scale of the VLM. The size of a training step
-            # must not grow with it.
+            # must not grow with the logit scale.
             mean_square = current_world().mean(targets.square()).clamp(min=1)
             failure_weight = weight(batch.failure)
             return weighted_mse(logit, targets, batch.failure, failure_weight, link) / mean_square
@@ -172,12 +172,12 @@ def weighted_mse_loss(
 
 
 def withheld_probability(batch: Batch) -> Tensor:
-    """(B,) 1 - p_y, where p_y is the zero-shot probability of the true class."""
+    """(B,) 1 - p_y, with the zero-shot probability p_y of the true class."""
     return -torch.expm1(batch.target_log_probability)  # accurate even if p_y is near 1
 
 
 def zero_shot_loss(batch: Batch) -> Tensor:
-    """(B,) -log p_y, where p_y is the zero-shot probability of the true class."""
+    """(B,) -log p_y, with the zero-shot probability p_y of the true class."""
     return -batch.target_log_probability
 
 
@@ -186,4 +186,4 @@ LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
     "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""Maps the name of a loss to a function that makes the loss of a head from a failure weight."""
+"""Maps the name of a loss to a function from a failure weight to the loss of a head."""

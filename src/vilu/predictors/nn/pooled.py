@@ -1,4 +1,4 @@
-"""The pooled logits of several experts, split into parts that an explanation can show."""
+"""The pooled logits of several experts, split into parts for an explanation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class PooledLogits(NamedTuple):
     """
 
     zero_shot: Tensor  # (B, K) tempered zero-shot logits, times sum_m w_m
-    # (1, K) what the experts add to the zero-shot logits for the mean training image
+    # (1, K) terms added by the experts to the zero-shot logits, for the mean training image
     class_offset: Tensor
-    # (B, K) what the experts add because the image differs from the mean training image
+    # (B, K) terms added because the image differs from the mean training image
     image_effect: Tensor
 
     @property

@@ -1,4 +1,4 @@
-"""Training that several processes do together."""
+"""Training by several processes together."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vilu.errors import UsageError, ViLUError
 ActionResult = TypeVar("ActionResult")
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that torchrun sets in its processes."""
+"""Environment variables set by torchrun in its processes."""
 
 
 class World:
-    """The processes that train together, as one of them sees them.
+    """The processes that train together, from the view of this process.
 
     In this base class, this process trains alone.
     """
@@ -34,25 +34,25 @@ class World:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this is the leading process, which writes files and messages."""
+        """Whether this is the leading process. The leading process writes files and messages."""
         return self.rank == 0
 
     def own_slice(self, n_rows: int) -> slice:
-        """The slice of ``n_rows`` rows that this process computes.
+        """This process's slice of ``n_rows`` rows.
 
-        The slices of all processes together are all rows. Their lengths differ by at most one, and
-        may be 0.
+        The slices of all processes together are all rows. The lengths of the slices differ by at
+        most 1, and may be 0.
         """
         start = n_rows * self.rank // self.size
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
     def averaging_gradients(self, network: nn.Module) -> nn.Module:
-        """Wrap a network so that its gradients are averaged over the processes."""
+        """Wrap a network, in order to average the gradients over the processes."""
         return network
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by its sum over the processes."""
+        """Replace a tensor in place by the sum of this tensor over the processes."""
 
     def total(self, n: int) -> int:
         """The sum of ``n`` over the processes."""
@@ -65,7 +65,7 @@ class World:
         return values.detach().mean()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all processes, whose numbers of rows may differ."""
+        """Concatenate the rows of all processes. The numbers of rows may differ."""
         return rows
 
     def broadcast(self, data: bytes) -> bytes:
@@ -73,15 +73,15 @@ class World:
         return data
 
     def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
-        """Call ``action`` on the leading process alone; if it raises, every process raises.
+        """Call ``action`` on the leading process alone; if ``action`` raises, every process raises.
 
-        Returns what ``action`` returns on the leading process, and None on the others.
+        Returns the result of ``action`` on the leading process, and None on all other processes.
         """
         return action()
 
 
 class Group(World):
-    """Several processes of ``torch.distributed``, as one of them sees them.
+    """Several processes of ``torch.distributed``, from the view of this process.
 
     A method returns only after all processes have called it.
     """
@@ -92,11 +92,11 @@ class Group(World):
         self.device = device
 
     def averaging_gradients(self, network: nn.Module) -> nn.Module:
-        """Wrap a network so that torch averages its gradients in the backward pass."""
+        """Wrap a network, so that torch averages the gradients in the backward pass."""
         return DistributedDataParallel(network)
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by its sum over the processes."""
+        """Replace a tensor in place by the sum of this tensor over the processes."""
         dist.all_reduce(tensor)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -104,16 +104,16 @@ class Group(World):
         total = values.detach().float().sum()
         count = values.new_tensor(len(values), dtype=torch.float32)
         total_and_count = torch.stack([total, count])
-        dist.all_reduce(total_and_count)  # one call for both sums
+        dist.all_reduce(total_and_count)  # a single call for both sums
         total, count = total_and_count.unbind()
         return total / count
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all processes, whose numbers of rows may differ."""
+        """Concatenate the rows of all processes. The numbers of rows may differ."""
         n_rows = torch.tensor(len(rows), device=self.device)
         counts = [torch.zeros_like(n_rows) for _ in range(self.size)]
         dist.all_gather(counts, n_rows)
-        # ``all_gather`` needs tensors of one size, so all rows are padded to the largest number
+        # ``all_gather`` needs tensors of equal size, so all rows are padded to the largest number
         max_rows = max(int(count) for count in counts)
         padded_rows = rows.new_zeros(max_rows, *rows.shape[1:])
         padded_rows[: len(rows)] = rows
@@ -126,7 +126,7 @@ class Group(World):
 
     def broadcast(self, data: bytes) -> bytes:
         """The ``data`` of the leading process, in every process."""
-        # the number of bytes is sent first, because the other processes do not know it
+        # the number of bytes is sent first, because the other processes do not know this number
         leader = 0
         count = torch.tensor(len(data), device=self.device)
         dist.broadcast(count, src=leader)
@@ -137,7 +137,7 @@ class Group(World):
         return content.cpu().numpy().tobytes()
 
     def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
-        """Call ``action`` on the leading process alone; if it raises, every process raises.
+        """Call ``action`` on the leading process alone; if ``action`` raises, every process raises.
 
         The other processes wait for a message with the kind and the text of the error. The message
         is empty if there was no error.
@@ -149,8 +149,8 @@ class Group(World):
             return None
         try:
             result = action()
-        # Any exception is caught, because the other processes wait for a message whatever
-        # ``action`` raises. They get the kind and the text of the error. Here it is raised again.
+        # Any exception is caught, because the other processes wait for a message in any case. The
+        # message has the kind and the text of the error. Here the exception is raised again.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
@@ -159,19 +159,19 @@ class Group(World):
 
 
 def _error_of_leader(error_report: str) -> Exception:
-    """The error that another process raises for an error of the leading process.
+    """The error to raise in another process for an error of the leading process.
 
-    The report is the name of its class and its message, on two lines.
+    The report has two lines: the class name of the error, and the message of the error.
     """
     kind, _, message = error_report.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
     for cls in ViLUError.__subclasses__():
-        if cls.__name__ == kind:  # errors of one kind give all processes the same exit code
+        if cls.__name__ == kind:  # errors of the same kind have the same exit code
             return cls(text)
     return RuntimeError(text)
 
 
-# All contexts share the default world. That is harmless, because this world has no state.
+# All contexts share the default world. Sharing is harmless, because this world has no state.
 _world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039
 
 
@@ -184,7 +184,7 @@ def current_world() -> World:
 def world(
     device: str = "auto", environment: Mapping[str, str] = os.environ, timeout: float = 1800
 ) -> Iterator[World]:
-    """Connect the processes that torchrun started, for the duration of a ``with`` block.
+    """Connect the processes started by torchrun, for the duration of a ``with`` block.
 
     Without torchrun there is only this process.
 
@@ -194,7 +194,7 @@ def world(
     Args:
         device: Where heads are trained, as for ``resolve_device``.
         environment: Environment with the variables of torchrun.
-        timeout: Seconds after which a process that does not answer is an error.
+        timeout: Seconds to wait for an answer of a process. Afterwards an error is raised.
 
     Raises:
         UsageError: If the variables contradict each other, there are fewer GPUs than processes on
@@ -217,7 +217,7 @@ def world(
 
 
 def _select_gpu(local_rank: int) -> None:
-    """Make the GPU with this number the one that "cuda" means in this process."""
+    """Select the GPU of number ``local_rank`` as "cuda" in this process."""
     n_gpus = torch.cuda.device_count()
     if local_rank >= n_gpus:
         raise UsageError(
@@ -230,7 +230,7 @@ def _select_gpu(local_rank: int) -> None:
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine, from the variables of torchrun.
 
-    Without torchrun there is one process: rank 0 of 1, and rank 0 on this machine.
+    Without torchrun there is a single process: rank 0 of 1, and rank 0 on this machine.
     """
     is_from_torchrun = bool(environment.keys() & {"RANK", "WORLD_SIZE"})
     if not is_from_torchrun:
@@ -246,7 +246,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def _require_all(environment: Mapping[str, str]) -> None:
-    """Refuse an environment in which only some of torchrun's variables are set."""
+    """Refuse an environment with only a part of the variables of torchrun."""
     missing_names = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
     if not missing_names:
         return
@@ -260,7 +260,7 @@ def _require_all(environment: Mapping[str, str]) -> None:
 def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK as integers.
 
-    Values of these variables or of MASTER_PORT that are not whole numbers are refused.
+    Refuses values of these variables or of MASTER_PORT, unless the values are whole numbers.
     """
     wrong_settings = []
     for name in TORCHRUN_VARIABLES:
@@ -281,7 +281,7 @@ def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
 def _connect(
     rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
 ) -> Group:
-    """Connect this process with the others. It waits until all processes call this function."""
+    """Connect this process with the other processes. Waits until all call this function."""
     address = _meeting_address(environment)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:

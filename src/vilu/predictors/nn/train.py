@@ -34,7 +34,7 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 EPOCHS = 35
-"""Default number of epochs, if they have ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
+"""Default number of epochs, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
 MIN_STEPS = 1_400
 """Minimum number of steps of a training run with the default number of epochs."""
 MAX_STEPS = 6_000
@@ -55,7 +55,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> fl
 
 
 def default_epochs(steps: int) -> int:
-    """Default number of epochs, if an epoch has this number of steps.
+    """Default number of epochs, given ``steps`` steps per epoch.
 
     The number is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
     then clipped to 10 ... 300.
@@ -67,9 +67,9 @@ def default_epochs(steps: int) -> int:
 
 
 def small_network_epochs(steps: int) -> int:
-    """Default number of epochs of a small network, if an epoch has this number of steps.
+    """Default number of epochs of a small network, given ``steps`` steps per epoch.
 
-    The number is 20, or more if there would be fewer than 300 steps in all. If there would be more
+    The number is 20, or more if 20 epochs have fewer than 300 steps in all. If 20 epochs have more
     than 2,000 steps in all, the number is reduced, but not below 10.
     """
     min_epochs = max(20, math.ceil(300 / steps))
@@ -98,7 +98,7 @@ class Plan:
     def of(
         cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """The plan for ``steps`` steps per epoch; the other arguments are as in ``TrainConfig``."""
+        """The plan for ``steps`` steps per epoch; all other arguments are as in ``TrainConfig``."""
         epochs = epochs or default_epochs(steps)
         frozen_epochs = freeze_epochs
         if frozen_epochs is None:
@@ -121,14 +121,14 @@ class Plan:
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
-"""Function of a batch and its failure logits (B,), whose result is the mean loss of the batch."""
+"""Function from a batch and the failure logits (B,) to the mean loss of the batch."""
 
 
 def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Rows:
-    """Return the rows with their zero-shot answers, so that a fit computes every answer only once.
+    """Return the rows with zero-shot answers, so that a fit computes every answer only once.
 
     The processes of ``world`` share the computation. Rows with pools of captions are returned
-    unchanged, because every epoch draws other pools, so the answers change.
+    unchanged, because every epoch draws new pools, with new answers.
     """
     if rows.source.pool_size is not None or rows.answers is not None:
         return rows
@@ -141,7 +141,7 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
     for blocks_of_field in zip(*answers_of_batches, strict=True):
         field_of_rows = torch.cat(blocks_of_field)
-        # one entry for every row of the source; entries of rows that are not in ``rows`` are unused
+        # an entry for every row of the source; entries outside ``rows`` are unused
         field_of_source = field_of_rows.new_zeros(len(rows.source))
         fields.append(field_of_source.index_put((rows.index,), field_of_rows))
     return replace(rows, answers=ZeroShot(*fields))
@@ -165,12 +165,12 @@ class TrainConfig:
 
 
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
-    """Number of training steps, each on one batch, in a pass over the rows."""
+    """Number of training steps in a pass over the rows, with one batch per step."""
     n_rows = len(rows.index)
     pool_size = rows.source.pool_size
     if not pool_size:
         return math.ceil(n_rows / batch_size)
-    # a step trains on one full pool; rows that fill no pool are left out in this epoch
+    # a step trains on a full pool; rows that fill no pool are left out in this epoch
     n_pools = n_rows // pool_size
     if not n_pools:
         raise DataError(f"training needs at least one pool of {pool_size} rows. Got {n_rows} rows.")
@@ -178,7 +178,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
-    """Return the mean loss of an epoch, or raise an error if it is not finite."""
+    """Return the mean loss of an epoch, or raise an error if the mean loss is not finite."""
     if not math.isfinite(mean):
         raise DataError(
             f"training diverged: the mean loss of an epoch is {mean}. "
@@ -190,11 +190,11 @@ def finite_mean(mean: float, learning_rate: float) -> float:
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
     """Standard error of an AUROC ``value``.
 
-    Source: Hanley and McNeil, Radiology 1982, with their formulas for q1 and q2, which assume
-    exponentially distributed scores.
+    Source: Hanley and McNeil, Radiology 1982. The formulas for q1 and q2 assume exponentially
+    distributed scores.
     """
-    q1 = value / (2 - value)  # probability that two failures score above one success
-    q2 = 2 * value**2 / (1 + value)  # probability that one failure scores above two successes
+    q1 = value / (2 - value)  # probability that two failures score above a success
+    q2 = 2 * value**2 / (1 + value)  # probability that a failure scores above two successes
     variance_of_pair = value * (1 - value)
     covariances = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
     total = max(variance_of_pair + covariances, 0.0)
@@ -202,10 +202,10 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 
 
 class HeadTrainer:
-    """Training of one head, by this process alone or by several processes together.
+    """Training of a head, by this process alone or by several processes together.
 
-    The head is changed in place. With several processes, each computes a part of the rows of every
-    step, and all processes get the same weights.
+    The head is changed in place. With several processes, each process computes a part of the rows
+    of every step, and all processes get the same weights.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class HeadTrainer:
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
-        # While the attention is frozen it has no gradients, so SGD does not change it, not even by
-        # weight decay. The attention has a group of its own, because the fused kernel of SGD starts
+        # A frozen attention has no gradients, so SGD does not change the attention, not even by
+        # weight decay. The attention has a separate group, because the fused kernel of SGD starts
         # the momenta of all parameters of a group in the same step.
         self.optimizer = torch.optim.SGD(
             [{"params": perceptron_parameters}, {"params": self.attention_parameters}],
@@ -243,9 +243,9 @@ class HeadTrainer:
         )
 
     def run(self, train: Rows, validation: Rows | None) -> History:
-        """Train the head. It gets the weights of the epoch that is chosen by validation.
+        """Train the head, and load the weights of the epoch chosen by validation.
 
-        The chosen epoch is the latest one whose validation AUROC is at most one standard error
+        The chosen epoch is the latest epoch with a validation AUROC at most one standard error
         below the best AUROC up to then. A few hundred validation rows cannot distinguish such
         epochs, and with the cosine schedule later epochs are usually better. Without validation
         rows, the last epoch is chosen.
@@ -276,7 +276,7 @@ class HeadTrainer:
             parameter.requires_grad_(True)
 
     def _is_over(self, plan: Plan, position: Position) -> bool:
-        """Whether all epochs are done, or ``patience`` epochs were done since the chosen one."""
+        """Whether all epochs are done, or ``patience`` epochs were done since the chosen epoch."""
         if position.epoch >= plan.epochs:
             return True
         if self.config.patience is None:
@@ -286,12 +286,12 @@ class HeadTrainer:
         return epochs_since_chosen >= self.config.patience
 
     def _resume_or_begin(self, plan: Plan) -> Position:
-        """Load the latest checkpoint and return its position; without one, return the beginning."""
+        """Load the latest checkpoint and return its position, or return the beginning."""
         checkpoint = self.saver.latest()
         if checkpoint is None:
             return Position()
         attention_was_trained = checkpoint.n_epochs() > plan.frozen_epochs
-        if attention_was_trained:  # then the checkpoint has momenta of the attention
+        if attention_was_trained:  # the checkpoint then has momenta of the attention
             self.thaw()
         return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
 
@@ -306,13 +306,13 @@ class HeadTrainer:
     def _train_epoch(
         self, train: Rows, batch_size: int, rates: Sequence[float], task: Task
     ) -> float:
-        """Train for one epoch, with these factors of the learning rate; returns the mean loss.
+        """Train for an epoch, with these factors of the learning rate; returns the mean loss.
 
         For several processes, every epoch wraps the network anew, for two reasons. First, the
-        wrapper must know which parameters are trained, and the attention is thawed between two
-        epochs. Second, the wrapper chooses in its first step in which order it adds gradients. A
-        resumed run begins with a new wrapper. A run that was not interrupted must therefore have a
-        new wrapper in every epoch, too. Otherwise the two runs could round differently.
+        wrapper must know the trained parameters, and the attention is thawed between two epochs.
+        Second, the wrapper chooses the order of adding gradients in its first step. A resumed run
+        begins with a new wrapper. An uninterrupted run must therefore have a new wrapper in every
+        epoch, too. Otherwise the two runs could round differently.
         """
         self.network = self.world.averaging_gradients(self.head)
         self.network.train()
@@ -324,7 +324,7 @@ class HeadTrainer:
         return float(total) / len(rates)
 
     def step(self, batch: Batch, rate: float) -> Tensor:
-        """Do one step on a batch, at this learning rate; returns the mean loss of the batch."""
+        """Do a step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
         own_batch = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
@@ -337,7 +337,7 @@ class HeadTrainer:
         if share_of_batch:
             loss = mean * share_of_batch  # the sum over the processes is the mean over the batch
         else:
-            loss = logit.sum()  # an empty sum: its gradients exist and are zero
+            loss = logit.sum()  # an empty sum, with gradients that exist and are zero
         self.optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over the processes, and this factor turns the average into a sum
         (loss * self.world.size).backward()
@@ -349,7 +349,7 @@ class HeadTrainer:
         return mean_of_batch
 
     def _end_epoch(self, validation: Rows | None, loss: float, position: Position) -> None:
-        """Record the loss and the AUROC of an epoch, and store its weights if it is chosen."""
+        """Record the loss and the AUROC of an epoch, and store the weights of a chosen epoch."""
         history = position.history
         history.loss.append(finite_mean(loss, self.config.learning_rate))
         if self._is_chosen(validation, history):
@@ -358,7 +358,7 @@ class HeadTrainer:
         position.epoch += 1
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
-        """Whether this epoch is chosen; its validation AUROC is added to the history."""
+        """Whether this epoch is chosen; the validation AUROC is added to the history."""
         if validation is None:
             return True
         logit, failure = self._validate(validation)
@@ -390,7 +390,7 @@ class HeadTrainer:
 
 
 def warn_of_slow_bfloat16(config: TrainConfig) -> None:
-    """Warn if the processor has no instructions for bfloat16, so that it is emulated."""
+    """Warn if the processor emulates bfloat16, because it has no instructions for bfloat16."""
     if config.precision != "bf16" or config.device.type != "cpu":
         return
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -401,7 +401,7 @@ def warn_of_slow_bfloat16(config: TrainConfig) -> None:
 
 
 def require_rows_for_all(n_rows: int, world: World) -> None:
-    """Refuse more processes than a step has rows, because some would have nothing to do."""
+    """Refuse more processes than rows in a step, because some processes would have no work."""
     if n_rows < world.size:
         raise UsageError(
             f"a step of {n_rows} rows cannot be shared by {world.size} processes. "
@@ -435,7 +435,8 @@ def train_adamw(
     """Train a network in place by AdamW; returns the mean loss of every epoch.
 
     The loss is a function of a batch and the output of the network for this batch. If ``config``
-    has no number of epochs, ``epochs_of_steps`` gives it for the number of steps per epoch.
+    has no number of epochs, ``epochs_of_steps`` computes the number from the number of steps per
+    epoch.
     """
     batch_size = config.batch_size or default_batch(len(rows.index))
     steps = steps_per_epoch(rows, batch_size)
@@ -469,7 +470,7 @@ def train_adamw(
 def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
-    """Do one step; returns the mean loss of the batch before the step."""
+    """Do a step; returns the mean loss of the batch before the step."""
     mean_loss = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
     mean_loss.backward()

@@ -1,4 +1,4 @@
-"""The model card of a saved predictor, made from its description and its attributes."""
+"""The model card of a saved predictor, made from the predictor's description and attributes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPACE_FACTS = {
     "logit_scale": "logit scale",
     "logit_bias": "logit bias",
 }
-"""Maps a key of the embedding space to the text before its value in the card."""
+"""Maps a key of the embedding space to the text before the value in the card."""
 FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -47,7 +47,7 @@ FIT_FACTS = {
     # the note ``classes`` has a hash of the names, and ``n_candidates`` has the number of classes
     "classes": "hash of the class names, in their order",
 }
-"""Maps a key of the notes on the fit to the text before its value in the card."""
+"""Maps a key of the notes on the fit to the text before the value in the card."""
 TABLE_FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -57,7 +57,7 @@ TABLE_FIT_FACTS = {
     "shares": "share of each column in the score",
     "chosen": "chosen by cross-validation",
 }
-"""Maps a key of the notes on the fit to a table to the text before its value in the card."""
+"""Maps a key of the notes on the fit to a table to the text before the value in the card."""
 TABLE_USAGE_LINES = [
     "```bash",
     "pip install 'vilu[hub]'",
@@ -65,7 +65,7 @@ TABLE_USAGE_LINES = [
     "vilu score predictor answers.csv -o scores.csv",
     "```",
 ]
-"""Lines with the commands that download a predictor for tables and score with it."""
+"""Lines with the commands to download a predictor for tables, and to score with the predictor."""
 TABLE_LIMIT_LINES = [
     "- It says nothing about answers of another model, or scores that were made in another way.",
     "- `weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, so "
@@ -79,11 +79,11 @@ GUARANTEE_FACTS = {
     "dataset": "from",
     "split": "split",
 }
-"""Maps a key of ``risk.json`` to the text before its value in the card."""
+"""Maps a key of ``risk.json`` to the text before the value in the card."""
 
 
 class DescribedPredictor(Protocol):
-    """A fitted predictor: the attributes that the card describes (see ``FailurePredictor``)."""
+    """A fitted predictor: the attributes described in the card (see ``FailurePredictor``)."""
 
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -94,7 +94,7 @@ class DescribedPredictor(Protocol):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Names of the columns that the score uses beside the embeddings."""
+        """Names of the columns used by the score beside the embeddings."""
 
 
 def model_card(
@@ -180,7 +180,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def yaml_header(backbone: str | None, method: str) -> str:
-    """The header of a card in YAML. Values are written as JSON in ASCII, which is valid YAML."""
+    """The header of a card in YAML. The values are JSON in ASCII, and therefore valid YAML."""
     fields = {
         "library_name": "vilu",
         "license": "unknown",
@@ -192,9 +192,9 @@ def yaml_header(backbone: str | None, method: str) -> str:
 
 
 def hub_id(backbone: str | None) -> str | None:
-    """ORG/NAME of a backbone on the model hub; None if it is not known."""
+    """ORG/NAME of a backbone on the model hub; None if the name is not known."""
     spec = backbone or ""
-    # a named backbone has two repositories: one for OpenCLIP, and one for transformers (@hf)
+    # a named backbone has two repositories: for OpenCLIP, and for transformers (@hf)
     for name, model in named_backbones().items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
             return model.open_clip_hub
@@ -238,7 +238,7 @@ def guarantee_lines(risk: Mapping[str, Any] | None) -> list[str]:
 def usage_lines(
     space: Mapping[str, Any], notes: Mapping[str, Any], predictor: DescribedPredictor
 ) -> list[str]:
-    """Lines with the commands that download the predictor and score images with it."""
+    """Lines with the commands to download the predictor, and to score images."""
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
@@ -300,12 +300,12 @@ def limit_lines(
 
 
 def section(title: str, lines: Iterable[str]) -> str:
-    """A heading, with lines below it."""
+    """A heading, with the ``lines`` of the section."""
     return f"## {title}\n\n" + "\n".join(lines)
 
 
 def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]:
-    """One line "- TEXT: VALUE" for every key of ``texts`` that has a value in ``values``."""
+    """A line "- TEXT: VALUE" for every key of ``texts`` with a value in ``values``."""
     lines = []
     for key, text in texts.items():
         value = values.get(key)
@@ -315,12 +315,12 @@ def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]
 
 
 def without_version_of_vilu(card: bytes) -> bytes:
-    """The card without the version of vilu, which may differ between cards of one predictor."""
+    """The card without the version of vilu, for a comparison of cards of the same predictor."""
     return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
 
 
 def code_span(value: object) -> str:
-    """A Markdown code span on one line, with a text, or with another value as JSON."""
+    """A Markdown code span on a single line, with a text, or with another value as JSON."""
     if not isinstance(value, str):
         value = json.dumps(value)
     text = printable(value)
@@ -337,5 +337,5 @@ def code_span(value: object) -> str:
 
 
 def escaped_text(text: str) -> str:
-    """Text in which all characters with a meaning in Markdown are escaped."""
+    """Text with escapes for all characters with a meaning in Markdown."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

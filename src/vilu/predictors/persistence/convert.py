@@ -1,4 +1,4 @@
-"""Conversion of released checkpoints of ViLU, without executing their content."""
+"""Conversion of released checkpoints of ViLU, without executing code in the files."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ def convert_official(
 ) -> HeadPredictor:
     """Make a ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 
-    A released head returns a logit of confidence. A head of vilu returns a logit of failure, which
-    is its negative. So the sign of the last layer is changed.
+    A released head returns a logit of confidence. A head of vilu returns a logit of failure, the
+    negative of the logit of confidence. So the sign of the last layer is changed.
 
-    A projection of the attention starts as the identity. If it is a multiple of the identity, it
-    was frozen in training: the released code then skips the projection, but weight decay shrinks
-    the matrix. The head of vilu always applies its projections, so such a matrix is replaced by the
-    identity.
+    A projection of the attention starts as the identity. If a projection is a multiple of the
+    identity, the projection was frozen in training. The released code then skips the projection,
+    but weight decay shrinks the matrix. The head of vilu always applies its projections, so such a
+    matrix is replaced by the identity.
 
-    The file is a pickle. It is read by the restricted unpickler of torch, which creates only
-    tensors and numpy scalars. The released files have numpy scalars, so these are allowed by name.
+    The file is a pickle. The restricted unpickler of torch reads the file, and creates only tensors
+    and numpy scalars. The released files have numpy scalars, so numpy scalars are allowed by name.
 
     Args:
         path: A checkpoint with the key ``state_dict``, or a bare state dict.
-        logit_scale: Logit scale of the VLM, which the checkpoints do not have (100 for the CLIP
+        logit_scale: Logit scale of the VLM, which is not in the checkpoints (100 for the CLIP
             models of OpenAI).
-        embed_dim: Embedding width D. It is needed only for a head without attention whose inputs
-            are the image and the predicted caption.
+        embed_dim: Embedding width D. Needed only for a head without attention, with the image and
+            the predicted caption as inputs.
 
     Raises:
-        DataError: If the file contains any other object, or its weights are not those of a known
-            head.
+        DataError: If the file contains any other object, or the weights do not fit any known head.
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
@@ -66,7 +65,7 @@ def convert_official(
     weights = read_checkpoint(Path(path))
     try:
         return _make_predictor(weights, path, float(logit_scale), embed_dim)
-    except ViLUError:  # its message is for users already
+    except ViLUError:  # the message is for users already
         raise
     except DAMAGE_ERRORS as error:
         raise DataError(
@@ -82,7 +81,7 @@ DAMAGE_ERRORS = (
     MemoryError,
     pickle.UnpicklingError,
 )
-"""Errors that torch raises for damaged files and for tensors of unexpected shapes."""
+"""Errors of torch for damaged files and for tensors of unexpected shapes."""
 
 
 def _make_predictor(
@@ -90,7 +89,7 @@ def _make_predictor(
 ) -> HeadPredictor:
     """Make the predictor with the ``weights`` of the checkpoint at ``path``."""
     layers = _layer_names(weights, path)
-    text_projection = weights.get("in_proj_t.weight")  # only heads with attention have it
+    text_projection = weights.get("in_proj_t.weight")  # only in heads with attention
     width = weights["mlp.0.weight"].shape[1]
     if text_projection is None:
         dim = embed_dim or width
@@ -139,7 +138,7 @@ def weights_of_head(
 ) -> dict[str, Tensor]:
     """The weights by the names of a ``FailureHead``, with the sign of the last layer changed.
 
-    In a ``FailureHead``, the first layer has one weight matrix for each of the inputs.
+    In a ``FailureHead``, the first layer has a separate weight matrix for each of the inputs.
     """
     signs = [1] * len(layers)
     signs[-1] = -1  # the sign of the last layer is changed
@@ -162,9 +161,9 @@ def weights_of_head(
 
 
 def identity_if_frozen(projection: Tensor) -> Tensor:
-    """Return the projection, or the identity if it is a multiple of the identity.
+    """Return the projection, or the identity if the projection is a multiple of the identity.
 
-    Such a projection was frozen in training.
+    A multiple of the identity was frozen in training.
     """
     identity = torch.eye(len(projection), dtype=projection.dtype)
     diagonal_value = projection[0, 0]
@@ -176,8 +175,8 @@ def identity_if_frozen(projection: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
-    # The first entry of ``__reduce__`` is the function that a pickle calls to create a numpy
-    # scalar. Its name in the file depends on the version of numpy that wrote the file.
+    # The first entry of ``__reduce__`` is the function called by a pickle to create a numpy scalar.
+    # The name of the function in the file depends on the version of numpy that wrote the file.
     make_scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [

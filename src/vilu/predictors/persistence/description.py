@@ -76,7 +76,7 @@ class SavableSample(Protocol):
 
 
 class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
-    """A predictor that can be saved: the attributes and methods that saving uses."""
+    """A predictor that can be saved, with the attributes and methods needed for saving."""
 
     space_: EmbeddingSpace | None
     similarity_: tuple[float, float] | None
@@ -86,10 +86,10 @@ class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
 
     @property
     def sample_(self) -> SavableSample | None:
-        """A sample of the images of the fit; None if there is none."""
+        """A sample of the images of the fit; None without a sample."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the fit learned."""
+        """Everything learned by the fit."""
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Store learned tensors; refuses tensors with wrong names, types or shapes."""
@@ -98,17 +98,17 @@ class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
 def save(predictor: SavablePredictor, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
-    The weights are written first. ``predictor.json`` has their hash and is written last. So a
-    folder that is incomplete after a crash is recognised and refused.
+    The weights are written first. ``predictor.json`` has the hash of the weights and is written
+    last. So a folder that is incomplete after a crash is recognised and refused.
 
-    A calibration in the folder was made for the predictor that is replaced. The calibration is
-    removed, unless the same fit is saved again. The new card reports no guarantee. Files that do
-    not belong to a predictor are never changed.
+    A calibration in the folder belongs to the replaced predictor. The calibration is removed,
+    unless the same fit is saved again. The new card reports no guarantee. Files that do not belong
+    to a predictor are never changed.
 
     Raises:
-        UsageError: If parameters were changed after the fit, so that the file could not be loaded.
+        UsageError: If parameters were changed after the fit, and the file could not be loaded.
     """
-    # a new predictor with the same parameters refuses tensors that do not match them
+    # a new predictor with the same parameters refuses tensors of the wrong names, types or shapes
     unfitted_predictor = dataclasses.replace(predictor)
     try:
         unfitted_predictor.take(predictor.state(), predictor.space_)
@@ -123,7 +123,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
     # JSON has no tuples, so the description in the folder has lists instead. The new description is
-    # converted in the same way, so that the two can be compared.
+    # converted in the same way, to compare both descriptions.
     fit_description = _without_calibration(parse_json(plain_json(description)))
     is_same_fit = read_fit_description(path / PREDICTOR) == fit_description
     refuse_foreign_files(path, is_same_fit=is_same_fit)
@@ -140,7 +140,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
 
 
 def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str) -> None:
-    """Write the sample of this fit. If there is none, remove the sample of an earlier fit."""
+    """Write the sample of this fit. Without a sample, remove the sample of an earlier fit."""
     if sample is not None:
         sample.save(path, weights_sha256)
         return
@@ -151,8 +151,8 @@ def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str)
 def refuse_foreign_files(folder: str | Path, *, is_same_fit: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder already has the same fit, files of users are allowed, too, unless they have the
-    name of a file of a predictor.
+    If the folder already has the same fit, files of users are allowed, too, unless the name of such
+    a file is a file name of a predictor.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 
@@ -164,7 +164,7 @@ def refuse_foreign_files(folder: str | Path, *, is_same_fit: bool = False) -> No
 
 
 def _drop_calibration(path: Path) -> None:
-    """Remove the calibration of the predictor that is replaced, with a warning."""
+    """Remove the calibration of the replaced predictor, with a warning."""
     names = (RISK, ROWS, LOOKS, LIKELY, VOCABULARY)
     stale_names = [name for name in names if (path / name).exists()]
     with convert_os_errors(f"cannot remove the old calibration in {path}"):
@@ -186,7 +186,7 @@ def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_fit_description(path: Path) -> dict[str, Any] | None:
-    """``predictor.json`` without its calibration; None if the file is damaged or missing."""
+    """``predictor.json`` without the calibration; None if the file is damaged or missing."""
     if not path.is_file():
         return None
     try:
@@ -199,9 +199,9 @@ def read_fit_description(path: Path) -> dict[str, Any] | None:
 def is_predictor_file(path: Path) -> bool:
     """Whether a file belongs to a saved predictor.
 
-    A file belongs to a predictor if both its name and its content are those of such a file. A
-    damaged file with such a name belongs to a predictor if the description or the weights in the
-    same folder belong to one.
+    A file belongs to a predictor if both the name and the content are right. A damaged file with a
+    right name belongs to a predictor if the description or the weights in the same folder belong to
+    a predictor.
     """
     if not path.is_file():
         return False
@@ -217,11 +217,11 @@ def is_predictor_file(path: Path) -> bool:
 
 
 def _has_predictor_content(path: Path) -> bool:
-    """Whether a file has the content that the file of this name has in a saved predictor."""
+    """Whether a file has the content expected in a saved predictor for a file of this name."""
     try:
         with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
-                # a safetensors file begins with the size of its header, then the header as JSON
+                # a safetensors file begins with the size of the header, then the header as JSON
                 header_size = int.from_bytes(handle.read(8), "little")
                 header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
                 return _has_predictor_header(path.name, header)
@@ -243,10 +243,10 @@ def _has_predictor_content(path: Path) -> bool:
 
 
 def _has_predictor_header(name: str, header: dict[str, Any]) -> bool:
-    """Whether a file of tensors belongs to a saved predictor, by its name and its header."""
+    """Whether a file of tensors belongs to a saved predictor, by its name and header."""
     metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in metadata_keys:
-        file_metadata = dict(header.get("__metadata__") or {})  # empty if there is none
+        file_metadata = dict(header.get("__metadata__") or {})  # empty without metadata
         return metadata_keys[name] in file_metadata
     known_keys = {*SKETCH_TENSOR_NAMES.values(), "__metadata__"}
     for key in header:
@@ -256,7 +256,7 @@ def _has_predictor_header(name: str, header: dict[str, Any]) -> bool:
 
 
 def describe(predictor: SavablePredictor) -> dict[str, Any]:
-    """The description of a predictor as plain JSON: everything except its tensors."""
+    """The description of a predictor as plain JSON: everything except the tensors."""
     parameter_values = {}
     for name in parameters(predictor):
         if name not in NOT_SAVED:
@@ -276,7 +276,7 @@ def describe(predictor: SavablePredictor) -> dict[str, Any]:
         "notes": predictor.notes_,
         **home_of(type(predictor)),
     }
-    # the kinds are listed only if rows are recognised by more than their identifiers ("names")
+    # the kinds are listed only if rows are recognised by more than identifiers ("names")
     if predictor.seen_.keys() - {"names"}:
         description["seen_by"] = list(predictor.seen_)
     if predictor.calibrator_ is not None:
@@ -285,14 +285,14 @@ def describe(predictor: SavablePredictor) -> dict[str, Any]:
 
 
 def sketch_tensors(predictor: SavablePredictor) -> dict[str, Tensor]:
-    """The tensors with hashes of the rows of the fit, by their names in the file."""
+    """The tensors with hashes of the rows of the fit, by name in the file."""
     return {SKETCH_TENSOR_NAMES[kind]: sketch.hashes for kind, sketch in predictor.seen_.items()}
 
 
 def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
     """Make the sketches of the rows of the fit, and remove the hashes of rows from ``tensors``.
 
-    ``description`` is the content of the file at ``path``. It has the number of rows of the fit.
+    ``description`` is the content of the file at ``path``, with the number of rows of the fit.
     """
     n_seen = description["n_seen"]
     sketches = {}
@@ -322,7 +322,7 @@ def write_card(
 
 
 class _Notes(BaseModel):
-    """The notes of a fit that are used in computations; all other notes are for people."""
+    """The notes of a fit for use in computations; all other notes are for people."""
 
     n_train: int | None = Field(default=None, ge=0)
     n_failures: int | None = Field(default=None, ge=0)
@@ -330,7 +330,7 @@ class _Notes(BaseModel):
 
 
 class _Home(BaseModel):
-    """Where the class of a method outside vilu comes from."""
+    """The origin of the class of a method outside vilu."""
 
     distribution: str | None = None
     module: str
@@ -354,10 +354,10 @@ class _Description(BaseModel):
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read ``predictor.json`` and check its digest, its schema and the types of its values.
+    """Read ``predictor.json`` and check the digest, the schema and the types of the values.
 
-    In the result the key of the digest has another value: the fingerprint, which is a digest that
-    does not depend on the version of vilu.
+    In the result, the value of the digest's key is replaced by the fingerprint. The fingerprint is
+    a digest that does not depend on the version of vilu.
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")

@@ -1,4 +1,4 @@
-"""Names of the files of a saved predictor, and models that have such files."""
+"""Names of the files of a saved predictor, and models with such files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PREDICTOR: Final = "predictor.json"
 WEIGHTS: Final = "weights.safetensors"
 CARD: Final = "README.md"
 
-# Optional files. Some have metadata, whose key follows the name of the file.
+# Optional files. Some files have metadata. The metadata's key follows the name of the file.
 
 SAMPLE: Final = "sample.safetensors"
 SAMPLE_KEY: Final = "vilu.sample"
-"""The file of a sample of the images of the fit (``FitSample``), and the key of its metadata."""
+"""Key of the metadata of the file above, a sample of the images of the fit (``FitSample``)."""
 
 RISK: Final = "risk.json"
 """The file with the guarantee of a calibration."""
@@ -26,18 +26,18 @@ LOOKS: Final = "looks.json"
 """The file with the targets of all calibrations on these rows (``vilu.calibration.looks``)."""
 
 LIKELY: Final = "likely.json"
-"""The file with the estimate of which answers are likely right (``vilu.calibration.likely``)."""
+"""The file with the estimate of the likely right answers (``vilu.calibration.likely``)."""
 
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
-"""The file of the candidate classes (``Vocabulary``), and the key of its metadata."""
+"""Key of the metadata of the file above, the candidate classes (``Vocabulary``)."""
 
 
 class SavedModel(ABC):
-    """A model that can be given in place of the folder in which it would be saved.
+    """A model accepted in place of the path of a saved folder.
 
-    ``vilu.Selective`` is derived from this class. Modules that ``vilu.Selective`` imports use this
-    class, because they cannot import ``vilu.Selective`` itself.
+    ``vilu.Selective`` is derived from this class. Modules imported by ``vilu.Selective`` use this
+    class, because these modules cannot import ``vilu.Selective`` itself.
     """
 
     # phrase for messages about a wrong argument: how to get such a model
@@ -46,11 +46,11 @@ class SavedModel(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Folder with the files of the model, which is removed together with the object."""
+        """Folder with the files of the model. The folder is removed together with the object."""
 
 
 def folder_of(model: str | os.PathLike[str] | SavedModel) -> Path:
-    """The folder of a model, which is given by its path or as an object."""
+    """The folder of a model, given as a path or as an object."""
     if isinstance(model, SavedModel):
         return model.folder
     return Path(model)

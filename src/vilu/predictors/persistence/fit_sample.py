@@ -1,6 +1,6 @@
 """A sample of the images of a fit, saved with the predictor.
 
-Other rows are compared with the sample, so that near copies of fitted images are detected.
+Other rows are compared with the sample, to detect near copies of fitted images.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
 SAMPLE_STREAM: Final = 0x5A
 """First part of the seed of the sample. The second part is the seed of the fit.
 
-So the random numbers of the sample differ from other random numbers of the fit.
+So the random numbers of the sample differ from all other random numbers of the fit.
 """
 
 BLOCK_ROWS: Final = 4096
-"""Number of rows whose cosines with the sample are in memory at the same time."""
+"""Number of rows compared with the sample at the same time, to limit the memory."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class FitSample:
 
     @property
     def share(self) -> float:
-        """Share of the rows of the fit that the sample holds."""
+        """Share of the rows of the fit in the sample."""
         return len(self.image) / self.n_rows
 
     def nearest_cosines(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class FitSample:
         """Load the sample from a folder; None if there is no sample.
 
         Raises:
-            DataError: If the sample is damaged, or it is of a fit whose weights have another hash
-                than ``weights_sha256``.
+            DataError: If the sample is damaged, or belongs to a fit with another hash of the
+                weights than ``weights_sha256``.
         """
         path = folder / SAMPLE
         if not path.exists():
@@ -141,7 +141,7 @@ class FitSample:
 
     @classmethod
     def _from_content(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
-        """Make a sample of ``image`` vectors; a ValueError if ``facts`` do not describe them."""
+        """Make a sample of ``image`` vectors; a ValueError if ``facts`` do not match ``image``."""
         saved_digest = facts.pop("digest", None)
         if saved_digest != digest(facts) or facts["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")

@@ -1,4 +1,4 @@
-"""Copying of predictors to and from a model hub, or a folder that is used like a hub."""
+"""Copying of predictors to and from a model hub, or a folder in place of a hub."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ MAX_FILE_SIZES = {
 
 @contextmanager
 def temporary_folder_beside(target: Path) -> Iterator[Path]:
-    """Make an empty temporary folder next to ``target``, which is removed after the block.
+    """Make an empty temporary folder next to ``target``, and remove the folder after the block.
 
     If the block raises no error, temporary folders of killed processes are removed, too.
     """
@@ -90,7 +90,7 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
     try:
         yield folder
         # ``temporary_paths`` returns the same dictionary at every call. ``pop`` removes the folders
-        # from it, so that they are not found again.
+        # from the dictionary, so that no later call finds these folders.
         temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, [])
         for temporary in temporary_folders:
             if is_leftover(temporary):
@@ -109,7 +109,7 @@ def copy_files(
     """Copy the files of a predictor into an empty folder, and check the copy by loading it.
 
     Returns the fingerprint of the predictor. Files named in ``excluded_names`` are not copied.
-    Symbolic links are refused, unless they lead to files in the ``cache`` of the hub.
+    Symbolic links are refused, unless the links lead to files in the ``cache`` of the hub.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -140,15 +140,15 @@ def copy_files(
 
 
 class _OpenFolder(NamedTuple):
-    """A folder that stays open while its files are copied.
+    """A folder kept open while its files are copied.
 
     The files are opened relative to the descriptor of the folder, not by their paths. So if another
-    process puts another folder at this path during the copy, the files are still those of this
+    process puts another folder at this path during the copy, the copied files are still from this
     folder.
     """
 
     path: Path
-    descriptor: int | None  # None on Windows, where files cannot be opened relative to it
+    descriptor: int | None  # None on Windows, where files cannot be opened relative to a folder
 
     def path_of(self, name: str) -> str:
         """Path of a file of the folder, for functions of ``os`` with ``dir_fd=self.descriptor``."""
@@ -170,8 +170,8 @@ def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
         os.close(descriptor)
 
 
-# Flags of ``os.open``. With them it does not follow a link, does not wait for a pipe, and does not
-# convert line ends. A flag that a system does not have is 0.
+# Flags of ``os.open``. ``os.open`` then does not follow a link, does not wait for a pipe, and does
+# not convert line ends. A flag missing on the system is 0.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -179,7 +179,7 @@ _FLAGS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
 
 
 def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None:
-    """Open a file of a folder; returns its descriptor, or None if the file does not exist.
+    """Open a file of a folder; returns the descriptor, or None if the file does not exist.
 
     Raises:
         UsageError: If the file is a symbolic link, unless the link leads to a file in the
@@ -203,7 +203,7 @@ def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None
 
 
 def _target_in_cache(link: Path, cache: Path | None) -> str:
-    """Target of a symbolic link; a UsageError if it is not in the cache of the hub."""
+    """Target of a symbolic link; a UsageError if the target is outside the cache of the hub."""
     if cache is None:
         raise UsageError(
             f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
@@ -218,7 +218,7 @@ def _target_in_cache(link: Path, cache: Path | None) -> str:
 
 
 def require_size(name: str, size: int, limit: int) -> None:
-    """Refuse a file with more bytes than the ``limit`` for files of this name."""
+    """Refuse a file of the given ``name`` with more bytes than the ``limit``."""
     if size > limit:
         raise DataError(
             f"{name} has {size:,} bytes; this file of a predictor has at most {limit:,}."
@@ -245,7 +245,7 @@ def check_copy(folder: Path, original_folder: Path) -> str:
 
 
 def _check_calibration(folder: Path) -> None:
-    """Refuse a calibration of another predictor, or without its calibration rows."""
+    """Refuse a calibration of another predictor, or without calibration rows."""
     risk = read_json(folder / RISK, RECALIBRATE)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
@@ -259,7 +259,7 @@ def _check_calibration(folder: Path) -> None:
 def _comparable_content(path: Path) -> object:
     """Content of a file without the version of vilu; None if the file does not exist.
 
-    Two copies of a file are compared by this content.
+    Serves to compare two copies of a file.
     """
     if not path.is_file():
         return None
@@ -272,7 +272,7 @@ def _comparable_content(path: Path) -> object:
             document = read_description(path)
         else:
             document = read_json(path, RECALIBRATE)
-    except ViLUError:  # a damaged file differs from every intact one, so it is replaced
+    except ViLUError:  # a damaged file differs from every intact file, and is replaced
         return file_hash(path)
     return without_version(document, FINGERPRINT, SEAL)
 
@@ -288,7 +288,7 @@ def _have_same_files(first: Path, second: Path) -> bool:
 def replace_folder(staged_folder: Path, target: Path) -> None:
     """Replace the folder ``target`` by the finished folder ``staged_folder``.
 
-    Other processes see the old folder or the new one, and for a moment no folder.
+    Other processes see the old folder or the new folder, and for a moment no folder.
     """
     with (
         convert_os_errors(f"cannot put the predictor into {target}"),
@@ -299,7 +299,7 @@ def replace_folder(staged_folder: Path, target: Path) -> None:
             if target.exists():
                 target.rename(old_folder)
             staged_folder.rename(target)
-        finally:  # if the second rename failed, or Ctrl-C was pressed before it
+        finally:  # if the second rename failed, or Ctrl-C was pressed before
             if old_folder.exists() and not target.exists():
                 old_folder.rename(target)
 
@@ -331,22 +331,22 @@ def push(
     overwrite: bool = False,
     with_sample: bool = False,
 ) -> str:
-    """Copy a saved predictor to a repository of the model hub, or to a folder; returns its address.
+    """Copy a saved predictor to a repository of the model hub, or to a folder; returns the address.
 
-    Only the files of a predictor are copied, and they are not changed. Files of an earlier push
-    that the predictor does not have are removed. Symbolic links are refused.
+    Only the files of a predictor are copied, without changes. Files of an earlier push are removed
+    if the predictor does not have these files. Symbolic links are refused.
 
     Args:
-        folder: A saved predictor, or a ``vilu.Selective``. It is loaded once before it is copied.
-        repository: ORG/NAME, which is created if it does not exist; or a folder, as ./DIR, /DIR or
-            file:///DIR.
-        private: Whether only its owner can see a repository that is created. None: the settings of
+        folder: A saved predictor, or a ``vilu.Selective``. The predictor is loaded once before the
+            copy.
+        repository: ORG/NAME, created if missing; or a folder, as ./DIR, /DIR or file:///DIR.
+        private: Whether only the owner can see a newly created repository. None: the settings of
             the owner decide.
         revision: Branch of the repository; None: main.
         overwrite: Replace another predictor in a folder. On the hub, a predictor is always
             replaced, but earlier revisions stay available.
-        with_sample: Also copy the sample of the images of the fit. Without it, near copies of
-            fitted images among calibration rows cannot be detected.
+        with_sample: Also copy the sample of the images of the fit. Without the sample, near copies
+            of fitted images among calibration rows cannot be detected.
     """
     target_folder = local_folder(repository, revision)
     excluded_names: frozenset[str] = frozenset()
@@ -367,9 +367,9 @@ def pull(
 ) -> Path:
     """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
 
-    Only the files of a predictor are copied. They are first copied to a temporary folder and loaded
-    there. Then this folder replaces ``folder``. Symbolic links are refused, except for those in the
-    cache of the hub.
+    Only the files of a predictor are copied. The files are first copied to a temporary folder and
+    loaded there. Then the temporary folder replaces ``folder``. Symbolic links are refused, except
+    for links in the cache of the hub.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
@@ -388,7 +388,7 @@ def pull(
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder that ``repository`` means; None if it is ORG/NAME on the hub.
+    """The folder at the path ``repository``; None if ``repository`` is ORG/NAME on the hub.
 
     A ``revision`` of a folder is refused, because folders have no revisions.
     """
@@ -465,7 +465,7 @@ def _upload(
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """Download a revision to the cache of the hub; returns its folder in the cache.
+    """Download a revision to the cache of the hub; returns the folder in the cache.
 
     With HF_HUB_OFFLINE set, the revision must already be in the cache.
     """
@@ -486,7 +486,7 @@ def _download(repository: str, revision: str | None) -> Path:
                     f"{repository} holds no predictor: it has no {' and no '.join(missing_files)}."
                 )
             for name, limit in MAX_FILE_SIZES.items():
-                # 0 if the repository does not have the file, or does not know its size
+                # 0 if the repository does not have the file, or does not know the size of the file
                 size = sizes.get(name) or 0
                 require_size(f"{name} of {repository}", size, limit)
         return Path(
@@ -522,8 +522,9 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn errors of the library of the hub, raised in the block, into errors of vilu."""
     from huggingface_hub import errors
 
-    # Which HTTP client the library uses depends on its version. The HTTP error of the library is
-    # derived from the base error of that client, which is raised if a connection fails.
+    # The HTTP client depends on the version of the library. The HTTP error of the library is
+    # derived from the base error of the client. The client raises the base error if a connection
+    # fails.
     client_errors = [
         base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
     ]
@@ -536,7 +537,7 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except expected_errors as error:
-        # Errors of the hub are OSErrors, too, but only errors of the file system have a number.
+        # Errors of the hub are OSErrors, too. Only errors of the file system have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         response = getattr(error, "response", None)
@@ -557,7 +558,7 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """The reason in ``ERROR_REASONS`` for the class of an error, or for its nearest base class."""
+    """The reason in ``ERROR_REASONS`` for the class of an error, or for the nearest base class."""
     for cls in type(error).__mro__:
         if cls.__name__ in ERROR_REASONS:
             return ERROR_REASONS[cls.__name__]

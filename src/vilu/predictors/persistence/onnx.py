@@ -35,16 +35,16 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch for an exported graph, whose properties do not depend on values or sizes in Python.
+    """A batch for an exported graph. No property depends on values or sizes in Python.
 
     All (N, K) logits are computed at once.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float32 logits, whose products are summed in float64.
+        """(N, K) float32 logits, from products summed in float64.
 
-        ONNX runtimes sum in another order than torch. If the sums were in float32, logits at a
+        ONNX runtimes and torch sum in different orders. If the sums were in float32, logits at a
         logit scale of 100 would differ by 1e-4.
         """
         cosine = self.image.double() @ self.text.double().T
@@ -79,9 +79,9 @@ class GraphBatch(Batch):
 
 
 class Float32Batch(GraphBatch):
-    """A ``GraphBatch`` with the logits that predictors use, which are computed in float32.
+    """A ``GraphBatch`` with logits computed in float32, as in predictors.
 
-    It is used to measure the rounding of scores.
+    Serves to measure the rounding of scores.
     """
 
     logits = Batch.logits
@@ -96,7 +96,7 @@ class ScoreGraph(nn.Module):
     """Module that computes uncertainties and answers from images, texts and columns.
 
     Attributes:
-        batch_class: Class of the batches for which the score is computed.
+        batch_class: Class of the batches to score.
     """
 
     batch_class: type[GraphBatch] = GraphBatch
@@ -130,12 +130,12 @@ class ScoreGraph(nn.Module):
         return uncertainty, judged_batch.prediction
 
     def judged(self, batch: GraphBatch) -> Batch:
-        """The batch with the answers that are judged: here the zero-shot answers."""
+        """The batch with the judged answers, here the zero-shot answers."""
         return batch
 
 
 class AdaptedGraph(ScoreGraph):
-    """A ``ScoreGraph`` of adapted answers, whose ``score`` has a method ``log_posterior``.
+    """A ``ScoreGraph`` of adapted answers. Its ``score`` has a method ``log_posterior``.
 
     The score computes the posterior once more. onnxruntime merges equal parts of a graph.
     """
@@ -151,8 +151,8 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K.
 
     Raises:
-        NotExportable: If the method has no graph, it was fitted on given logits, or it judges
-            given answers.
+        NotExportable: If the method has no graph, was fitted on given logits, or judges given
+            answers.
     """
     if is_of_given_logits(predictor.notes_):
         raise NotExportable(
@@ -194,19 +194,20 @@ The rounding is the difference between the scores by torch in float32 and in flo
 """
 
 MIN_COSINE_GAP = 1e-4
-"""The gap between the two largest cosines, divided by the largest, must exceed this.
+"""Minimum relative gap between the two largest cosines of a row with a clear zero-shot answer.
 
-Then the zero-shot answer is clear. In a smaller gap, rounding may change the answer.
+The gap is divided by the largest cosine. With a smaller gap, rounding may change the
+zero-shot answer.
 """
 
 MIN_POSTERIOR_GAP = 1e-2
 """An adapted answer is clear if the two largest log probabilities differ by more than this."""
 
 TRIAL_SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
-"""Numbers of images and of candidates with which an export is tested."""
+"""Numbers of images and of candidates in the tests of an export."""
 
 N_TRIAL_WORDS = 40
-"""Number of everyday words with which an export is tested."""
+"""Number of everyday words in the tests of an export."""
 
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
@@ -214,7 +215,7 @@ MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 GraphInputs = dict[str, Tensor]
 """Inputs of a graph by name, in the order of the graph.
 
-They are ``image`` (N, D) and ``text`` (K, D). If the score uses them, ``features`` (N, F) and
+The inputs are ``image`` (N, D) and ``text`` (K, D). If used by the score, ``features`` (N, F) and
 ``negatives`` (M, D) follow.
 """
 
@@ -230,18 +231,18 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     The inputs of the graph are
 
     - ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm,
-    - ``features`` (N, F), if the predictor was fitted on them,
-    - ``negatives`` (M, D), the column of everyday words, if the predictor uses it.
+    - ``features`` (N, F), if the predictor was fitted on features,
+    - ``negatives`` (M, D), the column of everyday words, if the predictor uses this column.
 
     Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different, because equal texts
-    would be one candidate in ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64 and
-    ``prediction`` (N,) int64, the answers that the predictor judges. Logit scale and bias are
-    constants of the graph.
+    would be a single candidate in ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64
+    and ``prediction`` (N,) int64, the judged answers. Logit scale and bias are constants of the
+    graph.
 
-    Before the file is written, onnxruntime runs it on random rows. All answers must be those of the
-    predictor. All uncertainties may differ by ``MAX_DIFFERENCE``, or by ``MAX_ROUNDINGS`` times the
-    rounding of the score in float32 if that is larger. The rounding is large for a predictor with a
-    large logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
+    Before the file is written, onnxruntime runs the graph on random rows. All answers must equal
+    the answers of the predictor. All uncertainties may differ by the larger of ``MAX_DIFFERENCE``
+    and ``MAX_ROUNDINGS`` times the rounding of the score in float32. The rounding is large for a
+    predictor with a large logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
 
     Args:
         folder: A saved predictor, or a ``vilu.Selective``.
@@ -264,7 +265,7 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
-    """The score of a predictor as the bytes of an ONNX file, whose metadata describe the predictor.
+    """The bytes of an ONNX file for the score of a predictor, with metadata on the predictor.
 
     The file is not compared with the predictor here.
     """
@@ -280,12 +281,12 @@ def write_graph(
 ) -> bytes:
     """The bytes of an ONNX file of a module, with the ``facts`` as metadata.
 
-    The file accepts any number of rows of an input: K texts, M everyday words, and N rows of every
-    other input.
+    The file accepts any number of rows of an input: K texts, M everyday words, and N rows of all
+    remaining inputs.
     """
     n_rows = torch.export.Dim("N")
     dimensions = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
-    # dimension 0 of every input has a size that is not fixed
+    # dimension 0 of every input has a variable size
     dynamic_shapes = {name: {0: dimensions.get(name, n_rows)} for name in example}
     with quiet():
         exported_program = torch.onnx.export(
@@ -297,7 +298,7 @@ def write_graph(
             output_names=outputs,
             dynamic_shapes=dynamic_shapes,
         )
-    program = cast("torch.onnx.ONNXProgram", exported_program)  # with dynamo=True it always is one
+    program = cast("torch.onnx.ONNXProgram", exported_program)  # always with dynamo=True
     fixed_inputs = []
     for graph_input in program.model.graph.inputs:
         shape = graph_input.shape
@@ -318,7 +319,7 @@ def write_graph(
 
 
 def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
-    """Metadata of an ONNX file for images or for tables: facts about its predictor, as strings."""
+    """Metadata of an ONNX file for images or for tables: facts on the predictor, as strings."""
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
@@ -331,7 +332,7 @@ def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[st
 def file_metadata(
     predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
 ) -> dict[str, str]:
-    """Metadata of an ONNX file for images: facts about its predictor and its embedding space."""
+    """Metadata of an ONNX file for images: facts on the predictor and its embedding space."""
     return {
         **predictor_metadata(predictor, fingerprint),
         "vilu.embeddings.space": space.fingerprint,
@@ -360,13 +361,13 @@ def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
 def largest_difference(
     predictor: FailurePredictor, results: Iterable[tuple[GraphInputs, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference between uncertainties by an ONNX file and by its predictor.
+    """The largest difference between uncertainties by an ONNX file and by the predictor.
 
-    ``results`` are inputs of the file, with its uncertainties (N,) and answers (N,). Rows whose
-    answer is not clear (``reference_scores``) are left out.
+    ``results`` are inputs, uncertainties (N,) and answers (N,) of the file. Rows without a clear
+    answer (``reference_scores``) are left out.
 
     Raises:
-        DataError: If answers differ, or uncertainties differ more than rounding explains.
+        DataError: If answers differ, or uncertainties differ by more than the allowed rounding.
     """
     float32_graph = score_graph(predictor)
     float64_graph = copy.deepcopy(float32_graph).double()
@@ -398,7 +399,7 @@ def largest_difference(
 
 
 def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
-    """The largest absolute value of ``differences`` (N,) in the rows that are counted.
+    """The largest absolute value of ``differences`` (N,) in the rows of the mask ``is_counted``.
 
     The result is NaN if one of these values is NaN.
     """
@@ -408,9 +409,10 @@ def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bo
 def reference_scores(
     predictor: FailurePredictor, inputs: GraphInputs
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Uncertainties (N,) and answers (N,) of the predictor, and whether each answer is clear (N,).
+    """Uncertainties (N,) and answers (N,) of the predictor, and a mask (N,) of clear answers.
 
-    An answer is clear if rounding cannot change it (``MIN_COSINE_GAP``, ``MIN_POSTERIOR_GAP``).
+    An answer is clear if rounding cannot change the answer (``MIN_COSINE_GAP``,
+    ``MIN_POSTERIOR_GAP``).
     """
     image = inputs["image"]
     text = inputs["text"]
@@ -437,8 +439,8 @@ def trial_inputs(
     """Yield random inputs of unit norm, one for each of the ``sizes`` (images, candidates).
 
     Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs
-    there are also inputs with the texts of the classes: in their order, shuffled, two of them, and
-    together with other texts.
+    there are also inputs with the texts of the classes: in the original order, shuffled, only two
+    of the texts, and together with other texts.
     """
     space = predictor.fitted_space
     score = score_graph(predictor).score
@@ -465,7 +467,7 @@ def random_inputs(
 ) -> GraphInputs:
     """Random images for the candidates ``text``, and random columns by name.
 
-    Every second image is near a candidate. ``column_widths`` maps the name of a column to its
+    Every second image is near a candidate. ``column_widths`` maps the name of a column to the
     width.
     """
     image = random_rows(n_images, text.shape[1], generator)

@@ -1,4 +1,4 @@
-"""Checks of the names, types and sizes of the tensors that a method saves."""
+"""Checks of the names, types and sizes of the tensors saved by a method."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vilu.errors import DataError
 from vilu.predictors.nn.head import load_weights
 
 SHOWN_NAMES = 8
-"""Number of names of tensors that a message lists."""
+"""Number of names of tensors listed in a message."""
 
 
 class StateLayout(NamedTuple):
-    """The saved tensors of a method: tensors of the method itself, and weights of its network."""
+    """The saved tensors of a method: tensors of the method itself, and weights of a network."""
 
     method: str
-    names: tuple[str, ...]  # names of the method's own tensors; all others are network weights
+    names: tuple[str, ...]  # names of the method's own tensors; all further tensors are weights
     forms: str  # types and sizes of the method's own tensors, see ``require_forms``
     # function that makes the network for the tensors and the space; None without a network
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
@@ -29,14 +29,14 @@ class StateLayout(NamedTuple):
     def read(
         self, tensors: dict[str, Tensor], space: EmbeddingSpace | None
     ) -> tuple[dict[str, Tensor], nn.Module | None]:
-        """Split saved tensors; returns the method's own tensors, and its network with its weights.
+        """Split saved tensors into the method's own tensors and a network with the saved weights.
 
         Raises:
             DataError: If tensors are missing, superfluous, or of the wrong types or shapes.
         """
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
-        # contiguous as tensors from a file are, so that both give the same results bit for bit
+        # contiguous like tensors from a file, so that results are the same bit for bit
         method_tensors = {
             name: tensors[name].contiguous() for name in tensors if name in self.names
         }
@@ -56,7 +56,7 @@ class StateLayout(NamedTuple):
         return method_tensors, network
 
     def _wrong_names_message(self, tensors: Mapping[str, Tensor]) -> str:
-        """Message for tensors whose names are not the names of the tensors of the method."""
+        """Message for tensors with other names than the tensors of the method."""
         expectation = f"{self.method} has no weights"
         if self.names:
             expectation = f"a {self.method} holds {', '.join(self.names)}"
@@ -64,24 +64,24 @@ class StateLayout(NamedTuple):
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-"""Form of a tensor: name, type, one letter for each size, and the size that bounds the values."""
+"""Form of a tensor: name, type, a letter for each size, and the size that bounds the values."""
 
 TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
-"""Types of tensors by their letter in a form."""
+"""Types of tensors by letter in a form."""
 
 
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors whose types or sizes are not those that ``forms`` describes.
+    """Refuse tensors with other types or sizes than in ``forms``.
 
     An example of ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
-    classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of ``TYPES``), and
-    one letter for every size:
+    classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of ``TYPES``), and a
+    letter for every size:
 
     - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
     - A size with a small letter may be 0. If one such size is 0, all such sizes must be 0.
     - "<K" means that all values are from 0 to K - 1.
     """
-    sizes = {"D": width, "1": 1, "2": 2}  # known sizes, by their letter or digit
+    sizes = {"D": width, "1": 1, "2": 2}  # known sizes, by letter or digit
     expected_forms = [_Form(*form) for form in FORM.findall(forms)]
     present_forms = [form for form in expected_forms if form.name in tensors]
     small_sizes_are_zero = _has_small_sizes_of_zero(tensors, present_forms)
@@ -108,16 +108,16 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
 
 
 class _Form(NamedTuple):
-    """Form of one tensor, as ``FORM`` reads it."""
+    """Form of a single tensor, as parsed by ``FORM``."""
 
     name: str
     type_letter: str
-    size_letters: str  # one for each size
-    bound: str  # letter of the size that all values are below; empty if there is none
+    size_letters: str  # a letter for each size
+    bound: str  # letter of the size above all values; empty without a bound
 
 
 def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_Form]) -> bool:
-    """Whether the first tensor whose sizes all have small letters has a size of 0."""
+    """Whether the first tensor with only small letters in its form has a size of 0."""
     for name, _, size_letters, _ in forms:
         if size_letters.islower():
             return 0 in tensors[name].shape
@@ -127,9 +127,9 @@ def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_For
 def _expected_shape(
     size_letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, small_sizes_are_zero: bool
 ) -> tuple[int, ...]:
-    """The expected shape of a tensor of this ``shape``, from the letters of its sizes.
+    """The expected shape of a tensor of this ``shape``, from the letters of the sizes.
 
-    If ``small_sizes_are_zero``, all sizes with small letters must be 0. A letter that is not yet in
+    If ``small_sizes_are_zero``, all sizes with small letters must be 0. A letter missing in
     ``sizes`` is added with the size of the tensor, or with 1 if this size is 0.
     """
     expected_shape = []
@@ -137,9 +137,9 @@ def _expected_shape(
         if small_sizes_are_zero and letter.islower():
             expected_shape.append(0)
             continue
-        actual_size = 0  # of a dimension that the tensor lacks
+        actual_size = 0  # for a dimension missing in the tensor
         if dimension < len(shape):
             actual_size = shape[dimension]
-        # the size that the letter has already, or else the size that it gets here
+        # the known size of the letter, or else the size of this tensor
         expected_shape.append(sizes.setdefault(letter.upper(), max(actual_size, 1)))
     return tuple(expected_shape)

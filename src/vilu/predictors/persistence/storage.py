@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 @checked
 @torch_defaults()
 def load_predictor(folder: str | Path) -> FailurePredictor:
-    """Load a predictor, which gives the same scores as the saved predictor, bit for bit.
+    """Load a predictor, with the same scores as the saved predictor, bit for bit.
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor.
@@ -94,13 +94,13 @@ LOADING_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Errors that a method may raise if saved tensors or parameters do not fit the method."""
+"""Possible errors of a method if saved tensors or parameters do not fit the method."""
 
 
 def _assemble(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
-    """Make a predictor from its tensors and the ``content`` of its description at ``path``."""
+    """Make a predictor from ``tensors`` and the ``content`` of the description at ``path``."""
     predictor = build(method, content["parameters"])
     if content["space"]:
         predictor.space_ = EmbeddingSpace(**content["space"])
@@ -116,10 +116,9 @@ def _assemble(
 
 
 def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
-    """Digest of everything that decides the result of a fit.
+    """Digest of all inputs of a fit.
 
-    The result depends on the method and its parameters, on the ``files`` that the fit reads, and on
-    further ``flags``.
+    The inputs are the method, its parameters, the ``files`` read by the fit, and further ``flags``.
     """
     content = description.describe(predictor)
     return inputs_digest(
@@ -131,7 +130,7 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     """Check an output folder; true if it has an intact predictor of the same ``inputs``.
 
     If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
-    other inputs is refused, unless ``overwrite``.
+    different inputs is refused, unless ``overwrite``.
     """
     notes: object = None
     saved_description = description.read_fit_description(folder / PREDICTOR)
@@ -145,8 +144,8 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             logger.warning("%s is made again: %s", folder, error)
             is_same = False
             overwrite = True
-    # The description is written last. So if it is missing, the folder is new, or a save was
-    # interrupted.
+    # The description is written last. A missing description means a new folder, or an interrupted
+    # save.
     is_incomplete = not (folder / PREDICTOR).exists()
     return claim_folder(
         folder,
@@ -158,12 +157,12 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
 
 
 def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
-    """The class of a saved predictor, from the ``content`` of its description at ``path``.
+    """The class of a saved predictor, from the ``content`` of the description at ``path``.
 
     Raises:
-        DataError: If the class is not installed. The message says which package to install, or
-            which module to load.
-        MissingModelError: If the class is one of vilu-bench, which is not installed.
+        DataError: If the class is not installed. The message names the package to install, or the
+            module to load.
+        MissingModelError: If the class belongs to vilu-bench, and vilu-bench is not installed.
     """
     name = content["method"]
     home = content.get("home")  # package and module of a method outside vilu, else None

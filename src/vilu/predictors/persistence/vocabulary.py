@@ -1,7 +1,7 @@
-"""The candidate classes of a predictor, which are saved beside it.
+"""The candidate classes of a predictor, saved beside the predictor.
 
-To classify and score a new image, one needs these classes, the predictor, and its vision-language
-model.
+To classify and score a new image, a user needs these classes, the predictor, and the
+vision-language model of the predictor.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """K classes with their text embeddings, and what is needed to embed new images in the same way.
+    """K classes with text embeddings, and the data needed to embed new images in the same way.
 
     Attributes:
-        names: K names of the classes; None if they have no names.
+        names: K names of the classes; None if the classes have no names.
         text: (K, D) float32 unit-norm text embeddings of the classes.
         space: Space of the embeddings.
-        dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
-        columns: Columns whose rows do not belong to images, such as everyday words, by name
+        dtype: Number format of the stored image embeddings. New embeddings are rounded to this
+            format.
+        columns: Columns with rows that do not belong to images, such as everyday words, by name
             (``vilu.embeddings.columns``).
     """
 
@@ -52,7 +53,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, source: EmbeddingSource, dtype: str | None = None) -> Vocabulary:
-        """The vocabulary of a source whose rows share their candidates.
+        """The vocabulary of a source with the same candidates for all rows.
 
         By default ``dtype`` is the number format of the store, or float32 for arrays in memory.
         """
@@ -69,11 +70,11 @@ class Vocabulary:
         columns: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] | None = None,
     ) -> NewImages:
-        """New image embeddings (N, D) with the classes, rounded as the stored ones are.
+        """New image embeddings (N, D) with the classes, rounded like the stored embeddings.
 
         Args:
             image: (N, D) embeddings.
-            columns: Columns whose rows belong to the images (``vilu.embeddings.columns``).
+            columns: Columns with a row for each image (``vilu.embeddings.columns``).
             ids: N identifiers; by default the row numbers.
         """
         return NewImages(
@@ -87,7 +88,7 @@ class Vocabulary:
         )
 
     def save(self, folder: Path) -> None:
-        """Write ``vocabulary.safetensors``, whose metadata have a digest of the whole content."""
+        """Write ``vocabulary.safetensors``, with a digest of the whole content as metadata."""
         tensors = {"text": self.text.contiguous()}
         for name, column in self.columns.items():
             tensors[f"columns.{name}"] = column.contiguous()

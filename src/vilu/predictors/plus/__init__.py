@@ -1,1 +1,1 @@
-"""ViLU+ and ViLU-zero, and what they know of pictures of none of the classes."""
+"""ViLU+ and ViLU-zero, and their detection of images of none of the classes."""

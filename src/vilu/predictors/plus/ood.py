@@ -30,7 +30,7 @@ from vilu.embeddings.source import Batch
 from vilu.predictors.contract.predictor import FailurePredictor
 
 NEGATIVES = "negatives"
-"""Name of the column of everyday words, none of which means a class.
+"""Name of the column of everyday words. No word of the column means a class.
 
 The words represent images of none of the classes.
 """
@@ -45,11 +45,11 @@ _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Ten
 
 
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
-    """Return the ascending indices (M',) of the words (M, D) that are far from the classes (K, D).
+    """Return the ascending indices (M',) of the words (M, D) far from the classes (K, D).
 
-    The nearness of a word is the 1 - ``nearest`` quantile of its K cosines with the classes. The
-    ``share`` of the words with the least nearness is returned, at least one word. Of two words of
-    equal nearness the one with the lower index is taken first.
+    The nearness of a word is the 1 - ``nearest`` quantile of the K cosines of the word with the
+    classes. The ``share`` of the words with the least nearness is returned, at least 1 word. Among
+    words of equal nearness the lower index comes first.
     """
     cache_of_text = _FAR_WORDS_CACHE.setdefault(text, WeakTensorKeyDictionary())
     cache = cache_of_text.setdefault(words, {})
@@ -61,10 +61,10 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
 
 def _find_far_words(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
     """As ``far_words``, without the cache."""
-    # A word near a class would take softmax mass from images of that class, which are inside. So
-    # such words are left out.
+    # Words near a class are left out. Such a word would take softmax mass from images of the class,
+    # and these images are inside.
     cosine = words @ text.T
-    # the rank of the quantile among the K cosines of a word, which are in descending order
+    # the rank of the quantile among the K descending cosines of a word
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)
     largest_cosines = cosine.topk(rank, dim=1).values
     nearness = largest_cosines[:, -1]  # the cosine with this rank, for every word
@@ -75,7 +75,7 @@ def _find_far_words(words: Tensor, text: Tensor, share: float, nearest: float) -
 def word_mass(batch: Batch, word_index: Tensor) -> Tensor:
     """(B,) float64 log sum_w exp l_w over the words w with these indices.
 
-    The logit bias is left out, because it is the same for all words and classes and so cancels.
+    The logit bias is left out. The bias is the same for all words and classes, and so cancels.
     """
     words = batch.columns[NEGATIVES][word_index]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -110,19 +110,20 @@ class NegLabel(FailurePredictor):
         u = 1 - exp l_t̂ / (sum_c exp l_c + sum_w exp l_w)
 
     The words are the column ``negatives``. Words near a class are left out: the nearness of a word
-    is the 1 - ``nearest`` quantile of its cosines with the classes, and the ``share`` of the words
-    with the least nearness is kept.
+    is the 1 - ``nearest`` quantile of the cosines of the word with the classes. The ``share`` of
+    the words with the least nearness is kept.
 
     Args:
-        of: Whose softmax mass lowers the uncertainty: all "classes", or the "answer" alone.
-        share: Share of the words that is kept.
-        nearest: Share of the classes that a word may be near to without being left out.
+        of: "classes" or "answer". The softmax mass of all classes, or of the answer alone, lowers
+            the uncertainty.
+        share: Share of the words to keep.
+        nearest: This share of the classes may be near a word before the word is left out.
 
     Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; ``nearest`` 5 %,
     ``share`` 15 %). In the paper the words are the nouns and adjectives of WordNet, in another
-    prompt than the classes, and the score is averaged over groups of words. Here there is one group
-    of about two thousand words, in the prompts of the classes. A larger share of the words is kept,
-    because there are fewer words.
+    prompt than the classes, and the score is averaged over groups of words. Here all words are in a
+    single group of about two thousand, in the prompts of the classes. A larger share of the words
+    is kept, because there are fewer words.
 
     Examples:
         >>> import torch, vilu
@@ -166,24 +167,24 @@ class NegLabel(FailurePredictor):
         return torch.sigmoid(log_all_others - log_answer)
 
 
-# Constants of the outcome "outside", sorted by the step that uses them: the choice of words, the
-# regression of the margin, the mixture, the fit from examples, and the optimisers.
+# Constants of the outcome "outside", sorted by step: the choice of words, the regression of the
+# margin, the mixture, the fit from examples, and the optimisers.
 
 WORD_SHARE = 0.25
-"""Share of the words that the outcome "outside" uses: the words farthest from the classes."""
+"""The outcome "outside" uses this share of the words: the words farthest from the classes."""
 
 DIRECTION_ROWS = 100
 """A direction and a share of images outside are estimated if there are at least this many rows."""
 
 DIRECTION_VARIANCE = 0.1
-"""Prior variance of the weights that predict the margin from the image."""
+"""Prior variance of the weights in the regression of the margin on the image."""
 PREDICTION_SHARE = 2 / 3
-"""Weight of the predicted margin in its average with the margin."""
+"""Weight of the predicted margin in the average with the actual margin."""
 
 CLASS_PRIOR_ROWS = 5.0
-"""Weight, in rows, that the mean over all classes has in the estimated mean of one class."""
+"""Weight, in rows, of the mean over all classes in the estimated mean of a class."""
 OUTSIDE_PRIOR = 0.05
-"""Weight, as a share of the N rows, that the expected mean outside has in the estimated mean."""
+"""Weight, as a share of the N rows, of the expected mean outside in the estimated mean outside."""
 MIN_OUTSIDE_SHARE = 0.02
 """The predicted margin is used if the estimated share of images outside is at least this."""
 MIN_SEPARATION = 2.0
@@ -194,9 +195,9 @@ MAX_SEPARATION = 10.0
 Without this limit, a few equal rows would have a larger distance.
 """
 ASSUMED_OUTSIDE_SHARE = 0.1
-"""This share of images outside is assumed if it cannot be estimated from the rows."""
+"""Assumed share of images outside, where the rows do not suffice to estimate the share."""
 LOG_ODDS_DISCOUNT = 1.0
-"""This number is subtracted from log-odds that were estimated without examples outside."""
+"""This number is subtracted from log-odds estimated without examples outside."""
 
 LABEL_VARIANCE = 100.0
 """Prior variance of the weights of the image, where there are examples of images outside."""
@@ -209,19 +210,19 @@ MAX_LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
 
 
 def outside_words(batch: Batch) -> Tensor:
-    """Indices (M',) of the words that the outcome "outside" uses."""
+    """Indices (M',) of the words used by the outcome "outside"."""
     return far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
 
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds that an image x is outside.
+    """The outcome "none of the classes": log-odds of "outside" for an image x.
 
         log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the index of the zero-shot answer among the classes of the fit. An answer that is not one
-    of these classes uses the last entry of ``slope`` and ``offset``. If g is zero, the words have
-    no effect. If ``slope`` is empty, nothing was learned and P(outside) is zero.
+    a is the index of the zero-shot answer among the classes of the fit. An answer that is no class
+    of the fit uses the last entry of ``slope`` and ``offset``. If g is zero, the words have no
+    effect. If ``slope`` is empty, nothing was learned and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
@@ -240,7 +241,7 @@ class Outside:
     @classmethod
     def not_learned(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """The outcome where nothing was learned: P(outside) is zero."""
-        # Five tensors, each with its own memory: safetensors refuses to save tensors that share it.
+        # Five tensors with separate memory: safetensors refuses to save tensors with shared memory.
         return cls(
             weight=torch.zeros(0, dtype=torch.float64),
             bias=torch.zeros((), dtype=torch.float64),
@@ -252,7 +253,7 @@ class Outside:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The outcome with these saved tensors; ``not_learned()`` if one of them is missing."""
+        """The outcome with these saved tensors; ``not_learned()`` if a tensor is missing."""
         if not tensors.keys() >= set(cls.names):
             return cls.not_learned()
         weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
@@ -269,7 +270,7 @@ class Outside:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the data must have to be scored."""
+        """Columns needed for scoring."""
         if self.word_weight == 0:
             return ()
         return (NEGATIVES,)
@@ -279,8 +280,8 @@ class Outside:
 
         Args:
             batch: Rows with the columns ``columns``.
-            classes: (K,) index of every candidate among the classes of the fit, -1 for a candidate
-                that is no class of the fit. None means -1 for all candidates.
+            classes: (K,) index of every candidate among the classes of the fit, or -1 for other
+                candidates. None means -1 for all candidates.
         """
         image = float64(batch.image)
         if not self:  # nothing was learned
@@ -295,16 +296,16 @@ class Outside:
         if classes is None or len(slope) == 1:
             # the last entry is for all answers, or for answers that are no class of the fit
             return slope[-1] * evidence + offset[-1]
-        # an answer that is no class of the fit has the index -1, which reads the last entry
+        # an answer that is no class of the fit has the index -1, and so reads the last entry
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * evidence + offset[answer]
 
 
 class OutsideGraph(nn.Module):
-    """``Outside.log_odds`` as a graph for export, in which the number M of words is not fixed.
+    """``Outside.log_odds`` as a graph for export, for any number M of words.
 
-    ``far_words`` selects some of the words. In this graph all M words stay, and the words that are
-    not far get a mass of zero.
+    ``far_words`` selects some of the words. In this graph all M words stay, and near words get a
+    mass of zero.
     """
 
     def __init__(self, outcome: Outside) -> None:
@@ -331,11 +332,11 @@ class OutsideGraph(nn.Module):
         return self.slope[index] * evidence + self.offset[index]
 
     def margin(self, batch: Batch) -> Tensor:
-        """(B,) float64 margins m(x), the same as those of the function ``margin``."""
+        """(B,) float64 margins m(x), equal to the results of the function ``margin``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
-        # The sort need not be stable. In practice only equal words have equal nearness, so their
-        # order does not change the margin.
+        # The sort need not be stable. In practice only equal words have equal nearness, and the
+        # order of equal words does not change the margin.
         order = nearness.argsort()
         positions = torch.arange(words.shape[0], device=words.device)
         rank = torch.empty_like(order).scatter(0, order, positions)  # 0 for the farthest word
@@ -358,7 +359,7 @@ class SeesOutside(ABC):
 
     @property
     def outcome(self) -> Outside:
-        """The learned outcome "outside", that is, images of none of the classes."""
+        """The learned outcome "outside": images of none of the classes."""
         return Outside.from_tensors(self.learned_)
 
     @abstractmethod
@@ -387,7 +388,7 @@ class SeesOutside(ABC):
 
 
 def learn_outside(train: Rows) -> Outside:
-    """Learn the outcome "outside" from the best evidence that the training rows offer.
+    """Learn the outcome "outside" from the best evidence in the training rows.
 
     1. Examples of images outside, unless the data are image-caption pairs.
     2. Otherwise everyday words, together with rows without labels if there are any.
@@ -405,7 +406,7 @@ def learn_outside(train: Rows) -> Outside:
 
 
 class Margins(NamedTuple):
-    """Margins and zero-shot answers of N rows, and the moments of their images z.
+    """Margins and zero-shot answers of N rows, and the moments of the images z.
 
     The ridge regression of the margin on the image needs only these moments.
     """
@@ -418,7 +419,7 @@ class Margins(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> Margins:
-        """Compute margins, answers and moments in one pass over the rows, block by block."""
+        """Compute margins, answers and moments in a single pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
         # sums over the rows of z, z z^T, and z times the margin
@@ -449,13 +450,14 @@ class Margins(NamedTuple):
     def direction(self) -> tuple[Tensor, Tensor]:
         """Weights (D,) and intercept () of the ridge regression of the margin on the image.
 
-        The centred images are divided by their root mean square norm. The margins are divided by
-        their standard deviation. The prior variance of the weights is ``DIRECTION_VARIANCE``; the
-        noise variance is 1. The prior shrinks predictions towards the mean margin.
+        The centred images are divided by the root mean square of the image norms. The margins are
+        divided by the standard deviation of the margins. The prior variance of the weights is
+        ``DIRECTION_VARIANCE``; the noise variance is 1. The prior shrinks predictions towards the
+        mean margin.
         """
-        # The margin of one image is noisy, because few words fit one image. Its regression on the
-        # image finds what images with a large margin have in common. Without the prior, D weights
-        # would fit the noise of N margins.
+        # The margin of an image is noisy, because few words fit a given image. The regression of
+        # the margin on the image finds the common properties of images with a large margin. Without
+        # the prior, D weights would fit the noise of N margins.
         mean_square = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
         ridge = mean_square / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
@@ -465,10 +467,10 @@ class Margins(NamedTuple):
 class Mixture(NamedTuple):
     """Two Gaussians with the same variance: values of images inside, and of images outside.
 
-    The mean of an image inside depends on its zero-shot answer. All images outside have one mean.
+    The mean of an image inside depends on the zero-shot answer. All images outside share a mean.
     """
 
-    inside_means: Tensor  # (K + 1,) by the answer of the image; the last: any other candidate
+    inside_means: Tensor  # (K + 1,) by the answer of the image; the last: other candidates
     outside_mean: float
     variance: float  # of both Gaussians
     outside_share: float  # share of images outside
@@ -480,9 +482,9 @@ class Mixture(NamedTuple):
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
         """Slopes (K + 1,) and offsets (K + 1,): log-odds of outside = slope * value + offset."""
-        # Bayes' rule. With one variance for both Gaussians the squares of the value cancel, so the
-        # log-odds are linear in the value. With two variances, the wider Gaussian would be likelier
-        # at both ends, also for values far inside.
+        # Bayes' rule. With the same variance for both Gaussians the squares of the value cancel, so
+        # the log-odds are linear in the value. With two variances, the wider Gaussian would be
+        # likelier at both ends, also for values far inside.
         slope = (self.outside_mean - self.inside_means) / self.variance
         offset = (self.inside_means.square() - self.outside_mean**2) / (2 * self.variance)
         return slope, offset + math.log(self.outside_share / (1 - self.outside_share))
@@ -496,21 +498,22 @@ def fit_mixture(
     The lower quartile of the values is taken as the initial mean inside, since images outside have
     larger values. The priors are:
 
-    - The mean inside of a class is averaged with the mean over all classes, which has the weight of
-      ``CLASS_PRIOR_ROWS`` rows.
-    - The mean outside is averaged with its expected value, ``mean_sum`` minus the lower quartile,
-      which has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the mean outside
-      therefore stays near the expected value, and the share stays small.
+    - The mean inside of a class is averaged with the mean over all classes. The mean over all
+      classes has the weight of ``CLASS_PRIOR_ROWS`` rows.
+    - The mean outside is averaged with an expected value, ``mean_sum`` minus the lower quartile.
+      The expected value has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the
+      mean outside therefore stays near the expected value, and the share stays small.
 
-    With ``known_inside`` no row is outside, so one step gives the means inside and the variance.
-    The mean outside is then the expected value, and the share is ``ASSUMED_OUTSIDE_SHARE``.
+    With ``known_inside`` no row is outside, so a single step gives the means inside and the
+    variance. The mean outside is then the expected value, and the share is
+    ``ASSUMED_OUTSIDE_SHARE``.
 
     Args:
         value: (N,) values, for example margins.
         answer: (N,) zero-shot answers.
         n_classes: Number K of classes.
         mean_sum: Expected sum of the mean inside and the mean outside.
-        known_inside: Whether it is known that all images are inside.
+        known_inside: Whether all images are known to be inside.
     """
     last_index = len(value) - 1
     ascending_value = value.sort().values
@@ -562,7 +565,7 @@ def _mixture_of_members(
     expected_outside: float,
     min_deviation: float,
 ) -> Mixture:
-    """The mixture for values (N,) of images that are outside with probabilities ``p_outside`` (N,).
+    """The mixture for values (N,) of images, given P(outside) of every image as ``p_outside`` (N,).
 
     This is one step of ``fit_mixture``. ``answer`` (N,) are the zero-shot answers.
     ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the minimum standard
@@ -576,17 +579,17 @@ def _mixture_of_members(
     sum_of_class = zero_of_class.index_add(0, answer, p_inside * value)
     sum_with_prior = sum_of_class + CLASS_PRIOR_ROWS * mean_inside
     class_means = sum_with_prior / (mass_of_class + CLASS_PRIOR_ROWS)
-    # the last mean is for any other candidate
+    # the last mean is for all other candidates
     inside_means = torch.cat([class_means, mean_inside[None]])
     n_outside = p_outside.sum()
-    # without this prior, EM would split rows that are all inside into two halves
+    # without this prior, EM would split the rows into two halves even if all rows are inside
     prior_rows = OUTSIDE_PRIOR * n
     outside_total = float((p_outside * value).sum() + prior_rows * expected_outside)
     outside_mean = outside_total / float(n_outside + prior_rows)
     squares_outside = p_outside * (value - outside_mean).square()
     squares_inside = p_inside * (value - inside_means[answer]).square()
     mean_square = (squares_inside + squares_outside).mean()
-    # the added 0.5 and 5 keep the share above zero, which EM could never leave
+    # the added 0.5 and 5 keep the share above zero, since EM could never leave a share of zero
     outside_share = (float(n_outside) + 0.5) / (n + 5)
     return Mixture(
         inside_means=inside_means,
@@ -599,12 +602,13 @@ def _mixture_of_members(
 def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
     """Learn the outcome "outside" from everyday words, without examples of images outside.
 
-    An image outside relates to the M words as an image inside relates to the K classes. Its
-    expected margin is therefore log(M / K) minus the margin of an image inside.
+    An image outside relates to the M words as an image inside relates to the K classes. The
+    expected margin of an image outside is therefore log(M / K) minus the margin of an image inside.
 
-    Rows that are not ``known_inside`` are a mixture of images inside and outside. If enough of them
-    are outside, the value of a row is its margin, averaged with the margin that a ridge regression
-    predicts from the image (``Margins.direction``). Otherwise the value is the margin alone.
+    Unless the rows are ``known_inside``, the rows are a mixture of images inside and outside. If
+    enough rows are outside, the value of a row is an average of two numbers: the margin, and the
+    margin predicted from the image by a ridge regression (``Margins.direction``). Otherwise the
+    value is the margin alone.
     """
     margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
@@ -612,7 +616,7 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
     all_words = rows.source.column(NEGATIVES, rows.index[:0])
     n_words = max(round(WORD_SHARE * len(all_words)), 1)
     mean_sum = math.log(n_words / n_classes)  # of the margins inside and outside
-    # with these weights, the value of a row is its margin alone
+    # with these weights, the value of a row is the margin alone
     weight = torch.zeros_like(margins.mean)
     bias = torch.zeros((), dtype=torch.float64)
     word_weight = torch.ones((), dtype=torch.float64)
@@ -656,7 +660,7 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
 
 
 class Regressors(NamedTuple):
-    """Regressors of "outside": the images of N rows and, where there are words, their margins."""
+    """Regressors of "outside": the images of N rows and, where there are words, the margins."""
 
     rows: Rows
     margins: Tensor | None  # (N,); None without the column of words
@@ -688,10 +692,11 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
     """Fit an L2-regularised logistic regression of "outside" on the image.
 
     Where there are words, the margin is a further regressor. ``outside_rows`` are the indices of
-    the rows that are examples of images outside.
+    the examples of images outside.
 
-    Images are centred and divided by their root mean square norm. Margins are standardised. The
-    prior variances then have the same meaning for every backbone. L-BFGS reads the rows in blocks.
+    Images are centred and divided by the root mean square of the image norms. Margins are
+    standardised. The prior variances then have the same meaning for every backbone. L-BFGS reads
+    the rows in blocks.
     """
     inside = Regressors.of(train)
     outside = Regressors.of(replace(train, index=outside_rows))
@@ -729,13 +734,13 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         return total
 
     optimizer.step(objective)
-    # the weights of inputs that are only centred
+    # the weights of inputs that are centred but not scaled
     direction = weights.detach()[:-1] / scale
     centred_intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     offset = torch.zeros(1, dtype=torch.float64)
     word_weight = torch.zeros((), dtype=torch.float64)  # without words, the margin is not used
-    if len(direction) > dim:  # the weights of the image come first, then that of the margin
+    if len(direction) > dim:  # the weights of the image come first, then the weight of the margin
         word_weight = direction[dim].clone()
     bias = centred_intercept - direction @ centre
     notes = {"n_outside": len(outside_rows)}
@@ -746,7 +751,7 @@ def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Ten
     """Number of rows of all sets, and means (W,) and scales (W,) of the W regressors.
 
     The scale of all D image regressors is the root mean square norm of the centred images. The
-    scale of the margin is its standard deviation.
+    scale of the margin is the standard deviation of the margins.
     """
     n_rows = 0
     total = torch.zeros((), dtype=torch.float64)
@@ -758,7 +763,7 @@ def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Ten
             squares = squares + inputs.square().sum(dim=0)
     mean = total / n_rows
     variance = (squares / n_rows - mean.square()).clamp_min(0)
-    # scales of at least 1e-6, so that constant regressors are not divided by 0
+    # scales of at least 1e-6 avoid a division by 0 for constant regressors
     image_scale = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
     margin_scale = variance[dim:].sqrt().clamp_min(1e-6)
     return n_rows, mean, torch.cat([image_scale, margin_scale])

@@ -51,7 +51,7 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive
 POOL_SD = 0.2
 """Prior standard deviation of the pool weights.
 
-The prior mean is 1 for the first expert, the attention, and 0 for the other experts.
+The prior mean is 1 for the first expert, the attention, and 0 for further experts.
 """
 
 
@@ -70,7 +70,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
     prior = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        # minus the log posterior of the weights, and its gradient (M,)
+        # minus the log posterior of the weights, and the gradient (M,)
         pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
         log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
         # sums of log p_m over the rows: expected under q, and observed at the true candidates
@@ -88,7 +88,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 
 
 MEMORY_ROWS = 4_096
-"""The memory is one of the experts if there are at most this many training rows.
+"""The memory is an expert of the pool if there are at most this many training rows.
 
 With more rows the network learns enough without the memory (docs/methods/vilu_plus.md).
 """
@@ -105,7 +105,7 @@ ENOUGH_POOL_ROWS = 250
 Folds are fitted until this number of rows was held out.
 """
 
-# names of the saved tensors from which ``module`` reads the kinds and sizes of the experts
+# names of saved tensors; ``module`` reads the kinds and sizes of the experts from these tensors
 POOL_TENSOR = "pool"
 CLASSES_TENSOR = "attention.classes"
 FEATURE_MEAN_TENSOR = "attention.inputs.features.mean"
@@ -117,7 +117,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclasses.dataclass
 class ViLUPlus(SeesOutside, FailurePredictor):
-    """P(failure) of the zero-shot answer under a pool of experts that learned from class labels.
+    """P(failure) of the zero-shot answer under a pool of experts, learned from class labels.
 
     u = 1 - q_t̂, where q is the log-linear pool of the posteriors p_m of M experts:
 
@@ -126,21 +126,21 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     The experts are:
 
     1. The supervised cross-attention (``SupervisedAttention``): the zero-shot logits at a fitted
-       temperature, plus a ridge-regularised bilinear form. Its fit is convex.
+       temperature, plus a ridge-regularised bilinear form. The fit is convex.
     2. A small network on the image (``Adapter``).
     3. An attention over the labelled training images (``Memory``), if there are at most 4,096.
 
-    The experts learn from class labels, so no failures are needed. The weights w are fitted on rows
-    that the experts were not fitted on (cross-fitting, or ``validation``), so that q is a
-    calibrated probability. The prior mean of w is the attention alone.
+    The experts learn from class labels, so no failures are needed. The weights w are fitted on
+    other rows than the experts (cross-fitting, or ``validation``). Therefore q is a calibrated
+    probability. The prior mean of w is the attention alone.
 
     The attention is the only expert in three cases: if there are fewer than ten labels per class on
     average, if the data are image-caption pairs, and if a candidate to be scored is no training
-    class. The fewer labels there are, the closer the attention stays to the zero-shot posterior. If
-    there are rows without labels, it stays close to the posterior of ``ViLUZero`` instead.
+    class. The fewer labels there are, the closer the attention stays to the zero-shot posterior.
+    With rows without labels, the attention stays close to the posterior of ``ViLUZero`` instead.
 
     With examples of images of none of the classes, or with everyday words (the column "negatives"),
-    there is one more outcome, "outside" (``vilu.predictors.plus.ood``). Then
+    there is a further outcome, "outside" (``vilu.predictors.plus.ood``). Then
 
         u = 1 - (1 - P(outside)) q_t̂
 
@@ -149,12 +149,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, if the data
-            have this column. It has the output of the image encoder before the projection, or the
-            output of a second encoder. The ``label`` says whether the column is used.
-        variance: Prior variance of what the attention adds to the logits, in units of the variance
+            have this column. The column holds the output of the image encoder before the
+            projection, or the output of a second encoder. The ``label`` says whether the column is
+            used.
+        variance: Prior variance of the attention's addition to the logits, in units of the variance
             of the tempered zero-shot logits.
-        sharing: Share rho of this variance that all classes have in common. Only the common part
-            changes the logits of unseen candidates.
+        sharing: Share rho of this variance common to all classes. Only the common part changes the
+            logits of unseen candidates.
         width: Hidden width of the network.
         dropout: Dropout probability of the network.
         epochs: Number of passes over the rows in training the network; None: 20, or as many as
@@ -207,7 +208,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, with "features" if the fit used them, and "outside" if it learned the outcome.
+        """The name, with "features" for a fit with features, and "outside" for a learned outcome.
 
         Examples of labels are "vilu_plus" and "vilu_plus (features, outside)".
         """
@@ -221,7 +222,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(additions)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The columns of features and of words that the data have and that the fit uses.
+        """The columns of features and of words that are in the data and used by the fit.
 
         The fit uses features if ``features`` is true, and words except for image-caption pairs.
         """
@@ -234,7 +235,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns of features and of words that the fit used."""
+        """The columns of features and of words used in the fit."""
         if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
@@ -255,11 +256,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             logit_scale = train.source.space.logit_scale
             start = learned_classes.start_logits(class_texts(train), logit_scale)
         experts = None
-        rows_of_experts = None  # the rows that ``experts`` were fitted on
+        rows_of_experts = None  # the rows of the fit of ``experts``
         held_out_answers = None
         if kinds:
-            # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
-            # would get all the weight, since it contains the labels of its own rows.
+            # The pool and the experts are fitted on different rows. On the same rows the memory
+            # would get all the weight, since the memory contains the labels of the rows.
             folds = cross_fitting(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(ENOUGH_POOL_ROWS / len(first_held_out.index))
@@ -278,7 +279,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
                 log_q = pool(log_p, weights).log_softmax(dim=1).numpy()
                 held_out_answers = HeldOutAnswers.of_posterior(log_q, answer, target)
         # With a validation set, the experts above were already fitted on all training rows.
-        # Otherwise they were fitted on a fold, or there are none.
+        # Otherwise the experts were fitted on a fold, or there are no experts yet.
         if experts is None or rows_of_experts is not train:
             experts = self._fit_experts(train, kinds, weights, start, similar_experts=experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
@@ -292,7 +293,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
 
     def _learn_classes(self, train: Rows) -> LearnedClasses | None:
-        """What rows without labels teach about the classes; None if there are no such rows."""
+        """Learn about the classes from rows without labels; None if there are no such rows."""
         source = train.unlabelled
         if source is None:
             return None
@@ -317,15 +318,15 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         start: StartLogits | None,
         similar_experts: Experts | None,
     ) -> Experts:
-        """Fit the experts of the pool: the attention, and one expert of each of these ``kinds``.
+        """Fit the experts of the pool: the attention, and an expert of each of these ``kinds``.
 
         Args:
             rows: The rows to fit on.
             kinds: Kinds of the experts beside the attention: "adapter", "memory".
             weights: Weights of the experts in the pool.
-            start: Logits that were estimated from images without labels.
-            similar_experts: Experts that are already fitted to most of these rows. The fit starts
-                from the weights of their attention, and so needs fewer steps.
+            start: Logits estimated from images without labels.
+            similar_experts: Experts already fitted to most of these rows. The fit starts from the
+                weights of this attention, and so needs fewer steps.
         """
         n_classes = rows.source.n_candidates
         if rows.source.pool_size:  # image-caption pairs have no classes
@@ -354,7 +355,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
-        """Train the network, which adds a residual to the logits ``attention.offset``."""
+        """Train the network to add a residual to the logits ``attention.offset``."""
 
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
@@ -369,7 +370,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        # zero-shot answers are computed here for all rows at once, and the batch keeps them
+        # zero-shot answers are computed here for all rows at once, and kept by the batch
         answered_batch = batch.answered(batch.zero_shot)
         blocks = self.experts.blocks(answered_batch)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
@@ -378,7 +379,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds that the image is of none of the classes."""
+        """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
         match = self.experts.attention.match(batch.text)
         classes = torch.where(match.is_class, match.nearest_class, -1)  # -1: no training class
         return self.outcome.log_odds(batch, classes)
@@ -389,7 +390,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return float64(experts(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
-        """The experts, their pool, and the outcome "outside" where there is one."""
+        """The experts, the pool, and the outcome "outside" if learned."""
         return PlusGraph(self.experts, self.outcome)
 
     def coalitions(self) -> Coalitions:
@@ -417,7 +418,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout, self.seed)
         if BANK_TENSOR in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK_TENSOR]), n_classes)
-        n_experts = 1 + len(companions)  # the attention and its companions
+        n_experts = 1 + len(companions)  # the attention and the companions
         n_weights = len(tensors[POOL_TENSOR])
         if n_weights != n_experts:
             raise DataError(
@@ -429,7 +430,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """The score of ``ViLUPlus`` as a graph for export, which cannot branch on values.
+    """The score of ``ViLUPlus`` as a graph for export. The graph cannot branch on values.
 
     All experts are computed. If some candidate is no training class, the weights of all experts but
     the attention are zero.
@@ -478,7 +479,7 @@ class PlusGraph(nn.Module):
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
-    """Refuse validation rows with a candidate whose text is not among the ``classes`` (K, D).
+    """Refuse validation rows with a candidate text that is not among the ``classes`` (K, D).
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """

@@ -3,7 +3,7 @@
 Two things are learned from these images: which classes occur, and an image prototype of each class.
 
 Shapes: N rows to learn from, B rows to score, K classes, D embedding width. The count of a class is
-the sum over rows of its posterior probability.
+the sum over rows of the posterior probability of the class.
 """
 
 from __future__ import annotations
@@ -35,99 +35,99 @@ from vilu.predictors.nn.pooled import PooledLogits
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_from_words
 
 MAX_EM_ROWS = 20_000
-"""Maximum number of rows, drawn at random, from which the class counts are estimated."""
+"""Maximum number of rows for the estimate of the class counts. The rows are drawn at random."""
 N_EM_PASSES = 50
 """Number of passes of EM over these rows."""
 PSEUDO_COUNT = 0.5
-"""Number of rows of every class that EM counts in addition to the rows of the data.
+"""EM counts this number of rows of every class in addition to the rows of the data.
 
-Without these rows, EM gives a count of zero to many rare classes that the zero-shot model confuses
-with frequent ones.
+The zero-shot model confuses many rare classes with frequent classes. Without these rows, EM gives
+such rare classes a count of zero.
 """
 N_ROUNDS = 2
-"""Number of passes that learn prototypes.
+"""Number of passes to learn prototypes.
 
 The first pass uses the zero-shot posterior, and the second the pooled posterior.
 """
 RIDGE = 0.7
 """Weight of the spherical part in the regularised covariance within classes."""
 NO_SPREAD = 1e-12
-"""All images count as equal if their variance is at most this."""
+"""All images count as equal if the variance is at most this."""
 ABSENT_SCALE = 0.5
-"""Assumed mean count, in rows, of a class that does not occur."""
+"""Assumed mean count, in rows, of an absent class."""
 KNOWN_TO_OCCUR = 5.0
-"""Number of further classes that are taken to occur, as a prior.
+"""As a prior, this number of further classes is taken to occur.
 
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Assumed share of occurring classes with a count near zero. Their rows count for wrong classes."""
+"""Assumed share of occurring classes with a count near zero: the rows count for wrong classes."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
-"""The prototypes get their full weight if the variance between class means is at least this.
+"""The prototypes get full weight if the variance between class means is at least this.
 
 The unit is the variance within classes.
 """
 MIN_PLACEMENT = 0.5
 """The prototypes get no weight if purity and slope (``placement``) are at most this."""
 FULL_PLACEMENT = 0.7
-"""The prototypes get their full weight if purity or slope (``placement``) is at least this."""
+"""The prototypes get full weight if purity or slope (``placement``) is at least this."""
 MIN_MEMBERS = 2.0
 """The prototypes get no weight if an occurring class has at most this many rows on average."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
-"""Candidate values of lambda, by which the log occurrence probabilities are multiplied."""
+"""Candidate values of lambda, the factor of the log occurrence probabilities."""
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
-"""Candidate values of tau, by which the discriminants of the prototypes are multiplied."""
+"""Candidate values of tau, the factor of the discriminants of the prototypes."""
 
 
 @dataclasses.dataclass
 class ViLUZero(SeesOutside, ClosedSet):
-    """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach.
+    """The zero-shot posterior, pooled with image prototypes learned from unlabelled rows.
 
-    The answer stays the zero-shot one. The uncertainty is
+    The answer stays the zero-shot answer. The uncertainty is
 
         u = 1 - (1 - P_outside) q
 
     where q is the probability of the zero-shot answer under softmax(l'). The pooled logits l' of an
-    image z are computed from its zero-shot logits l:
+    image z are computed from the zero-shot logits l:
 
         l'_c = (1 - s) l_c + s tau g_c(z) + o_c
 
     The terms o, g, tau and s are described below in this order.
 
-    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi under which the
-    rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). Half a row of every class is
-    counted beforehand. The counts n_c are the sums of the posteriors. They are modelled as a
-    mixture of two exponential distributions. The mean count is 1/2 for absent classes, which are a
-    share rho of all classes, and N / (K (1 - rho)) for the other classes. Then
+    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi with the largest
+    likelihood of the rows, with the posterior p(c | z)   pi_c exp(l_c). Half a row of every class
+    is counted beforehand. The counts n_c are the sums of the posteriors. The counts are modelled as
+    a mixture of two exponential distributions. A share rho of the classes is absent, with a mean
+    count of 1/2. The classes that occur have a mean count of N / (K (1 - rho)). The offset is then
     o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
     halves of the rows. The chosen lambda maximises the mean of
 
         log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
 
-    *Prototypes* (g, linear in z). g are the discriminants of one Gaussian per class with a common
-    covariance. The posteriors of the rows are their soft memberships in the classes. The prior mean
-    of a class is m + a (t_c - t), with the mean image m and the mean text t. The estimated mean is
-    between the prior mean and the mean of the members, which has the weight n_c / (n_c + kappa).
-    kappa, a and the covariance are estimated from the rows.
+    *Prototypes* (g, linear in z). g are the discriminants of Gaussians, one per class, with a
+    common covariance. The posteriors of the rows are soft memberships in the classes. The prior
+    mean of a class is m + a (t_c - t), with the mean image m and the mean text t. The estimated
+    mean is between the prior mean and the mean of the members. The mean of the members has the
+    weight n_c / (n_c + kappa). kappa, a and the covariance are estimated from the rows.
 
-    tau minimises the cross-entropy with which prototypes of one half of the rows predict the
-    posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
+    tau minimises a cross-entropy between two halves of the rows: the prototypes of a half predict
+    the posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
 
     The weight s of the prototypes is ``share`` times three factors in [0, 1]. The first factor is
     1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
     factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
     where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``, and
-    at most 1. The third factor says whether the means lie at their classes, by the members or by
-    the texts (``placement``).
+    at most 1. The third factor measures whether the mean of a class lies at the class, by the
+    members or by the texts (``placement``).
 
     *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
     everyday words, P_outside comes from a mixture of images inside and outside
     (``vilu.predictors.plus.ood``). Without this column P_outside is 0.
 
-    The fit needs no labels (``needs_labels`` is false) and ignores them. Only candidates of the fit
-    can be scored.
+    The fit needs no labels (``needs_labels`` is false) and ignores labels. Only candidates of the
+    fit can be scored.
 
     Args:
         share: Largest weight of the prototypes in the pool.
@@ -135,7 +135,7 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002. Soft
     memberships and text anchors: transductive CLIP (Martin et al., 2024; Zanella et al., 2024),
-    here applied to rows that come after the fit.
+    here applied to new rows after the fit.
 
     Examples:
         >>> import numpy as np, vilu
@@ -177,14 +177,14 @@ class ViLUZero(SeesOutside, ClosedSet):
         return self.name
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The column of the words, where the data have it."""
+        """The column of the words, if the data have this column."""
         if NEGATIVES in train.columns:
             return self.optional_columns
         return ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The column of the words, where the outcome "outside" was learned from them."""
+        """The column of the words, if the outcome "outside" was learned from words."""
         return self.outcome.columns
 
     def _learn(
@@ -227,7 +227,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         return torch.sigmoid(log_odds_with_outside(log_odds, self.outside_log_odds(batch)))
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds that the image is of none of the classes."""
+        """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
         return self.outcome.log_odds(batch, self.classes_of(batch.text))
 
     def log_posterior(self, batch: Batch) -> Tensor:
@@ -240,7 +240,7 @@ class ViLUZero(SeesOutside, ClosedSet):
 
 
 class LearnedClasses(NamedTuple):
-    """What rows without labels teach about K classes: the terms of the pooled logits l'.
+    """Terms of the pooled logits l' for K classes, learned from rows without labels.
 
     The zero-shot logits l are pooled with prototypes:
 
@@ -259,7 +259,7 @@ class LearnedClasses(NamedTuple):
     def start_logits(self, text: Tensor, logit_scale: float) -> StartLogits:
         """The same pooled logits, written as l_c plus a residual, for texts (K, D) of the classes.
 
-        The residual contains the term -share l_c, which is linear in the image.
+        The residual contains the term -share l_c. This term is linear in the image.
         """
         # z . scaled_text_c = share l_c for every image z
         scaled_text = self.share * logit_scale * float64(text).cpu()
@@ -272,7 +272,7 @@ class LearnedClasses(NamedTuple):
 
 
 def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> LearnedClasses:
-    """Learn which classes occur among the rows, and prototypes of the classes.
+    """Learn which classes occur among the rows, and a prototype of each class.
 
     ``max_share`` is the largest weight of the prototypes in the pool.
     """
@@ -282,8 +282,8 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     prototypes = Classifier.zero(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # What is learned from one half of the rows is checked on the other half. With fewer rows this
-    # is not possible. Nothing is learned then, and the pooled logits are the zero-shot logits.
+    # Each half of the rows checks the estimates of the other half. Fewer rows do not suffice for
+    # two halves. Nothing is learned then, and the pooled logits are the zero-shot logits.
     n_rows = len(rows.index)
     if n_rows >= FEW_ROWS:
         halves = UnlabelledHalves(rows, seed, device)
@@ -313,7 +313,7 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
 
 
 class SoftMembers(NamedTuple):
-    """Sums over rows that are soft members of the K classes, with posteriors p and images x.
+    """Sums over rows as soft members of the K classes, with posteriors p and images x.
 
     If the sums are over two halves of the rows, each tensor has a first dimension of size 2.
     """
@@ -334,7 +334,7 @@ class SoftMembers(NamedTuple):
         )
 
     def add(self, half: int, posterior: Tensor, image: Tensor) -> None:
-        """Add rows to a half, by their posteriors (b, K) and their images (b, D)."""
+        """Add rows with posteriors (b, K) and images (b, D) to a half."""
         self.counts[half] += posterior.sum(0).cpu()
         self.squares[half] += posterior.square().sum(0).cpu()
         self.image_sums[half] += (posterior.T @ image).cpu()
@@ -384,8 +384,8 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
 
     m is the mean image, t the mean text weighted by n_c. All distances are in the metric of W.
 
-    1. W is the covariance within classes, divided by N minus the degrees of freedom that the means
-       use, sum_c sum_i p_ic^2 / n_c.
+    1. W is the covariance within classes, divided by N minus the degrees of freedom of the means,
+       sum_c sum_i p_ic^2 / n_c.
     2. a is the slope of the weighted least-squares regression, at least 0.
     3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
        ``MAX_ANCHOR``.
@@ -406,7 +406,7 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     if variance <= NO_SPREAD:
         return Classifier.zero(text)
     # Few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues. The
-    # covariance is therefore mixed with a spherical one.
+    # covariance is therefore mixed with a spherical covariance.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
     # the slope of weighted least squares: products of means and texts, over products of texts
@@ -415,7 +415,7 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
     means_on_texts = (weighted_texts * centred_means).sum()
     texts_on_texts = (weighted_texts * centred_texts).sum().clamp(min=1e-12)
     slope = float((means_on_texts / texts_on_texts).clamp(min=0))
-    # mean square of an image within its class, in the metric of W
+    # mean square of an image within a class, in the metric of W
     mean_square_within = float((precision * covariance).sum())
 
     def variance_without_noise(vectors: Tensor) -> float:
@@ -441,13 +441,13 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
 class UnlabelledHalves:
     """Unlabelled rows in two random halves, read block by block.
 
-    What is learned from one half is evaluated on the other half.
+    Estimates from a half are evaluated on the other half.
     """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
-        # positions (N / 2,) of the rows of each half: every other one of the shuffled rows
+        # positions (N / 2,) of the rows of each half: every second row of the shuffled rows
         self.halves = [order[half::2].sort().values for half in (0, 1)]
         self.rows = rows
         self.device = device
@@ -456,7 +456,7 @@ class UnlabelledHalves:
     def blocks(self, half: int, max_rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield unit images (b, D) and zero-shot logits (b, K), float32, block by block.
 
-        The blocks have all rows of a half, or its first ``max_rows`` rows.
+        The blocks have all rows of a half, or the first ``max_rows`` rows.
         """
         index = self.rows.index[self.halves[half][:max_rows]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
@@ -466,7 +466,7 @@ class UnlabelledHalves:
     def counts(self, halves: tuple[int, ...]) -> Tensor:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
 
-        The counts are sums of posteriors, whose prior is in proportion to count + ``PSEUDO_COUNT``.
+        The counts are sums of posteriors. The prior is in proportion to count + ``PSEUDO_COUNT``.
         At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
         """
         # EM of Saerens et al., Neural Computation 2002, with a Dirichlet prior of the frequencies:
@@ -494,8 +494,8 @@ class UnlabelledHalves:
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
         if all_occur:
             return log_presence, 0.0
-        # The evidence of a half is computed with the counts of the other half. With its own counts,
-        # the full strength would always have the most evidence.
+        # The evidence of a half is computed with the counts of the other half. With counts of the
+        # same half, the full strength would always have the most evidence.
         evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
             log_presence_in_other, _ = presence(self.counts(halves=(1 - half,)))
@@ -508,7 +508,7 @@ class UnlabelledHalves:
     def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
         """(S,) log-evidence of a half of the rows under each of the S strengths s.
 
-        With the log occurrence probabilities o (K,) it is the sum over rows of
+        With the log occurrence probabilities o (K,) the evidence is the sum over rows of
 
             log [sum_c exp(l_c + s o_c) / sum_c exp(s o_c)]
         """
@@ -532,7 +532,7 @@ class UnlabelledHalves:
         share = 0.0
         trust = 0.0
         no_prototypes = Classifier.zero(text)
-        # for each half, the prototypes of the other half
+        # each half is scored with the prototypes of the other half
         other_half_prototypes = [no_prototypes, no_prototypes]
         prototypes = no_prototypes
         for _ in range(N_ROUNDS):
@@ -554,8 +554,8 @@ class UnlabelledHalves:
 
         p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
         """
-        # If posteriors are calibrated, a row counts as a member of class c with weight p_c and
-        # belongs to it with probability p_c.
+        # A row counts as a member of class c with weight p_c. If posteriors are calibrated, the row
+        # belongs to class c with probability p_c.
         offset = occurrence.float().to(self.device)
         squares = 0.0
         n = 0
@@ -575,15 +575,15 @@ class UnlabelledHalves:
     ) -> SoftMembers:
         """Sums over the soft members of both halves.
 
-        The posterior of a row is pooled with the prototypes of the other half, whose weight is
-        ``share`` and whose scale is ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
+        The posterior of a row is pooled with the prototypes of the other half, with weight
+        ``share`` and scale ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
         """
         n_classes, dim = self.text.shape
         moments = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled_logits = logits + occurrence.float().to(self.device)
-                # prototypes of the same half would only confirm the memberships they come from
+                # prototypes of the same half would only confirm the memberships of this half
                 if trust:
                     prototype_logits = trust * other_half_prototypes[half].discriminants(image)
                     pooled_logits = pooled_logits + share * (prototype_logits - logits)
@@ -591,7 +591,7 @@ class UnlabelledHalves:
         return moments
 
     def _trust(self, occurrence: Tensor, other_half_prototypes: list[Classifier]) -> float:
-        """The tau for which softmax(tau g + o) has the least mean cross-entropy to softmax(l + o).
+        """The tau with the least mean cross-entropy between softmax(tau g + o) and softmax(l + o).
 
         g are the discriminants of a row by the prototypes of the other half of the rows.
         """
@@ -616,14 +616,15 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 
 
 def placement(purity: float, slope: float) -> float:
-    """Factor in [0, 1] of the weight of the prototypes: whether class means lie at their classes.
+    """Factor in [0, 1] of the weight of the prototypes, by the placement of the class means.
 
-    The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``MIN_PLACEMENT``, and
-    rises from there to 1 at ``FULL_PLACEMENT``.
+    The factor is large if the mean of a class lies at the class. The larger of ``purity`` and
+    ``slope`` decides: the factor is 0 up to ``MIN_PLACEMENT``, and rises from there to 1 at
+    ``FULL_PLACEMENT``.
     """
-    # Purity: take two classes that the zero-shot model confuses. Of the soft members of each class,
-    # a share pi belongs to the class, and 1 - pi to the other class. The means of the members then
-    # differ by (2 pi - 1) times the true difference. At pi = 1/2 they do not differ at all, and
+    # Purity: suppose the zero-shot model confuses classes A and B. A share pi of the soft members
+    # of A belongs to A, and 1 - pi belongs to B, and the same for B. The means of the members then
+    # differ by (2 pi - 1) times the true difference. At pi = 1/2 the means are equal, and
     # prototypes would only repeat the confusion with more certainty.
     # Slope: the prior mean of a class is m + a (t_c - t). If the slope a is above 1/2, the texts
     # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
@@ -641,7 +642,7 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), with f(m) = exp(-n_c / m) / m
 
     where s = ``ABSENT_SCALE`` and m = N / (K (1 - rho)). The 0.1 is ``LOST_SHARE``: a tenth of the
-    occurring classes have counts like absent classes, since their rows count for other classes. rho
+    occurring classes have counts like absent classes, since the rows count for wrong classes. rho
     is found by EM, as if ``KNOWN_TO_OCCUR`` further classes occurred. If m is at most s, all
     classes are taken to occur.
     """
@@ -654,7 +655,7 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         mean = n / (k * (1 - absent_share))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        # without LOST_SHARE, every class that the zero-shot model overlooks would count as absent
+        # without LOST_SHARE, every class overlooked by the zero-shot model would count as absent
         usual_density = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
         mass_occurring = (1 - absent_share) * (usual_density + LOST_SHARE * absent_density)
         mass_absent = absent_share * absent_density

@@ -19,9 +19,10 @@ FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 
 - The learning rate is 1/30 of the rate for a new head, because the weights need only a correction.
   On synthetic data with five labels per class, 0.001 was the best of 0.03, 0.01, 0.003 and 0.001.
-- The attention is trained from the first step, because it was trained before.
+- The attention is trained from the first step, because the first fit has already trained the
+  attention.
 - The number of epochs is the default for the number of rows, not the number of the first fit. With
-  a few labels it is 300.
+  a few labels the number is 300.
 """
 
 
@@ -30,13 +31,13 @@ def initialise(
     fitted: FailurePredictor,
     values: Mapping[str, object] | None = None,
 ) -> HeadPredictor:
-    """Create a predictor of class ``cls`` whose ``fit`` begins with the weights of ``fitted``.
+    """Create a predictor of class ``cls``, with a ``fit`` that begins with the fitted weights.
 
     Args:
         cls: Class of a method with a failure head.
         fitted: A fitted predictor of this class.
-        values: Parameters by name. They may be strings (``--set key=value``). All other parameters
-            are taken from ``FINE_TUNING``, or else from ``fitted``.
+        values: Parameters by name, also as strings (``--set key=value``). All other parameters are
+            taken from ``FINE_TUNING``, or else from ``fitted``.
 
     Raises:
         UsageError: If the method ``cls`` has no failure head.
@@ -68,7 +69,7 @@ def initialise(
     if values is not None:
         settings |= values
     predictor = build(cls, settings)
-    # a second predictor, which only checks that the fitted weights can be loaded
+    # a second predictor, only to check that the fitted weights can be loaded
     trial_predictor = build(cls, settings)
     trial_predictor.space_ = fitted.space_
     try:

@@ -36,29 +36,30 @@ Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 
 @dataclasses.dataclass
 class HeadPredictor(FailurePredictor):
-    """A predictor with uncertainty sigmoid(g), where g is the output of a trained ``FailureHead``.
+    """A predictor with uncertainty sigmoid(g). g is the output of a trained ``FailureHead``.
 
-    - Several processes can share the training (``vilu.predictors.nn.processes``). Their number does
-      not change the learning rate.
+    - Several processes can share the training (``vilu.predictors.nn.processes``). The learning rate
+      does not depend on the number of processes.
     - Training can write checkpoints (``vilu.predictors.nn.checkpoint``).
     - Training can begin with fitted weights (``vilu.predictors.vilu.fine_tuning``).
 
     Args:
         validation_fraction: If ``fit`` gets no validation set, this share of the training rows is
             held out to choose the best epoch.
-        hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
+        hidden: Widths of the hidden layers of the MLP. The MLP has ``len(hidden) + 1`` layers.
         epochs: Number of passes over the training rows. None: 35, changed so that there are at
             least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
         batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
-        learning_rate: Largest learning rate, which a linear warm-up reaches. A cosine decay to zero
+        learning_rate: Largest learning rate, at the end of a linear warm-up. A cosine decay to zero
             follows.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
-        warmup_epochs: Length of the warm-up in epochs. It takes at most a tenth of all steps.
+        warmup_epochs: Length of the warm-up in epochs. The warm-up takes at most a tenth of all
+            steps.
         freeze_epochs: Number of epochs before the attention is trained. None: as many as 1,000
             steps (the released code), and at least one (the paper), but at most half of all epochs.
-        patience: Stop if this number of epochs passed since the last epoch whose validation AUROC
-            was near the best one. None: never stop early.
+        patience: Stop after this number of epochs without a validation AUROC near the best AUROC.
+            None: never stop early.
         weighting: Mode of the weight of failures in the loss
             (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: Weight of failures if ``weighting`` is "static".
@@ -95,7 +96,7 @@ class HeadPredictor(FailurePredictor):
         """Name of the loss, a key of ``LOSSES``."""
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Fit the predictor. If it starts from another fit, the embedding spaces must match."""
+        """Fit the predictor. The embedding space of an earlier fit must match."""
         start = self.start_
         space = train.source.space
         if start is not None and start.space_ is not None:
@@ -116,7 +117,7 @@ class HeadPredictor(FailurePredictor):
         return self.train_head(rows_to_fit, validation_rows, error_rate)
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
-        """Train one head. If there are validation rows, they choose the best epoch.
+        """Train a single head. Validation rows, if given, choose the best epoch.
 
         ``error_rate`` is the share of failures among the training rows.
         """
@@ -156,7 +157,7 @@ class HeadPredictor(FailurePredictor):
         return binding
 
     def _start_notes(self) -> dict[str, object]:
-        """Notes on the earlier fit whose weights training began with; empty without such a fit."""
+        """Notes on the earlier fit with the starting weights; empty without such a fit."""
         if self.start_ is None:
             return {}
         return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
@@ -175,11 +176,11 @@ class HeadPredictor(FailurePredictor):
 
     @torch_defaults()
     def _log_weight(self) -> float:
-        """Number by which the log-odds of a trained head are too large.
+        """The excess of the log-odds of a trained head over the log-odds of failure.
 
-        The number is log w, where w is the weight of failures in the loss. If p is the probability
-        of failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the
-        error rate of the training set. The order of rows does not depend on w.
+        The excess is log w for the weight w of failures in the loss. If p is the probability of
+        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the error
+        rate of the training set. The order of rows does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
@@ -196,7 +197,7 @@ class HeadPredictor(FailurePredictor):
 
 
 class HeadGraph(nn.Module):
-    """Mean of sigmoid(g) over the heads of a predictor, as a module that can be exported."""
+    """Mean of sigmoid(g) over the heads of a predictor, as a module for export."""
 
     def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
@@ -215,14 +216,14 @@ class HeadGraph(nn.Module):
 def head_graph(predictor: HeadPredictor) -> nn.Module:
     """The graph of a predictor that averages the probabilities of its heads.
 
-    A class of such predictors sets its method ``graph`` to this function.
+    A class of such predictors sets ``graph`` to this function.
     """
     return HeadGraph(predictor.heads)
 
 
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
-    """The coalitions of the inputs of a predictor with one head.
+    """The coalitions of the inputs of a predictor with a single head.
 
-    A class of such predictors sets its method ``coalitions`` to this function.
+    A class of such predictors sets ``coalitions`` to this function.
     """
     return HeadCoalitions(predictor.heads, link=lambda logit: logit, unit=LOG_ODDS)

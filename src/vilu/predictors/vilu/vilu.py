@@ -1,4 +1,4 @@
-"""The methods ``vilu`` and ``lvu``. LVU is the baseline of ViLU that uses only the image."""
+"""The methods ``vilu`` and ``lvu``. LVU uses only the image, and is the baseline of ViLU."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from vilu.predictors.vilu.head import HeadPredictor, head_coalitions, head_graph
 
 @dataclasses.dataclass
 class LVU(HeadPredictor):
-    """Learned visual uncertainty: ViLU's MLP on the image embedding alone, u = sigmoid(g).
+    """Learned visual uncertainty: ViLU's MLP with only the image embedding, u = sigmoid(g).
 
     g is the output of the MLP, and p_y is the zero-shot probability of the true class. There are
     three losses:
 
-    - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For an image of
-      none of the classes the target is 1.
+    - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For an image
+      outside all classes the target is 1.
     - "loss": squared error between softplus(g) and -log p_y, the loss of the VLM, as in the
-      supplement. The error is divided by the mean square of -log p_y in the batch, if that exceeds
-      one. Without this division a training step would grow with the logit scale of the VLM.
+      supplement. The error is divided by the mean square of -log p_y in the batch, if the mean
+      square exceeds 1. Without this division a training step would grow with the logit scale of the
+      VLM.
     - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
 
     softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
-    sigmoid(g) estimates 1 - p_y, which is then used as the probability of failure. By Jensen's
-    inequality the optimal estimate with "loss" is never below the one with "mse". Only "bce"
-    estimates the probability of failure itself.
+    sigmoid(g) estimates 1 - p_y. This estimate then serves as the probability of failure. By
+    Jensen's inequality the optimal estimate with "loss" is never below the optimal estimate with
+    "mse". Only "bce" estimates the probability of failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
@@ -59,9 +60,9 @@ class LVU(HeadPredictor):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a training row. For "loss" it is the class.
+        """The requirement for a training row. The loss "loss" requires a known class.
 
-        The loss -log p_y is infinite for images of none of the classes, so these are left out.
+        The loss -log p_y is infinite for images outside all classes, so these images are left out.
         """
         if self.loss == "loss":
             return "class"
@@ -75,7 +76,7 @@ class LVU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> FailureHead:
-        """A new head, whose initial weights are drawn with the seed."""
+        """A new head with initial weights drawn with the seed."""
         return FailureHead(
             space.embed_dim,
             self.hidden,
@@ -91,28 +92,28 @@ class ViLU(HeadPredictor):
 
         u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    z_v is the embedding of the image. z_tj is the embedding of candidate j, and alpha_j its
-    attention weight. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and
-    layers of 512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a
-    batch with N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
+    z_v is the embedding of the image. z_tj is the embedding of candidate j, with the attention
+    weight alpha_j. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and layers
+    of 512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a batch with
+    N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
 
     Args:
         attention: Form of the cross-attention.
 
-            - "official": as in the released code, with one matrix W for keys and values, which
-              starts as the identity, and with the logit scale of the VLM.
+            - "official": as in the released code, with the same matrix W for keys and values, and
+              with the logit scale of the VLM. W starts as the identity.
             - "paper": as in the paper, with W_Q, W_K, W_V and the scale 1/sqrt(d).
             - None: no attention.
         predicted_caption: Whether the text embedding of the answer is an input.
         mcm_input: Whether the zero-shot probability of the answer is an input, as in the transfer
             experiments of the paper (supplement, B.2).
-        loss: "bce"; or "mse", an ablation of the paper, in which sigmoid(g) is fitted to one minus
+        loss: "bce"; or "mse", an ablation of the paper. With "mse", sigmoid(g) is fitted to 1 minus
             the zero-shot probability of the true class, as in ``LVU``.
 
     Source: ViLU, ICCV 2025. There are differences from the released code:
 
     - Labels, similarities and losses are in float32.
-    - While the attention is frozen, weight decay does not change it either.
+    - While the attention is frozen, weight decay does not change the attention either.
     - The weight of failures is bounded.
     - The test set is never used to select an epoch.
     - The output is the probability of failure, not of success.
@@ -150,11 +151,11 @@ class ViLU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """A new head, whose initial weights are drawn with the seed."""
+        """A new head with initial weights drawn with the seed."""
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
-        """A new head with the parameters of this predictor, and with ``dropout`` if it is given."""
+        """A new head with the parameters of this predictor, and with ``dropout`` if given."""
         return FailureHead(
             space.embed_dim,
             self.hidden,

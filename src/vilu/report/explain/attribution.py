@@ -66,16 +66,16 @@ class Attribution:
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions that the class of the predictor defines itself.
+    """The coalitions that the class of the predictor defines.
 
-    If it defines none, they are the coalitions of ``FailurePredictor``, which fit every method.
+    A class without coalitions uses the coalitions of ``FailurePredictor``. These fit every method.
     """
     if predictor.constant_ is not None:
         raise NoAttribution(
             f"this {predictor.name} gives a constant score, because its fit had nothing to learn"
         )
-    # Coalitions of a parent class are not used, because the class may compute its score in another
-    # way than its parent.
+    # Coalitions of a parent class are not used, because the class and the parent may compute scores
+    # in different ways.
     defines_its_own = "coalitions" in vars(type(predictor))
     if defines_its_own:
         return predictor.coalitions()
@@ -90,7 +90,7 @@ class Attributor:
         background: Source of the background rows.
         n_rows: Number of background rows to draw.
         seed: Seed of the draw.
-        rows_to_leave_out: Positions of rows that are not drawn.
+        rows_to_leave_out: Positions of rows to leave out of the draw.
 
     Raises:
         NoAttribution: If the predictor allows no attribution.
@@ -112,9 +112,9 @@ class Attributor:
         self.coalitions.set_background(list(scored_batches))
 
     def attribute(self, scored: ScoredBatch) -> list[Attribution]:
-        """One attribution per row of a batch."""
+        """Return one attribution per row of a batch."""
         values = self.coalitions.values(*scored)
-        # the first coalition has no player, and the last one has all players
+        # the first coalition has no player, and the last coalition has all players
         score_of_nobody = values[0].tolist()
         score_of_all = values[-1].tolist()
         parts_of_rows = shapley(values).T.tolist()

@@ -27,20 +27,20 @@ from vilu.report.explain.rows import CandidateNames, truths, unscored_rows
 
 
 class Weights(NamedTuple):
-    """A way to weight the candidates of rows. The weights of a row sum up to one."""
+    """A way to weight the candidates of rows. The sum of the weights of a row is 1."""
 
     meaning: str  # short description of the weights
     compute: Callable[[Batch], Tensor]  # returns the weights (B, K) of the candidates of a batch
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose the weights by which the candidates of a method are compared.
+    """Choose the weights for comparing the candidates of a method.
 
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
-    - ``vilu_plus``: the posterior q of its pooled experts.
-    - Any other method that judges its own answers: its posterior q.
-    - Any other method: the zero-shot posterior p.
+    - ``vilu_plus``: the posterior q of the pooled experts.
+    - Any further method with adapted answers: the posterior q of the method.
+    - All remaining methods: the zero-shot posterior p.
     """
     attentions = _attentions(predictor)
     if attentions:
@@ -68,7 +68,7 @@ def _zero_shot_posterior(batch: Batch) -> Tensor:
 
 
 def _own_posterior(predictor: FailurePredictor, batch: Batch) -> Tensor:
-    """(B, K) posterior of a method that has a posterior of its own."""
+    """(B, K) posterior of ``predictor``, for methods with adapted answers."""
     return predictor.log_posterior(batch).exp()
 
 
@@ -95,7 +95,7 @@ def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
     """(N,) candidate of largest weight other than the judged answer.
 
-    Rows that cannot be scored have the value -1.
+    Rows without a score have the value -1.
     """
     if data.pool_size is not None:
         raise UsageError(
@@ -105,10 +105,10 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
     weights = weights_of(predictor)
     competitor = np.full(len(data), UNKNOWN, dtype=np.int64)
     with torch.no_grad():
-        # ``scored`` gives the same answers as ``vilu.score``; its uncertainties are not needed
+        # ``scored`` gives the same answers as ``vilu.score``; the uncertainties are not needed
         for batch, _ in predictor.scored(data):
             weight = weights.compute(batch)
-            # A candidate whose text equals the text of the answer is no competitor of the answer.
+            # A candidate with the same text as the answer is no competitor of the answer.
             # Candidates of equal texts have the same value of ``first_equal``.
             group = batch.first_equal
             group_of_answer = group[batch.prediction].unsqueeze(1)
@@ -131,9 +131,9 @@ class Neighbour:
 
 
 class RowsToSkip(NamedTuple):
-    """The explained rows, which must be recognised among the training rows and skipped."""
+    """The explained rows. The search must recognise and skip these rows among the training rows."""
 
-    kind: Identity  # what identifies a row, such as its picture
+    kind: Identity  # kind of identity of a row, such as the picture
     hashes: NDArray[np.uint64]  # (B,) identity of each explained row
 
 
@@ -152,7 +152,7 @@ class AnswerAndTruth(NamedTuple):
 
 
 class TrainingRows:
-    """Labelled training rows, split by whether their zero-shot answer is wrong."""
+    """Labelled training rows, divided into wrong and right zero-shot answers."""
 
     def __init__(self, train: EmbeddingSource) -> None:
         self.train = train
@@ -165,7 +165,8 @@ class TrainingRows:
     ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
         """Find the ``n`` nearest failures and the ``n`` nearest successes of every image (B, D).
 
-        Training rows that are the explained image itself are left out; ``to_skip`` identifies them.
+        Training rows that are the explained image itself are left out. ``to_skip`` identifies these
+        rows.
 
         Returns:
             For every image, the nearest failures and the nearest successes, the nearest first.
@@ -184,7 +185,7 @@ class TrainingRows:
     def _with_names(
         self, near_rows: list[NearRow], names_of_row: dict[int, AnswerAndTruth]
     ) -> list[Neighbour]:
-        """Make neighbours of near rows: add their keys, and the names of answer and truth."""
+        """Make neighbours of near rows: add the keys, and the names of answer and truth."""
         neighbours = []
         for near_row in near_rows:
             names = names_of_row[near_row.row]
@@ -231,7 +232,7 @@ class TrainingRows:
         return near_rows
 
     def _answers_and_truths(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
-        """Map each training row to the names of its answer and of its truth."""
+        """Map each training row to the names of the answer and of the truth."""
         names = CandidateNames(self.train)
         answers = {}
         for batch in unscored_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
@@ -244,8 +245,8 @@ class TrainingRows:
 def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of every image (B, D), the nearest first.
 
-    The search is exact and keeps one block of rows in memory. Equally similar rows are in the order
-    of ``rows``. If there are fewer than k rows, all rows are returned.
+    The search is exact, with a single block of rows in memory. Equally similar rows are in the
+    order of ``rows``. If there are fewer than k rows, all rows are returned.
 
     Returns:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.

@@ -29,7 +29,7 @@ from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, tru
 from vilu.text import aligned, more_line, shown
 from vilu.validation import checked
 
-MAX_ROWS_SHOWN = 15  # maximum number of rows of a printed table; other rows are only counted
+MAX_ROWS_SHOWN = 15  # maximum number of rows of a printed table; further rows are only counted
 
 
 def require_json(path: str | Path) -> None:
@@ -44,7 +44,7 @@ def require_json(path: str | Path) -> None:
 class Findings:
     """Results that can be printed as text and saved as JSON."""
 
-    kind: ClassVar[str]  # kind of results, which a saved file states
+    kind: ClassVar[str]  # kind of results, as in a saved file
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON values, with the schema version and the kind."""
@@ -53,10 +53,10 @@ class Findings:
     def save(self, path: str | Path) -> None:
         """Write a ``.json`` file atomically.
 
-        An existing explanation at this path is replaced. Any other file is never replaced.
+        An existing explanation at this path is replaced. A file of any other kind is not replaced.
 
         Raises:
-            UsageError: If the suffix is not ``.json``, or if the path is a file that is no
+            UsageError: If the suffix is not ``.json``, or if an existing file at the path is no
                 explanation.
             StorageError: If the file cannot be written.
         """
@@ -66,7 +66,7 @@ class Findings:
 
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
-    """Format the first rows as a table. If there are more, a last line counts them as ``noun``."""
+    """Format the first rows as a table. A last line counts any further rows as ``noun``."""
     return [
         *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
         *more_line(len(rows), MAX_ROWS_SHOWN, noun),
@@ -75,16 +75,16 @@ def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str
 
 @dataclass(frozen=True)
 class Competitor:
-    """One of the candidates with the largest weights; the answer itself can be among them."""
+    """One of the candidates with the largest weights; the answer can be among these candidates."""
 
-    name: str  # name of the class, or for a caption the key of its image-caption pair
+    name: str  # name of the class, or for a caption the key of the image-caption pair
     weight: float  # weight that the method gives the candidate; see ``Explanations.weights``
     posterior: float  # zero-shot probability of the candidate
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why one answer is suspicious, or why it is not."""
+    """Why an answer is suspicious, or why it is not."""
 
     row: int  # position of the row in the data
     key: str  # identifier of the row
@@ -100,12 +100,12 @@ class Explanation:
     # nearest training rows with a right answer; None if no training rows were given
     successes: tuple[Neighbour, ...] | None
     attribution: Attribution | None  # shares of the inputs in the score; None if not available
-    zero_shot: str | None = None  # name of the zero-shot answer if it differs from ``answer``
+    zero_shot: str | None = None  # name of the zero-shot answer if different from ``answer``
 
 
 @dataclass(frozen=True)
 class Explanations(Findings):
-    """Explanations of rows, with the meaning of their numbers."""
+    """Explanations of rows, with the meaning of the numbers."""
 
     kind: ClassVar[str] = "explanations"
 
@@ -114,10 +114,10 @@ class Explanations(Findings):
     method: str  # label of the predictor
     is_probability: bool  # whether the uncertainty is a probability of failure
     weights: str  # meaning of the weights of the competitors
-    unit: str | None  # quantity that the attribution splits; None if there is no attribution
+    unit: str | None  # quantity split by the attribution; None if there is no attribution
     attribution: str  # definition of the attribution, or the reason why there is none
-    neighbours: str  # which rows were searched for neighbours, or why none were searched
-    n_seen: int  # number of explained rows that are known to have been used to fit the predictor
+    neighbours: str  # which rows were searched for neighbours, or why no rows were searched
+    n_seen: int  # number of explained rows that are known to be rows of the fit
     answer: str = "zero_shot"  # kind of the judged answers, as in ``vilu.Outcomes``
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class Explanations(Findings):
 
 
 def _row_text(row: Explanation, unit: str | None) -> str:
-    """Format one explanation as a paragraph."""
+    """Format an explanation as a paragraph."""
     lines = [f"row {row.row}  {shown(row.key)}", _answer_line(row)]
     competitors = [f"{shown(rival.name)} {rival.weight:.3f}" for rival in row.competitors]
     lines.append("  competes    " + "   ".join(competitors))
@@ -157,7 +157,7 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 
 def _answer_line(row: Explanation) -> str:
-    """Text of the answer, its uncertainty, and the truth if it is known."""
+    """Text of the answer, the uncertainty of the answer, and the truth if known."""
     answer = f"{shown(row.answer)} ({row.posterior:.1%})"
     if row.zero_shot is not None:
         answer += f"; zero-shot: {shown(row.zero_shot)}"
@@ -178,7 +178,7 @@ def _attribution_line(attribution: Attribution, unit: str | None) -> str:
 
 
 def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
-    """A heading and one line per neighbour; no line if no training rows were given."""
+    """Make a heading and a line per neighbour; no lines if no training rows were given."""
     if neighbours is None:
         return []
     heading = f"  {'nearest' if neighbours else 'no'} training {kind}"
@@ -186,7 +186,7 @@ def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[
 
 
 def _neighbour_text(row: Neighbour) -> str:
-    """The line of a neighbour. It has the truth only if the answer is wrong."""
+    """Format the line of a neighbour. The line has the truth only if the answer is wrong."""
     text = f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}"
     if row.answer != row.truth:
         text += f", true {shown(row.truth)}"
@@ -222,23 +222,23 @@ def explain(
     the share of every group of inputs in the score.
 
     Args:
-        predictor: A predictor that is ready to score.
+        predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
         data: The source of the rows.
         train: Labelled training rows, for the neighbours. If ``data`` has fewer than
-            ``depth.background`` rows that are not explained, the background rows of the attribution
-            are drawn from ``train``, although the predictor was fitted on them.
+            ``depth.background`` rows apart from the explained rows, the background rows of the
+            attribution are drawn from ``train``, although the predictor was fitted on ``train``.
         rows: Row numbers or keys; None for the ``n`` most uncertain rows.
         n: Number of rows to explain if ``rows`` is None.
         depth: Numbers of competitors, neighbours and background rows.
 
     Warns:
-        UserWarning: If explained rows were used to fit the predictor. Their scores say little about
-            the scores of new images.
+        UserWarning: If explained rows were used to fit the predictor. The scores of such rows say
+            little about the scores of new images.
 
     Raises:
         UsageError: If a number is not positive.
         DataError: If a row does not exist or has no score, if no training row has a label, or if
-            there is only one candidate.
+            there is only a single candidate.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space.
 
@@ -295,7 +295,7 @@ def _make_attributor(
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """Make the attributor, and a text about it; or None, and the reason why there is none."""
+    """Make the attributor and a text on it; or None and the reason why there is no attributor."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -333,7 +333,7 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
 
 
 class _Explained(NamedTuple):
-    """An explanation without neighbours, and the image for which neighbours are searched."""
+    """An explanation without neighbours, and the image for the search of neighbours."""
 
     explanation: Explanation
     image: Tensor  # (D,) embedding
@@ -371,7 +371,7 @@ def _explain_batch(
     batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
     n_competitors = min(depth.candidates, len(batch.text))
-    # (B, L) each: the candidates of largest weight, and their weights
+    # (B, L) each: the candidates of largest weight, and the weights of these candidates
     leader_weights, leaders = k_largest(weights.compute(batch).cpu(), n_competitors)
     truth = truths(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
@@ -402,7 +402,7 @@ def _explain_batch(
 def _competitors(
     row: int, names: CandidateNames, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
-    """The candidates of largest weight of one row, with their names.
+    """The candidates of largest weight of a row, with names.
 
     Args:
         row: Position of the row.

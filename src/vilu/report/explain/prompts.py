@@ -1,4 +1,4 @@
-"""The largest gain of accuracy that a better text embedding of a class could bring."""
+"""The largest gain of accuracy from a better text embedding of a class."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from vilu.report.explain.rows import BATCH_ROWS, class_name
 from vilu.validation import checked, require_at_least
 
 STEP_SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Step sizes m that are tried: how far a text is moved towards the images of its class."""
+"""Step sizes m to try: how far a text is moved towards the images of the class."""
 SHARES_OF_MEAN = (0.0, 0.1)
-"""Shares kappa that are tried: how much of the mean of all images is added to a text."""
+"""Shares kappa to try: how much of the mean of all images is added to a text."""
 MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
-"""All pairs (m, kappa) that are tried."""
+"""All pairs (m, kappa) to try."""
 
 FOLDS = 5  # default number of folds
-MIN_FOLDS = 3  # one to measure on, one to choose the mix on, and at least one to fit the means on
+MIN_FOLDS = 3  # a fold to measure on, a fold to choose the mix on, a fold to fit the means on
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
 class PromptGain:
-    """The gain of a better text for one class, while all other classes keep their texts."""
+    """The gain of a better text for one class, with unchanged texts for all other classes."""
 
     name: str  # name of the class
     n: int  # labelled rows of the class
@@ -66,7 +66,7 @@ class PromptGains(Findings):
 
     kind: ClassVar[str] = "prompt_gains"
 
-    rows: tuple[PromptGain, ...]  # one per class
+    rows: tuple[PromptGain, ...]  # a row per class
     n: int  # N, the number of labelled rows
     accuracy: float  # zero-shot accuracy on the labelled rows with the current texts
     folds: int  # number of folds of the cross-validation
@@ -88,7 +88,7 @@ class PromptGains(Findings):
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """Estimate by cross-validation how many failures a better text for each class would save.
 
-    One class c at a time gets another text. Its text t_c is replaced by the unit-norm vector along
+    One class c at a time gets a new text. The text t_c is replaced by the unit-norm vector along
 
         t_c + m (delta_c + kappa mu),    delta_c = mu_c - mu,
 
@@ -97,27 +97,28 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     wrong.
 
     With kappa = 1 the text would move towards mu_c. However, mu is common to all images and absent
-    from all texts: a text that contains much of mu attracts images of every class. Therefore kappa
+    from all texts: a text with much of mu attracts images of every class. Therefore kappa
     is 0 or 0.1. The step m is 0.5, 1, 2, 4 or 8. If no (m, kappa) gains anything, the text of the
     class is not changed.
 
-    No text is measured on rows that it was fitted on, nor on other rows of the same pictures:
+    No text is measured on the rows from which it was made, nor on further rows of the same
+    pictures:
 
     1. The result on fold f is measured with the means of all folds except f.
-    2. The (m, kappa) for fold f is the pair that gains most on all folds except f. To choose it,
-       each of these folds g is measured with the means of all folds except f and g.
+    2. The (m, kappa) for fold f is the pair with the largest gain on all folds except f. To choose
+       the pair, each of these folds g is measured with the means of all folds except f and g.
 
     The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
-    2005), with half a row added to each cell. It accounts for the sampling of the measured rows. It
-    does not account for the means: other rows would have given other means.
+    2005), with half a row added to each cell. The interval accounts for the sampling of the
+    measured rows, but not for the means: a different sample of rows would give different means.
 
-    In practice the gain is the most that work on prompts can bring, and it is no guarantee. The new
-    texts are made from images, and perhaps no wording has such an embedding. But a small gain shows
-    that the text of the class is not the cause of its failures.
+    In practice the gain is an upper limit of the gain from work on prompts, and is no guarantee.
+    The new texts are made from images, and perhaps no wording has such an embedding. But a small
+    gain shows that the text of the class is not the cause of the failures of the class.
 
     Raises:
         UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.
-        DataError: If fewer rows than folds have a label, or there is only one candidate.
+        DataError: If fewer rows than folds have a label, or if there is only a single candidate.
 
     Examples:
         >>> import numpy as np, vilu
@@ -132,7 +133,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         ('cup', 14, 14)
     """
     rows, n, failures = _labelled_rows(data, folds)
-    # The candidates are the same for all rows, so no row has to be read to get their texts.
+    # The candidates are the same for all rows, so the texts can be read without reading a row.
     no_rows = rows[:0]
     text = data.candidates(no_rows).text
     fold = _assign_folds(data, rows, folds, seed)
@@ -140,7 +141,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     changes = []
     with track("better texts", len(rows), "rows") as task:
         for measured_fold in range(folds):
-            # for every fold, the texts that are made without it and without ``measured_fold``
+            # for every fold, the texts made without this fold and without ``measured_fold``
             texts_without_fold = [
                 means.better_texts(text, {measured_fold, left_out}) for left_out in range(folds)
             ]
@@ -153,9 +154,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) -> Tensor:
-    """(len(data),) number of the fold of each of ``rows``; all rows of a picture are in one fold.
+    """(len(data),) number of the fold of each of ``rows``; a picture has all rows in one fold.
 
-    For all other rows of ``data`` the number has no meaning.
+    For all remaining rows of ``data`` the number has no meaning.
     """
     first_row_of_picture, picture_of_row = Rows(data, rows).pictures()
     n_pictures = len(first_row_of_picture)
@@ -190,7 +191,7 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
 
 
 class _ClassMeans:
-    """Sums of images over each fold and class, from which class means over some folds are made.
+    """Sums of images over each fold and class, for class means over some of the folds.
 
     Args:
         data: The source of the rows.
@@ -218,7 +219,7 @@ class _ClassMeans:
     def better_texts(self, text: Tensor, left_out: set[int]) -> Tensor:
         """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``left_out``.
 
-        A class without images in these folds keeps its current text.
+        A class without images in these folds keeps the current text.
         """
         folds = [fold for fold in range(len(self.n_images)) if fold not in left_out]
         n_images = self.n_images[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
@@ -236,7 +237,7 @@ class _ClassMeans:
 class Rivals(NamedTuple):
     """For each row and class, the strongest other class.
 
-    A class whose text is replaced becomes the answer of a row if it beats this rival. For most
+    A class with a new text becomes the answer of a row if the new logit beats the rival. For most
     classes the rival is the current answer of the row. For the current answer itself, the rival is
     the runner-up.
     """
@@ -249,7 +250,7 @@ class Rivals(NamedTuple):
     def of(cls, batch: Batch) -> Rivals:
         """Find the rival of every class for each row of a batch of labelled class data."""
         # Classes with equal texts all get the logit of the first of these classes. Otherwise a
-        # matrix product may round their logits differently and break the tie.
+        # matrix product may round the equal logits differently and break the tie.
         logits = batch.logits[:, batch.first_equal]
         two_largest, two_classes = k_largest(logits, 2)
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
@@ -265,11 +266,11 @@ class Rivals(NamedTuple):
         """Count the rows whose answer becomes right or wrong if one class gets its new text.
 
         Args:
-            batch: The batch that these rivals were found for.
+            batch: The batch of these rivals.
             new_texts: (K, D) the new text of every class.
 
         Returns:
-            (2, K) for each class the number of rows that become right, and that become wrong.
+            (2, K) for each class the number of saved rows, and the number of lost rows.
         """
         classes = torch.arange(len(new_texts))
         logits = (batch.image @ new_texts.T) * batch.logit_scale + batch.logit_bias
@@ -286,17 +287,17 @@ class Rivals(NamedTuple):
 def _changes(
     data: EmbeddingSource, rows: Tensor, texts_without_fold: Sequence[Tensor], task: Task
 ) -> Tensor:
-    """Count the rows that become right or wrong with each of the new texts.
+    """Count the saved and the lost rows for each of the new texts.
 
     Args:
         data: The source of the rows.
-        rows: Positions of the rows to count, all in one fold.
-        texts_without_fold: For each fold g, new texts (mixes, K, D) that are made without the
-            images of fold g.
+        rows: Positions of the rows to count, all in the same fold.
+        texts_without_fold: For each fold g, new texts (mixes, K, D) made without the images of
+            fold g.
         task: Progress of the whole run.
 
     Returns:
-        (folds, mixes, 2, K) number of rows that become right, and that become wrong.
+        (folds, mixes, 2, K) number of saved rows, and number of lost rows.
     """
     changes = torch.zeros(
         len(texts_without_fold), len(MIXES), 2, data.n_candidates, dtype=torch.int64
@@ -314,11 +315,11 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of rows saved (K,) and rows lost (K,), with the best mix for each fold and class.
 
     A mix is a pair (m, kappa). For fold g, the best mix of a class is the mix with the largest gain
-    (saved minus lost rows) on all folds except g. If this gain is not above 0, the class keeps its
-    text in fold g, so no row is saved or lost.
+    (saved minus lost rows) on all folds except g. If this gain is not above 0, the class keeps the
+    current text in fold g, so no row is saved or lost.
 
     Args:
-        changes: (folds, folds, mixes, 2, K) numbers of rows that become right, and wrong. Entry
+        changes: (folds, folds, mixes, 2, K) numbers of saved rows and of lost rows. Entry
             [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
     own_changes = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g

@@ -1,4 +1,4 @@
-"""Failures of a data set, grouped by their wrong answer and their true class."""
+"""Failures of a data set, grouped by the wrong answer and the true class."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Confusion:
     """The failures with the same wrong answer and the same true class.
 
     Without labels, the strongest competitor of the answer takes the place of the true class, and a
-    row counts as a fraction of a failure: its probability of failure.
+    row counts as a fraction of a failure: the probability of failure of the row.
     """
 
     answer: str  # name of the answered class
     instead: str  # name of the true class, or "none of the classes"
-    failures: float  # number of failures; without labels the sum of their probabilities
+    failures: float  # number of failures; without labels the sum of the failure probabilities
     share: float  # ``failures`` divided by the failures of all confusions
-    # mean uncertainty of the failures; without labels, all rows are weighted by their probability
+    # mean uncertainty of the failures; without labels, the weights are the failure probabilities
     uncertainty: float
     # number of failures among the accepted answers; expected number for ties at the threshold
     accepted: float
@@ -52,17 +52,17 @@ class Confusion:
 
 @dataclass(frozen=True)
 class RiskMap(Findings):
-    """All confusions, the one that adds most to the selective risk first."""
+    """All confusions. The confusion that adds most to the selective risk comes first."""
 
     kind: ClassVar[str] = "risk_map"
 
     rows: tuple[Confusion, ...]  # by descending ``risk``, then by descending ``failures``
-    coverage: float  # share of the answers that are accepted, the least uncertain ones
+    coverage: float  # share of accepted answers; the least uncertain answers are accepted
     threshold: float  # largest uncertainty of an accepted answer
     n: int  # number of counted rows
-    failures: float  # failures of all counted rows; without labels the sum of their probabilities
+    failures: float  # failures of all counted rows; without labels the sum of the probabilities
     risk: float  # selective risk at this coverage, equal to the sum of ``risk`` over ``rows``
-    # True: the failures were counted. False: they are expected numbers, sums of probabilities.
+    # True: the failures were counted. False: failures are expected numbers, sums of probabilities.
     labelled: bool
     # rows without a score or answer and, if any row has a label, rows without a label
     n_left_out: int
@@ -107,8 +107,8 @@ def risk_map(
 
     to the selective risk. The first sum is over the rows i with answer j and truth k, the second
     sum is over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i
-    is 1 for an accepted row and 0 for any other row. Rows whose uncertainty equals the threshold
-    have an a_i between 0 and 1, so that sum_i a_i = ceil(coverage N).
+    is 1 for an accepted row and 0 for any other row. If the uncertainty of a row equals the
+    threshold, a_i is between 0 and 1, so that sum_i a_i = ceil(coverage N).
 
     If no row has a label, w_i is the probability of failure, and ``competitor`` replaces the truth.
 
@@ -119,9 +119,9 @@ def risk_map(
         coverage: Share of answers to accept.
 
     Raises:
-        UsageError: If the outcomes are of captions, which have no classes. If ``coverage`` is not
-            in (0, 1]. If there are no labels and either the uncertainty is no probability or
-            ``competitor`` is None.
+        UsageError: If the outcomes are of captions, because captions have no classes. If
+            ``coverage`` is not in (0, 1]. If there are no labels and either the uncertainty is no
+            probability or ``competitor`` is None.
         DataError: If no row has a score and an answer.
 
     Examples:
@@ -192,7 +192,7 @@ def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
 
 
 def _require_probability(outcomes: Outcomes) -> Floats:
-    """(N,) calibrated probability of failure, or the uncertainty if it is a probability."""
+    """(N,) calibrated probability of failure, or else the uncertainty if this is a probability."""
     probabilities = failure_probability_of(outcomes)
     if probabilities is None:
         raise UsageError(
@@ -206,7 +206,7 @@ def _require_probability(outcomes: Outcomes) -> Floats:
 def _true_or_competing_class(
     outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
 ) -> Ints:
-    """(N,) true class of each row, or without labels the strongest competitor of its answer."""
+    """(N,) true class of each row, or without labels the strongest competitor of the answer."""
     if labelled:
         if outcomes.target is None:
             raise DataError(
@@ -231,9 +231,8 @@ def _true_or_competing_class(
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     """Acceptance (N,) of each row between 0 and 1, and the threshold.
 
-    Rows with uncertainty below the threshold have acceptance 1, rows above it have acceptance 0.
-    Rows at the threshold have equal acceptances, such that all acceptances sum up to
-    ceil(coverage N).
+    Rows below the threshold have acceptance 1, and rows above the threshold have acceptance 0. Rows
+    at the threshold have equal acceptances, such that all acceptances sum up to ceil(coverage N).
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
     n_accepted = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
@@ -254,15 +253,15 @@ def _confusions(
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """One confusion for each pair of an answer and its right class that has a failure.
+    """Make one confusion for each pair of an answer and a right class that has a failure.
 
     Args:
         answer_of_row: (N,) answered class.
         right_class_of_row: (N,) true class; without labels the strongest competitor.
         uncertainty: (N,) uncertainty.
         weight: (N,) 1 for a failure, 0 for a success; without labels the probability of failure.
-        accepted: (N,) acceptance of each row, as ``acceptance`` returns it.
-        names: Names of the classes; None if they have no names.
+        accepted: (N,) acceptance of each row, from ``acceptance``.
+        names: Names of the classes; None for classes without names.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)

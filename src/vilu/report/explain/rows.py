@@ -1,6 +1,7 @@
 """Chosen rows of a source with their candidates, and the names of candidates.
 
-The candidates of a caption row are the captions of its pool, so such a row is read with its pool.
+The candidates of a caption row are the captions of the whole pool. So a caption row is read
+together with the rows of the pool.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vilu.predictors.contract.coalitions import NONE_OF_CLASSES
 from vilu.predictors.contract.predictor import FailurePredictor
 
 BATCH_ROWS = 1_024  # maximum number of rows in a batch
-MAX_POOLS = 8  # maximum number of pools that rows are drawn from, for image-caption pairs
+MAX_POOLS = 8  # maximum number of pools to draw rows from, for image-caption pairs
 
 
 def scored_rows(
@@ -29,16 +30,16 @@ def scored_rows(
     rows: Tensor,
     block_size: int = SCORING_BATCH,
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Yield batches of the wanted rows, each with the uncertainties (B,) float64 of its rows.
+    """Yield batches of the wanted rows, together with the uncertainties (B,) float64 of the rows.
 
-    The rows come in the order of the source, or in the order of its pools.
+    The rows come in the order of the source, or in the order of the pools.
 
-    ``vilu.score`` scores rows in blocks. Here, the blocks that contain a wanted row are scored as a
-    whole, because the rounding of a matrix product depends on the number of its rows. So answers
-    and uncertainties equal those of ``vilu.score`` in every digit.
+    ``vilu.score`` scores rows in blocks. Here, a block that contains a wanted row is scored as a
+    whole, because the rounding of a matrix product depends on the number of rows in the product. So
+    answers and uncertainties equal the results of ``vilu.score`` in every digit.
 
     Args:
-        predictor: A predictor that is ready to score.
+        predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
         data: The source of the rows.
         rows: Positions of the wanted rows.
         block_size: Number of rows of a block. With 1, only the wanted rows are scored. This is
@@ -55,7 +56,7 @@ def scored_rows(
 
 def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Yield batches of the wanted rows like ``scored_rows``, but without uncertainties."""
-    # with class data these are the rows themselves, with captions all rows of their pools
+    # with class data these are the wanted rows, with captions all rows of the pools
     rows_to_read = rows_of_whole_blocks(data, rows, block_size=1)
     for batch in data.batches(BATCH_ROWS, rows=rows_to_read):
         indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
@@ -66,9 +67,9 @@ def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 def select_rows(batch: Batch, indices: Tensor) -> Batch:
     """Select the rows of a batch at these indices, with all candidates of the batch.
 
-    The rows keep the zero-shot answers that were computed for the whole batch.
+    The rows keep the zero-shot answers of the whole batch.
     """
-    _ = batch.zero_shot  # this computes and caches the answers, which ``batch.rows`` then copies
+    _ = batch.zero_shot  # compute and cache the answers; ``batch.rows`` then copies the answers
     return batch.rows(indices)
 
 
@@ -98,7 +99,7 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
     if data.pool_size is not None:
         drawn_pools = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
         rows_of_pools = [_rows_of_pool(data, int(number)) for number in np.sort(drawn_pools)]
-        no_rows = rows[:0]  # torch.cat needs at least one tensor, even if there is no pool
+        no_rows = rows[:0]  # torch.cat needs a tensor, even if there is no pool
         rows = torch.cat([no_rows, *rows_of_pools])
     rows = rows[~torch.isin(rows, rows_to_leave_out)]
     if not len(rows):
@@ -111,7 +112,7 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) positions of the rows that ``wanted`` names by number or key, in this order, each once.
+    """(M,) positions of the rows named in ``wanted`` by number or key, in order, without repeats.
 
     Raises:
         DataError: If a row does not exist or has no score.
@@ -141,7 +142,7 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
 
 
 def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
-    """Map each of the keys to the positions of its rows."""
+    """Map each of the keys to the positions of the rows with this key."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
         return rows_by_key  # early, because reading the identifiers of a store takes long
@@ -159,9 +160,9 @@ def why_unusable(status: int) -> str:
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
-    """The name of a class, or its number if the classes have no names.
+    """The name of a class, or the number of the class if the classes have no names.
 
-    ``candidate`` may also be ``OUTSIDE`` or ``UNKNOWN``, which are not classes.
+    ``candidate`` may also be ``OUTSIDE`` or ``UNKNOWN``. These values are no classes.
     """
     if candidate == OUTSIDE:
         return NONE_OF_CLASSES
@@ -178,12 +179,12 @@ def truths(batch: Batch) -> Tensor:
 
 
 class CandidateNames:
-    """Names of candidates: the class name, or for a caption the key of its image-caption pair."""
+    """Names of candidates: the class name, or for a caption the key of the image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
         self._pool: frozenset[int] = frozenset()  # rows of the pool that was read last
-        # for each candidate of this pool, the row that it belongs to
+        # for each candidate of this pool, the row that the candidate belongs to
         self._row_of_candidate = torch.empty(0, dtype=torch.int64)
 
     def name_of(self, row: int, candidate: int) -> str:
@@ -193,7 +194,7 @@ class CandidateNames:
         return self.data.ids[int(self._rows_of_candidates(row)[candidate])]
 
     def _rows_of_candidates(self, row: int) -> Tensor:
-        """For each candidate of ``row``, the row that it belongs to; the last pool is cached."""
+        """For each candidate of ``row``, the row it belongs to; the last pool is cached."""
         if row not in self._pool:
             index_in_usable = int((self.data.usable_rows == row).nonzero())
             pool = _rows_of_pool(self.data, index_in_usable // (self.data.pool_size or 1))

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 DIRECTION_MARKS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
-"""Characters that change the direction of the text around them.
+"""Characters that change the direction of the surrounding text.
 
-Joiners are not in this set, because some scripts and emoji need them.
+Joiners are not in this set, because some scripts and emoji need joiners.
 """
 
 HARMFUL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -72,14 +72,14 @@ TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Maps the caption of a table to its metrics. Every table fits on a sheet of paper.
+"""Maps the caption of a table to the metrics in the table. Every table fits on a sheet of paper.
 
-Metrics without a value are left out. Metrics of other packages are shown in ``THRESHOLD_TABLE``.
+Metrics without a value are left out. Metrics of add-on packages are shown in ``THRESHOLD_TABLE``.
 """
 
 MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
 MAX_POINTS = 500  # maximum number of operating points in a page, for any number of rows
-MAX_COMPETITORS = 3  # maximum number of likeliest classes that a card shows, the answer included
+MAX_COMPETITORS = 3  # maximum number of likeliest classes on a card, including the answer
 
 
 @checked
@@ -95,26 +95,25 @@ def report_page(
     title: str | None = None,
     table: ResultTable | None = None,
 ) -> str:
-    """Make an HTML page about one or several methods on the same rows.
+    """Make an HTML page on one or several methods for the same rows.
 
-    The page shows how often the model is wrong, and how well the methods predict it. It has curves
-    with an operating point that the reader can move, tables of metrics and of classes, and a
-    gallery of answers. The page loads nothing, and works offline and in print. Equal input gives
-    equal bytes.
+    The page shows how often the model is wrong, and how well the methods predict this. The page has
+    curves with a movable operating point, tables of metrics and of classes, and a gallery of
+    answers. The page loads nothing, and works offline and in print. Equal input gives equal bytes.
 
     Args:
         outcomes: Scores of every method on the same rows. Every method has a distinct name, and
             some rows have a known failure.
-        main: Name of the main method of the page. By default it is the calibrated method, or else
+        main: Name of the main method of the page. The default is the calibrated method, or else
             ViLU+, ViLU, or the first method.
-        calibrated: The rule that accepts answers (``vilu.report.page.choice.read_calibrated``).
-        max_risk: Largest error rate among the accepted answers. It is used without a rule, for a
-            threshold that is chosen on these rows and guarantees nothing.
-        images: Data set for thumbnails, whose record keys are the ids of the outcomes.
-        embeddings: The embeddings that were scored, for the likeliest classes of an answer.
+        calibrated: The rule for accepting answers (``vilu.report.page.choice.read_calibrated``).
+        max_risk: Largest error rate among the accepted answers. Only used without a rule, to choose
+            a threshold on these rows. Such a threshold guarantees nothing.
+        images: Data set for thumbnails. The record keys are the ids of the outcomes.
+        embeddings: The scored embeddings, for the likeliest classes of an answer.
         title: Title of the page.
-        table: The metrics of these outcomes, as ``vilu.evaluate`` gave them. By default they are
-            computed.
+        table: The metrics of these outcomes from ``vilu.evaluate``. By default the function
+            computes the metrics.
 
     Raises:
         UsageError: If the name of a method or another argument is invalid.
@@ -142,7 +141,7 @@ def report_page(
         if method_outcomes is not main_outcomes:
             methods.append(method_outcomes)
     if table is None:
-        # Evaluated before the charts are made: it raises DataError if no row can be used.
+        # Evaluate before making the charts: ``evaluate`` raises DataError if no row can be used.
         table = evaluate(methods)
     if calibrated is None:
         choice = choose_by_hindsight(main_outcomes, max_risk)
@@ -184,7 +183,7 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
-    """One histogram per method. The histogram of the main method is first and has the threshold."""
+    """Make one histogram per method. The main method comes first, and has the threshold."""
     histograms = []
     for number, method_outcomes in enumerate(methods):
         is_main = number == 0
@@ -194,7 +193,7 @@ def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
 
 
 def render(template: Template, *, script: str = "", **values: object) -> str:
-    """Render a page with one style and one script; its security policy forbids all others."""
+    """Render a page with one style and one script. Its security policy forbids any other."""
     style = asset("page.css")
     return template.render(
         style=style,
@@ -208,7 +207,7 @@ def render(template: Template, *, script: str = "", **values: object) -> str:
 
 @cache
 def find_template(name: str) -> Template:
-    """Load a template and its filters; MissingModelError without the extra ``report``."""
+    """Load a template and filters; MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vilu.report.page"),
@@ -267,7 +266,7 @@ def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[s
 
 
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
-    """Tables of metrics, each with one row of cells per method."""
+    """Make tables of metrics, with one row of cells per method."""
     cells = {(row.method, row.metric): row for row in table}
     present_names = dict.fromkeys(row.metric for row in table)
     listed_names = set(chain.from_iterable(TABLES.values()))
@@ -315,13 +314,13 @@ def _gallery(
 def competitors(
     outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, list[tuple[str, float]]]:
-    """The likeliest classes of some rows, with their zero-shot probabilities.
+    """The likeliest classes of some rows, with zero-shot probabilities.
 
-    Rows that are not in the source are left out.
+    Rows missing in the source are left out.
 
     Raises:
         UsageError: If the outcomes or the source have no class names.
-        ProvenanceError: If the source has other classes, or other answers, than the outcomes.
+        ProvenanceError: If the classes or the answers of the source and the outcomes differ.
     """
     names = outcomes.class_names
     ids = outcomes.ids
@@ -371,10 +370,10 @@ class Points:
     """The P thresholds that the slider of the page can select."""
 
     threshold: Floats  # (P,) ascending, the first is -inf
-    n_accepted: Ints  # (P,) number of rows that each threshold accepts
-    n_wrong: Ints  # (P,) number of these rows that are wrong
-    # index of the chosen threshold; if no single threshold decides which rows are accepted, index
-    # of the threshold that accepts about the same number of rows
+    n_accepted: Ints  # (P,) number of accepted rows at each threshold
+    n_wrong: Ints  # (P,) number of wrong rows among the accepted rows
+    # index of the chosen threshold; if the rule is not a single threshold, index of the threshold
+    # with about the same number of accepted rows
     start: int
 
 
@@ -385,7 +384,7 @@ def operating_points(
     n_accepted: int,
     limit: int = MAX_POINTS,
 ) -> Points:
-    """Select thresholds for the slider, which accept about evenly spaced numbers of rows.
+    """Select thresholds for the slider, with about evenly spaced numbers of accepted rows.
 
     Args:
         uncertainty: (N,) uncertainties.
@@ -393,7 +392,7 @@ def operating_points(
         chosen_threshold: Threshold that is always included. None if no single threshold decides
             which rows are accepted.
         n_accepted: Number of accepted rows. If ``chosen_threshold`` is None, the slider starts at
-            the threshold that accepts about as many rows.
+            the threshold with about as many accepted rows.
         limit: Maximum number of thresholds.
     """
     scores, wrong = check_pair(uncertainty, failure)
@@ -436,7 +435,7 @@ def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str
 
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
-    """The name of a method, with the origin of its scores and a fingerprint of their numbers."""
+    """The name of a method, the origin of the scores, and a fingerprint of the numbers."""
     content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
     fingerprint = bytes_hash(content)
     origin = {
@@ -455,7 +454,7 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 def harmless(text: str) -> str:
     r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
-    # no more characters are ever shown; one more says that the text has to be shortened
+    # No more characters are ever shown. The extra character tells ``shortened`` to cut the text.
     for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
         is_harmful = (
             character in DIRECTION_MARKS or unicodedata.category(character) in HARMFUL_CATEGORIES
@@ -465,7 +464,7 @@ def harmless(text: str) -> str:
 
 
 def shortened(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
-    """Escape a text with ``harmless``, and shorten it to at most ``max_characters``."""
+    """Escape a text with ``harmless``, and shorten the text to at most ``max_characters``."""
     safe = harmless(text)
     if len(safe) <= max_characters:
         return safe

@@ -1,4 +1,4 @@
-"""Charts of the page, for templates that draw them as SVG."""
+"""Charts of the page. Templates draw the charts as SVG."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Axis:
     """The horizontal or the vertical axis of a chart."""
 
     label: str
-    name: str  # short name, shown next to a value that the reader points at
+    name: str  # short name, shown next to the value that the reader points at
     low: float  # value at the beginning of the axis
     high: float  # value at the end of the axis
     percent: bool = True  # whether values are shown in percent
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values with their texts."""
+        """Round values, each with a text."""
         ticks = []
         for value in round_ticks(self.low, self.high):
             text = round_percent(value) if self.percent else f"{value:.4g}"
@@ -47,7 +47,7 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A line through P points, which may have an interval at each point."""
+    """A line through P points. Each point may have an interval."""
 
     label: str
     x: Floats  # (P,)
@@ -70,7 +70,7 @@ class Chart:
     lines: tuple[Line, ...]  # the last line is drawn on top
     # (x, y) of the operating point, or (x, None) for a vertical line; None: nothing is marked
     marker: tuple[float, float | None] | None = None
-    # ends (x0, y0, x1, y1) of a reference line, and its text
+    # ends (x0, y0, x1, y1) of a reference line, and the text beside the line
     guide: tuple[tuple[float, float, float, float], str] | None = None
 
     def px(self, value: float) -> str:
@@ -122,7 +122,7 @@ def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
 
 
 def thin_points(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
-    """Keep at most ``limit`` points of a line: its two ends, and points evenly along its length."""
+    """Keep at most ``limit`` points of a line: both ends, and points evenly along the line."""
     xs = np.asarray(x, dtype=np.float64)
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= limit:
@@ -142,11 +142,11 @@ ERROR_PER_SIDE = 0.025  # error probability on each side of a 95 % interval
 
 @dataclass(frozen=True)
 class Rate:
-    """The share k / n, with its 95 % Clopper-Pearson interval."""
+    """The share k / n, with a 95 % Clopper-Pearson interval."""
 
     k: int
     n: int
-    # number of rows that carry as much information as one independent row; 1 if all are independent
+    # number of rows that count as one independent row; 1 if all rows are independent
     rows_per_independent: float = 1.0
 
     @property
@@ -180,7 +180,7 @@ class ClassRow:
 
 
 def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
-    """The table of the answered classes, and the number of classes that are left out of it.
+    """The table of the answered classes, and the number of classes left out of the table.
 
     The class with most wrong answers comes first. As in every metric, rows without a known failure
     or without an uncertainty are not counted. The table is empty if there are no class names.
@@ -193,7 +193,7 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     is_wrong = outcomes.failure == 1
 
     def count_per_class(mask: NDArray[np.bool_]) -> list[int]:
-        """For each class, the number of counted rows in the mask whose answer is this class."""
+        """For each class, the number of counted rows in the mask with this class as the answer."""
         counts: list[int] = np.bincount(answer[is_counted & mask], minlength=len(names)).tolist()
         return counts
 
@@ -204,7 +204,7 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     rows_per_independent = outcomes.tally().scores.rows_per_independent
 
     def wrong_then_all(c: int) -> tuple[int, int]:
-        """The number of wrong answers of a class, then its number of answers."""
+        """The number of wrong answers of a class, then the number of all answers of the class."""
         return n_wrong[c], n[c]
 
     answered_classes = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
@@ -280,7 +280,7 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 
 def _largest_risk(coverage: Floats, risk: Floats) -> float:
-    """The largest risk of a curve, without its noisy beginning at coverages below 5 %."""
+    """The largest risk of a curve, except for the noisy part at coverages below 5 %."""
     is_steady = coverage >= 0.05
     return float(risk[is_steady].max())
 
@@ -315,7 +315,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
-    """Chart of the uncertainty, with one histogram for right and one for wrong answers.
+    """Chart of the uncertainty, with separate histograms for right and for wrong answers.
 
     Answers to pictures of none of the classes have a third histogram. The bars of each histogram
     add up to 100 %.
@@ -333,7 +333,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     if OUTSIDE_LOOK in look_of_row:
         labels[WRONG_LOOK] = "wrong within the classes"
         labels[OUTSIDE_LOOK] = "of none of the classes"
-    # two points per bin, at its left and its right edge, draw the bins as steps
+    # two points per bin, at the left and the right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
     for look, label in labels.items():
@@ -362,7 +362,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
 
 
 def _axis_ends(outcomes: Outcomes) -> tuple[float, float]:
-    """The two ends of the axis of uncertainties; they are never equal."""
+    """The two ends of the axis of uncertainties. The ends always differ."""
     if outcomes.is_probability:
         return 0.0, 1.0
     uncertainty, _ = evaluable_scores(outcomes)
@@ -374,7 +374,7 @@ def _axis_ends(outcomes: Outcomes) -> tuple[float, float]:
 
 
 def _looks_of_answers(outcomes: Outcomes) -> Ints:
-    """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
+    """(M,) value of ``Line.look`` for each row with an uncertainty and a known failure."""
     _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
     look_within_classes = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
@@ -384,8 +384,8 @@ def _looks_of_answers(outcomes: Outcomes) -> Ints:
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     """Chart of the failure rate against the mean failure probability, in bins of equal width.
 
-    Only methods that give probabilities have a line. None if the main method, which is the first,
-    gives no probabilities.
+    Only methods with probabilities have a line. The result is None if the main method (the first
+    method) has no probabilities.
     """
     main, *_ = methods
     if failure_probability_of(main) is None:
@@ -410,9 +410,9 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
 
 
 def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int) -> Line:
-    """Line through the bins of the ECE that have rows. A bin includes its upper end.
+    """Line through the bins of the ECE with at least one row. A bin includes the upper end.
 
-    The line of the main method, whose ``look`` is 0, has an interval at each bin.
+    The line of the main method (``look`` 0) has an interval at each bin.
     """
     rows = outcomes.evaluable
     counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
@@ -441,7 +441,7 @@ def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int)
 def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
-    """One line per method, with few points. The main method is last, so it is drawn on top."""
+    """One line per method, with few points. The last line is of the main method, drawn on top."""
     limit = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
     lines = []
     for look, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):

@@ -1,4 +1,4 @@
-"""The choice of a threshold, and the scores that the page shows."""
+"""The choice of a threshold, and the scores of the page."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from vilu.validation import require_between
 
 @dataclass(frozen=True)
 class CalibratedRule:
-    """The rule of a calibration, which ``vilu calibrate`` wrote into the folder of a predictor."""
+    """The rule of a calibration, written by ``vilu calibrate`` into the folder of a predictor."""
 
     rule: Rule  # decides for each answer: accept or review
     # name of the calibrated predictor; None if unknown
     method: str | None = None
-    # fingerprint of the calibration; scores whose decisions it made have it in their provenance,
-    # under the key "risk"; None if unknown
+    # fingerprint of the calibration; None if unknown. Scores with decisions of this calibration
+    # have the fingerprint in the provenance, under the key "risk".
     fingerprint: str | None = None
     # recorded facts about the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -49,17 +49,17 @@ class Choice:
     # or if nothing is accepted
     threshold: float | None
     max_risk: float | None  # target for the error rate; None if the target was another quantity
-    # sentence that states the guarantee for later answers; None if there is no guarantee
+    # sentence about the guarantee for later answers; None if there is no guarantee
     guarantee: str | None = None
-    # maps a group of rows to its threshold; empty for a rule without thresholds
+    # maps a group of rows to the threshold of the group; empty for a rule without thresholds
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
 
 def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
-    """Choose a threshold on the same rows on which it is used, so it guarantees nothing.
+    """Choose a threshold from the failures of the same rows, so the threshold guarantees nothing.
 
-    It is the largest uncertainty t of a row with
+    The threshold is the largest uncertainty t of a row with
 
         (number of wrong rows with u <= t) / (number of rows with u <= t) <= max_risk.
     """
@@ -76,9 +76,9 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
 
 
 def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
-    """Choose the rows that a calibrated rule accepts.
+    """Choose the rows accepted by a calibrated rule.
 
-    The outcomes must be of the method that the rule was calibrated for.
+    The outcomes and the rule must be of the same method.
     """
     _require_equal(
         calibrated.method,
@@ -100,8 +100,8 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
     accepted = rule.accept(outcomes.uncertainty, groups, outcomes.cluster)
     first_line, *_ = str(rule).splitlines()
     if rule.needs_batch:
-        # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as
-        # a threshold at the largest accepted uncertainty.
+        # Conformal selection has no fixed threshold. In a single batch the accepted rows are the
+        # same as for a threshold at the largest accepted uncertainty.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
         return Choice(
             accepted,
@@ -125,9 +125,9 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
     """Raise ProvenanceError if a fact about the rule is not the fact about the scores.
 
     Args:
-        rule_value: The fact about the rule, such as the name of its method; None if unknown.
+        rule_value: The fact about the rule, such as the name of the method; None if unknown.
         scores_value: The same fact about the scores; None if unknown.
-        message: What to say if they differ, with a pair of braces for each of the two values.
+        message: Message for different values, with a pair of braces for each of the two values.
     """
     if rule_value is None or scores_value is None:
         return
@@ -139,7 +139,7 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
 
 
 def read_calibrated(folder: str | Path) -> CalibratedRule:
-    """Read the rule that ``vilu calibrate`` wrote into the folder of a predictor."""
+    """Read the rule written by ``vilu calibrate`` into the folder of a predictor."""
     calibration = Calibration.load(folder)
     if calibration.rule is None:
         raise DataError(
@@ -155,10 +155,10 @@ PREFERRED_METHODS = ("vilu_plus", "vilu")
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
-    """Read the scores of one or several methods.
+    """Read the scores of one method or several methods.
 
-    The path is a folder of ``*.parquet`` files (one per method), a single file, or a folder of
-    scores in parts. A method without a name gets the name of its file. If several files have the
+    The path is a folder of ``*.parquet`` files (one file per method), a single file, or a folder of
+    scores in parts. A method without a name gets the name of the file. If several files have the
     same method, the names of the files are appended.
     """
     root = Path(path)
@@ -181,7 +181,7 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
     """Give the methods of files distinct names.
 
-    A method without a name gets the name of its file. If several files have the same method, the
+    A method without a name gets the name of the file. If several files have the same method, the
     name of the file is appended to the name of the method.
     """
     counts = Counter(outcomes.method for _, outcomes in files)
@@ -200,8 +200,8 @@ def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcome
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     """Choose the main method of a page.
 
-    It is ``main``. If that is None, it is the first method whose name begins with one of
-    ``PREFERRED_METHODS``, or else the first method.
+    The main method is ``main``. If ``main`` is None, the main method is the first method with one
+    of ``PREFERRED_METHODS`` at the beginning of the name, or else the first method.
     """
     names = [method_outcomes.method or "" for method_outcomes in outcomes]
     if not names:

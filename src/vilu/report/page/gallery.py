@@ -1,4 +1,4 @@
-"""The gallery of the page: the choice of rows, their thumbnails and their cards."""
+"""The gallery of the page: the choice of rows, thumbnails and cards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THUMBNAIL_QUALITY = 70  # WebP quality of a thumbnail, from 0 to 100
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture, or the reason why there is none."""
+    """A small picture, or the reason why there is no picture."""
 
     uri: str | None = None  # the picture as ``data:`` URI
     width: int = 0  # in pixels
@@ -35,7 +35,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model, as the gallery shows it; unknown values are None."""
+    """One answer of the model in the gallery; unknown values are None."""
 
     key: str  # identifier of the row
     answer: str | None  # name of the judged class
@@ -45,7 +45,7 @@ class Card:
     accepted: bool
     picture: Thumbnail | None = None
     competitors: Sequence[tuple[str, float]] = ()  # (class name, zero-shot probability)
-    zero_shot: str | None = None  # the zero-shot answer if it differs from ``answer``
+    zero_shot: str | None = None  # the zero-shot answer if different from ``answer``
 
 
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
@@ -105,7 +105,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 def thumbnails(
     outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
 ) -> dict[int, Thumbnail]:
-    """Make a thumbnail for each of the rows, whose ids are the keys of images in the data set."""
+    """Make a thumbnail for each row; the id of a row is the key of an image in the data set."""
     if outcomes.ids is None:
         raise DataError(
             "these scores do not say which images they are about (they have no keys). "

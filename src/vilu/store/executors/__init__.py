@@ -1,4 +1,4 @@
-"""Executors: they do the parts of a job in local processes, on a cluster, or by rank."""
+"""Executors: do the parts of a job in local processes, on a cluster, or by rank."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
     """Make an executor.
 
     Args:
-        name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one
-            of several that torchrun or Slurm started).
-        processes: Number of workers. By default, there is one per core of this machine, and on a
-            Ray cluster as many as fit. It must be None for "rank".
+        name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one of
+            several processes started by torchrun or Slurm).
+        processes: Number of workers. The default is the number of cores of this machine, or on a
+            Ray cluster the number of workers that fit. For "rank", ``processes`` must be None.
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:

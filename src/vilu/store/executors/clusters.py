@@ -32,10 +32,10 @@ from vilu.store.manifest import Receipt
 from vilu.store.mapped import n_cores
 
 SHARED_MEMORY_BYTES = 2**28
-"""Size of the shared memory of a Ray that vilu starts.
+"""Size of the shared memory of a Ray started by vilu.
 
-The shared memory holds only part numbers, receipts and the job. If something does not fit, Ray
-writes it to disk.
+The shared memory holds only part numbers, receipts and the job. Ray writes to disk if the shared
+memory is full.
 """
 
 
@@ -43,14 +43,15 @@ class RayExecutor:
     """An executor that does parts in actors (worker processes) of Ray Data.
 
     Each actor keeps the job and loads the model once. If Ray is running in this process or at
-    ``RAY_ADDRESS``, it is used and left running. Otherwise, Ray is started on this machine and shut
-    down at the end. If an actor dies, Ray restarts the actor, which does its part again. A part
-    that is done twice is still stored once, because its files have fixed names. Deaths of actors
-    are not counted here, because the job gives up a part that keeps crashing.
+    ``RAY_ADDRESS``, this Ray is used and left running. Otherwise, Ray is started on this machine
+    and shut down at the end. If an actor dies, Ray restarts the actor, and the actor does the part
+    again. A part may be done twice. Such a part is still stored once, because the files have fixed
+    names. Deaths of actors are not counted here, because the job gives up a part that keeps
+    crashing.
 
-    ``processes`` is the number of actors. If it is None, a Ray that is started here has one actor
-    per core of this machine. A Ray that is running already has one actor per GPU, or one per core
-    if there is no GPU.
+    ``processes`` is the number of actors. By default, a Ray started here has one actor per core of
+    this machine. By default, an already running Ray has one actor per GPU, or one actor per core if
+    there is no GPU.
     """
 
     name = "ray"
@@ -80,9 +81,10 @@ class RayExecutor:
     def _outcome_rows(
         self, job: EmbedJob, parts: Sequence[int], plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield a row with the outcome of each part, in the order in which Ray returns the rows.
+        """Yield a row with the outcome of each part, in the order of the rows from Ray.
 
-        Closing this generator ends the threads of Ray Data, which must end before Ray is shut down.
+        Closing this generator ends the threads of Ray Data. These threads must end before Ray is
+        shut down.
         """
         items = [{"part": part} for part in parts]
         dataset = self._data.from_items(items, override_num_blocks=len(items))
@@ -100,7 +102,7 @@ class RayExecutor:
 
     @contextmanager
     def _running_ray(self) -> Iterator[_ActorPlan]:
-        """Yield the plan of the actors. If Ray is not running yet, it is started for the block."""
+        """Yield the plan of the actors. If Ray is not running yet, start Ray for the block."""
         if self._ray.is_initialized():
             yield self._plan_for_running_ray()
             return
@@ -192,7 +194,7 @@ def _log_only_errors(library: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ActorPlan:
-    """How many actors there are, and how many threads and GPUs each of them may use."""
+    """Number of actors, and number of threads and GPUs per actor."""
 
     n_actors: int
     threads_per_actor: int
@@ -200,22 +202,22 @@ class _ActorPlan:
 
 
 class _Actor:
-    """The object in a worker process of Ray, which does parts."""
+    """An object in a worker process of Ray that does parts."""
 
     def __init__(self, payload: bytes) -> None:
         self._worker = Worker(payload)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Do the part whose number is in the batch, and return a batch with its outcome."""
+        """Do the part in the batch, and return a batch with the outcome."""
         (part,) = batch["part"]
         outcome = self._worker.do_part(int(part))
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-# If vilu started Spark, Spark ends the run after this number of failures of one task. The number is
+# Spark ends the run after this number of failures of one task, if vilu started Spark. The number is
 # larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
-# environment variable that ``spark-submit`` sets; if it is set, Spark has settings already
+# environment variable of ``spark-submit``; if the variable is set, Spark has settings already
 SPARK_SUBMIT_VARIABLE = "PYSPARK_GATEWAY_PORT"
 POLL_SECONDS = 0.05  # time between checks for new receipts
 _workers: dict[str, Worker] = {}  # hash of a job -> the only worker of this Python process
@@ -227,8 +229,8 @@ class SparkExecutor:
     Each Python worker process keeps the job and loads the model once. An active ``SparkContext``,
     or the context of ``spark-submit``, is used and left running. Otherwise, Spark is started on
     this machine and stopped at the end. Spark may do a part twice (retry, speculation). The part is
-    still stored once, because its files have fixed names. Receipts are sent through an accumulator.
-    Spark updates it once per part, when the task of the part has succeeded.
+    still stored once, because the files have fixed names. Receipts are sent through an accumulator.
+    Spark updates the accumulator once per part, when the task of the part has succeeded.
     """
 
     name = "spark"
@@ -246,13 +248,13 @@ class SparkExecutor:
             broadcast = context.broadcast(payload)
             outcomes = context.accumulator([], _OutcomeLists())
             task = partial(_run_task, broadcast, bytes_hash(payload), outcomes)
-            # one part in each partition, so that each part is a task of its own
+            # a single part in each partition, so that each part is a separate task
             tasks = context.parallelize(list(parts), numSlices=len(parts)).map(task)
             spark_job = _SparkJob(self._spark, context, tasks)
             try:
                 n_taken = 0
-                # The last receipts may arrive just before the job ends. So after the job has ended,
-                # the loop goes on until all receipts are taken.
+                # The last receipts may arrive just before the job ends. So after the end of the
+                # job, the loop goes on until all receipts are taken.
                 while spark_job.is_running_after_poll() or n_taken < len(outcomes.value):
                     new_outcomes = outcomes.value[n_taken:]
                     for outcome in new_outcomes:
@@ -267,7 +269,8 @@ class SparkExecutor:
     def _context(self) -> Iterator[tuple[Any, int]]:
         """Yield a Spark context and the number of threads per task.
 
-        The context is the active one, or a new one that is stopped at the end of the block.
+        The context is the active context, or a new context for the block. A new context is stopped
+        at the end of the block.
         """
         active_context = self._spark.SparkContext._active_spark_context
         if active_context is None and SPARK_SUBMIT_VARIABLE in os.environ:
@@ -282,7 +285,7 @@ class SparkExecutor:
             context.stop()
 
     def _start_spark(self) -> Any:  # noqa: ANN401 - PySpark's
-        """Start Spark on this machine, and return its context."""
+        """Start Spark on this machine, and return the context."""
         settings = {
             "spark.master": f"local[{self.processes},{MAX_FAILURES}]",
             "spark.app.name": "vilu",
@@ -304,7 +307,7 @@ class SparkExecutor:
 
 
 class _SparkJob:
-    """All tasks as one job of Spark, which starts at once in a separate thread.
+    """A Spark job with all tasks. The job starts at once, in a separate thread.
 
     So receipts can be read while the job is running.
 
@@ -328,8 +331,8 @@ class _SparkJob:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
         # Any exception is caught, because the job runs the model and the reader of the user. An
-        # exception that ended this thread would only be printed. check() raises it in the main
-        # thread.
+        # uncaught exception of this thread would only be printed. check() raises the exception in
+        # the main thread.
         except Exception as error:  # noqa: BLE001
             self._error = error
 
@@ -357,10 +360,10 @@ class _SparkJob:
 
 
 class _OutcomeLists:
-    """How an accumulator joins lists of outcomes (an ``AccumulatorParam`` of PySpark)."""
+    """Rule for joining lists of outcomes (an ``AccumulatorParam`` of PySpark)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
-        """Return the value with which each task begins: an empty list."""
+        """Return the start value of each task: an empty list."""
         return []
 
     def addInPlace(  # noqa: N802 - PySpark's name
@@ -372,7 +375,7 @@ class _OutcomeLists:
 
 
 def _spark_error_line(error: Exception) -> str:
-    """Return the line that names the error in a message with a Java stack trace."""
+    """Return the line with the name of the error, from a message with a Java stack trace."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -393,7 +396,7 @@ def _run_task(
     Args:
         broadcast: Broadcast variable with the packed job.
         job_hash: Hash of the packed job.
-        outcomes: Accumulator to which the outcome of the part is added.
+        outcomes: Accumulator for the outcome of the part.
         part: Number of the part.
     """
     from pyspark import TaskContext
@@ -405,7 +408,7 @@ def _run_task(
             take_gpu(int(gpu.addresses[0]))
         _workers.clear()
         _workers[job_hash] = Worker(broadcast.value)
-        # PySpark collects garbage after every task, which would take 0.2 s with torch imported.
-        # Objects that are frozen are not searched.
+        # PySpark collects garbage after every task. With torch imported, this would take 0.2 s.
+        # Garbage collection skips frozen objects.
         gc.freeze()
     outcomes.add([_workers[job_hash].do_part(part)])

@@ -28,7 +28,7 @@ from vilu.validation import require_at_least
 
 
 class Worker:
-    """The object in a worker process that does parts of one job.
+    """The object in a worker process that does parts of a job.
 
     The job is unpickled when the first part arrives, and the model is loaded once. The process does
     nothing but this job. So the worker also loads plugins, and sets the number of threads and the
@@ -40,17 +40,17 @@ class Worker:
         self._job: EmbedJob | None = None
 
     def do_part(self, part: int) -> bytes:
-        """Do a part, and return its outcome: the receipt or the exception that was raised, pickled.
+        """Do the part with the number ``part``, and return the pickled outcome.
 
-        ``part`` is the number of the part.
+        The outcome is the receipt of the part, or the exception raised during the work.
         """
         try:
             if self._job is None:
                 self._job = self._unpack_job()
             return pickle.dumps(self._job.process(part))
-        # Any exception is caught, because the model or the reader may come from a plugin. It would
-        # end this process without a message. So the driver gets the exception as bytes, and raises
-        # it.
+        # Any exception is caught, because the model or the reader may come from a plugin. Otherwise
+        # the exception would end this process without a message. Instead, the driver gets the
+        # exception as bytes, and raises the exception.
         except Exception as error:  # noqa: BLE001
             return _pack_error(error)
 
@@ -67,7 +67,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class PackedJob:
-    """What the driver sends to a worker: plugins to load, number of threads, and the job."""
+    """Message of the driver to a worker: plugins to load, number of threads, and the job."""
 
     plugins: Sequence[str]  # names of modules
     threads: int  # number of threads for tensors
@@ -75,7 +75,7 @@ class PackedJob:
 
 
 def receipt_of(packed_outcome: bytes) -> Receipt:
-    """Return the receipt in an outcome of ``Worker.do_part``; raise the exception if it has one."""
+    """Return the receipt in an outcome of ``Worker.do_part``, or raise the exception."""
     outcome = pickle.loads(packed_outcome)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
@@ -102,18 +102,18 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
 def _pack_error(error: Exception) -> bytes:
     """Pickle an exception.
 
-    An exception that is no ViLUError gets its traceback as a note, because pickles have no
+    An exception that is no ViLUError gets the traceback as a note, because pickles have no
     tracebacks.
     """
     if not isinstance(error, ViLUError):
         error.add_note("".join(traceback.format_exception(error)))
     try:
         packed_error = pickle.dumps(error)
-        # It is unpickled as a test, which fails for a class whose __init__ takes more than a
-        # message.
+        # The bytes are unpickled as a test. The test fails for a class whose __init__ takes more
+        # than a message.
         pickle.loads(packed_error)  # noqa: S301 - our own bytes
-    # Pickling and unpickling run methods of a class that is not ours, and these may raise any
-    # exception. Then the driver gets the original exception as text.
+    # Pickling and unpickling run methods of a foreign class. These methods may raise any exception.
+    # Then the driver gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
         return pickle.dumps(RuntimeError(text))
@@ -121,7 +121,7 @@ def _pack_error(error: Exception) -> bytes:
 
 
 def check_processes(processes: int | None) -> int | None:
-    """Check the number of processes, and return it. None means the default of the executor."""
+    """Check and return the number of processes. None means the default of the executor."""
     if processes is not None:
         require_at_least("processes", processes, 1)
     return processes
@@ -138,11 +138,11 @@ def take_gpu(number: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# If this many workers have died in the same part, the run ends. A job gives up a part after fewer
-# deaths (MAX_ATTEMPTS).
+# The run ends after this number of deaths of workers in the same part. A job gives up a part after
+# fewer deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
 READY = b""  # message of a worker that has started and waits for the job
-GRACE_SECONDS = 5.0  # a worker that is asked to end is killed after this time
+GRACE_SECONDS = 5.0  # time for a worker to end, before the worker is killed
 # advice if workers die before their first part
 HINT_MAIN = "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
 # advice if workers die in a part
@@ -157,10 +157,10 @@ class LocalExecutor:
     """An executor that does parts in processes on this machine.
 
     The driver (this process) has a pipe to each worker process. Through the pipe, the driver sends
-    the job and then part numbers, and the worker sends receipts. Workers are started with "spawn",
-    because a forked process would lack the threads of the driver, but have copies of its locks,
-    which may be held. Workers share no lock. So if a worker is killed, only its unfinished part is
-    lost, which another worker does again. When the driver dies, its workers end at once.
+    the job and then part numbers, and the worker sends receipts. Workers are started with "spawn"
+    and not by a fork. A forked process would lack the threads of the driver, but have copies of
+    possibly held locks. Workers share no lock. So if a worker is killed, only the unfinished part
+    is lost, and another worker does this part again. When the driver dies, all workers end at once.
     """
 
     name = "local"
@@ -179,7 +179,7 @@ class LocalExecutor:
 
 
 class _Process:
-    """A worker process as the driver sees it: its pipe, and the part that it is doing.
+    """A worker process from the view of the driver: the pipe, and the current part.
 
     ``number`` is the number of the worker among all workers of a run.
     """
@@ -187,7 +187,7 @@ class _Process:
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part: int | None = None  # number of the part that the process is doing; None if idle
+        self.part: int | None = None  # number of the current part; None if the process is idle
         self.has_job = False  # whether the process has started and got the job
         self.pipe, worker_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
@@ -197,11 +197,11 @@ class _Process:
             self.process.start()
         finally:
             # The pipe signals the death of the worker only when all copies of the worker's end of
-            # the pipe are closed. So the driver closes its copy.
+            # the pipe are closed. So the driver closes this copy.
             worker_end.close()
 
     def end(self) -> int | None:
-        """Close the pipe, which ends the process, and return the exit code.
+        """Close the pipe, so that the process ends. Return the exit code.
 
         If the process is still running after ``GRACE_SECONDS``, it is killed.
         """
@@ -214,7 +214,7 @@ class _Process:
 
 
 class _Pool:
-    """The workers of one ``run``, with the parts that wait for a worker."""
+    """The workers of a ``run``, with the parts that wait for a worker."""
 
     def __init__(
         self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
@@ -223,12 +223,13 @@ class _Pool:
         self.payload = pack_job(job, threads_per_process(processes))
         self.waiting_parts = deque(parts)
         self.max_workers = min(processes, len(parts))
-        self.workers: dict[object, _Process] = {}  # pipe -> the worker at its other end
-        # part number -> number of workers that died in it; None -> those that had no part yet
+        self.workers: dict[object, _Process] = {}  # pipe -> the worker at the far end
+        # part number -> number of workers that died in the part; None -> deaths before the first
+        # part
         self.deaths: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
-        """Yield the receipts in the order in which they arrive."""
+        """Yield the receipts in the order of arrival."""
         while self.waiting_parts or self._n_busy():
             self._start_workers()
             self._assign_parts()
@@ -256,16 +257,16 @@ class _Pool:
         self.workers.clear()
 
     def _n_busy(self) -> int:
-        """Return the number of workers that are doing a part."""
+        """Return the number of workers with a part."""
         return sum(worker.part is not None for worker in self.workers.values())
 
     def _start_workers(self) -> None:
-        """Start workers: one for each part that is not done, but at most ``max_workers``."""
+        """Start workers: one for each unfinished part, but at most ``max_workers``."""
         n_parts_left = self._n_busy() + len(self.waiting_parts)
         n_wanted = min(self.max_workers, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
-        # a new worker gets the number of a dead worker, and so also its GPU (``take_gpu``)
+        # a new worker gets the number and so also the GPU of a dead worker (``take_gpu``)
         free_numbers = sorted(set(range(self.max_workers)) - used_numbers)
         for number in free_numbers[:n_missing]:
             worker = _Process(number)
@@ -287,7 +288,7 @@ class _Pool:
                 self._remove_dead_worker(worker)
 
     def _receive(self, worker: _Process) -> bytes | None:
-        """Return the outcome that a worker sends; None if it has just started, or has died."""
+        """Return the outcome from a worker; None if the worker has just started, or has died."""
         try:
             message = worker.pipe.recv_bytes()
             if message == READY:
@@ -302,10 +303,10 @@ class _Pool:
         return message
 
     def _remove_dead_worker(self, worker: _Process) -> None:
-        """Remove a dead worker, and put its part back into the queue.
+        """Remove a dead worker, and put the part of the worker back into the queue.
 
         Raises:
-            StorageError: If ``max_deaths`` workers have died in this part, or before their first
+            StorageError: If ``max_deaths`` workers have died in this part, or before the first
                 part.
         """
         del self.workers[worker.pipe]
@@ -341,10 +342,10 @@ def _run_worker(pipe: Connection, number: int) -> None:
 
     ``number`` is the number of the worker.
     """
-    # Ctrl-C reaches all processes of the terminal. A worker ignores it, because the driver ends
+    # Ctrl-C reaches all processes of the terminal. A worker ignores Ctrl-C, because the driver ends
     # the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # sys.exit runs the ``finally`` blocks, which remove temporary files
+    # sys.exit runs the ``finally`` blocks, and these blocks remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_driver, daemon=True).start()
     take_gpu(number)
@@ -369,7 +370,7 @@ def end_with_driver() -> None:
         os._exit(1)
 
 
-# names of the environment variables that state the rank and the number of ranks
+# names of the environment variables for the rank and the number of ranks
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
 # environment variables of a Slurm job array: index of this job, number of jobs, smallest index
@@ -392,11 +393,11 @@ class Rank:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Rank:
-        """Return the rank that the environment variables state.
+        """Return the rank according to the environment variables.
 
         ``RANK`` and ``WORLD_SIZE`` (torchrun) have precedence. In Slurm, the rank is
-        ``array_index * SLURM_NTASKS + SLURM_PROCID``, where ``array_index`` is the index of the job
-        in its job array (0 without an array).
+        ``array_index * SLURM_NTASKS + SLURM_PROCID``. Here ``array_index`` is the index of the job
+        in the job array (0 without an array).
         """
         rank_of_torchrun = _read_rank(environment, *TORCHRUN_VARIABLES)
         rank_in_job = _read_rank(environment, *SLURM_VARIABLES)
@@ -423,8 +424,8 @@ class Rank:
 class RankExecutor:
     """An executor that does the parts with ``number % world == rank`` in this process.
 
-    The number is the number of the part in the run, not its index among the missing parts. So no
-    part is left out if processes begin at different times, when different parts are missing.
+    The number is the number of the part in the run, not the index among the missing parts.
+    Processes may begin at different times, with different parts missing. Still no part is left out.
     """
 
     name = "rank"
@@ -433,7 +434,7 @@ class RankExecutor:
         own_rank = Rank.from_environment(environment)
         self.rank = own_rank.rank
         self.world = own_rank.world
-        # variables with the number of this process on its machine: of torchrun, or else of Slurm
+        # variables with the number of this process on the machine: of torchrun, or else of Slurm
         for name in ("LOCAL_RANK", "SLURM_LOCALID"):
             if name in environment:
                 take_gpu(_parse_number(name, environment[name]))
@@ -447,7 +448,7 @@ class RankExecutor:
 
 
 def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
-    """Return the rank that two environment variables state; None if neither variable is set."""
+    """Return the rank according to two environment variables; None if both are unset."""
     set_names = [name for name in (rank_name, world_name) if name in environment]
     if not set_names:
         return None
@@ -461,7 +462,7 @@ def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) 
 
 
 def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
-    """Return the index of this job in its Slurm job array as a rank; None without an array."""
+    """Return the index of this job in the Slurm job array as a rank; None without an array."""
     missing_names = sorted(set(ARRAY_VARIABLES) - environment.keys())
     if len(missing_names) == len(ARRAY_VARIABLES):
         return None

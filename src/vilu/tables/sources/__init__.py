@@ -1,4 +1,4 @@
-"""Files of other programs as tables of answers: language models, detectors, Tesseract, logits."""
+"""Tables of answers from other programs: language models, detectors, Tesseract, logits."""
 
 from vilu.tables.sources.boxes import Box
 from vilu.tables.sources.completions import completion_answers

@@ -1,4 +1,4 @@
-"""Boxes in a picture, and how much two of them overlap."""
+"""Boxes in a picture, and the overlap of two boxes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
 LARGEST_EDGE = 1e9
-"""Largest number of pixels of an edge, so that no area is too large for a float."""
+"""Largest number of pixels of an edge, to keep every area in the range of a float."""
 
 Box = tuple[float, float, float, float]
 """Left edge, top edge, width and height in pixels."""
 
 
 def as_boxes(boxes: Sequence[Sequence[float]]) -> Floats:
-    """Boxes (N, 4) in float64; (0, 4) if there are none."""
+    """Boxes (N, 4) in float64; (0, 4) without boxes."""
     return np.asarray(boxes, dtype=np.float64).reshape(len(boxes), 4)
 
 
@@ -29,10 +29,10 @@ def areas(boxes: Floats) -> Floats:
 
 
 def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None = None) -> Floats:
-    """How much each of N boxes overlaps each of M boxes: (N, M) numbers from 0 to 1.
+    """Overlap of each of N boxes with each of M boxes: (N, M) numbers from 0 to 1.
 
     The overlap is intersection over union. ``is_crowd`` (M,) marks crowds in ``second``. The
-    overlap with a crowd is the share of the first box that lies in the crowd.
+    overlap with a crowd is the share of the first box inside the crowd.
 
     Examples:
         >>> import numpy as np
@@ -57,7 +57,7 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
 
 
 def require_box(box: Sequence[float], where: str) -> None:
-    """Raise DataError if a side is negative, or if an edge is too far away to be in a picture."""
+    """Raise DataError if a side is negative, or if an edge is too far away for a picture."""
     is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
     if is_far or min(box[2:]) < 0:
         raise DataError(

@@ -42,7 +42,7 @@ LogProbability = Annotated[float, Field(le=0)]
 
 
 class CompletionPart(BaseModel):
-    """A part of a completion. Types are strict, and fields that are not needed are ignored."""
+    """A part of a completion. Types are strict, and unneeded fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -67,7 +67,7 @@ class Message(CompletionPart):
 
 
 class CompletionChoice(CompletionPart):
-    """One of the n samples of a completion."""
+    """A sample of a completion. A completion may have several samples."""
 
     message: Message | None = None
     text: str | None = None
@@ -76,14 +76,14 @@ class CompletionChoice(CompletionPart):
 
 
 class Completion(CompletionPart):
-    """The samples that answer one request."""
+    """The samples for a request."""
 
     id: str | None = None
     choices: Annotated[list[CompletionChoice], Field(min_length=1)]
 
 
 class BatchLine(CompletionPart):
-    """A line of a batch: a request, and its response or its error."""
+    """A line of a batch: a request, and a response or an error."""
 
     custom_id: str
     response: dict[str, Any] | None = None
@@ -92,7 +92,7 @@ class BatchLine(CompletionPart):
 
 @dataclass(frozen=True)
 class CompletionSample:
-    """An answer with the log-probabilities of its tokens."""
+    """An answer with the log-probabilities of the tokens."""
 
     answer: str
     logprobs: list[float]
@@ -108,28 +108,26 @@ def completion_answers(
 ) -> Converted:
     """Read a JSONL file of completions with ``logprobs`` as a table of answers.
 
-    A line holds one response, or one line of a batch (``custom_id``, ``response``). Its answer is
-    the text that most of its n samples give. Texts that differ only in case and white space are
-    equal. If several texts are equally frequent, the text of the best sample is taken. The best
+    A line holds a response, or a line of a batch (``custom_id``, ``response``). The answer is the
+    most frequent text of the n samples. Texts are equal if they differ only in case and white
+    space. If several texts are equally frequent, the text of the best sample is taken. The best
     sample has the largest mean log-probability. The numbers describe the best sample with the
     answer:
 
     - ``score_mean_logprob``, ``score_least_logprob``, ``score_first_logprob``: mean, least and
       first log-probability of the tokens.
-    - ``score_agreement``: share of the samples that give the answer; only if lines have several
-      samples.
+    - ``score_agreement``: share of the samples with the answer; only if lines have several samples.
     - ``n_tokens``: number of tokens.
-    - ``cut_off``: 1 if the answer ended because the limit on tokens was reached, else 0.
+    - ``cut_off``: 1 if the answer ended at the limit on tokens, else 0.
 
     Args:
         path: The file, with one completion per line. Empty lines are skipped.
-        truth: Maps the id of a row to its right answer. In rows that it lacks, the column
-            ``correct`` is empty. The id of a line is its ``custom_id``, else its ``id``, else the
-            number of the line.
+        truth: Maps the id of a row to the right answer. In all other rows, the column ``correct``
+            is empty. The id of a line is ``custom_id``, else ``id``, else the number of the line.
 
     Raises:
         DataError: If a line is no whole completion with log-probabilities, if an id occurs twice,
-            or if ``truth`` has none of the ids. The message names the line.
+            or if ``truth`` does not contain any of the ids. The message names the line.
         StorageError: If the file cannot be read.
 
     Examples:
@@ -148,7 +146,7 @@ def completion_answers(
 
 
 def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
-    """The columns of the table; ``rows`` maps the id of a row to its cells."""
+    """The columns of the table; ``rows`` maps the id of a row to cells."""
     ids = list(rows)
     answers = [str(row["answer"]) for row in rows.values()]
     columns: Columns = {"id": ids, "answer": answers, "correct": correct_cells(ids, answers, truth)}
@@ -161,7 +159,7 @@ def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> 
 
 
 def _read_rows(path: Path) -> dict[str, Row]:
-    """Id of a row -> its cells."""
+    """Id of a row -> cells."""
     rows: dict[str, Row] = {}
     line_of_id: dict[str, int] = {}
     for number, content in _lines(path):
@@ -181,7 +179,7 @@ def _read_rows(path: Path) -> dict[str, Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not empty, with their numbers from 1."""
+    """Yield the nonempty lines of a file, with line numbers from 1."""
     with convert_os_errors(f"cannot read {path}"), path.open("rb") as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line.strip():
@@ -189,7 +187,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield lines; DataError at a line that is too long for a completion."""
+    """Yield lines; DataError at a line too long for a completion."""
     number = 1
     line = file.readline(MAX_LINE_BYTES + 1)
     while line:
@@ -204,7 +202,7 @@ def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _parse_line(content: bytes, number: int, where: str) -> tuple[str, Completion]:
-    """The id and the completion on a line. Without an id, its ``number`` is the id."""
+    """The id and the completion on a line. Without an id, ``number`` is the id."""
     try:
         record = parse_json(content)
     except (ValueError, RecursionError) as error:
@@ -279,7 +277,7 @@ def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
 def _row_of_samples(samples: list[CompletionSample]) -> Row:
     """Combine the samples of a request into one row.
 
-    It has the answer that most samples give, and the numbers of the best sample with this answer.
+    The row has the most frequent answer, and the numbers of the best sample with this answer.
     """
     votes = Counter(comparable_text(sample.answer) for sample in samples)
     most_votes = max(votes.values())

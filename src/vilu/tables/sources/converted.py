@@ -1,4 +1,4 @@
-"""What a converter returns: a table of answers, and how many words or objects it does not cover."""
+"""The result of a converter: a table of answers, and the number of missing words or objects."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TABLE_KIND: Final = "answers"
 
 @dataclass(frozen=True)
 class Converted:
-    """A table of answers that was made from files of another program.
+    """A table of answers, made from files of another program.
 
     Attributes:
         columns: Name -> cells of a column. ``vilu.open_table`` accepts these columns.
-        n_wanted: Number of words or objects that are known to exist; 0 if nothing is known.
-        n_missed: Number of these words or objects that have no row. A guarantee is about rows, so
-            it does not cover them.
+        n_wanted: Number of words or objects known to exist; 0 if nothing is known.
+        n_missed: Number of these words or objects without a row. A guarantee is about rows, so
+            these words or objects are not covered.
 
     Examples:
         >>> from vilu.tables.sources import Converted
@@ -52,25 +52,25 @@ class Converted:
 
     @property
     def n_known(self) -> int:
-        """Number of rows that are known to be right or wrong."""
+        """Number of rows with a known right or wrong answer."""
         return len(self) - self.columns["correct"].count(None)
 
     def write(self, path: Path, inputs: str | None = None) -> None:
         """Write the columns as .csv or .parquet; the suffix of the path decides.
 
-        ``inputs`` is a digest of the files that the table was made from. It is written into the
+        ``inputs`` is a digest of the source files of the table. The digest is written into the
         metadata of a Parquet file.
         """
         import pyarrow as pa
 
         arrays = {name: pa.array(values) for name, values in self.columns.items()}
-        # if no answer is known to be right or wrong, Arrow cannot infer the type of the column
+        # without any known right or wrong answer, Arrow cannot infer the type of the column
         arrays["correct"] = pa.array(self.columns["correct"], pa.int64())
         write_table(path, arrays, {"kind": TABLE_KIND, **inputs_entry(inputs)})
 
 
 def comparable_text(text: str) -> str:
-    """The form of a text in which answers are compared: without case and extra white space."""
+    """The form of a text for comparisons of answers: without case and extra white space."""
     return " ".join(text.split()).casefold()
 
 
@@ -80,7 +80,7 @@ def correct_cells(
     """Cells of the column ``correct``: 1 (right), 0 (wrong), or None for a row without a truth.
 
     Raises:
-        DataError: If there are rows and a ``truth``, but they have no id in common.
+        DataError: If there are rows and a ``truth``, but no common id.
     """
     if truth is None:
         return [None] * len(ids)

@@ -1,4 +1,4 @@
-"""Answers of object detectors, from results and annotations in COCO's format."""
+"""Answers of object detectors, from results and annotations in COCO format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.validation import checked, require_between
 
 MAX_BYTES = 2**30
-"""Largest file that is read."""
+"""Maximum size of a file."""
 
 MAX_BOXES_IN_CELL = 2_000
 """Maximum number of boxes of a category in an image. All pairs of these boxes are compared."""
@@ -29,11 +29,11 @@ MAX_BOXES_IN_CELL = 2_000
 Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
 Cell = tuple[ImageId, int]
-"""An image and a category, within which detections and objects are matched."""
+"""An image and a category. Only detections and objects of the same cell are matched."""
 
 
 class CocoEntry(BaseModel):
-    """An entry of a file. Types are strict, and fields that are not needed are ignored."""
+    """An entry of a file. Types are strict, and unneeded fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -55,7 +55,7 @@ class CocoBox(CocoEntry):
 
     @property
     def cell(self) -> Cell:
-        """The image and the category within which the box is matched."""
+        """The image and the category of the box, for matching."""
         return self.image_id, self.category_id
 
 
@@ -66,14 +66,14 @@ class Detection(CocoBox):
 
 
 class Annotation(CocoBox):
-    """An annotated object, or a crowd of them."""
+    """An annotated object, or a crowd of objects."""
 
     iscrowd: int = 0
     ignore: int = 0
 
 
 class Image(CocoEntry):
-    """An image that was annotated."""
+    """An annotated image."""
 
     id: ImageId
 
@@ -103,7 +103,7 @@ class Objects:
     Attributes:
         boxes: (M, 4) left edge, top edge, width and height.
         is_crowd: (M,) whether the box is around a crowd. A crowd may have any number of detections.
-        is_ignored: (M,) whether a detection of the object is neither right nor wrong. This is True
+        is_ignored: (M,) whether a detection of the object does not count as right or wrong. True
             for every crowd.
     """
 
@@ -119,20 +119,20 @@ def detection_answers(
     *,
     min_iou: float = 0.5,
 ) -> Converted:
-    """Match detections with annotated objects as COCO does, one row per detection.
+    """Match detections with annotated objects by COCO's rules, one row per detection.
 
     Detections and objects are matched within an image and a category, in the order of falling
-    scores. A detection takes the object that it overlaps most and that no other detection took. It
-    is right (``correct`` is 1) if the overlap, intersection over union, is at least ``min_iou``.
-    ``correct`` is empty if it can only take an object with ``ignore`` or ``iscrowd``. The overlap
-    with a crowd is the share of the detection that lies in the crowd. pycocotools does the same,
-    except for two things: it does not read ``ignore``, and it leaves out all but the 100 best
-    detections of an image and category.
+    scores. A detection takes the free object with the largest overlap. The detection is right
+    (``correct`` is 1) if the overlap, intersection over union, is at least ``min_iou``. ``correct``
+    is empty if the detection can only take an object with ``ignore`` or ``iscrowd``. The overlap
+    with a crowd is the share of the detection inside the crowd. pycocotools matches in the same
+    way, with two differences: pycocotools does not read ``ignore``, and leaves out all but the 100
+    best detections of an image and category.
 
     The columns are ``id`` (number of the detection in ``results``, from 0), ``answer`` (name of the
-    category), ``correct``, ``score_confidence``, ``area`` of the box and its ``flatness`` (width /
-    (width + height)), ``n_detections`` in the image, ``largest_overlap`` with another detection of
-    the same category in the image, ``group`` (the category) and ``cluster`` (the image).
+    category), ``correct``, ``score_confidence``, ``area`` and ``flatness`` (width / (width +
+    height)) of the box, ``n_detections`` in the image, ``largest_overlap`` with another detection
+    of the same category in the image, ``group`` (the category) and ``cluster`` (the image).
 
     Args:
         results: JSON list of detections with ``image_id``, ``category_id``, ``bbox`` and ``score``.
@@ -140,12 +140,12 @@ def detection_answers(
         min_iou: Least overlap of a right detection.
 
     Returns:
-        The table. ``n_wanted`` is the number of objects that are neither crowds nor ignored.
-        ``n_missed`` is the number of these objects that no detection took.
+        The table. ``n_wanted`` is the number of objects that are no crowds and are not ignored.
+        ``n_missed`` is the number of these objects not taken by any detection.
 
     Raises:
-        DataError: If a file is no JSON of this format, if it has no detections, or if a detection
-            is of an image or a category that the annotations lack.
+        DataError: If a file is no JSON of this format, if there are no detections, or if the image
+            or category of a detection is missing in the annotations.
         UsageError: If ``min_iou`` is not in (0, 1].
         StorageError: If a file cannot be read.
 
@@ -192,19 +192,19 @@ def detection_answers(
 def match_detections(
     boxes: Floats, scores: Floats, objects: Objects, min_iou: float
 ) -> list[int | None]:
-    """Whether each of N detections is right: 1, 0, or None if it took an ignored object.
+    """Whether each of N detections is right: 1, 0, or None for a detection of an ignored object.
 
     Detections and objects are of one category in one image. Detections take objects greedily, in
-    the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) are of the detections.
+    the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) belong to the detections.
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
-    # As in pycocotools: with min_iou = 1, an overlap of 1 that was rounded down has to be enough.
+    # As in pycocotools: with min_iou = 1, an overlap of 1 after rounding down has to be enough.
     is_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
     verdicts: list[int | None] = [0] * len(boxes)
     for detection in np.argsort(-scores, kind="stable").tolist():
-        # A detection takes an object that is not ignored, if it can: then it is right (1).
-        # Otherwise, it takes an ignored object, if it can: then its verdict is None.
+        # First choice: an object that is not ignored. Then the detection is right (1). Second
+        # choice: an ignored object. Then the verdict is None.
         for is_ignored, verdict in ((False, 1), (True, None)):
             can_be_taken = is_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
@@ -216,7 +216,7 @@ def match_detections(
 
 
 def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
-    """Index of the largest number in a mask; the last one of equal numbers, as in pycocotools."""
+    """Index of the largest number in a mask; the last index of equal numbers, as in pycocotools."""
     largest = numbers[mask].max()
     indices_of_largest = np.flatnonzero(mask & (numbers == largest))
     return int(indices_of_largest[-1])
@@ -247,7 +247,7 @@ def _require_known_ids(
 ) -> None:
     """Raise DataError unless all detections are of images and categories of the annotations.
 
-    ``names`` maps the category ids of the annotations to names. ``images`` are their image ids.
+    ``names`` maps the category ids of the annotations to names. ``images`` are the image ids.
     """
     if not detections:
         raise DataError(f"{results} must have at least one detection. It has none.")
@@ -268,7 +268,7 @@ def _require_known_ids(
 def _indices_by_cell(
     entries: Sequence[CocoBox], path: str | os.PathLike[str]
 ) -> dict[Cell, list[int]]:
-    """Cell -> indices of its boxes in ``entries``. ``path`` is their file, for the message."""
+    """Cell -> indices of boxes in ``entries``. ``path`` is the file, for the message."""
     indices: dict[Cell, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
         indices[entry.cell].append(index)
@@ -296,7 +296,7 @@ NO_OBJECTS = _make_objects([])
 def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Columns:
     """The columns of the table. ``correct`` and ``largest_overlap`` are filled later.
 
-    ``names`` maps the id of a category to its name.
+    ``names`` maps category ids to names.
     """
     n_in_image = Counter(detection.image_id for detection in detections)
     categories = [names[detection.category_id] for detection in detections]

@@ -1,4 +1,4 @@
-"""Answers of a classifier, from the logits of its classes."""
+"""Answers of a classifier, from class logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilu.tables.sources.converted import Columns, Converted
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 BLOCK_ROWS = 4_096
-"""Number of rows whose probabilities are in memory at a time."""
+"""Number of rows in a block. Probabilities are computed block by block."""
 
 
 def logit_answers(
@@ -28,18 +28,18 @@ def logit_answers(
 ) -> Converted:
     """Make a table of the answers of a classifier from logits (N, K), one row per picture or text.
 
-    The answer is the class with the largest logit; the first one of equal logits. With p = softmax
-    of the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
-    ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy`` (entropy of p in
-    nats) and ``score_logit`` (the largest logit).
+    The answer is the class with the largest logit; the first class of equal logits. With p =
+    softmax of the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax``
+    (largest p), ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy``
+    (entropy of p in nats) and ``score_logit`` (the largest logit).
 
     Args:
         logits: (N, K) finite numbers, K at least 2. Logarithms of probabilities are logits, too.
-        target: (N,) number of the true class of each row, from 0, or its name. It is -1 or "" if
-            the true class is not known. It is -2 (``vilu.OUTSIDE``) if the row belongs to none of
-            the classes; then every answer is wrong.
-        class_names: K names of the classes. [their numbers]
-        ids: N identifiers of the rows. [their numbers, from 0]
+        target: (N,) number of the true class of each row, from 0, or the name of this class. -1 or
+            "" if the true class is not known. -2 (``vilu.OUTSIDE``) for a row of none of the
+            classes; then every answer is wrong.
+        class_names: K names of the classes. [0 to K - 1]
+        ids: N identifiers of the rows. [0 to N - 1]
 
     Raises:
         DataError: If an argument has another shape, a logit is not finite, or a target is no class.
@@ -107,8 +107,8 @@ def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[st
 def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     """Number of the true class of each row.
 
-    Texts in ``target`` are names of classes. If this is not true of all texts, but all are whole
-    numbers, they are read as numbers.
+    Texts in ``target`` are names of classes. If some texts are no names, but all texts are whole
+    numbers, the texts are read as numbers.
     """
     labels = np.asarray(target)
     if labels.dtype.kind != "U":

@@ -1,4 +1,4 @@
-"""Words that Tesseract read, from its TSV files."""
+"""Words recognised by Tesseract, from TSV files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
 WORD_LEVEL: Final = 5
-"""A row is a word if its ``level`` is 5. Rows of lower levels are pages, blocks, text lines, ..."""
+"""The ``level`` of rows with words. Rows of lower levels are pages, blocks, text lines, ..."""
 
 MIN_OVERLAP = 0.1
-"""A word that was read matches a true word only if the IoU of their boxes is at least this number.
+"""A recognised word and a true word match only if the IoU of the boxes is at least this number.
 
-The number is small, because the box of a word that was read is only as high as the ink, but a true
-box may be as high as the whole line.
+The number is small because the box of a recognised word is only as high as the ink. A true box may
+be as high as the whole line.
 """
 
 PUNCTUATION = ".,;:!?\"'()[]"
-"""Characters that are removed from both ends of a word before it is looked up."""
+"""Characters to remove from both ends of a word before a look-up."""
 
 MAX_CONFIDENCE = 0.999
-"""Confidences (from 0 to 1) are clipped to this maximum, so that log(1 - confidence) is finite."""
+"""Confidences (from 0 to 1) are clipped to this maximum, so log(1 - confidence) is finite."""
 
 LINE_COLUMNS = ("page_num", "block_num", "par_num", "line_num")
 """Columns that together identify the text line of a word."""
@@ -41,12 +41,12 @@ BOX_COLUMNS = ("left", "top", "width", "height")
 """Columns of the box of a word, in pixels."""
 
 READ_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
-"""Columns of a TSV file that are read."""
+"""Required columns of a TSV file."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and its box on a page.
+    """A word with a box on a page.
 
     Attributes:
         text: The word.
@@ -59,11 +59,11 @@ class Word:
 
 @dataclass(frozen=True)
 class ReadWord(Word):
-    """A word that Tesseract read.
+    """A word recognised by Tesseract.
 
     Attributes:
         confidence: Tesseract's confidence, from 0 to 100.
-        line: Numbers of its page, block, paragraph and text line.
+        line: Numbers of the page, block, paragraph and text line.
     """
 
     confidence: float
@@ -71,7 +71,7 @@ class ReadWord(Word):
 
 
 Pages = dict[str, list[ReadWord]]
-"""Name of a page -> its words, in the order of reading."""
+"""Name of a page -> words, in the order of reading."""
 
 
 def word_answers(
@@ -82,33 +82,32 @@ def word_answers(
 ) -> Converted:
     r"""Read TSV files of Tesseract (``tesseract PAGE OUTPUT tsv``) as a table, one row per word.
 
-    A word that was read is right if it equals its true word, letter by letter. Words that were read
-    are matched with true words by their boxes. The pair that overlaps most (intersection over
-    union) is matched first, then the next pair. Words that overlap less than 0.1 are not matched.
-    A word that was read and is matched with no true word is wrong.
+    A recognised word is right if it equals the true word, letter by letter. Recognised words are
+    matched with true words by their boxes. The pair with the largest overlap (intersection over
+    union) is matched first, then the next pair. Words with an overlap below 0.1 are not matched. A
+    recognised word without a match is wrong.
 
     The columns are ``id`` (page and number of the word), ``answer`` (the word), ``correct``,
     ``score_confidence`` (from 0 to 100), ``doubt`` of the word, ``doubt_before`` and
-    ``doubt_after`` of its neighbours in the line, ``doubt_line``, ``doubt_page``, ``n_characters``,
-    ``share_of_digits``, ``capital`` (1 if the first letter is one), ``n_marks`` (characters that
-    are neither letters nor digits), ``height`` and ``character_width`` of the box in pixels,
-    ``n_words`` of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A
-    doubt is ln(1 - confidence / 100). It spreads out the many confidences that are close to 100.
+    ``doubt_after`` of the neighbours in the line, ``doubt_line``, ``doubt_page``, ``n_characters``,
+    ``share_of_digits``, ``capital`` (1 if the first letter is a capital), ``n_marks`` (characters
+    except letters and digits), ``height`` and ``character_width`` of the box in pixels, ``n_words``
+    of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A doubt is
+    ln(1 - confidence / 100). The logarithm spreads out the many confidences close to 100.
 
     Args:
-        files: One TSV file per picture. The name of a page is the name of its file without the
-            suffix. If a file has several pages, its second page is called ``NAME#2``.
-        truth: Name of a page -> its true words. ``correct`` is empty on other pages.
-        dictionary: Words in small letters. Words are looked up in it without punctuation at their
-            ends.
+        files: One TSV file per picture. The name of a page is the name of the file without the
+            suffix. If a file has several pages, the second page is called ``NAME#2``.
+        truth: Name of a page -> true words. ``correct`` is empty on other pages.
+        dictionary: Words in small letters. Words are looked up without punctuation at the ends.
 
     Returns:
         The table. ``n_wanted`` is the number of true words on the pages that were read, and
-        ``n_missed`` is the number of these true words that were matched with no word.
+        ``n_missed`` is the number of these true words without a match.
 
     Raises:
-        DataError: If a file is no TSV of Tesseract, if two pages have one name, if no word was
-            read, or if ``truth`` has none of the pages.
+        DataError: If a file is no TSV of Tesseract, if two pages have the same name, if no word was
+            read, or if ``truth`` does not contain any of the pages.
         StorageError: If a file cannot be read.
 
     Examples:
@@ -174,8 +173,8 @@ def match_words(
 ) -> tuple[list[int | None], int]:
     """Match words by their boxes.
 
-    Returns whether each word that was read is right (1 or 0), and the number of true words that
-    were matched with no word.
+    Returns whether each recognised word is right (1 or 0), and the number of true words without a
+    match.
     """
     overlap = overlaps(
         as_boxes([word.box for word in words_read]), as_boxes([word.box for word in true_words])
@@ -214,7 +213,7 @@ def _read_pages(file: Path) -> Pages:
 def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows of a TSV file: the number of the line, and column -> cell."""
     with convert_os_errors(f"cannot read {file}"), file.open(encoding="utf-8", newline="") as lines:
-        # a quote is a character that Tesseract read, and does not begin a quoted cell
+        # a quote is an ordinary character of the text, and does not begin a quoted cell
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             missing_columns = [
@@ -247,7 +246,7 @@ def _row_numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
 
 
 def parse_number(cell: str, column: str, where: str) -> float:
-    """The finite number in a cell; DataError if the cell has none.
+    """The finite number in a cell; DataError if the cell is no finite number.
 
     ``column`` and ``where`` name the column and the row in the message.
     """
@@ -297,10 +296,10 @@ def _count(is_of_kind: Callable[[str], bool], text: str) -> int:
 
 
 def _doubts(words: Sequence[ReadWord]) -> Columns:
-    """The columns of doubts: of each word of a page, its two neighbours, its line and its page.
+    """The columns of doubts: of each word, of the two neighbours, of the line and of the page.
 
-    If a word has no neighbour on one side of its line, its own doubt is used instead. The doubt of
-    a line or a page is the mean of the doubts of its words.
+    If a word has no neighbour on one side of the line, the doubt of the word is used instead. The
+    doubt of a line or a page is the mean of the doubts of its words.
     """
     doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
     for _, line in groupby(words, key=lambda word: word.line):
